@@ -1,0 +1,91 @@
+"""What a backend is: token batch in, vectors out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """All that serving needs to know of a loaded model, whichever backend runs it."""
+
+    dimension: int
+    """Native size of a vector."""
+    max_length: int
+    """Longest input in tokens, special tokens included."""
+    vocab_size: int
+    """Token ids below this are valid."""
+    tokenizer_json: str
+    """A `tokenizers.Tokenizer` in its own JSON, without truncation and padding."""
+    pad_token_id: int
+    padding_side: Literal["left", "right"]
+    normalize: bool
+    """Whether the model's own vectors have length 1. A backend's `embed` leaves that last step out."""
+    pooling: str
+    """For people: how token vectors become one, e.g. `cls` or `mean`; `-` where the model has its own way."""
+    prompts: Mapping[str, str]
+    """Prompt name to the text put before an input."""
+    default_prompt: str | None
+    """Name of the prompt used when a request names none."""
+    excludes_prompt: bool
+    """Whether pooling leaves the prompt's tokens out."""
+    matryoshka: tuple[int, ...] | Literal["any"] | None
+    """Smaller sizes that the model declares its vectors can be cut to."""
+    precision: ComputePrecision
+    """What `auto` became."""
+    device: str
+    """What `auto` became: cpu, cuda:0, mps."""
+    backend: Literal["openvino", "torch"]
+    notes: tuple[str, ...] = ()
+    """What an operator should know of how it was loaded, such as a guess that was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Tokenized inputs that are run together. Row i of the result belongs to `ids[i]`."""
+
+    ids: Sequence[Sequence[int]]
+    """Token ids of each input, special tokens included, none empty, none longer than `max_length`."""
+    prompt_lengths: Sequence[int]
+    """Tokens at the start of each input that are its prompt; read only where `excludes_prompt`."""
+
+    def padded(
+        self, pad_token_id: int, side: Literal["left", "right"]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return ids and attention mask, each int64 of shape (inputs, longest input)."""
+        longest = max(len(row) for row in self.ids)
+        ids = np.full((len(self.ids), longest), pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(self.ids), longest), dtype=np.int64)
+        for i, row in enumerate(self.ids):
+            span = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            ids[i, span] = row
+            mask[i, span] = 1
+        return ids, mask
+
+
+class Backend(Protocol):
+    """A loaded model. It is created, used and closed by one thread."""
+
+    description: ModelDescription
+
+    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
+
+        The values may be non-finite where the model is at fault: the caller checks. Raises whatever the
+        runtime raises; the backend stays usable.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory. The backend is not used again."""
+        ...

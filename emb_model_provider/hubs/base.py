@@ -1,0 +1,63 @@
+"""What a hub is to the rest of the package, and the table of those there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from emb_model_provider.hubs.snapshot import Snapshot
+
+HubName = Literal["huggingface", "modelscope", "local", "bundled"]
+
+HUBS: dict[HubName, str] = {
+    "huggingface": "emb_model_provider.hubs.huggingface:HuggingFaceHub",
+    "modelscope": "emb_model_provider.hubs.modelscope:ModelScopeHub",
+    "local": "emb_model_provider.hubs.local:LocalHub",
+    "bundled": "emb_model_provider.hubs.bundled:BundledHub",
+}
+"""Name of a hub to the class that speaks to it, imported only when chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubConfig:
+    """How to reach one hub for one model: the model's own values over those of the settings."""
+
+    cache_dir: Path | None
+    """Where the hub's client keeps its downloads; None is the client's own convention."""
+    manifest_dir: Path
+    """Where this package keeps the manifests of snapshots."""
+    endpoint: str | None = None
+    token: str | None = field(default=None, repr=False)
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a fetch has come."""
+
+    phase: Literal["resolve", "download", "verify"]
+    repository: str
+    done_bytes: int = 0
+    total_bytes: int | None = None
+
+
+class Hub(Protocol):
+    """Gets snapshots. One instance serves one fetch and is used from one thread."""
+
+    def __init__(self, config: HubConfig) -> None: ...
+
+    def fetch(
+        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+    ) -> Snapshot:
+        """Return a complete, verified snapshot, from this machine where there is one.
+
+        `repository` is the hub's id, or a directory for `local`. `revision` None is the hub's default
+        branch.
+
+        Raises: a `HubError` of `emb_model_provider.errors`, whose message says what to do.
+        """
+        ...
