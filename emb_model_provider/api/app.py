@@ -1,0 +1,134 @@
+"""The one place that wires the parts: settings in, an ASGI application out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shlex
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from emb_model_provider.api.auth import Doorkeeper
+from emb_model_provider.api.errors import on_http_exception, on_provider_error
+from emb_model_provider.api.middleware import Guard, RequestLog
+from emb_model_provider.api.routes import docs, embeddings, health, models
+from emb_model_provider.api.schemas import EmbeddingRequest
+from emb_model_provider.errors import ProviderError
+from emb_model_provider.observability.metrics import Metrics
+from emb_model_provider.registry import Registry, State
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from emb_model_provider.settings import ServerSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+TITLE = "emb-model-provider"
+DESCRIPTION = (
+    "Embeddings behind the OpenAI API, from models of ModelScope, Hugging Face or a directory. "
+    'Every error has OpenAI\'s form: `{"error": {"message", "type", "param", "code"}}`.'
+)
+
+
+def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> FastAPI:
+    """Return the service. `on_nothing_to_serve` is called when every model failed to load at the start."""
+    server = settings.server()
+    limits = settings.limits()
+    metrics = Metrics(lambda: registry.statuses())
+    registry = Registry(
+        settings.models(),
+        hubs=settings.hubs(),
+        trust=settings.trust(),
+        batching=settings.batching(),
+        limits=limits,
+        on_batch=metrics.on_batch,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(_start(registry, server, on_nothing_to_serve))
+        yield
+        starting.cancel()
+        await registry.stop()
+        logger.info("stopped")
+
+    app = FastAPI(
+        title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
+        lifespan=lifespan, docs_url=None, redoc_url=None,
+    )  # fmt: skip
+    app.include_router(embeddings.router(registry, limits))
+    app.include_router(models.router(registry))
+    app.include_router(health.router(registry, metrics))
+    app.include_router(docs.router(TITLE))
+    app.add_exception_handler(ProviderError, on_provider_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    # The last one added is the first that a request meets.
+    app.add_middleware(Guard, doorkeeper=Doorkeeper(server), max_body_bytes=limits.max_body_bytes)
+    if server.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-truncated-inputs", "retry-after"],
+        )
+    app.add_middleware(RequestLog, on_request=metrics.on_request)
+    app.openapi = _openapi(app, with_keys=bool(server.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
+    return app
+
+
+async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:
+    if not await registry.preload():
+        logger.error("no model could be loaded: stopping")
+        on_nothing_to_serve()
+        return
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    address = f"http://{host}:{server.port}"
+    for status in registry.statuses():
+        if status.state is State.READY and status.description is not None:
+            logger.info(
+                "serving %s at %s (%s on %s)",
+                status.spec.alias, address, status.description.precision, status.description.device,
+            )  # fmt: skip
+        else:
+            logger.info("%s is %s; it is loaded at its first request", status.spec.alias, status.state)
+    body = orjson.dumps({"model": registry.default_alias, "input": "hello"}).decode()
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_keys else ""
+    logger.info(
+        "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s",
+        address,
+        key,
+        shlex.quote(body),
+    )
+
+
+def _openapi(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
+    """Describe the API with the request that `parsing.py` reads, which FastAPI does not see."""
+    original = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = original()
+            request = EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas = schema["components"]["schemas"]
+            schemas.update(request.pop("$defs", {}))
+            schemas[EmbeddingRequest.__name__] = request
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for path, operations in schema["paths"].items():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    if with_keys and path.startswith("/v1"):
+                        operation["security"] = [{"apiKey": []}]
+            if with_keys:
+                schema["components"]["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
+        return app.openapi_schema or {}
+
+    return described

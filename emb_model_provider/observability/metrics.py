@@ -1,0 +1,112 @@
+"""Prometheus figures of requests, batches, queues and models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from emb_model_provider.registry import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from prometheus_client import Metric
+
+    from emb_model_provider.registry import ModelStatus
+    from emb_model_provider.serving.worker import BatchRecord
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of one HTTP request; the route fills in what the middleware cannot see. Times in seconds."""
+
+    method: str
+    path: str
+    request_id: str
+    status: int = 0
+    duration_s: float = 0.0
+    model: str = ""
+    """The alias that answered; empty where no model was meant or it is not served, so that labels stay few."""
+    inputs: int = 0
+    tokens: int = 0
+    tokenize_s: float | None = None
+    queue_s: float | None = None
+    inference_s: float | None = None
+
+
+class Metrics:
+    """Counts what it is told, and looks at the models when it is asked."""
+
+    def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
+        disable_created_metrics()  # a second series for every counter and histogram, that nobody plots
+        self._registry = CollectorRegistry()
+        self._registry.register(_ModelCollector(models))
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"emb_provider_{name}", text, labels, registry=self._registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(
+                f"emb_provider_{name}", text, ("model",), buckets=buckets, registry=self._registry
+            )
+
+        self._requests = counter("requests", "Requests for embeddings.", "model", "status")
+        self._request_s = histogram("request_seconds", "From a request's head to its last byte.", _SECONDS)
+        self._inputs = counter("inputs", "Inputs embedded.", "model")
+        self._tokens = counter("tokens", "Tokens embedded, special tokens included.", "model")
+        self._tokenize_s = histogram("tokenize_seconds", "Tokenizing a request.", _SECONDS)
+        self._queue_s = histogram("queue_seconds", "A request's wait for its first batch.", _SECONDS)
+        self._batches = counter("batches", "Model batches.", "model", "outcome")
+        self._batch_inputs = histogram("batch_inputs", "Inputs in a model batch.", _SIZES)
+        self._batch_padding = histogram("batch_padding_ratio", "Share of padding in a model batch.", _SHARES)
+        self._inference_s = histogram("inference_seconds", "Running a model batch.", _SECONDS)
+
+    def on_batch(self, record: BatchRecord) -> None:
+        """Count a model batch. Called on the model's thread."""
+        self._batches.labels(record.model, "failed" if record.failed else "ok").inc()
+        self._batch_inputs.labels(record.model).observe(record.inputs)
+        self._batch_padding.labels(record.model).observe(1 - record.tokens / record.padded_tokens)
+        self._inference_s.labels(record.model).observe(record.inference_s)
+
+    def on_request(self, record: RequestRecord) -> None:
+        """Count an answered request for embeddings."""
+        self._requests.labels(record.model, str(record.status)).inc()
+        self._request_s.labels(record.model).observe(record.duration_s)
+        if record.tokenize_s is not None:
+            self._inputs.labels(record.model).inc(record.inputs)
+            self._tokens.labels(record.model).inc(record.tokens)
+            self._tokenize_s.labels(record.model).observe(record.tokenize_s)
+        if record.queue_s is not None:
+            self._queue_s.labels(record.model).observe(record.queue_s)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _ModelCollector(Collector):
+    """States and queues as they are at the moment of the scrape."""
+
+    def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        state = GaugeMetricFamily(
+            "emb_provider_model_state", "1 for the state that a model is in.", labels=("model", "state")
+        )
+        inputs = GaugeMetricFamily("emb_provider_queue_inputs", "Inputs that wait.", labels=("model",))
+        tokens = GaugeMetricFamily("emb_provider_queue_tokens", "Tokens that wait.", labels=("model",))
+        for model in self._models():
+            for each in State:
+                state.add_metric((model.spec.alias, each.value), 1.0 if model.state is each else 0.0)
+            inputs.add_metric((model.spec.alias,), model.waiting_inputs)
+            tokens.add_metric((model.spec.alias,), model.waiting_tokens)
+        return (state, inputs, tokens)

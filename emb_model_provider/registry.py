@@ -1,0 +1,292 @@
+"""Which models are served, under which names, and in which state."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from emb_model_provider.backends.load import load_backend
+from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
+from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.serving.engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.hubs.snapshot import Snapshot
+    from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.serving.worker import BatchRecord
+    from emb_model_provider.settings import (
+        BatchSettings,
+        HubSettings,
+        LimitSettings,
+        ModelSettings,
+        TrustSettings,
+    )
+
+logger = logging.getLogger(__name__)
+
+_LOADING_RETRY_AFTER_S = 5.0
+_FAILED_RETRY_AFTER_S = 30.0
+"""How soon after a failed load a request may try again: a hub that was down comes back."""
+_TOKENIZER_THREADS = 2
+
+
+class State(StrEnum):
+    """Where a model is on its way from a name to an engine."""
+
+    UNLOADED = "unloaded"
+    DOWNLOADING = "downloading"
+    COMPILING = "compiling"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+    UNLOADING = "unloading"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A served model as it is now."""
+
+    spec: ModelSpec
+    state: State
+    preload: bool
+    created: int
+    """Unix time, seconds: when the model was loaded here, or when the service started."""
+    error: str | None
+    """Why it failed, in one line."""
+    snapshot: Snapshot | None
+    description: ModelDescription | None
+    waiting_inputs: int
+    waiting_tokens: int
+
+
+class _Slot:
+    """A configured model, loaded or not."""
+
+    def __init__(self, spec: ModelSpec, *, preload: bool) -> None:
+        self.spec = spec
+        self.preload = preload
+        self.created = int(time.time())
+        self.state = State.UNLOADED
+        self.engine: Engine | None = None
+        self.snapshot: Snapshot | None = None
+        self.loading: asyncio.Task[Engine] | None = None
+        self.error: str | None = None
+        self.failed_at = 0.0
+
+    def status(self) -> ModelStatus:
+        engine = self.engine
+        return ModelStatus(
+            spec=self.spec,
+            state=self.state,
+            preload=self.preload,
+            created=self.created,
+            error=self.error,
+            snapshot=self.snapshot,
+            description=engine.description if engine is not None else None,
+            waiting_inputs=engine.waiting_inputs if engine is not None else 0,
+            waiting_tokens=engine.waiting_tokens if engine is not None else 0,
+        )
+
+
+class Registry:
+    """The models of one service. Used on one event loop."""
+
+    def __init__(
+        self,
+        models: ModelSettings,
+        *,
+        hubs: HubSettings,
+        trust: TrustSettings,
+        batching: BatchSettings,
+        limits: LimitSettings,
+        on_batch: Callable[[BatchRecord], None],
+    ) -> None:
+        self._hubs = hubs
+        self._trust = trust
+        self._batching = batching
+        self._limits = limits
+        self._on_batch = on_batch
+        self._slots = {spec.alias: _Slot(spec, preload=spec.alias in models.preload) for spec in models.specs}
+        self._default = models.specs[0].alias
+        self._other_names = _other_names(models.specs)
+        self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._stopping = False
+
+    # --- looking --------------------------------------------------------------------------------------
+
+    @property
+    def default_alias(self) -> str:
+        """The model of a request that names none."""
+        return self._default
+
+    def alias_of(self, name: str) -> str:
+        """Return the alias that `name` means: an alias, a model's id, or an id's unique last part.
+
+        Raises: ModelNotFoundError.
+        """
+        if name in self._slots:
+            return name
+        alias = self._other_names.get(name)
+        if alias is None:
+            raise ModelNotFoundError(name[:200], ", ".join(self._slots))
+        return alias
+
+    def status(self, name: str) -> ModelStatus:
+        """Raises: ModelNotFoundError."""
+        return self._slots[self.alias_of(name)].status()
+
+    def statuses(self) -> list[ModelStatus]:
+        """Return all models, in the order of the settings."""
+        return [slot.status() for slot in self._slots.values()]
+
+    # --- using ----------------------------------------------------------------------------------------
+
+    async def get(self, name: str) -> Engine:
+        """Return the engine of a model, loading it first where that has not happened yet.
+
+        However many callers wait, the model is loaded once.
+
+        Raises: ModelNotFoundError; ModelNotReadyError while stopping, where loading takes longer than a
+        request may, or with the reason where loading failed.
+        """
+        slot = self._slots[self.alias_of(name)]
+        if slot.engine is not None and not self._stopping:
+            return slot.engine
+        return await self._loaded(slot)
+
+    async def preload(self) -> bool:
+        """Load all models that are to be loaded at the start; return whether any model can answer or may later."""
+        slots = [slot for slot in self._slots.values() if slot.preload]
+        await asyncio.gather(*(self._begin_loading(slot) for slot in slots), return_exceptions=True)
+        return any(slot.state is not State.FAILED for slot in self._slots.values())
+
+    async def stop(self) -> None:
+        """Let no more requests in, finish those that were accepted, free all models."""
+        self._stopping = True
+        loading = [slot.loading for slot in self._slots.values() if slot.loading is not None]
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
+        running = [slot for slot in self._slots.values() if slot.engine is not None]
+        for slot in running:
+            slot.state = State.UNLOADING
+        await asyncio.gather(
+            *(asyncio.to_thread(slot.engine.stop) for slot in running if slot.engine is not None)
+        )
+        for slot in running:
+            slot.engine, slot.state = None, State.UNLOADED
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # --- loading --------------------------------------------------------------------------------------
+
+    async def _loaded(self, slot: _Slot) -> Engine:
+        if self._stopping:
+            raise ModelNotReadyError(
+                "The service is shutting down: ask again later.", retry_after_s=_LOADING_RETRY_AFTER_S
+            )
+        wait_s = slot.failed_at + _FAILED_RETRY_AFTER_S - time.monotonic()
+        if slot.state is State.FAILED and wait_s > 0:
+            raise self._failure(slot, wait_s)
+        loading = self._begin_loading(slot)
+        try:
+            # Shielded: the load is shared, so one caller that gives up must not end it for the others.
+            return await asyncio.wait_for(asyncio.shield(loading), self._limits.request_timeout_s)
+        except TimeoutError:
+            raise ModelNotReadyError(
+                f"The model `{slot.spec.alias}` is still {slot.state}: ask again later.",
+                retry_after_s=_LOADING_RETRY_AFTER_S,
+            ) from None
+        except ProviderError:
+            raise self._failure(slot, _FAILED_RETRY_AFTER_S) from None
+
+    @staticmethod
+    def _failure(slot: _Slot, retry_after_s: float) -> ModelNotReadyError:
+        return ModelNotReadyError(
+            f"The model `{slot.spec.alias}` could not be loaded: {slot.error}", retry_after_s=retry_after_s
+        )
+
+    def _begin_loading(self, slot: _Slot) -> asyncio.Task[Engine]:
+        if slot.loading is None:
+            slot.loading = asyncio.create_task(self._load(slot))
+            # Fetched here, so that a load nobody waits for any more does not end as "never retrieved".
+            slot.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return slot.loading
+
+    async def _load(self, slot: _Slot) -> Engine:
+        spec = slot.spec
+        started = time.monotonic()
+        try:
+            slot.error = None
+            slot.state = State.DOWNLOADING
+            snapshot = await asyncio.to_thread(fetch_snapshot, spec, self._hubs)
+            slot.snapshot = snapshot
+            slot.state = State.LOADING
+            trusted = self._may_run_code(spec, snapshot)
+            engine = await Engine.start(
+                spec,
+                lambda: load_backend(spec, snapshot, trust_remote_code=trusted),
+                batching=self._batching,
+                limits=self._limits,
+                executor=self._executor,
+                on_batch=self._on_batch,
+            )
+        except asyncio.CancelledError:
+            slot.state, slot.loading = State.UNLOADED, None
+            raise
+        except Exception as error:
+            slot.state, slot.loading, slot.failed_at = State.FAILED, None, time.monotonic()
+            if isinstance(error, ProviderError):
+                slot.error = error.message
+                logger.error("model %s could not be loaded: %s", spec.alias, error)  # noqa: TRY400 - the message says it all
+                raise
+            slot.error = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+            )
+            logger.exception("model %s could not be loaded", spec.alias)
+            raise ModelNotReadyError(slot.error, retry_after_s=_FAILED_RETRY_AFTER_S) from error
+        slot.engine, slot.state, slot.loading = engine, State.READY, None
+        slot.created = int(time.time())
+        _log_loaded(engine, snapshot, time.monotonic() - started)
+        return engine
+
+    def _may_run_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
+        by_hub = self._trust.modelscope if snapshot.hub == "modelscope" else self._trust.others
+        trusted = by_hub if spec.trust_remote_code is None else spec.trust_remote_code
+        if trusted:
+            logger.warning(
+                "model %s: trust_remote_code is on: code from %s at revision %s may run in this process",
+                spec.alias, snapshot.repository, snapshot.revision,
+            )  # fmt: skip
+        return trusted
+
+
+def _log_loaded(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
+    description = engine.description
+    for note in description.notes:
+        logger.warning("model %s: %s", engine.spec.alias, note)
+    logger.info(
+        "model %s is ready: %s at %s from %s, %d dimensions, %d tokens, %s pooling, %s on %s (%s), %.1f s",
+        engine.spec.alias, snapshot.repository, snapshot.revision[:12], snapshot.hub, description.dimension,
+        description.max_length, description.pooling, description.precision, description.device,
+        description.backend, took_s,
+    )  # fmt: skip
+
+
+def _other_names(specs: Sequence[ModelSpec]) -> dict[str, str]:
+    """Ids of models, and last parts of ids and aliases, that mean just one alias."""
+    ids: dict[str, set[str]] = {}
+    last_parts: dict[str, set[str]] = {}
+    for spec in specs:
+        ids.setdefault(spec.name, set()).add(spec.alias)
+        for name in (spec.name, spec.alias):
+            last_parts.setdefault(name.rstrip("/").rpartition("/")[2], set()).add(spec.alias)
+    names = {name: aliases for name, aliases in last_parts.items() if name not in ids} | ids
+    return {name: next(iter(aliases)) for name, aliases in names.items() if len(aliases) == 1}

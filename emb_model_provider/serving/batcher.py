@@ -1,0 +1,207 @@
+"""Which waiting inputs run together next: pure logic, without threads, a model or a clock of its own.
+
+Fairness is between requests, not inputs: each request has a tag in *virtual time*, which says how many
+tokens of service it has had, counted from where everybody stood when it came (start-time fair queuing).
+The request with the lowest tag goes first, so a request of one short text passes between the batches of
+one with 2048 documents. Virtual time moves on with every batch by the tokens it ran, shared among the
+requests that wait, and a newcomer starts at the present virtual time: so nobody is passed over for long,
+however many newcomers there are.
+
+The first request's longest input leads a batch; others join while padding stays cheap.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPolicy:
+    """What a batch may be. Lengths and budgets in tokens, times in seconds."""
+
+    max_batch_size: int
+    max_batch_tokens: int
+    """Padded tokens: inputs times the longest. One input that is longer on its own still runs, alone."""
+    min_batch_size: int = 1
+    max_wait_s: float = 0.0
+    dynamic: bool = True
+    """False: inputs of different requests never share a batch."""
+    free_padded_tokens: int = 256
+    """A batch up to this size costs about the same however much of it is padding."""
+    max_padding_share: float = 0.25
+    """Share of padding up to which a larger batch is better than two smaller ones."""
+
+
+class Job:
+    """One request's inputs while they wait and run."""
+
+    __slots__ = ("_lengths", "_rows", "_tag", "arrived_at", "cancelled", "ids", "waiting_tokens")
+
+    def __init__(self, ids: Sequence[Sequence[int]], *, arrived_at: float = 0.0) -> None:
+        if not ids:
+            raise ValueError("a job needs at least one input")
+        self.ids = ids
+        self.arrived_at = arrived_at
+        """When it was submitted, on the caller's clock, in seconds."""
+        self.cancelled = False
+        self.waiting_tokens = sum(map(len, ids))
+        """Tokens of the inputs that are not in a batch yet."""
+        self._rows = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        self._lengths = [len(ids[row]) for row in self._rows]
+        self._tag = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many inputs are not in a batch yet."""
+        return len(self._rows)
+
+    def _nearest(self, length: int) -> int:
+        """Return the position of the waiting input whose length is nearest to `length`, the shorter on a tie."""
+        position = bisect_left(self._lengths, length)
+        if position == len(self._lengths):
+            return position - 1
+        if position and length - self._lengths[position - 1] <= self._lengths[position] - length:
+            return position - 1
+        return position
+
+    def _take(self, position: int) -> int:
+        self.waiting_tokens -= self._lengths.pop(position)
+        return self._rows.pop(position)
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[JobT]):
+    """Inputs that run together: `members[i]` is a job and the row of its `ids`."""
+
+    members: list[tuple[JobT, int]]
+    tokens: int
+    longest: int
+
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.members) * self.longest
+
+
+class Batcher(Generic[JobT]):
+    """Jobs that wait for one model. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self, policy: BatchPolicy) -> None:
+        self._policy = policy
+        self._heap: list[tuple[float, int, int, JobT]] = []
+        self._sequence = count()
+        self._virtual_time = 0.0
+        self._jobs = 0
+        self.waiting_inputs = 0
+        self.waiting_tokens = 0
+
+    def submit(self, job: JobT) -> None:
+        """Let all inputs of `job` wait."""
+        job._tag = self._virtual_time
+        self._push(job)
+        self._jobs += 1
+        self.waiting_inputs += job.waiting
+        self.waiting_tokens += job.waiting_tokens
+
+    def cancel(self, job: JobT) -> None:
+        """Take what still waits of `job` out of the queue. Inputs that already run are not affected."""
+        if job.cancelled:
+            return
+        job.cancelled = True
+        if job.waiting:
+            self.waiting_inputs -= job.waiting
+            self.waiting_tokens -= job.waiting_tokens
+            self._jobs -= 1
+            job._rows.clear()
+            job._lengths.clear()
+            job.waiting_tokens = 0
+        if not self._jobs:
+            self._heap.clear()
+
+    def next_batch(self, now: float) -> Batch[JobT] | float | None:
+        """Return the next batch; or, where it pays to wait for more, when to ask again; or None if nothing waits."""
+        if not self.waiting_inputs:
+            return None
+        policy = self._policy
+        if policy.dynamic and self.waiting_inputs < policy.min_batch_size:
+            wait_until = min(job.arrived_at for *_, job in self._heap if job.waiting) + policy.max_wait_s
+            if now < wait_until:
+                return wait_until
+        return self._form()
+
+    def _push(self, job: JobT) -> None:
+        # Among equals the smaller goes first: it holds the other up for less.
+        heapq.heappush(self._heap, (job._tag, job.waiting_tokens, next(self._sequence), job))
+
+    def _form(self) -> Batch[JobT]:
+        candidates = self._candidates()
+        forming = _Forming(candidates[0], self._policy)
+        if len(candidates) > 1:
+            # A share for each first, so that a large request does not fill the batch before a small one's turn.
+            share = max(1, self._policy.max_batch_size // len(candidates))
+            for job in candidates:
+                forming.add_from(job, share)
+        for job in candidates:
+            forming.add_from(job, self._policy.max_batch_size)
+
+        batch = Batch(members=forming.members, tokens=forming.tokens, longest=forming.longest)
+        self.waiting_inputs -= len(batch.members)
+        self.waiting_tokens -= batch.tokens
+        # Requests behind the candidates share in virtual time too, hence all jobs, not just these.
+        self._virtual_time += batch.tokens / self._jobs
+        for job, row in batch.members:
+            job._tag += len(job.ids[row])
+        for job in candidates:
+            if job.waiting:
+                self._push(job)
+            else:
+                self._jobs -= 1
+        return batch
+
+    def _candidates(self) -> list[JobT]:
+        """Take the jobs that may join the next batch off the heap, the one whose turn it is first."""
+        limit = 2 * self._policy.max_batch_size if self._policy.dynamic else 1
+        candidates: list[JobT] = []
+        while self._heap and len(candidates) < limit:
+            job = heapq.heappop(self._heap)[-1]
+            if job.waiting:
+                candidates.append(job)
+        return candidates
+
+
+class _Forming(Generic[JobT]):
+    """A batch in the making, led by the longest waiting input of the job whose turn it is."""
+
+    def __init__(self, first: JobT, policy: BatchPolicy) -> None:
+        self._policy = policy
+        self.lead = self.longest = self.tokens = first._lengths[-1]
+        self.members = [(first, first._take(len(first._lengths) - 1))]
+
+    def add_from(self, job: JobT, most: int) -> None:
+        """Add up to `most` of `job`'s inputs, nearest in length to the leading one first, while it pays."""
+        for _ in range(min(most, len(job._lengths))):
+            position = job._nearest(self.lead)
+            if not self._fits(job._lengths[position]):
+                return
+            length = job._lengths[position]
+            self.members.append((job, job._take(position)))
+            self.tokens += length
+            self.longest = max(self.longest, length)
+
+    def _fits(self, length: int) -> bool:
+        policy = self._policy
+        size = len(self.members) + 1
+        padded = size * max(self.longest, length)
+        if size > policy.max_batch_size or padded > policy.max_batch_tokens:
+            return False
+        padding = padded - self.tokens - length
+        return padded <= policy.free_padded_tokens or padding <= policy.max_padding_share * padded

@@ -1,0 +1,239 @@
+"""One served model: texts or token ids in, finished vectors out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emb_model_provider.errors import (
+    DeadlineExceededError,
+    InferenceError,
+    LoadError,
+    RequestError,
+    TokenInputError,
+    TooManyTokensError,
+)
+from emb_model_provider.serving.batcher import BatchPolicy
+from emb_model_provider.serving.cl100k import decode_cl100k, load_cl100k
+from emb_model_provider.serving.postprocess import check_dimensions, finished
+from emb_model_provider.serving.prompts import choose_prompt
+from emb_model_provider.serving.tokenization import Tokenization
+from emb_model_provider.serving.worker import EmbeddingJob, Timing, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.model_spec import ModelSpec, Truncate
+    from emb_model_provider.serving.tokenization import EncodedInputs
+    from emb_model_provider.serving.worker import BatchRecord
+    from emb_model_provider.settings import BatchSettings, LimitSettings
+
+_INLINE_CHARACTERS = 2_000
+"""Tokenizing this much takes about as long as handing it to another thread."""
+_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 16_384, 131_072
+_CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
+_FIRST_TEXT = "Is anybody there?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedOptions:
+    """What a request may say beside its inputs; None leaves it to the model."""
+
+    dimensions: int | None = None
+    normalize: bool | None = None
+    input_type: str | None = None
+    truncate: Truncate | None = None
+    truncate_prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A request's answer."""
+
+    vectors: NDArray[np.float32]
+    """float32 of shape (inputs, dimensions), in the order of the inputs."""
+    tokens: int
+    """Tokens that were processed, after truncation, special tokens included."""
+    truncated: int
+    """How many inputs were cut."""
+    tokenize_s: float
+    timing: Timing
+
+
+class Engine:
+    """A loaded model that answers requests. Made by `start`, used on one event loop."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        description: ModelDescription,
+        tokenization: Tokenization,
+        worker: Worker,
+        limits: LimitSettings,
+        executor: Executor,
+    ) -> None:
+        self.spec = spec
+        self.description = description
+        self._tokenization = tokenization
+        self._worker = worker
+        self._limits = limits
+        self._executor = executor
+
+    @classmethod
+    async def start(
+        cls,
+        spec: ModelSpec,
+        load: Callable[[], Backend],
+        *,
+        batching: BatchSettings,
+        limits: LimitSettings,
+        executor: Executor,
+        on_batch: Callable[[BatchRecord], None],
+    ) -> Engine:
+        """Load the model on a thread of its own, and run it once to see that it answers.
+
+        Raises: whatever `load` raises, and LoadError where token_input needs something that is not here or
+        the model gives no vector.
+        """
+        loop = asyncio.get_running_loop()
+        if spec.token_input == "cl100k":
+            await loop.run_in_executor(executor, load_cl100k)
+        worker = Worker(
+            spec.alias,
+            load,
+            lambda description: batch_policy(batching, description.device),
+            max_queue_tokens=batching.max_queue_tokens,
+            on_batch=on_batch,
+        )
+        description = await asyncio.wrap_future(worker.start())
+        try:
+            tokenization = await loop.run_in_executor(executor, Tokenization, description)
+            engine = cls(spec, description, tokenization, worker, limits, executor)
+            await engine._run(tokenization.encode([_FIRST_TEXT], truncate="END"))
+        except BaseException as error:
+            await asyncio.shield(asyncio.to_thread(worker.stop))
+            if isinstance(error, InferenceError):
+                raise LoadError(f"it was loaded but gives no usable vectors: {error}") from error
+            raise
+        return engine
+
+    @property
+    def waiting_inputs(self) -> int:
+        return self._worker.waiting_inputs
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._worker.waiting_tokens
+
+    def stop(self) -> None:
+        """Finish what was accepted, then free the model. Blocks."""
+        self._worker.stop()
+
+    async def embed(
+        self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions
+    ) -> Embeddings:
+        """Return a vector for each input: a text, or a row of token ids.
+
+        Cancelling the call takes its work out of the queue.
+
+        Raises: RequestError where the request is at fault, QueueFullError, ModelNotReadyError,
+        DeadlineExceededError, InferenceError.
+        """
+        dimensions = check_dimensions(options.dimensions, self.description, self.spec)
+        prompt = choose_prompt(options.input_type, self.description.prompts, self.description.default_prompt)
+        try:
+            async with asyncio.timeout(self._limits.request_timeout_s):
+                started = time.perf_counter()
+                encoded = await self._encode(inputs, prompt, options)
+                tokenize_s = time.perf_counter() - started
+                tokens = sum(map(len, encoded.ids))
+                if tokens > self._limits.max_request_tokens:
+                    raise TooManyTokensError(tokens, self._limits.max_request_tokens)
+                vectors, timing = await self._run(encoded)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"The request was not answered within {self._limits.request_timeout_s:g} seconds."
+            ) from None
+        normalize = self.description.normalize if options.normalize is None else options.normalize
+        return Embeddings(
+            vectors=finished(vectors, dimensions=dimensions, normalize=normalize),
+            tokens=tokens,
+            truncated=encoded.truncated,
+            tokenize_s=tokenize_s,
+            timing=timing,
+        )
+
+    async def _run(self, encoded: EncodedInputs) -> tuple[NDArray[np.float32], Timing]:
+        job = EmbeddingJob(
+            encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension
+        )
+        self._worker.submit(job)
+        try:
+            return await job.result
+        finally:
+            if not job.result.done() or job.result.cancelled():
+                self._worker.cancel(job)
+
+    async def _encode(
+        self, inputs: Sequence[str] | Sequence[Sequence[int]], prompt: str, options: EmbedOptions
+    ) -> EncodedInputs:
+        limit = self._limit(options.truncate_prompt_tokens)
+        truncate = options.truncate or self.spec.truncate
+        if limit < self.description.max_length and options.truncate is None:
+            # Who names a limit wants it kept, whatever the model's own way is.
+            truncate = "END"
+        if isinstance(inputs[0], str):
+            texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API lets no mixture through
+            if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+                return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
+            return await self._elsewhere(
+                lambda: self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
+            )
+        rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
+        if self.spec.token_input == "model":
+            return self._tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
+        if self.spec.token_input == "cl100k":
+            return await self._elsewhere(
+                lambda: self._tokenization.encode(
+                    decode_cl100k(rows), prompt=prompt, truncate=truncate, max_tokens=limit
+                )
+            )
+        raise TokenInputError(
+            f"The model `{self.spec.alias}` is not set up to read token ids: send text (in LangChain, "
+            "OpenAIEmbeddings(check_embedding_ctx_length=False)), or let the operator set its token_input in "
+            "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or 'model' for the model's own."
+        )
+
+    async def _elsewhere(self, encode: Callable[[], EncodedInputs]) -> EncodedInputs:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+
+    def _limit(self, requested: int | None) -> int:
+        longest = self.description.max_length
+        if requested is None or requested == -1:
+            return longest
+        if not 1 <= requested <= longest:
+            raise RequestError(
+                f"Invalid value for 'truncate_prompt_tokens' = {requested}. Supported values: [-1, 1 to {longest}].",
+                param="truncate_prompt_tokens",
+            )
+        return requested
+
+
+def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:
+    """Return the batch policy for a device; what the operator set wins."""
+    on_cpu = device == "cpu"
+    return BatchPolicy(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS),
+        min_batch_size=settings.min_batch_size,
+        max_wait_s=settings.max_wait_s,
+        dynamic=settings.dynamic,
+        free_padded_tokens=_CPU_FREE_TOKENS if on_cpu else _GPU_FREE_TOKENS,
+    )

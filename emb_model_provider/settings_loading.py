@@ -1,0 +1,153 @@
+"""Read the settings: variables to values, and every mistake to one line that says what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from emb_model_provider.environment import read_environment
+from emb_model_provider.errors import SettingsError
+from emb_model_provider.settings import PREFIX, MappingEntry, Settings, allowed_values
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NOT_YET: Mapping[str, str] = {
+    "ADMIN_API_KEYS": "there are no routes yet that change something",
+}
+"""Settings that are planned: refused by name, because to ignore one would be to seem to obey it."""
+
+OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "MODEL_SOURCE": ("MODEL_HUB", "USE_MODELSCOPE"),
+    "MODELSCOPE_CACHE_DIR": ("MODELSCOPE_CACHE",),
+    "MODELSCOPE_ENDPOINT": ("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN"),
+    "MODELSCOPE_TOKEN": ("MODELSCOPE_API_TOKEN",),
+    "HF_CACHE_DIR": ("HF_HUB_CACHE", "HF_HOME"),
+    "HF_ENDPOINT": ("HF_ENDPOINT",),
+    "HF_TOKEN": ("HF_TOKEN",),
+    "OFFLINE": ("HF_HUB_OFFLINE",),
+}
+"""Setting to variables that users of the hubs already have; read where the setting itself is unset."""
+
+
+def load_settings(
+    env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ
+) -> tuple[Settings, list[str]]:
+    """Read the settings, and what to warn about: names that look like settings and are none.
+
+    Raises: SettingsError with one line that names the variable, its value and what is allowed.
+    """
+    variables = read_environment(env_file, environ)
+    warnings = _unknown_names(variables)
+    values = _values(variables)
+    try:
+        return Settings(**values), warnings
+    except ValidationError as error:
+        raise SettingsError(_one_line(error, values)) from None
+
+
+def _values(variables: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field_name in Settings.model_fields:
+        setting = field_name.upper()
+        if PREFIX + setting in variables:
+            values[field_name] = variables[PREFIX + setting]
+            continue
+        for name in OTHER_NAMES.get(setting, ()):
+            if name in variables:
+                values[field_name] = _translated(name, variables[name])
+                break
+    if "model_mapping" in values:
+        values["model_mapping"] = _parsed_mapping(values["model_mapping"])
+    return values
+
+
+def _translated(name: str, value: str) -> str:
+    """Return what a variable of another tool means as the value of a setting of ours."""
+    if name == "USE_MODELSCOPE":
+        meaning = {"true": "modelscope", "1": "modelscope", "yes": "modelscope", "on": "modelscope"}
+        off = {"false": "huggingface", "0": "huggingface", "no": "huggingface", "off": "huggingface"}
+        if value.lower() not in meaning | off:
+            raise SettingsError(f"USE_MODELSCOPE={value}: must be true or false.")
+        return (meaning | off)[value.lower()]
+    if name == "MODEL_HUB" and value.lower() not in ("modelscope", "huggingface"):
+        raise SettingsError(f"MODEL_HUB={value}: must be modelscope or huggingface.")
+    if name == "HF_HOME":
+        return str(Path(value) / "hub")
+    if name == "MODELSCOPE_DOMAIN" and "://" not in value:
+        return f"https://{value}"
+    return value
+
+
+def _parsed_mapping(text: str) -> Any:
+    variable = f"{PREFIX}MODEL_MAPPING"
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise SettingsError(
+                f"{variable} says {', '.join(sorted(map(repr, twice)))} more than once: keep one."
+            )
+        return dict(pairs)
+
+    try:
+        mapping = json.loads(text, object_pairs_hook=without_duplicates)
+    except json.JSONDecodeError as error:
+        raise SettingsError(
+            f"{variable} is not valid JSON, line {error.lineno} column {error.colno}: {error.msg}."
+        ) from None
+    if not isinstance(mapping, dict):
+        raise SettingsError(f'{variable}: must be a JSON object like {{"alias": {{"name": "owner/model"}}}}.')
+    return mapping
+
+
+def _unknown_names(variables: Mapping[str, str]) -> list[str]:
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    warnings = []
+    for name in sorted(variables):
+        if not name.upper().startswith(PREFIX) or name in known:
+            continue
+        planned = NOT_YET.get(name.removeprefix(PREFIX))
+        if planned is not None:
+            raise SettingsError(f"{name} is not supported yet ({planned}): remove it.")
+        near = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md."
+        warnings.append(f"{name} is no setting and is ignored: {hint}")
+    return warnings
+
+
+def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = [str(part) for part in first["loc"]]
+    info = Settings.model_fields[path[0]]
+    variable = PREFIX + path[0].upper()
+    if path[0] == "model_mapping":
+        return _mapping_line(variable, path[1:], first)
+    allowed = allowed_values(info)
+    shown = "(hidden)" if "SecretStr" in str(info.annotation) else values[path[0]]
+    return (
+        f"{variable}={shown}: must be {_one_of(allowed)}."
+        if allowed
+        else f"{variable}={shown}: {first['msg']}."
+    )
+
+
+def _one_of(allowed: str) -> str:
+    return f"one of {allowed}" if ", " in allowed and " or " not in allowed else allowed
+
+
+def _mapping_line(variable: str, path: list[str], error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"{variable}: {path[0]!r} has no key {path[1]!r}: must be one of {', '.join(MappingEntry.model_fields)}."
+    if error["type"] == "missing":
+        return f'{variable}: {path[0]!r} lacks "{path[1]}": say which model it is, like {{"name": "owner/model"}}.'
+    where = path[0] if len(path) == 1 else f"{path[0]}.{path[1]}"
+    allowed = allowed_values(MappingEntry.model_fields[path[1]]) if len(path) > 1 else ""
+    wanted = f"must be one of {allowed}" if allowed else error["msg"]
+    return f"{variable}: {where}: {wanted}."
