@@ -108,16 +108,17 @@ def _parsed_mapping(text: str) -> Any:
 
 
 def _unknown_names(variables: Mapping[str, str]) -> list[str]:
-    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    known = [name.upper() for name in Settings.model_fields]
     warnings = []
     for name in sorted(variables):
-        if not name.upper().startswith(PREFIX) or name in known:
+        setting = name.upper().removeprefix(PREFIX)
+        if setting == name.upper() or name in (PREFIX + each for each in known):
             continue
-        planned = NOT_YET.get(name.removeprefix(PREFIX))
+        planned = NOT_YET.get(setting)
         if planned is not None:
             raise SettingsError(f"{name} is not supported yet ({planned}): remove it.")
-        near = difflib.get_close_matches(name.upper(), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md."
+        near = difflib.get_close_matches(setting, known, n=1)
+        hint = f"did you mean {PREFIX}{near[0]}?" if near else "see docs/configuration.md."
         warnings.append(f"{name} is no setting and is ignored: {hint}")
     return warnings
 
@@ -147,7 +148,8 @@ def _mapping_line(variable: str, path: list[str], error: Any) -> str:
         return f"{variable}: {path[0]!r} has no key {path[1]!r}: must be one of {', '.join(MappingEntry.model_fields)}."
     if error["type"] == "missing":
         return f'{variable}: {path[0]!r} lacks "{path[1]}": say which model it is, like {{"name": "owner/model"}}.'
-    where = path[0] if len(path) == 1 else f"{path[0]}.{path[1]}"
-    allowed = allowed_values(MappingEntry.model_fields[path[1]]) if len(path) > 1 else ""
+    if len(path) == 1:
+        return f'{variable}: {path[0]}: must be an object like {{"name": "owner/model"}}.'
+    allowed = allowed_values(MappingEntry.model_fields[path[1]])
     wanted = f"must be one of {allowed}" if allowed else error["msg"]
-    return f"{variable}: {where}: {wanted}."
+    return f"{variable}: {path[0]}.{path[1]}: {wanted}."

@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import (
     DeadlineExceededError,
-    InferenceError,
     LoadError,
     RequestError,
     TokenInputError,
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import Backend, ModelDescription
@@ -102,27 +103,32 @@ class Engine:
         Raises: whatever `load` raises, and LoadError where token_input needs something that is not here or
         the model gives no vector.
         """
-        loop = asyncio.get_running_loop()
         if spec.token_input == "cl100k":
-            await loop.run_in_executor(executor, load_cl100k)
+            await asyncio.get_running_loop().run_in_executor(executor, load_cl100k)
+        tokenization: Tokenization | None = None
+
+        def load_and_try() -> Backend:
+            nonlocal tokenization
+            backend = load()
+            try:
+                tokenization = Tokenization(backend.description)
+                _try(backend, tokenization)
+            except BaseException:
+                backend.close()
+                raise
+            return backend
+
         worker = Worker(
             spec.alias,
-            load,
+            load_and_try,
             lambda description: batch_policy(batching, description.device),
             max_queue_tokens=batching.max_queue_tokens,
             on_batch=on_batch,
         )
         description = await asyncio.wrap_future(worker.start())
-        try:
-            tokenization = await loop.run_in_executor(executor, Tokenization, description)
-            engine = cls(spec, description, tokenization, worker, limits, executor)
-            await engine._run(tokenization.encode([_FIRST_TEXT], truncate="END"))
-        except BaseException as error:
-            await asyncio.shield(asyncio.to_thread(worker.stop))
-            if isinstance(error, InferenceError):
-                raise LoadError(f"it was loaded but gives no usable vectors: {error}") from error
-            raise
-        return engine
+        if tokenization is None:
+            raise RuntimeError("a loaded model has a tokenizer")
+        return cls(spec, description, tokenization, worker, limits, executor)
 
     @property
     def waiting_inputs(self) -> int:
@@ -224,6 +230,24 @@ class Engine:
                 param="truncate_prompt_tokens",
             )
         return requested
+
+
+def _try(backend: Backend, tokenization: Tokenization) -> None:
+    """Run the model once, on its own thread.
+
+    Raises: LoadError where it gives no vector, or one that is not finite.
+    """
+    encoded = tokenization.encode([_FIRST_TEXT], truncate="END")
+    try:
+        vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+    except Exception as error:
+        raise LoadError(
+            f"it was loaded, but its first run failed: {type(error).__name__}: {error}"
+        ) from error
+    if not np.isfinite(vectors).all():
+        raise LoadError(
+            "it was loaded, but its first vector is not finite: its weights are damaged, or its precision is too low."
+        )
 
 
 def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:

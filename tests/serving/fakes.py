@@ -1,0 +1,86 @@
+"""A backend that computes what a test can foresee, and fails, stalls or goes wrong where it is told to."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from emb_model_provider.backends.base import ModelDescription
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from emb_model_provider.backends.base import TokenBatch
+
+WORDS = [f"w{i}" for i in range(100)]
+FAILS, NOT_FINITE = "w98", "w99"
+"""Words that make a batch raise, and a vector non-finite."""
+
+
+def word_tokenizer() -> Tokenizer:
+    """A tokenizer of whole words between [CLS] and [SEP], so that tests can count tokens."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {
+        word: 4 + i for i, word in enumerate(WORDS)
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+IDS = {word: word_tokenizer().token_to_id(word) for word in WORDS}
+
+
+def describe(**changes: object) -> ModelDescription:
+    """Describe a model of 4 dimensions and 16 tokens."""
+    fields = {
+        "dimension": 4, "max_length": 16, "vocab_size": 104, "tokenizer_json": word_tokenizer().to_str(),
+        "pad_token_id": 0, "padding_side": "right", "normalize": False, "pooling": "mean", "prompts": {},
+        "default_prompt": None, "excludes_prompt": False, "matryoshka": None, "precision": "fp32",
+        "device": "cpu", "backend": "torch", **changes,
+    }  # fmt: skip
+    return ModelDescription(**fields)  # type: ignore[arg-type]
+
+
+def expected(ids: list[int]) -> list[float]:
+    """The vector that the fake gives for token ids: which ones, how many, and always the same."""
+    return [float(sum(ids)), float(len(ids)), float(ids[-2]) if len(ids) > 1 else 0.0, 1.0]
+
+
+class FakeBackend:
+    """Computes `expected`, keeps what it was given, and waits while `gate` is closed."""
+
+    def __init__(self, description: ModelDescription | None = None) -> None:
+        self.description = description or describe()
+        self.batches: list[list[list[int]]] = []
+        self.threads: set[str] = {threading.current_thread().name}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.closed = False
+
+    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+        self.entered.set()
+        if not self.gate.wait(30):
+            raise TimeoutError("the test never opened the gate")
+        rows = [list(row) for row in batch.ids]
+        self.threads.add(threading.current_thread().name)
+        self.batches.append(rows)
+        if any(IDS[FAILS] in row for row in rows):
+            raise RuntimeError("planted")
+        vectors = np.array([expected(row) for row in rows], dtype=np.float32)
+        for i, row in enumerate(rows):
+            if IDS[NOT_FINITE] in row:
+                vectors[i, 2] = np.nan
+        return vectors
+
+    def close(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.closed = True

@@ -1,0 +1,299 @@
+"""The settings: what guides show works, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from emb_model_provider.errors import SettingsError
+from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
+from emb_model_provider.settings import PREFIX, Settings
+from emb_model_provider.settings_loading import load_settings
+
+GUIDE = Path(__file__).parent / "data" / "guide.env.md"
+NO_FILE = Path("/nonexistent/.env")
+
+
+def load(**variables: str) -> Settings:
+    """Read settings from prefixed variables; a leading underscore means "no prefix"."""
+    environ = {
+        name[1:] if name.startswith("_") else PREFIX + name: value for name, value in variables.items()
+    }
+    settings, warnings = load_settings(NO_FILE, environ)
+    assert warnings == []
+    return settings
+
+
+def specs(**variables: str) -> dict[str, ModelSpec]:
+    return {spec.alias: spec for spec in load(**variables).models().specs}
+
+
+def refused(**variables: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(**variables)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what guides show ---------------------------------------------------------------------------------
+
+GUIDE_BLOCKS = re.findall(r"```env\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", GUIDE_BLOCKS)
+def test_every_env_block_of_the_guide_works_as_it_stands(block: str, tmp_path: Path) -> None:
+    """Pasted verbatim, multi-line JSON included, without an error or a warning."""
+    (tmp_path / ".env").write_text(block, encoding="utf-8")
+    settings, warnings = load_settings(tmp_path / ".env", {})
+    assert warnings == []
+    names = re.findall(r"^EMB_PROVIDER_(\w+)=(?=\S)", block, re.MULTILINE)
+    assert {name.lower() for name in names} == settings.model_fields_set
+
+
+def test_the_guide_has_all_its_blocks() -> None:
+    """The guide's copy here is whole: seven blocks, two of them with a mapping over several lines."""
+    assert len(GUIDE_BLOCKS) == 7
+    assert sum("MODEL_MAPPING={\n" in block for block in GUIDE_BLOCKS) == 2
+
+
+def test_the_guides_mapping_means_what_it_says(tmp_path: Path) -> None:
+    """Names, hubs and precisions of the mapping arrive, in order, and the first is the default."""
+    block = next(block for block in GUIDE_BLOCKS if '"gte-chinese"' in block)
+    (tmp_path / ".env").write_text(block, encoding="utf-8")
+    models = load_settings(tmp_path / ".env", {})[0].models()
+    assert [(s.alias, s.name, s.source, s.precision) for s in models.specs] == [
+        ("gte-chinese", "damo/nlp_gte_sentence-embedding_chinese-base", "modelscope", "fp16"),
+        ("gte-english", "sentence-transformers/all-MiniLM-L12-v2", "huggingface", "fp16"),
+        (
+            "multilingual",
+            "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+            "huggingface",
+            "fp32",
+        ),
+    ]
+    assert models.preload == ("gte-chinese", "gte-english", "multilingual")
+
+
+# --- models -------------------------------------------------------------------------------------------
+
+
+def test_without_settings_the_bundled_model_is_served() -> None:
+    """The first command needs no configuration."""
+    models = load().models()
+    assert [(s.alias, s.source) for s in models.specs] == [(BUNDLED_MODEL, "bundled")]
+    assert load().server().port == 9000
+
+
+@pytest.mark.parametrize(
+    ("variables", "source"),
+    [
+        ({"_MODEL_HUB": "modelscope"}, "modelscope"),
+        ({"_MODEL_HUB": "huggingface"}, "huggingface"),
+        ({"_USE_MODELSCOPE": "True"}, "modelscope"),
+        ({"_USE_MODELSCOPE": "false"}, "huggingface"),
+        ({"_MODEL_HUB": "modelscope", "MODEL_SOURCE": "huggingface"}, "huggingface"),
+        ({}, "auto"),
+    ],
+)
+def test_older_names_set_the_default_hub(variables: dict[str, str], source: str) -> None:
+    """MODEL_HUB and USE_MODELSCOPE count where MODEL_SOURCE is unset."""
+    assert specs(MODEL_NAME="owner/name", **variables)["owner/name"].source == source
+
+
+def test_an_older_name_alone_does_not_turn_the_bundled_model_into_a_download() -> None:
+    """MODEL_HUB says where models come from, not that the bundled one must be fetched again."""
+    assert specs(_MODEL_HUB="modelscope")[BUNDLED_MODEL].source == "bundled"
+
+
+def test_what_a_mapping_leaves_out_is_as_the_settings_say() -> None:
+    """Device, precision, hub and backend are inherited; the entry's own word wins."""
+    found = specs(
+        MODEL_MAPPING='{"a": {"name": "x"}, "b": {"name": "y", "device": "cuda:1", "precision": "BF16"}}',
+        DEVICE="cpu", MODEL_PRECISION="fp16", MODEL_SOURCE="modelscope",
+    )  # fmt: skip
+    assert (found["a"].device, found["a"].precision, found["a"].source) == ("cpu", "fp16", "modelscope")
+    assert (found["b"].device, found["b"].precision) == ("cuda:1", "bf16")
+
+
+def test_a_mapping_takes_every_key() -> None:
+    """All that a model may need can be said per model, its token hidden."""
+    entry = """{"m": {"name": "o/n", "source": "modelscope", "precision": "fp32", "revision": "v1", "path": "/m",
+      "device": "cpu", "backend": "torch", "pooling": "last", "normalize": true, "max_length": 128,
+      "trust_remote_code": true, "prompts": {"query": "q: "}, "token_input": "model", "truncate": "none",
+      "dimensions": [64, 128], "endpoint": "https://mirror.example", "token": "hush", "cache_dir": "/c"}}"""
+    spec = specs(MODEL_MAPPING=entry)["m"]
+    assert (spec.pooling, spec.normalize, spec.max_length, spec.truncate) == ("lasttoken", True, 128, "NONE")
+    assert (spec.path, spec.cache_dir, spec.dimensions) == (Path("/m"), Path("/c"), (64, 128))
+    assert (spec.revision, spec.endpoint, spec.token_input) == ("v1", "https://mirror.example", "model")
+    assert spec.token == "hush"
+    assert "hush" not in repr(spec)
+
+
+def test_both_a_name_and_a_mapping_are_served() -> None:
+    """MODEL_NAME comes first, and is the default."""
+    models = load(MODEL_NAME="o/main", MODEL_MAPPING='{"a": {"name": "x"}}', PRELOAD_MODELS="a").models()
+    assert [spec.alias for spec in models.specs] == ["o/main", "a"]
+    assert models.preload == ("a",)
+    assert load(PRELOAD_MODELS="none").models().preload == ()
+
+
+def test_a_path_alone_names_the_model_by_its_directory(tmp_path: Path) -> None:
+    """MODEL_PATH needs no MODEL_NAME."""
+    (tmp_path / "my-model").mkdir()
+    assert list(specs(MODEL_PATH=str(tmp_path / "my-model"))) == ["my-model"]
+
+
+def test_quantization_is_asked_for_by_precision_or_by_its_switch() -> None:
+    """true with auto means int8; int8 needs no switch."""
+    assert specs(ENABLE_QUANTIZATION="true")[BUNDLED_MODEL].precision == "int8"
+    assert specs(ENABLE_QUANTIZATION="true", MODEL_PRECISION="fp16")[BUNDLED_MODEL].precision == "fp16"
+    assert specs(MODEL_PRECISION="int4")[BUNDLED_MODEL].precision == "int4"
+    assert specs(ENABLE_QUANTIZATION="false")[BUNDLED_MODEL].precision == "auto"
+
+
+# --- the hubs' own variables --------------------------------------------------------------------------
+
+
+def test_the_hubs_own_variables_are_read() -> None:
+    """Users who have set up the hubs' clients need not do so again; our own names win."""
+    hubs = load(
+        _MODELSCOPE_CACHE="/ms", _MODELSCOPE_API_TOKEN="t1", _MODELSCOPE_DOMAIN="ms.example", _HF_HOME="/hf",
+        _HF_ENDPOINT="https://mirror.example", _HF_TOKEN="t2", _HF_HUB_OFFLINE="1",
+    ).hubs()  # fmt: skip
+    assert (hubs.modelscope_cache_dir, hubs.modelscope_endpoint) == (Path("/ms"), "https://ms.example")
+    assert (hubs.hf_cache_dir, hubs.hf_endpoint, hubs.offline) == (
+        Path("/hf/hub"),
+        "https://mirror.example",
+        True,
+    )
+    assert (hubs.modelscope_token, hubs.hf_token) == ("t1", "t2")
+    own = load(_HF_TOKEN="other", HF_TOKEN="own", _HF_HUB_CACHE="/a", _HF_HOME="/b").hubs()
+    assert (own.hf_token, own.hf_cache_dir) == ("own", Path("/a"))
+
+
+def test_secrets_are_not_shown() -> None:
+    """Printing settings, or a group of them, gives no token and no key away."""
+    settings = load(HF_TOKEN="hush-1", MODELSCOPE_TOKEN="hush-2", API_KEYS="hush-3,hush-4")
+    shown = repr(settings) + str(settings.model_dump()) + repr(settings.hubs()) + repr(settings.server())
+    assert "hush" not in shown
+    assert settings.server().api_keys == ("hush-3", "hush-4")
+
+
+# --- the other groups ---------------------------------------------------------------------------------
+
+
+def test_units_are_converted_once() -> None:
+    """Milliseconds and MiB end in the settings."""
+    settings = load(MAX_WAIT_TIME_MS="20", MAX_BODY_MB="0.5", MIN_BATCH_SIZE="8")
+    assert settings.batching().max_wait_s == pytest.approx(0.02)
+    assert settings.limits().max_body_bytes == 512 * 1024
+
+
+def test_host_headers_are_limited_while_bound_to_loopback() -> None:
+    """Off loopback any Host is answered, unless ALLOWED_HOSTS says which."""
+    assert load().server().allowed_hosts == ("localhost", "127.0.0.1", "::1")
+    assert load(HOST="0.0.0.0").server().allowed_hosts is None
+    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example, b.example").server().allowed_hosts == (
+        "a.example",
+        "b.example",
+    )
+    assert load(ALLOWED_HOSTS="*").server().allowed_hosts is None
+
+
+# --- mistakes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("PORT", "abc", "must be 1 to 65535"),
+        ("PORT", "0", "must be 1 to 65535"),
+        ("MODEL_PRECISION", "int3", "must be one of auto, fp32, fp16, bf16, int8, int4"),
+        ("MODEL_SOURCE", "github", "must be one of auto, huggingface, modelscope, local, bundled"),
+        ("DEVICE", "tpu", "must be one of auto, cpu, cuda, cuda:N, mps"),
+        ("LOG_LEVEL", "loud", "must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
+        ("ENABLE_DYNAMIC_BATCHING", "maybe", "must be one of true, false"),
+        ("MAX_BATCH_SIZE", "0", "must be 1 or more"),
+        ("MAX_BODY_MB", "nan", "must be more than 0"),
+        ("REQUEST_TIMEOUT_S", "inf", "must be more than 0"),
+        ("MIN_BATCH_SIZE", "65", "must not be more than EMB_PROVIDER_MAX_BATCH_SIZE=64"),
+        ("PRELOAD_MODELS", "x", f"must be among {BUNDLED_MODEL}, or none"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(name: str, value: str, allowed: str) -> None:
+    """The line names the variable, the value and what is allowed."""
+    message = refused(**{name: value})
+    assert message.startswith(f"EMB_PROVIDER_{name}={value}: ")
+    assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ('{"a": {}}', "'a' lacks \"name\""),
+        ('{"a": {"name": "x", "sorce": "local"}}', "'a' has no key 'sorce': must be one of name, source"),
+        ('{"a": {"name": "x", "source": "github"}}', "a.source: must be one of auto, huggingface"),
+        ('{"a": {"name": "x", "max_length": 0}}', "a.max_length"),
+        ('{"a": {"name": "x", "dimensions": []}}', "a.dimensions"),
+        ('{"a": {"name": "x", "device": "tpu"}}', "a.device"),
+        ('{"a": "x"}', "a: must be an object"),
+        ('["a"]', "must be a JSON object"),
+        ('{"a": {"name": "x"}, "a": {"name": "y"}}', "says 'a' more than once"),
+        ('{" a": {"name": "x"}}', "no usable alias"),
+        ('{"a\\nb": {"name": "x"}}', "no usable alias"),
+        ('{"a": {"name": ', "not valid JSON, line 1"),
+    ],
+)
+def test_a_mistake_in_the_mapping_is_named(mapping: str, message: str) -> None:
+    """The line names the alias, the key and what is allowed."""
+    line = refused(MODEL_MAPPING=mapping)
+    assert line.startswith("EMB_PROVIDER_MODEL_MAPPING")
+    assert message in line
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantization_off_contradicts_a_quantized_precision(precision: str) -> None:
+    """The line says which two settings disagree, for the main model and a mapped one."""
+    assert f"EMB_PROVIDER_MODEL_PRECISION={precision}" in refused(
+        ENABLE_QUANTIZATION="false", MODEL_PRECISION=precision
+    )
+    mapping = f'{{"a": {{"name": "x", "precision": "{precision}"}}}}'
+    assert f"the precision of 'a' in EMB_PROVIDER_MODEL_MAPPING={precision}" in refused(
+        ENABLE_QUANTIZATION="false", MODEL_MAPPING=mapping
+    )
+
+
+def test_one_name_for_two_models_is_refused() -> None:
+    """MODEL_NAME must not also be an alias."""
+    assert "rename one" in refused(MODEL_NAME="a", MODEL_MAPPING='{"a": {"name": "x"}}')
+
+
+def test_a_planned_setting_is_refused_by_name() -> None:
+    """A setting that does not work yet must not look as if it did."""
+    assert refused(ADMIN_API_KEYS="hush") == (
+        "EMB_PROVIDER_ADMIN_API_KEYS is not supported yet (there are no routes yet that change something): remove it."
+    )
+
+
+def test_an_unknown_name_is_warned_about_with_the_nearest() -> None:
+    """A misspelt setting is not silently ignored, and does not stop the start."""
+    _, warnings = load_settings(
+        NO_FILE, {"EMB_PROVIDER_MAX_BATCHSIZE": "1", "EMB_PROVIDER_XYZZY": "1", "OTHER": "1"}
+    )
+    assert len(warnings) == 2
+    assert "did you mean EMB_PROVIDER_MAX_BATCH_SIZE?" in warnings[0]
+    assert "docs/configuration.md" in warnings[1]
+
+
+@pytest.mark.parametrize(("name", "value"), [("MODEL_HUB", "github"), ("USE_MODELSCOPE", "perhaps")])
+def test_a_wrong_value_of_an_older_name_is_refused(name: str, value: str) -> None:
+    """Names without the prefix get the same care."""
+    assert refused(**{f"_{name}": value}).startswith(f"{name}={value}: must be")
+
+
+def test_a_wrong_secret_is_not_printed() -> None:
+    """An error about other settings shows no secret."""
+    assert "hush" not in refused(API_KEYS="hush", PORT="x")
