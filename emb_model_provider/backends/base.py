@@ -16,6 +16,16 @@ ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How near a backend's vectors come to sentence-transformers at fp32, over a set of probe texts."""
+
+    min_cosine: float
+    mean_cosine: float
+    texts: int
+    """How many probe texts were compared."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDescription:
     """All that serving needs to know of a loaded model, whichever backend runs it."""
 
@@ -48,6 +58,8 @@ class ModelDescription:
     backend: Literal["openvino", "torch"]
     notes: tuple[str, ...] = ()
     """What an operator should know of how it was loaded, such as a guess that was made."""
+    fidelity: Fidelity | None = None
+    """As measured before the model was let serve; None where the backend is the reference itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +86,11 @@ class TokenBatch:
 
 
 class Backend(Protocol):
-    """A loaded model. It is created, used and closed by one thread."""
+    """A loaded model. One thread creates and closes it; `embed` is called from up to `lanes` threads at a time."""
 
     description: ModelDescription
+    lanes: int
+    """How many batches it runs side by side at best, 1 or more."""
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
