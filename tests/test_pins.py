@@ -1,0 +1,55 @@
+"""What is installed is what was tested: exact versions of the whole tree stand in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PINNED = [
+    re.match(r"([a-z0-9-]+)==([^ ;]+)", line)
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"][
+        "constraint-dependencies"
+    ]
+]
+VERSIONS: dict[str, set[str]] = {}
+for pin in PINNED:
+    assert pin is not None, "a constraint that is no exact version"
+    VERSIONS.setdefault(pin[1], set()).add(pin[2])
+
+
+def test_nothing_resolves_unpinned() -> None:
+    """Every package of uv.lock, on every platform, has the version that pyproject.toml pins."""
+    lock = ROOT / "uv.lock"
+    if not lock.exists():
+        pytest.skip("installed without uv, so there is no uv.lock to look at")
+    locked = tomllib.loads(lock.read_text(encoding="utf-8"))["package"]
+    loose = {
+        f"{package['name']}=={package['version']}"
+        for package in locked
+        if "editable" not in package["source"]
+        and package["version"] not in VERSIONS.get(package["name"], set())
+    }
+    assert not loose, f"run .ci/pin: {sorted(loose)}"
+
+
+def test_the_installed_versions_are_the_pinned_ones() -> None:
+    """The environment that runs these tests is the one that is described."""
+    installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in distributions()}
+    wrong = {
+        name: version
+        for name, version in installed.items()
+        # A build for one device has a suffix, such as 2.15.0+cpu.
+        if name in VERSIONS and version.partition("+")[0] not in VERSIONS[name]
+    }
+    assert not wrong
+    assert {
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "openvino",
+    } <= installed.keys() & VERSIONS.keys()
