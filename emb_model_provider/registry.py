@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from emb_model_provider.backends.load import load_backend
 from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.hubs.progress import ProgressReporter
 from emb_model_provider.serving.engine import Engine
 
 if TYPE_CHECKING:
@@ -226,7 +228,8 @@ class Registry:
         try:
             slot.error = None
             slot.state = State.DOWNLOADING
-            snapshot = await asyncio.to_thread(fetch_snapshot, spec, self._hubs)
+            logger.info("loading model %s", spec.alias)
+            snapshot = await asyncio.to_thread(_fetch, spec, self._hubs)
             slot.snapshot = snapshot
             slot.state = State.LOADING
             trusted = self._may_run_code(spec, snapshot)
@@ -266,6 +269,11 @@ class Registry:
                 spec.alias, snapshot.repository, snapshot.revision,
             )  # fmt: skip
         return trusted
+
+
+def _fetch(spec: ModelSpec, hubs: HubSettings) -> Snapshot:
+    with ProgressReporter(terminal=sys.stderr) as report:
+        return fetch_snapshot(spec, hubs, report)
 
 
 def _log_loaded(engine: Engine, snapshot: Snapshot, took_s: float) -> None:

@@ -42,6 +42,7 @@ class Progress:
     phase: Literal["resolve", "download", "verify"]
     repository: str
     done_bytes: int = 0
+    """Over all files together; steps back when a file is started again."""
     total_bytes: int | None = None
 
 
@@ -53,10 +54,14 @@ class Hub(Protocol):
     def fetch(
         self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
     ) -> Snapshot:
-        """Return a complete, verified snapshot, from this machine where there is one.
+        """Bring the files here and return them as a complete, verified snapshot.
 
         `repository` is the hub's id, or a directory for `local`. `revision` None is the hub's default
-        branch.
+        branch. With `config.offline` no request is made: a snapshot comes from this machine or not at all.
+        `on_progress` is called from one thread at a time, though not always the caller's.
+
+        What was fetched before, and the lock that keeps two processes from doing this at once, are the
+        business of `fetch.fetch_snapshot`.
 
         Raises: a `HubError` of `emb_model_provider.errors`, whose message says what to do.
         """

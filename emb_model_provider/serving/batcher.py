@@ -127,8 +127,11 @@ class Batcher(Generic[JobT]):
         if not self._jobs:
             self._heap.clear()
 
-    def next_batch(self, now: float) -> Batch[JobT] | float | None:
-        """Return the next batch; or, where it pays to wait for more, when to ask again; or None if nothing waits."""
+    def next_batch(self, now: float, *, idle_lanes: int = 1) -> Batch[JobT] | float | None:
+        """Return the next batch; or, where it pays to wait for more, when to ask again; or None if nothing waits.
+
+        With several `idle_lanes`, the asking one included, what waits is dealt out among them.
+        """
         if not self.waiting_inputs:
             return None
         policy = self._policy
@@ -136,22 +139,22 @@ class Batcher(Generic[JobT]):
             wait_until = min(job.arrived_at for *_, job in self._heap if job.waiting) + policy.max_wait_s
             if now < wait_until:
                 return wait_until
-        return self._form()
+        return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_lanes)))
 
     def _push(self, job: JobT) -> None:
         # Among equals the smaller goes first: it holds the other up for less.
         heapq.heappush(self._heap, (job._tag, job.waiting_tokens, next(self._sequence), job))
 
-    def _form(self) -> Batch[JobT]:
-        candidates = self._candidates()
-        forming = _Forming(candidates[0], self._policy)
+    def _form(self, most: int) -> Batch[JobT]:
+        candidates = self._candidates(2 * most)
+        forming = _Forming(candidates[0], most, self._policy)
         if len(candidates) > 1:
             # A share for each first, so that a large request does not fill the batch before a small one's turn.
-            share = max(1, self._policy.max_batch_size // len(candidates))
+            share = max(1, most // len(candidates))
             for job in candidates:
                 forming.add_from(job, share)
         for job in candidates:
-            forming.add_from(job, self._policy.max_batch_size)
+            forming.add_from(job, most)
 
         batch = Batch(members=forming.members, tokens=forming.tokens, longest=forming.longest)
         self.waiting_inputs -= len(batch.members)
@@ -167,9 +170,9 @@ class Batcher(Generic[JobT]):
                 self._jobs -= 1
         return batch
 
-    def _candidates(self) -> list[JobT]:
+    def _candidates(self, most: int) -> list[JobT]:
         """Take the jobs that may join the next batch off the heap, the one whose turn it is first."""
-        limit = 2 * self._policy.max_batch_size if self._policy.dynamic else 1
+        limit = most if self._policy.dynamic else 1
         candidates: list[JobT] = []
         while self._heap and len(candidates) < limit:
             job = heapq.heappop(self._heap)[-1]
@@ -181,7 +184,8 @@ class Batcher(Generic[JobT]):
 class _Forming(Generic[JobT]):
     """A batch in the making, led by the longest waiting input of the job whose turn it is."""
 
-    def __init__(self, first: JobT, policy: BatchPolicy) -> None:
+    def __init__(self, first: JobT, most: int, policy: BatchPolicy) -> None:
+        self._most = most
         self._policy = policy
         self.lead = self.longest = self.tokens = first._lengths[-1]
         self.members = [(first, first._take(len(first._lengths) - 1))]
@@ -201,7 +205,7 @@ class _Forming(Generic[JobT]):
         policy = self._policy
         size = len(self.members) + 1
         padded = size * max(self.longest, length)
-        if size > policy.max_batch_size or padded > policy.max_batch_tokens:
+        if size > self._most or padded > policy.max_batch_tokens:
             return False
         padding = padded - self.tokens - length
         return padded <= policy.free_padded_tokens or padding <= policy.max_padding_share * padded

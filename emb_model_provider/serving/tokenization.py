@@ -144,7 +144,8 @@ class Tokenization:
 
     def _measure_prompt(self, prompt: str) -> int:
         """Return the tokens of a prompt, as sentence-transformers counts them: without a closing special token."""
-        ids = self._tokenizer.encode_batch_fast([_without_lone_surrogates(prompt)])[0].ids[: self._max_length]
+        whole = self._tokenizer.encode_batch_fast([_without_lone_surrogates(prompt)])[0].ids
+        ids = self._cut([whole], self._prefix, self._suffix, 0, "END", self._max_length).ids[0]
         return len(ids) - 1 if ids and ids[-1] in self._special_ids else len(ids)
 
 

@@ -1,4 +1,4 @@
-"""The thread that owns a model. Everybody else sends it jobs and gets futures."""
+"""The threads that own a model. Everybody else sends them jobs and gets futures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class EmbeddingJob(Job):
 
 
 class Worker:
-    """Runs one model on one thread, which creates, uses and closes the backend."""
+    """Runs one model on threads of its own: one creates and closes the backend, one a lane calls `embed`."""
 
     def __init__(
         self,
@@ -91,15 +91,18 @@ class Worker:
         self._max_queue_tokens = max_queue_tokens
         self._on_batch = on_batch
         self._wake = threading.Condition()
+        """Guards all that follows, and the jobs' counts; idle lanes wait on it."""
         self._batcher: Batcher[EmbeddingJob] | None = None
+        self._idle = 0
+        self._lanes = 1
         self._stopping = False
-        self._tokens_per_s = _ASSUMED_TOKENS_PER_S
-        self._thread = threading.Thread(target=self._main, name=f"model-{model}", daemon=True)
+        self._lane_tokens_per_s = _ASSUMED_TOKENS_PER_S
+        self._owner = threading.Thread(target=self._main, name=f"model-{model}", daemon=True)
         self._loaded: Future[ModelDescription] = Future()
 
     def start(self) -> Future[ModelDescription]:
-        """Start the thread; the future is done once the model is loaded, or carries why it is not."""
-        self._thread.start()
+        """Start the threads; the future is done once the model is loaded, or carries why it is not."""
+        self._owner.start()
         return self._loaded
 
     def submit(self, job: EmbeddingJob) -> None:
@@ -122,7 +125,8 @@ class Worker:
                 )
             job.arrived_at = time.monotonic()
             self._batcher.submit(job)
-            self._wake.notify()
+            if self._idle:
+                self._wake.notify(len(job.ids))
 
     def cancel(self, job: EmbeddingJob) -> None:
         """Drop what still waits of a job that nobody awaits any more."""
@@ -134,9 +138,9 @@ class Worker:
         """Take no more jobs, finish those that were taken, close the backend. Blocks until that is done."""
         with self._wake:
             self._stopping = True
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+            self._wake.notify_all()
+        if self._owner.is_alive():
+            self._owner.join()
 
     @property
     def max_queue_tokens(self) -> int:
@@ -151,51 +155,70 @@ class Worker:
     def waiting_tokens(self) -> int:
         return self._batcher.waiting_tokens if self._batcher is not None else 0
 
-    # --- the thread -----------------------------------------------------------------------------------
+    @property
+    def _tokens_per_s(self) -> float:
+        return self._lane_tokens_per_s * self._lanes
+
+    # --- the threads ----------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
             backend = self._load()
-            with self._wake:
-                self._batcher = Batcher(self._policy_for(backend.description))
+            batcher: Batcher[EmbeddingJob] = Batcher(self._policy_for(backend.description))
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits for the model must hear it
             self._loaded.set_exception(error)
             return
+        self._lanes = backend.lanes
+        self._batcher = batcher
+        others = [
+            threading.Thread(
+                target=self._serve, args=(backend, batcher), name=f"model-{self._model}-{lane}", daemon=True
+            )
+            for lane in range(1, backend.lanes)
+        ]
+        for thread in others:
+            thread.start()
         self._loaded.set_result(backend.description)
-        while (batch := self._next_batch(self._batcher)) is not None:
-            self._run(backend, batch)
+        self._serve(backend, batcher)
+        for thread in others:
+            thread.join()
         backend.close()
+
+    def _serve(self, backend: Backend, batcher: Batcher[EmbeddingJob]) -> None:
+        while (batch := self._next_batch(batcher)) is not None:
+            self._run(backend, batch)
 
     def _next_batch(self, batcher: Batcher[EmbeddingJob]) -> Batch[EmbeddingJob] | None:
         with self._wake:
+            self._idle += 1
             while True:
                 now = time.monotonic()
-                decision = batcher.next_batch(float("inf") if self._stopping else now)
+                # Nobody else will come once we are stopping: no use waiting for more.
+                decision = batcher.next_batch(float("inf") if self._stopping else now, idle_lanes=self._idle)
                 if isinstance(decision, Batch):
-                    return decision
+                    break
                 if decision is None and self._stopping:
+                    self._idle -= 1
                     return None
                 self._wake.wait(None if decision is None else decision - now)
+            self._idle -= 1
+            for job, _ in decision.members:
+                if job._started_at is None:
+                    job._started_at = now
+            return decision
 
     def _run(self, backend: Backend, batch: Batch[EmbeddingJob]) -> None:
         started = time.monotonic()
-        for job, _ in batch.members:
-            if job._started_at is None:
-                job._started_at = started
         failed = self._embed(backend, batch.members)
         ended = time.monotonic()
-        self._finish(batch.members, ended)
-
-        took = ended - started
-        rate = batch.padded_tokens / max(took, 1e-6)
-        self._tokens_per_s += _RATE_SMOOTHING * (rate - self._tokens_per_s)
+        self._finish(batch, ended, took=ended - started)
         self._on_batch(
             BatchRecord(
                 model=self._model,
                 inputs=len(batch.members),
                 tokens=batch.tokens,
                 padded_tokens=batch.padded_tokens,
-                inference_s=took,
+                inference_s=ended - started,
                 queue_s=started - min(job.arrived_at for job, _ in batch.members),
                 failed=failed,
             )
@@ -230,29 +253,34 @@ class Worker:
             middle = len(members) // 2
             first, second = self._embed(backend, members[:middle]), self._embed(backend, members[middle:])
             return first or second
-        for i, (job, row) in enumerate(members):
-            if finite[i]:
-                job._vectors[row] = vectors[i]
-                job._remaining -= 1
-            else:
-                logger.error(
-                    "model %s gave a non-finite vector for %d tokens", self._model, len(batch.ids[i])
-                )
-                self._fail(job, InferenceError("The model gave a vector that is not finite for an input."))
-        return not bool(finite.all())
+        for vector, (job, row) in zip(vectors, members, strict=True):
+            job._vectors[row] = vector
+        if finite.all():
+            return False
+        for i in np.flatnonzero(~finite).tolist():
+            logger.error("model %s gave a non-finite vector for %d tokens", self._model, len(batch.ids[i]))
+            self._fail(
+                members[i][0], InferenceError("The model gave a vector that is not finite for an input.")
+            )
+        return True
 
     def _fail(self, job: EmbeddingJob, error: ProviderError) -> None:
         self.cancel(job)
         _tell(job._loop, _set_exception, job, error)
 
-    def _finish(self, members: Sequence[tuple[EmbeddingJob, int]], ended: float) -> None:
+    def _finish(self, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
         """Hand over the vectors of every request that has them all, with one wake-up for each event loop."""
         done: dict[asyncio.AbstractEventLoop, list[tuple[EmbeddingJob, Timing]]] = {}
-        for job in {job: None for job, _ in members}:
-            if job._remaining == 0 and not job.cancelled:
-                started = job._started_at if job._started_at is not None else job.arrived_at
-                timing = Timing(queue_s=started - job.arrived_at, inference_s=ended - started)
-                done.setdefault(job._loop, []).append((job, timing))
+        with self._wake:
+            rate = batch.padded_tokens / max(took, 1e-6)
+            self._lane_tokens_per_s += _RATE_SMOOTHING * (rate - self._lane_tokens_per_s)
+            for job, _ in batch.members:
+                job._remaining -= 1
+                # A failed job is cancelled: it has been told already.
+                if job._remaining == 0 and not job.cancelled:
+                    started = job._started_at if job._started_at is not None else job.arrived_at
+                    timing = Timing(queue_s=started - job.arrived_at, inference_s=ended - started)
+                    done.setdefault(job._loop, []).append((job, timing))
         for loop, jobs in done.items():
             _tell(loop, _set_results, jobs)
 

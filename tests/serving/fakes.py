@@ -57,7 +57,8 @@ def expected(ids: list[int]) -> list[float]:
 class FakeBackend:
     """Computes `expected`, keeps what it was given, and waits while `gate` is closed."""
 
-    def __init__(self, description: ModelDescription | None = None) -> None:
+    def __init__(self, description: ModelDescription | None = None, lanes: int = 1) -> None:
+        self.lanes = lanes
         self.description = description or describe()
         self.batches: list[list[list[int]]] = []
         self.threads: set[str] = {threading.current_thread().name}
@@ -65,8 +66,20 @@ class FakeBackend:
         self.gate.set()
         self.entered = threading.Event()
         self.closed = False
+        self.inside = 0
+        """How many threads are in `embed` now."""
+        self._lock = threading.Lock()
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+        with self._lock:
+            self.inside += 1
+        try:
+            return self._embed(batch)
+        finally:
+            with self._lock:
+                self.inside -= 1
+
+    def _embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         self.entered.set()
         if not self.gate.wait(30):
             raise TimeoutError("the test never opened the gate")

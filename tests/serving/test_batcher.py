@@ -133,6 +133,17 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     assert small_turns > 20, "the small ones had their turns too"
 
 
+def test_what_waits_is_dealt_out_among_idle_lanes() -> None:
+    """Two idle lanes get half each, instead of one getting all while the other looks on."""
+    batcher: Batcher[Job] = Batcher(policy(max_batch_size=64))
+    for _ in range(10):
+        batcher.submit(job(5))
+    first = batcher.next_batch(0.0, idle_lanes=2)
+    assert isinstance(first, Batch)
+    assert len(first.members) == 5
+    assert len(take(batcher).members) == 5
+
+
 def test_nobody_waits_with_the_default_minimum() -> None:
     """A single input runs at once when MIN_BATCH_SIZE is 1."""
     batcher: Batcher[Job] = Batcher(policy(min_batch_size=1, max_wait_s=10))

@@ -66,6 +66,7 @@ class Running:
 async def running(
     description: ModelDescription | None = None,
     *,
+    lanes: int = 1,
     batching: BatchSettings | None = None,
     limits: LimitSettings | None = None,
     **spec: object,
@@ -74,7 +75,7 @@ async def running(
     records: list[BatchRecord] = []
 
     def load() -> FakeBackend:
-        made.append(FakeBackend(description))
+        made.append(FakeBackend(description, lanes))
         return made[-1]
 
     with ThreadPoolExecutor(1) as executor:
@@ -113,6 +114,22 @@ async def test_one_thread_creates_uses_and_closes_the_backend() -> None:
     async with running() as run:
         await asyncio.gather(*(run.embed(f"w{n}") for n in range(50)))
     assert run.backend.threads == {"model-fake"}
+    assert run.backend.closed
+
+
+async def test_lanes_run_batches_side_by_side() -> None:
+    """A backend with two lanes is called by two threads at a time, and every caller gets its own vectors."""
+    async with running(lanes=2) as run:
+        run.backend.gate.clear()
+        tasks = [asyncio.create_task(run.embed(*(f"w{n} w{m}" for m in range(30)))) for n in range(30)]
+        async with asyncio.timeout(10):
+            while run.backend.inside < 2:
+                await asyncio.sleep(0.001)
+        run.backend.gate.set()
+        answers = await asyncio.gather(*tasks)
+        for n, vectors in enumerate(answers):
+            assert vectors.tolist() == [expected(ids(f"w{n}", f"w{m}")) for m in range(30)]
+    assert run.backend.threads == {"model-fake", "model-fake-1"}
     assert run.backend.closed
 
 

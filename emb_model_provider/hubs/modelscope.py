@@ -1,0 +1,227 @@
+"""ModelScope, through its own client.
+
+The client resumes dropped transfers, tries wrong bytes again, and checks the hashes that are listed. Its
+traps are kept away from here: an unknown revision that is answered with an empty listing, paths that are
+not checked, and bars and log lines that cannot be turned off.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from emb_model_provider.errors import (
+    AccessDeniedError,
+    CorruptSnapshotError,
+    HubError,
+    HubUnavailableError,
+    IncompleteRepositoryError,
+    OfflineError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from emb_model_provider.hubs.base import Progress
+from emb_model_provider.hubs.progress import ByteCounter
+from emb_model_provider.hubs.selection import require_all_parts, require_model, select
+from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file, require_safe_paths
+from emb_model_provider.hubs.storage import require_writable, storage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from modelscope_hub import FileInfo, HubApi
+
+    from emb_model_provider.hubs.base import HubConfig
+
+log = logging.getLogger(__name__)
+
+_CACHE_SETTING = "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
+_DEFAULT_REVISIONS = ("master", "main")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+class ModelScopeHub:
+    """Fetches a repository at a branch or tag. ModelScope's API does not say which commit that is."""
+
+    def __init__(self, config: HubConfig) -> None:
+        self._config = config
+
+    def fetch(
+        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+    ) -> Snapshot:
+        """Make sure the revision exists, list it, fetch what serving needs, and hash all of it."""
+        if self._config.offline:
+            raise OfflineError(
+                f"No verified snapshot of {repository} from ModelScope is on this machine, and "
+                "EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set "
+                "EMB_PROVIDER_MODEL_PATH to a directory that holds the model (what ModelScope's client left "
+                "in its cache carries no hashes to check it by)."
+            )
+        if "/" not in repository:
+            raise RepositoryNotFoundError(
+                f"{repository!r} cannot be a repository on ModelScope (owner/name). "
+                "Check EMB_PROVIDER_MODEL_NAME."
+            )
+        on_progress(Progress("resolve", repository))
+        api = _client(self._config)
+        try:
+            asked = _resolve(api, repository, revision)
+            listed = _selected(api.list_repo_files(repository, "model", revision=asked), repository, asked)
+            directory = self._download(api, repository, asked, listed, on_progress)
+            files = _verify(repository, directory, listed, on_progress)
+        except HubError:
+            raise
+        except Exception as error:  # noqa: BLE001 (the client raises from four libraries; all are translated)
+            self._translate(error, repository)
+        where = f"Repository {repository}@{asked} on ModelScope"
+        require_all_parts(directory, (file.path for file in files), where)
+        return Snapshot.of("modelscope", repository, asked, directory, files)
+
+    def _download(
+        self,
+        api: HubApi,
+        repository: str,
+        revision: str,
+        listed: list[FileInfo],
+        on_progress: Callable[[Progress], None],
+    ) -> Path:
+        """Let the client bring the files, and return the directory it put them in."""
+        if self._config.cache_dir is not None:
+            require_writable(self._config.cache_dir, _CACHE_SETTING)
+        total = sum(file.size for file in listed)
+        on_progress(Progress("download", repository, 0, total))
+        return api.download_repo(
+            repository,
+            "model",
+            revision=revision,
+            cache_dir=self._config.cache_dir,
+            progress_callbacks=[_callback_class(ByteCounter(repository, total, on_progress))],
+            file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in listed],
+        )
+
+    def _translate(self, error: BaseException, repository: str) -> NoReturn:
+        """Raise the client's error in our words."""
+        from modelscope_hub import errors
+
+        cause = error
+        if isinstance(cause, errors.FileDownloadError) and cause.failed_files:
+            failed = list(cause.failed_files.values())
+            # Of several reasons the disk's is the one to act on.
+            cause = next(
+                (reason for reason in failed if isinstance(reason, OSError) and reason.errno), failed[0]
+            )
+        given = "the token was refused" if self._config.token else "no token was given"
+        if isinstance(cause, errors.NotExistError):
+            raise RepositoryNotFoundError(
+                f"ModelScope has no repository {repository}, or it is private ({given}). Check "
+                "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_MODELSCOPE_TOKEN."
+            ) from error
+        if isinstance(cause, errors.AuthenticationError | errors.PermissionDeniedError):
+            raise AccessDeniedError(
+                f"{repository} on ModelScope is not open to us: {given} (HTTP {cause.status_code}). Set "
+                "EMB_PROVIDER_MODELSCOPE_TOKEN to a token that may read it."
+            ) from error
+        if isinstance(cause, errors.FileIntegrityError):
+            raise CorruptSnapshotError(
+                f"A file of {repository} keeps arriving with other bytes than ModelScope announces, and was "
+                f"removed ({self._line(cause)}). Try again later."
+            ) from error
+        if isinstance(cause, OSError):
+            refused = storage_error(cause, self._config.cache_dir or "the ModelScope cache", _CACHE_SETTING)
+            if refused is not None:
+                raise refused from error
+        raise HubUnavailableError(
+            f"ModelScope could not be reached for {repository} ({type(cause).__name__}: {self._line(cause)}). "
+            "Check the network and EMB_PROVIDER_MODELSCOPE_ENDPOINT, or try again later."
+        ) from error
+
+    def _line(self, error: BaseException) -> str:
+        """An error's first line, without the token."""
+        text = str(getattr(error, "message", None) or error).strip()
+        line = next(iter(text.splitlines()), "")[:200]
+        return line.replace(self._config.token, "***") if self._config.token else line
+
+
+def _client(config: HubConfig) -> HubApi:
+    """The client, told everything it would otherwise read from its environment, and silenced."""
+    # With a handler there, the client adds none of its own and lets its lines through to the service's.
+    logger = logging.getLogger("modelscope_hub")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
+    from modelscope_hub import HubApi, HubConfig, _download
+
+    logger.setLevel(logging.WARNING)
+    # The one thing of the client's that is replaced: it draws two bars on stderr, over ours or into a
+    # container's log, and neither a parameter nor a setting turns them off (tqdm reads TQDM_DISABLE when it
+    # is first imported, which may be long before). A version without this name keeps its bars.
+    bars = getattr(_download, "tqdm", None)
+    if isinstance(bars, type):
+        setattr(_download, "tqdm", functools.partial(bars, disable=True))  # noqa: B010 (mypy: no such export)
+    told: dict[str, Any] = {"endpoint": config.endpoint, "token": config.token, "cache_dir": config.cache_dir}
+    return HubApi(HubConfig(**{name: value for name, value in told.items() if value is not None}))
+
+
+def _resolve(api: HubApi, repository: str, revision: str | None) -> str:
+    """The branch, tag or commit to fetch. The hub answers one that does not exist with an empty listing."""
+    names = [str(entry.get("Revision") or "") for entry in api.list_repo_revisions(repository, "model")]
+    if revision is None:
+        return next((name for name in _DEFAULT_REVISIONS if name in names), _DEFAULT_REVISIONS[0])
+    if revision in names or _COMMIT.fullmatch(revision):
+        return revision
+    raise RevisionNotFoundError(
+        f"{repository} on ModelScope has no branch or tag {revision!r}; it has "
+        f"{', '.join(sorted(filter(None, names))[:10]) or 'none'}. Set EMB_PROVIDER_MODEL_REVISION to one of "
+        "them (the default branch is called master here, not main)."
+    )
+
+
+def _selected(files: list[FileInfo], repository: str, revision: str) -> list[FileInfo]:
+    """The files of a listing that serving needs."""
+    listed = {file.path: file for file in files if not file.is_dir}
+    if not listed:
+        if _COMMIT.fullmatch(revision):
+            raise RevisionNotFoundError(
+                f"{repository} on ModelScope has no commit {revision}. Check EMB_PROVIDER_MODEL_REVISION."
+            )
+        raise IncompleteRepositoryError(
+            f"Repository {repository}@{revision} on ModelScope is empty. Check EMB_PROVIDER_MODEL_NAME and "
+            "EMB_PROVIDER_MODEL_REVISION."
+        )
+    require_safe_paths(listed, repository)
+    paths = select(listed)
+    require_model(paths, f"Repository {repository}@{revision} on ModelScope")
+    return [listed[path] for path in paths]
+
+
+def _verify(
+    repository: str, directory: Path, listed: list[FileInfo], on_progress: Callable[[Progress], None]
+) -> list[SnapshotFile]:
+    """Hash every file. The client has done so for those it fetched; not every listing has hashes."""
+    done, total = 0, sum(file.size for file in listed)
+    files: list[SnapshotFile] = []
+    for file in listed:
+        hashes = hash_file(directory / file.path)
+        if hashes.size != file.size or (file.sha256 and hashes.sha256 != file.sha256.lower()):
+            (directory / file.path).unlink(missing_ok=True)
+            raise CorruptSnapshotError(
+                f"{file.path} of {repository} has other bytes than ModelScope announces, and was removed. "
+                "Start again to fetch it."
+            )
+        files.append(SnapshotFile(file.path, hashes.size, hashes.sha256))
+        done += hashes.size
+        on_progress(Progress("verify", repository, done, total))
+    return files
+
+
+def _callback_class(counter: ByteCounter) -> Any:
+    """What the client takes for a progress callback: it makes an instance a file."""
+    from modelscope_hub import ProgressCallback
+
+    class Callback(ProgressCallback):
+        def update(self, size: int) -> None:
+            counter.add(size)
+
+    return Callback

@@ -1,0 +1,333 @@
+"""Small hubs on this machine: they speak the protocols that the real clients expect, and can misbehave.
+
+`HuggingFaceServer` and `ModelScopeServer` are context managers. Each listens on two loopback ports: the
+hub's own, and that of the host that large files are redirected to. What they were asked is in `requests`;
+what goes wrong is set in `faults`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Self
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LARGE_BYTES = 10_000
+"""From this size on a file is stored elsewhere: it is redirected to, and listed with its sha256."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a server was asked."""
+
+    method: str
+    path: str
+    """Without the query, percent signs decoded."""
+    query: dict[str, str]
+    headers: dict[str, str]
+    """Names in lower case."""
+    storage: bool
+    """Whether it came to the port that large files are redirected to."""
+
+
+@dataclass
+class Faults:
+    """What goes wrong. Paths are those of files; numbers say how many times."""
+
+    status: int | None = None
+    """Answer everything with this status."""
+    error_code: str | None = None
+    """The X-Error-Code that goes with `status` (Hugging Face)."""
+    wrong_bytes: dict[str, int] = field(default_factory=dict)
+    """Send a file's size of other bytes."""
+    drop_after: dict[str, list[int]] = field(default_factory=dict)
+    """Send this many bytes, then close the connection; one number an answer."""
+    hold_after: dict[str, int] = field(default_factory=dict)
+    """Send this many bytes, then nothing until `release` is set."""
+    listed_too: list[str] = field(default_factory=list)
+    """Names that the listing has, though there are no such files."""
+    release: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Answer:
+    """What a server says."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    file: str | None = None
+    """The path of the file that `body` is, for the faults."""
+
+
+def json_answer(content: object, status: int = 200, **headers: str) -> Answer:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Answer(status, json.dumps(content).encode(), {"Content-Type": "application/json", **named})
+
+
+class HubServer:
+    """What both hubs have in common: two ports, a log of requests, tokens, ranges, and faults.
+
+    `repos` maps a repository to its files; `revisions` names its branches and tags, all of which have the
+    same files.
+    """
+
+    revisions: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        repos: Mapping[str, Mapping[str, bytes]],
+        *,
+        token: str | None = None,
+        revisions: tuple[str, ...] | None = None,
+    ) -> None:
+        self.repos = {name: dict(files) for name, files in repos.items()}
+        self.token = token
+        if revisions is not None:
+            self.revisions = revisions
+        self.faults = Faults()
+        self.requests: list[Request] = []
+        self._bodies: list[str] = []
+        self._lock = threading.Lock()
+        self._hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, storage=False))
+        self._storage = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, storage=True))
+        # A handler that is held must not keep the test waiting.
+        self._hub.daemon_threads = self._storage.daemon_threads = True
+        self._hub.block_on_close = self._storage.block_on_close = False
+        self.url = f"http://127.0.0.1:{self._hub.server_port}"
+        self.storage_url = f"http://localhost:{self._storage.server_port}"
+        self._threads = [
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+            for server in (self._hub, self._storage)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.faults.release.set()
+        for server in (self._hub, self._storage):
+            server.shutdown()
+            server.server_close()
+        for thread in self._threads:
+            thread.join()
+
+    def bodies(self) -> Counter[str]:
+        """How often each file's bytes were sent, redirects and HEAD left out."""
+        with self._lock:
+            return Counter(self._bodies)
+
+    def asked(self, ending: str) -> int:
+        """How often a path that ends so was asked for."""
+        with self._lock:
+            return sum(request.path.endswith(ending) for request in self.requests)
+
+    def forget(self) -> None:
+        """Start counting again."""
+        with self._lock:
+            self.requests.clear()
+            self._bodies.clear()
+
+    def answer(self, request: Request) -> Answer:
+        """Log a request, apply the faults, and let the hub say the rest."""
+        with self._lock:
+            self.requests.append(request)
+        if self.faults.status is not None:
+            code = {"X_Error_Code": self.faults.error_code} if self.faults.error_code else {}
+            return json_answer({"Code": self.faults.status, "Message": "fault"}, self.faults.status, **code)
+        if request.storage:
+            _, repo, path = request.path.split("/@/")
+            return Answer(body=self.repos[repo][path], file=path)
+        return self.route(request)
+
+    def route(self, request: Request) -> Answer:
+        raise NotImplementedError
+
+    def send_file(self, request: Request, repo: str, path: str, **headers: str) -> Answer:
+        """A file's bytes, or where they are."""
+        body = self.repos[repo][path]
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if len(body) >= LARGE_BYTES:
+            location = f"{self.storage_url}/@/{quote(repo)}/@/{quote(path)}"
+            return Answer(302, headers={"Location": location, **named})
+        return Answer(body=body, headers=named, file=path)
+
+    def spoil(self, file: str, body: bytes) -> bytes:
+        """The bytes of a file, or as many others where a fault says so."""
+        with self._lock:
+            self._bodies.append(file)
+            if self.faults.wrong_bytes.get(file, 0) > 0:
+                self.faults.wrong_bytes[file] -= 1
+                return bytes(byte ^ 0xFF for byte in body)
+        return body
+
+
+class HuggingFaceServer(HubServer):
+    """Speaks as much of Hugging Face as its client needs to fetch a model."""
+
+    revisions = ("main",)
+
+    def commit(self, repo: str) -> str:
+        """The commit of a repository as it is now."""
+        content = sorted((path, hashlib.sha1(body).hexdigest()) for path, body in self.repos[repo].items())  # noqa: S324 (git's own)
+        return hashlib.sha1(repr(content).encode()).hexdigest()  # noqa: S324 (git's own)
+
+    def route(self, request: Request) -> Answer:
+        if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
+            return json_answer({"error": "Invalid username or password."}, 401, X_Error_Code="GatedRepo")
+        api, path = "/api/models/", request.path
+        for verb in ("/revision/", "/tree/", "/refs", "/resolve/"):
+            if verb in path:
+                repo, _, rest = path.removeprefix(api).removeprefix("/").partition(verb)
+                break
+        else:
+            return json_answer({"error": "what?"}, 404)
+        if repo not in self.repos:
+            return json_answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        if verb == "/refs":
+            refs = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": self.commit(repo)}
+                for name in self.revisions
+            ]
+            return json_answer({"branches": refs, "tags": [], "converts": []})
+        revision, _, file = rest.partition("/")
+        if revision not in (*self.revisions, self.commit(repo)):
+            return json_answer({"error": "Invalid rev id"}, 404, X_Error_Code="RevisionNotFound")
+        if verb == "/revision/":
+            return json_answer({"id": repo, "modelId": repo, "sha": self.commit(repo), "siblings": []})
+        if verb == "/tree/":
+            names = [*self.repos[repo], *self.faults.listed_too]
+            return json_answer([self._listed(repo, name) for name in names])
+        if file not in self.repos[repo]:
+            return json_answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+        body = self.repos[repo][file]
+        sha256 = hashlib.sha256(body).hexdigest()
+        large = {"X_Linked_ETag": f'"{sha256}"', "X_Linked_Size": str(len(body))}
+        headers = large if len(body) >= LARGE_BYTES else {"ETag": f'"{git_sha1(body)}"'}
+        return self.send_file(request, repo, file, X_Repo_Commit=self.commit(repo), **headers)
+
+    def _listed(self, repo: str, name: str) -> dict[str, object]:
+        body = self.repos[repo].get(name, b"?")
+        entry: dict[str, object] = {"type": "file", "path": name, "size": len(body), "oid": git_sha1(body)}
+        if len(body) >= LARGE_BYTES:
+            entry["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+        return entry
+
+
+class ModelScopeServer(HubServer):
+    """Speaks as much of ModelScope as its client needs to fetch a model."""
+
+    revisions = ("master",)
+
+    def route(self, request: Request) -> Answer:
+        prefix, path = "/api/v1/models/", request.path
+        if not path.startswith(prefix):
+            return json_answer({"Code": 404, "Success": False, "Message": "not found"}, 404)
+        owner, name, rest = path.removeprefix(prefix).split("/", 2)
+        repo = f"{owner}/{name}"
+        if self.token is not None:
+            cookie = f"m_session_id={self.token}"
+            bearer = request.headers.get("authorization") == f"Bearer {self.token}"
+            if not bearer or cookie not in request.headers.get("cookie", ""):
+                return json_answer({"Code": 401, "Success": False, "Message": "user not logged in"}, 401)
+        if repo not in self.repos:
+            return json_answer({"Code": 10010205001, "Success": False, "Message": "模型不存在"}, 404)
+        if rest == "revisions":
+            names = [{"Revision": revision} for revision in self.revisions]
+            return json_answer({"Code": 200, "Data": {"RevisionMap": {"Branches": names, "Tags": []}}})
+        revision = request.query.get("Revision")
+        if rest == "repo/files":
+            # As the real one does: an unknown revision is no error, and has no files.
+            names = [*self.repos[repo], *self.faults.listed_too] if revision in self.revisions else []
+            files = [self._listed(repo, name) for name in names] or None
+            return json_answer(
+                {"Code": 200, "Success": True, "Data": {"Files": files, "LatestCommitter": {}}}
+            )
+        file = request.query.get("FilePath", "")
+        if rest != "repo" or file not in self.repos[repo] or revision not in self.revisions:
+            return json_answer({"Code": 404, "Success": False, "Message": "not found"}, 404)
+        return self.send_file(request, repo, file)
+
+    def _listed(self, repo: str, name: str) -> dict[str, object]:
+        body = self.repos[repo].get(name, b"?")
+        return {
+            "Path": name,
+            "Name": name.rpartition("/")[2],
+            "Type": "blob",
+            "Size": len(body),
+            "Sha256": hashlib.sha256(body).hexdigest(),
+            "IsLFS": len(body) >= LARGE_BYTES,
+            "Revision": "0" * 40,
+        }
+
+
+def git_sha1(body: bytes) -> str:
+    """The id that git gives these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()  # noqa: S324 (git's own)
+
+
+def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self._serve()
+
+        def do_GET(self) -> None:
+            self._serve()
+
+        def _serve(self) -> None:
+            url = urlsplit(self.path)
+            query = {name: values[0] for name, values in parse_qs(url.query).items()}
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = Request(self.command, unquote(url.path), query, headers, storage)
+            answer = server.answer(request)
+            body, status = answer.body, answer.status
+            extra = dict(answer.headers)
+            if answer.file is not None and self.command == "GET":
+                body = server.spoil(answer.file, body)
+                start = headers.get("range", "").removeprefix("bytes=").partition("-")[0]
+                if start.isdigit() and 0 < int(start) < len(body):
+                    status, total = 206, len(body)
+                    extra["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+                    body = body[int(start) :]
+            self.send_response(status)
+            for name, value in {**extra, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if answer.file is not None and self._misbehave(answer.file, body):
+                return
+            self.wfile.write(body)
+
+        def _misbehave(self, file: str, body: bytes) -> bool:
+            faults = server.faults
+            if drops := faults.drop_after.get(file):
+                self.wfile.write(body[: drops.pop(0)])
+                self.close_connection = True
+                return True
+            if file in faults.hold_after and not faults.release.is_set():
+                cut = faults.hold_after[file]
+                self.wfile.write(body[:cut])
+                self.wfile.flush()
+                faults.release.wait(60)
+                try:
+                    self.wfile.write(body[cut:])
+                except OSError:  # whoever asked was killed
+                    self.close_connection = True
+                return True
+            return False
+
+    return Handler

@@ -1,0 +1,214 @@
+"""Real processes: killed in the middle, two at once, and one that may not write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from emb_model_provider.hubs.fetch import fetch_snapshot
+from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from emb_model_provider.settings import HubSettings
+    from tests.hubs.servers import HubServer, HuggingFaceServer, ModelScopeServer
+
+ROOT = Path(__file__).parents[2]
+
+CHILD = """
+import ctypes, json, logging, os, sys
+from pathlib import Path
+
+name, settings, bound = json.loads(sys.argv[1])
+if bound and os.getuid() == 0:
+    # No permission binds root. Without its capabilities it is an owner like any other.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    none = (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
+
+from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.settings import HubSettings
+
+logging.basicConfig(level=logging.INFO)
+paths = {key: Path(value) if key.endswith("_dir") else value for key, value in settings.items()}
+path = Path(name) if name.startswith("/") else None
+try:
+    snapshot = fetch_snapshot(ModelSpec(alias="a", name=name, path=path), HubSettings(**paths))
+    print("SNAPSHOT", snapshot.hub, snapshot.digest)
+except Exception as error:
+    print("ERROR", type(error).__name__, error)
+"""
+
+binds_everyone = pytest.mark.skipif(
+    sys.platform != "linux" and os.geteuid() == 0, reason="permissions do not bind root, nor can it step down"
+)
+
+
+def start(name: str, config: HubSettings, *, bound: bool = False) -> subprocess.Popen[str]:
+    """Fetch in a process of its own, whose last line of output says how it went.
+
+    `bound`: file permissions bind that process, even where the tests run as root.
+    """
+    names = [field for field in config.__dataclass_fields__ if getattr(config, field) is not None]
+    given = {field: getattr(config, field) for field in names}
+    plain = {field: str(value) if isinstance(value, Path) else value for field, value in given.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps([name, plain, bound])],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Give a condition half a minute."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def both(name: str, huggingface: HuggingFaceServer, modelscope: ModelScopeServer) -> tuple[HubServer, str]:
+    """The server of a hub, and the name of its weights."""
+    return (huggingface, "model.safetensors") if name == HF_REPO else (modelscope, "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
+def test_a_killed_process_leaves_nothing_that_looks_complete(
+    settings: Callable[..., HubSettings],
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+    repo: str,
+) -> None:
+    """After SIGKILL in the middle there is no manifest and no lock that blocks; the next run finishes."""
+    server, weights = both(repo, huggingface, modelscope)
+    config = settings()
+    server.faults.hold_after[weights] = 120_000
+    child = start(repo, config)
+    wait_until(
+        lambda: any(path.stat().st_size == 120_000 for path in partial_files(config)) or repo == HF_REPO
+    )
+    wait_until(lambda: server.bodies()[weights] == 1)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert not list(config.cache_dir.rglob("*.json"))
+
+    server.faults.hold_after.clear()
+    server.forget()
+    snapshot = fetch_snapshot(spec(repo), config)
+    assert (snapshot.path / weights).read_bytes() == WEIGHTS
+    assert list(config.cache_dir.rglob("*.json"))
+    if repo == MS_REPO:
+        ranges = [request.headers.get("range") for request in server.requests if request.storage]
+        assert ranges == ["bytes=120000-"]
+
+
+def partial_files(config: HubSettings) -> list[Path]:
+    return list(config.modelscope_cache_dir.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
+def test_two_processes_at_once_transfer_each_file_once(
+    settings: Callable[..., HubSettings],
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+    repo: str,
+) -> None:
+    """The second process waits, says so, and uses what the first one brought."""
+    server, weights = both(repo, huggingface, modelscope)
+    server.faults.hold_after[weights] = 1_000
+    children = [start(repo, settings()) for _ in range(2)]
+    try:
+        wait_until(lambda: server.bodies()[weights] == 1)
+        # Held until the other process must have come to the lock: it imports no more than the first did.
+        time.sleep(3)
+    finally:
+        server.faults.release.set()
+        outputs = [child.communicate(timeout=60) for child in children]
+    results = {output.splitlines()[-1] for output, _ in outputs}
+    assert len(results) == 1
+    assert results.pop().startswith("SNAPSHOT")
+    assert set(server.bodies().values()) == {1}
+    assert server.asked("/revisions" if repo == MS_REPO else "/revision/main") == 1
+    assert sum("Another process or thread is fetching" in error for _, error in outputs) == 1
+
+
+@binds_everyone
+@pytest.mark.parametrize("repo", [HF_REPO, MS_REPO, "local"])
+def test_a_baked_cache_that_is_read_only_is_served(
+    settings: Callable[..., HubSettings],
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+    tmp_path: Path,
+    repo: str,
+) -> None:
+    """With a manifest the model is served, without a request; one that would have to be fetched is an error
+    that names the directory and the setting; a plain directory is served with a warning.
+    """
+    config = settings()
+    name = repo
+    if repo == "local":
+        name = str(fetch_snapshot(spec(MS_REPO), config).path)
+        config = settings(cache_dir=tmp_path / "nowhere")
+    else:
+        fetch_snapshot(spec(repo), config)
+    huggingface.forget()
+    modelscope.forget()
+    with unwritable(tmp_path):
+        output, errors = start(name, config, bound=True).communicate(timeout=60)
+        assert output.splitlines()[-1].startswith("SNAPSHOT"), output + errors
+        assert not huggingface.requests + modelscope.requests
+        if repo == "local":
+            assert "will be computed at every start" in errors
+            return
+        huggingface.repos["acme/other"] = modelscope.repos["iic/other"] = {}
+        other = "acme/other" if repo == HF_REPO else "iic/other"
+        output, _ = start(other, config, bound=True).communicate(timeout=60)
+        assert "ERROR CacheNotWritableError" in output
+        assert str(config.cache_dir) in output
+        assert "EMB_PROVIDER_CACHE_DIR" in output
+
+
+@binds_everyone
+@pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
+def test_a_read_only_cache_of_the_clients_is_named_with_its_setting(
+    settings: Callable[..., HubSettings], tmp_path: Path, repo: str
+) -> None:
+    """Where the manifests can be written but the client's cache cannot, the error names the latter."""
+    config = settings()
+    config.cache_dir.mkdir()
+    clients = config.hf_cache_dir if repo == HF_REPO else config.modelscope_cache_dir
+    clients.mkdir()
+    with unwritable(clients):
+        output, errors = start(repo, config, bound=True).communicate(timeout=60)
+    setting = "EMB_PROVIDER_HF_CACHE_DIR" if repo == HF_REPO else "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
+    assert "ERROR CacheNotWritableError" in output, output + errors
+    assert str(clients) in output
+    assert setting in output
+
+
+@contextlib.contextmanager
+def unwritable(directory: Path) -> Iterator[None]:
+    """Take away the right to write below a directory."""
+    paths = [directory, *(path for path in directory.rglob("*") if not path.is_symlink())]
+    modes = {path: path.stat().st_mode for path in paths}
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        yield
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
