@@ -1,0 +1,139 @@
+"""The torch backend: token batches through a sentence-transformers module pipeline, on CPU, CUDA or MPS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+from emb_model_provider.backends.base import ModelDescription, TokenBatch
+from emb_model_provider.backends.pipeline import plan_pipeline
+from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
+from emb_model_provider.backends.torch_description import describe
+from emb_model_provider.backends.torch_pipeline import (
+    load_pipeline,
+    strip_final_normalize,
+    torch_device_facts,
+)
+from emb_model_provider.errors import InferenceError, LoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from sentence_transformers import SentenceTransformer
+
+    from emb_model_provider.hubs.snapshot import Snapshot
+    from emb_model_provider.model_spec import ModelSpec
+
+
+class TorchBackend:
+    """A pipeline held by PyTorch. It is created, used and closed by one thread."""
+
+    description: ModelDescription
+    lanes = 1
+    """PyTorch spreads one batch over all cores, or the GPU runs them in turn: two at a time gain nothing."""
+
+    def __init__(self, spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> None:
+        """Load a snapshot, and run one token through it.
+
+        Raises: DeviceUnavailableError, UnsupportedPrecisionError, UnsupportedModelError or LoadError.
+        """
+        facts = torch_device_facts()
+        device = resolve_device(spec.device, facts)
+        precision = resolve_torch_precision(spec.precision, device, facts)
+        plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
+        pipeline = load_pipeline(
+            plan, precision=precision, device=device, trust_remote_code=trust_remote_code
+        )
+        # sentence-transformers cuts to truncate_dim after the last module. A Normalize before that cut is not the
+        # model's last step: it stays, and the cut vectors are shorter than 1, as `encode` gives them.
+        cut_after_normalize = plan.truncate_dim is not None and plan.normalize is None
+        normalize = False if cut_after_normalize else strip_final_normalize(pipeline)
+        self._pipeline: SentenceTransformer | None = pipeline
+        self._static = isinstance(pipeline[0], StaticEmbedding)
+        self._device = torch.device(device)
+        self._truncate_dim = plan.truncate_dim
+        # Enough for the trial run of one token, which tells the dimension.
+        self._vocab_size, self._pad_token_id = 1, 0
+        self._padding_side: Literal["left", "right"] = "right"
+        try:
+            dimension = self._forward([[0]], prompt_length=0).shape[1]
+        except Exception as error:
+            raise LoadError(
+                f"{snapshot.repository} was loaded but cannot embed: {type(error).__name__}: {error}"
+            ) from error
+        self.description = describe(
+            pipeline,
+            plan,
+            dimension=dimension,
+            normalize=normalize,
+            precision=precision,
+            device=device,
+            backend="torch",
+        )
+        self._vocab_size = self.description.vocab_size
+        self._pad_token_id = self.description.pad_token_id
+        self._padding_side = self.description.padding_side
+
+    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
+
+        Raises: InferenceError where a row is longer than the model reads or holds an id it does not know; else
+        whatever PyTorch raises. The backend stays usable.
+        """
+        longest = max(map(len, batch.ids))
+        if longest > self.description.max_length:
+            raise InferenceError(
+                f"An input of {longest} tokens reached a model that reads {self.description.max_length}."
+            )
+        if not self.description.excludes_prompt:
+            return self._forward(batch.ids, prompt_length=0)
+        lengths = sorted(set(batch.prompt_lengths))
+        if len(lengths) == 1:
+            return self._forward(batch.ids, prompt_length=lengths[0])
+        # sentence-transformers' Pooling knows one prompt length per batch.
+        vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
+        for length in lengths:
+            rows = [row for row, own in enumerate(batch.prompt_lengths) if own == length]
+            vectors[rows] = self._forward([batch.ids[row] for row in rows], prompt_length=length)
+        return vectors
+
+    def close(self) -> None:
+        """Free the model's memory. The backend is not used again."""
+        self._pipeline = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _forward(self, ids: Sequence[Sequence[int]], *, prompt_length: int) -> NDArray[np.float32]:
+        if self._pipeline is None:
+            raise RuntimeError("the backend is closed")
+        features: dict[str, Any] = self._bags(ids) if self._static else self._padded(ids)
+        if prompt_length:
+            features["prompt_length"] = prompt_length
+        vectors: torch.Tensor = self._pipeline(features)["sentence_embedding"]
+        return vectors[:, : self._truncate_dim].float().cpu().numpy()
+
+    def _padded(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        batch = TokenBatch(ids=ids, prompt_lengths=())
+        tokens, mask = batch.padded(self._pad_token_id, self._padding_side)
+        return {"input_ids": self._tokens(tokens), "attention_mask": torch.from_numpy(mask).to(self._device)}
+
+    def _bags(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return all ids end to end and where each input starts, as static embeddings read them."""
+        starts = np.cumsum([0, *(len(row) for row in ids[:-1])])
+        tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
+        return {"input_ids": self._tokens(tokens), "offsets": torch.from_numpy(starts).to(self._device)}
+
+    def _tokens(self, ids: NDArray[np.int64]) -> torch.Tensor:
+        # On CUDA, looking up a row that is not there ends the whole process's context, so it is refused here.
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= self._vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InferenceError(
+                f"An input holds token id {wrong}; the model knows 0 to {self._vocab_size - 1}."
+            )
+        return torch.from_numpy(ids).to(self._device)

@@ -1,0 +1,27 @@
+"""Directories of small models, each written once per session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.models import FAMILIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture(scope="session")
+def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the directory of a family, by its name in `FAMILIES`."""
+    root = tmp_path_factory.mktemp("families")
+
+    def directory(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            FAMILIES[name](path)
+        return path
+
+    return directory
