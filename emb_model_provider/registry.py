@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from emb_model_provider.backends.load import load_backend
+from emb_model_provider.compile.prepare import prepare_backend
 from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.hubs.progress import ProgressReporter
@@ -109,8 +109,10 @@ class Registry:
         trust: TrustSettings,
         batching: BatchSettings,
         limits: LimitSettings,
+        max_artifact_bytes: int,
         on_batch: Callable[[BatchRecord], None],
     ) -> None:
+        self._max_artifact_bytes = max_artifact_bytes
         self._hubs = hubs
         self._trust = trust
         self._batching = batching
@@ -232,10 +234,20 @@ class Registry:
             snapshot = await asyncio.to_thread(_fetch, spec, self._hubs)
             slot.snapshot = snapshot
             slot.state = State.LOADING
-            trusted = self._may_run_code(spec, snapshot)
+            prepared = await asyncio.to_thread(
+                prepare_backend,
+                spec,
+                snapshot,
+                trust_remote_code=self._may_run_code(spec, snapshot),
+                cache_dir=self._hubs.cache_dir,
+                max_cache_bytes=self._max_artifact_bytes,
+                on_compiling=lambda: setattr(slot, "state", State.COMPILING),
+                stopped=lambda: self._stopping,
+            )
+            slot.state = State.LOADING
             engine = await Engine.start(
                 spec,
-                lambda: load_backend(spec, snapshot, trust_remote_code=trusted),
+                prepared.load,
                 batching=self._batching,
                 limits=self._limits,
                 executor=self._executor,

@@ -207,8 +207,9 @@ class Settings(BaseModel):
     )
     model_precision: Annotated[Precision, Lowered] = _setting(
         "auto",
-        "How the model computes. auto: fp32 on a CPU; bf16 on a CUDA device that has it, else fp16. "
-        "int8 and int4 are not there yet.",
+        "How the model computes. auto: compiled on a CPU, bf16 where the processor has it (the vectors stay within "
+        "0.999 of fp32, or they are not served), else fp32; torch on a CPU, fp32; on a CUDA device bf16 where it has "
+        "that, else fp16. int8 and int4 are not there yet.",
     )
     enable_quantization: bool | None = _setting(
         None, "true with precision auto means int8; false together with int8 or int4 is an error."
@@ -220,7 +221,9 @@ class Settings(BaseModel):
         pattern=DEVICE_PATTERN,
     )
     backend: Annotated[BackendName, Lowered] = _setting(
-        "auto", "What runs the model. auto: torch. openvino is not there yet."
+        "auto",
+        "What runs the model. auto: openvino on a CPU, compiled once and checked against sentence-transformers, with "
+        "torch where that cannot be done; torch on any other device.",
     )
     modelscope_cache_dir: Directory | None = _setting(
         None,
@@ -234,9 +237,13 @@ class Settings(BaseModel):
     )
     cache_dir: Directory = _setting(
         Path(platformdirs.user_cache_dir("emb_model_provider", appauthor=False)),
-        "What this service itself keeps: the manifests of snapshots. Default: the platform's user cache directory.",
+        "What this service itself keeps: the manifests of snapshots, and compiled models. Default: the platform's user cache directory.",
         allowed="a directory",
     )
+    max_artifacts_gb: float = _setting(
+        20, "Most disk for compiled models in CACHE_DIR, in GiB; the least recently used go first.",
+        allowed="more than 0", gt=0, allow_inf_nan=False,
+    )  # fmt: skip
     modelscope_trust_remote_code: bool = _setting(
         False,
         "Let code that a ModelScope repository carries run in this process. Only for repositories you trust.",

@@ -75,6 +75,7 @@ def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hub
         trust=TrustSettings(),
         batching=BatchSettings(),
         limits=LimitSettings(request_timeout_s=60),
+        max_artifact_bytes=2**30,
         on_batch=lambda _: None,
     )
 
@@ -90,11 +91,18 @@ async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
     """Each alias has its own hub, precision and engine, and gives the vectors its files give from a directory."""
     registry = make(
         tmp_path,
-        ModelSpec(alias="chinese", name=GTE, source="modelscope", device="cpu"),
-        ModelSpec(alias="english", name="acme/bert", source="huggingface", device="cpu"),
-        ModelSpec(alias="english-16", name="acme/bert", source="huggingface", device="cpu", precision="bf16"),
-        ModelSpec(alias="gte-dir", name=str(gte), path=gte, device="cpu"),
-        ModelSpec(alias="bert-dir", name="bert-dir", path=bert, device="cpu"),
+        ModelSpec(alias="chinese", name=GTE, source="modelscope", device="cpu", backend="torch"),
+        ModelSpec(alias="english", name="acme/bert", source="huggingface", device="cpu", backend="torch"),
+        ModelSpec(
+            alias="english-16",
+            name="acme/bert",
+            source="huggingface",
+            device="cpu",
+            backend="torch",
+            precision="bf16",
+        ),
+        ModelSpec(alias="gte-dir", name=str(gte), path=gte, device="cpu", backend="torch"),
+        ModelSpec(alias="bert-dir", name="bert-dir", path=bert, device="cpu", backend="torch"),
         preload=("chinese", "english", "english-16", "gte-dir", "bert-dir"),
         modelscope_endpoint=modelscope.url,
         hf_endpoint=huggingface.url,
@@ -124,7 +132,9 @@ async def test_many_callers_of_a_lazy_model_load_it_once(
 ) -> None:
     """A model that is not loaded at the start is loaded by the first request, for all that wait."""
     registry = make(
-        tmp_path, ModelSpec(alias="m", name="acme/bert", device="cpu"), hf_endpoint=huggingface.url
+        tmp_path,
+        ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
+        hf_endpoint=huggingface.url,
     )
     try:
         assert registry.status("m").state is State.UNLOADED
@@ -141,7 +151,9 @@ async def test_a_caller_that_gives_up_does_not_end_the_load_for_the_others(
 ) -> None:
     """The load is shared: cancelling the first caller leaves the second waiting for it."""
     registry = make(
-        tmp_path, ModelSpec(alias="m", name="acme/bert", device="cpu"), hf_endpoint=huggingface.url
+        tmp_path,
+        ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
+        hf_endpoint=huggingface.url,
     )
     try:
         first, second = asyncio.create_task(registry.get("m")), asyncio.create_task(registry.get("m"))
@@ -159,9 +171,9 @@ async def test_a_model_that_fails_says_why_and_leaves_the_others_serving(
     """The reason is told on request; the hub is not asked again at once, and a later request tries anew."""
     registry = make(
         tmp_path,
-        ModelSpec(alias="gone", name="acme/gone", device="cpu"),
-        ModelSpec(alias="quantized", name="q", path=bert, device="cpu", precision="int8"),
-        ModelSpec(alias="works", name="acme/bert", device="cpu"),
+        ModelSpec(alias="gone", name="acme/gone", device="cpu", backend="torch"),
+        ModelSpec(alias="quantized", name="q", path=bert, device="cpu", backend="torch", precision="int8"),
+        ModelSpec(alias="works", name="acme/bert", device="cpu", backend="torch"),
         preload=("gone", "quantized", "works"),
         hf_endpoint=huggingface.url,
     )
@@ -187,7 +199,7 @@ async def test_a_failed_load_is_tried_again_after_a_while(
     monkeypatch.setattr(registry_module, "_FAILED_RETRY_AFTER_S", 0.0)
     registry = make(
         tmp_path,
-        ModelSpec(alias="m", name="acme/bert", device="cpu"),
+        ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
         preload=("m",),
         hf_endpoint=huggingface.url,
     )
@@ -203,7 +215,9 @@ async def test_a_failed_load_is_tried_again_after_a_while(
 
 async def test_a_stopped_registry_lets_nobody_in(tmp_path: Path, bert: Path) -> None:
     """After `stop` requests are told that the service is going away."""
-    registry = make(tmp_path, ModelSpec(alias="m", name="m", path=bert, device="cpu"), preload=("m",))
+    registry = make(
+        tmp_path, ModelSpec(alias="m", name="m", path=bert, device="cpu", backend="torch"), preload=("m",)
+    )
     await registry.preload()
     await registry.stop()
     assert registry.status("m").state is State.UNLOADED

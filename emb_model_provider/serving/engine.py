@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import (
     DeadlineExceededError,
     LoadError,
@@ -21,7 +22,6 @@ from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.cl100k import decode_cl100k, load_cl100k
 from emb_model_provider.serving.postprocess import check_dimensions, finished
 from emb_model_provider.serving.prompts import choose_prompt
-from emb_model_provider.serving.tokenization import Tokenization
 from emb_model_provider.serving.worker import EmbeddingJob, Timing, Worker
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.backends.tokenization import EncodedInputs
     from emb_model_provider.model_spec import ModelSpec, Truncate
-    from emb_model_provider.serving.tokenization import EncodedInputs
     from emb_model_provider.serving.worker import BatchRecord
     from emb_model_provider.settings import BatchSettings, LimitSettings
 

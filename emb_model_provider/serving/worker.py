@@ -165,10 +165,10 @@ class Worker:
         try:
             backend = self._load()
             batcher: Batcher[EmbeddingJob] = Batcher(self._policy_for(backend.description))
+            self._lanes = backend.lanes
         except BaseException as error:  # noqa: BLE001 - whatever it is, whoever waits for the model must hear it
             self._loaded.set_exception(error)
             return
-        self._lanes = backend.lanes
         self._batcher = batcher
         others = [
             threading.Thread(

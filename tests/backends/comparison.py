@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.serving.tokenization import Tokenization
+from emb_model_provider.backends.tokenization import Tokenization
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -286,7 +286,7 @@ def test_reading_a_plan_does_not_import_torch() -> None:
     """The light serving process reads plans and precisions without a runtime."""
     code = (
         "import sys, emb_model_provider.backends.pipeline, emb_model_provider.backends.precision, "
-        "emb_model_provider.backends.load, emb_model_provider.serving.tokenization; "
+        "emb_model_provider.backends.load, emb_model_provider.backends.tokenization; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'sentence_transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

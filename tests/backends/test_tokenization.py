@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emb_model_provider.backends.base import ModelDescription
+from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import InputTooLongError, TokenInputError
-from emb_model_provider.serving.tokenization import Tokenization
 from tests.backends.comparison import TEXTS
 from tests.backends.small_tokenizers import LENGTH, byte_bpe, unigram, wordpiece
 

@@ -1,0 +1,64 @@
+"""Texts of known lengths, each of them unlike all others of a run.
+
+Words are drawn with Zipf's weights from the model's own whole words, so that a text of n words has exactly n + 2
+tokens ([CLS] and [SEP]), and lengths are what a distribution says rather than what a corpus happens to hold.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from emb_model_provider.hubs.bundled import find_bundled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Kind = Literal["short", "doc"]
+
+DISTRIBUTIONS: dict[Kind, str] = {
+    "short": "tokens uniform over 8 to 18, mean 13",
+    "doc": "tokens lognormal (mu 4.32, sigma 0.7), clipped to 8 to 256, mean 92",
+}
+SPECIAL_TOKENS = 2
+_LONGEST = 256
+_SHORTEST = 8
+
+
+def draw_lengths(kind: Kind, count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return lengths in tokens, special tokens included."""
+    if kind == "short":
+        return random.integers(_SHORTEST, 18, size=count, endpoint=True)
+    lengths = np.rint(random.lognormal(4.32, 0.7, size=count)).astype(np.int64)
+    return np.clip(lengths, _SHORTEST, _LONGEST)
+
+
+def tokens_in(text: str) -> int:
+    """Return the tokens of a text of ours, special tokens included."""
+    return text.count(" ") + 1 + SPECIAL_TOKENS
+
+
+class Corpus:
+    """A source of texts that never gives the same one twice. The same seed gives the same texts."""
+
+    def __init__(self, seed: int = 7) -> None:
+        vocabulary = (find_bundled() / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        words = [word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 1]
+        self._words = np.array(words, dtype=object)
+        self._cumulative = np.cumsum(1.0 / np.arange(1, len(words) + 1))
+        self._random = np.random.default_rng(seed)
+        self._seen: set[str] = set()
+
+    def texts(self, kind: Kind, count: int) -> list[str]:
+        """Return `count` new texts."""
+        found: list[str] = []
+        while len(found) < count:
+            lengths = draw_lengths(kind, count - len(found), self._random)
+            for length in (lengths - SPECIAL_TOKENS).tolist():
+                places = self._random.random(length) * self._cumulative[-1]
+                text = " ".join(self._words[np.searchsorted(self._cumulative, places)])
+                if text not in self._seen:
+                    self._seen.add(text)
+                    found.append(text)
+        return found

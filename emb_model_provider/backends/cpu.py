@@ -1,0 +1,98 @@
+"""What this process may use of the processor: a container's share of it, not the host's count."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_ROOT = Path("/")
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+_ARM_BF16_FLAGS = {"bf16", "svebf16"}
+
+
+def usable_cpus(root: Path = _ROOT) -> int:
+    """Return how many threads of computation this process can keep busy, at least 1.
+
+    The processors it may be scheduled on, or its control group's CPU limit (v2 `cpu.max`, v1 `cpu.cfs_quota_us`)
+    where that is less. A limit of 1.5 counts as 1: a second thread would only be throttled. `root` is where
+    `/proc` and `/sys` are read.
+    """
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        allowed = os.cpu_count() or 1
+    limit = cgroup_cpu_limit(root)
+    return max(1, allowed if limit is None else min(allowed, int(limit)))
+
+
+def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
+    """Return the lowest CPU limit among this process's control group and its ancestors, in CPUs, or None."""
+    limits = [
+        limit
+        for read, mount, group in _groups(root)
+        for directory in (mount / group, *(mount / group).parents)
+        if directory.is_relative_to(mount) and (limit := read(directory)) is not None
+    ]
+    return min(limits, default=None)
+
+
+def native_bf16(root: Path = _ROOT) -> bool:
+    """Whether the processor multiplies bf16 numbers itself (AMX or AVX512-BF16; on ARM, its BF16 extension)."""
+    try:
+        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    lines = re.findall(r"^(flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return any(
+        set(words.split()) & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, words in lines
+    )
+
+
+def _groups(root: Path) -> list[tuple[Callable[[Path], float | None], Path, str]]:
+    """Return, for v2 and v1, how to read a limit, where the hierarchy is mounted, and this process's group in it."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found: list[tuple[Callable[[Path], float | None], Path, str]] = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        # Inside a container without a namespace of its own the path is the host's, and is not there:
+        # then only the mount itself is read, which is the container's group.
+        inside = "" if ".." in group else group.lstrip("/")
+        if number == "0" and not controllers:
+            found.append((_limit_v2, root / "sys/fs/cgroup", inside))
+        elif "cpu" in controllers.split(","):
+            found.append((_limit_v1, root / "sys/fs/cgroup" / controllers, inside))
+            found.append((_limit_v1, root / "sys/fs/cgroup/cpu", inside))
+    return found
+
+
+def _limit_v2(directory: Path) -> float | None:
+    words = _words(directory / "cpu.max")
+    return _ratio(words[0], words[1]) if len(words) == 2 else None
+
+
+def _limit_v1(directory: Path) -> float | None:
+    quota, period = _words(directory / "cpu.cfs_quota_us"), _words(directory / "cpu.cfs_period_us")
+    return _ratio(quota[0], period[0]) if quota and period else None
+
+
+def _ratio(quota: str, period: str) -> float | None:
+    # "max" (v2) and -1 (v1) mean no limit.
+    if not quota.isdecimal() or not period.isdecimal() or not int(period):
+        return None
+    return int(quota) / int(period) or None
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,127 @@
+"""From a snapshot to an artifact's files. Runs in the compile process only, and imports all that it takes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from emb_model_provider.backends.openvino_backend import OpenVinoBackend
+from emb_model_provider.backends.openvino_runtime import openvino
+from emb_model_provider.backends.pipeline import plan_pipeline
+from emb_model_provider.backends.torch_description import describe
+from emb_model_provider.backends.torch_pipeline import load_pipeline, strip_final_normalize
+from emb_model_provider.compile import graph as graphs
+from emb_model_provider.compile.artifact import GRAPH, TOKENIZER, write_manifest
+from emb_model_provider.compile.job import Result
+from emb_model_provider.compile.verify import LONGEST_COMPARED, UntrueError, compare, reference_cases
+from emb_model_provider.errors import LoadError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sentence_transformers import SentenceTransformer
+
+    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.backends.openvino_runtime import Graph
+    from emb_model_provider.compile.job import Job
+    from emb_model_provider.compile.verify import Case
+
+logger = logging.getLogger(__name__)
+
+
+def make(job: Job, tell: Callable[[str], None]) -> Result:
+    """Load, export, convert, verify and write; `tell` is called with the name of each phase as it begins.
+
+    Raises: OSError where the disk refuses; MemoryError.
+    """
+    tell("load")
+    try:
+        pipeline, description = _load(job)
+    except LoadError as error:
+        return Result("broken", error.message)
+    try:
+        graphs.refuse_what_has_no_graph(pipeline)
+    except UnsupportedModelError as error:
+        return Result("unsupported", error.message)
+    tell("reference vectors")
+    cases = reference_cases(pipeline, description)
+    failures: list[str] = []
+    untrue = False
+    for way, convert in graphs.WAYS.items():
+        try:
+            graph = convert(pipeline, tell)
+        except OSError:
+            raise
+        except Exception as error:
+            logger.exception("%s failed", way)
+            failures.append(f"{way}: {_one_line(error)}")
+            continue
+        tell("save")
+        _save(graph, job)
+        del graph
+        tell("verify")
+        verified, reasons = _first_true(job, description, cases)
+        if verified is not None:
+            tell("write")
+            _write(job, verified, way)
+            return Result("done")
+        untrue = True
+        failures += [f"{way}: {reason}" for reason in reasons]
+    return Result("refused" if untrue else "unsupported", "; ".join(failures))
+
+
+def _load(job: Job) -> tuple[SentenceTransformer, ModelDescription]:
+    spec = replace(job.spec, prompts=None)
+    trusted = job.recipe.trust_remote_code
+    plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
+    pipeline = load_pipeline(plan, precision="fp32", device="cpu", trust_remote_code=trusted)
+    graphs.without_cache(pipeline)
+    # As the torch backend does: a Normalize before a cut to truncate_dim is not the model's last step.
+    cut_after_normalize = plan.truncate_dim is not None and plan.normalize is None
+    normalize = False if cut_after_normalize else strip_final_normalize(pipeline)
+    try:
+        dimension = graphs.dimension_of(pipeline)
+    except Exception as error:
+        raise LoadError(f"it was loaded but cannot embed: {_one_line(error)}") from error
+    description = describe(
+        pipeline, plan, dimension=dimension, normalize=normalize, precision="fp32", device="cpu", backend="openvino"
+    )  # fmt: skip
+    if description.max_length > LONGEST_COMPARED:
+        note = f"compared with the reference on texts of up to {LONGEST_COMPARED} tokens; it reads {description.max_length}"
+        description = replace(description, notes=(*description.notes, note))
+    return pipeline, description
+
+
+def _save(graph: Graph, job: Job) -> None:
+    openvino().save_model(graph, job.directory / GRAPH, compress_to_fp16=job.recipe.weights == "fp16")
+
+
+def _first_true(
+    job: Job, description: ModelDescription, cases: Sequence[Case]
+) -> tuple[ModelDescription | None, list[str]]:
+    """Return the description at the first precision that verifies, and why those before it did not."""
+    reasons: list[str] = []
+    for precision in job.recipe.compute:
+        candidate = replace(description, precision=precision)
+        backend = OpenVinoBackend(job.directory / GRAPH, candidate, cpus=job.threads)
+        try:
+            fidelity = compare(backend, cases)
+        except UntrueError as error:
+            reasons.append(f"at {precision}, {error}")
+            continue
+        finally:
+            backend.close()
+        notes = (f"computed in {precision}, since it is not true enough {reason}" for reason in reasons)
+        return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
+    return None, reasons
+
+
+def _write(job: Job, description: ModelDescription, way: str) -> None:
+    (job.directory / TOKENIZER).write_text(description.tokenizer_json, encoding="utf-8")
+    write_manifest(job.directory, job.recipe, description, made_by=way)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

@@ -1,0 +1,257 @@
+"""Where artifacts are kept: found again, made once, thrown away when there are too many.
+
+Under `<cache directory>/artifacts/`:
+
+    <key>/                 an artifact, whole: it got this name only when all of its files were on disk
+    <key>.lock             held (exclusively) by whoever makes or removes that artifact
+    <key>.hold             held (shared) by every process that serves from it, so that it is not thrown away
+    <key>.refused.json     why this recipe gives no artifact, so that the next start does not try for minutes
+    .<key>.<random>.tmp/   an artifact in the making; where nobody holds its lock, what a killed process left
+
+A lock ends with its process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+import filelock
+
+from emb_model_provider.compile.artifact import MANIFEST, read_artifact
+from emb_model_provider.hubs.storage import CACHE_SETTING, require_writable, storage_error, write_atomically
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from emb_model_provider.compile.artifact import Artifact
+    from emb_model_provider.compile.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 0.2
+
+
+class Hold:
+    """Keeps an artifact from being thrown away until it is released, or forgotten, or the process ends."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._let_go = weakref.finalize(self, os.close, descriptor) if descriptor is not None else None
+
+    def release(self) -> None:
+        """Let the artifact go. Calling it again does nothing."""
+        if self._let_go is not None:
+            self._let_go()
+
+
+class ArtifactStore:
+    """The artifacts of one cache directory, which any number of processes may share."""
+
+    def __init__(self, cache_dir: Path, *, max_bytes: int) -> None:
+        self._root = cache_dir / "artifacts"
+        self._max_bytes = max_bytes
+
+    def find(self, recipe: Recipe) -> tuple[Artifact, Hold] | None:
+        """Return the artifact of a recipe, held, if it is there and whole. Reads only; needs no write access."""
+        return self._take(self._root / recipe.key)
+
+    def find_compatible(self, recipe: Recipe) -> tuple[Artifact, Hold] | None:
+        """Return an artifact that serves a recipe although it was made elsewhere (see `Recipe.can_serve`)."""
+        try:
+            directories = sorted(path for path in self._root.iterdir() if path.is_dir())
+        except OSError:
+            return None
+        for directory in directories:
+            if directory.name.startswith("."):
+                continue
+            try:
+                made_from = json.loads((directory / MANIFEST).read_bytes())["recipe"]
+                suitable = recipe.can_serve(made_from)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if suitable and (found := self._take(directory)) is not None:
+                return found
+        return None
+
+    def refusal(self, recipe: Recipe) -> str | None:
+        """Return why this recipe is known to give no artifact, or None."""
+        try:
+            content = json.loads(self._refusal_path(recipe).read_bytes())
+            return str(content["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def refuse(self, recipe: Recipe, reason: str) -> None:
+        """Remember that a recipe gives no artifact; whatever changes the recipe forgets it."""
+        content = {"reason": reason, "recipe": recipe.as_json()}
+        with contextlib.suppress(OSError):
+            write_atomically(self._refusal_path(recipe), json.dumps(content, indent=1).encode())
+
+    def require_writable(self) -> None:
+        """Raises: HubError, most often CacheNotWritableError, which names the setting."""
+        require_writable(self._root, CACHE_SETTING)
+
+    @contextlib.contextmanager
+    def making(self, recipe: Recipe, *, stopped: Callable[[], bool]) -> Iterator[Path]:
+        """Hold a recipe's lock and give an empty directory to make it in, which is gone afterwards.
+
+        Waits for another process that makes the same artifact, which may have finished it by then: look again.
+
+        Raises: HubError where the cache cannot be written, InterruptedError when `stopped` while waiting.
+        """
+        self.require_writable()
+        lock = filelock.FileLock(self._root / f"{recipe.key}.lock", thread_local=False)
+        try:
+            self._wait_for(lock, stopped)
+            self._sweep(recipe.key)
+            directory = tempfile.mkdtemp(dir=self._root, prefix=f".{recipe.key}.", suffix=".tmp")
+        except OSError as error:
+            lock.release()
+            if isinstance(error, InterruptedError):
+                raise
+            raise storage_error(error, self._root, CACHE_SETTING) or error from error
+        try:
+            yield self._root / directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            lock.release()
+
+    def keep(self, recipe: Recipe, made: Path) -> tuple[Artifact, Hold]:
+        """Give a finished directory its name, inside `making`; then make room. Returns the artifact, held.
+
+        Raises: OSError.
+        """
+        place = self._root / recipe.key
+        if place.exists():  # damaged, or it would have been found
+            _remove(place)
+        # mkdtemp makes directories for the owner only; a cache may be shared, as the files in it are.
+        made.chmod(0o755)
+        made.rename(place)
+        self._refusal_path(recipe).unlink(missing_ok=True)
+        taken = self._take(place)
+        if taken is None:
+            raise OSError(f"the artifact in {place} is not whole although it was just written")
+        self._make_room()
+        return taken
+
+    # --- keeping order ----------------------------------------------------------------------------------
+
+    def _take(self, directory: Path) -> tuple[Artifact, Hold] | None:
+        hold = self._hold(directory.name)
+        artifact = read_artifact(directory)
+        if artifact is None:
+            hold.release()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(directory)  # when it was last used
+        return artifact, hold
+
+    def _hold(self, key: str) -> Hold:
+        path = self._root / f"{key}.hold"
+        if sys.platform == "win32":
+            return Hold(None)  # a file in use cannot be removed there
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
+        except OSError:
+            return Hold(None)  # a cache that cannot be written is not cleaned up either
+        with contextlib.suppress(OSError):
+            # Waits for a removal that is under way; what was removed is then not found.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return Hold(descriptor)
+
+    def _make_room(self) -> None:
+        """Remove the artifacts that were used longest ago while all together are larger than allowed."""
+        found = []
+        for path in self._root.iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    found.append((path.stat().st_mtime_ns, size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._max_bytes:
+                return
+            if self._remove_unless_held(path):
+                logger.info("Removed the artifact %s (%.0f MB) to make room", path.name[:12], size / 1e6)
+                total -= size
+        if total > self._max_bytes:
+            logger.warning(
+                "The artifacts in %s take %.1f GB, which is more than the limit of %.1f GB: all are in use",
+                self._root, total / 1e9, self._max_bytes / 1e9,
+            )  # fmt: skip
+
+    def _remove_unless_held(self, path: Path) -> bool:
+        if sys.platform == "win32":
+            return _remove(path)
+        try:
+            descriptor = os.open(self._root / f"{path.name}.hold", os.O_RDONLY | os.O_CREAT, 0o644)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _remove(path)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+
+    def _sweep(self, own_key: str) -> None:
+        """Remove what killed processes left: directories in the making whose lock nobody holds."""
+        for path in self._root.glob(".*.tmp"):
+            key = path.name.split(".")[1]
+            if key == own_key:
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            lock = filelock.FileLock(self._root / f"{key}.lock", thread_local=False)
+            try:
+                lock.acquire(blocking=False)
+            except (filelock.Timeout, OSError):
+                continue
+            try:
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                lock.release()
+
+    def _wait_for(self, lock: filelock.FileLock, stopped: Callable[[], bool]) -> None:
+        waiting_since = time.monotonic()
+        told = False
+        while True:
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                if not told:
+                    logger.info("Another process is compiling this model: waiting for it")
+                    told = True
+                if stopped():
+                    raise InterruptedError("stopped while waiting") from None
+                time.sleep(_WAIT_S)
+            else:
+                if told:
+                    logger.info("The other process is done, after %.0f s", time.monotonic() - waiting_since)
+                return
+
+    def _refusal_path(self, recipe: Recipe) -> Path:
+        return self._root / f"{recipe.key}.refused.json"
+
+
+def _remove(path: Path) -> bool:
+    """Remove an artifact in one step, as far as anybody who looks for it can see; return whether it is gone."""
+    grave = path.with_name(f".{path.name}.removed-{os.getpid()}.tmp")
+    try:
+        path.rename(grave)
+    except OSError:
+        return False
+    shutil.rmtree(grave, ignore_errors=True)
+    return True

@@ -1,0 +1,65 @@
+"""Every benchmark runs from its command to its tables. No time is asserted: these say nothing about speed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engine import BATCHES
+from benchmarks.workloads import WORKLOADS
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def _run(module: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _table(output: str, title: str) -> list[list[str]]:
+    """Return the cells of the table under a title, without its head."""
+    section = output.split(f"## {title}", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"[\d,.]+", cell) is not None and float(cell.replace(",", "")) > 0
+
+
+def test_serve() -> None:
+    """Each workload has a rate for each contender, no request failed, and all vectors are right."""
+    output = _run("serve", "--contenders", "ours,naive")
+    rates = _table(output, "Requests answered per second")
+    assert len(rates) == len(WORKLOADS)
+    assert all(len(row) == 3 and _is_number(row[1]) and _is_number(row[2]) for row in rates)
+    closed, opened = _table(output, "Latency in closed loops"), _table(output, "Latency at 70% of capacity")
+    assert (len(closed), len(opened)) == (2 * len(WORKLOADS), 4)
+    assert {row[6] for row in closed} | {row[8] for row in opened} == {"0"}
+    vectors = _table(output, "Vectors")
+    assert [row[0] for row in vectors] == ["ours", "naive"]
+    assert all(row[2] == "384" and float(row[3]) > 0.995 for row in vectors)
+
+
+def test_engine() -> None:
+    """Each batch has a rate for each contender and its share of the machine's matrix products."""
+    output = _run("engine")
+    for title in ("Texts per second", "Share of the limit"):
+        rows = _table(output, title)
+        assert len(rows) == len(BATCHES[::3])
+        assert all(len(row) == 5 and all(map(_is_number, row[1:])) for row in rows)
+
+
+def test_start() -> None:
+    """Each server has its time to the first vector and its memory, and answered its load."""
+    rows = _table(_run("start", "--contenders", "ours,naive"), "Start and memory")
+    assert [row[0] for row in rows] == ["ours, first start", "ours", "naive"]
+    assert all(_is_number(cell) for row in rows for cell in row[1:5])
+    assert {row[5] for row in rows} == {"0"}

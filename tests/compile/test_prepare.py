@@ -1,0 +1,370 @@
+"""Artifacts are made once, found again, made anew when anything changes, and thrown away when there are too many."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.compile import prepare
+from emb_model_provider.compile import recipe as recipes
+from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
+from emb_model_provider.errors import CacheNotWritableError, LoadError, UnsupportedPrecisionError
+from tests.models import snapshot_of, spec_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.compile.conftest import Compiled
+
+FAMILY = "bert-mean-normalize"
+ONE_TOKEN = TokenBatch(ids=[[5]], prompt_lengths=[0])
+
+
+class Service:
+    """Prepares one small model as a service does, over a child that only pretends to compile."""
+
+    def __init__(self, made: Compiled, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made, self.root, self.cache = made, root, root / "cache"
+        self.log = root / "starts"
+        self.directory = made.directory
+        self.max_bytes = 10**9
+        self.announced = 0
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(
+            "emb_model_provider.compile.child.COMMAND", (sys.executable, "-m", "tests.compile.fake_child")
+        )
+        self.child_does()
+
+    def child_does(self, **told: Any) -> None:
+        told = {"copy": str(self.made.artifact.directory), "log": str(self.log), **told}
+        self._monkeypatch.setenv("FAKE_CHILD", json.dumps(told))
+
+    @property
+    def starts(self) -> int:
+        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
+
+    def prepare(self, *, stopped: Callable[[], bool] = lambda: False, **spec: Any) -> PreparedBackend:
+        def announce() -> None:
+            self.announced += 1
+
+        return prepare_backend(
+            spec_of(**spec),
+            snapshot_of(self.directory),
+            trust_remote_code=False,
+            cache_dir=self.cache,
+            max_cache_bytes=self.max_bytes,
+            on_compiling=announce,
+            stopped=stopped,
+        )
+
+    @property
+    def artifacts(self) -> list[Path]:
+        return sorted(path for path in (self.cache / "artifacts").iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def service(compiled: Callable[..., Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+    return Service(compiled(FAMILY, precision="fp32"), tmp_path, monkeypatch)
+
+
+# --- once -------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_used_again(service: Service) -> None:
+    """The second start starts no child, and says so to nobody."""
+    for _ in range(2):
+        backend = service.prepare().load()
+        assert backend.embed(ONE_TOKEN).shape == (1, 48)
+        assert backend.description.backend == "openvino"
+        backend.close()
+    assert (service.starts, service.announced) == (1, 1)
+
+
+def test_an_artifact_is_made_again_when_the_snapshot_changes(service: Service, tmp_path: Path) -> None:
+    """Other files, another artifact."""
+    service.prepare()
+    (service.directory / "changed.txt").write_text("x")
+    try:
+        service.prepare()
+    finally:
+        (service.directory / "changed.txt").unlink()
+    assert service.starts == 2
+    assert len(service.artifacts) == 2
+
+
+@pytest.mark.parametrize(
+    "package", ["openvino", "torch", "transformers", "sentence-transformers", "tokenizers"]
+)
+def test_an_artifact_is_made_again_when_a_library_changes(
+    package: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade verifies anew."""
+    service.prepare()
+    real = recipes.installed_version
+    monkeypatch.setattr(recipes, "installed_version", lambda name: "99" if name == package else real(name))
+    service.prepare()
+    assert service.starts == 2
+
+
+def test_an_artifact_is_made_again_when_the_operator_changes_the_pipeline(service: Service) -> None:
+    """pooling, normalize, max_length and precision shape an artifact; an alias and a device's spelling do not."""
+    service.prepare(precision="fp32")
+    service.prepare(precision="fp32", alias="other", name="elsewhere/model", dimensions=(8,))
+    assert service.starts == 1
+    for changed in ({"pooling": "cls"}, {"normalize": False}, {"max_length": 20}, {"precision": "fp16"}):
+        service.prepare(**{"precision": "fp32", **changed})
+    assert service.starts == 5
+
+
+def test_the_operators_prompts_are_applied_without_compiling(service: Service) -> None:
+    """They stand before the text and are not in the graph."""
+    service.prepare()
+    description = service.prepare(prompts={"query": "q: "}).load().description
+    assert description.prompts["query"] == "q: "
+    assert service.starts == 1
+
+
+def test_two_at_once_compile_once(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """The second waits for the first, says that it does, and uses what the first made."""
+    service.child_does(wait_for=str(service.root / "go"))
+    prepared: list[PreparedBackend] = []
+    threads = [threading.Thread(target=lambda: prepared.append(service.prepare())) for _ in range(2)]
+    with caplog.at_level(logging.INFO):
+        for thread in threads:
+            thread.start()
+        _wait_until(lambda: "waiting for it" in caplog.text)
+        (service.root / "go").touch()
+        for thread in threads:
+            thread.join(60)
+    assert [one.load().description.backend for one in prepared] == ["openvino", "openvino"]
+    assert service.starts == 1
+
+
+def test_progress_is_logged(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    """Each phase is named with the seconds it took."""
+    with caplog.at_level(logging.INFO):
+        service.prepare()
+    assert "small: compiling: pretend took" in caplog.text
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------
+
+
+def test_a_killed_child_leaves_nothing_and_torch_serves(service: Service) -> None:
+    """One clear line says why; it is not remembered, since next time there may be memory."""
+    service.child_does(die=int(signal.SIGKILL))
+    prepared = service.prepare()
+    assert "killed by SIGKILL (most often: not enough memory)" in prepared.notes[0]
+    assert service.artifacts == []
+    backend = prepared.load()
+    assert backend.description.backend == "torch"
+    assert prepared.notes[0] in backend.description.notes
+    service.child_does()
+    assert service.prepare().notes == ()
+    assert service.starts == 2
+
+
+def test_a_refused_artifact_is_remembered(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch serves with the reason; the next start does not try again until something changes."""
+    service.child_does(outcome="refused")
+    for _ in range(2):
+        assert "as the test wants it" in service.prepare().notes[0]
+    assert (service.starts, service.artifacts) == (1, [])
+    with pytest.raises(LoadError, match="EMB_PROVIDER_BACKEND=openvino: as the test wants it"):
+        service.prepare(backend="openvino")
+    service.child_does()
+    monkeypatch.setattr(recipes, "FORMAT", 999)
+    assert service.prepare().notes == ()
+
+
+def test_a_snapshot_that_gives_no_model_is_an_error(service: Service) -> None:
+    """Where the pipeline cannot be loaded, torch would fail as well: it is not tried."""
+    service.child_does(outcome="broken")
+    with pytest.raises(LoadError, match="as the test wants it"):
+        service.prepare()
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.xml", "tokenizer.json"])
+def test_a_damaged_artifact_is_made_again(name: str, service: Service) -> None:
+    """A changed byte, of a file of the same size, and a missing file."""
+    service.prepare()
+    path = service.artifacts[0] / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    assert service.prepare().load().embed(ONE_TOKEN).shape == (1, 48)
+    assert service.starts == 2
+    (service.artifacts[0] / name).unlink()
+    service.prepare()
+    assert service.starts == 3
+
+
+def test_a_touched_artifact_is_hashed_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy with other time stamps is still the artifact; the new ones are kept."""
+    service.prepare()
+    os.utime(service.artifacts[0] / "model.bin", (1, 1))
+    service.prepare()
+    monkeypatch.setattr("emb_model_provider.compile.artifact.hash_file", lambda _: pytest.fail("hashed"))
+    service.prepare()
+    assert service.starts == 1
+
+
+def test_what_killed_processes_left_is_swept(service: Service) -> None:
+    """A directory in the making that nobody holds the lock of is removed by the next compile."""
+    leftovers = [service.cache / "artifacts" / name for name in (".abc.x1.tmp", ".def.removed-1.tmp")]
+    for path in leftovers:
+        path.mkdir(parents=True)
+        (path / "model.bin").write_bytes(b"half")
+    service.prepare()
+    assert not any(path.exists() for path in leftovers)
+    assert len(service.artifacts) == 1
+
+
+def test_compiling_can_be_stopped(service: Service) -> None:
+    """The child is gone before prepare_backend returns."""
+    service.child_does(wait_for=str(service.root / "never"))
+    with pytest.raises(InterruptedError):
+        service.prepare(stopped=lambda: service.starts > 0)
+    child = int(service.log.read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert service.artifacts == []
+
+
+# --- the cache ------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_bounded(service: Service) -> None:
+    """The artifact that was used longest ago goes; the one in use stays, however old."""
+    held = service.prepare(max_length=40).load()
+    service.prepare(max_length=41)
+    size = sum(path.stat().st_size for path in service.artifacts[0].iterdir())
+    service.max_bytes = int(2.5 * size)
+    oldest_use = 10**9
+    for place in service.artifacts:
+        os.utime(place, ns=(oldest_use, oldest_use))
+    service.prepare(max_length=42)
+    service.prepare(max_length=43)
+    assert len(service.artifacts) == 2
+    starts = service.starts
+    service.prepare(max_length=40)
+    assert service.starts == starts
+    held.close()
+    for place in service.artifacts:
+        os.utime(place, ns=(oldest_use, oldest_use))
+    service.prepare(max_length=44)
+    service.prepare(max_length=45)
+    service.prepare(max_length=40)
+    assert service.starts == starts + 3
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and sys.platform != "linux", reason="permissions do not bind root")
+def test_a_cache_that_cannot_be_written(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An artifact in it is used; without one, torch serves, or openvino is refused, naming the setting."""
+
+    def refuse(*_: object) -> None:
+        raise CacheNotWritableError("Cannot write: set EMB_PROVIDER_CACHE_DIR")
+
+    service.prepare()
+    monkeypatch.setattr("emb_model_provider.compile.store.require_writable", refuse)
+    for path in (service.cache / "artifacts").glob("*.hold"):
+        path.unlink()
+    (service.cache / "artifacts").chmod(0o555)
+    try:
+        assert service.prepare().load().description.backend == "openvino"
+        assert "EMB_PROVIDER_CACHE_DIR" in service.prepare(max_length=9).notes[0]
+        with pytest.raises(CacheNotWritableError, match="EMB_PROVIDER_CACHE_DIR"):
+            service.prepare(max_length=9, backend="openvino")
+    finally:
+        (service.cache / "artifacts").chmod(0o755)
+    assert service.starts == 1
+
+
+def test_an_image_needs_neither_torch_nor_the_same_processor(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the tools are not installed, an artifact made elsewhere, perhaps without bf16, is used."""
+    monkeypatch.setattr(prepare, "native_bf16", lambda: False)
+    service.prepare()
+    tools = recipes.TOOL_PACKAGES
+    real = recipes.installed_version
+    for module in (recipes, prepare):
+        monkeypatch.setattr(module, "installed_version", lambda name: None if name in tools else real(name))
+    monkeypatch.setattr(prepare, "native_bf16", lambda: True)
+    assert service.prepare().load().description.precision == "fp32"
+    with pytest.raises(LoadError, match="compiling needs torch"):
+        service.prepare(max_length=9, backend="openvino")
+    assert service.starts == 1
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "cuda", "expected"),
+    [
+        ("auto", "auto", False, "openvino"),
+        ("auto", "cpu", True, "openvino"),
+        ("openvino", "auto", True, "openvino"),
+        ("torch", "cpu", False, "torch"),
+    ],
+)
+def test_the_backend_by_device(
+    backend: str, device: str, cuda: bool, expected: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto is openvino on a CPU; whoever names a backend gets it."""
+    monkeypatch.setattr(prepare, "has_cuda", lambda: cuda)
+    assert service.prepare(backend=backend, device=device).load().description.backend == expected
+
+
+def test_auto_with_a_cuda_device_is_torch(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled for a device that torch serves."""
+    monkeypatch.setattr(prepare, "has_cuda", lambda: True)
+    service.prepare(device="auto")
+    service.prepare(device="cuda")
+    assert service.starts == 0
+
+
+def test_openvino_on_a_gpu_is_refused(service: Service) -> None:
+    """The message names both settings."""
+    with pytest.raises(LoadError, match=r"EMB_PROVIDER_BACKEND=openvino.*EMB_PROVIDER_DEVICE=cuda:0"):
+        service.prepare(backend="openvino", device="cuda:0")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_integer_precisions_are_not_there_yet(precision: str, service: Service) -> None:
+    """Refused before anything is started."""
+    with pytest.raises(UnsupportedPrecisionError, match=precision):
+        service.prepare(precision=precision)
+    assert service.starts == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"), [("fp16", "weights are stored at half"), ("bf16", "no bf16")]
+)
+def test_a_precision_that_is_not_computed_in_is_explained(
+    precision: str, words: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description says what is computed in, and a note why."""
+    monkeypatch.setattr(prepare, "native_bf16", lambda: False)
+    description = service.prepare(precision=precision).load().description
+    assert description.precision == "fp32"
+    assert any(words in note for note in description.notes)
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    for _ in range(600):
+        if condition():
+            return
+        waiting.wait(0.05)
+    pytest.fail("it did not happen")
