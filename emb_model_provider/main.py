@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
+import os
+import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 
 from emb_model_provider.api.app import create_app
+from emb_model_provider.api.protocol import HttpProtocol
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
 from emb_model_provider.settings_loading import load_settings
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from emb_model_provider.settings import ServerSettings, Settings
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("emb_model_provider.main")  # not __name__, which is __main__ here
 
 _FINISH_WITHIN_S = 60
 """How long accepted requests have after SIGTERM; a supervisor's own grace period may be shorter."""
@@ -51,21 +57,40 @@ def _serve(settings: Settings) -> int:
         nothing_to_serve = True
         server.should_exit = True
 
+    def on_signal(number: int, _: FrameType | None) -> None:
+        # Until uvicorn takes the signals over, one ends the process here. Once uvicorn has stopped in good order it
+        # sends itself the same signal again, which must not make a clean end look like a killed process.
+        if not server.should_exit:
+            raise SystemExit(128 + number)
+
     address = settings.server()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(settings, on_nothing_to_serve=stop),
-            host=address.host,
-            port=address.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_FINISH_WITHIN_S,
-        )
+    config = uvicorn.Config(
+        create_app(settings, on_nothing_to_serve=stop),
+        host=address.host,
+        port=address.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=HttpProtocol,
+        # Nothing here is a WebSocket, and a caller's address is only believed as the socket has it.
+        ws="none",
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_FINISH_WITHIN_S,
     )
-    server.run()
+    server = _Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    # Not `server.run()`, which in the end waits for all threads, even one in the middle of a download.
+    new_loop = config.get_loop_factory() or asyncio.new_event_loop
+    new_loop().run_until_complete(server.serve())
     return 1 if nothing_to_serve else 0
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        logger.info("%s: finishing the requests that were accepted", signal.Signals(sig).name)
+        super().handle_exit(sig, frame)
 
 
 def _check_address(server: ServerSettings) -> None:
@@ -93,5 +118,15 @@ def _check_address(server: ServerSettings) -> None:
                 raise SettingsError(f"{where}: cannot listen there ({error.strerror}).") from error
 
 
+def run() -> NoReturn:
+    """Serve, then end the process at once: a thread in the middle of a download, which nothing can interrupt, would
+    hold up the interpreter's own end for as long as the download takes. The next start goes on with it.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from emb_model_provider.api.auth import Doorkeeper
+from emb_model_provider.api.cors import Cors
 from emb_model_provider.api.errors import on_http_exception, on_provider_error
-from emb_model_provider.api.middleware import Guard, RequestLog
+from emb_model_provider.api.middleware import Guard, HostCheck, RequestLog
 from emb_model_provider.api.routes import docs, embeddings, health, models
 from emb_model_provider.api.schemas import EmbeddingRequest
 from emb_model_provider.errors import ProviderError
@@ -48,6 +48,7 @@ def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> F
         trust=settings.trust(),
         batching=settings.batching(),
         limits=limits,
+        max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
         on_batch=metrics.on_batch,
     )
 
@@ -61,24 +62,23 @@ def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> F
 
     app = FastAPI(
         title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
-        lifespan=lifespan, docs_url=None, redoc_url=None,
+        lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
-    app.include_router(embeddings.router(registry, limits))
+    embed = embeddings.embeddings_endpoint(registry, limits)
+    app.include_router(embeddings.router(embed))
     app.include_router(models.router(registry))
     app.include_router(health.router(registry, metrics))
     app.include_router(docs.router(TITLE))
     app.add_exception_handler(ProviderError, on_provider_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    # The last one added is the first that a request meets.
-    app.add_middleware(Guard, doorkeeper=Doorkeeper(server), max_body_bytes=limits.max_body_bytes)
+    doorkeeper = Doorkeeper(server)
+    # The last one added is the first that a request meets. Errors pass through Cors, so that pages can read them.
+    app.add_middleware(embeddings.DirectEmbeddings, endpoint=embed)
+    app.add_middleware(Guard, doorkeeper=doorkeeper, max_body_bytes=limits.max_body_bytes)
     if server.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=server.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "x-truncated-inputs", "retry-after"],
-        )
+        app.add_middleware(Cors, origins=server.cors_origins)
+    if server.allowed_hosts is not None:
+        app.add_middleware(HostCheck, doorkeeper=doorkeeper)
     app.add_middleware(RequestLog, on_request=metrics.on_request)
     app.openapi = _openapi(app, with_keys=bool(server.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
     return app

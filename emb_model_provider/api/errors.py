@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import orjson
 from starlette.responses import Response
@@ -28,8 +29,17 @@ _LONGEST_RETRY_AFTER_S = 120
 """The OpenAI SDKs give up on a longer one."""
 
 
+_LONGEST_QUOTED_PATH = 200
+
+logger = logging.getLogger(__name__)
+
+
 class BodyTooLargeError(ProviderError):
     """The request's body is over MAX_BODY_MB."""
+
+
+class CompressedBodyError(ProviderError):
+    """The request's body has a Content-Encoding."""
 
 
 def error_response(
@@ -56,9 +66,9 @@ def response_for(error: Exception) -> Response:
         case RequestError():
             return error_response(400, error.message, param=error.param, code=error.code)
         case BodyTooLargeError():
-            return error_response(
-                413, error.message, code="request_too_large", headers={"connection": "close"}
-            )
+            return error_response(413, error.message, code="request_too_large")
+        case CompressedBodyError():
+            return error_response(415, error.message, code="unsupported_content_encoding")
         case QueueFullError():
             return error_response(
                 429,
@@ -75,6 +85,9 @@ def response_for(error: Exception) -> Response:
         case DeadlineExceededError():
             return error_response(504, error.message, type="server_error", code="timeout")
         case _:
+            # An error of our own says it all in its message; of others the traceback is wanted.
+            trace = None if isinstance(error, ProviderError) else error
+            logger.error("the request failed: %s: %s", type(error).__name__, error, exc_info=trace)
             return error_response(
                 500,
                 f"The server failed on this request. Its log says why under request id {request_id.get()}.",
@@ -97,10 +110,14 @@ async def on_provider_error(_: Request, error: Exception) -> Response:
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Answer unknown routes and methods, which the router raises."""
-    exception: HTTPException | Any = error
-    message = f"Invalid URL ({request.method} {request.url.path})"
-    if exception.status_code == 404:
-        return error_response(404, message, code="unknown_url")
-    if exception.status_code == 405:
-        return error_response(405, message, code="method_not_allowed", headers=exception.headers)
-    return error_response(exception.status_code, str(exception.detail), headers=exception.headers)
+    exception = cast("HTTPException", error)
+    # The record has the method that was sent: a HEAD comes here as a GET.
+    method = request.scope["emb_provider.record"].method
+    message = f"Invalid URL ({method} {request.scope['path'][:_LONGEST_QUOTED_PATH]})"
+    match exception.status_code:
+        case 404:
+            return error_response(404, message, code="unknown_url")
+        case 405:
+            return error_response(405, message, code="method_not_allowed", headers=exception.headers)
+        case status:
+            return error_response(status, str(exception.detail), headers=exception.headers)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
-from emb_model_provider.api.errors import BodyTooLargeError, response_for
-from emb_model_provider.observability.logs import request_id
+from emb_model_provider.api.disconnect import ClientGoneError
+from emb_model_provider.api.errors import BodyTooLargeError, CompressedBodyError, response_for
+from emb_model_provider.observability.logs import new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
 if TYPE_CHECKING:
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.auth import Doorkeeper
 
-logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("emb_model_provider.access")
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Asked every few seconds by machines: their access lines are for DEBUG."""
+_CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that went away; nobody reads it but the log."""
 
 
 class RequestLog:
@@ -42,10 +45,11 @@ class RequestLog:
             return
         started = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
-        identifier = given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        identifier = given if _SANE_REQUEST_ID.fullmatch(given) else new_request_id()
         record = RequestRecord(method=scope["method"], path=scope["path"], request_id=identifier)
         scope["emb_provider.record"] = record
-        token = request_id.set(identifier)
+        # Never reset: each request is a task with a context of its own, and what the server logs of it comes later.
+        request_id.set(identifier)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -58,7 +62,6 @@ class RequestLog:
         finally:
             record.duration_s = time.perf_counter() - started
             self._write(record)
-            request_id.reset(token)
 
     def _write(self, record: RequestRecord) -> None:
         if record.path == "/v1/embeddings" and record.method == "POST":
@@ -85,8 +88,20 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 2)
 
 
+class HostCheck:
+    """Turns away requests under a name that is not ours, the preflights of browsers included."""
+
+    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper) -> None:
+        self._app = app
+        self._doorkeeper = doorkeeper
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._doorkeeper.wrong_host(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+
 class Guard:
-    """Turns away who may not pass, stops bodies that are too large, and answers what nothing else caught."""
+    """Turns away who has no key, stops bodies that cannot be read, and answers what nothing else caught."""
 
     def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, max_body_bytes: int) -> None:
         self._app = app
@@ -98,42 +113,53 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self._doorkeeper.refusal(scope["path"], headers)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
+        response_started = body_asked_for = False
 
-        started = False
-
-        async def noting_start(message: Message) -> None:
-            nonlocal started
-            started = True
+        async def noting_send(message: Message) -> None:
+            nonlocal response_started
+            if message["type"] == "http.response.start":
+                response_started = True
+                if not body_asked_for and "expect" in headers:
+                    # Whether the client still sends its body is open, so nobody knows where its next request begins.
+                    MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        try:
-            announced = headers.get("content-length", "")
-            self._check_size(int(announced) if announced.isdecimal() else 0)
-            await self._app(scope, self._limited(receive), noting_start)
-        except Exception as error:
-            if started:
-                raise
-            response = response_for(error)
-            if response.status_code == 500:
-                logger.exception("%s %s failed", scope["method"], scope["path"])
-            await response(scope, receive, send)
+        received = 0
 
-    def _limited(self, receive: Receive) -> Receive:
-        total = 0
-
-        async def limited() -> Message:
-            nonlocal total
+        async def limited_receive() -> Message:
+            nonlocal body_asked_for, received
+            body_asked_for = True
             message = await receive()
             if message["type"] == "http.request":
-                total += len(message.get("body", b""))
-                self._check_size(total)
+                received += len(message.get("body", b""))
+                self._check_size(received)
             return message
 
-        return limited
+        try:
+            refusal = self._doorkeeper.missing_key(scope["path"], headers)
+            if refusal is not None:
+                await refusal(scope, receive, noting_send)
+                return
+            self._check_announced(headers)
+            if scope["method"] == "HEAD":
+                # The routes know GET. The server sends no body all the same: it looks at its own scope.
+                scope = {**scope, "method": "GET"}
+            await self._app(scope, limited_receive, noting_send)
+        except (ClientDisconnect, ClientGoneError):
+            await Response(status_code=_CLIENT_CLOSED_REQUEST)(scope, receive, noting_send)
+        except Exception as error:
+            if response_started:
+                raise
+            await response_for(error)(scope, receive, noting_send)
+
+    def _check_announced(self, headers: Headers) -> None:
+        length = headers.get("content-length", "")
+        self._check_size(int(length) if length.isdecimal() else 0)
+        encoding = headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise CompressedBodyError(
+                f"The request body is compressed (Content-Encoding: {encoding[:50]}): send it as plain JSON."
+            )
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:

@@ -148,6 +148,7 @@ _MEANINGS = {
     401: "No API key, or a wrong one.",
     404: "No such model.",
     413: "The body is too large.",
+    415: "The body is compressed.",
     429: "The queue is full; `Retry-After` says when to try again.",
     500: "The server failed; quote the request id.",
     503: "The model is loading, could not be loaded, or the service is stopping.",

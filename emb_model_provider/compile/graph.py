@@ -15,7 +15,7 @@ from emb_model_provider.backends.openvino_runtime import ATTENTION_MASK, INPUT_I
 from emb_model_provider.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sentence_transformers import SentenceTransformer
 
@@ -25,6 +25,23 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLE_SHAPE = (3, 11)
 """Of the example inputs: torch.export takes a size of 0 or 1 for a constant, and equal sizes for one size."""
+
+
+_SEE_EVERYTHING = frozenset(
+    (
+        "albert",
+        "bert",
+        "camembert",
+        "distilbert",
+        "electra",
+        "mpnet",
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+    )
+)
+"""Model types whose tokens attend to every real token of their text, so that no row of the mask is empty. Any
+other type gets `_let_blind_rows_see`, which costs some per cent on texts of 256 tokens."""
 
 
 class PipelineModule(torch.nn.Module):
@@ -44,11 +61,18 @@ class PipelineModule(torch.nn.Module):
         attention_mask: torch.Tensor,
         pooling_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        for stage in self.stages:
+        return self.run(
+            {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, list(self.stages), pooling_mask
+        )
+
+    def run(
+        self, features: dict[str, Any], stages: Sequence[torch.nn.Module], pooling_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run some of the pipeline's stages over features, and cut what comes out to `truncate_dim`."""
+        for stage in stages:
             if isinstance(stage, Pooling) and not stage.include_prompt and pooling_mask is not None:
                 # The same as sentence-transformers' prompt_length, but each row has its own.
-                features = stage({**features, "attention_mask": pooling_mask})
+                features = stage({**features, ATTENTION_MASK: pooling_mask})
             else:
                 features = stage(features)
         vectors: torch.Tensor = features["sentence_embedding"]
@@ -88,7 +112,7 @@ def exported(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Grap
     with torch.no_grad():
         program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic)
         tell("convert")
-        return _finished(openvino().convert_model(program), list(inputs))
+        return finished(openvino().convert_model(program), list(inputs), pipeline)
 
 
 def traced(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
@@ -100,7 +124,7 @@ def traced(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
         example = tuple(inputs.values())
         trace: Any = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         tell("convert")
-        return _finished(openvino().convert_model(trace, example_input=example), list(inputs))
+        return finished(openvino().convert_model(trace, example_input=example), list(inputs), pipeline)
 
 
 def traced_without_fused_attention(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
@@ -142,19 +166,34 @@ def without_cache(pipeline: SentenceTransformer) -> None:
         model.config.use_cache = False
 
 
-def _finished(graph: Graph, names: list[str]) -> Graph:
+def finished(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
     """Give inputs and output their names, say that batch and length are free, and keep attention finite."""
     if len(graph.inputs) != len(names):
         raise UnsupportedModelError(f"its graph reads {len(graph.inputs)} inputs, not {', '.join(names)}")
-    known = {name: port for port in graph.inputs for name in port.get_names()}
-    ports = [known.get(name, graph.inputs[position]) for position, name in enumerate(names)]
+    ports = [input_named(graph, name, place) for place, name in enumerate(names)]
     for port, name in zip(ports, names, strict=True):
         port.get_node().set_partial_shape(openvino().PartialShape([-1, -1]))
         port.get_tensor().set_names({name})
-    _let_blind_rows_see(graph)
+    if not _sees_everything(pipeline):
+        _let_blind_rows_see(graph)
     graph.validate_nodes_and_infer_types()
     graph.outputs[0].get_tensor().set_names({"sentence_embedding"})
     return graph
+
+
+def input_named(graph: Graph, name: str, place: int) -> Any:
+    """Return a graph's input of a name; where tracing lost the names, the one at its place."""
+    known = {known: port for port in graph.inputs for known in port.get_names()}
+    return known.get(name, graph.inputs[place])
+
+
+def _sees_everything(pipeline: SentenceTransformer) -> bool:
+    model = pipeline.transformers_model
+    return (
+        model is not None
+        and model.config.model_type in _SEE_EVERYTHING
+        and not getattr(model.config, "is_decoder", False)
+    )
 
 
 def _let_blind_rows_see(graph: Graph) -> None:

@@ -14,6 +14,7 @@ from emb_model_provider.backends.torch_pipeline import load_pipeline, strip_fina
 from emb_model_provider.compile import graph as graphs
 from emb_model_provider.compile.artifact import GRAPH, TOKENIZER, write_manifest
 from emb_model_provider.compile.job import Result
+from emb_model_provider.compile.shipped import ways_shipped
 from emb_model_provider.compile.verify import LONGEST_COMPARED, UntrueError, compare, reference_cases
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
@@ -48,7 +49,7 @@ def make(job: Job, tell: Callable[[str], None]) -> Result:
     cases = reference_cases(pipeline, description)
     failures: list[str] = []
     untrue = False
-    for way, convert in graphs.WAYS.items():
+    for way, convert in {**graphs.WAYS, **ways_shipped(job.snapshot)}.items():
         try:
             graph = convert(pipeline, tell)
         except OSError:

@@ -5,22 +5,34 @@ Lines are handed to a thread that writes them: a slow disk or terminal does not 
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import logging.handlers
 import queue
+import random
 import sys
 import time
+import traceback
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import SettingsError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from emb_model_provider.settings import LogSettings
 
 LOG_FILE = "emb_model_provider.log"
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+def new_request_id() -> str:
+    """Return an id for a request that came without one. It tells requests apart, and keeps no secret."""
+    # The system's random source lets go of the interpreter's lock: under load each call would cost a thread switch.
+    return f"req_{random.getrandbits(96):024x}"
+
 
 _MAX_FILE_BYTES = 20 * 1024 * 1024
 _MAX_FILE_AGE_S = 24 * 3600.0
@@ -54,7 +66,10 @@ def _file_handler(settings: LogSettings) -> logging.Handler:
     try:
         settings.directory.mkdir(parents=True, exist_ok=True)
         return _AgedRotatingFileHandler(
-            settings.directory / LOG_FILE, maxBytes=_MAX_FILE_BYTES, backupCount=_KEPT_FILES, encoding="utf-8"
+            settings.directory / LOG_FILE,
+            max_bytes=_MAX_FILE_BYTES,
+            max_age_s=_MAX_FILE_AGE_S,
+            kept=_KEPT_FILES,
         )
     except OSError as error:
         raise SettingsError(
@@ -66,10 +81,14 @@ def _file_handler(settings: LogSettings) -> logging.Handler:
 class _AgedRotatingFileHandler(logging.handlers.RotatingFileHandler):
     """Begins a new file when the present one is too large or too old."""
 
-    _begun = time.time()
+    def __init__(self, file: Path, *, max_bytes: int, max_age_s: float, kept: int) -> None:
+        # What an earlier process left counts from its last line: nothing tells when its first was written.
+        self._begun = file.stat().st_mtime if file.exists() else time.time()
+        self._max_age_s = max_age_s
+        super().__init__(file, maxBytes=max_bytes, backupCount=kept, encoding="utf-8")
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802 - the standard library's name
-        return bool(super().shouldRollover(record)) or record.created - self._begun > _MAX_FILE_AGE_S
+        return bool(super().shouldRollover(record)) or record.created - self._begun > self._max_age_s
 
     def doRollover(self) -> None:  # noqa: N802 - the standard library's name
         super().doRollover()
@@ -77,14 +96,25 @@ class _AgedRotatingFileHandler(logging.handlers.RotatingFileHandler):
 
 
 class _Enqueue(logging.handlers.QueueHandler):
-    """Stamps a record with its request's id while still in the request's context."""
+    """Finishes a record while still in its request's context: message, traceback and request id are text then.
+
+    Whatever a message quotes, it stays one line: nobody writes log lines of their own choosing.
+    """
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        record.request_id = request_id.get()
-        record = super().prepare(record)
-        # Whatever a message quotes, it stays one line: nobody writes log lines of their own choosing.
-        record.msg = record.message = _printable(str(record.msg))
-        return record
+        finished = copy.copy(record)
+        finished.msg, finished.args = _printable(record.getMessage().rstrip("\n")), None
+        finished.request_id = request_id.get()
+        finished.traceback = _traceback(record)
+        finished.exc_info = finished.exc_text = finished.stack_info = None
+        return finished
+
+
+def _traceback(record: logging.LogRecord) -> list[str]:
+    if not record.exc_info:
+        return []
+    text = "".join(traceback.format_exception(*record.exc_info))
+    return [_printable(line) for line in text.rstrip("\n").split("\n")]
 
 
 def _printable(text: str) -> str:
@@ -100,11 +130,13 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
         identifier = getattr(record, "request_id", "-")
-        return line if identifier == "-" else f"{line} request_id={identifier}"
+        if identifier != "-":
+            line = f"{line} request_id={identifier}"
+        return "\n    ".join([line, *getattr(record, "traceback", [])])
 
 
 class _JsonFormatter(logging.Formatter):
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -116,4 +148,7 @@ class _JsonFormatter(logging.Formatter):
         identifier = getattr(record, "request_id", "-")
         if identifier != "-":
             fields["request_id"] = identifier
+        lines = getattr(record, "traceback", [])
+        if lines:
+            fields["traceback"] = "\n".join(lines)
         return json.dumps(fields | getattr(record, "fields", {}), ensure_ascii=False)

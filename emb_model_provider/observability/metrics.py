@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -46,16 +47,19 @@ class Metrics:
     """Counts what it is told, and looks at the models when it is asked."""
 
     def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
-        disable_created_metrics()  # a second series for every counter and histogram, that nobody plots
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter and histogram, that nobody plots
         self._registry = CollectorRegistry()
         self._registry.register(_ModelCollector(models))
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"emb_provider_{name}", text, labels, registry=self._registry)
+        # Looking a label up costs more than counting. Labels are few: served aliases, statuses and outcomes.
+        def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
+            return cache(Counter(f"emb_provider_{name}", text, labels, registry=self._registry).labels)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(
-                f"emb_provider_{name}", text, ("model",), buckets=buckets, registry=self._registry
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Callable[..., Histogram]:
+            return cache(
+                Histogram(
+                    f"emb_provider_{name}", text, ("model",), buckets=buckets, registry=self._registry
+                ).labels
             )
 
         self._requests = counter("requests", "Requests for embeddings.", "model", "status")
@@ -71,21 +75,21 @@ class Metrics:
 
     def on_batch(self, record: BatchRecord) -> None:
         """Count a model batch. Called on the model's thread."""
-        self._batches.labels(record.model, "failed" if record.failed else "ok").inc()
-        self._batch_inputs.labels(record.model).observe(record.inputs)
-        self._batch_padding.labels(record.model).observe(1 - record.tokens / record.padded_tokens)
-        self._inference_s.labels(record.model).observe(record.inference_s)
+        self._batches(record.model, "failed" if record.failed else "ok").inc()
+        self._batch_inputs(record.model).observe(record.inputs)
+        self._batch_padding(record.model).observe(1 - record.tokens / record.padded_tokens)
+        self._inference_s(record.model).observe(record.inference_s)
 
     def on_request(self, record: RequestRecord) -> None:
         """Count an answered request for embeddings."""
-        self._requests.labels(record.model, str(record.status)).inc()
-        self._request_s.labels(record.model).observe(record.duration_s)
+        self._requests(record.model, str(record.status)).inc()
+        self._request_s(record.model).observe(record.duration_s)
         if record.tokenize_s is not None:
-            self._inputs.labels(record.model).inc(record.inputs)
-            self._tokens.labels(record.model).inc(record.tokens)
-            self._tokenize_s.labels(record.model).observe(record.tokenize_s)
+            self._inputs(record.model).inc(record.inputs)
+            self._tokens(record.model).inc(record.tokens)
+            self._tokenize_s(record.model).observe(record.tokenize_s)
         if record.queue_s is not None:
-            self._queue_s.labels(record.model).observe(record.queue_s)
+            self._queue_s(record.model).observe(record.queue_s)
 
     def text(self) -> bytes:
         """Return all figures in Prometheus' text format."""

@@ -28,6 +28,8 @@ def router(title: str) -> APIRouter:
             swagger_js_url="docs/swagger-ui-bundle.js",
             swagger_css_url="docs/swagger-ui.css",
             swagger_favicon_url="docs/favicon-32x32.png",
+            # Swagger UI would send the API's description to its makers' validator.
+            swagger_ui_parameters={"validatorUrl": None},
         )
 
     for name, media_type in _ASSETS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 
 from emb_model_provider.api.schemas import ModelList, ModelObject, error_responses
 
@@ -21,6 +22,8 @@ def router(registry: Registry) -> APIRouter:
 
     @routes.get("/v1/models/{model:path}", summary="Describe one model", responses=error_responses(401, 404))
     async def retrieve_model(model: str) -> ModelObject:
+        if not model:
+            raise HTTPException(404)
         return _described(registry.status(model))
 
     return routes
