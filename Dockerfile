@@ -1,0 +1,59 @@
+# CPU by default:   docker build -t emb-model-provider .
+# NVIDIA GPU:       docker build -t emb-model-provider:cuda --build-arg TORCH=cuda .
+# Behind a mirror:  add --build-arg UV_DEFAULT_INDEX=<a package index>
+
+FROM python:3.11-slim AS build
+
+# Which PyTorch: `cpu`, or `cuda`, which is what a package index has for Linux.
+ARG TORCH=cpu
+# A package index to use in place of the default one, for pip and uv.
+ARG UV_DEFAULT_INDEX
+
+ENV UV_NO_CACHE=1 \
+    UV_COMPILE_BYTECODE=1 \
+    VIRTUAL_ENV=/opt/venv
+
+WORKDIR /src
+RUN pip install --no-cache-dir ${UV_DEFAULT_INDEX:+--index-url "$UV_DEFAULT_INDEX"} uv
+RUN uv venv /opt/venv
+
+# The dependencies change less often than the code: a layer of their own. uv reads the pinned versions in [tool.uv].
+COPY pyproject.toml ./
+RUN uv pip install $(test "$TORCH" = cuda || echo "--torch-backend=$TORCH") --extra cl100k -r pyproject.toml
+
+COPY README.md LICENSE ./
+COPY emb_model_provider emb_model_provider
+RUN uv pip install --no-deps .
+
+FROM python:3.11-slim
+
+COPY --from=build /opt/venv /opt/venv
+# The one directory that the service writes to.
+RUN install -d -o 10001 -g 10001 /data
+
+# HOME and the clients' own variables: what they keep beside downloads goes to the volume too.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HOME=/data \
+    HF_HOME=/data/huggingface \
+    MODELSCOPE_CACHE=/data/modelscope \
+    TIKTOKEN_CACHE_DIR=/data/tiktoken \
+    EMB_PROVIDER_CACHE_DIR=/data/emb_model_provider \
+    EMB_PROVIDER_HF_CACHE_DIR=/data/huggingface/hub \
+    EMB_PROVIDER_MODELSCOPE_CACHE_DIR=/data/modelscope \
+    EMB_PROVIDER_HOST=0.0.0.0 \
+    EMB_PROVIDER_PORT=9000 \
+    EMB_PROVIDER_LOG_TO_FILE=false
+
+WORKDIR /app
+USER 10001:10001
+VOLUME /data
+EXPOSE 9000
+
+# Any answer will do: one that refuses the Host header comes from a live process.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['EMB_PROVIDER_PORT']), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status >= 500)"]
+
+# Requests that were accepted have 60 s to finish: docker stop -t 75.
+STOPSIGNAL SIGTERM
+CMD ["python", "-m", "emb_model_provider.main"]

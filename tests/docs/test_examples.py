@@ -1,0 +1,80 @@
+"""Examples marked `<!-- run -->` are run against the real service, and those marked `<!-- env -->` are read."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from emb_model_provider.settings_loading import load_settings
+from tests.docs.markdown import DOCUMENTS, Block, blocks
+from tests.service import Service, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMANDS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+
+
+def runnable() -> list[tuple[Block, Block | None]]:
+    """Return each distinct example to run, and the output that a document shows for it, if it does."""
+    found: dict[str, tuple[Block, Block | None]] = {}
+    for document in DOCUMENTS:
+        all_blocks = [*blocks(document), None]
+        for block, following in itertools.pairwise(all_blocks):
+            if block is not None and block.mark == "run":
+                output = following if following is not None and following.mark == "output" else None
+                found.setdefault(block.text + (output.text if output else ""), (block, output))
+    return list(found.values())
+
+
+def env_blocks() -> list[Block]:
+    return [block for document in DOCUMENTS for block in blocks(document) if block.language == "env"]
+
+
+@pytest.mark.parametrize(("example", "shown"), runnable(), ids=lambda block: str(block or "-"))
+def test_example_runs(example: Block, shown: Block | None, service: Service, tmp_path: Path) -> None:
+    """It ends well, and prints what the document shows; `…` there stands for anything."""
+    if example.language == "bash" and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    text = example.text.replace("localhost:9000", f"localhost:{service.port}")
+    done = subprocess.run(
+        [*COMMANDS[example.language], text],
+        cwd=tmp_path,
+        env=environment(tmp_path) | {"NO_PROXY": "localhost"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if shown is not None:
+        assert re.fullmatch(pattern(shown.text), done.stdout.strip()), done.stdout
+    else:
+        assert '"error":{' not in done.stdout, done.stdout
+
+
+def pattern(shown: str) -> str:
+    return ".*".join(re.escape(part) for part in shown.strip().split("…"))
+
+
+@pytest.mark.parametrize("block", env_blocks(), ids=str)
+def test_settings_example_is_read(block: Block, tmp_path: Path) -> None:
+    """Pasted into `.env` as it stands, it is understood without an error or a warning."""
+    (tmp_path / ".env").write_text(block.text, encoding="utf-8")
+    settings, warnings = load_settings(tmp_path / ".env", {})
+    assert warnings == []
+    assert settings.model_fields_set
+
+
+def test_there_are_examples_to_run() -> None:
+    """The clients that the README shows are among the examples: curl, OpenAI's and LangChain's."""
+    texts = [block.text for block, _ in runnable() if block.document == "README.md"]
+    assert any(text.startswith("curl ") for text in texts)
+    assert any("from openai import" in text for text in texts)
+    assert any("check_embedding_ctx_length=False" in text for text in texts)
