@@ -78,6 +78,14 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
+class FidelityObject(BaseModel):
+    """How near the vectors come to sentence-transformers at fp32, measured before the model was let serve."""
+
+    min_cosine: float
+    mean_cosine: float
+    texts: int = Field(description="How many texts were compared.")
+
+
 class ModelObject(BaseModel):
     """A served model. The first four fields are OpenAI's; the rest is null until the model is loaded."""
 
@@ -106,6 +114,9 @@ class ModelObject(BaseModel):
     device: str | None
     backend: str | None
     notes: list[str] | None = Field(description="What to know of how it was loaded.")
+    fidelity: FidelityObject | None = Field(
+        description="Null where the backend is the reference itself, or the model is not loaded."
+    )
 
 
 class ModelList(BaseModel):
@@ -119,7 +130,10 @@ class Health(BaseModel):
 
 class ModelReadiness(BaseModel):
     state: str
-    error: str | None = None
+    error: str | None = Field(None, description="Why it failed.")
+    notes: list[str] | None = Field(
+        None, description="What to know of how it was loaded, such as why torch serves it and not OpenVINO."
+    )
 
 
 class Readiness(BaseModel):

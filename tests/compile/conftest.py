@@ -15,6 +15,7 @@ from emb_model_provider.compile.graph import quietly
 from emb_model_provider.compile.job import Job
 from emb_model_provider.compile.make import make
 from emb_model_provider.compile.recipe import recipe_for
+from tests.compile.service import FAMILY, Service
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
 
 if TYPE_CHECKING:
@@ -69,3 +70,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled
         return made[wanted]
 
     return get
+
+
+@pytest.fixture
+def service(compiled: Callable[..., Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+    return Service(compiled(FAMILY, precision="fp32"), tmp_path, monkeypatch)

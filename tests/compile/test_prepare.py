@@ -2,79 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.compile import prepare
 from emb_model_provider.compile import recipe as recipes
-from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
-from emb_model_provider.errors import CacheNotWritableError, LoadError, UnsupportedPrecisionError
-from tests.models import snapshot_of, spec_of
+from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.compile.conftest import Compiled
+    from emb_model_provider.compile.prepare import PreparedBackend
+    from tests.compile.service import Service
 
-FAMILY = "bert-mean-normalize"
-ONE_TOKEN = TokenBatch(ids=[[5]], prompt_lengths=[0])
-
-
-class Service:
-    """Prepares one small model as a service does, over a child that only pretends to compile."""
-
-    def __init__(self, made: Compiled, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made, self.root, self.cache = made, root, root / "cache"
-        self.log = root / "starts"
-        self.directory = made.directory
-        self.max_bytes = 10**9
-        self.announced = 0
-        self._monkeypatch = monkeypatch
-        monkeypatch.setattr(
-            "emb_model_provider.compile.child.COMMAND", (sys.executable, "-m", "tests.compile.fake_child")
-        )
-        self.child_does()
-
-    def child_does(self, **told: Any) -> None:
-        told = {"copy": str(self.made.artifact.directory), "log": str(self.log), **told}
-        self._monkeypatch.setenv("FAKE_CHILD", json.dumps(told))
-
-    @property
-    def starts(self) -> int:
-        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
-
-    def prepare(self, *, stopped: Callable[[], bool] = lambda: False, **spec: Any) -> PreparedBackend:
-        def announce() -> None:
-            self.announced += 1
-
-        return prepare_backend(
-            spec_of(**spec),
-            snapshot_of(self.directory),
-            trust_remote_code=False,
-            cache_dir=self.cache,
-            max_cache_bytes=self.max_bytes,
-            on_compiling=announce,
-            stopped=stopped,
-        )
-
-    @property
-    def artifacts(self) -> list[Path]:
-        return sorted(path for path in (self.cache / "artifacts").iterdir() if path.is_dir())
-
-
-@pytest.fixture
-def service(compiled: Callable[..., Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
-    return Service(compiled(FAMILY, precision="fp32"), tmp_path, monkeypatch)
-
+from tests.compile.service import ONE_TOKEN
 
 # --- once -------------------------------------------------------------------------------------------------
 
@@ -238,127 +184,6 @@ def test_compiling_can_be_stopped(service: Service) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert service.artifacts == []
-
-
-# --- the cache ------------------------------------------------------------------------------------------------
-
-
-def test_the_cache_is_bounded(service: Service) -> None:
-    """The artifact that was used longest ago goes; the one in use stays, however old."""
-    held = service.prepare(max_length=40).load()
-    service.prepare(max_length=41)
-    size = sum(path.stat().st_size for path in service.artifacts[0].iterdir())
-    service.max_bytes = int(2.5 * size)
-    oldest_use = 10**9
-    for place in service.artifacts:
-        os.utime(place, ns=(oldest_use, oldest_use))
-    service.prepare(max_length=42)
-    service.prepare(max_length=43)
-    assert len(service.artifacts) == 2
-    starts = service.starts
-    service.prepare(max_length=40)
-    assert service.starts == starts
-    held.close()
-    for place in service.artifacts:
-        os.utime(place, ns=(oldest_use, oldest_use))
-    service.prepare(max_length=44)
-    service.prepare(max_length=45)
-    service.prepare(max_length=40)
-    assert service.starts == starts + 3
-
-
-@pytest.mark.skipif(os.geteuid() == 0 and sys.platform != "linux", reason="permissions do not bind root")
-def test_a_cache_that_cannot_be_written(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An artifact in it is used; without one, torch serves, or openvino is refused, naming the setting."""
-
-    def refuse(*_: object) -> None:
-        raise CacheNotWritableError("Cannot write: set EMB_PROVIDER_CACHE_DIR")
-
-    service.prepare()
-    monkeypatch.setattr("emb_model_provider.compile.store.require_writable", refuse)
-    for path in (service.cache / "artifacts").glob("*.hold"):
-        path.unlink()
-    (service.cache / "artifacts").chmod(0o555)
-    try:
-        assert service.prepare().load().description.backend == "openvino"
-        assert "EMB_PROVIDER_CACHE_DIR" in service.prepare(max_length=9).notes[0]
-        with pytest.raises(CacheNotWritableError, match="EMB_PROVIDER_CACHE_DIR"):
-            service.prepare(max_length=9, backend="openvino")
-    finally:
-        (service.cache / "artifacts").chmod(0o755)
-    assert service.starts == 1
-
-
-def test_an_image_needs_neither_torch_nor_the_same_processor(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the tools are not installed, an artifact made elsewhere, perhaps without bf16, is used."""
-    monkeypatch.setattr(prepare, "native_bf16", lambda: False)
-    service.prepare()
-    tools = recipes.TOOL_PACKAGES
-    real = recipes.installed_version
-    for module in (recipes, prepare):
-        monkeypatch.setattr(module, "installed_version", lambda name: None if name in tools else real(name))
-    monkeypatch.setattr(prepare, "native_bf16", lambda: True)
-    assert service.prepare().load().description.precision == "fp32"
-    with pytest.raises(LoadError, match="compiling needs torch"):
-        service.prepare(max_length=9, backend="openvino")
-    assert service.starts == 1
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("backend", "device", "cuda", "expected"),
-    [
-        ("auto", "auto", False, "openvino"),
-        ("auto", "cpu", True, "openvino"),
-        ("openvino", "auto", True, "openvino"),
-        ("torch", "cpu", False, "torch"),
-    ],
-)
-def test_the_backend_by_device(
-    backend: str, device: str, cuda: bool, expected: str, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """auto is openvino on a CPU; whoever names a backend gets it."""
-    monkeypatch.setattr(prepare, "has_cuda", lambda: cuda)
-    assert service.prepare(backend=backend, device=device).load().description.backend == expected
-
-
-def test_auto_with_a_cuda_device_is_torch(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled for a device that torch serves."""
-    monkeypatch.setattr(prepare, "has_cuda", lambda: True)
-    service.prepare(device="auto")
-    service.prepare(device="cuda")
-    assert service.starts == 0
-
-
-def test_openvino_on_a_gpu_is_refused(service: Service) -> None:
-    """The message names both settings."""
-    with pytest.raises(LoadError, match=r"EMB_PROVIDER_BACKEND=openvino.*EMB_PROVIDER_DEVICE=cuda:0"):
-        service.prepare(backend="openvino", device="cuda:0")
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_integer_precisions_are_not_there_yet(precision: str, service: Service) -> None:
-    """Refused before anything is started."""
-    with pytest.raises(UnsupportedPrecisionError, match=precision):
-        service.prepare(precision=precision)
-    assert service.starts == 0
-
-
-@pytest.mark.parametrize(
-    ("precision", "words"), [("fp16", "weights are stored at half"), ("bf16", "no bf16")]
-)
-def test_a_precision_that_is_not_computed_in_is_explained(
-    precision: str, words: str, service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The description says what is computed in, and a note why."""
-    monkeypatch.setattr(prepare, "native_bf16", lambda: False)
-    description = service.prepare(precision=precision).load().description
-    assert description.precision == "fp32"
-    assert any(words in note for note in description.notes)
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
     from emb_model_provider.observability.metrics import Metrics
-    from emb_model_provider.registry import Registry
+    from emb_model_provider.registry import ModelStatus, Registry
 
 
 def router(registry: Registry, metrics: Metrics) -> APIRouter:
@@ -35,7 +35,7 @@ def router(registry: Registry, metrics: Metrics) -> APIRouter:
         is_ready = all(status.state is State.READY for status in statuses if status.preload)
         readiness = Readiness(
             status="ready" if is_ready else "not_ready",
-            models={s.spec.alias: ModelReadiness(state=s.state.value, error=s.error) for s in statuses},
+            models={status.spec.alias: _readiness(status) for status in statuses},
         )
         return JSONResponse(readiness.model_dump(exclude_none=True), status_code=200 if is_ready else 503)
 
@@ -49,3 +49,8 @@ def router(registry: Registry, metrics: Metrics) -> APIRouter:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
+
+
+def _readiness(status: ModelStatus) -> ModelReadiness:
+    notes = status.description.notes if status.description is not None else ()
+    return ModelReadiness(state=status.state.value, error=status.error, notes=list(notes) or None)

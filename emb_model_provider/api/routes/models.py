@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
-from emb_model_provider.api.schemas import ModelList, ModelObject, error_responses
+from emb_model_provider.api.schemas import FidelityObject, ModelList, ModelObject, error_responses
 
 if TYPE_CHECKING:
+    from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.registry import ModelStatus, Registry
 
 
@@ -52,6 +53,17 @@ def _described(status: ModelStatus) -> ModelObject:
         device=description.device if description is not None else None,
         backend=description.backend if description is not None else None,
         notes=list(description.notes) if description is not None else None,
+        fidelity=_fidelity(description),
+    )
+
+
+def _fidelity(description: ModelDescription | None) -> FidelityObject | None:
+    if description is None or description.fidelity is None:
+        return None
+    return FidelityObject(
+        min_cosine=description.fidelity.min_cosine,
+        mean_cosine=description.fidelity.mean_cosine,
+        texts=description.fidelity.texts,
     )
 
 
