@@ -52,7 +52,7 @@ def start_logging(settings: LogSettings) -> logging.handlers.QueueListener:
         handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
 
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    listener = logging.handlers.QueueListener(lines, *handlers)
+    listener = _Listener(lines, *handlers)
     root = logging.getLogger()
     root.handlers = [_Enqueue(lines)]
     root.setLevel(logging.WARNING)
@@ -76,6 +76,15 @@ def _file_handler(settings: LogSettings) -> logging.Handler:
             f"EMB_PROVIDER_LOG_DIR={settings.directory}: cannot be written ({error.strerror}): "
             "choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
         ) from error
+
+
+class _Listener(logging.handlers.QueueListener):
+    """Closes the log file when it stops."""
+
+    def stop(self) -> None:
+        super().stop()
+        for handler in self.handlers:
+            handler.close()
 
 
 class _AgedRotatingFileHandler(logging.handlers.RotatingFileHandler):

@@ -1,0 +1,163 @@
+"""The official `openai` client, as its users call it."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openai
+import pytest
+
+from tests.api.models import KEYS, POISON, occupied
+from tests.service import BUNDLED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.service import Service
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    """Yield a client of the default service, which asks for no key."""
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_default_call(client: openai.OpenAI, service: Service) -> None:
+    """The client's own default (it asks for base64 and decodes it) gives the vectors of the float form."""
+    answer = client.embeddings.create(model=BUNDLED, input=["hello", "world", "hello"])
+    assert [entry.index for entry in answer.data] == [0, 1, 2]
+    assert answer.model == BUNDLED
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == 9
+    plain = service.embed(["hello", "world", "hello"]).json()["data"]
+    given = np.array([entry.embedding for entry in answer.data], dtype=np.float32)
+    np.testing.assert_array_equal(given, np.array([entry["embedding"] for entry in plain], dtype=np.float32))
+
+
+def test_single_text_and_float(client: openai.OpenAI) -> None:
+    """One text, and the float form, give a list of numbers."""
+    answer = client.embeddings.create(model=BUNDLED, input="hello", encoding_format="float")
+    assert len(answer.data) == 1
+    assert len(answer.data[0].embedding) == 384
+    assert isinstance(answer.data[0].embedding[0], float)
+
+
+def test_base64_on_request_is_left_as_it_is(client: openai.OpenAI) -> None:
+    """Who asks the client for base64 gets the text itself."""
+    answer = client.embeddings.create(model=BUNDLED, input="hello", encoding_format="base64")
+    text: Any = answer.data[0].embedding
+    assert len(base64.b64decode(text, validate=True)) == 384 * 4
+
+
+async def test_async_client(service: Service) -> None:
+    """The asynchronous client works alike."""
+    async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="unused") as client:
+        answer = await client.embeddings.create(model=BUNDLED, input=["hello", "world"])
+        assert [len(entry.embedding) for entry in answer.data] == [384, 384]
+        assert [model.id async for model in client.models.list()] == [BUNDLED]
+
+
+def test_models_with_a_slash(client: openai.OpenAI) -> None:
+    """The client sends an id's slash as %2F, and finds the model."""
+    assert [model.id for model in client.models.list()] == [BUNDLED]
+    model = client.models.retrieve(BUNDLED)
+    assert (model.id, model.object, model.owned_by) == (BUNDLED, "model", "sentence-transformers")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("no/such")
+
+
+def test_raw_response_has_the_request_id(client: openai.OpenAI) -> None:
+    """`with_raw_response` and the parsed object give the id that the log has."""
+    raw = client.embeddings.with_raw_response.create(model=BUNDLED, input="hello")
+    assert raw.headers["x-request-id"].startswith("req_")
+    assert raw.parse()._request_id == raw.headers["x-request-id"]
+
+
+def test_errors_have_their_classes_codes_and_params(client: openai.OpenAI) -> None:
+    """The client raises the class that its users catch, with the contract's `code` and `param`."""
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.embeddings.create(model="nope", input="x")
+    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    assert unknown.value.request_id is not None
+    with pytest.raises(openai.BadRequestError) as wrong_size:
+        client.embeddings.create(model=BUNDLED, input="x", dimensions=7)
+    assert (wrong_size.value.code, wrong_size.value.param) == ("invalid_dimensions", "dimensions")
+    assert wrong_size.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError) as empty:
+        client.embeddings.create(model=BUNDLED, input=[])
+    assert (empty.value.code, empty.value.param) == ("invalid_input", "input")
+
+
+def test_keys(guarded: Service) -> None:
+    """A good key passes, another is an AuthenticationError."""
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEYS[0]) as good:
+        assert len(good.embeddings.create(model="mini", input="x").data) == 1
+    with (
+        openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="sk-wrong") as wrong,
+        pytest.raises(openai.AuthenticationError) as refused,
+    ):
+        wrong.embeddings.create(model="mini", input="x")
+    assert refused.value.code == "invalid_api_key"
+
+
+def test_dimensions_where_they_are_allowed(guarded: Service) -> None:
+    """`dimensions` cuts and brings back to length 1."""
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEYS[0]) as client:
+        vector = client.embeddings.create(model="mini", input="x", dimensions=32).data[0].embedding
+    assert len(vector) == 32
+    np.testing.assert_allclose(np.linalg.norm(vector), 1, atol=1e-6)
+
+
+def test_full_queue_is_retried_until_there_is_room(strained: Service) -> None:
+    """A 429 is a RateLimitError to who does not retry; the client's own retries wait, and succeed."""
+    url, before = f"{strained.url}/v1", strained.figure("emb_provider_requests_total", status="429")
+    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as hasty, occupied(strained):
+        with pytest.raises(openai.RateLimitError) as full:
+            hasty.embeddings.create(model="mini", input="x")
+        assert (full.value.code, full.value.type) == ("queue_full", "rate_limit_error")
+        assert 1 <= int(full.value.response.headers["retry-after"]) <= 120
+        with openai.OpenAI(base_url=url, api_key="unused", max_retries=5) as patient:
+            raw = patient.embeddings.with_raw_response.create(model="mini", input="x")
+    assert raw.retries_taken >= 1
+    assert strained.figure("emb_provider_requests_total", status="429") == before + 1 + raw.retries_taken
+
+
+def test_server_errors_are_retried_twice_and_then_told(strained: Service) -> None:
+    """503 and 500 are InternalServerErrors; the client tries each three times."""
+    for fields, status in (
+        ({"model": "broken", "input": "x"}, 503),
+        ({"model": "poisoned", "input": POISON}, 500),
+    ):
+        counted = {"model": fields["model"], "status": str(status)}
+        before = strained.figure("emb_provider_requests_total", **counted)
+        # The client obeys Retry-After, which is half a minute for a failed model: not waited for here.
+        client = openai.OpenAI(
+            base_url=f"{strained.url}/v1", api_key="unused", max_retries=0 if status == 503 else 2
+        )
+        with client, pytest.raises(openai.InternalServerError) as failed:
+            client.embeddings.create(**fields)  # type: ignore[arg-type]
+        assert failed.value.status_code == status
+        tries = 1 if status == 503 else 3
+        assert strained.figure("emb_provider_requests_total", **counted) == before + tries
+
+
+def test_threads_share_a_client(client: openai.OpenAI) -> None:
+    """Answers never change places between callers."""
+    wanted = {
+        str(n): client.embeddings.create(model=BUNDLED, input=f"text {n}").data[0].embedding for n in range(8)
+    }
+    given: dict[str, list[float]] = {}
+
+    def ask(name: str) -> None:
+        given[name] = client.embeddings.create(model=BUNDLED, input=f"text {name}").data[0].embedding
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, vector in wanted.items():
+        np.testing.assert_allclose(given[name], vector, atol=1e-5)

@@ -1,0 +1,87 @@
+"""GET /metrics of a real service: the figures move as requests are made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.service import BUNDLED
+
+if TYPE_CHECKING:
+    from tests.service import Service
+
+MODEL = {"model": BUNDLED}
+
+
+def test_format_is_what_prometheus_reads(service: Service) -> None:
+    """The text parses, every family is ours and explained, and nothing is counted twice."""
+    response = service.http.get("/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = list(text_string_to_metric_families(response.text))
+    assert len(families) >= 12
+    assert all(family.name.startswith("emb_provider_") and family.documentation for family in families)
+    samples = [
+        (sample.name, tuple(sorted(sample.labels.items())))
+        for family in families
+        for sample in family.samples
+    ]
+    assert len(samples) == len(set(samples))
+    assert not any(name.endswith("_created") for name, _ in samples)
+
+
+def test_requests_are_counted_by_model_and_status(service: Service) -> None:
+    """Each answer counts once, under the model's alias; names that are not served share one label."""
+    cases = [
+        ({"input": "x", "model": "all-MiniLM-L6-v2"}, {**MODEL, "status": "200"}),
+        ({"input": "x", "dimensions": 5}, {**MODEL, "status": "400"}),
+        ({"input": "x", "model": "made-up-by-the-caller"}, {"model": "", "status": "404"}),
+        ({"input": []}, {"model": "", "status": "400"}),
+    ]
+    for body, labels in cases:
+        before = service.figure("emb_provider_requests_total", **labels)
+        service.http.post("/v1/embeddings", json=body)
+        assert service.figure("emb_provider_requests_total", **labels) == before + 1
+    assert "made-up-by-the-caller" not in service.http.get("/metrics").text
+
+
+def test_inputs_tokens_and_batches(service: Service) -> None:
+    """A request moves every figure of the work it caused by just that work."""
+    names = {
+        "emb_provider_inputs_total": 3, "emb_provider_tokens_total": 3 + 3 + 12,
+        "emb_provider_request_seconds_count": 1, "emb_provider_tokenize_seconds_count": 1,
+        "emb_provider_queue_seconds_count": 1, "emb_provider_batch_inputs_sum": 3,
+    }  # fmt: skip
+    before = {name: service.figure(name, **MODEL) for name in names}
+    batches = service.figure("emb_provider_batches_total", outcome="ok", **MODEL)
+    seconds = service.figure("emb_provider_inference_seconds_sum", **MODEL)
+    padding = service.figure("emb_provider_batch_padding_ratio_count", **MODEL)
+    assert service.embed("hello", "world", "word " * 10).status_code == 200
+    assert {name: service.figure(name, **MODEL) - before[name] for name in names} == names
+    ran = service.figure("emb_provider_batches_total", outcome="ok", **MODEL) - batches
+    assert 1 <= ran <= 3
+    assert service.figure("emb_provider_batch_padding_ratio_count", **MODEL) - padding == ran
+    assert service.figure("emb_provider_inference_seconds_sum", **MODEL) > seconds
+
+
+def test_refused_requests_do_no_work(service: Service) -> None:
+    """An error counts as a request, and as no input, token or batch."""
+    names = ["emb_provider_inputs_total", "emb_provider_tokens_total", "emb_provider_batches_total"]
+    before = [service.figure(name) for name in names]
+    service.embed("x", dimensions=5)
+    assert [service.figure(name) for name in names] == before
+
+
+def test_queue_is_empty_at_rest(service: Service) -> None:
+    """The gauges of what waits are there, and zero when nothing does."""
+    text = service.http.get("/metrics").text
+    assert f'emb_provider_queue_inputs{{model="{BUNDLED}"}} 0.0' in text
+    assert f'emb_provider_queue_tokens{{model="{BUNDLED}"}} 0.0' in text
+
+
+def test_watching_is_not_counted(service: Service) -> None:
+    """Health checks and scrapes are no requests for embeddings."""
+    before = service.figure("emb_provider_requests_total")
+    for path in ("/health", "/ready", "/v1/models", "/no/such"):
+        service.http.get(path)
+    assert service.figure("emb_provider_requests_total") == before

@@ -1,0 +1,183 @@
+"""The real service in a process of its own, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+BUNDLED = "sentence-transformers/all-MiniLM-L6-v2"
+COMMAND = [sys.executable, "-m", "emb_model_provider.main"]
+_FOREIGN = re.compile(
+    r"(EMB_PROVIDER_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|USE_MODELSCOPE|TRANSFORMERS_|.*_proxy$)", re.IGNORECASE
+)
+_START_S = 120.0
+_STOP_S = 30.0
+
+
+def environment(directory: Path, **settings: str) -> dict[str, str]:
+    """Return the environment of a service: the settings given here (without their prefix), and no others."""
+    inherited = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
+    return inherited | {
+        "EMB_PROVIDER_CACHE_DIR": str(directory / "cache"),
+        "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),
+        **{f"EMB_PROVIDER_{name}": value for name, value in settings.items()},
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Service:
+    """A running service; a context manager that stops it. Its working directory is `directory`, and was empty."""
+
+    def __init__(self, directory: Path, *, stderr: int | None = None, **settings: str) -> None:
+        """Start the process. `stderr` is a file descriptor for its standard error, by default a file."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.port = free_port()
+        self.url = f"http://localhost:{self.port}"
+        self._stderr_file = directory / "stderr.txt"
+        with self._stderr_file.open("wb") as file:
+            self.process = subprocess.Popen(
+                COMMAND,
+                cwd=directory,
+                env=environment(directory, PORT=str(self.port), **settings),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file if stderr is None else stderr,
+            )
+        self.http = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.stop()
+
+    def wait(self, path: str = "/ready") -> Self:
+        """Wait until the service answers `path` with 200."""
+        give_up_at = time.monotonic() + _START_S
+        while time.monotonic() < give_up_at:
+            if self.process.poll() is not None:
+                raise AssertionError(f"it ended with {self.process.returncode}: {self.stderr_text()}")
+            try:
+                if self.http.get(path).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"not ready within {_START_S:g} s: {self.stderr_text()}")
+
+    def wait_for_state(self, alias: str, state: str) -> Self:
+        """Wait until a model is in `state`."""
+        self.wait("/health")
+        wait_until(lambda: self.http.get("/ready").json()["models"][alias]["state"] == state, _START_S)
+        return self
+
+    def embed(self, *inputs: Any, **fields: Any) -> httpx.Response:
+        """POST one input, or several as an array."""
+        given = inputs[0] if len(inputs) == 1 else list(inputs)
+        return self.http.post("/v1/embeddings", json={"input": given, **fields})
+
+    def post(self, body: bytes | str) -> httpx.Response:
+        """POST a body as it stands."""
+        return self.http.post("/v1/embeddings", content=body, headers={"content-type": "application/json"})
+
+    def figure(self, name: str, **labels: str) -> float:
+        """Return a figure of /metrics, summed over the labels that are not given; 0 where there is none."""
+        total = 0.0
+        for family in text_string_to_metric_families(self.http.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    total += sample.value
+        return total
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """Ask the process to end with SIGTERM; return its exit code."""
+        self.signal()
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for the process to end; return its exit code."""
+        try:
+            return self.process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(
+                f"still alive {_STOP_S:g} s after it should have ended: {self.stderr_text()}"
+            ) from None
+
+    def log_text(self) -> str:
+        """Return the log file."""
+        return (self.directory / "logs" / "emb_model_provider.log").read_text(encoding="utf-8")
+
+    def log_lines(self, **fields: Any) -> list[dict[str, Any]]:
+        """Return the log file's JSON lines that have all these fields."""
+        lines: list[dict[str, Any]] = [json.loads(line) for line in self.log_text().splitlines()]
+        return [line for line in lines if fields.items() <= line.items()]
+
+    def logged(self, **fields: Any) -> list[dict[str, Any]]:
+        """Return the log file's lines that have all these fields, once there is one: a thread writes them."""
+        wait_until(lambda: self.log_lines(**fields), 5)
+        return self.log_lines(**fields)
+
+    def stderr_text(self) -> str:
+        return self._stderr_file.read_text(encoding="utf-8", errors="replace")
+
+
+def wait_until(condition: Any, timeout_s: float = 20.0) -> None:
+    """Wait until `condition()` is true; fail when it does not become so."""
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > give_up_at:
+            raise AssertionError(f"did not become true within {timeout_s:g} s")
+        time.sleep(0.02)
+
+
+def assert_error(
+    response: httpx.Response,
+    status: int,
+    code: str | None,
+    *,
+    param: str | None = None,
+    phrase: str = "",
+    type: str = "invalid_request_error",  # noqa: A002 - the wire's own name
+) -> None:
+    """Check that a response is an error in OpenAI's form, with nothing missing and nothing more."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert list(body) == ["error"]
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"], error["type"]) == (code, param, type), error
+    assert phrase in error["message"]
+    assert error["message"]
+    assert "Traceback" not in error["message"]
