@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from emb_model_provider.compile.prepare import prepare_backend
+from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
 from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.hubs.progress import ProgressReporter
@@ -122,6 +123,7 @@ class Registry:
         self._default = models.specs[0].alias
         self._other_names = _other_names(models.specs)
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._compiling = threading.Lock()
         self._stopping = False
 
     # --- looking --------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class Registry:
         return self._default
 
     def alias_of(self, name: str) -> str:
-        """Return the alias that `name` means: an alias, a model's id, or an id's unique last part.
+        """Return the alias that `name` means: an alias, a model's id (its first alias), or a unique last part.
 
         Raises: ModelNotFoundError.
         """
@@ -234,16 +236,7 @@ class Registry:
             snapshot = await asyncio.to_thread(_fetch, spec, self._hubs)
             slot.snapshot = snapshot
             slot.state = State.LOADING
-            prepared = await asyncio.to_thread(
-                prepare_backend,
-                spec,
-                snapshot,
-                trust_remote_code=self._may_run_code(spec, snapshot),
-                cache_dir=self._hubs.cache_dir,
-                max_cache_bytes=self._max_artifact_bytes,
-                on_compiling=lambda: setattr(slot, "state", State.COMPILING),
-                stopped=lambda: self._stopping,
-            )
+            prepared = await asyncio.to_thread(self._prepare, slot, snapshot)
             slot.state = State.LOADING
             engine = await Engine.start(
                 spec,
@@ -271,6 +264,32 @@ class Registry:
         slot.created = int(time.time())
         _log_loaded(engine, snapshot, time.monotonic() - started)
         return engine
+
+    def _prepare(self, slot: _Slot, snapshot: Snapshot) -> PreparedBackend:
+        """Choose the slot's backend, compiling where that is needed. Blocks; runs on a thread of its own."""
+        my_turn = False
+
+        def begin_compiling() -> None:
+            nonlocal my_turn
+            slot.state = State.COMPILING
+            # Compiling takes all processors: two at a time would each take more than twice as long.
+            while not (my_turn := self._compiling.acquire(timeout=0.2)):
+                if self._stopping:
+                    raise InterruptedError("stopped while waiting to compile")
+
+        try:
+            return prepare_backend(
+                slot.spec,
+                snapshot,
+                trust_remote_code=self._may_run_code(slot.spec, snapshot),
+                cache_dir=self._hubs.cache_dir,
+                max_cache_bytes=self._max_artifact_bytes,
+                on_compiling=begin_compiling,
+                stopped=lambda: self._stopping,
+            )
+        finally:
+            if my_turn:
+                self._compiling.release()
 
     def _may_run_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
         by_hub = self._trust.modelscope if snapshot.hub == "modelscope" else self._trust.others
@@ -301,12 +320,11 @@ def _log_loaded(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
 
 
 def _other_names(specs: Sequence[ModelSpec]) -> dict[str, str]:
-    """Ids of models, and last parts of ids and aliases, that mean just one alias."""
-    ids: dict[str, set[str]] = {}
+    """Map ids of models to the first alias that serves them, and last parts that mean just one model to its alias."""
+    ids: dict[str, str] = {}
     last_parts: dict[str, set[str]] = {}
     for spec in specs:
-        ids.setdefault(spec.name, set()).add(spec.alias)
+        ids.setdefault(spec.name, spec.alias)
         for name in (spec.name, spec.alias):
             last_parts.setdefault(name.rstrip("/").rpartition("/")[2], set()).add(spec.alias)
-    names = {name: aliases for name, aliases in last_parts.items() if name not in ids} | ids
-    return {name: next(iter(aliases)) for name, aliases in names.items() if len(aliases) == 1}
+    return {name: next(iter(aliases)) for name, aliases in last_parts.items() if len(aliases) == 1} | ids

@@ -226,7 +226,7 @@ async def test_a_stopped_registry_lets_nobody_in(tmp_path: Path, bert: Path) -> 
 
 
 def test_names_resolve_from_alias_to_id_to_unique_last_part(tmp_path: Path) -> None:
-    """An alias wins over an id, an id over a last part; what could mean two models means none."""
+    """An alias wins over an id, an id over a last part; an id means its first alias, an unclear last part nothing."""
     registry = make(
         tmp_path,
         ModelSpec(alias="bge-m3", name="other/model"),
@@ -243,6 +243,7 @@ def test_names_resolve_from_alias_to_id_to_unique_last_part(tmp_path: Path) -> N
     assert registry.alias_of("model") == "bge-m3"
     assert registry.alias_of("long-name") == "org/long-name"
     assert registry.alias_of("y/twin") == "c"
-    for unclear in ("twin", "z/shared", "shared", "nothing", ""):
+    assert registry.alias_of("z/shared") == "d"
+    for unclear in ("twin", "shared", "nothing", ""):
         with pytest.raises(ModelNotFoundError, match="does not exist"):
             registry.alias_of(unclear)

@@ -83,6 +83,8 @@ def occupied(strained: Service) -> Iterator[None]:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    wait_until(lambda: strained.figure("emb_provider_queue_tokens", model="mini") > 500)
-    yield
-    thread.join()
+    try:
+        wait_until(lambda: strained.figure("emb_provider_queue_tokens", model="mini") > 500)
+        yield
+    finally:
+        thread.join()
