@@ -91,6 +91,7 @@ async def _engine(job: dict[str, Any]) -> dict[str, Any]:
         trust=settings.trust(),
         batching=settings.batching(),
         limits=settings.limits(),
+        max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
         on_batch=lambda _: None,
     )
     engine = await registry.get(registry.default_alias)
