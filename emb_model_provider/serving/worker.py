@@ -211,7 +211,7 @@ class Worker:
         started = time.monotonic()
         failed = self._embed(backend, batch.members)
         ended = time.monotonic()
-        self._finish(batch, ended, took=ended - started)
+        # Counted before it is answered: whoever has an answer finds it in the figures.
         self._on_batch(
             BatchRecord(
                 model=self._model,
@@ -223,6 +223,7 @@ class Worker:
                 failed=failed,
             )
         )
+        self._finish(batch, ended, took=ended - started)
 
     def _embed(self, backend: Backend, members: Sequence[tuple[EmbeddingJob, int]]) -> bool:
         """Write each member's vector to its job; return whether any failed.
@@ -236,23 +237,15 @@ class Worker:
             ids=[job.ids[row] for job, row in members],
             prompt_lengths=[job.prompt_lengths[row] for job, row in members],
         )
+        failure: Exception | None = None
         try:
             vectors = backend.embed(batch)
             finite: NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
-        except Exception as error:
-            if len(members) == 1:
-                logger.exception("model %s failed on an input of %d tokens", self._model, len(batch.ids[0]))
-                self._fail(
-                    members[0][0], InferenceError(f"The model failed on an input ({type(error).__name__}).")
-                )
-                return True
-            logger.warning(
-                "model %s failed on a batch of %d inputs (%s); running it in halves",
-                self._model, len(members), type(error).__name__,
-            )  # fmt: skip
-            middle = len(members) // 2
-            first, second = self._embed(backend, members[:middle]), self._embed(backend, members[middle:])
-            return first or second
+        except Exception as error:  # noqa: BLE001 - whatever a runtime raises: see _after_a_failure
+            failure = error
+        if failure is not None:
+            # Outside the handler, so that the halves' failures do not drag this one's traceback along.
+            return self._after_a_failure(backend, members, failure)
         for vector, (job, row) in zip(vectors, members, strict=True):
             job._vectors[row] = vector
         if finite.all():
@@ -263,6 +256,24 @@ class Worker:
                 members[i][0], InferenceError("The model gave a vector that is not finite for an input.")
             )
         return True
+
+    def _after_a_failure(
+        self, backend: Backend, members: Sequence[tuple[EmbeddingJob, int]], failure: Exception
+    ) -> bool:
+        if len(members) == 1:
+            job, row = members[0]
+            logger.error(
+                "model %s failed on an input of %d tokens", self._model, len(job.ids[row]), exc_info=failure
+            )
+            self._fail(job, InferenceError(f"The model failed on an input ({type(failure).__name__})."))
+            return True
+        logger.warning(
+            "model %s failed on a batch of %d inputs (%s); running it in halves",
+            self._model, len(members), type(failure).__name__,
+        )  # fmt: skip
+        middle = len(members) // 2
+        first, second = self._embed(backend, members[:middle]), self._embed(backend, members[middle:])
+        return first or second
 
     def _fail(self, job: EmbeddingJob, error: ProviderError) -> None:
         self.cancel(job)
