@@ -23,6 +23,10 @@ class Fidelity:
     mean_cosine: float
     texts: int
     """How many probe texts were compared."""
+    top10_overlap: float | None = None
+    """Share of each text's ten nearest neighbours among the texts that stay its ten nearest, 0 to 1, mean."""
+    spearman: float | None = None
+    """Rank correlation of all pairs' similarities, -1 to 1."""
 
 
 @dataclass(frozen=True, slots=True)

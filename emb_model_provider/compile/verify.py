@@ -55,10 +55,12 @@ def reference_cases(pipeline: SentenceTransformer, description: ModelDescription
     return [Case(texts, prompt, _reference(pipeline, texts, prompt)) for texts, prompt in wanted]
 
 
-def compare(backend: Backend, cases: Sequence[Case]) -> Fidelity:
+def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> Fidelity:
     """Embed the cases, each text in a batch of mixed lengths and alone, and return the cosines to the reference.
 
-    Raises: UntrueError where a vector is not finite, or not near enough.
+    `exact` is for a model that is to be the same; a quantized one is measured, and judged by whoever serves it.
+
+    Raises: UntrueError where a vector is not finite or has another size, or, if `exact`, is not near enough.
     """
     tokenization = Tokenization(backend.description)
     limit = _limit(backend.description)
@@ -75,7 +77,9 @@ def compare(backend: Backend, cases: Sequence[Case]) -> Fidelity:
                 )
                 for start in range(0, len(case.texts), size)
             ]
-            cosines.append(_cosines(np.concatenate(rows), case, "in a batch" if size > 1 else "alone"))
+            cosines.append(
+                _cosines(np.concatenate(rows), case, "in a batch" if size > 1 else "alone", exact=exact)
+            )
     found = np.concatenate(cosines)
     return Fidelity(
         min_cosine=float(found.min()),
@@ -100,7 +104,7 @@ def _reference(pipeline: SentenceTransformer, texts: Sequence[str], prompt: str)
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _cosines(vectors: NDArray[np.float32], case: Case, how: str) -> NDArray[np.float64]:
+def _cosines(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool) -> NDArray[np.float64]:
     if vectors.shape != case.expected.shape:
         raise UntrueError(f"its vectors have {vectors.shape[1]} values, not {case.expected.shape[1]}")
     ours, theirs = vectors.astype(np.float64), case.expected.astype(np.float64)
@@ -113,6 +117,8 @@ def _cosines(vectors: NDArray[np.float32], case: Case, how: str) -> NDArray[np.f
     # A zero vector has no direction: it is only asked to be zero, too.
     products = (ours * theirs).sum(axis=1) / np.maximum(our_norms * their_norms, 1e-30)
     cosines: NDArray[np.float64] = np.where(their_norms > 0, products, (our_norms == 0).astype(np.float64))
+    if not exact:
+        return cosines
     worst = int(cosines.argmin())
     if cosines[worst] < LEAST_COSINE:
         raise UntrueError(
