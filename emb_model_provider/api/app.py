@@ -26,6 +26,8 @@ from emb_model_provider.registry import Registry, State
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from starlette.types import ASGIApp
+
     from emb_model_provider.settings import ServerSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> FastAPI:
+def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> ASGIApp:
     """Return the service. `on_nothing_to_serve` is called when every model failed to load at the start."""
     server = settings.server()
     limits = settings.limits()
@@ -72,16 +74,21 @@ def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> F
     app.add_exception_handler(ProviderError, on_provider_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     doorkeeper = Doorkeeper(server)
-    # The last one added is the first that a request meets. Errors pass through Cors, so that pages can read them.
-    app.add_middleware(embeddings.DirectEmbeddings, endpoint=embed)
-    app.add_middleware(Guard, doorkeeper=doorkeeper, max_body_bytes=limits.max_body_bytes)
+    # From the inside out. Errors pass through Cors, so that pages can read them.
+    layers: list[tuple[Callable[..., ASGIApp], dict[str, Any]]] = [
+        (Guard, {"doorkeeper": doorkeeper, "max_body_bytes": limits.max_body_bytes})
+    ]
     if server.cors_origins:
-        app.add_middleware(Cors, origins=server.cors_origins)
+        layers.append((Cors, {"origins": server.cors_origins}))
     if server.allowed_hosts is not None:
-        app.add_middleware(HostCheck, doorkeeper=doorkeeper)
-    app.add_middleware(RequestLog, on_request=metrics.on_request)
+        layers.append((HostCheck, {"doorkeeper": doorkeeper}))
+    layers.append((RequestLog, {"on_request": metrics.on_request}))
+    direct = embeddings.as_asgi(embed)
+    for layer, options in layers:
+        app.add_middleware(layer, **options)
+        direct = layer(direct, **options)
     app.openapi = _openapi(app, with_keys=bool(server.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
-    return app
+    return embeddings.DirectEmbeddings(app, direct)
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from emb_model_provider.api.disconnect import ClientGoneError
 from emb_model_provider.api.errors import BodyTooLargeError, CompressedBodyError, response_for
-from emb_model_provider.observability.logs import new_request_id, request_id
+from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.auth import Doorkeeper
 
-access_logger = logging.getLogger("emb_model_provider.access")
+access_logger = logging.getLogger(ACCESS_LOGGER)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -46,6 +46,7 @@ class RequestLog:
         started = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         identifier = given if _SANE_REQUEST_ID.fullmatch(given) else new_request_id()
+        encoded = identifier.encode("ascii")
         record = RequestRecord(method=scope["method"], path=scope["path"], request_id=identifier)
         scope["emb_provider.record"] = record
         # Never reset: each request is a task with a context of its own, and what the server logs of it comes later.
@@ -54,7 +55,7 @@ class RequestLog:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = identifier
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", encoded)]
             await send(message)
 
         try:

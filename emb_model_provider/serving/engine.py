@@ -20,6 +20,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.cl100k import decode_cl100k, load_cl100k
+from emb_model_provider.serving.garbage import spare_what_stays
 from emb_model_provider.serving.postprocess import check_dimensions, finished
 from emb_model_provider.serving.prompts import choose_prompt
 from emb_model_provider.serving.worker import EmbeddingJob, Timing, Worker
@@ -116,6 +117,7 @@ class Engine:
             except BaseException:
                 backend.close()
                 raise
+            spare_what_stays()
             return backend
 
         worker = Worker(
