@@ -2,8 +2,8 @@
 
 Memory is bounded whatever comes in. A batch is run in parts of at most 2,048 padded tokens, which is no slower
 than larger ones (7,430 tokens a second against 7,400 at 4,096 and 7,470 at 16,384) and needs a fraction of the
-memory (390, 600 and 950 MB in the whole process); parts hold neighbours in length, so they also hold less
-padding. Lengths beyond 64 are rounded up to a multiple of 8: that costs nothing measurable, and there are fewer
+memory (390, 600 and 950 MB in the whole process); parts hold neighbours in length, and are as many as pays (see
+`parts.py`): 64 short texts are answered a tenth quicker than in one piece. Lengths beyond 64 are rounded up to a multiple of 8: that costs nothing measurable, and there are fewer
 shapes, for each of which the runtime keeps kernels. Shorter ones are not: 13 tokens as 16 are 13 % slower.
 """
 
@@ -24,6 +24,7 @@ from emb_model_provider.backends.openvino_runtime import (
     compile_lanes,
     layout_for,
 )
+from emb_model_provider.backends.parts import parts
 from emb_model_provider.errors import InferenceError
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import ModelDescription, TokenBatch
-
-_PART_TOKENS = 2048
-_EXACT_LENGTHS = 64
-_LENGTH_STEP = 8
 
 
 class OpenVinoBackend:
@@ -55,7 +52,8 @@ class OpenVinoBackend:
     ) -> None:
         """Read `graph` (an OpenVINO `.xml` beside its `.bin`) and compile it for this processor.
 
-        It computes in `description.precision`, which is fp32 or bf16. `cpus` is how many processors to use
+        It computes in `description.compute`, else in `description.precision`: fp32, bf16, or, where weights are
+        integers, int8 (see `openvino_runtime`). `cpus` is how many processors to use
         (by default as many as this process may); `on_close` is called once, when the backend is closed.
 
         Raises: LoadError.
@@ -63,7 +61,7 @@ class OpenVinoBackend:
         self.description = description
         layout = layout_for(usable_cpus() if cpus is None else cpus)
         self.lanes = layout.lanes
-        compiled, wide = compile_lanes(graph, description.precision, layout)
+        compiled, wide = compile_lanes(graph, description.compute or description.precision, layout)
         # The last one given back is taken first: its buffers are the warmest, and unused ones are never allocated.
         self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
         for _ in range(layout.lanes):
@@ -85,8 +83,8 @@ class OpenVinoBackend:
             raise RuntimeError("the backend is closed")
         self._check(batch)
         vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
-        for rows in _parts([len(row) for row in batch.ids]):
-            inputs = self._inputs(batch, rows)
+        for rows, length in parts([len(row) for row in batch.ids], self.description.max_length):
+            inputs = self._inputs(batch, rows, length)
             with self._request() as request:
                 # The result lies in the request's own memory, so it is copied before anybody else runs it.
                 vectors[rows] = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
@@ -114,9 +112,9 @@ class OpenVinoBackend:
                 f"An input holds token id {wrong}; the model knows 0 to {self.description.vocab_size - 1}."
             )
 
-    def _inputs(self, batch: TokenBatch, rows: Sequence[int]) -> dict[str, NDArray[np.int64]]:
+    def _inputs(self, batch: TokenBatch, rows: Sequence[int], length: int) -> dict[str, NDArray[np.int64]]:
         own = [batch.ids[row] for row in rows]
-        shape = len(own), _rounded(max(map(len, own)), self.description.max_length)
+        shape = len(own), length
         ids = np.full(shape, self.description.pad_token_id, dtype=np.int64)
         mask = np.zeros(shape, dtype=np.int64)
         starts = [shape[1] - len(row) if self.description.padding_side == "left" else 0 for row in own]
@@ -152,19 +150,3 @@ class OpenVinoBackend:
             with self._state:
                 self._running -= 1
                 self._wide_is_free |= wide and not self._closed
-
-
-def _parts(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Cut a batch into parts of rows alike in length, each within the tokens that are run at once."""
-    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    start = 0
-    while start < len(rows):
-        size = max(1, _PART_TOKENS // lengths[rows[start]])
-        yield rows[start : start + size]
-        start += size
-
-
-def _rounded(length: int, longest: int) -> int:
-    if length <= _EXACT_LENGTHS:
-        return length
-    return min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, max(length, longest))
