@@ -17,16 +17,19 @@ ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How near a backend's vectors come to sentence-transformers at fp32, over a set of probe texts."""
+    """How near a backend's vectors come to those of the model at fp32, over texts of every kind.
+
+    fp32 is sentence-transformers where the model is compiled, and the torch backend at fp32 where torch serves.
+    """
 
     min_cosine: float
     mean_cosine: float
     texts: int
-    """How many probe texts were compared."""
+    """How many texts were compared."""
     top10_overlap: float | None = None
     """Share of each text's ten nearest neighbours among the texts that stay its ten nearest, 0 to 1, mean."""
     spearman: float | None = None
-    """Rank correlation of all pairs' similarities, -1 to 1."""
+    """Rank correlation (Spearman's) of the similarities of all pairs of those texts, -1 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,11 @@ class ModelDescription:
     notes: tuple[str, ...] = ()
     """What an operator should know of how it was loaded, such as a guess that was made."""
     fidelity: Fidelity | None = None
-    """As measured before the model was let serve; None where the backend is the reference itself."""
+    """As measured before the model was let serve; None where the backend is the reference itself (torch at fp32), or
+    where it was not measured, which a note then says."""
+    compute: ComputePrecision | None = None
+    """What is multiplied with each other, where that is not `precision`: weights that are stored in int4 may be
+    computed in bf16. int8 here means that activations, too, become integers as they come."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _ROOT = Path("/")
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 _ARM_BF16_FLAGS = {"bf16", "svebf16"}
+_AMX_FLAG, _VNNI_FLAG = "amx_bf16", "avx512_vnni"
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
@@ -43,14 +44,27 @@ def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
 
 def native_bf16(root: Path = _ROOT) -> bool:
     """Whether the processor multiplies bf16 numbers itself (AMX or AVX512-BF16; on ARM, its BF16 extension)."""
+    return any(
+        flags & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, flags in _processors(root)
+    )
+
+
+def fast_int8(root: Path = _ROOT) -> bool:
+    """Whether the processor is faster at integers than at anything else: AVX512-VNNI, and no AMX.
+
+    With AMX, bf16 is faster than what OpenVINO makes of integer weights there.
+    """
+    return any(_VNNI_FLAG in flags and _AMX_FLAG not in flags for _, flags in _processors(root))
+
+
+def _processors(root: Path) -> list[tuple[str, set[str]]]:
+    """Return each processor's flags, and what the system calls them; none where it does not tell."""
     try:
         text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return []
     lines = re.findall(r"^(flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return any(
-        set(words.split()) & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, words in lines
-    )
+    return [(kind, set(words.split())) for kind, words in lines]
 
 
 def _groups(root: Path) -> list[tuple[Callable[[Path], float | None], Path, str]]:

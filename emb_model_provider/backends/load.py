@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from emb_model_provider.backends.quiet_imports import quiet_imports
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def load_backend(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool
             f"Use one of: auto, {', '.join(BACKENDS)}."
         )
     module, _, attribute = BACKENDS[name].partition(":")
-    backend_class = getattr(import_module(module), attribute)
+    with quiet_imports():
+        backend_class = getattr(import_module(module), attribute)
     backend: Backend = backend_class(spec, snapshot, trust_remote_code=trust_remote_code)
     return backend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -9,14 +10,30 @@ import torch
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
+from emb_model_provider.backends.cpu import native_bf16
 from emb_model_provider.backends.pipeline import plan_pipeline
-from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
+from emb_model_provider.backends.precision import (
+    resolve_activations,
+    resolve_device,
+    resolve_torch_precision,
+)
+from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.backends.torch_description import describe
+from emb_model_provider.backends.torch_packing import (
+    PROBES,
+    Packing,
+    disagreement,
+    packable,
+    varlen_available,
+    varlen_kernel,
+)
 from emb_model_provider.backends.torch_pipeline import (
+    explained,
     load_pipeline,
     strip_final_normalize,
     torch_device_facts,
 )
+from emb_model_provider.backends.torch_quantization import PACKAGES, quantize_pipeline, require_packages
 from emb_model_provider.errors import InferenceError, LoadError
 
 if TYPE_CHECKING:
@@ -25,6 +42,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
+    from emb_model_provider.backends.base import ComputePrecision
+    from emb_model_provider.backends.pipeline import PipelinePlan
+    from emb_model_provider.backends.precision import DeviceFacts
+    from emb_model_provider.backends.torch_packing import Kernel
     from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.model_spec import ModelSpec
 
@@ -44,10 +65,9 @@ class TorchBackend:
         facts = torch_device_facts()
         device = resolve_device(spec.device, facts)
         precision = resolve_torch_precision(spec.precision, device, facts)
+        require_packages(precision)
         plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
-        pipeline = load_pipeline(
-            plan, precision=precision, device=device, trust_remote_code=trust_remote_code
-        )
+        pipeline, notes = _load(plan, precision, device, facts, trust_remote_code=trust_remote_code)
         # sentence-transformers cuts to truncate_dim after the last module. A Normalize before that cut is not the
         # model's last step: it stays, and the cut vectors are shorter than 1, as `encode` gives them.
         cut_after_normalize = plan.truncate_dim is not None and plan.normalize is None
@@ -59,13 +79,14 @@ class TorchBackend:
         # Enough for the trial run of one token, which tells the dimension.
         self._vocab_size, self._pad_token_id = 1, 0
         self._padding_side: Literal["left", "right"] = "right"
+        self._packing: Packing | None = None
         try:
             dimension = self._forward([[0]], prompt_length=0).shape[1]
         except Exception as error:
             raise LoadError(
                 f"{snapshot.repository} was loaded but cannot embed: {type(error).__name__}: {error}"
             ) from error
-        self.description = describe(
+        description = describe(
             pipeline,
             plan,
             dimension=dimension,
@@ -74,9 +95,13 @@ class TorchBackend:
             device=device,
             backend="torch",
         )
+        self.description = replace(description, notes=(*description.notes, *notes))
         self._vocab_size = self.description.vocab_size
         self._pad_token_id = self.description.pad_token_id
         self._padding_side = self.description.padding_side
+        half = resolve_activations(precision, device, facts, native_bf16=False) != "fp32"
+        if half and varlen_available(self._device):
+            self.pack(varlen_kernel)
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
@@ -101,6 +126,34 @@ class TorchBackend:
             vectors[rows] = self._forward([batch.ids[row] for row in rows], prompt_length=length)
         return vectors
 
+    @property
+    def packs(self) -> bool:
+        """Whether inputs run end to end, without padding."""
+        return self._packing is not None
+
+    def pack(self, kernel: Kernel) -> None:
+        """Run inputs without padding from now on, by `kernel`, where this model gives the same vectors so.
+
+        Where it does not, it stays padded, and `description.notes` says so.
+        """
+        if self._pipeline is None or not packable(self._pipeline):
+            return
+        ids = Tokenization(self.description).encode(PROBES, prompt="", truncate="END").ids
+        padded = self._forward(ids, prompt_length=0)
+        alone = np.concatenate([self._forward([row], prompt_length=0) for row in ids])
+        packing = Packing(self._pipeline, kernel=kernel)
+        self._packing = packing
+        try:
+            reason = disagreement(self._forward(ids, prompt_length=0), padded, alone)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel raises, padded rows are served
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if reason is None:
+            return
+        self._packing = None
+        packing.undo()
+        note = f"inputs are padded: without padding the model gives other vectors here ({reason})"
+        self.description = replace(self.description, notes=(*self.description.notes, note))
+
     def close(self) -> None:
         """Free the model's memory. The backend is not used again."""
         self._pipeline = None
@@ -111,7 +164,12 @@ class TorchBackend:
     def _forward(self, ids: Sequence[Sequence[int]], *, prompt_length: int) -> NDArray[np.float32]:
         if self._pipeline is None:
             raise RuntimeError("the backend is closed")
-        features: dict[str, Any] = self._bags(ids) if self._static else self._padded(ids)
+        if self._static:
+            features: dict[str, Any] = self._bags(ids)
+        elif self._packing is not None:
+            features = self._packing.features(ids, self._tokens(_end_to_end(ids)))
+        else:
+            features = self._padded(ids)
         if prompt_length:
             features["prompt_length"] = prompt_length
         vectors: torch.Tensor = self._pipeline(features)["sentence_embedding"]
@@ -125,8 +183,10 @@ class TorchBackend:
     def _bags(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return all ids end to end and where each input starts, as static embeddings read them."""
         starts = np.cumsum([0, *(len(row) for row in ids[:-1])])
-        tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-        return {"input_ids": self._tokens(tokens), "offsets": torch.from_numpy(starts).to(self._device)}
+        return {
+            "input_ids": self._tokens(_end_to_end(ids)),
+            "offsets": torch.from_numpy(starts).to(self._device),
+        }
 
     def _tokens(self, ids: NDArray[np.int64]) -> torch.Tensor:
         # On CUDA, looking up a row that is not there ends the whole process's context, so it is refused here.
@@ -137,3 +197,32 @@ class TorchBackend:
                 f"An input holds token id {wrong}; the model knows 0 to {self._vocab_size - 1}."
             )
         return torch.from_numpy(ids).to(self._device)
+
+
+def _load(
+    plan: PipelinePlan,
+    precision: ComputePrecision,
+    device: str,
+    facts: DeviceFacts,
+    *,
+    trust_remote_code: bool,
+) -> tuple[SentenceTransformer, tuple[str, ...]]:
+    """Return a plan's pipeline on `device`, its weights in `precision`, and notes for the operator."""
+    computes_in = resolve_activations(precision, device, facts, native_bf16=native_bf16())
+    if precision not in PACKAGES:
+        pipeline = load_pipeline(
+            plan, precision=computes_in, device=device, trust_remote_code=trust_remote_code
+        )
+        return pipeline, ()
+    pipeline = load_pipeline(plan, precision=computes_in, device="cpu", trust_remote_code=trust_remote_code)
+    try:
+        notes = quantize_pipeline(pipeline, precision=precision, device=device)
+    except LoadError:
+        raise
+    except Exception as error:
+        raise explained(error, plan) from error
+    return pipeline, notes
+
+
+def _end_to_end(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    return np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])

@@ -77,7 +77,7 @@ def load_pipeline(
     except LoadError:
         raise
     except Exception as error:
-        raise _explained(error, plan) from error
+        raise explained(error, plan) from error
     _check(pipeline, plan)
     _apply_operators_word(pipeline, plan)
     pipeline.truncate_dim = plan.truncate_dim
@@ -236,7 +236,7 @@ def _refuse_missing_weights(transformer: _CheckedTransformer, name: str) -> None
         )
 
 
-def _explained(error: Exception, plan: PipelinePlan) -> LoadError:
+def explained(error: Exception, plan: PipelinePlan) -> LoadError:
     """Say what to do about an error raised by the libraries while they read a model's files."""
     name, text = plan.directory.name, " ".join(str(error).split())
     if "trust_remote_code" in text:

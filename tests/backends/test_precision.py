@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
+from emb_model_provider.backends.precision import (
+    DeviceFacts,
+    resolve_activations,
+    resolve_device,
+    resolve_torch_precision,
+)
 from emb_model_provider.errors import DeviceUnavailableError, UnsupportedPrecisionError
 
 NOTHING = DeviceFacts()
@@ -64,7 +69,7 @@ def test_auto_precision(device: str, facts: DeviceFacts, precision: str) -> None
     assert resolve_torch_precision("auto", device, facts) == precision
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_a_precision_that_was_asked_for_is_taken(precision: str, device: str) -> None:
     """No precision is swapped for another behind the operator's back."""
@@ -72,10 +77,32 @@ def test_a_precision_that_was_asked_for_is_taken(precision: str, device: str) ->
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_integer_precisions_are_not_there_yet(precision: str) -> None:
-    """The message names the precision, that it is not there yet, and what to use instead."""
-    with pytest.raises(UnsupportedPrecisionError, match=f"{precision} is not there yet.*fp32, bf16 or fp16"):
-        resolve_torch_precision(precision, "cpu", NOTHING)  # type: ignore[arg-type]  # from a list
+def test_integer_precisions_on_an_apple_gpu_are_refused(precision: str) -> None:
+    """The message names the precision, what that GPU can do, and where int8 and int4 are to be had."""
+    with pytest.raises(
+        UnsupportedPrecisionError, match=f"{precision} cannot be had on Apple.*fp16.*DEVICE=cpu"
+    ):
+        resolve_torch_precision(precision, "mps", APPLE)  # type: ignore[arg-type]  # from a list
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "facts", "native_bf16", "activations"),
+    [
+        ("int8", "cpu", NOTHING, False, "fp32"),
+        ("int8", "cpu", NOTHING, True, "bf16"),
+        ("int4", "cpu", NOTHING, False, "fp32"),
+        ("int4", "cuda:1", TWO_HOPPERS, False, "bf16"),
+        ("int8", "cuda:0", TURING, True, "fp16"),
+        ("fp32", "cuda:0", TWO_HOPPERS, True, "fp32"),
+        ("fp16", "cpu", NOTHING, True, "fp16"),
+    ],
+)
+def test_activations(
+    precision: str, device: str, facts: DeviceFacts, native_bf16: bool, activations: str
+) -> None:
+    """Integer weights are computed with in what the device is good at; other precisions in themselves."""
+    found = resolve_activations(precision, device, facts, native_bf16=native_bf16)  # type: ignore[arg-type]  # from a list
+    assert found == activations
 
 
 def test_bf16_on_an_apple_gpu_is_refused() -> None:

@@ -18,7 +18,6 @@ from emb_model_provider.errors import (
     DeviceUnavailableError,
     InferenceError,
     LoadError,
-    UnsupportedPrecisionError,
 )
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.backends.small_tokenizers import wordpiece
@@ -57,13 +56,6 @@ def test_the_openvino_backend_is_not_there_yet(family_directory: Callable[[str],
     spec = spec_of(backend="openvino")
     with pytest.raises(LoadError, match=r"EMB_PROVIDER_BACKEND=openvino is not there yet.*torch"):
         load_backend(spec, snapshot_of(family_directory("bert-cls")), trust_remote_code=False)
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_integer_precisions_are_refused_before_loading(precision: str, tmp_path: Path) -> None:
-    """No file is read for a precision that cannot be had."""
-    with pytest.raises(UnsupportedPrecisionError, match=precision):
-        load(tmp_path, precision=precision)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
