@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from emb_model_provider.compile.floors import shown_cosine
 from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
 from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.worker import BatchRecord
     from emb_model_provider.settings import (
         BatchSettings,
+        FidelitySettings,
         HubSettings,
         LimitSettings,
         ModelSettings,
@@ -112,8 +114,10 @@ class Registry:
         limits: LimitSettings,
         max_artifact_bytes: int,
         on_batch: Callable[[BatchRecord], None],
+        fidelity: FidelitySettings | None = None,
     ) -> None:
         self._max_artifact_bytes = max_artifact_bytes
+        self._fidelity = fidelity
         self._hubs = hubs
         self._trust = trust
         self._batching = batching
@@ -286,6 +290,7 @@ class Registry:
                 max_cache_bytes=self._max_artifact_bytes,
                 on_compiling=begin_compiling,
                 stopped=lambda: self._stopping,
+                fidelity=self._fidelity,
             )
         finally:
             if my_turn:
@@ -312,11 +317,25 @@ def _log_loaded(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
     for note in description.notes:
         logger.warning("model %s: %s", engine.spec.alias, note)
     logger.info(
-        "model %s is ready: %s at %s from %s, %d dimensions, %d tokens, %s pooling, %s on %s (%s), %.1f s",
+        "model %s is ready: %s at %s from %s, %d dimensions, %d tokens, %s pooling, %s on %s (%s), %s, %.1f s",
         engine.spec.alias, snapshot.repository, snapshot.revision[:12], snapshot.hub, description.dimension,
         description.max_length, description.pooling, description.precision, description.device,
-        description.backend, took_s,
+        description.backend, _fidelity_words(description), took_s,
     )  # fmt: skip
+
+
+def _fidelity_words(description: ModelDescription) -> str:
+    fidelity = description.fidelity
+    if fidelity is None:
+        return "the reference itself" if description.precision == "fp32" else "fidelity not measured"
+    words = [
+        f"cosine to fp32 {shown_cosine(fidelity.min_cosine)} or more, mean {shown_cosine(fidelity.mean_cosine)}"
+    ]
+    if fidelity.top10_overlap is not None:
+        words.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbours kept")
+    if fidelity.spearman is not None:
+        words.append(f"Spearman {shown_cosine(fidelity.spearman)}")
+    return f"{', '.join(words)} over {fidelity.texts} texts"
 
 
 def _other_names(specs: Sequence[ModelSpec]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import platformdirs
@@ -26,9 +27,16 @@ from emb_model_provider.model_spec import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic.fields import FieldInfo
 
 PREFIX = "EMB_PROVIDER_"
+FlooredPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+FIDELITY_FLOORS: Mapping[str, float] = MappingProxyType(
+    {"fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9}
+)
+"""The lowest cosine to fp32 at which a model is served, by precision, where the operator sets no other."""
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?|mps)$"
 
 
@@ -109,6 +117,16 @@ class TrustSettings:
 
     modelscope: bool = False
     others: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FidelitySettings:
+    """How true to fp32 a model must be, and whether that is measured."""
+
+    floors: Mapping[str, float] = field(default_factory=lambda: dict(FIDELITY_FLOORS))
+    """Precision to the lowest cosine that is served, 0 to 1; every precision has one."""
+    measure: bool = True
+    """Whether a model that torch serves is measured. A compiled one always is: that is how it is verified."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +232,20 @@ class Settings(BaseModel):
     enable_quantization: bool | None = _setting(
         None, "true with precision auto means int8; false together with int8 or int4 is an error."
     )
+    fidelity_floors: dict[FlooredPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = (
+        _setting(
+            dict(FIDELITY_FLOORS),
+            "A model whose lowest cosine to fp32, over some 500 texts, is below the floor of its precision is not served. "
+            "Precisions that are left out keep these floors. auto takes nothing below 0.999, and fp32 where that or a "
+            "floor asks for it; a model compiled at fp32, bf16 or fp16 is never served below 0.999.",
+            allowed='JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}',
+        )
+    )
+    measure_fidelity: bool = _setting(
+        True,
+        "Measure how near a model that torch serves at less than fp32 comes to itself at fp32. It is loaded at fp32 for "
+        "that, once, and the figure is kept. false: it is not, and FIDELITY_FLOORS binds only where a figure is known.",
+    )
     device: Annotated[str, Lowered] = _setting(
         "auto",
         "Where the model runs. auto: CUDA where there is a device, else the CPU.",
@@ -276,7 +308,7 @@ class Settings(BaseModel):
     max_batch_size: int = _setting(64, "Most sequences in one model batch.", allowed="1 or more", ge=1)
     max_batch_tokens: int | None = _setting(
         None,
-        "Most padded tokens in one model batch; bounds memory. Unset: by device (16384 on a CPU, 131072 on CUDA).",
+        "Most padded tokens in one model batch; bounds memory. Unset: by device (512 on a CPU, where larger ones gain nothing and hold others up, 131072 on CUDA).",
         allowed="1 or more",
         ge=1,
     )
@@ -385,6 +417,11 @@ class Settings(BaseModel):
 
     def trust(self) -> TrustSettings:
         return TrustSettings(modelscope=self.modelscope_trust_remote_code, others=self.trust_remote_code)
+
+    def fidelity(self) -> FidelitySettings:
+        return FidelitySettings(
+            floors={**FIDELITY_FLOORS, **self.fidelity_floors}, measure=self.measure_fidelity
+        )
 
     def batching(self) -> BatchSettings:
         return BatchSettings(

@@ -22,6 +22,12 @@ NOT_YET: Mapping[str, str] = {
 }
 """Settings that are planned: refused by name, because to ignore one would be to seem to obey it."""
 
+_JSON_SETTINGS: Mapping[str, str] = {
+    "model_mapping": '{"alias": {"name": "owner/model"}}',
+    "fidelity_floors": '{"int8": 0.99}',
+}
+"""Fields of Settings that are written as JSON objects, each with an example."""
+
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "MODEL_SOURCE": ("MODEL_HUB", "USE_MODELSCOPE"),
     "MODELSCOPE_CACHE_DIR": ("MODELSCOPE_CACHE",),
@@ -62,8 +68,9 @@ def _values(variables: Mapping[str, str]) -> dict[str, Any]:
             if name in variables:
                 values[field_name] = _translated(name, variables[name])
                 break
-    if "model_mapping" in values:
-        values["model_mapping"] = _parsed_mapping(values["model_mapping"])
+    for field_name, example in _JSON_SETTINGS.items():
+        if field_name in values:
+            values[field_name] = _parsed_object(PREFIX + field_name.upper(), values[field_name], example)
     return values
 
 
@@ -84,9 +91,7 @@ def _translated(name: str, value: str) -> str:
     return value
 
 
-def _parsed_mapping(text: str) -> Any:
-    variable = f"{PREFIX}MODEL_MAPPING"
-
+def _parsed_object(variable: str, text: str, example: str) -> Any:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = {key for key in keys if keys.count(key) > 1}
@@ -103,7 +108,7 @@ def _parsed_mapping(text: str) -> Any:
             f"{variable} is not valid JSON, line {error.lineno} column {error.colno}: {error.msg}."
         ) from None
     if not isinstance(mapping, dict):
-        raise SettingsError(f'{variable}: must be a JSON object like {{"alias": {{"name": "owner/model"}}}}.')
+        raise SettingsError(f"{variable}: must be a JSON object like {example}.")
     return mapping
 
 
@@ -132,6 +137,8 @@ def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
         return _mapping_line(variable, path[1:], first)
     allowed = allowed_values(info)
     shown = "(hidden)" if "SecretStr" in str(info.annotation) else values[path[0]]
+    if path[0] in _JSON_SETTINGS:
+        shown = json.dumps(shown)
     return (
         f"{variable}={shown}: must be {_one_of(allowed)}."
         if allowed

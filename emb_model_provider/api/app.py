@@ -51,6 +51,7 @@ def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> A
         batching=settings.batching(),
         limits=limits,
         max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
+        fidelity=settings.fidelity(),
         on_batch=metrics.on_batch,
     )
 

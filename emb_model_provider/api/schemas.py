@@ -79,10 +79,16 @@ class EmbeddingResponse(BaseModel):
 
 
 class FidelityObject(BaseModel):
-    """How near the vectors come to sentence-transformers at fp32, measured before the model was let serve."""
+    """How near the vectors come to the model's at fp32, measured before it was let serve."""
 
-    min_cosine: float
+    min_cosine: float = Field(description="Of all texts, the lowest cosine between the two vectors.")
     mean_cosine: float
+    top10_overlap: float | None = Field(
+        description="Of each text's ten nearest neighbours at fp32, the share that stays its ten nearest; the mean."
+    )
+    spearman: float | None = Field(
+        description="Rank correlation (Spearman's) of the similarities of all pairs of texts with those at fp32."
+    )
     texts: int = Field(description="How many texts were compared.")
 
 
@@ -115,7 +121,8 @@ class ModelObject(BaseModel):
     backend: str | None
     notes: list[str] | None = Field(description="What to know of how it was loaded.")
     fidelity: FidelityObject | None = Field(
-        description="Null where the backend is the reference itself, or the model is not loaded."
+        description="Null where the backend is the reference itself (torch at fp32), where it was not measured "
+        "(a note says why), and where the model is not loaded."
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.base import Fidelity, ModelDescription
@@ -106,6 +106,15 @@ def with_operators_prompts(
     return replace(description, prompts={**description.prompts, **(prompts or {})})
 
 
+def read_fidelity(values: Mapping[str, Any]) -> Fidelity:
+    """Read a figure as `asdict` wrote it, now or earlier: figures it lacks are None, others are left out.
+
+    Raises: KeyError or TypeError where it lacks one that was always there.
+    """
+    known = {field.name for field in fields(Fidelity)}
+    return Fidelity(**{name: value for name, value in values.items() if name in known})
+
+
 def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescription:
     sizes, fidelity = values["matryoshka"], values["fidelity"]
     return ModelDescription(
@@ -114,7 +123,7 @@ def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescrip
             "tokenizer_json": tokenizer_json,
             "matryoshka": tuple(sizes) if isinstance(sizes, list) else sizes,
             "notes": tuple(values["notes"]),
-            "fidelity": Fidelity(**fidelity) if fidelity is not None else None,
+            "fidelity": read_fidelity(fidelity) if fidelity is not None else None,
         }
     )
 

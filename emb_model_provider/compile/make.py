@@ -14,21 +14,28 @@ from emb_model_provider.backends.torch_pipeline import load_pipeline, strip_fina
 from emb_model_provider.compile import graph as graphs
 from emb_model_provider.compile.artifact import GRAPH, TOKENIZER, write_manifest
 from emb_model_provider.compile.job import Result
+from emb_model_provider.compile.quantize import QuantizeError, quantized
 from emb_model_provider.compile.shipped import ways_shipped
 from emb_model_provider.compile.verify import LONGEST_COMPARED, UntrueError, compare, reference_cases
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from sentence_transformers import SentenceTransformer
 
-    from emb_model_provider.backends.base import ModelDescription
-    from emb_model_provider.backends.openvino_runtime import Graph
+    from emb_model_provider.backends.base import ComputePrecision, Fidelity, ModelDescription
     from emb_model_provider.compile.job import Job
+    from emb_model_provider.compile.quantize import QuantizedWeights
     from emb_model_provider.compile.verify import Case
 
 logger = logging.getLogger(__name__)
+
+_EXACT_GRAPH = "exact.xml"
+"""In the artifact's directory while it is made: what is to be quantized."""
+_AIMS: dict[ComputePrecision, tuple[float, float]] = {"int8": (0.995, 0.97), "int4": (0.97, 0.92)}
+"""What integer weights are to keep: the lowest cosine to fp32, and the share of ten nearest neighbours."""
 
 
 def make(job: Job, tell: Callable[[str], None]) -> Result:
@@ -58,11 +65,23 @@ def make(job: Job, tell: Callable[[str], None]) -> Result:
             logger.exception("%s failed", way)
             failures.append(f"{way}: {_one_line(error)}")
             continue
+        weights = job.recipe.weights
+        path = job.directory / (_EXACT_GRAPH if weights in ("int8", "int4") else GRAPH)
         tell("save")
-        _save(graph, job)
+        openvino().save_model(graph, path, compress_to_fp16=weights == "fp16")
         del graph
         tell("verify")
-        verified, reasons = _first_true(job, description, cases)
+        # A wrong conversion must not pass for the cost of quantizing: what is quantized was exact at fp32.
+        compute = job.recipe.compute if path.name == GRAPH else ("fp32",)
+        verified, reasons = _first_true(path, compute, job, description, cases)
+        if verified is not None and (weights == "int8" or weights == "int4"):
+            try:
+                verified, reasons = _quantized(path, weights, job, description, cases, tell)
+            except ImportError as error:
+                return Result("unable", f"{error}: precision {weights} is made by nncf (pip install nncf)")
+            except QuantizeError as error:
+                failures.append(f"{way}: {error}")
+                continue
         if verified is not None:
             tell("write")
             _write(job, verified, way)
@@ -94,28 +113,69 @@ def _load(job: Job) -> tuple[SentenceTransformer, ModelDescription]:
     return pipeline, description
 
 
-def _save(graph: Graph, job: Job) -> None:
-    openvino().save_model(graph, job.directory / GRAPH, compress_to_fp16=job.recipe.weights == "fp16")
+def _quantized(
+    exact: Path,
+    weights: QuantizedWeights,
+    job: Job,
+    description: ModelDescription,
+    cases: Sequence[Case],
+    tell: Callable[[str], None],
+) -> tuple[ModelDescription | None, list[str]]:
+    """Quantize the graph in `exact`, which is removed, and measure what came of it.
+
+    Raises: QuantizeError; ImportError.
+    """
+    tell(f"quantize to {weights}")
+    graph = quantized(openvino().Core().read_model(exact), weights, description)
+    tell("save")
+    openvino().save_model(graph, job.directory / GRAPH, compress_to_fp16=False)
+    del graph
+    for path in (exact, exact.with_suffix(".bin")):
+        path.unlink()
+    tell("measure")
+    description = replace(description, precision=weights)
+    return _first_true(job.directory / GRAPH, job.recipe.compute, job, description, cases)
 
 
 def _first_true(
-    job: Job, description: ModelDescription, cases: Sequence[Case]
+    graph: Path,
+    compute: Sequence[ComputePrecision],
+    job: Job,
+    description: ModelDescription,
+    cases: Sequence[Case],
 ) -> tuple[ModelDescription | None, list[str]]:
-    """Return the description at the first precision that verifies, and why those before it did not."""
+    """Return the description at the first precision that is true enough, and why those before it were not.
+
+    A description of integer weights is only measured: whoever serves it judges. But activations become integers,
+    too, only where the weights' own aim is kept.
+    """
     reasons: list[str] = []
-    for precision in job.recipe.compute:
-        candidate = replace(description, precision=precision)
-        backend = OpenVinoBackend(job.directory / GRAPH, candidate, cpus=job.threads)
+    aim = _AIMS.get(description.precision)
+    for precision in compute:
+        exact = replace(description, precision=precision)
+        candidate = exact if aim is None else replace(description, compute=precision)
+        backend = OpenVinoBackend(graph, candidate, cpus=job.threads)
         try:
-            fidelity = compare(backend, cases)
+            fidelity = compare(backend, cases, exact=aim is None)
         except UntrueError as error:
             reasons.append(f"at {precision}, {error}")
             continue
         finally:
             backend.close()
+        if aim is not None and precision == "int8" and not _reaches(fidelity, *aim):
+            reasons.append(
+                f"with activations in 8 bits, too: lowest cosine {fidelity.min_cosine:.4f} and "
+                f"{fidelity.top10_overlap or 0:.4f} of neighbours kept are to be {aim[0]} and {aim[1]}"
+            )
+            continue
         notes = (f"computed in {precision}, since it is not true enough {reason}" for reason in reasons)
         return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
     return None, reasons
+
+
+def _reaches(fidelity: Fidelity, cosine: float, overlap: float) -> bool:
+    kept = 1.0 if fidelity.top10_overlap is None else fidelity.top10_overlap
+    return fidelity.min_cosine >= cosine and kept >= overlap
 
 
 def _write(job: Job, description: ModelDescription, way: str) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from emb_model_provider.backends.cpu import native_bf16, usable_cpus
-from emb_model_provider.backends.load import load_backend
+from emb_model_provider.backends.cpu import fast_int8, native_bf16, usable_cpus
 from emb_model_provider.compile.accelerators import has_cuda
 from emb_model_provider.compile.artifact import GRAPH, with_operators_prompts
 from emb_model_provider.compile.child import ChildDiedError, run_child
+from emb_model_provider.compile.floors import UntrueModelError, require_true
 from emb_model_provider.compile.job import Job
+from emb_model_provider.compile.measured_torch import MeasuredTorch
 from emb_model_provider.compile.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.compile.store import ArtifactStore
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
+from emb_model_provider.settings import FidelitySettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +44,10 @@ class PreparedBackend:
     load: Callable[[], Backend]
     """Call it once, on the thread that will own the backend. Raises: LoadError."""
     notes: tuple[str, ...] = ()
-    """Why it is not the backend that was expected; also among the notes of the backend's description."""
+    """Why it is not the backend or the precision that was expected; also among the notes of its description."""
+    backend: Literal["openvino", "torch"] = "torch"
+    size: int = 0
+    """Bytes on disk of what it is loaded from."""
 
 
 class NoArtifactError(Exception):
@@ -58,22 +63,28 @@ def prepare_backend(
     max_cache_bytes: int,
     on_compiling: Callable[[], None],
     stopped: Callable[[], bool] = lambda: False,
+    fidelity: FidelitySettings | None = None,
 ) -> PreparedBackend:
-    """Choose the backend of a model and make sure that what it serves from is there.
+    """Choose the backend of a model and make sure that what it serves from is there, and is true enough.
 
     Blocks, for seconds to minutes where the model is compiled: `on_compiling` is called before that. `stopped` is
-    asked a few times a second; once it is true, compiling ends at once.
+    asked a few times a second; once it is true, compiling ends at once. What torch serves is measured when it is
+    loaded, which then takes as long.
 
-    Raises: LoadError where no backend can serve the model, or not the one that was asked for;
-    CacheNotWritableError where `openvino` was asked for and cannot be compiled for that reason; InterruptedError
-    when stopped.
+    Raises: LoadError where no backend can serve the model, or not the one that was asked for, or where it is below
+    its floor; CacheNotWritableError where `openvino` was asked for and cannot be compiled for that reason;
+    InterruptedError when stopped.
     """
+    policy = fidelity or FidelitySettings()
     if not _served_by_openvino(spec):
-        return PreparedBackend(_torch(spec, snapshot, trust_remote_code, ()))
+        return _torch(MeasuredTorch(spec, snapshot, trust_remote_code, cache_dir, policy))
+    store = ArtifactStore(cache_dir, max_bytes=max_cache_bytes)
+
+    def find(spec: ModelSpec) -> tuple[Artifact, Hold]:
+        return _artifact(spec, snapshot, trust_remote_code, store, on_compiling, stopped)
+
     try:
-        artifact, hold = _artifact(
-            spec, snapshot, trust_remote_code, ArtifactStore(cache_dir, max_bytes=max_cache_bytes), on_compiling, stopped
-        )  # fmt: skip
+        return _openvino(spec, find, policy)
     except (NoArtifactError, CacheNotWritableError) as error:
         if spec.backend == "openvino":
             if isinstance(error, CacheNotWritableError):
@@ -84,8 +95,7 @@ def prepare_backend(
             ) from error
         note = f"the torch backend serves it, since it could not be compiled for OpenVINO: {error}"
         logger.warning("model %s: %s", spec.alias, note)
-        return PreparedBackend(_torch(spec, snapshot, trust_remote_code, (note,)), (note,))
-    return PreparedBackend(_openvino(spec, artifact, hold))
+        return _torch(MeasuredTorch(spec, snapshot, trust_remote_code, cache_dir, policy), (note,))
 
 
 def _served_by_openvino(spec: ModelSpec) -> bool:
@@ -103,14 +113,10 @@ def _served_by_openvino(spec: ModelSpec) -> bool:
     return False
 
 
-def _torch(
-    spec: ModelSpec, snapshot: Snapshot, trust_remote_code: bool, notes: tuple[str, ...]
-) -> Callable[[], Backend]:
+def _torch(model: MeasuredTorch, notes: tuple[str, ...] = ()) -> PreparedBackend:
     def load() -> Backend:
         try:
-            backend = load_backend(
-                replace(spec, backend="torch"), snapshot, trust_remote_code=trust_remote_code
-            )
+            backend = model.load()
         except ImportError as error:
             raise LoadError(
                 f"{' '.join((*notes, ''))}the torch backend cannot be imported here: {error}"
@@ -118,21 +124,49 @@ def _torch(
         backend.description = replace(backend.description, notes=(*backend.description.notes, *notes))
         return backend
 
-    return load
+    size = sum(file.size for file in model.snapshot.files)
+    return PreparedBackend(load, notes, "torch", size)
 
 
-def _openvino(spec: ModelSpec, artifact: Artifact, hold: Hold) -> Callable[[], Backend]:
+def _openvino(
+    spec: ModelSpec, find: Callable[[ModelSpec], tuple[Artifact, Hold]], policy: FidelitySettings
+) -> PreparedBackend:
+    """Find or make an artifact that is true enough; where `auto`'s first is not, that of fp32.
+
+    Raises: UntrueModelError; whatever `find` raises.
+    """
+    artifact, hold = find(spec)
+    notes: tuple[str, ...] = ()
+    try:
+        _require_true(spec, artifact, policy)
+    except UntrueModelError as error:
+        hold.release()
+        if spec.precision != "auto" or artifact.description.precision == "fp32":
+            raise
+        notes = (f"computed in fp32: {error.reason}",)
+        logger.warning("model %s: %s", spec.alias, notes[0])
+        spec = replace(spec, precision="fp32")
+        artifact, hold = find(spec)
+        try:
+            _require_true(spec, artifact, policy)
+        except UntrueModelError:
+            hold.release()
+            raise
     description = with_operators_prompts(artifact.description, spec.prompts)
-    note = precision_note(spec.precision, description.precision)
-    if note is not None:
-        description = replace(description, notes=(*description.notes, note))
+    note = precision_note(spec.precision, description.compute or description.precision)
+    notes = (*((note,) if note is not None else ()), *notes)
+    description = replace(description, notes=(*description.notes, *notes))
 
     def load() -> Backend:
         from emb_model_provider.backends.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(artifact.directory / GRAPH, description, on_close=hold.release)
 
-    return load
+    return PreparedBackend(load, (), "openvino", artifact.size)
+
+
+def _require_true(spec: ModelSpec, artifact: Artifact, policy: FidelitySettings) -> None:
+    require_true(spec, artifact.description.precision, artifact.description.fidelity, policy.floors)
 
 
 def _artifact(
@@ -149,7 +183,13 @@ def _artifact(
     """
     if installed_version("openvino") is None:
         raise NoArtifactError("OpenVINO is not installed (pip install openvino)")
-    recipe = recipe_for(spec, snapshot, trust_remote_code=trust_remote_code, native_bf16=native_bf16())
+    recipe = recipe_for(
+        spec,
+        snapshot,
+        trust_remote_code=trust_remote_code,
+        native_bf16=native_bf16(),
+        fast_int8=fast_int8(),
+    )
     if (found := store.find(recipe)) is not None:
         logger.info("model %s: using the compiled artifact %s", spec.alias, recipe.key[:12])
         return found

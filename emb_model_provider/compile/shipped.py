@@ -15,6 +15,7 @@ import torch
 from emb_model_provider.backends.openvino_runtime import ATTENTION_MASK, INPUT_IDS, openvino
 from emb_model_provider.compile.graph import PipelineModule, finished, input_named
 from emb_model_provider.errors import UnsupportedModelError
+from emb_model_provider.hubs.selection import EXPORTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.openvino_runtime import Graph
     from emb_model_provider.hubs.snapshot import Snapshot
 
-EXPORTS = ("openvino/openvino_model.xml", "openvino_model.xml", "onnx/model.onnx", "model.onnx")
-"""Where repositories keep one, in the order in which they are tried."""
 _TOKEN_VECTORS = ("token_embeddings", "last_hidden_state")
 
 

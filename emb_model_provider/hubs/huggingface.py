@@ -272,7 +272,7 @@ def _selected(tree: Iterable[Any], repository: str, revision: str) -> list[_List
     }
     require_safe_paths(listed, repository)
     paths = select(listed)
-    require_model(paths, f"Repository {repository}@{revision} on Hugging Face")
+    require_model(paths, f"Repository {repository}@{revision} on Hugging Face", listed=listed)
     return [listed[path] for path in paths]
 
 

@@ -43,8 +43,9 @@ class LocalHub:
                 "EMB_PROVIDER_MODEL_NAME."
             )
         try:
-            paths = select(_list_files(directory))
-            require_model(paths, f"The directory {directory}")
+            listed = _list_files(directory)
+            paths = select(listed, with_export=True)
+            require_model(paths, f"The directory {directory}", listed=listed)
             require_all_parts(directory, paths, f"The directory {directory}")
             question = manifest.Question("local", str(directory))
             return snapshot_in_place(

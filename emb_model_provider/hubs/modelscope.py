@@ -192,7 +192,7 @@ def _selected(files: list[FileInfo], repository: str, revision: str) -> list[Fil
         )
     require_safe_paths(listed, repository)
     paths = select(listed)
-    require_model(paths, f"Repository {repository}@{revision} on ModelScope")
+    require_model(paths, f"Repository {repository}@{revision} on ModelScope", listed=listed)
     return [listed[path] for path in paths]
 
 

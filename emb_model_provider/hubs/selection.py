@@ -47,27 +47,40 @@ NEVER_SERVED: dict[str, str] = {
 }
 """Pattern to the reason that a file of this name is not fetched. `*` crosses slashes."""
 
+EXPORTS: dict[str, tuple[str, ...]] = {
+    "openvino/openvino_model.xml": ("openvino/openvino_model.bin",),
+    "openvino_model.xml": ("openvino_model.bin",),
+    "onnx/model.onnx": ("onnx/model.onnx_data", "onnx/model.onnx.data"),
+    "model.onnx": ("model.onnx_data", "model.onnx.data"),
+}
+"""Exports of a transformer that OpenVINO reads, and what may lie beside each; the first that there is counts.
+
+One stands in where the compile step cannot make its own. That is rare, and a download as large as the weights: a hub
+is never asked for it. In a directory it is at hand.
+"""
+
 _SAFETENSORS = "model*.safetensors"
 _TORCH_BIN = "pytorch_model*.bin*"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
-def select(paths: Iterable[str]) -> list[str]:
-    """The paths that serving needs, sorted.
+def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
+    """The paths that serving needs, sorted; `with_export`: and one export, if there is one.
 
     `pytorch_model*.bin` is dropped where the same directory holds the weights as safetensors.
     """
+    paths = set(paths)
     kept = [path for path in paths if not any(fnmatchcase(path.lower(), pattern) for pattern in NEVER_SERVED)]
     have_safetensors = {parent for parent, name in map(_split, kept) if fnmatchcase(name, _SAFETENSORS)}
     return sorted(
         path
-        for path in kept
+        for path in [*kept, *(_export_among(paths) if with_export else ())]
         if not (fnmatchcase(_split(path)[1], _TORCH_BIN) and _split(path)[0] in have_safetensors)
     )
 
 
-def require_model(paths: Iterable[str], where: str) -> None:
-    """Refuse files that cannot be a model, before anything large is fetched.
+def require_model(paths: Iterable[str], where: str, *, listed: Iterable[str] = ()) -> None:
+    """Refuse files that cannot be a model, before anything large is fetched. `listed`: all that there are.
 
     Raises: IncompleteRepositoryError.
     """
@@ -78,6 +91,13 @@ def require_model(paths: Iterable[str], where: str) -> None:
             "Check EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_MODEL_REVISION."
         )
     if not any(fnmatchcase(_split(path)[1], pattern) for path in names for pattern in _WEIGHTS):
+        only_export = [path for path in listed if path.endswith((".onnx", "openvino_model.xml"))]
+        if only_export:
+            raise IncompleteRepositoryError(
+                f"{where} has no weights (*.safetensors or pytorch_model.bin), only an export ({min(only_export)}). "
+                "Vectors of an export are compared with those of the weights before they are served. Choose the "
+                "repository that it was made from: EMB_PROVIDER_MODEL_NAME."
+            )
         raise IncompleteRepositoryError(
             f"{where} has no weights (*.safetensors or pytorch_model.bin). Choose a repository or a revision "
             "that holds them: EMB_PROVIDER_MODEL_NAME, EMB_PROVIDER_MODEL_REVISION."
@@ -102,6 +122,13 @@ def require_all_parts(directory: Path, paths: Iterable[str], where: str) -> None
         raise IncompleteRepositoryError(
             f"{where} names weights that are not there: {', '.join(missing[:5])}. Fetch or copy all of its files."
         )
+
+
+def _export_among(paths: set[str]) -> list[str]:
+    for export, beside in EXPORTS.items():
+        if export in paths:
+            return [export, *(path for path in beside if path in paths)]
+    return []
 
 
 def _split(path: str) -> tuple[str, str]:

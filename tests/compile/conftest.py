@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.backends.cpu import native_bf16
+from emb_model_provider.backends.cpu import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_backend import OpenVinoBackend
 from emb_model_provider.compile.artifact import GRAPH, read_artifact
 from emb_model_provider.compile.graph import quietly
@@ -40,7 +40,9 @@ class Compiled:
 def compile_here(directory: Path, place: Path, **spec: Any) -> tuple[Any, list[str]]:
     """Run the child's work in this process; return its result and the phases that it told."""
     asked, snapshot = spec_of(**spec), snapshot_of(directory)
-    recipe = recipe_for(asked, snapshot, trust_remote_code=False, native_bf16=native_bf16())
+    recipe = recipe_for(
+        asked, snapshot, trust_remote_code=False, native_bf16=native_bf16(), fast_int8=fast_int8()
+    )
     place.mkdir(parents=True, exist_ok=True)
     job = Job(spec=asked, snapshot=snapshot, recipe=recipe, directory=place, threads=2, parent=os.getpid())
     phases: list[str] = []

@@ -10,7 +10,7 @@ import pytest
 
 from emb_model_provider.compile import prepare
 from emb_model_provider.compile import recipe as recipes
-from emb_model_provider.errors import CacheNotWritableError, LoadError, UnsupportedPrecisionError
+from emb_model_provider.errors import CacheNotWritableError, LoadError
 
 if TYPE_CHECKING:
     from tests.compile.service import Service
@@ -85,7 +85,7 @@ def test_an_image_needs_neither_torch_nor_the_same_processor(
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "cuda", "expected"),
+    ("asked", "device", "cuda", "expected"),
     [
         ("auto", "auto", False, "openvino"),
         ("auto", "cpu", True, "openvino"),
@@ -94,11 +94,11 @@ def test_an_image_needs_neither_torch_nor_the_same_processor(
     ],
 )
 def test_the_backend_by_device(
-    backend: str, device: str, cuda: bool, expected: str, service: Service, monkeypatch: pytest.MonkeyPatch
+    asked: str, device: str, cuda: bool, expected: str, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """auto is openvino on a CPU; whoever names a backend gets it."""
     monkeypatch.setattr(prepare, "has_cuda", lambda: cuda)
-    assert service.prepare(backend=backend, device=device).load().description.backend == expected
+    assert service.prepare(backend=asked, device=device).load().description.backend == expected
 
 
 def test_auto_with_a_cuda_device_is_torch(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +113,6 @@ def test_openvino_on_a_gpu_is_refused(service: Service) -> None:
     """The message names both settings."""
     with pytest.raises(LoadError, match=r"EMB_PROVIDER_BACKEND=openvino.*EMB_PROVIDER_DEVICE=cuda:0"):
         service.prepare(backend="openvino", device="cuda:0")
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_integer_precisions_are_not_there_yet(precision: str, service: Service) -> None:
-    """Refused before anything is started."""
-    with pytest.raises(UnsupportedPrecisionError, match=precision):
-        service.prepare(precision=precision)
-    assert service.starts == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,11 @@ from emb_model_provider.backends.openvino_backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_runtime import openvino
 from emb_model_provider.compile import graph as graphs
 from emb_model_provider.compile.artifact import GRAPH, read_artifact
+from emb_model_provider.compile.shipped import ways_shipped
+from emb_model_provider.errors import IncompleteRepositoryError
+from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.settings import HubSettings
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.compile.conftest import compile_here
 
@@ -37,21 +42,36 @@ class Transformer(torch.nn.Module):
         ).last_hidden_state
 
 
-def ship(directory: Path, output: str = "last_hidden_state") -> None:
-    """Add `openvino/openvino_model.xml`, as optimum names its parts."""
-    model = Transformer(reference(directory).transformers_model)
+OPENVINO, ONNX = "openvino/openvino_model.xml", "onnx/model.onnx"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def ship(directory: Path, name: str = OPENVINO, output: str = "last_hidden_state") -> None:
+    """Add an export, with its parts named as optimum names them."""
+    model = Transformer(reference(directory).transformers_model).eval()
     ones = torch.ones((3, 11), dtype=torch.int64)
-    example = (ones, ones, torch.zeros_like(ones))
+    padded = ones.clone()
+    padded[1, 7:] = (
+        0  # where there is no padding, transformers leaves the mask out, and torch.export what is not there
+    )
+    example = (ones, padded, torch.zeros_like(ones))
+    (directory / name).parent.mkdir()
     with torch.no_grad(), graphs.quietly():
+        if name == ONNX:
+            free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+            torch.onnx.export(
+                model, example, directory / name, input_names=INPUTS, output_names=[output], verbose=False,
+                dynamic_shapes=dict.fromkeys(INPUTS, free), external_data=False, dynamo=True,
+            )  # fmt: skip
+            return
         trace = torch.jit.trace(model, example, strict=False, check_trace=False)
         graph = openvino().convert_model(trace, example_input=example)
-    for port, name in zip(graph.inputs, ("input_ids", "attention_mask", "token_type_ids"), strict=True):
+    for port, read in zip(graph.inputs, INPUTS, strict=True):
         port.get_node().set_partial_shape(ov.PartialShape([-1, -1]))
-        port.get_tensor().set_names({name})
+        port.get_tensor().set_names({read})
     graph.validate_nodes_and_infer_types()
     graph.outputs[0].get_tensor().set_names({output})
-    (directory / "openvino").mkdir()
-    ov.save_model(graph, directory / "openvino/openvino_model.xml", compress_to_fp16=False)
+    ov.save_model(graph, directory / name, compress_to_fp16=False)
 
 
 def nothing_exports(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,19 +81,22 @@ def nothing_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "WAYS", {"torch.export": fails})
 
 
-@pytest.mark.parametrize("family", ["bert-cls", "bert-dense", "bert-prompts-excluded"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("bert-cls", OPENVINO), ("bert-prompts-excluded", OPENVINO), ("bert-dense", ONNX), ("bert-prompts-excluded", ONNX)],
+)  # fmt: skip
 def test_a_shipped_transformer_gets_the_rest_of_its_pipeline(
-    family: str, compiled: Callable[..., Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, name: str, compiled: Callable[..., Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pooling, Dense and left-out prompts stand behind it; the manifest names the file."""
     directory = Path(shutil.copytree(compiled(family, precision="fp32").directory, tmp_path / "model"))
-    ship(directory)
+    ship(directory, name)
     nothing_exports(monkeypatch)
     result, _ = compile_here(directory, tmp_path / "artifact", precision="fp32")
     assert result.outcome == "done", result
     artifact = read_artifact(tmp_path / "artifact")
     assert artifact is not None
-    assert artifact.made_by == "openvino/openvino_model.xml"
+    assert artifact.made_by == name
     expected = reference(directory).encode(TEXTS, show_progress_bar=False)
     vectors = embed_texts(OpenVinoBackend(artifact.directory / GRAPH, artifact.description, cpus=2), TEXTS)
     assert cosines(vectors, np.asarray(expected)).min() >= 0.9999
@@ -89,3 +112,32 @@ def test_an_export_without_token_vectors_is_not_used(
     result, _ = compile_here(directory, tmp_path / "artifact", precision="fp32")
     assert result.outcome == "unsupported"
     assert "openvino/openvino_model.xml: UnsupportedModelError: it gives none of" in result.reason
+
+
+@pytest.mark.parametrize("name", [OPENVINO, ONNX])
+def test_an_export_in_a_directory_is_part_of_its_snapshot(
+    name: str, compiled: Callable[..., Compiled], tmp_path: Path
+) -> None:
+    """So it is hashed like the weights, the artifact is that of these very files, and the compile step sees it."""
+    directory = Path(shutil.copytree(compiled("bert-cls", precision="fp32").directory, tmp_path / "model"))
+    spec, settings = ModelSpec(alias="a", name="a", path=directory), HubSettings(cache_dir=tmp_path / "cache")
+    before = fetch_snapshot(spec, settings)
+    assert ways_shipped(before) == {}
+    ship(directory, name)
+    after = fetch_snapshot(spec, settings)
+    assert list(ways_shipped(after)) == [name]
+    assert after.digest != before.digest
+    assert {file.path for file in after.files} >= {name, name.replace(".xml", ".bin")}
+
+
+def test_an_export_alone_is_refused(compiled: Callable[..., Compiled], tmp_path: Path) -> None:
+    """sentence-transformers cannot load it, so there is nothing that its vectors could be compared with."""
+    directory = Path(shutil.copytree(compiled("bert-cls", precision="fp32").directory, tmp_path / "model"))
+    ship(directory, ONNX)
+    (directory / "model.safetensors").unlink()
+    result, _ = compile_here(directory, tmp_path / "artifact", precision="fp32")
+    assert result.outcome == "broken"
+    with pytest.raises(IncompleteRepositoryError, match=r"no weights.*only an export \(onnx/model\.onnx\)"):
+        fetch_snapshot(
+            ModelSpec(alias="a", name="a", path=directory), HubSettings(cache_dir=tmp_path / "cache")
+        )

@@ -134,10 +134,10 @@ def test_auto_falls_back_to_fp32_where_bf16_is_not_true(
     directory = compiled(FAMILY, precision="fp32").directory
     real = making.compare
 
-    def only_fp32(backend: Any, cases: Any) -> Any:
+    def only_fp32(backend: Any, cases: Any, **options: Any) -> Any:
         if backend.description.precision != "fp32":
             raise UntrueError("cosine 0.5")
-        return real(backend, cases)
+        return real(backend, cases, **options)
 
     monkeypatch.setattr(making, "compare", only_fp32)
     monkeypatch.setattr("tests.compile.conftest.native_bf16", lambda: True)

@@ -63,6 +63,8 @@ def _fidelity(description: ModelDescription | None) -> FidelityObject | None:
     return FidelityObject(
         min_cosine=description.fidelity.min_cosine,
         mean_cosine=description.fidelity.mean_cosine,
+        top10_overlap=description.fidelity.top10_overlap,
+        spearman=description.fidelity.spearman,
         texts=description.fidelity.texts,
     )
 

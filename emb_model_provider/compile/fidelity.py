@@ -1,0 +1,82 @@
+"""How near two sets of vectors are: their directions, and who is whose neighbour. Plain numpy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+NEIGHBOURS = 10
+_SMALLEST = 1e-30
+
+
+def cosines(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
+    """Return the cosine of each row of `ours` to the same row of `theirs`: float64 of shape (texts,).
+
+    Both are of shape (texts, dimension). A zero vector has no direction: where theirs is zero, ours is only asked
+    to be zero, too (1), or is not (0).
+    """
+    left, right = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    our_norms, their_norms = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
+    products = (left * right).sum(axis=1) / np.maximum(our_norms * their_norms, _SMALLEST)
+    result: NDArray[np.float64] = np.where(their_norms > 0, products, (our_norms == 0).astype(np.float64))
+    return result
+
+
+def similarities(vectors: ArrayLike) -> NDArray[np.float64]:
+    """Return the cosines of all pairs of rows: float64 of shape (texts, texts)."""
+    rows = np.asarray(vectors, dtype=np.float64)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALLEST)
+    result: NDArray[np.float64] = unit @ unit.T
+    return result
+
+
+def neighbour_overlap(
+    ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBOURS
+) -> float | None:
+    """Return the share of each text's `count` nearest neighbours that stay its nearest, 0 to 1, mean over texts.
+
+    Both are similarities of shape (texts, texts); a text is not its own neighbour, and of equally near ones the
+    first counts. With `count` other texts or fewer each has all others as neighbours; None with none.
+    """
+    texts = len(ours)
+    count = min(count, texts - 1)
+    if count < 1:
+        return None
+    kept = _nearest(ours, count) & _nearest(theirs, count)
+    return float(kept.sum() / (count * texts))
+
+
+def spearman(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float | None:
+    """Return the rank correlation of the similarities of all pairs of different texts, -1 to 1.
+
+    Both are of shape (texts, texts). None where it is not defined: fewer than three texts, or all pairs alike.
+    """
+    if len(ours) < 3:
+        return None
+    pairs = np.triu_indices(len(ours), k=1)
+    left, right = _ranks(ours[pairs]), _ranks(theirs[pairs])
+    left, right = left - left.mean(), right - right.mean()
+    scale = float(np.sqrt((left @ left) * (right @ right)))
+    return float(left @ right) / scale if scale > 0 else None
+
+
+def _nearest(similar: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Return which texts are among each text's nearest: bool of shape (texts, texts)."""
+    others = similar.copy()
+    np.fill_diagonal(others, -np.inf)
+    order = np.argsort(-others, axis=1, kind="stable")[:, :count]
+    nearest = np.zeros(similar.shape, dtype=np.bool_)
+    np.put_along_axis(nearest, order, values=True, axis=1)
+    return nearest
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return each value's rank, from 1; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: NDArray[np.float64] = last - (counts - 1) / 2
+    return mean[places.reshape(-1)]
