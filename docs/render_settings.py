@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +61,8 @@ def env_value(info: FieldInfo) -> str:
         return ""
     if isinstance(default, bool):
         return str(default).lower()
+    if isinstance(default, dict):
+        return json.dumps(default)
     if isinstance(default, Path) and default.is_absolute():
         return ""
     return str(default)

@@ -297,8 +297,7 @@ class Registry:
                 self._compiling.release()
 
     def _may_run_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
-        by_hub = self._trust.modelscope if snapshot.hub == "modelscope" else self._trust.others
-        trusted = by_hub if spec.trust_remote_code is None else spec.trust_remote_code
+        trusted = self._trust.allows(spec, snapshot.hub)
         if trusted:
             logger.warning(
                 "model %s: trust_remote_code is on: code from %s at revision %s may run in this process",

@@ -118,6 +118,11 @@ class TrustSettings:
     modelscope: bool = False
     others: bool = False
 
+    def allows(self, spec: ModelSpec, hub: str) -> bool:
+        """Whether code of a model that came from `hub` may run."""
+        by_hub = self.modelscope if hub == "modelscope" else self.others
+        return by_hub if spec.trust_remote_code is None else spec.trust_remote_code
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FidelitySettings:
@@ -227,7 +232,7 @@ class Settings(BaseModel):
         "auto",
         "How the model computes. auto: compiled on a CPU, bf16 where the processor has it (the vectors stay within "
         "0.999 of fp32, or they are not served), else fp32; torch on a CPU, fp32; on a CUDA device bf16 where it has "
-        "that, else fp16. int8 and int4 are not there yet.",
+        "that, else fp16. int8 and int4 hold the weights in fewer bits: see docs/precision.md.",
     )
     enable_quantization: bool | None = _setting(
         None, "true with precision auto means int8; false together with int8 or int4 is an error."
@@ -420,7 +425,8 @@ class Settings(BaseModel):
 
     def fidelity(self) -> FidelitySettings:
         return FidelitySettings(
-            floors={**FIDELITY_FLOORS, **self.fidelity_floors}, measure=self.measure_fidelity
+            floors={**FIDELITY_FLOORS, **{str(name): floor for name, floor in self.fidelity_floors.items()}},
+            measure=self.measure_fidelity,
         )
 
     def batching(self) -> BatchSettings:
