@@ -6,6 +6,7 @@
   connections;
 - backend: tokenizer and model only, called by as many threads as the backend has lanes;
 - sentence-transformers: `SentenceTransformer.encode`, called by one thread;
+- memory: batches of given shapes through the model, and the memory that this process then holds;
 - gemm: matrix products of the model's own shapes and of a large one.
 """
 
@@ -66,6 +67,8 @@ def _main(job: dict[str, Any]) -> dict[str, Any]:
             return uvloop.run(_engine(job))
         case "backend":
             return _backend(job)
+        case "memory":
+            return _memory(job)
         case "sentence-transformers":
             return _sentence_transformers(job)
         case "gemm":
@@ -139,6 +142,34 @@ def _backend(job: dict[str, Any]) -> dict[str, Any]:
     about = f"{described.backend} {described.precision}, {backend.lanes} lanes"
     backend.close()
     return {"cases": cases, "about": about}
+
+
+def _memory(job: dict[str, Any]) -> dict[str, Any]:
+    from emb_model_provider.backends.base import TokenBatch
+
+    backend = _load_backend(_settings(job))
+    vocabulary = backend.description.vocab_size
+
+    def embed(shape: list[int]) -> None:
+        rows, length = shape
+        ids = [[(row * 31 + place * 7) % vocabulary for place in range(length)] for row in range(rows)]
+        backend.embed(TokenBatch(ids=ids, prompt_lengths=[0] * rows))
+
+    def held() -> dict[str, float]:
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        kib = {key: int(value.split()[0]) for key, _, value in (line.partition(":") for line in status)
+               if key in {"VmRSS", "VmHWM"}}  # fmt: skip
+        return {"resident_mib": kib["VmRSS"] / 1024, "peak_mib": kib["VmHWM"] / 1024}
+
+    loaded, steps = held(), []
+    with ThreadPoolExecutor(backend.lanes) as pool:
+        for shapes in job["steps"]:
+            list(pool.map(embed, shapes))
+            steps.append({"shapes": len(shapes), **held()})
+    described = backend.description
+    about = f"{described.backend} {described.precision}, {backend.lanes} lanes"
+    backend.close()
+    return {"loaded": loaded, "steps": steps, "threads": backend.lanes, "about": about}
 
 
 def _load_backend(settings: Settings) -> Backend:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
@@ -24,8 +26,8 @@ COMMAND = [sys.executable, "-m", "emb_model_provider.main"]
 _FOREIGN = re.compile(
     r"(EMB_PROVIDER_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|USE_MODELSCOPE|TRANSFORMERS_|.*_proxy$)", re.IGNORECASE
 )
-_START_S = 120.0
-_STOP_S = 30.0
+_START_S, _STOP_S = 560.0, 90.0
+"""So much only where something is wrong: a machine may be many times slower than ours."""
 
 
 def environment(directory: Path, **settings: str) -> dict[str, str]:
@@ -39,10 +41,12 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens at, from below those that the system gives to connections."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("100 ports in use")
 
 
 class Service:
@@ -64,7 +68,7 @@ class Service:
                 stdout=file,
                 stderr=file if stderr is None else stderr,
             )
-        self.http = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=240.0, trust_env=False)
 
     def __enter__(self) -> Self:
         return self
@@ -139,19 +143,21 @@ class Service:
 
     def log_lines(self, **fields: Any) -> list[dict[str, Any]]:
         """Return the log file's JSON lines that have all these fields."""
-        lines: list[dict[str, Any]] = [json.loads(line) for line in self.log_text().splitlines()]
+        # What follows the last line break is still being written.
+        whole, _, _ = self.log_text().rpartition("\n")
+        lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
         return [line for line in lines if fields.items() <= line.items()]
 
     def logged(self, **fields: Any) -> list[dict[str, Any]]:
         """Return the log file's lines that have all these fields, once there is one: a thread writes them."""
-        wait_until(lambda: self.log_lines(**fields), 5)
+        wait_until(lambda: self.log_lines(**fields))
         return self.log_lines(**fields)
 
     def stderr_text(self) -> str:
         return self._stderr_file.read_text(encoding="utf-8", errors="replace")
 
 
-def wait_until(condition: Any, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 120.0) -> None:
     """Wait until `condition()` is true; fail when it does not become so."""
     give_up_at = time.monotonic() + timeout_s
     while not condition():

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -32,7 +31,7 @@ def run(directory: Path, **settings: str) -> subprocess.CompletedProcess[str]:
         env=environment(directory, **{"PORT": str(free_port()), **settings}),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
@@ -99,10 +98,10 @@ def test_signal_ends_a_service_that_is_still_downloading(tmp_path: Path, number:
         settings = {"MODEL_NAME": "test/stuck", "MODEL_SOURCE": "huggingface", "HF_ENDPOINT": endpoint}
         with Service(tmp_path, **settings) as service:
             service.wait_for_state("test/stuck", "downloading")
-            started = time.monotonic()
             service.signal(number)
             assert service.ended() == 0
-            assert time.monotonic() - started < 5
+    assert "stopped" in service.log_text()
+    assert "could not be loaded" not in service.log_text(), "it waited until the download had failed"
     assert "Traceback" not in service.stderr_text()
 
 
@@ -118,7 +117,7 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Ended:
+def ended(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Ended:
     """Start a service on a terminal, send it work, tell it to stop, and return what came of it."""
     ended = Ended()
     ours, theirs = pty.openpty()
@@ -132,7 +131,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Ended
     reader = threading.Thread(target=read)
     reader.start()
     directory = tmp_path_factory.mktemp("terminal")
-    with Service(directory, stderr=theirs, CACHE_DIR=service_cache) as service, ThreadPoolExecutor(4) as pool:
+    settings = {"CACHE_DIR": service_cache, "BACKEND": backend}
+    with Service(directory, stderr=theirs, **settings) as service, ThreadPoolExecutor(4) as pool:
         os.close(theirs)
         service.wait()
         service.http.get("/v1/models/injected%0A2026-01-01 00:00:00.000 INFO    forged%1b[31m")

@@ -74,7 +74,7 @@ def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hub
         ),
         trust=TrustSettings(),
         batching=BatchSettings(),
-        limits=LimitSettings(request_timeout_s=60),
+        limits=LimitSettings(request_timeout_s=280),
         max_artifact_bytes=2**30,
         on_batch=lambda _: None,
     )
@@ -99,7 +99,7 @@ async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
             source="huggingface",
             device="cpu",
             backend="torch",
-            precision="bf16",
+            precision="fp16",
         ),
         ModelSpec(alias="gte-dir", name=str(gte), path=gte, device="cpu", backend="torch"),
         ModelSpec(alias="bert-dir", name="bert-dir", path=bert, device="cpu", backend="torch"),
@@ -166,26 +166,28 @@ async def test_a_caller_that_gives_up_does_not_end_the_load_for_the_others(
 
 
 async def test_a_model_that_fails_says_why_and_leaves_the_others_serving(
-    tmp_path: Path, huggingface: HuggingFaceServer, bert: Path
+    tmp_path: Path, huggingface: HuggingFaceServer, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reason is told on request; the hub is not asked again at once, and a later request tries anew."""
+    """The reason is told on request, and when to come back; until then the hub is not asked again."""
+    # The others may take longer to load than the half minute that this is.
+    monkeypatch.setattr(registry_module, "_FAILED_RETRY_AFTER_S", 1000.0)
     registry = make(
         tmp_path,
         ModelSpec(alias="gone", name="acme/gone", device="cpu", backend="torch"),
-        ModelSpec(alias="quantized", name="q", path=bert, device="cpu", backend="torch", precision="int8"),
+        ModelSpec(alias="misplaced", name="m", path=bert / "elsewhere", device="cpu", backend="torch"),
         ModelSpec(alias="works", name="acme/bert", device="cpu", backend="torch"),
-        preload=("gone", "quantized", "works"),
+        preload=("gone", "misplaced", "works"),
         hf_endpoint=huggingface.url,
     )
     try:
         assert await registry.preload()
         assert len(await vectors(registry, "works")) == len(TEXTS)
-        with pytest.raises(ModelNotReadyError, match=r"int8.*not there yet"):
-            await registry.get("quantized")
+        with pytest.raises(ModelNotReadyError, match=r"elsewhere does not exist"):
+            await registry.get("misplaced")
         huggingface.forget()
         with pytest.raises(ModelNotReadyError, match="acme/gone") as caught:
             await registry.get("gone")
-        assert 0 < caught.value.retry_after_s <= 30
+        assert 0 < caught.value.retry_after_s <= 1000
         assert huggingface.requests == []
         assert registry.status("gone").error
     finally:

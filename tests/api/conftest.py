@@ -1,4 +1,4 @@
-"""Services that differ from the default one, and what they serve; each is started once per session."""
+"""Services that differ from the default one, and what they serve; each is started once per session and backend."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def reference() -> SentenceTransformer:
 
 
 @pytest.fixture(scope="session")
-def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Iterator[Service]:
+def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
     """Yield a service with keys, CORS, small limits, strict input, and one model under several aliases.
 
     Its `http` client sends a good key.
     """
     settings = {
         "CACHE_DIR": service_cache,
+        "BACKEND": backend,
         "API_KEYS": ",".join(KEYS),
         "CORS_ORIGINS": ORIGIN,
         "ALLOWED_HOSTS": "localhost,emb.example:8443",
@@ -52,7 +53,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Ite
 
 
 @pytest.fixture(scope="session")
-def strained(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Iterator[Service]:
+def strained(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
     """Yield a service with little time and a short queue, and with models that have gone wrong.
 
     `mini` is well, `poisoned` gives NaN for one word, `broken` could not be loaded, `stuck` never finishes its
@@ -77,11 +78,12 @@ def strained(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> It
         }
         settings = {
             "CACHE_DIR": service_cache,
+            "BACKEND": backend,
             "MODEL_MAPPING": json.dumps(mapping),
             "PRELOAD_MODELS": "mini,poisoned,broken",
-            "REQUEST_TIMEOUT_S": "2",
+            "REQUEST_TIMEOUT_S": "5",
             "MAX_QUEUE_TOKENS": "500",
-            "MAX_BATCH_TOKENS": "2048",
+            "MAX_BATCH_TOKENS": "512",
         }
         with Service(directory / "service", **settings) as started:
             started.wait_for_state("mini", "ready").wait_for_state("poisoned", "ready")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
+import socket
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -68,23 +67,21 @@ def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     return products / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
+MUCH = [f"{number} " + "word " * 254 for number in range(1000)]
+"""256,000 tokens: more than any machine does in the strained service's time."""
+
+
 @contextmanager
-def occupied(strained: Service) -> Iterator[None]:
-    """Keep the `mini` model of a service busy, and its queue full, for about two seconds (its time limit)."""
+def occupied(strained: Service, inputs: int = len(MUCH)) -> Iterator[None]:
+    """Keep the `mini` model of a service busy, and its queue full, until the service's time limit or the end.
 
-    def ask() -> None:
-        texts = [f"{number} " + "word " * 300 for number in range(150)]
-        httpx.post(
-            f"{strained.url}/v1/embeddings",
-            json={"model": "mini", "input": texts},
-            timeout=60,
-            trust_env=False,
-        )
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
+    The fewer `inputs`, the sooner callers are told to come back.
+    """
+    body = json.dumps({"model": "mini", "input": MUCH[:inputs]}).encode()
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("localhost", strained.port), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
         wait_until(lambda: strained.figure("emb_provider_queue_tokens", model="mini") > 500)
         yield
-    finally:
-        thread.join()
+    # The connection is closed, and what waits for it is dropped.
+    wait_until(lambda: strained.figure("emb_provider_queue_tokens", model="mini") == 0)

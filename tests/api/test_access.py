@@ -31,7 +31,7 @@ def call(service: Service, method: str, path: str, **headers: str | bytes) -> ht
         (name.encode(), value if isinstance(value, bytes) else value.encode("latin-1"))
         for name, value in named.items()
     ]
-    return httpx.request(method, f"{service.url}{path}", headers=pairs, trust_env=False, timeout=60)
+    return httpx.request(method, f"{service.url}{path}", headers=pairs, trust_env=False, timeout=240)
 
 
 # --- keys ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.service import Service
 
 
-def test_list_has_openais_fields_and_ours(service: Service) -> None:
+def test_list_has_openais_fields_and_ours(service: Service, backend: str) -> None:
     """The bundled model is listed with what OpenAI says of a model, and with what is known of this one."""
     body = service.http.get("/v1/models").json()
     assert set(body) == {"object", "data"}
@@ -28,6 +28,7 @@ def test_list_has_openais_fields_and_ours(service: Service) -> None:
     assert (model["dimensions"], model["max_input_tokens"], model["pooling"]) == (384, 256, "mean")
     assert (model["normalize"], model["supported_dimensions"], model["prompts"]) == (True, [], [])
     assert model["precision"] in ("fp32", "bf16")
+    assert model["backend"] == backend or backend == "auto"
 
 
 def test_aliases_are_listed_in_the_order_of_the_settings(guarded: Service) -> None:

@@ -18,7 +18,7 @@ GTE = "damo/nlp_gte_sentence-embedding_chinese-base"
 TEXTS = ["这是一个中文文本示例", "hello world", "一"]
 
 
-def test_gte_from_modelscope_has_its_cls_vectors(tmp_path: Path, service_cache: str) -> None:
+def test_gte_from_modelscope_has_its_cls_vectors(tmp_path: Path, service_cache: str, backend: str) -> None:
     """The guide's settings serve a GTE repository with the CLS token's vector, and a second start asks no hub."""
     directory = save_modelscope(tmp_path / "gte", gte_configuration())
     files = {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
@@ -28,6 +28,7 @@ def test_gte_from_modelscope_has_its_cls_vectors(tmp_path: Path, service_cache: 
         "MODEL_PRECISION": "fp32",
         "MODELSCOPE_CACHE_DIR": str(tmp_path / "modelscope"),
         "CACHE_DIR": service_cache,
+        "BACKEND": backend,
     }
     with ModelScopeServer(repos={GTE: files}) as hub:
         settings["MODELSCOPE_ENDPOINT"] = hub.url

@@ -114,7 +114,7 @@ def test_dimensions_where_they_are_allowed(guarded: Service) -> None:
 def test_full_queue_is_retried_until_there_is_room(strained: Service) -> None:
     """A 429 is a RateLimitError to who does not retry; the client's own retries wait, and succeed."""
     url, before = f"{strained.url}/v1", strained.figure("emb_provider_requests_total", status="429")
-    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as hasty, occupied(strained):
+    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as hasty, occupied(strained, 100):
         with pytest.raises(openai.RateLimitError) as full:
             hasty.embeddings.create(model="mini", input="x")
         assert (full.value.code, full.value.type) == ("queue_full", "rate_limit_error")

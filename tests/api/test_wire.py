@@ -21,14 +21,14 @@ HOST = b"Host: localhost\r\n"
 class Answer:
     """A response as it came; `closed` tells whether the server then closed the connection."""
 
-    def __init__(self, raw: bytes, *, closed: bool) -> None:
+    def __init__(self, raw: bytes) -> None:
         head, _, self.body = raw.partition(b"\r\n\r\n")
         lines = head.decode("latin-1").split("\r\n")
         self.status = int(lines[0].split()[1]) if raw else 0
         self.headers = {
             name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])
         }
-        self.closed = closed
+        self.closed = not raw
 
     def assert_error(self, status: int, code: str) -> None:
         assert self.status == status
@@ -41,10 +41,25 @@ class Answer:
 
 def exchange(service: Service, *pieces: bytes) -> Answer:
     """Send bytes, piece by piece, and read one response (and any 100 Continue before it)."""
-    with socket.create_connection(("localhost", service.port), timeout=30) as connection:
+    with connect(service) as connection:
         for piece in pieces:
             connection.sendall(piece)
-        return _read(connection)
+        answer = _read(connection)
+        answer.closed = _is_closed(connection)
+        return answer
+
+
+def connect(service: Service) -> socket.socket:
+    return socket.create_connection(("localhost", service.port), timeout=120)
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Tell whether the server closed a connection, by asking for something more."""
+    try:
+        connection.sendall(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n")
+        return _read(connection).closed
+    except ConnectionError:
+        return True
 
 
 def _read(connection: socket.socket) -> Answer:
@@ -55,12 +70,7 @@ def _read(connection: socket.socket) -> Answer:
         length = re.search(rb"content-length: (\d+)", raw, re.IGNORECASE)
         _, end, body = raw.partition(b"\r\n\r\n")
         if not chunk or (end and length is not None and len(body) >= int(length.group(1))):
-            connection.settimeout(0.3)
-            try:
-                closed = not chunk or connection.recv(1) == b""
-            except TimeoutError:
-                closed = False
-            return Answer(raw, closed=closed)
+            return Answer(raw)
 
 
 def post(*headers: bytes, version: bytes = b"1.1", body: bytes = BODY) -> bytes:
@@ -110,7 +120,7 @@ def test_java_clients_that_would_rather_speak_http_2(service: Service) -> None:
     for split in (0, 60, request.index(b"\r\n\r\n") + 2, request.index(b"\r\n\r\n") + 4, len(request) - 3):
         answer = exchange(service, request[:split], request[split:])
         assert (answer.status, answer.closed) == (200, False)
-    with socket.create_connection(("localhost", service.port), timeout=30) as connection:
+    with connect(service) as connection:
         for _ in range(2):
             connection.sendall(request)
             assert _read(connection).status == 200
@@ -125,7 +135,7 @@ def test_websockets_are_unknown(service: Service) -> None:
 
 def test_expect_100_continue(service: Service) -> None:
     """A client that waits to be told to send its body is told; one that would send too much is refused unheard."""
-    with socket.create_connection(("localhost", service.port), timeout=30) as connection:
+    with connect(service) as connection:
         connection.sendall(post(b"Expect: 100-continue").removesuffix(BODY))
         assert connection.recv(1024).startswith(b"HTTP/1.1 100 Continue")
         connection.sendall(BODY)
@@ -142,7 +152,7 @@ def test_expect_100_continue(service: Service) -> None:
 
 def test_connection_goes_on_after_errors(service: Service) -> None:
     """Errors, also those told before the body was read, leave a connection usable."""
-    with socket.create_connection(("localhost", service.port), timeout=30) as connection:
+    with connect(service) as connection:
         for request, status in (
             (post(body=b"{"), 400), (post(b"Content-Encoding: gzip"), 415), (post(b"Host: x").replace(HOST, b"", 1), 400),
             (post().replace(b"/v1/embeddings", b"/v1/embedding"), 404), (post(), 200),
@@ -153,7 +163,7 @@ def test_connection_goes_on_after_errors(service: Service) -> None:
 
 def test_pipelined_requests(service: Service) -> None:
     """Requests sent without waiting are answered in order."""
-    with socket.create_connection(("localhost", service.port), timeout=30) as connection:
+    with connect(service) as connection:
         connection.sendall(post() + b"GET /health HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
         raw = b""
         while chunk := connection.recv(65536):

@@ -63,3 +63,13 @@ def test_start() -> None:
     assert [row[0] for row in rows] == ["ours, first start", "ours", "naive"]
     assert all(_is_number(cell) for row in rows for cell in row[1:5])
     assert {row[5] for row in rows} == {"0"}
+
+
+def test_memory() -> None:
+    """All shapes are run, and memory is read before them and after each step."""
+    rows = _table(_run("memory"), "Resident memory by shapes seen")
+    assert [row[0] for row in rows] == ["loaded", *map(str, range(10, 121, 10))]
+    assert all(_is_number(cell) for row in rows for cell in row[1:])
+    peaks = [float(row[2]) for row in rows]
+    assert peaks == sorted(peaks)
+    assert all(float(row[1]) <= peak for row, peak in zip(rows, peaks, strict=True))

@@ -196,7 +196,7 @@ def test_a_commit_that_is_none_is_refused(
     ("missing", "said"),
     [
         ({"config.json", "modules.json"}, "no config.json"),
-        ({"model.safetensors", "pytorch_model.bin"}, "no weights"),
+        ({"model.safetensors", "pytorch_model.bin"}, "no weights.*only an export"),
     ],
 )
 def test_a_repository_without_a_model_is_refused(

@@ -171,9 +171,12 @@ def test_an_empty_repository_is_refused(
 def test_a_repository_without_weights_is_refused(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """Without weights nothing is fetched."""
-    del modelscope.repos[MS_REPO]["pytorch_model.bin"]
+    """Without weights nothing is fetched, and an export does not take their place."""
+    weights = modelscope.repos[MS_REPO].pop("pytorch_model.bin")
     with pytest.raises(IncompleteRepositoryError, match="no weights"):
+        fetch_snapshot(spec(MS_REPO), settings())
+    modelscope.repos[MS_REPO]["onnx/model.onnx"] = weights
+    with pytest.raises(IncompleteRepositoryError, match="only an export"):
         fetch_snapshot(spec(MS_REPO), settings())
     assert not modelscope.bodies()
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import pytest
 
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, spec
+from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,29 +55,24 @@ binds_everyone = pytest.mark.skipif(
 )
 
 
-def start(name: str, config: HubSettings, *, bound: bool = False) -> subprocess.Popen[str]:
+def start(
+    name: str, config: HubSettings, *, bound: bool = False, log: Path | None = None
+) -> subprocess.Popen[str]:
     """Fetch in a process of its own, whose last line of output says how it went.
 
-    `bound`: file permissions bind that process, even where the tests run as root.
+    `bound`: file permissions bind that process, even where the tests run as root. `log` is a file for what it logs.
     """
     names = [field for field in config.__dataclass_fields__ if getattr(config, field) is not None]
     given = {field: getattr(config, field) for field in names}
     plain = {field: str(value) if isinstance(value, Path) else value for field, value in given.items()}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps([name, plain, bound])],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Give a condition half a minute."""
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
+    with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, json.dumps([name, plain, bound])],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
 
 
 def both(name: str, huggingface: HuggingFaceServer, modelscope: ModelScopeServer) -> tuple[HubServer, str]:
@@ -125,25 +120,29 @@ def test_two_processes_at_once_transfer_each_file_once(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
+    tmp_path: Path,
     repo: str,
 ) -> None:
     """The second process waits, says so, and uses what the first one brought."""
     server, weights = both(repo, huggingface, modelscope)
     server.faults.hold_after[weights] = 1_000
-    children = [start(repo, settings()) for _ in range(2)]
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    children = [start(repo, settings(), log=log) for log in logs]
+
+    def waiting() -> int:
+        return sum("Another process or thread is fetching" in log.read_text(encoding="utf-8") for log in logs)
+
     try:
-        wait_until(lambda: server.bodies()[weights] == 1)
-        # Held until the other process must have come to the lock: it imports no more than the first did.
-        time.sleep(3)
+        wait_until(lambda: server.bodies()[weights] == 1 and waiting() == 1)
     finally:
         server.faults.release.set()
-        outputs = [child.communicate(timeout=60) for child in children]
-    results = {output.splitlines()[-1] for output, _ in outputs}
+        outputs = [child.communicate(timeout=240)[0] for child in children]
+    results = {output.splitlines()[-1] for output in outputs}
     assert len(results) == 1
     assert results.pop().startswith("SNAPSHOT")
     assert set(server.bodies().values()) == {1}
     assert server.asked("/revisions" if repo == MS_REPO else "/revision/main") == 1
-    assert sum("Another process or thread is fetching" in error for _, error in outputs) == 1
+    assert waiting() == 1
 
 
 @binds_everyone
@@ -168,7 +167,7 @@ def test_a_baked_cache_that_is_read_only_is_served(
     huggingface.forget()
     modelscope.forget()
     with unwritable(tmp_path):
-        output, errors = start(name, config, bound=True).communicate(timeout=60)
+        output, errors = start(name, config, bound=True).communicate(timeout=240)
         assert output.splitlines()[-1].startswith("SNAPSHOT"), output + errors
         assert not huggingface.requests + modelscope.requests
         if repo == "local":
@@ -176,7 +175,7 @@ def test_a_baked_cache_that_is_read_only_is_served(
             return
         huggingface.repos["acme/other"] = modelscope.repos["iic/other"] = {}
         other = "acme/other" if repo == HF_REPO else "iic/other"
-        output, _ = start(other, config, bound=True).communicate(timeout=60)
+        output, _ = start(other, config, bound=True).communicate(timeout=240)
         assert "ERROR CacheNotWritableError" in output
         assert str(config.cache_dir) in output
         assert "EMB_PROVIDER_CACHE_DIR" in output
@@ -193,7 +192,7 @@ def test_a_read_only_cache_of_the_clients_is_named_with_its_setting(
     clients = config.hf_cache_dir if repo == HF_REPO else config.modelscope_cache_dir
     clients.mkdir()
     with unwritable(clients):
-        output, errors = start(repo, config, bound=True).communicate(timeout=60)
+        output, errors = start(repo, config, bound=True).communicate(timeout=240)
     setting = "EMB_PROVIDER_HF_CACHE_DIR" if repo == HF_REPO else "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
     assert "ERROR CacheNotWritableError" in output, output + errors
     assert str(clients) in output

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from emb_model_provider.hubs.base import Progress
 from emb_model_provider.hubs.progress import ByteCounter, ProgressReporter
+from tests.service import wait_until
 
 if TYPE_CHECKING:
     import pytest
@@ -54,10 +55,9 @@ def test_silence_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     """No byte for a while during a download is a warning; a byte ends it."""
     with caplog.at_level(logging.WARNING), ProgressReporter(stall_s=0.2) as report:
         report(Progress("download", "acme/tiny", 10, 100))
-        time.sleep(0.35)
-        assert "acme/tiny: no bytes for" in caplog.text
-        caplog.clear()
+        wait_until(lambda: "acme/tiny: no bytes for" in caplog.text)
         report(Progress("verify", "acme/tiny", 10, 100))
+        caplog.clear()
         time.sleep(0.35)
         assert not caplog.messages
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from emb_model_provider.hubs.selection import select
+from emb_model_provider.errors import IncompleteRepositoryError
+from emb_model_provider.hubs.selection import require_model, select
 from emb_model_provider.hubs.snapshot import is_safe_path
 
 
@@ -49,6 +50,35 @@ def test_shards_and_their_index_are_kept() -> None:
 def test_what_serving_never_needs_is_left_out(path: str) -> None:
     """Exports, weights of other frameworks, training state and pictures stay at the hub."""
     assert select([path, "config.json"]) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("exports", "kept"),
+    [
+        (["onnx/model.onnx", "onnx/model_O2.onnx", "onnx/model_qint8_avx512.onnx"], ["onnx/model.onnx"]),
+        (["model.onnx", "model.onnx_data"], ["model.onnx", "model.onnx_data"]),
+        (
+            ["onnx/model.onnx", "openvino/openvino_model.bin", "openvino/openvino_model.xml", "openvino/openvino_model_qint8_quantized.xml"],
+            ["openvino/openvino_model.bin", "openvino/openvino_model.xml"],
+        ),
+        (["onnx/model_fp16.onnx", "2_Other/model.onnx", "openvino/openvino_model.bin"], []),
+    ],
+)  # fmt: skip
+def test_one_export_is_kept_where_it_is_at_hand(exports: list[str], kept: list[str]) -> None:
+    """The first that can stand in for the compile step's own, with its weights, and no variant of it."""
+    assert select(["config.json", *exports]) == ["config.json"]
+    assert select(["config.json", *exports], with_export=True) == ["config.json", *kept]
+
+
+@pytest.mark.parametrize(
+    "export", ["onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml"]
+)
+def test_a_repository_of_exports_is_told_what_it_lacks(export: str) -> None:
+    """It is not just `no weights`: the error says what there is, and why it will not do."""
+    with pytest.raises(IncompleteRepositoryError, match=rf"no weights.*only an export \({export}\)"):
+        require_model(["config.json"], "Repository a/b", listed=["config.json", export])
+    with pytest.raises(IncompleteRepositoryError, match=r"no weights .*\. Choose a repository or a revision"):
+        require_model(["config.json"], "Repository a/b", listed=["config.json"])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability import logs
 from emb_model_provider.observability.logs import LOG_FILE, request_id, start_logging
 from emb_model_provider.settings import LogSettings
+from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,6 +127,7 @@ def test_file_is_rotated_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(logs, "_MAX_FILE_AGE_S", 0.05)
     listener = start_logging(LogSettings(format="json", directory=tmp_path))
     logger.info("old")
+    wait_until(lambda: "old" in (tmp_path / LOG_FILE).read_text(encoding="utf-8"))
     time.sleep(0.1)
     logger.info("new")
     listener.stop()

@@ -81,7 +81,7 @@ class FakeBackend:
 
     def _embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         self.entered.set()
-        if not self.gate.wait(30):
+        if not self.gate.wait(120):
             raise TimeoutError("the test never opened the gate")
         rows = [list(row) for row in batch.ids]
         self.threads.add(threading.current_thread().name)

@@ -53,11 +53,11 @@ class Running:
         self.backend.gate.clear()
         self.backend.entered.clear()
         holding = asyncio.create_task(self.embed("w1"))
-        await asyncio.to_thread(self.backend.entered.wait, 10)
+        assert await asyncio.to_thread(self.backend.entered.wait, 60)
         return holding
 
     async def until_waiting(self, inputs: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.engine.waiting_inputs != inputs:
                 await asyncio.sleep(0.001)
 
@@ -122,7 +122,7 @@ async def test_lanes_run_batches_side_by_side() -> None:
     async with running(lanes=2) as run:
         run.backend.gate.clear()
         tasks = [asyncio.create_task(run.embed(*(f"w{n} w{m}" for m in range(30)))) for n in range(30)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while run.backend.inside < 2:
                 await asyncio.sleep(0.001)
         run.backend.gate.set()
@@ -207,9 +207,9 @@ async def test_a_cancelled_request_leaves_the_queue() -> None:
 
 async def test_a_request_that_takes_too_long_is_dropped() -> None:
     """After REQUEST_TIMEOUT_S the caller hears of it and the rest of the work is not done."""
-    async with running(limits=LimitSettings(request_timeout_s=0.05)) as run:
+    async with running(limits=LimitSettings(request_timeout_s=1.0)) as run:
         holding = await run.hold()
-        with pytest.raises(DeadlineExceededError, match=r"0\.05 seconds"):
+        with pytest.raises(DeadlineExceededError, match="1 seconds"):
             await run.embed(*(["w9"] * 500))
         assert run.engine.waiting_inputs == 0
         run.backend.gate.set()
@@ -248,8 +248,10 @@ async def test_a_few_inputs_wait_for_more_up_to_the_limit() -> None:
     async with running(batching=BatchSettings(min_batch_size=8, max_wait_s=0.2)) as run:
         answer = await run.engine.embed(["w1"], PLAIN)
         assert answer.timing.queue_s >= 0.2
+    async with running(batching=BatchSettings(min_batch_size=8, max_wait_s=60)) as run:
         answers = await asyncio.gather(*(run.engine.embed(["w1"], PLAIN) for _ in range(8)))
-        assert max(a.timing.queue_s for a in answers) < 0.2
+        assert max(a.timing.queue_s for a in answers) < 60
+        assert [len(batch) for batch in run.backend.batches] == [8]
 
 
 async def test_a_model_that_cannot_be_loaded_says_why() -> None:
