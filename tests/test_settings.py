@@ -9,7 +9,7 @@ import pytest
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
-from emb_model_provider.settings import PREFIX, Settings
+from emb_model_provider.settings import FIDELITY_FLOORS, PREFIX, Settings
 from emb_model_provider.settings_loading import load_settings
 
 GUIDE = Path(__file__).parent / "data" / "guide.env.md"
@@ -203,6 +203,15 @@ def test_host_headers_are_limited_while_bound_to_loopback() -> None:
     assert load(ALLOWED_HOSTS="*").server().allowed_hosts is None
 
 
+def test_floors_that_are_left_out_keep_their_own() -> None:
+    """What is set replaces one floor, not all of them; measuring is on until it is switched off."""
+    assert load().fidelity().floors == FIDELITY_FLOORS
+    assert load().fidelity().measure is True
+    policy = load(FIDELITY_FLOORS='{"int8": 0.5, "fp32": 0}', MEASURE_FIDELITY="false").fidelity()
+    assert policy.floors == {**FIDELITY_FLOORS, "int8": 0.5, "fp32": 0.0}
+    assert policy.measure is False
+
+
 # --- mistakes -----------------------------------------------------------------------------------------
 
 
@@ -251,6 +260,33 @@ def test_a_mistake_in_the_mapping_is_named(mapping: str, message: str) -> None:
     """The line names the alias, the key and what is allowed."""
     line = refused(MODEL_MAPPING=mapping)
     assert line.startswith("EMB_PROVIDER_MODEL_MAPPING")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "floors",
+    ['{"int9": 0.5}', '{"auto": 0.99}', '{"int8": 1.01}', '{"int8": -0.1}', '{"int8": NaN}', '{"int8": "x"}'],
+)
+def test_a_floor_of_no_precision_or_out_of_range_is_refused(floors: str) -> None:
+    """A precision that there is not, or a cosine that cannot be: the line says which and between what."""
+    assert refused(FIDELITY_FLOORS=floors) == (
+        f"EMB_PROVIDER_FIDELITY_FLOORS={floors}: must be JSON from a precision (fp32, bf16, fp16, int8 or int4) "
+        'to 0 to 1, like {"int8": 0.99}.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("floors", "message"),
+    [
+        ("0.99", 'must be a JSON object like {"int8": 0.99}'),
+        ('{"int8": 0.9', "is not valid JSON, line 1"),
+        ('{"int8": 0.9, "int8": 0.8}', "says 'int8' more than once"),
+    ],
+)
+def test_floors_that_are_no_object_are_refused(floors: str, message: str) -> None:
+    """One number for all, a bracket too few, a precision said twice: each has its own line."""
+    line = refused(FIDELITY_FLOORS=floors)
+    assert line.startswith("EMB_PROVIDER_FIDELITY_FLOORS")
     assert message in line
 
 

@@ -70,7 +70,7 @@ _UNPACKING = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """Operations that make numbers of integers, as nncf writes them into a graph."""
 _CACHED_SHAPES = 64
 """Kernels that OpenVINO keeps ready for shapes it has seen. Its default of 5,000 costs 0.35 MB each and grew the
-process to 590 MB within 400 shapes; with 64 it stayed below 420 MB and was no slower."""
+process to 590 MB within 400 shapes; with 64 it was at 420 MB then, no slower, and levels off (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+MEASURING = (sys.executable, "-m", "emb_model_provider.cli.measuring")
 _KINDS = ("short", "doc")
 _PACKAGES = ("openvino", "nncf", "torch", "torchao", "bitsandbytes", "sentence-transformers")
 
@@ -44,9 +46,9 @@ class _Precisions(click.ParamType[tuple[str, ...]]):
 @click.option("--source", type=click.Choice(["auto", "huggingface", "modelscope", "local", "bundled"]),
               help="Where MODEL is from.")  # fmt: skip
 @click.option(
-    "--backend", type=click.Choice(["auto", "openvino", "torch"]), default="auto", show_default=True
+    "--backend", type=click.Choice(["auto", "openvino", "torch"]), help="Default: as the settings say."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--device", help="auto, cpu, cuda, cuda:N or mps. Default: as the settings say.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True,
               help="Measurements of throughput, taken in turn; the table has their medians.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
@@ -54,8 +56,8 @@ def fidelity(
     model: str,
     precisions: tuple[str, ...],
     source: str | None,
-    backend: str,
-    device: str,
+    backend: str | None,
+    device: str | None,
     rounds: int,
     *,
     as_json: bool,
@@ -65,6 +67,7 @@ def fidelity(
     MODEL is an alias from your settings, the id of a repository, or a directory. What is compiled on the way is
     kept, so that serving it at that precision starts at once.
     """
+    _fetch(model, source)
     rows: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         measured: dict[str, _Process] = {}
@@ -79,24 +82,17 @@ def fidelity(
             click.echo(f"{precision}: preparing", err=True)
             # Once to compile and compare, which takes memory and time of its own; then afresh.
             with _process(job) as first:
-                if "error" in first.loaded:
-                    rows[precision] = first.loaded
-                    continue
-            measured[precision] = stack.enter_context(_process(job))
-            rows[precision] = measured[precision].loaded
-        rates: dict[str, dict[str, list[float]]] = {one: {kind: [] for kind in _KINDS} for one in measured}
-        for number in range(rounds):
-            click.echo(f"throughput: round {number + 1} of {rounds}", err=True)
-            for kind in _KINDS:
-                for precision, process in measured.items():
-                    rates[precision][kind].append(process.rate(kind))
-    for precision, by_kind in rates.items():
-        for kind, found in by_kind.items():
-            base = next(iter(rates.values()))[kind]
-            rows[precision][f"{kind}_texts_per_s"] = statistics.median(found)
-            rows[precision][f"{kind}_ratio"] = statistics.median(
-                a / b for a, b in zip(found, base, strict=True)
-            )
+                rows[precision] = first.loaded
+            if "error" in first.loaded:
+                continue
+            process = stack.enter_context(_process(job))
+            rows[precision] = process.loaded
+            if "error" not in process.loaded:
+                measured[precision] = process
+        _throughput(measured, rounds, rows)
+    for precision, row in rows.items():
+        for note in _notes(row):
+            click.echo(f"{precision}: {note}", err=True)
     about = _about()
     if as_json:
         click.echo(json.dumps({"model": model, "precisions": rows, "about": about}, indent=1))
@@ -107,59 +103,110 @@ def fidelity(
         raise SystemExit(1)
 
 
+def _fetch(model: str, source: str | None) -> None:
+    """Have the model's files here before anything is measured, or end with the reason.
+
+    Raises: SettingsError, HubError.
+    """
+    from emb_model_provider.cli.choosing import choose
+    from emb_model_provider.hubs.fetch import fetch_snapshot
+    from emb_model_provider.hubs.progress import ProgressReporter
+
+    chosen = choose(model, source=source)
+    with ProgressReporter(terminal=sys.stderr) as report:
+        fetch_snapshot(chosen.spec, chosen.settings.hubs(), report)
+
+
+def _throughput(measured: dict[str, _Process], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
+    """Measure the processes in turn, since machines drift, and put medians and ratios to the first into `rows`.
+
+    A process that dies on the way has its error for a row.
+    """
+    rates: dict[str, dict[str, list[float]]] = {one: {kind: [] for kind in _KINDS} for one in measured}
+    for number in range(rounds if measured else 0):
+        click.echo(f"throughput: round {number + 1} of {rounds}", err=True)
+        for kind in _KINDS:
+            for precision in tuple(rates):
+                answer = measured[precision].rate(kind)
+                if "error" in answer:
+                    rows[precision] = answer
+                    del rates[precision]
+                else:
+                    rates[precision][kind].append(answer["texts_per_s"])
+    for precision, by_kind in rates.items():
+        for kind, found in by_kind.items():
+            base = next(iter(rates.values()))[kind]
+            rows[precision][f"{kind}_texts_per_s"] = statistics.median(found)
+            rows[precision][f"{kind}_ratio"] = statistics.median(
+                a / b for a, b in zip(found, base, strict=True)
+            )
+
+
+def _notes(row: dict[str, Any]) -> list[str]:
+    """Return what to know of a row beside its figures."""
+    notes = list(row.get("notes", ()))
+    if row.get("fidelity") and row["fidelity"]["min_cosine"] < row["floor"]:
+        notes.append(f"not served: below its floor of {row['floor']:g} (EMB_PROVIDER_FIDELITY_FLOORS)")
+    return notes
+
+
 class _Process:
     """A model in a process of its own, told over a pipe what to measure."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], job: dict[str, Any]) -> None:
         self._process = process
-        self.loaded = self._answer()
+        self.loaded = self._ask(json.dumps(job))
+        """What was loaded, or `error`: why it could not be."""
 
-    def rate(self, kind: str) -> float:
-        self._send(kind)
-        return float(self._answer()["texts_per_s"])
+    def rate(self, kind: str) -> dict[str, Any]:
+        """Return `texts_per_s`, or `error`."""
+        return self._ask(kind)
 
-    def _send(self, line: str) -> None:
-        if self._process.stdin is None:
-            raise RuntimeError("started without a pipe")
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise click.ClickException(
-                f"the measuring process ended with status {self._process.wait()}: what it said stands above. If it was "
-                "killed, memory was short: measure fewer precisions at a time (--precisions)."
-            )
-        answer: dict[str, Any] = json.loads(line)
+    def _ask(self, line: str) -> dict[str, Any]:
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("started without pipes")
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        answered = self._process.stdout.readline()
+        if not answered:
+            return {"error": _last_words(self._process.wait())}
+        answer: dict[str, Any] = json.loads(answered)
         return answer
+
+
+def _last_words(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "the measuring process was killed, most often since memory was short: measure fewer precisions at a time"
+    return f"the measuring process ended with status {status}: what it said stands on stderr"
 
 
 @contextlib.contextmanager
 def _process(job: dict[str, Any]) -> Iterator[_Process]:
-    with subprocess.Popen(
-        [sys.executable, "-m", "emb_model_provider.cli.measuring"],
+    with subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
+        MEASURING,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
     ) as process:
-        if process.stdin is None:
-            raise RuntimeError("started without a pipe")
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
         try:
-            yield _Process(process)
+            yield _Process(process, job)
         except BaseException:
             process.kill()
             raise
+        finally:
+            # What was not sent to a process that died cannot be sent by closing its pipe either.
+            with contextlib.suppress(BrokenPipeError):
+                if process.stdin is not None:
+                    process.stdin.close()
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
-    names = next(iter(rows))
+    base = next((precision for precision, row in rows.items() if "error" not in row), "first")
     head = (
         "precision", "computed in", "min cosine", "mean cosine", "top-10", "Spearman", "disk, MB", "resident, MB",
-        "peak, MB", "load, s", "short texts/s", f"÷ {names}", "documents/s", f"÷ {names}",
+        "peak, MB", "load, s", "short texts/s", f"÷ {base}", "documents/s", f"÷ {base}",
     )  # fmt: skip
     lines = [head, *(_cells(precision, row) for precision, row in rows.items())]
     widths = [max(len(line[place]) for line in lines if len(line) == len(head)) for place in range(len(head))]
@@ -177,11 +224,14 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _cells(precision: str, row: dict[str, Any]) -> tuple[str, ...]:
     if "error" in row:
         return precision, f"not possible: {row['error']}"
-    found = row["fidelity"] or {"min_cosine": 1.0, "mean_cosine": 1.0, "top10_overlap": 1.0, "spearman": 1.0}
+    figures = ("min_cosine", "mean_cosine", "top10_overlap", "spearman")
+    # fp32 in torch is what others are compared with. All else without figures was not measured; a note says why.
+    unmeasured = 1.0 if row["precision"] == "fp32" else None
+    found = row["fidelity"] or dict.fromkeys(figures, unmeasured)
     return (
         precision,
         f"{row['computed']} ({row['backend']})",
-        *(_share(found[name]) for name in ("min_cosine", "mean_cosine", "top10_overlap", "spearman")),
+        *(_share(found[name]) for name in figures),
         *(_megabytes(row[name]) for name in ("disk_bytes", "resident_bytes", "peak_bytes")),
         f"{row['load_s']:.2f}",
         f"{row['short_texts_per_s']:,.0f}",

@@ -7,13 +7,22 @@ from importlib.metadata import version
 
 import click
 
-from emb_model_provider.errors import ProviderError
+from emb_model_provider.errors import (
+    AccessDeniedError,
+    ProviderError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SettingsError,
+)
 
 COMMANDS = {
     "fidelity": "emb_model_provider.cli.fidelity:fidelity",
     "serve": "emb_model_provider.cli.serve:serve",
 }
 """Name of a command to the function that is one."""
+_FAILED, _NOT_SO, _INTERRUPTED = 1, 2, 130
+"""Exit codes beside 0: the work failed; it cannot be asked like this (usage, not found, not allowed); Ctrl-C."""
+_ASKED_WRONGLY = (SettingsError, RepositoryNotFoundError, RevisionNotFoundError, AccessDeniedError)
 
 
 class _Commands(click.Group):
@@ -31,7 +40,11 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ProviderError as error:
-            raise click.ClickException(error.message) from error
+            click.echo(f"Error: {error.message}", err=True)
+            raise SystemExit(_NOT_SO if isinstance(error, _ASKED_WRONGLY) else _FAILED) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise SystemExit(_INTERRUPTED) from None
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

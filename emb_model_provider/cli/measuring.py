@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -41,6 +42,8 @@ _BATCH = {"short": 32, "doc": 8}
 
 def main() -> None:
     """Read a job from the first line of stdin, measure it, and go on until stdin ends."""
+    # Ctrl-C reaches the whole group: whoever started this process ends it, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     out = _own_stdout()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("emb_model_provider").setLevel(logging.INFO)
@@ -61,12 +64,20 @@ def main() -> None:
 
 
 def _load(
-    model: str, source: str | None, precision: str, backend: str, device: str
+    model: str, source: str | None, precision: str, backend: str | None, device: str | None
 ) -> tuple[Backend, dict[str, Any]]:
-    """Prepare and load a model; floors are not asked: a figure below one is what the table is for."""
+    """Prepare and load a model; floors are not asked: a figure below one is what the table is for.
+
+    A backend or device that is None is as the settings have it for the model.
+    """
     chosen = choose(model, source=source)
     settings, hubs = chosen.settings, chosen.settings.hubs()
-    spec = replace(chosen.spec, precision=precision, backend=backend, device=device)  # type: ignore[arg-type]  # click has checked them
+    spec = replace(
+        chosen.spec,
+        precision=precision,  # type: ignore[arg-type]  # click has checked it
+        backend=backend or chosen.spec.backend,  # type: ignore[arg-type]  # likewise
+        device=device or chosen.spec.device,
+    )
     snapshot = fetch_snapshot(spec, hubs, lambda _: None)
     prepared = prepare_backend(
         spec,
@@ -90,6 +101,7 @@ def _load(
         "backend": description.backend,
         "device": description.device,
         "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,
+        "floor": settings.fidelity().floors[precision],
         "disk_bytes": prepared.size,
         "resident_bytes": _status("VmRSS"),
         "peak_bytes": _status("VmHWM"),
@@ -114,11 +126,8 @@ def _rate(backend: Backend, kind: str) -> float:
             place += backend.lanes
 
     started = time.perf_counter()
-    lanes = [threading.Thread(target=lane, args=(n,)) for n in range(backend.lanes)]
-    for thread in lanes:
-        thread.start()
-    for thread in lanes:
-        thread.join()
+    with ThreadPoolExecutor(backend.lanes) as lanes:
+        list(lanes.map(lane, range(backend.lanes)))  # raises what a lane raised
     return sum(done) / (time.perf_counter() - started)
 
 

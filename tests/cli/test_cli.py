@@ -1,0 +1,263 @@
+"""The command line, as real processes: what it prints, and what it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from emb_model_provider.cli import fidelity as fidelity_command
+from emb_model_provider.cli.fidelity import _cells, _notes
+from tests.models import FAMILIES
+from tests.service import environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCRIPT = Path(sys.executable).with_name("emb-provider")
+PRECISIONS = ("fp32", "int8")
+
+
+def run(directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run `emb-provider` as a user does, with a cache of its own in `directory` and no hub to ask."""
+    return subprocess.run(
+        [str(SCRIPT), *arguments],
+        cwd=directory,
+        env=environment(directory, **{"OFFLINE": "true", **settings}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """Return the cells of a table's rows, by their first; the head's is `precision`."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a small model, `model`, and a cache that the commands share."""
+    directory = tmp_path_factory.mktemp("cli")
+    FAMILIES["bert-mean-normalize"](directory / "model")
+    return directory
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_the_commands(tmp_path: Path) -> None:
+    """Each with a line that says what it does; exit status 0, and nothing on stderr."""
+    done = run(tmp_path, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fidelity  Measure MODEL at every precision" in done.stdout
+    assert "serve     Start the service" in done.stdout
+
+
+def test_help_of_a_command_names_its_options(tmp_path: Path) -> None:
+    """`fidelity --help` says what may be chosen; no file is written for it."""
+    done = run(tmp_path, "fidelity", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for option in ("--precisions", "--source", "--backend", "--device", "--rounds", "--json"):
+        assert option in done.stdout
+    assert "fp32,bf16,fp16,int8,int4" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_imports_no_runtime(tmp_path: Path) -> None:
+    """Neither torch nor openvino nor transformers, which take seconds: help is there at once."""
+    program = (
+        "import sys\n"
+        "from emb_model_provider.cli.main import main\n"
+        "for arguments in (['--help'], ['fidelity', '--help'], ['serve', '--help']):\n"
+        "    main(arguments, standalone_mode=False)\n"
+        "heavy = {'torch', 'openvino', 'transformers', 'sentence_transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fidelity", "model", "--precisions", "fp32,fp31"), "fp31: choose of fp32, bf16, fp16, int8, int4"),
+        (("fidelity", "model", "--precisions", ","), "nothing: choose of fp32"),
+        (("fidelity", "model", "--rounds", "0"), "--rounds"),
+        (("fidelity",), "MODEL"),
+        (("fidelty",), "fidelty"),
+    ],
+)
+def test_wrong_usage_ends_with_2(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    """A word on stderr says what was wrong and what there is; stdout stays empty."""
+    done = run(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_directory_that_is_not_there_is_one_line(as_json: bool, tmp_path: Path) -> None:
+    """Exit status 2, for nothing can be asked of it; the reason once, on stderr, and no table."""
+    missing = str(tmp_path / "nowhere" / "model")
+    options = ("--json",) if as_json else ()
+    done = run(tmp_path, "fidelity", missing, "--precisions", "fp32,int8", "--rounds", "1", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr + done.stdout
+    (line,) = [
+        line for line in (done.stdout + done.stderr).splitlines() if missing in line and "exist" in line
+    ]
+    assert f"The model directory {missing} does not exist" in line
+
+
+def test_a_wrong_setting_is_one_line(tmp_path: Path) -> None:
+    """What is wrong in the environment or in .env is said without a traceback, by its name."""
+    done = run(tmp_path, "fidelity", "model", "--precisions", "fp32", "--rounds", "1", FIDELITY_FLOORS="high")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "EMB_PROVIDER_FIDELITY_FLOORS" in done.stderr + done.stdout
+
+
+def test_a_precision_that_is_not_possible_says_why_in_its_row(place: Path) -> None:
+    """Every row has its reason, and with none that is possible the exit status is 1."""
+    impossible = ("--backend", "openvino", "--device", "cuda", "--precisions", ",".join(PRECISIONS))
+    done = run(place, "fidelity", "model", "--rounds", "1", *impossible)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    rows = rows_of(done.stdout)
+    for precision in PRECISIONS:
+        assert rows[precision][0].startswith("not possible: EMB_PROVIDER_BACKEND=openvino serves on the CPU")
+
+
+def test_an_interrupt_ends_with_130_and_takes_its_processes_along(place: Path) -> None:
+    """Ctrl-C reaches the whole group: one word on stderr, no traceback, and nothing goes on computing."""
+    process = subprocess.Popen(
+        [str(SCRIPT), "fidelity", "model", "--precisions", "fp32", "--rounds", "100", "--device", "cpu"],
+        cwd=place,
+        env=environment(place, OFFLINE="true"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert "fp32: preparing" in process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    # Whatever was started holds the same stderr: this returns when the last of them has ended.
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.rstrip().endswith("interrupted")
+    assert "Traceback" not in err
+
+
+def test_what_was_not_measured_has_no_figures() -> None:
+    """fp32 in torch is the reference; another precision without a figure must not look as true as that."""
+    row = {"computed": "fp32", "backend": "torch", "fidelity": None, "disk_bytes": 1, "resident_bytes": 1}
+    row |= {"peak_bytes": 1, "load_s": 1, "short_texts_per_s": 1, "short_ratio": 1}
+    row |= {"doc_texts_per_s": 1, "doc_ratio": 1}
+    assert _cells("fp32", {**row, "precision": "fp32"})[2:6] == ("1.00000",) * 4
+    assert _cells("int8", {**row, "precision": "int8"})[2:6] == ("-",) * 4
+
+
+def test_a_row_below_its_floor_says_that_it_would_not_be_served() -> None:
+    """The command measures it all the same, and what else is noted stays."""
+    row = {"fidelity": {"min_cosine": 0.89}, "floor": 0.9, "notes": ["a note"]}
+    assert _notes(row) == ["a note", "not served: below its floor of 0.9 (EMB_PROVIDER_FIDELITY_FLOORS)"]
+    assert _notes({**row, "floor": 0.89}) == ["a note"]
+    assert _notes({"error": "not possible"}) == []
+
+
+def test_a_process_that_dies_has_its_reason_for_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that memory was too short for does not take the other rows along."""
+    monkeypatch.setattr(
+        fidelity_command, "MEASURING", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    )
+    with fidelity_command._process({"model": "x"}) as died:
+        assert "memory was short" in died.loaded["error"]
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(place: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def measure(*options: str) -> subprocess.CompletedProcess[str]:
+        done = run(
+            place,
+            "fidelity",
+            "model",
+            "--precisions",
+            "fp32,int8",
+            "--rounds",
+            "1",
+            "--device",
+            "cpu",
+            *options,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return measure
+
+
+def test_a_model_is_measured_at_each_precision(
+    measured: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """JSON on stdout alone has the figures of each, and a table over what is compiled by now has a row for each."""
+    found = json.loads(measured("--json").stdout)
+    assert found["model"] == "model"
+    assert set(found["about"]) == {"machine", "versions", "date"}
+    rows: dict[str, dict[str, Any]] = found["precisions"]
+    assert tuple(rows) == PRECISIONS
+    for precision, row in rows.items():
+        assert (row["precision"], row["backend"], row["device"]) == (precision, "openvino", "cpu")
+        assert row["fidelity"]["texts"] > 300
+        assert 0.5 < row["fidelity"]["min_cosine"] <= row["fidelity"]["mean_cosine"] <= 1.000001
+        for figure in (
+            "disk_bytes",
+            "load_s",
+            "short_texts_per_s",
+            "doc_texts_per_s",
+            "short_ratio",
+            "doc_ratio",
+        ):
+            assert row[figure] > 0, figure
+    assert rows["fp32"]["fidelity"]["min_cosine"] >= 0.999
+    assert (rows["fp32"]["short_ratio"], rows["fp32"]["doc_ratio"]) == (1, 1)
+    assert rows["int8"]["fidelity"]["min_cosine"] < rows["fp32"]["fidelity"]["min_cosine"]
+    assert rows["int8"]["disk_bytes"] < rows["fp32"]["disk_bytes"]
+
+    done = measured()
+    assert "compiling" not in done.stderr
+    table = rows_of(done.stdout)
+    assert {"precision", *PRECISIONS} <= set(table)
+    assert {len(cells) for cells in table.values()} == {13}
+    assert table["fp32"][0] == "fp32 (openvino)"
+    for precision in PRECISIONS:
+        assert float(table[precision][1]) == pytest.approx(
+            rows[precision]["fidelity"]["min_cosine"], abs=2e-5
+        )
+    assert "versions: Python" in done.stdout
