@@ -140,7 +140,7 @@ def _plan(options: argparse.Namespace, scratch: Path) -> Plan:
         one = Workload(name=name, kind=kind, texts=1, connections=16, ceiling=OPEN_CEILING[kind])
         bodies[name] = _bodies(scratch, corpus, one, seconds, options.encoding, quick=options.quick)
     say("computing the reference: sentence-transformers at fp32")
-    sample = [text for kind, count in _SAMPLE.items() for text in corpus.texts(kind, count)]  # type: ignore[arg-type]
+    sample = [text for kind, count in _SAMPLE.items() for text in corpus.texts(kind, count)]  # type: ignore[arg-type]  # the keys are of Kind
     return Plan(
         contenders=contenders,
         engine=ENGINE in names,
