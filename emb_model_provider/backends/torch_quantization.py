@@ -145,7 +145,7 @@ def _quantize_words(pipeline: SentenceTransformer, device: str) -> None:
         return
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' answer for a model that reads no words, such as one of images
         return
     if not isinstance(table, torch.nn.Embedding) or table.max_norm is not None:
         return

@@ -11,9 +11,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import click
+
+from emb_model_provider.compile.floors import shown_cosine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -183,23 +186,43 @@ def _last_words(status: int) -> str:
 
 @contextlib.contextmanager
 def _process(job: dict[str, Any]) -> Iterator[_Process]:
-    with subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
-        MEASURING,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    ) as process:
-        try:
-            yield _Process(process, job)
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            # What was not sent to a process that died cannot be sent by closing its pipe either.
-            with contextlib.suppress(BrokenPipeError):
-                if process.stdin is not None:
-                    process.stdin.close()
+    with contextlib.ExitStack() as stack:
+        with _interrupts_wait():
+            process = stack.enter_context(
+                subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
+                    MEASURING,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                )
+            )
+            stack.callback(_close, process.stdin)
+            stack.push(lambda failed, _error, _trace: process.kill() if failed else None)
+        yield _Process(process, job)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until what is started in here is sure to be ended with this process.
+
+    What is started inherits it, and so is ended by this process alone, without a traceback of its own.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _close(pipe: IO[str] | None) -> None:
+    # What was not sent to a process that died cannot be sent by closing its pipe either.
+    with contextlib.suppress(BrokenPipeError):
+        if pipe is not None:
+            pipe.close()
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
@@ -242,8 +265,7 @@ def _cells(precision: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _share(value: float | None) -> str:
-    # Cut, not rounded: 0.999996 is not 1.
-    return "-" if value is None else f"{int(value * 100_000) / 100_000:.5f}"
+    return "-" if value is None else shown_cosine(value)
 
 
 def _megabytes(value: int | None) -> str:
@@ -265,8 +287,8 @@ def _about() -> dict[str, str]:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - a plain read
-        for line in file:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown processor"

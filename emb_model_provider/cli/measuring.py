@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.cli.choosing import choose
+from emb_model_provider.compile.job import own_stdout
 from emb_model_provider.compile.prepare import prepare_backend
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
@@ -44,7 +44,7 @@ def main() -> None:
     """Read a job from the first line of stdin, measure it, and go on until stdin ends."""
     # Ctrl-C reaches the whole group: whoever started this process ends it, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = _own_stdout()
+    out = own_stdout()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("emb_model_provider").setLevel(logging.INFO)
 
@@ -145,12 +145,6 @@ def _status(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
-
-
-def _own_stdout() -> TextIO:
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return own
 
 
 if __name__ == "__main__":

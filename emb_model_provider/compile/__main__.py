@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-from emb_model_provider.compile.job import Job, Phase, Result
+from emb_model_provider.compile.job import Job, Phase, Result, own_stdout
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Make one artifact."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    out = _own_stdout()
+    out = own_stdout()
     job = Job.from_json(sys.stdin.readline())
     _end_with(job.parent)
     if hasattr(os, "nice"):
@@ -57,13 +57,6 @@ def _run(job: Job, tell: Callable[[str], None]) -> Result:
             return make(job, tell)
     except OSError as error:
         return Result("unable", f"{error.strerror or error} ({error.filename or job.directory})")
-
-
-def _own_stdout() -> TextIO:
-    """Keep stdout for events: whatever a library prints goes to stderr."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return own
 
 
 def _end_with(parent: int) -> None:

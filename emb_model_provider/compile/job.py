@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from emb_model_provider.compile.recipe import Recipe
 from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile
@@ -89,6 +90,13 @@ class Result:
 
     def to_json(self) -> str:
         return json.dumps({"outcome": self.outcome, "reason": self.reason})
+
+
+def own_stdout() -> TextIO:
+    """Return this process's stdout for events alone: whatever a library prints goes to stderr from now on."""
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return own
 
 
 def read_event(line: str) -> Phase | Result:
