@@ -32,6 +32,7 @@ GROUPS = {
     "max_batch_size": "Batching",
     "request_timeout_s": "Limits of a request",
     "host": "Server",
+    "watchdog_s": "Faults and the end",
     "log_level": "Logs",
 }
 """The setting that begins a group, to the group's title. A new setting belongs to the group it stands in."""

@@ -164,9 +164,26 @@ class ServerSettings:
     host: str = "localhost"
     port: int = 9000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys for routes that change something; without any, only a direct local caller may use those."""
     allowed_hosts: tuple[str, ...] | None = None
     """Host header values that are answered; None is any."""
     cors_origins: tuple[str, ...] = ()
+    receive_timeout_s: float = 60.0
+    """How long a client may take to send a request, head and body, from its first byte; for a new connection, from
+    the moment it is open."""
+    max_pending_body_bytes: int = 256 * 1024 * 1024
+    """Of all requests together that are being read or answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleSettings:
+    """How the service notices what is broken, comes back, and ends. Times in seconds."""
+
+    watchdog_s: float = 60.0
+    """How long one model batch may run before its model counts as hung."""
+    supervise: bool = False
+    shutdown_grace_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,6 +359,18 @@ class Settings(BaseModel):
     max_body_mb: float = _setting(
         32, "Largest request body, in MiB.", allowed="more than 0", gt=0, allow_inf_nan=False
     )
+    max_pending_body_mb: float | None = _setting(
+        None,
+        "Most that the bodies of all requests together may hold while they are read or answered, in MiB; beyond it a "
+        "request gets 429. Bounds memory. Unset: eight times MAX_BODY_MB.",
+        allowed="MAX_BODY_MB or more",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    receive_timeout_s: float = _setting(
+        60, "A client that has not sent its whole request after this many seconds gets 408, and its connection is closed.",
+        allowed="more than 0", gt=0, allow_inf_nan=False,
+    )  # fmt: skip
     strict_input: bool = _setting(
         False, "Refuse empty strings with 400, as api.openai.com does. false: an empty string gets a vector."
     )
@@ -350,6 +379,11 @@ class Settings(BaseModel):
     api_keys: SecretStr | None = _setting(
         None,
         "Keys, separated by commas. Set: every `/v1` route asks for one of them as a Bearer token. Never shown.",
+    )
+    admin_api_keys: SecretStr | None = _setting(
+        None,
+        "Keys, separated by commas, for routes that change something (`/api/…`). Unset: those answer only a direct "
+        "caller on the same machine, no proxy and no page of another site. Never shown.",
     )
     allowed_hosts: Names | None = _setting(
         None,
@@ -362,6 +396,23 @@ class Settings(BaseModel):
         "Browser origins that may call the API, separated by commas; `*` is any. Unset: none.",
         allowed="origins separated by commas",
     )
+    watchdog_s: float = _setting(
+        60,
+        "A model batch that runs longer than this many seconds (or ten times as long as its tokens should take, if that "
+        "is more) counts as hung: `/ready` says so, and the model takes no more requests until it is through.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    supervise: bool = _setting(
+        False,
+        "Start the service as a child of a small process that keeps the port open and starts it again when it crashes or "
+        "hangs. For bare machines; in a container the restart policy does that.",
+    )
+    shutdown_grace_s: float = _setting(
+        60, "How many seconds accepted requests have to finish after SIGTERM or Ctrl-C. A second signal ends at once.",
+        allowed="0 or more", ge=0, allow_inf_nan=False,
+    )  # fmt: skip
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)
     ] = _setting("INFO", "Least severe log lines to write.")
@@ -379,6 +430,11 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"{PREFIX}MIN_BATCH_SIZE={self.min_batch_size}: must not be more than "
                 f"{PREFIX}MAX_BATCH_SIZE={self.max_batch_size}."
+            )
+        if self.max_pending_body_mb is not None and self.max_pending_body_mb < self.max_body_mb:
+            raise SettingsError(
+                f"{PREFIX}MAX_PENDING_BODY_MB={self.max_pending_body_mb:g}: must not be less than "
+                f"{PREFIX}MAX_BODY_MB={self.max_body_mb:g}."
             )
         for alias in self.model_mapping:
             if not alias.strip() or alias != alias.strip() or not alias.isprintable():
@@ -449,7 +505,6 @@ class Settings(BaseModel):
         )
 
     def server(self) -> ServerSettings:
-        keys = _revealed(self.api_keys)
         allowed = self.allowed_hosts
         if allowed is None and self.host in _LOOPBACK_NAMES:
             allowed = _LOOPBACK_NAMES
@@ -458,9 +513,17 @@ class Settings(BaseModel):
         return ServerSettings(
             host=self.host,
             port=self.port,
-            api_keys=tuple(key.strip() for key in keys.split(",") if key.strip()) if keys else (),
+            api_keys=_keys(self.api_keys),
+            admin_api_keys=_keys(self.admin_api_keys),
             allowed_hosts=allowed,
             cors_origins=self.cors_origins,
+            receive_timeout_s=self.receive_timeout_s,
+            max_pending_body_bytes=int((self.max_pending_body_mb or 8 * self.max_body_mb) * 1024 * 1024),
+        )
+
+    def lifecycle(self) -> LifecycleSettings:
+        return LifecycleSettings(
+            watchdog_s=self.watchdog_s, supervise=self.supervise, shutdown_grace_s=self.shutdown_grace_s
         )
 
     def logs(self) -> LogSettings:
@@ -542,6 +605,11 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 def _revealed(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret is not None else None
+
+
+def _keys(secret: SecretStr | None) -> tuple[str, ...]:
+    listed = _revealed(secret) or ""
+    return tuple(key.strip() for key in listed.split(",") if key.strip())
 
 
 def allowed_values(info: FieldInfo) -> str:

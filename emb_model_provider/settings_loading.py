@@ -17,11 +17,6 @@ from emb_model_provider.settings import PREFIX, MappingEntry, Settings, allowed_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-NOT_YET: Mapping[str, str] = {
-    "ADMIN_API_KEYS": "there are no routes yet that change something",
-}
-"""Settings that are planned: refused by name, because to ignore one would be to seem to obey it."""
-
 _JSON_SETTINGS: Mapping[str, str] = {
     "model_mapping": '{"alias": {"name": "owner/model"}}',
     "fidelity_floors": '{"int8": 0.99}',
@@ -119,9 +114,6 @@ def _unknown_names(variables: Mapping[str, str]) -> list[str]:
         setting = name.upper().removeprefix(PREFIX)
         if setting == name.upper() or name in (PREFIX + each for each in known):
             continue
-        planned = NOT_YET.get(setting)
-        if planned is not None:
-            raise SettingsError(f"{name} is not supported yet ({planned}): remove it.")
         near = difflib.get_close_matches(setting, known, n=1)
         hint = f"did you mean {PREFIX}{near[0]}?" if near else "see docs/configuration.md."
         warnings.append(f"{name} is no setting and is ignored: {hint}")

@@ -307,11 +307,10 @@ def test_one_name_for_two_models_is_refused() -> None:
     assert "rename one" in refused(MODEL_NAME="a", MODEL_MAPPING='{"a": {"name": "x"}}')
 
 
-def test_a_planned_setting_is_refused_by_name() -> None:
-    """A setting that does not work yet must not look as if it did."""
-    assert refused(ADMIN_API_KEYS="hush") == (
-        "EMB_PROVIDER_ADMIN_API_KEYS is not supported yet (there are no routes yet that change something): remove it."
-    )
+def test_bodies_of_all_requests_hold_at_least_one() -> None:
+    """A request that is allowed must not be refused for want of room on an idle service."""
+    assert refused(MAX_PENDING_BODY_MB="1").startswith("EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less")
+    assert load(MAX_BODY_MB="3").server().max_pending_body_bytes == 24 * 1024 * 1024
 
 
 def test_an_unknown_name_is_warned_about_with_the_nearest() -> None:
