@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -22,10 +23,11 @@ from emb_model_provider.serving.engine import Engine
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.model_spec import ModelSpec
-    from emb_model_provider.serving.worker import BatchRecord
+    from emb_model_provider.serving.jobs import BatchRecord
+    from emb_model_provider.serving.worker import Change
     from emb_model_provider.settings import (
         BatchSettings,
         FidelitySettings,
@@ -41,6 +43,9 @@ _LOADING_RETRY_AFTER_S = 5.0
 _FAILED_RETRY_AFTER_S = 30.0
 """How soon after a failed load a request may try again: a hub that was down comes back."""
 _TOKENIZER_THREADS = 2
+_WATCH_EVERY_S = 1.0
+_STOP_S = 5.0
+"""How long a model has for what still runs when all requests are answered or given up."""
 
 
 class State(StrEnum):
@@ -51,6 +56,7 @@ class State(StrEnum):
     COMPILING = "compiling"
     LOADING = "loading"
     READY = "ready"
+    HUNG = "hung"
     FAILED = "failed"
     UNLOADING = "unloading"
 
@@ -65,7 +71,9 @@ class ModelStatus:
     created: int
     """Unix time, seconds: when the model was loaded here, or when the service started."""
     error: str | None
-    """Why it failed, in one line."""
+    """Why it failed, hangs, or is loaded anew, in one line."""
+    restarts: int
+    """How often it broke down and was loaded anew."""
     snapshot: Snapshot | None
     description: ModelDescription | None
     waiting_inputs: int
@@ -85,15 +93,19 @@ class _Slot:
         self.loading: asyncio.Task[Engine] | None = None
         self.error: str | None = None
         self.failed_at = 0.0
+        self.restarts = 0
+        self.hung_since: float | None = None
 
     def status(self) -> ModelStatus:
         engine = self.engine
+        hung = engine.hung if engine is not None and self.state is State.READY else ""
         return ModelStatus(
             spec=self.spec,
-            state=self.state,
+            state=State.HUNG if hung else self.state,
             preload=self.preload,
             created=self.created,
-            error=self.error,
+            error=hung or self.error,
+            restarts=self.restarts,
             snapshot=self.snapshot,
             description=engine.description if engine is not None else None,
             waiting_inputs=engine.waiting_inputs if engine is not None else 0,
@@ -115,6 +127,7 @@ class Registry:
         max_artifact_bytes: int,
         on_batch: Callable[[BatchRecord], None],
         fidelity: FidelitySettings | None = None,
+        watchdog_s: float = 60.0,
     ) -> None:
         self._max_artifact_bytes = max_artifact_bytes
         self._fidelity = fidelity
@@ -123,6 +136,7 @@ class Registry:
         self._batching = batching
         self._limits = limits
         self._on_batch = on_batch
+        self._watchdog_s = watchdog_s
         self._slots = {spec.alias: _Slot(spec, preload=spec.alias in models.preload) for spec in models.specs}
         self._default = models.specs[0].alias
         self._other_names = _other_names(models.specs)
@@ -178,6 +192,31 @@ class Registry:
         await asyncio.gather(*(self._begin_loading(slot) for slot in slots), return_exceptions=True)
         return any(slot.state is not State.FAILED for slot in self._slots.values())
 
+    async def watch(self, on_hung: Callable[[str], None] | None = None) -> None:
+        """Look at all models again and again, and log which hang. Ends by being cancelled.
+
+        `on_hung` is called with what to say once a model has hung for the watchdog's time after it was noticed:
+        nothing in this process can end a computation that does not end.
+        """
+        while True:
+            await asyncio.sleep(min(_WATCH_EVERY_S, self._watchdog_s / 2))
+            for slot in self._slots.values():
+                self._look_at(slot, on_hung)
+
+    def _look_at(self, slot: _Slot, on_hung: Callable[[str], None] | None) -> None:
+        hung = slot.engine.hung if slot.engine is not None else ""
+        now = time.monotonic()
+        if not hung:
+            if slot.hung_since is not None:
+                logger.warning("model %s hangs no more", slot.spec.alias)
+            slot.hung_since = None
+            return
+        if slot.hung_since is None:
+            slot.hung_since = now
+            logger.error("model %s hangs: %s", slot.spec.alias, hung)
+        if on_hung is not None and now - slot.hung_since >= self._watchdog_s:
+            on_hung(f"model {slot.spec.alias} hangs: {hung}")
+
     async def stop(self) -> None:
         """Let no more requests in, finish those that were accepted, free all models."""
         self._stopping = True
@@ -188,10 +227,12 @@ class Registry:
         running = [slot for slot in self._slots.values() if slot.engine is not None]
         for slot in running:
             slot.state = State.UNLOADING
-        await asyncio.gather(
-            *(asyncio.to_thread(slot.engine.stop) for slot in running if slot.engine is not None)
+        in_order = await asyncio.gather(
+            *(asyncio.to_thread(slot.engine.stop, _STOP_S) for slot in running if slot.engine is not None)
         )
-        for slot in running:
+        for slot, ended in zip(running, in_order, strict=True):
+            if not ended:
+                logger.warning("model %s did not come to an end; it ends with the process", slot.spec.alias)
             slot.engine, slot.state = None, State.UNLOADED
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -240,15 +281,25 @@ class Registry:
             snapshot = await asyncio.to_thread(_fetch, spec, self._hubs)
             slot.snapshot = snapshot
             slot.state = State.LOADING
-            prepared = await asyncio.to_thread(self._prepare, slot, snapshot)
+            prepared: PreparedBackend | None = await asyncio.to_thread(self._prepare, slot, snapshot)
             slot.state = State.LOADING
+
+            def load() -> Backend:
+                nonlocal prepared
+                # Prepared again for every later load: an artifact may be gone by then.
+                ready = prepared or self._prepare(slot, snapshot)
+                prepared = None
+                return ready.load()
+
             engine = await Engine.start(
                 spec,
-                prepared.load,
+                load,
                 batching=self._batching,
                 limits=self._limits,
                 executor=self._executor,
                 on_batch=self._on_batch,
+                watchdog_s=self._watchdog_s,
+                on_change=self._telling(slot),
             )
         except asyncio.CancelledError:
             slot.state, slot.loading = State.UNLOADED, None
@@ -268,6 +319,30 @@ class Registry:
         slot.created = int(time.time())
         _log_loaded(engine, snapshot, time.monotonic() - started)
         return engine
+
+    def _telling(self, slot: _Slot) -> Callable[[Change, str], None]:
+        """Return what a model's threads may call when it breaks down, comes back or is given up."""
+        loop = asyncio.get_running_loop()
+
+        def changed(change: Change, reason: str) -> None:
+            # A loop that is closed serves nobody any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._change, slot, change, reason)
+
+        return changed
+
+    def _change(self, slot: _Slot, change: Change, reason: str) -> None:
+        if self._stopping:
+            return
+        slot.error = reason or None
+        if change == "restarting":
+            slot.state = State.LOADING
+            slot.restarts += 1
+        elif change == "running":
+            slot.state = State.READY
+        else:
+            # A request after a while may try from the beginning, as after a first load that failed.
+            slot.engine, slot.state, slot.failed_at = None, State.FAILED, time.monotonic()
 
     def _prepare(self, slot: _Slot, snapshot: Snapshot) -> PreparedBackend:
         """Choose the slot's backend, compiling where that is needed. Blocks; runs on a thread of its own."""

@@ -399,7 +399,8 @@ class Settings(BaseModel):
     watchdog_s: float = _setting(
         60,
         "A model batch that runs longer than this many seconds (or ten times as long as its tokens should take, if that "
-        "is more) counts as hung: `/ready` says so, and the model takes no more requests until it is through.",
+        "is more) counts as hung: `/ready` says so. Where all that a model can run side by side hangs, it takes no more "
+        "requests until something is through.",
         allowed="more than 0",
         gt=0,
         allow_inf_nan=False,

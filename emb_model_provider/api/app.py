@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from emb_model_provider.api.auth import Doorkeeper
 from emb_model_provider.api.cors import Cors
 from emb_model_provider.api.errors import on_http_exception, on_provider_error
+from emb_model_provider.api.limits import CONNECTIONS, Connections, PendingBodies
 from emb_model_provider.api.middleware import Guard, HostCheck, RequestLog
 from emb_model_provider.api.routes import docs, embeddings, health, models
 from emb_model_provider.api.schemas import EmbeddingRequest
@@ -39,8 +40,16 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> ASGIApp:
-    """Return the service. `on_nothing_to_serve` is called when every model failed to load at the start."""
+def create_app(
+    settings: Settings,
+    on_nothing_to_serve: Callable[[], None],
+    on_hung: Callable[[str], None] | None = None,
+) -> ASGIApp:
+    """Return the service.
+
+    `on_nothing_to_serve` is called when every model failed to load at the start; `on_hung`, with what to say, when a
+    model hangs for good.
+    """
     server = settings.server()
     limits = settings.limits()
     metrics = Metrics(lambda: registry.statuses())
@@ -53,13 +62,16 @@ def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> A
         max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
         fidelity=settings.fidelity(),
         on_batch=metrics.on_batch,
+        watchdog_s=settings.lifecycle().watchdog_s,
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Connections]]:
         starting = asyncio.create_task(_start(registry, server, on_nothing_to_serve))
-        yield
+        watching = asyncio.create_task(registry.watch(on_hung))
+        yield {CONNECTIONS: Connections(server)}
         starting.cancel()
+        watching.cancel()
         await registry.stop()
         logger.info("stopped")
 
@@ -75,9 +87,10 @@ def create_app(settings: Settings, on_nothing_to_serve: Callable[[], None]) -> A
     app.add_exception_handler(ProviderError, on_provider_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     doorkeeper = Doorkeeper(server)
+    pending = PendingBodies(server.max_pending_body_bytes)
     # From the inside out. Errors pass through Cors, so that pages can read them.
     layers: list[tuple[Callable[..., ASGIApp], dict[str, Any]]] = [
-        (Guard, {"doorkeeper": doorkeeper, "max_body_bytes": limits.max_body_bytes})
+        (Guard, {"doorkeeper": doorkeeper, "max_body_bytes": limits.max_body_bytes, "pending": pending})
     ]
     if server.cors_origins:
         layers.append((Cors, {"origins": server.cors_origins}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from typing import TYPE_CHECKING
 
 from emb_model_provider.api.errors import error_response, unauthorized
@@ -10,15 +11,24 @@ from emb_model_provider.api.errors import error_response, unauthorized
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.responses import Response
+    from starlette.types import Scope
 
     from emb_model_provider.settings import ServerSettings
 
+_TRACES_OF_PROXIES = frozenset({"forwarded", "x-real-ip", "via"})
+
+
+def is_admin_path(path: str) -> bool:
+    """Whether what lies at this path (percent-decoded) may change the service."""
+    return path == "/api" or path.startswith("/api/")
+
 
 class Doorkeeper:
-    """Checks the Host header of every request and the key of those that need one."""
+    """Checks the Host header of every request, the key of those that need one, and who may change the service."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._keys = tuple(key.encode() for key in settings.api_keys)
+        self._admin_keys = tuple(key.encode() for key in settings.admin_api_keys)
         hosts = settings.allowed_hosts
         self._hosts = frozenset(map(_host_name, hosts)) if hosts is not None else None
 
@@ -39,17 +49,68 @@ class Doorkeeper:
             code="host_not_allowed",
         )
 
-    def missing_key(self, path: str, headers: Headers) -> Response | None:
-        """Return the answer to a request that needs a key and has none or a wrong one, or None."""
-        if not self._keys or not (path == "/v1" or path.startswith("/v1/")):
-            return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
-            return unauthorized("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
-        # All keys are compared, whichever fits, so that the time taken tells nothing. Header text is Latin-1.
-        candidate = given.strip().encode("latin-1")
-        matches = [hmac.compare_digest(candidate, key) for key in self._keys]
-        return None if any(matches) else unauthorized("Incorrect API key provided.")
+    def refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        """Return the answer to a request that may not be made, or that lacks its key; None to let it pass."""
+        path = scope["path"]
+        if is_admin_path(path):
+            return self._refusal_of_admin(scope, headers)
+        if self._keys and (path == "/v1" or path.startswith("/v1/")):
+            return _missing_key(headers, self._keys)
+        return None
+
+    def _refusal_of_admin(self, scope: Scope, headers: Headers) -> Response | None:
+        if self._admin_keys:
+            return _missing_key(headers, self._admin_keys)
+        if not (_is_direct_local(scope, headers) and _is_own_page_or_none(headers)):
+            return error_response(
+                403,
+                "This route answers only direct callers on the service's own machine. To call it from elsewhere, let "
+                "the operator set EMB_PROVIDER_ADMIN_API_KEYS, and send one of those keys.",
+                code="admin_only",
+            )
+        return _missing_key(headers, self._keys) if self._keys else None
+
+
+def _missing_key(headers: Headers, keys: tuple[bytes, ...]) -> Response | None:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given.strip():
+        return unauthorized("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
+    # All keys are compared, whichever fits, so that the time taken tells nothing. Header text is Latin-1.
+    candidate = given.strip().encode("latin-1")
+    matches = [hmac.compare_digest(candidate, key) for key in keys]
+    return None if any(matches) else unauthorized("Incorrect API key provided.")
+
+
+def _is_direct_local(scope: Scope, headers: Headers) -> bool:
+    """Whether the peer is this machine, was not sent by a proxy on it, and calls us by one of its own names.
+
+    The name matters because a page can make the operator's browser connect to loopback under the page's own name.
+    """
+    client = scope.get("client")
+    if client is None or not _is_loopback(client[0]):
+        return False
+    if any(name in _TRACES_OF_PROXIES or name.startswith("x-forwarded") for name in headers):
+        return False
+    host = _host_name(headers.get("host", ""))
+    return host == "localhost" or _is_loopback(host)
+
+
+def _is_own_page_or_none(headers: Headers) -> bool:
+    """Whether no page of another site made a browser send this. Ports of one host are different origins."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")
+    return origin is None or origin.lower() == f"http://{headers.get('host', '')}".lower()
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback
 
 
 def _host_name(host: str) -> str:

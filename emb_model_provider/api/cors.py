@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from starlette.middleware.cors import CORSMiddleware
 
+from emb_model_provider.api.auth import is_admin_path
 from emb_model_provider.api.errors import error_response
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
     from starlette.responses import Response
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Cors(CORSMiddleware):
@@ -27,6 +28,13 @@ class Cors(CORSMiddleware):
             allow_private_network=True,
             expose_headers=["x-request-id", "x-truncated-inputs", "retry-after"],
         )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Pages may embed texts where the operator lets them; what changes the service is not for them.
+        if scope["type"] == "http" and is_admin_path(scope["path"]):
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)

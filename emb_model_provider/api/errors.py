@@ -42,6 +42,10 @@ class CompressedBodyError(ProviderError):
     """The request's body has a Content-Encoding."""
 
 
+class RequestTimeoutError(ProviderError):
+    """The client did not send its whole request within RECEIVE_TIMEOUT_S."""
+
+
 def error_response(
     status: int,
     message: str,
@@ -69,6 +73,9 @@ def response_for(error: Exception) -> Response:
             return error_response(413, error.message, code="request_too_large")
         case CompressedBodyError():
             return error_response(415, error.message, code="unsupported_content_encoding")
+        case RequestTimeoutError():
+            # Where its next request would begin, nobody knows.
+            return error_response(408, error.message, code="request_timeout", headers={"connection": "close"})
         case QueueFullError():
             return error_response(
                 429,
@@ -98,6 +105,22 @@ def response_for(error: Exception) -> Response:
 
 def _retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(min(_LONGEST_RETRY_AFTER_S, max(1, math.ceil(seconds))))}
+
+
+RETRY_SOON = _retry_after(1)
+"""For clients that were turned away before anything was known of their request."""
+
+
+def given_up() -> Response:
+    """Return the answer to a request whose work was cancelled, as happens at the end of the grace period."""
+    return error_response(
+        503,
+        "The service is stopping and gave this request up: ask again.",
+        type="server_error",
+        param="model",
+        code="model_not_ready",
+        headers={**RETRY_SOON, "connection": "close"},
+    )
 
 
 def unauthorized(message: str) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -12,7 +13,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from emb_model_provider.api.disconnect import ClientGoneError
-from emb_model_provider.api.errors import BodyTooLargeError, CompressedBodyError, response_for
+from emb_model_provider.api.errors import (
+    BodyTooLargeError,
+    CompressedBodyError,
+    RequestTimeoutError,
+    given_up,
+    response_for,
+)
+from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from emb_model_provider.api.auth import Doorkeeper
+    from emb_model_provider.api.limits import PendingBodies
 
 access_logger = logging.getLogger(ACCESS_LOGGER)
 
@@ -102,12 +111,15 @@ class HostCheck:
 
 
 class Guard:
-    """Turns away who has no key, stops bodies that cannot be read, and answers what nothing else caught."""
+    """Turns away who may not call, stops bodies that cannot be read, and answers what nothing else caught."""
 
-    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, doorkeeper: Doorkeeper, max_body_bytes: int, pending: PendingBodies
+    ) -> None:
         self._app = app
         self._doorkeeper = doorkeeper
         self._max_body_bytes = max_body_bytes
+        self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,12 +144,17 @@ class Guard:
             body_asked_for = True
             message = await receive()
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                self._check_size(received)
+                if RECEIVE_TIMED_OUT in client_scope:
+                    raise RequestTimeoutError("The request's body was not sent in time.")
+                size = len(message.get("body", b""))
+                self._check_size(received + size)
+                self._pending.take(size)
+                received += size
             return message
 
+        client_scope = scope
         try:
-            refusal = self._doorkeeper.missing_key(scope["path"], headers)
+            refusal = self._doorkeeper.refusal(scope, headers)
             if refusal is not None:
                 await refusal(scope, receive, noting_send)
                 return
@@ -148,14 +165,23 @@ class Guard:
             await self._app(scope, limited_receive, noting_send)
         except (ClientDisconnect, ClientGoneError):
             await Response(status_code=_CLIENT_CLOSED_REQUEST)(scope, receive, noting_send)
+        except asyncio.CancelledError:
+            # The server does this to what is left at the end of the grace period. Unanswered, it would be a 500.
+            if response_started:
+                raise
+            await given_up()(scope, receive, noting_send)
         except Exception as error:
             if response_started:
                 raise
             await response_for(error)(scope, receive, noting_send)
+        finally:
+            self._pending.give_back(received)
 
     def _check_announced(self, headers: Headers) -> None:
         length = headers.get("content-length", "")
-        self._check_size(int(length) if length.isdecimal() else 0)
+        size = int(length) if length.isdecimal() else 0
+        self._check_size(size)
+        self._pending.check(size)
         encoding = headers.get("content-encoding", "identity")
         if encoding.strip().lower() != "identity":
             raise CompressedBodyError(

@@ -168,9 +168,11 @@ _MEANINGS = {
     400: "The request is at fault; `param` and `code` say how.",
     401: "No API key, or a wrong one.",
     404: "No such model.",
+    408: "The client did not send its whole request in time.",
     413: "The body is too large.",
     415: "The body is compressed.",
-    429: "The queue is full; `Retry-After` says when to try again.",
+    429: "The queue is full, or the bodies of all requests are too large together; `Retry-After` says when to try "
+    "again.",
     500: "The server failed; quote the request id.",
     503: "The model is loading, could not be loaded, or the service is stopping.",
     504: "Not answered in time.",

@@ -111,6 +111,14 @@ class Backend(Protocol):
         """
         ...
 
+    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """Return the same vectors as `embed`, computed at fp32 however slow that is.
+
+        For the rare batch whose vectors were not finite. Raises what `embed` raises, and NotImplementedError where
+        the model cannot be computed at fp32.
+        """
+        ...
+
     def close(self) -> None:
         """Free the model's memory. The backend is not used again."""
         ...

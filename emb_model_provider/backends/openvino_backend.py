@@ -21,6 +21,7 @@ from emb_model_provider.backends.openvino_runtime import (
     ATTENTION_MASK,
     INPUT_IDS,
     POOLING_MASK,
+    Layout,
     compile_lanes,
     layout_for,
 )
@@ -29,6 +30,7 @@ from emb_model_provider.errors import InferenceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -70,6 +72,9 @@ class OpenVinoBackend:
         self._wide_is_free = wide is not None
         self._running = 0
         self._state = threading.Lock()
+        self._graph = graph
+        self._fp32: Any = None
+        self._fp32_lock = threading.Lock()
         self._on_close = on_close
         self._closed = False
 
@@ -79,16 +84,14 @@ class OpenVinoBackend:
         Raises: InferenceError where a row is longer than the model reads or holds an id it does not know; else
         whatever OpenVINO raises. The backend stays usable.
         """
-        if self._closed:
-            raise RuntimeError("the backend is closed")
-        self._check(batch)
-        vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
-        for rows, length in parts([len(row) for row in batch.ids], self.description.max_length):
-            inputs = self._inputs(batch, rows, length)
-            with self._request() as request:
-                # The result lies in the request's own memory, so it is copied before anybody else runs it.
-                vectors[rows] = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
-        return vectors
+        return self._embed(batch, self._request)
+
+    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """Return the same vectors computed at fp32, from weights as the artifact has them.
+
+        The first call compiles the graph once more, on one thread. Raises what `embed` raises.
+        """
+        return self._embed(batch, self._fp32_request)
 
     def close(self) -> None:
         """Free the model's memory. The backend is not used again."""
@@ -96,7 +99,22 @@ class OpenVinoBackend:
             self._closed = True
             self._requests = queue.LifoQueue()
             self._wide, self._wide_is_free = None, False
+            self._fp32 = None
             self._on_close()
+
+    def _embed(
+        self, batch: TokenBatch, lend: Callable[[], AbstractContextManager[Any]]
+    ) -> NDArray[np.float32]:
+        if self._closed:
+            raise RuntimeError("the backend is closed")
+        self._check(batch)
+        vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
+        for rows, length in parts([len(row) for row in batch.ids], self.description.max_length):
+            inputs = self._inputs(batch, rows, length)
+            with lend() as request:
+                # The result lies in the request's own memory, so it is copied before anybody else runs it.
+                vectors[rows] = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
+        return vectors
 
     def _check(self, batch: TokenBatch) -> None:
         """Refuse what the graph would read beyond its tables for."""
@@ -128,6 +146,15 @@ class OpenVinoBackend:
                 pooled[i, start : start + batch.prompt_lengths[place]] = 0
             inputs[POOLING_MASK] = pooled
         return inputs
+
+    @contextmanager
+    def _fp32_request(self) -> Iterator[Any]:
+        """Lend the one request that computes at fp32, made when it is first wanted."""
+        with self._fp32_lock:
+            if self._fp32 is None:
+                lane, _ = compile_lanes(self._graph, "fp32", Layout(lanes=1, threads=1))
+                self._fp32 = lane.create_infer_request()
+            yield self._fp32
 
     @contextmanager
     def _request(self) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,6 +127,22 @@ class TorchBackend:
             vectors[rows] = self._forward([batch.ids[row] for row in rows], prompt_length=length)
         return vectors
 
+    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """Return the same vectors computed at fp32, from a copy of the weights that lives as long as the call.
+
+        Raises: NotImplementedError where weights are integers or inputs run without padding; what `embed` raises.
+        """
+        own, precision = self._pipeline, self.description.precision
+        if precision in PACKAGES or self._packing is not None:
+            raise NotImplementedError(f"no fp32 for a model at {precision} on {self._device}")
+        if precision == "fp32" or own is None:
+            return self.embed(batch)
+        self._pipeline = copy.deepcopy(own).float()
+        try:
+            return self.embed(batch)
+        finally:
+            self._pipeline = own
+
     @property
     def packs(self) -> bool:
         """Whether inputs run end to end, without padding."""
@@ -172,7 +189,12 @@ class TorchBackend:
             features = self._padded(ids)
         if prompt_length:
             features["prompt_length"] = prompt_length
-        vectors: torch.Tensor = self._pipeline(features)["sentence_embedding"]
+        try:
+            vectors: torch.Tensor = self._pipeline(features)["sentence_embedding"]
+        except torch.OutOfMemoryError:
+            # What PyTorch keeps for later may be in pieces too small for the next try.
+            torch.cuda.empty_cache()
+            raise
         return vectors[:, : self._truncate_dim].float().cpu().numpy()
 
     def _padded(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:

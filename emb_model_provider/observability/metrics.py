@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from emb_model_provider.registry import State
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from emb_model_provider.registry import ModelStatus
-    from emb_model_provider.serving.worker import BatchRecord
+    from emb_model_provider.serving.jobs import BatchRecord
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -108,9 +108,15 @@ class _ModelCollector(Collector):
         )
         inputs = GaugeMetricFamily("emb_provider_queue_inputs", "Inputs that wait.", labels=("model",))
         tokens = GaugeMetricFamily("emb_provider_queue_tokens", "Tokens that wait.", labels=("model",))
+        restarts = CounterMetricFamily(
+            "emb_provider_model_restarts",
+            "Times that a model broke down and was loaded anew.",
+            labels=("model",),
+        )
         for model in self._models():
+            restarts.add_metric((model.spec.alias,), model.restarts)
             for each in State:
                 state.add_metric((model.spec.alias, each.value), 1.0 if model.state is each else 0.0)
             inputs.add_metric((model.spec.alias,), model.waiting_inputs)
             tokens.add_metric((model.spec.alias,), model.waiting_tokens)
-        return (state, inputs, tokens)
+        return (state, inputs, tokens, restarts)

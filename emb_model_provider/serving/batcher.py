@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -51,16 +51,24 @@ class Job:
         self.arrived_at = arrived_at
         """When it was submitted, on the caller's clock, in seconds."""
         self.cancelled = False
-        self.waiting_tokens = sum(map(len, ids))
+        self.waiting_tokens = 0
         """Tokens of the inputs that are not in a batch yet."""
-        self._rows = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        self._lengths = [len(ids[row]) for row in self._rows]
+        self._rows: list[int] = []
+        self._lengths: list[int] = []
         self._tag = 0.0
+        self.begin_again()
 
     @property
     def waiting(self) -> int:
         """How many inputs are not in a batch yet."""
         return len(self._rows)
+
+    def begin_again(self) -> None:
+        """Let all inputs wait. The job must not be in a batcher."""
+        ids = self.ids
+        self.waiting_tokens = sum(map(len, ids))
+        self._rows = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        self._lengths = [len(ids[row]) for row in self._rows]
 
     def _nearest(self, length: int) -> int:
         """Return the position of the waiting input whose length is nearest to `length`, the shorter on a tie."""
@@ -96,13 +104,24 @@ class Batcher(Generic[JobT]):
     """Jobs that wait for one model. Not thread-safe: its owner holds a lock."""
 
     def __init__(self, policy: BatchPolicy) -> None:
-        self._policy = policy
+        self._own_policy = self._policy = policy
         self._heap: list[tuple[float, int, int, JobT]] = []
         self._sequence = count()
         self._virtual_time = 0.0
         self._jobs = 0
+        self._lowered_until = 0.0
         self.waiting_inputs = 0
         self.waiting_tokens = 0
+
+    def lower_budget(self, padded_tokens: int, *, until: float) -> None:
+        """Keep batches of several inputs within `padded_tokens` until that time, on the clock of `next_batch`."""
+        budget = max(1, min(padded_tokens, self._policy.max_batch_tokens))
+        self._policy = replace(self._policy, max_batch_tokens=budget)
+        self._lowered_until = until
+
+    def emptied(self) -> Batcher[JobT]:
+        """Return a batcher of the same policy in which nothing waits."""
+        return Batcher(self._own_policy)
 
     def submit(self, job: JobT) -> None:
         """Let all inputs of `job` wait."""
@@ -127,15 +146,20 @@ class Batcher(Generic[JobT]):
         if not self._jobs:
             self._heap.clear()
 
-    def next_batch(self, now: float, *, idle_lanes: int = 1) -> Batch[JobT] | float | None:
+    def next_batch(
+        self, now: float, *, idle_lanes: int = 1, may_wait: bool = True
+    ) -> Batch[JobT] | float | None:
         """Return the next batch; or, where it pays to wait for more, when to ask again; or None if nothing waits.
 
-        With several `idle_lanes`, the asking one included, what waits is dealt out among them.
+        With several `idle_lanes`, the asking one included, what waits is dealt out among them. Where nobody else will
+        come, it `may_wait` no more.
         """
         if not self.waiting_inputs:
             return None
+        if self._policy is not self._own_policy and now >= self._lowered_until:
+            self._policy = self._own_policy
         policy = self._policy
-        if policy.dynamic and self.waiting_inputs < policy.min_batch_size:
+        if may_wait and policy.dynamic and self.waiting_inputs < policy.min_batch_size:
             wait_until = min(job.arrived_at for *_, job in self._heap if job.waiting) + policy.max_wait_s
             if now < wait_until:
                 return wait_until

@@ -21,9 +21,10 @@ from emb_model_provider.errors import (
 from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.cl100k import decode_cl100k, load_cl100k
 from emb_model_provider.serving.garbage import spare_what_stays
+from emb_model_provider.serving.jobs import EmbeddingJob, Timing
 from emb_model_provider.serving.postprocess import check_dimensions, finished
 from emb_model_provider.serving.prompts import choose_prompt
-from emb_model_provider.serving.worker import EmbeddingJob, Timing, Worker
+from emb_model_provider.serving.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.backends.tokenization import EncodedInputs
     from emb_model_provider.model_spec import ModelSpec, Truncate
-    from emb_model_provider.serving.worker import BatchRecord
+    from emb_model_provider.serving.jobs import BatchRecord
+    from emb_model_provider.serving.worker import Change
     from emb_model_provider.settings import BatchSettings, LimitSettings
 
 _INLINE_CHARACTERS = 2_000
@@ -100,8 +102,13 @@ class Engine:
         limits: LimitSettings,
         executor: Executor,
         on_batch: Callable[[BatchRecord], None],
+        watchdog_s: float = 60.0,
+        on_change: Callable[[Change, str], None] = lambda _change, _reason: None,
     ) -> Engine:
         """Load the model on a thread of its own, and run it once to see that it answers.
+
+        `load` is called again where the model breaks down and is loaded anew; `on_change` is told of that, on the
+        model's thread.
 
         Raises: whatever `load` raises, and LoadError where token_input needs something that is not here or
         the model gives no vector.
@@ -109,12 +116,20 @@ class Engine:
         if spec.token_input == "cl100k":
             await asyncio.get_running_loop().run_in_executor(executor, load_cl100k)
         tokenization: Tokenization | None = None
+        tokenizer_json = ""
+
+        def check(backend: Backend) -> None:
+            if tokenization is not None:
+                _try(backend, tokenization)
 
         def load_and_try() -> Backend:
-            nonlocal tokenization
+            nonlocal tokenization, tokenizer_json
             backend = load()
             try:
-                tokenization = Tokenization(backend.description)
+                if tokenization is None:
+                    tokenizer_json = backend.description.tokenizer_json
+                    tokenization = Tokenization(backend.description)
+                _require_same(tokenizer_json, backend.description.tokenizer_json)
                 _try(backend, tokenization)
             except BaseException:
                 backend.close()
@@ -126,8 +141,11 @@ class Engine:
             spec.alias,
             load_and_try,
             lambda description: batch_policy(batching, description.device),
+            check=check,
             max_queue_tokens=batching.max_queue_tokens,
+            watchdog_s=watchdog_s,
             on_batch=on_batch,
+            on_change=on_change,
         )
         description = await asyncio.wrap_future(worker.start())
         if tokenization is None:
@@ -142,9 +160,14 @@ class Engine:
     def waiting_tokens(self) -> int:
         return self._worker.waiting_tokens
 
-    def stop(self) -> None:
-        """Finish what was accepted, then free the model. Blocks."""
-        self._worker.stop()
+    @property
+    def hung(self) -> str:
+        """What hangs, for people; empty where nothing does."""
+        return self._worker.hung
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Finish what was accepted, then free the model. Blocks; returns False where `timeout_s` was not enough."""
+        return self._worker.stop(timeout_s)
 
     async def embed(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions
@@ -236,8 +259,14 @@ class Engine:
         return requested
 
 
+def _require_same(before: str, now: str) -> None:
+    """Raises: LoadError where requests were tokenized for another model than the one that is here now."""
+    if now != before:
+        raise LoadError("it was loaded anew, and is another model now")
+
+
 def _try(backend: Backend, tokenization: Tokenization) -> None:
-    """Run the model once, on its own thread.
+    """Run the model once on a short text, on its own thread.
 
     Raises: LoadError where it gives no vector, or one that is not finite.
     """
@@ -245,12 +274,10 @@ def _try(backend: Backend, tokenization: Tokenization) -> None:
     try:
         vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
     except Exception as error:
-        raise LoadError(
-            f"it was loaded, but its first run failed: {type(error).__name__}: {error}"
-        ) from error
+        raise LoadError(f"it cannot embed the plainest of texts: {type(error).__name__}: {error}") from error
     if not np.isfinite(vectors).all():
         raise LoadError(
-            "it was loaded, but its first vector is not finite: its weights are damaged, or its precision is too low."
+            "its vector of the plainest of texts is not finite: its weights are damaged, or its precision is too low."
         )
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import TokenBatch
 
 WORDS = [f"w{i}" for i in range(100)]
-FAILS, NOT_FINITE = "w98", "w99"
-"""Words that make a batch raise, and a vector non-finite."""
+FAILS, NOT_FINITE, NEVER_FINITE, BREAKS = "w98", "w99", "w97", "w96"
+"""Words that make a batch raise, a vector non-finite, the same at fp32 too, and every later batch raise."""
 
 
 def word_tokenizer() -> Tokenizer:
@@ -66,6 +66,9 @@ class FakeBackend:
         self.gate.set()
         self.entered = threading.Event()
         self.closed = False
+        self.broken = False
+        self.most_tokens: int | None = None
+        """Padded tokens of a batch that there is memory for."""
         self.inside = 0
         """How many threads are in `embed` now."""
         self._lock = threading.Lock()
@@ -86,13 +89,21 @@ class FakeBackend:
         rows = [list(row) for row in batch.ids]
         self.threads.add(threading.current_thread().name)
         self.batches.append(rows)
-        if any(IDS[FAILS] in row for row in rows):
+        self.broken |= any(IDS[BREAKS] in row for row in rows)
+        if self.broken or any(IDS[FAILS] in row for row in rows):
             raise RuntimeError("planted")
+        if self.most_tokens is not None and len(rows) * max(map(len, rows)) > self.most_tokens:
+            raise RuntimeError("CUDA error: out of memory")
         vectors = np.array([expected(row) for row in rows], dtype=np.float32)
         for i, row in enumerate(rows):
-            if IDS[NOT_FINITE] in row:
+            if IDS[NOT_FINITE] in row or IDS[NEVER_FINITE] in row:
                 vectors[i, 2] = np.nan
         return vectors
+
+    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+        if any(IDS[NEVER_FINITE] in row for row in batch.ids):
+            return np.full((len(batch.ids), self.description.dimension), np.inf, dtype=np.float32)
+        return np.array([expected(list(row)) for row in batch.ids], dtype=np.float32)
 
     def close(self) -> None:
         self.threads.add(threading.current_thread().name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -25,78 +23,10 @@ from emb_model_provider.errors import (
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.serving.engine import EmbedOptions, Engine, batch_policy
 from emb_model_provider.settings import BatchSettings, LimitSettings
-from tests.serving.fakes import FAILS, IDS, NOT_FINITE, FakeBackend, describe, expected
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from emb_model_provider.backends.base import ModelDescription
-    from emb_model_provider.serving.worker import BatchRecord
+from tests.serving.fakes import FAILS, FakeBackend, describe, expected
+from tests.serving.running import ids, running
 
 PLAIN = EmbedOptions()
-
-
-class Running:
-    """An engine and what a test may look at."""
-
-    def __init__(self, engine: Engine, backend: FakeBackend, records: list[BatchRecord]) -> None:
-        self.engine, self.backend, self.records = engine, backend, records
-        self.backend.batches.clear()  # the first, of the load itself
-        self.backend.entered.clear()
-
-    async def embed(self, *texts: str, **options: object) -> np.ndarray:
-        answer = await self.engine.embed(texts, EmbedOptions(**options))  # type: ignore[arg-type]
-        return answer.vectors
-
-    async def hold(self) -> asyncio.Task[np.ndarray]:
-        """Start a request that keeps the model busy until the gate opens."""
-        self.backend.gate.clear()
-        self.backend.entered.clear()
-        holding = asyncio.create_task(self.embed("w1"))
-        assert await asyncio.to_thread(self.backend.entered.wait, 60)
-        return holding
-
-    async def until_waiting(self, inputs: int) -> None:
-        async with asyncio.timeout(60):
-            while self.engine.waiting_inputs != inputs:
-                await asyncio.sleep(0.001)
-
-
-@asynccontextmanager
-async def running(
-    description: ModelDescription | None = None,
-    *,
-    lanes: int = 1,
-    batching: BatchSettings | None = None,
-    limits: LimitSettings | None = None,
-    **spec: object,
-) -> AsyncIterator[Running]:
-    made: list[FakeBackend] = []
-    records: list[BatchRecord] = []
-
-    def load() -> FakeBackend:
-        made.append(FakeBackend(description, lanes))
-        return made[-1]
-
-    with ThreadPoolExecutor(1) as executor:
-        engine = await Engine.start(
-            ModelSpec(alias="fake", name="fake", **spec),  # type: ignore[arg-type]
-            load,
-            batching=batching or BatchSettings(),
-            limits=limits or LimitSettings(),
-            executor=executor,
-            on_batch=records.append,
-        )
-        run = Running(engine, made[0], records)
-        try:
-            yield run
-        finally:
-            run.backend.gate.set()
-            await asyncio.to_thread(engine.stop)
-
-
-def ids(*words: str) -> list[int]:
-    return [2, *(IDS[word] for word in words), 3]
 
 
 async def test_vectors_come_in_the_order_of_the_inputs() -> None:
@@ -174,19 +104,6 @@ async def test_an_input_that_fails_fails_only_its_own_request() -> None:
         assert [a[0].tolist() for a in answers] == [expected(ids(f"w{n}", f"w{n}")) for n in range(20)]
         assert any(record.failed for record in run.records)
         assert (await run.embed("w1")).tolist() == [expected(ids("w1"))]
-
-
-async def test_a_vector_that_is_not_finite_is_never_sent() -> None:
-    """NaN fails the request that got it, and no other."""
-    async with running() as run:
-        holding = await run.hold()
-        good, bad = asyncio.create_task(run.embed("w1")), asyncio.create_task(run.embed("w2", NOT_FINITE))
-        await run.until_waiting(3)
-        run.backend.gate.set()
-        await holding
-        with pytest.raises(InferenceError, match="not finite"):
-            await bad
-        assert np.isfinite(await good).all()
 
 
 async def test_a_cancelled_request_leaves_the_queue() -> None:
@@ -279,7 +196,7 @@ async def test_a_model_whose_first_vector_is_not_finite_is_not_served() -> None:
         made.append(Broken())
         return made[0]
 
-    with ThreadPoolExecutor(1) as executor, pytest.raises(LoadError, match="first vector is not finite"):
+    with ThreadPoolExecutor(1) as executor, pytest.raises(LoadError, match="is not finite: its weights"):
         await Engine.start(
             ModelSpec(alias="fake", name="fake"), load, batching=BatchSettings(), limits=LimitSettings(),
             executor=executor, on_batch=lambda _: None,
