@@ -200,6 +200,33 @@ def test_tokens_the_model_cannot_look_up_are_refused(ids: list[list[int]], graph
     assert backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0])).shape == (1, WIDTH)
 
 
+def test_fp32_is_had_whatever_the_model_computes_in(tmp_path: Path) -> None:
+    """A product of matrices at bf16 is off by its rounding; the same backend gives it at fp32 too, and then bf16 again."""
+    ops = ov.opset13
+    rng = np.random.default_rng(5)
+    table, matrix = (rng.normal(size=shape).astype(np.float32) for shape in ((WORDS, 256), (256, WIDTH)))
+    inputs = []
+    for name in ("input_ids", "attention_mask"):
+        parameter = ops.parameter([-1, -1], np.int64, name=name)
+        parameter.output(0).get_tensor().set_names({name})
+        inputs.append(parameter)
+    mask = ops.unsqueeze(ops.convert(inputs[1], "f32"), ops.constant(2))
+    rows = ops.multiply(ops.gather(ops.constant(table), inputs[0], ops.constant(0)), mask)
+    product = ops.matmul(rows, ops.constant(matrix), False, False)
+    path = tmp_path / "model.xml"
+    ov.save_model(ov.Model([ops.reduce_sum(product, ops.constant(1))], inputs), path, compress_to_fp16=False)
+    backend = OpenVinoBackend(path, description(precision="bf16", excludes_prompt=False), cpus=2)
+    batch = TokenBatch(ids=[[1, 2, 3], [4] * 70, [5]], prompt_lengths=[0, 0, 0])
+    exact = np.stack([(table[row] @ matrix).sum(axis=0) for row in batch.ids])
+    rounded = backend.embed(batch)
+    np.testing.assert_allclose(backend.embed_fp32(batch), exact, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(backend.embed(batch), rounded)
+    if native_bf16():
+        assert np.abs(rounded - exact).max() > 1e-3
+    with pytest.raises(InferenceError):
+        backend.embed_fp32(TokenBatch(ids=[[WORDS]], prompt_lengths=[0]))
+
+
 def test_a_closed_backend_does_not_answer(graph: Path) -> None:
     """close() lets go of the model, and tells whoever holds the artifact, once."""
     closed: list[bool] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,30 @@ def test_families_in_half_precision_on_a_cpu(
     expected = embed_texts(load(family_directory(family)), TEXTS)
     vectors = embed_texts(load(family_directory(family), precision=precision), TEXTS)
     assert bound <= cosines(vectors, expected).min() < 1 - 1e-9
+
+
+def test_what_overflows_in_fp16_is_computed_again_at_fp32(
+    family_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two rows of the embeddings add up to more than fp16 holds; at fp32 the vector is right, and `embed` is as before."""
+    directory = tmp_path / "large"
+    shutil.copytree(family_directory("bert-mean-normalize"), directory)
+    (weights,) = directory.rglob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[_named(tensors, "word_embeddings.weight")][7] = 60_000
+    tensors[_named(tensors, "position_embeddings.weight")][2] = 60_000
+    save_file(tensors, weights, metadata={"format": "pt"})
+    batch = TokenBatch(ids=[[2, 5, 7, 3], [2, 7, 5, 3]], prompt_lengths=[0, 0])
+    expected = load(directory).embed(batch)
+    backend = load(directory, precision="fp16")
+    finite = np.isfinite(backend.embed(batch)).all(axis=1)
+    assert finite.tolist() == [False, True]
+    assert cosines(backend.embed_fp32(batch), expected).min() > 0.999
+    assert np.isfinite(backend.embed(batch)).all(axis=1).tolist() == finite.tolist()
+
+
+def _named(tensors: dict[str, torch.Tensor], ending: str) -> str:
+    return next(name for name in tensors if name.endswith(ending))
 
 
 def test_a_repository_in_fp16_is_computed_in_fp32_on_a_cpu(tmp_path: Path) -> None:
