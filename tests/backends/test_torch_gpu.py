@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.backends.torch_backend import TorchBackend
 from emb_model_provider.backends.torch_packing import varlen_available, varlen_kernel
 from emb_model_provider.errors import DeviceUnavailableError, InferenceError, LoadError
+from emb_model_provider.serving.isolation import is_out_of_memory
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.backends.test_torch_packing import one_by_one
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
@@ -88,6 +90,35 @@ def test_an_unknown_token_does_not_end_the_cuda_context() -> None:
     with pytest.raises(InferenceError):
         backend.embed(TokenBatch(ids=[[10**6]], prompt_lengths=[0]))
     assert np.isfinite(backend.embed(TokenBatch(ids=[[101, 102]], prompt_lengths=[0]))).all()
+
+
+def test_out_of_memory_is_told_apart_and_passes() -> None:
+    """A batch that is too large for the device fails as out of memory, and smaller ones run after it."""
+    backend = load(bundled_directory())
+    large = TokenBatch(ids=[[101, *[2023] * 254, 102]] * 4096, prompt_lengths=[0] * 4096)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 2**28) / total))
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            backend.embed(large)
+        assert is_out_of_memory(caught.value)
+        assert np.isfinite(backend.embed(TokenBatch(ids=[[101, 102]], prompt_lengths=[0]))).all()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_fp32_is_had_from_a_model_in_half_precision() -> None:
+    """What is recomputed is nearer to the CPU's fp32 than what was computed; where rows are packed it is refused."""
+    texts = [text for text in TEXTS if text.strip()]
+    expected = reference(bundled_directory()).encode(texts, show_progress_bar=False)
+    backend = load(bundled_directory(), precision="fp16")
+    ids = Tokenization(backend.description).encode(texts, truncate="END").ids
+    batch = TokenBatch(ids=ids, prompt_lengths=[0] * len(ids))
+    if backend.packs:
+        with pytest.raises(NotImplementedError):
+            backend.embed_fp32(batch)
+    else:
+        assert cosines(backend.embed_fp32(batch), expected).min() >= 0.999999
 
 
 def test_closing_frees_the_memory() -> None:
