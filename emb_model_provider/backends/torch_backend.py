@@ -130,18 +130,20 @@ class TorchBackend:
     def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
         """Return the same vectors computed at fp32, from a copy of the weights that lives as long as the call.
 
-        Raises: NotImplementedError where weights are integers or inputs run without padding; what `embed` raises.
+        Raises: NotImplementedError where weights are integers; what `embed` raises.
         """
-        own, precision = self._pipeline, self.description.precision
-        if precision in PACKAGES or self._packing is not None:
-            raise NotImplementedError(f"no fp32 for a model at {precision} on {self._device}")
+        own, packing, precision = self._pipeline, self._packing, self.description.precision
+        if precision in PACKAGES:
+            raise NotImplementedError(f"weights at {precision} are not computed at fp32")
         if precision == "fp32" or own is None:
             return self.embed(batch)
-        self._pipeline = copy.deepcopy(own).float()
+        self._pipeline, self._packing = copy.deepcopy(own).float(), None
         try:
+            if packing is not None:
+                packing.undo(self._pipeline)
             return self.embed(batch)
         finally:
-            self._pipeline = own
+            self._pipeline, self._packing = own, packing
 
     @property
     def packs(self) -> bool:
@@ -167,7 +169,7 @@ class TorchBackend:
         if reason is None:
             return
         self._packing = None
-        packing.undo()
+        packing.undo(self._pipeline)
         note = f"inputs are padded: without padding the model gives other vectors here ({reason})"
         self.description = replace(self.description, notes=(*self.description.notes, note))
 

@@ -150,17 +150,17 @@ class Packing:
     def __init__(self, pipeline: SentenceTransformer, *, kernel: Kernel = varlen_kernel) -> None:
         """Take over the attention of a `packable` pipeline: from now on it reads packed rows only."""
         first: Any = pipeline[0]
-        self._model: Any = first.model
         self._padding_idx = _padding_idx(first.model)
-        self._before = str(self._model.config._attn_implementation)
+        self._before = str(first.model.config._attn_implementation)
         name = _ATTENTION if kernel is varlen_kernel else f"{_ATTENTION}_{id(kernel)}"
         AttentionInterface.register(name, _interface(kernel))
         # transformers makes no masks for a name that it has no mask function for: exactly what is wanted.
-        self._model.set_attn_implementation(name)
+        first.model.set_attn_implementation(name)
 
-    def undo(self) -> None:
-        """Give the pipeline its own attention back, for padded rows."""
-        self._model.set_attn_implementation(self._before)
+    def undo(self, pipeline: SentenceTransformer) -> None:
+        """Give the pipeline, or a copy of it, its own attention back, for padded rows."""
+        first: Any = pipeline[0]
+        first.model.set_attn_implementation(self._before)
 
     def features(self, ids: Sequence[Sequence[int]], tokens: torch.Tensor) -> dict[str, Any]:
         """Return what the pipeline reads for inputs `ids`, of which `tokens` is the concatenation on the device.

@@ -108,17 +108,13 @@ def test_out_of_memory_is_told_apart_and_passes() -> None:
 
 
 def test_fp32_is_had_from_a_model_in_half_precision() -> None:
-    """What is recomputed is nearer to the CPU's fp32 than what was computed; where rows are packed it is refused."""
+    """What is recomputed is as the CPU's fp32, whether rows are packed or padded."""
     texts = [text for text in TEXTS if text.strip()]
     expected = reference(bundled_directory()).encode(texts, show_progress_bar=False)
     backend = load(bundled_directory(), precision="fp16")
     ids = Tokenization(backend.description).encode(texts, truncate="END").ids
     batch = TokenBatch(ids=ids, prompt_lengths=[0] * len(ids))
-    if backend.packs:
-        with pytest.raises(NotImplementedError):
-            backend.embed_fp32(batch)
-    else:
-        assert cosines(backend.embed_fp32(batch), expected).min() >= 0.999999
+    assert cosines(backend.embed_fp32(batch), expected).min() >= 0.99999
 
 
 def test_closing_frees_the_memory() -> None:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.backends.torch_backend import TorchBackend
 from emb_model_provider.backends.torch_packing import FAMILIES, disagreement, varlen_available
 from tests.backends.comparison import TEXTS, cosines, embed_texts, spread
@@ -205,6 +206,19 @@ def test_two_models_pack_beside_a_padded_one(family_directory: Callable[[str], P
     for backend in (first, second, third):
         assert cosines(embed_texts(backend, TEXTS), expected).min() >= 0.999999
     assert (first.packs, second.packs, third.packs) == (True, True, False)
+
+
+def test_fp32_is_had_from_a_model_that_packs(family_directory: Callable[[str], Path]) -> None:
+    """What is computed again at fp32 is padded; the model itself goes on without padding."""
+    directory = family_directory("bert-mean-normalize")
+    backend = load(directory, precision="fp16")
+    backend.pack(one_by_one)
+    ids = Tokenization(backend.description).encode(TEXTS, truncate="END").ids
+    batch = TokenBatch(ids=ids, prompt_lengths=[0] * len(ids))
+    half, expected = backend.embed(batch), embed_texts(load(directory), TEXTS)
+    assert cosines(backend.embed_fp32(batch), expected).min() >= 0.99999
+    assert backend.packs
+    np.testing.assert_array_equal(backend.embed(batch), half)
 
 
 def test_how_far_packing_may_be_off() -> None:
