@@ -15,6 +15,8 @@ _NEW_OBJECTS = 20_000
 
 def spare_what_stays() -> None:
     """Take all objects of now out of later collections. Call it when a model has been loaded; takes tenths of a second."""
+    # What an earlier call set aside may belong to a model that is gone: everything is looked at once more.
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
     gc.set_threshold(_NEW_OBJECTS, 10, 10)
