@@ -22,6 +22,7 @@ from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.cl100k import decode_cl100k, load_cl100k
 from emb_model_provider.serving.garbage import spare_what_stays
 from emb_model_provider.serving.jobs import EmbeddingJob, Timing
+from emb_model_provider.serving.lanes import Lanes
 from emb_model_provider.serving.postprocess import check_dimensions, finished
 from emb_model_provider.serving.prompts import choose_prompt
 from emb_model_provider.serving.worker import Worker
@@ -81,6 +82,7 @@ class Engine:
         spec: ModelSpec,
         description: ModelDescription,
         tokenization: Tokenization,
+        lanes: Lanes,
         worker: Worker,
         limits: LimitSettings,
         executor: Executor,
@@ -88,6 +90,7 @@ class Engine:
         self.spec = spec
         self.description = description
         self._tokenization = tokenization
+        self._lanes = lanes
         self._worker = worker
         self._limits = limits
         self._executor = executor
@@ -137,33 +140,37 @@ class Engine:
             spare_what_stays()
             return backend
 
-        worker = Worker(
+        lanes = Lanes(
             spec.alias,
-            load_and_try,
-            lambda description: batch_policy(batching, description.device),
             check=check,
             max_queue_tokens=batching.max_queue_tokens,
             watchdog_s=watchdog_s,
             on_batch=on_batch,
+        )
+        worker = Worker(
+            spec.alias,
+            lanes,
+            load=load_and_try,
+            policy_for=lambda description: batch_policy(batching, description.device),
             on_change=on_change,
         )
         description = await asyncio.wrap_future(worker.start())
         if tokenization is None:
             raise RuntimeError("a loaded model has a tokenizer")
-        return cls(spec, description, tokenization, worker, limits, executor)
+        return cls(spec, description, tokenization, lanes, worker, limits, executor)
 
     @property
     def waiting_inputs(self) -> int:
-        return self._worker.waiting_inputs
+        return self._lanes.waiting_inputs
 
     @property
     def waiting_tokens(self) -> int:
-        return self._worker.waiting_tokens
+        return self._lanes.waiting_tokens
 
     @property
     def hung(self) -> str:
         """What hangs, for people; empty where nothing does."""
-        return self._worker.hung
+        return self._lanes.hung
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Finish what was accepted, then free the model. Blocks; returns False where `timeout_s` was not enough."""
@@ -207,12 +214,12 @@ class Engine:
         job = EmbeddingJob(
             encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension
         )
-        self._worker.submit(job)
+        self._lanes.submit(job)
         try:
             return await job.result
         finally:
             if not job.result.done() or job.result.cancelled():
-                self._worker.cancel(job)
+                self._lanes.cancel(job)
 
     async def _encode(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], prompt: str, options: EmbedOptions

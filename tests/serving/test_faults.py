@@ -10,7 +10,7 @@ import pytest
 
 from emb_model_provider.errors import InferenceError, ModelNotReadyError
 from emb_model_provider.serving import worker
-from emb_model_provider.serving.worker import Worker
+from emb_model_provider.serving.lanes import Lanes
 from emb_model_provider.settings import BatchSettings
 from tests.serving.fakes import BREAKS, NEVER_FINITE, NOT_FINITE, expected
 from tests.serving.running import ids, running
@@ -113,14 +113,14 @@ async def test_an_input_that_breaks_the_model_each_time_fails_alone() -> None:
 
 async def test_a_thread_that_ends_brings_its_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in a lane's own code costs nobody an answer, whichever lane it is."""
-    own, ends = Worker._finish, threading.Semaphore(1)
+    own, ends = Lanes._finish, threading.Semaphore(1)
 
-    def finish(self: Worker, lane: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
+    def finish(self: Lanes, lane: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
         if len(batch.members) > 1 and ends.acquire(blocking=False):
             raise SystemExit(1)
         own(self, lane, batch, ended, took=took)
 
-    monkeypatch.setattr(Worker, "_finish", finish)
+    monkeypatch.setattr(Lanes, "_finish", finish)
     async with running(lanes=2) as run:
         asked = [asyncio.create_task(run.embed(*(f"w{n} w{n}" for n in range(20)))) for _ in range(20)]
         for task in asked:
