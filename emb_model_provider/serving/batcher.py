@@ -42,7 +42,7 @@ class BatchPolicy:
 class Job:
     """One request's inputs while they wait and run."""
 
-    __slots__ = ("_lengths", "_rows", "_tag", "arrived_at", "cancelled", "ids", "waiting_tokens")
+    __slots__ = ("_lengths", "_rows", "_tag", "alone", "arrived_at", "cancelled", "ids", "waiting_tokens")
 
     def __init__(self, ids: Sequence[Sequence[int]], *, arrived_at: float = 0.0) -> None:
         if not ids:
@@ -51,6 +51,8 @@ class Job:
         self.arrived_at = arrived_at
         """When it was submitted, on the caller's clock, in seconds."""
         self.cancelled = False
+        self.alone = False
+        """Whether its inputs share no batch with those of others."""
         self.waiting_tokens = 0
         """Tokens of the inputs that are not in a batch yet."""
         self._rows: list[int] = []
@@ -198,10 +200,19 @@ class Batcher(Generic[JobT]):
         """Take the jobs that may join the next batch off the heap, the one whose turn it is first."""
         limit = most if self._policy.dynamic else 1
         candidates: list[JobT] = []
+        aside: list[JobT] = []
         while self._heap and len(candidates) < limit:
             job = heapq.heappop(self._heap)[-1]
-            if job.waiting:
-                candidates.append(job)
+            if not job.waiting:
+                continue
+            if job.alone and candidates:
+                aside.append(job)
+                continue
+            candidates.append(job)
+            if job.alone:
+                break
+        for job in aside:
+            self._push(job)
         return candidates
 
 

@@ -51,10 +51,11 @@ def run_isolated(model: str, backend: Backend, members: Sequence[Member]) -> Out
     return outcome
 
 
-def _run(model: str, backend: Backend, members: Sequence[Member], outcome: Outcome) -> None:
+def _run(model: str, backend: Backend, members: Sequence[Member], outcome: Outcome) -> bool:
+    """Return whether there was no memory for an input by itself."""
     members = [member for member in members if not member[0].cancelled]
     if not members:
-        return
+        return False
     failure: BaseException | None = None
     try:
         vectors = _embed(backend, members)
@@ -62,13 +63,13 @@ def _run(model: str, backend: Backend, members: Sequence[Member], outcome: Outco
         failure = error
     if failure is not None:
         # Outside the handler, so that the halves' failures do not drag this one's traceback along.
-        _after_a_failure(model, backend, members, failure, outcome)
-        return
+        return _after_a_failure(model, backend, members, failure, outcome)
     for vector, (job, row) in zip(vectors, members, strict=True):
         job.vectors[row] = vector
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
     if not finite.all():
         _recompute(model, backend, [members[place] for place in np.flatnonzero(~finite)], outcome)
+    return False
 
 
 def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
@@ -88,24 +89,27 @@ def _batch(members: Sequence[Member]) -> TokenBatch:
 
 def _after_a_failure(
     model: str, backend: Backend, members: Sequence[Member], failure: BaseException, outcome: Outcome
-) -> None:
+) -> bool:
+    no_memory = is_out_of_memory(failure)
     if len(members) == 1:
         job, row = members[0]
         logger.error("model %s failed on an input of %d tokens", model, len(job.ids[row]), exc_info=failure)
         outcome.failures.append(
             (job, InferenceError(f"The model failed on an input ({type(failure).__name__})."))
         )
-        return
-    if is_out_of_memory(failure):
-        padded = len(members) * max(len(job.ids[row]) for job, row in members)
-        outcome.out_of_memory = min(padded, outcome.out_of_memory or padded)
+        return no_memory
     logger.warning(
         "model %s failed on a batch of %d inputs (%s); running it in halves",
         model, len(members), type(failure).__name__,
     )  # fmt: skip
     middle = len(members) // 2
-    _run(model, backend, members[:middle], outcome)
-    _run(model, backend, members[middle:], outcome)
+    first = _run(model, backend, members[:middle], outcome)
+    alone = _run(model, backend, members[middle:], outcome) or first
+    # Where an input runs out of memory by itself, the batches that it was in tell nothing of what others may be.
+    if no_memory and not alone:
+        padded = len(members) * max(len(job.ids[row]) for job, row in members)
+        outcome.out_of_memory = min(padded, outcome.out_of_memory or padded)
+    return alone
 
 
 def _recompute(model: str, backend: Backend, members: Sequence[Member], outcome: Outcome) -> None:

@@ -59,7 +59,7 @@ class EmbeddingJob(Job):
         """Inputs without a vector yet."""
         self.started_at: float | None = None
         self.attempts = 0
-        """How often a batch with inputs of this job ended with the threads that ran it."""
+        """How often the model broke down while it ran a batch with inputs of this job."""
 
     def begin_again(self) -> None:
         """Let all inputs wait once more, as if none had run."""

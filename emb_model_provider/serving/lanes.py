@@ -74,6 +74,10 @@ class Lanes:
         """Those that were accepted and not answered, and are the present batcher's."""
         self._stranded: set[EmbeddingJob] = set()
         """Those of the batcher whose lanes ended: they run again once the model is back."""
+        self._suspects: set[EmbeddingJob] = set()
+        """Stranded ones that a lane had in hand when the lanes ended: one of them may be the reason."""
+        self._quarantine: set[EmbeddingJob] = set()
+        """Suspects of last time. While there are any, one lane runs, and each has its batches to itself."""
         self._idle = 0
         self._running: list[_Running | None] = [None]
         """What each lane has in hand."""
@@ -142,11 +146,10 @@ class Lanes:
         """Drop what still waits of a job that nobody awaits any more."""
         with self._wake:
             if job in self._stranded:
-                self._stranded.discard(job)
                 job.cancelled = True
             elif self._batcher is not None:
-                self._jobs.discard(job)
                 self._batcher.cancel(job)
+            self._forget(job)
 
     def take_up(self, backend: Backend) -> None:
         """Let the next `run` have what the last one left unanswered."""
@@ -157,14 +160,22 @@ class Lanes:
             self._crash = None
             self._idle = 0
             self._running = [None] * backend.lanes
+            self._quarantine = set()
             for job in sorted(self._stranded, key=lambda job: job.arrived_at):
+                if job in self._suspects:
+                    job.attempts += 1
+                    job.alone = True
                 if job.attempts >= _MOST_ATTEMPTS:
-                    refuse(job, InferenceError("The model ended twice while it ran inputs of this request."))
+                    refuse(
+                        job, InferenceError("The model broke down each time it ran inputs of this request.")
+                    )
                     continue
+                if job.alone:
+                    self._quarantine.add(job)
                 job.begin_again()
                 batcher.submit(job)
                 self._jobs.add(job)
-            self._stranded.clear()
+            self._stranded, self._suspects = set(), set()
 
     def give_up(self, error: ModelNotReadyError) -> None:
         """Let in no more, and let all who wait have the error."""
@@ -227,8 +238,8 @@ class Lanes:
     def _end_lanes(self, lane: int, error: BaseException) -> None:
         with self._wake:
             running = self._running[lane]
-            for job in {job for job, _ in running.batch.members} if running is not None else ():
-                job.attempts += 1
+            if running is not None:
+                self._suspects.update(job for job, _ in running.batch.members)
             if self._crash is None:
                 self._crash = error
                 self._stranded, self._jobs = self._jobs, set()
@@ -238,6 +249,8 @@ class Lanes:
 
     def _next_batch(self, lane: int) -> Batch[EmbeddingJob] | None:
         with self._wake:
+            while lane and self._quarantine and self._crash is None:
+                self._wake.wait()
             self._idle += 1
             while True:
                 if self._crash is not None or self._batcher is None:
@@ -309,9 +322,17 @@ class Lanes:
                 job.remaining -= 1
                 # A failed job is cancelled: it has been told already.
                 if job.remaining == 0 and not job.cancelled:
-                    self._jobs.discard(job)
-                    self._stranded.discard(job)
+                    self._forget(job)
                     started = job.started_at if job.started_at is not None else job.arrived_at
                     done.append((job, Timing(queue_s=started - job.arrived_at, inference_s=ended - started)))
             self._running[lane] = None
         answer(done)
+
+    def _forget(self, job: EmbeddingJob) -> None:
+        """Let go of a job that is answered, or that nobody awaits."""
+        self._jobs.discard(job)
+        self._stranded.discard(job)
+        if job in self._quarantine:
+            self._quarantine.discard(job)
+            if not self._quarantine:
+                self._wake.notify_all()

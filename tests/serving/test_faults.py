@@ -33,7 +33,9 @@ async def ask(run: Running, count: int, *also: str) -> list[asyncio.Task[np.ndar
     holding = await run.hold()
     asked = [asyncio.create_task(run.embed(f"w{n} w{n}")) for n in range(count)]
     asked += [asyncio.create_task(run.embed(text)) for text in also]
-    await run.until_waiting(count + len(also))
+    async with asyncio.timeout(60):
+        while len(run.engine._lanes._jobs) != 1 + len(asked):
+            await asyncio.sleep(0.001)
     run.backend.gate.set()
     await holding
     return asked
@@ -79,6 +81,24 @@ async def test_batches_that_do_not_fit_run_in_halves_and_stay_small_for_a_while(
         assert max(len(batch) * len(batch[0]) for batch in run.backend.batches) <= 20
 
 
+async def test_an_input_too_large_for_the_memory_lowers_no_budget() -> None:
+    """One that there is no memory for, alone, fails alone; the batches of others stay as large as they were."""
+    async with running() as run:
+        run.backend.most_tokens = 15
+        holding = await run.hold()
+        bad = asyncio.create_task(run.embed(" ".join(["w1"] * 14)))
+        await run.until_waiting(1)
+        run.backend.gate.set()
+        await holding
+        with pytest.raises(InferenceError):
+            await bad
+        run.backend.most_tokens = None
+        run.backend.batches.clear()
+        asked = await ask(run, 32)
+        assert [(await task)[0].tolist() for task in asked] == right(32)
+        assert max(map(len, run.backend.batches)) == 32
+
+
 # --- threads that end, models that break --------------------------------------------------------------
 
 
@@ -96,17 +116,14 @@ async def test_a_model_that_answers_nothing_any_more_is_loaded_anew() -> None:
         assert "RuntimeError: planted" in run.changes[0][1]
 
 
-async def test_an_input_that_breaks_the_model_each_time_fails_alone() -> None:
-    """It is tried twice; the others in its batches are answered."""
-    async with running(batching=BatchSettings(max_batch_size=4)) as run:
-        *good, bad = await ask(run, 3, BREAKS)
-        answers = await asyncio.gather(*good, bad, return_exceptions=True)
-        # Its neighbours were in the same batches both times, so they may share its end; nobody waits for ever.
-        assert isinstance(answers[-1], InferenceError)
-        assert all(
-            isinstance(a, InferenceError) or a[0].tolist() == r
-            for a, r in zip(answers, right(3), strict=False)
-        )
+@pytest.mark.parametrize("lanes", [1, 2])
+async def test_an_input_that_breaks_the_model_each_time_fails_alone(lanes: int) -> None:
+    """It is tried once more, by itself; whoever shared its batch, or ran beside it, is answered."""
+    async with running(lanes=lanes, batching=BatchSettings(max_batch_size=8)) as run:
+        *good, bad = await ask(run, 20, f"w5 {BREAKS}")
+        with pytest.raises(InferenceError, match="broke down each time"):
+            await bad
+        assert [(await task)[0].tolist() for task in good] == right(20)
         assert (await run.embed("w1 w1"))[0].tolist() == right(2)[1]
         assert len(run.made) == 3
 
