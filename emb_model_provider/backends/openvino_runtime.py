@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ _ACTIVATION_GROUP = 32
 _HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
 _UNPACKING = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """Operations that make numbers of integers, as nncf writes them into a graph."""
+_table_lock = threading.Lock()
 _CACHED_SHAPES = 64
 """Kernels that OpenVINO keeps ready for shapes it has seen. Its default of 5,000 costs 0.35 MB each and grew the
 process to 590 MB within 400 shapes; with 64 it was at 420 MB then, no slower, and levels off (docs/performance.md)."""
@@ -108,6 +110,11 @@ def openvino() -> Any:
             f"OpenVINO cannot be imported here ({error}). Install it (pip install openvino), or set "
             "EMB_PROVIDER_BACKEND=torch."
         ) from error
+    # The first conversion of a type fills a table in C++. Two threads that do so at the same moment, such as two models
+    # that are loaded side by side, wait for each other for ever, and all of Python with them: one holds the
+    # interpreter's lock and waits for the table, the other the other way round (2026.4.1: in 15 of 25 tries).
+    with _table_lock:
+        module.Type.i64.to_dtype()
     return module
 
 

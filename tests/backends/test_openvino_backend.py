@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -77,6 +79,29 @@ def random_batch(rng: np.random.Generator, inputs: int, longest: int) -> TokenBa
     lengths = rng.integers(2, longest + 1, inputs)
     ids = [rng.integers(0, WORDS, length).tolist() for length in lengths]
     return TokenBatch(ids=ids, prompt_lengths=[int(rng.integers(0, len(row))) for row in ids])
+
+
+SIDE_BY_SIDE = """
+import faulthandler, sys, threading
+from emb_model_provider.backends.openvino_runtime import openvino
+faulthandler.dump_traceback_later(60, exit=True)
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(2)
+def first():
+    together.wait()
+    openvino().Type.i64.to_dtype()
+sys.modules["openvino_telemetry"] = None
+import openvino as imported_before_they_start
+threads = [threading.Thread(target=first) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+def test_threads_that_use_openvino_first_do_not_lock_each_other_up() -> None:
+    """Two models that load side by side: without the care of `openvino()` most of these processes never end."""
+    started = [subprocess.Popen([sys.executable, "-c", SIDE_BY_SIDE]) for _ in range(5)]
+    assert [process.wait(120) for process in started] == [0] * 5
 
 
 # --- values ---------------------------------------------------------------------------------------------------
