@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +16,8 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from emb_model_provider.settings import ServerSettings
 
+logger = logging.getLogger(__name__)
+
 CONNECTIONS = "emb_provider.connections"
 """Where the application's lifespan puts its `Connections` for `api/protocol.py` to find."""
 RECEIVE_TIMED_OUT = "emb_provider.receive_timed_out"
@@ -23,6 +27,7 @@ _MOST_CONNECTIONS = 4096
 _FILES_FOR_OTHERS = 256
 """Files and sockets that are not clients' connections: models, logs, hubs."""
 _ROOM_AGAIN_S = 1.0
+_TELL_AGAIN_S = 10.0
 
 
 class PendingBodies:
@@ -71,11 +76,21 @@ class Connections:
 
     def __init__(self, server: ServerSettings) -> None:
         self.receive_timeout_s = server.receive_timeout_s
-        self.most = _connections_allowed()
-        """More than these at a time are refused."""
+        self._most = _connections_allowed()
+        self._told_at = float("-inf")
         # An answer is as hard on memory as a body, and is larger than the body that asked for it.
         self._max_unsent_bytes = server.max_pending_body_bytes
         self._slow: dict[Unsent, None] = {}
+
+    def too_many(self, open_now: int) -> bool:
+        """Whether the newest of so many connections must be refused. The log says so, but not for each of a flood."""
+        if open_now <= self._most:
+            return False
+        now = time.monotonic()
+        if now > self._told_at + _TELL_AGAIN_S:
+            self._told_at = now
+            logger.warning("%d connections are open, and no more are taken: new ones get 503", self._most)
+        return True
 
     def slow(self, connection: Unsent) -> None:
         """Note that a client reads slower than it is answered; give up the slowest where all of them hold too much."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from emb_model_provider.settings import LimitSettings
 
 _LONGEST_QUOTE = 100
+_LONGEST_WHOLE_NUMBER = 20
+"""In digits: 64 bits have no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,26 @@ def _parsed_object(body: bytes) -> Mapping[str, Any]:
 def _parsed_leniently(body: bytes) -> Any:
     """Parse what orjson refuses but JSON allows, such as an escaped lone surrogate."""
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
+        return json.loads(body, parse_constant=_refuse_constant, parse_int=_whole_number)
     except (ValueError, RecursionError):
         raise RequestError("We could not parse the JSON body of your request.", code="invalid_json") from None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _whole_number(digits: str) -> int | float:
+    """Read a number as orjson does: one of more than 64 bits is a float, and what no float holds is refused.
+
+    Else a number of thousands of digits would come through, and back in the message that refuses it.
+    """
+    if len(digits) <= _LONGEST_WHOLE_NUMBER:
+        return int(digits)
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("the number is out of range")
+    return number
 
 
 # --- input --------------------------------------------------------------------------------------------

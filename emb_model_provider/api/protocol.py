@@ -11,6 +11,9 @@
 from __future__ import annotations
 
 import logging
+import socket
+import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -72,7 +75,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = Flow(transport, self.pipeline)
         self._since = self.loop.time()
-        if len(self.connections) > self._shared.most:
+        if self._shared.too_many(len(self.connections)):
             self._refuse(503, "There are too many connections.", "too_many_connections")
         else:
             self._timer = self.loop.call_later(self._shared.receive_timeout_s, self._look)
@@ -103,7 +106,11 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             if not self._ended:
                 self._refuse(400, "This is not a valid HTTP request.", "invalid_http")
-        if self._receiving and self._without_body > _MOST_HEAD_BYTES and not self._ended:
+        if (
+            self._receiving
+            and not self._ended
+            and (self._without_body > _MOST_HEAD_BYTES or len(self.headers) > _MOST_HEADERS)
+        ):
             self._refuse_head()
 
     # A request that asks for another protocol is not begun: it is read again without that wish.
@@ -195,6 +202,11 @@ class HttpProtocol(HttpToolsProtocol):
         return self.transport.get_write_buffer_size()
 
     def abort(self) -> None:
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None:
+            with suppress(OSError):
+                # Else the system goes on trying to send what it has taken, for minutes.
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
     # --- giving up ----------------------------------------------------------------------------------------
@@ -229,12 +241,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         if self.flow.write_paused or self.transport.is_closing() or self._ended:
-            self.transport.abort()
+            self.abort()
         elif self._active is not None and self._is_working():
             if RECEIVE_TIMED_OUT in self._active.scope:
-                self.transport.abort()
+                self.abort()
             # The middleware asks for the rest of the body, gets nothing, and finds this.
-            self._active.scope[RECEIVE_TIMED_OUT] = True  # type: ignore[typeddict-unknown-key]
+            self._active.scope[RECEIVE_TIMED_OUT] = True  # type: ignore[literal-required]  # servers add keys
             self._active.message_event.set()
         elif self._receiving and not self._has_head():
             self._refuse(408, "The request was not sent in time.", "request_timeout")
@@ -270,9 +282,11 @@ class HttpProtocol(HttpToolsProtocol):
         head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + bytes(response.body))
         self.transport.close()
-        logger.warning(
-            "closed a connection: %s", code, extra={"fields": {"request_id": identifier, "status": status}}
-        )
+        if status < 500:
+            # In place of an access line. Of connections that are too many, `limits.py` tells.
+            logger.info(
+                "refused what is no whole request: status=%d %s request_id=%s", status, code, identifier
+            )
 
 
 def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:

@@ -101,8 +101,8 @@ class ModelObject(BaseModel):
     object: Literal["model"]
     created: int = Field(description="Unix time, seconds.")
     owned_by: str
-    state: str = Field(description="unloaded, downloading, compiling, loading, ready, failed or unloading.")
-    error: str | None = Field(description="Why it failed.")
+    state: str = Field(description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading.")
+    error: str | None = Field(description="Why it failed, hangs or is loaded anew.")
     name: str = Field(description="The repository's id or directory.")
     source: str | None = Field(
         description="The hub it came from; before loading, the one that was asked for."
@@ -137,7 +137,7 @@ class Health(BaseModel):
 
 class ModelReadiness(BaseModel):
     state: str
-    error: str | None = Field(None, description="Why it failed.")
+    error: str | None = Field(None, description="Why it failed, hangs or is loaded anew.")
     notes: list[str] | None = Field(
         None, description="What to know of how it was loaded, such as why torch serves it and not OpenVINO."
     )

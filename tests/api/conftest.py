@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.api.models import KEYS, MAPPING, ORIGIN, bundled_directory, save_poisoned
+from tests.api.models import KEYS, MAPPING, ORIGIN, SECRETS, bundled_directory, save_poisoned
 from tests.service import BUNDLED, Service
 
 if TYPE_CHECKING:
@@ -88,3 +88,37 @@ def strained(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backe
         with Service(directory / "service", **settings) as started:
             started.wait_for_state("mini", "ready").wait_for_state("poisoned", "ready")
             yield started.wait_for_state("broken", "failed")
+
+
+@pytest.fixture(scope="session")
+def edge(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
+    """Yield a service that has little patience with its clients, keys for admin routes, and much to keep secret.
+
+    `mini` is well, `stuck` never finishes its download. It logs all that it can, as text.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        mapping = {
+            "mini": {"name": BUNDLED, "token": SECRETS["mini"]},
+            "stuck": {
+                "name": "test/stuck",
+                "source": "huggingface",
+                "endpoint": endpoint,
+                "token": SECRETS["stuck"],
+            },
+        }
+        settings = {
+            "CACHE_DIR": service_cache,
+            "BACKEND": backend,
+            "MODEL_MAPPING": json.dumps(mapping),
+            "PRELOAD_MODELS": "mini",
+            "RECEIVE_TIMEOUT_S": "3",
+            "REQUEST_TIMEOUT_S": "8",
+            "ADMIN_API_KEYS": SECRETS["admin"],
+            "HF_TOKEN": SECRETS["hf"],
+            "MODELSCOPE_TOKEN": SECRETS["modelscope"],
+            "LOG_LEVEL": "DEBUG",
+            "LOG_FORMAT": "text",
+        }
+        with Service(tmp_path_factory.mktemp("edge"), **settings) as started:
+            yield started.wait()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tests.service import Service
 
 KEYS = ("sk-test-first-0123456789", "sk-test-zweiter-schlüssel")
+SECRETS = {name: f"hush-{name}-0123456789" for name in ("admin", "hf", "modelscope", "mini", "stuck")}
+"""What the `edge` service is told and never tells."""
 ORIGIN = "https://app.example"
 POISON = "zebra"
 """The one text for which the poisoned model's vector is not finite."""

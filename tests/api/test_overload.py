@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from tests.api.models import KEYS, MUCH, POISON, occupied
-from tests.service import assert_error, wait_until
+from tests.service import Service, assert_error, wait_until
 
 if TYPE_CHECKING:
-    from tests.service import Service
+    from pathlib import Path
 
 
 def assert_retry_after(response: httpx.Response) -> None:
@@ -171,3 +171,26 @@ def test_bodies_over_the_limit(guarded: Service) -> None:
     assert guarded.embed("hello").status_code == 200
     wrong_key = httpx.post(f"{guarded.url}/v1/embeddings", content=body, headers={"authorization": f"Bearer {KEYS[0]}x"}, trust_env=False)  # fmt: skip
     assert_error(wrong_key, 401, "invalid_api_key")
+
+
+def test_request_that_is_cut_off_at_the_end_is_told_so(tmp_path: Path) -> None:
+    """What is unanswered when the grace period ends gets an error that clients try again, not a dropped connection."""
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub, ThreadPoolExecutor(1) as pool:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        mapping = {"stuck": {"name": "test/stuck", "source": "huggingface", "endpoint": endpoint}}
+        settings = {"PRELOAD_MODELS": "none", "SHUTDOWN_GRACE_S": "0.5", "MODEL_MAPPING": json.dumps(mapping)}
+        with Service(tmp_path, **settings) as stopping:
+            stopping.wait("/health")
+            asked = pool.submit(stopping.embed, "x", model="stuck")
+            stopping.wait_for_state("stuck", "downloading")
+            stopping.signal()
+            response = asked.result()
+            assert_error(
+                response, 503, "model_not_ready", type="server_error", param="model", phrase="stopping"
+            )
+            assert_retry_after(response)
+            assert response.headers["connection"] == "close"
+            assert stopping.ended() == 0
+            assert [line["status"] for line in stopping.log_lines(logger="emb_model_provider.access")] == [
+                503
+            ]

@@ -69,7 +69,7 @@ def router(endpoint: Endpoint) -> APIRouter:
         PATH,
         summary="Turn texts into vectors",
         response_model=EmbeddingResponse,
-        responses=error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504),
+        responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
         openapi_extra={
             "requestBody": {
                 "required": True,

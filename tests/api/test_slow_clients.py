@@ -1,0 +1,363 @@
+"""Clients that send slowly, read slowly, ask too much at once, or nothing at all: each costs bounded memory and time."""
+
+from __future__ import annotations
+
+import json
+import re
+import select
+import socket
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from emb_model_provider.api.limits import Connections
+from emb_model_provider.settings import ServerSettings
+from tests.api.models import KEYS
+from tests.service import Service, assert_error, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
+LENGTH = b"Content-Length: 1000\r\n\r\n"
+TRICKLE_S = 0.2
+RECEIVE_TIMEOUT_S = 3.0  # of `edge`
+
+
+def connect(service: Service) -> socket.socket:
+    return socket.create_connection(("localhost", service.port), timeout=120)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Read until the other end closes."""
+    raw = b""
+    with suppress(ConnectionError):
+        while chunk := connection.recv(65536):
+            raw += chunk
+    return raw
+
+
+def statuses(raw: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", raw)]
+
+
+# --- slow writers -------------------------------------------------------------------------------------
+
+SLOW: dict[str, tuple[bytes, bytes]] = {
+    "nothing": (b"", b""),
+    "empty lines": (b"\r\n", b"\r\n"),
+    "half a head": (POST, b""),
+    "a head that grows": (POST, b"X-A: b\r\n"),
+    "no body": (POST + b"X-Request-Id: slow-no-body\r\n" + LENGTH, b""),
+    "half a body": (POST + LENGTH + b'{"input": ', b""),
+    "a body that grows": (POST + LENGTH + b'{"input": "', b"x"),
+    "chunks that grow": (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "a body of no use": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + LENGTH, b"x"),
+    "a second request": (HEALTH + POST, b""),
+    "a second body": (HEALTH + POST + LENGTH, b"x"),
+}
+"""What is sent at once, and what is sent over and over after it."""
+ANSWERS = {"nothing": [], "empty lines": [], "a body of no use": [200], "a second request": [200, 408], "a second body": [200, 408]}  # fmt: skip
+
+
+class Slow:
+    """What came of clients that were all there at the same time."""
+
+    def __init__(self) -> None:
+        self.got: dict[str, bytes] = {}
+        """What each slow one was sent until its connection was closed."""
+        self.idle: list[bytes] = []
+        """What came over one connection, before and after the others were closed."""
+        self.working: httpx.Response
+        """The answer to a request that the service took long for."""
+
+
+@pytest.fixture(scope="module")
+def slow(edge: Service) -> Slow:
+    """Let clients be slow until the service gives them up."""
+    slow = Slow()
+
+    def be_slow(name: str) -> None:
+        at_once, over_and_over = SLOW[name]
+        with connect(edge) as connection:
+            connection.sendall(at_once)
+            closed = threading.Event()
+
+            def trickle() -> None:
+                with suppress(OSError):
+                    while over_and_over and not closed.wait(TRICKLE_S):
+                        connection.sendall(over_and_over)
+
+            trickling = threading.Thread(target=trickle)
+            trickling.start()
+            slow.got[name] = read_all(connection)
+            closed.set()
+            trickling.join()
+
+    threads = [threading.Thread(target=be_slow, args=(name,)) for name in SLOW]
+    with connect(edge) as idle:
+        idle.sendall(HEALTH)
+        slow.idle.append(idle.recv(65536))
+        for thread in threads:
+            thread.start()
+        assert edge.embed("others are answered").status_code == 200
+        slow.working = edge.embed("x", model="stuck")
+        for thread in threads:
+            thread.join()
+        idle.sendall(HEALTH)
+        slow.idle.append(idle.recv(65536))
+    return slow
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_request_ends(slow: Slow, name: str) -> None:
+    """Who does not send a whole request in time is told so and closed; who sent nothing is just closed."""
+    raw = slow.got[name]
+    expected = ANSWERS.get(name, [408])
+    assert statuses(raw) == expected
+    if expected[-1:] == [408]:
+        head, _, body = raw[raw.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
+        assert b"connection: close" in head
+        assert b"x-request-id: " in head
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("request_timeout", "invalid_request_error")
+
+
+def test_slow_request_is_in_the_log(edge: Service, slow: Slow) -> None:
+    """The access line has what the client was told."""
+    assert slow.got["no body"]
+    wait_until(lambda: "request_id=slow-no-body" in edge.log_text())
+    (line,) = [line for line in edge.log_text().splitlines() if "request_id=slow-no-body" in line]
+    assert "status=408" in line
+
+
+def test_only_the_client_is_hurried(slow: Slow) -> None:
+    """What the service takes long for is answered, and a quiet connection stays open for its next request."""
+    assert_error(
+        slow.working, 503, "model_not_ready", type="server_error", param="model", phrase="downloading"
+    )
+    assert slow.working.elapsed.total_seconds() > 2 * RECEIVE_TIMEOUT_S, "too short to show anything"
+    assert [statuses(raw) for raw in slow.idle] == [[200], [200]]
+
+
+# --- slow readers -------------------------------------------------------------------------------------
+
+
+def test_client_that_does_not_read(edge: Service) -> None:
+    """Answers are not made ahead of a client that does not read, and in the end it is given up."""
+    body = json.dumps({"model": "mini", "input": ["a"] * 400}).encode()
+    request = POST + b"X-Request-Id: unread\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(120)
+        connection.connect(("127.0.0.1", edge.port))
+        connection.sendall(request * 12)
+        wait_until(lambda: "request_id=unread" in edge.log_text())
+        poll = select.poll()
+        poll.register(connection, select.POLLERR | select.POLLHUP)
+        assert poll.poll(120_000), "the connection was not closed"
+    answered = edge.log_text().count("request_id=unread")
+    assert 1 <= answered <= 6, "the system's buffers hold one or two of these answers"
+    assert edge.embed("x", model="mini").status_code == 200
+
+
+def test_client_that_reads_late(edge: Service) -> None:
+    """Who reads, if slowly, gets all it asked for, in order, also requests that were sent ahead."""
+    bodies = [json.dumps({"model": "mini", "input": ["a"] * count}).encode() for count in (300, 1, 300, 2)]
+    with connect(edge) as connection:
+        connection.sendall(
+            b"".join(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies)
+        )
+        reader = connection.makefile("rb")
+        for count in (300, 1, 300, 2):
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += reader.readline()
+            match = re.search(rb"content-length: (\d+)", head)
+            assert match is not None
+            length = int(match[1])
+            time.sleep(0.3)
+            assert len(json.loads(reader.read(length))["data"]) == count
+
+
+# --- too much at once ---------------------------------------------------------------------------------
+
+
+def test_endless_pipeline(edge: Service) -> None:
+    """Of thousands of requests sent ahead some are answered, in order; then the connection ends."""
+    with connect(edge) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(HEALTH * 20_000)
+        answered = statuses(read_all(connection))
+    assert 1 <= len(answered) <= 100
+    assert set(answered) == {200}
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n", b"X-A: b\r\n" * 10),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: ", b"x" * 5000),
+        (b"GET /", b"x" * 5000),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\nX-A: ", b"x" * 5000),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n1;", b"x" * 5000),
+    ],
+    ids=["headers", "header", "path", "trailer", "chunk extension"],
+)
+def test_head_that_does_not_end(service: Service, start: bytes, more: bytes) -> None:
+    """What is not a body is kept only up to a limit: 431, and the connection ends."""
+    with connect(service) as connection:
+        connection.sendall(start)
+        with suppress(ConnectionError):
+            for _ in range(200):
+                connection.sendall(more)
+                time.sleep(0.001)
+        raw = read_all(connection)
+    assert statuses(raw) == [431]
+    assert json.loads(raw.partition(b"\r\n\r\n")[2])["error"]["code"] == "headers_too_large"
+
+
+@pytest.mark.parametrize("headers", [{f"x-{number}": "y" for number in range(101)}, {"x": "y" * 40_000}])
+def test_head_that_is_too_large(service: Service, headers: dict[str, str]) -> None:
+    """However it arrives, a request with too many or too large headers is refused."""
+    response = service.http.get("/health", headers=headers)
+    assert_error(response, 431, "headers_too_large")
+
+
+def test_large_heads_pass(service: Service) -> None:
+    """What proxies and browsers add fits."""
+    headers = {f"x-{number}": "y" * 300 for number in range(80)}
+    assert service.http.get("/health", headers=headers).status_code == 200
+
+
+FEW_FILES = """import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 120))
+os.execv(sys.executable, [sys.executable, "-m", "emb_model_provider.main"])"""
+
+
+def test_too_many_connections(tmp_path: Path) -> None:
+    """The limit of open files is raised as far as it goes; connections that leave no files for other work get 503."""
+    command = [sys.executable, "-c", FEW_FILES]
+    with Service(tmp_path, command=command, PRELOAD_MODELS="none") as few, ExitStack() as stack:
+        few.wait("/health")
+        files = Path(f"/proc/{few.process.pid}/limits")
+        if files.exists():
+            assert re.search(r"Max open files +120 +120 ", files.read_text())
+        clients = [stack.enter_context(connect(few)) for _ in range(80)]
+        for client in clients[:50]:
+            client.sendall(HEALTH)
+            assert statuses(client.recv(65536)) == [200]
+        raw = read_all(clients[-1])
+        assert statuses(raw) == [503]
+        head, _, body = raw.partition(b"\r\n\r\n")
+        assert b"\r\nretry-after: 1\r\n" in head
+        error = json.loads(body)["error"]
+        assert (error["code"], error["type"]) == ("too_many_connections", "server_error")
+        stack.close()
+        wait_until(lambda: httpx.get(f"{few.url}/health", trust_env=False, timeout=60).status_code == 200)
+    assert 1 <= few.log_text().count("60 connections are open") < 10
+
+
+# --- bodies of all requests together ------------------------------------------------------------------
+
+KEY = f"Authorization: Bearer {KEYS[0]}\r\n".encode()
+PART = b'{"input": "' + b"x" * 240_000
+"""Eight of these are nearly as much as `guarded` takes in all: 8 x 0.25 MiB."""
+
+
+@contextmanager
+def filled(guarded: Service) -> Iterator[None]:
+    """Hold nearly all that the service takes of bodies, by requests that are not whole."""
+    with ExitStack() as stack:
+
+        def hold() -> socket.socket:
+            connection = stack.enter_context(connect(guarded))
+            connection.sendall(POST + KEY + b"Content-Length: 250000\r\n\r\n" + PART)
+            return connection
+
+        holding = [hold() for _ in range(8)]
+
+        def is_full() -> bool:
+            # One of them may have been refused because of the very request that asks.
+            refused, _, _ = select.select(holding, [], [], 0.1)
+            holding[:] = [connection for connection in holding if connection not in refused]
+            holding.extend(hold() for _ in refused)
+            return not refused and probe(guarded).status_code == 429
+
+        wait_until(is_full)
+        yield
+    wait_until(lambda: probe(guarded).status_code == 200)
+
+
+def probe(guarded: Service) -> httpx.Response:
+    """Send a large body, of which only a small part is embedded."""
+    return guarded.http.post("/v1/embeddings", content=json.dumps({"input": "x", "user": "y" * 250_000}))
+
+
+def test_bodies_of_all_requests_are_bounded(guarded: Service) -> None:
+    """What does not fit is refused at once, announced or not; small requests go on; all room comes back."""
+    with filled(guarded):
+        response = probe(guarded)
+        assert_error(response, 429, "queue_full", type="rate_limit_error", phrase="2 MiB")
+        assert 1 <= int(response.headers["retry-after"]) <= 120
+
+        def pieces() -> Iterator[bytes]:
+            yield b'{"input": "x", "user": "'
+            for _ in range(24):
+                yield b"y" * 10_000
+
+        chunked = guarded.http.post("/v1/embeddings", content=pieces())
+        assert chunked.request.headers["transfer-encoding"] == "chunked"
+        assert_error(chunked, 429, "queue_full", type="rate_limit_error")
+        assert guarded.embed("small").status_code == 200
+
+
+def test_room_comes_back_however_a_request_ends(guarded: Service) -> None:
+    """Requests that fail, are refused or are left give back what they held."""
+
+    def too_long() -> Iterator[bytes]:
+        for _ in range(30):
+            yield b" " * 10_000
+
+    for _ in range(12):
+        assert guarded.http.post("/v1/embeddings", content=too_long()).status_code == 413
+        assert guarded.post(b" " * 250_000).status_code == 400
+        with connect(guarded) as connection:
+            connection.sendall(POST + KEY + b"Content-Length: 250000\r\n\r\n" + PART)
+    wait_until(lambda: probe(guarded).status_code == 200)
+
+
+class Reader:
+    """A connection whose client does not read."""
+
+    def __init__(self, unsent: int) -> None:
+        self.unsent = unsent
+        self.aborted = False
+
+    def unsent_bytes(self) -> int:
+        return self.unsent
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_unread_answers_of_all_clients_are_bounded() -> None:
+    """Where they hold too much together, those that have not read for longest are given up, never the last one."""
+    connections = Connections(ServerSettings(max_pending_body_bytes=100))
+    first, second, third, quick, huge = (Reader(unsent) for unsent in (40, 40, 30, 500, 1000))
+    connections.slow(quick)
+    connections.quick_again(quick)
+    connections.slow(first)
+    connections.slow(second)
+    assert not first.aborted
+    connections.slow(third)
+    assert [reader.aborted for reader in (first, second, third)] == [True, False, False]
+    connections.slow(huge)
+    assert [reader.aborted for reader in (second, third, huge, quick)] == [True, True, False, False]
