@@ -54,6 +54,7 @@ EXPOSE 9000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['EMB_PROVIDER_PORT']), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status >= 500)"]
 
-# Requests that were accepted have 60 s to finish: docker stop -t 75.
+# Requests that were accepted have 60 s to finish: docker stop -t 75. After a crash the restart policy starts it again
+# (docker run --restart unless-stopped), so nothing here supervises it.
 STOPSIGNAL SIGTERM
 CMD ["python", "-m", "emb_model_provider.main"]

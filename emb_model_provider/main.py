@@ -1,128 +1,146 @@
-"""`python -m emb_model_provider.main`: the service, from settings to a clean end."""
+"""`python -m emb_model_provider.main`: the service, from settings to a clean end.
+
+What a supervisor does not need is imported where it is used: it stays small for as long as the service runs.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import errno
+import faulthandler
 import logging
 import os
-import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import uvicorn
-
-from emb_model_provider.api.app import create_app
-from emb_model_provider.api.protocol import HttpProtocol
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
 from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.stopping import Stop, end_at_once, flush
+from emb_model_provider.supervisor import HUNG_EXIT, Handed, Supervisor, handed_over
 
 if TYPE_CHECKING:
-    from types import FrameType
-
+    from emb_model_provider.observability.logs import LineWriter
     from emb_model_provider.settings import ServerSettings, Settings
 
 logger = logging.getLogger("emb_model_provider.main")  # not __name__, which is __main__ here
 
-_FINISH_WITHIN_S = 60
-"""How long accepted requests have after SIGTERM; a supervisor's own grace period may be shorter."""
-_KEEP_ALIVE_S = 75
-"""Longer than the idle limit of the usual proxies and clients, so that they close first."""
+_BACKLOG = 2048
+"""Connections that may wait to be accepted, as far as the system allows that many."""
 
 
-def main() -> int:
-    """Serve until told to stop; return the process's exit code."""
+def main(*, supervise: bool = False) -> int:
+    """Serve until told to stop; return the process's exit code.
+
+    `supervise`: do so as a child of this process, whether EMB_PROVIDER_SUPERVISE says so or not.
+    """
+    handed = handed_over()
     try:
         settings, warnings = load_settings()
-        _check_address(settings.server())
-        listener = start_logging(settings.logs())
+        supervise = handed is None and _is_to_supervise(settings, supervise)
+        sockets = listen(settings.server()) if handed is None else handed.sockets
+        logs = settings.logs()
+        # The file is the child's alone: of two processes that rotate one file, each loses lines of the other.
+        writer = start_logging(replace(logs, to_file=False) if supervise else logs)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
         return 1
     try:
+        if supervise:
+            return Supervisor(sockets).run()
         for warning in warnings:
             logger.warning("%s", warning)
-        return _serve(settings)
+        return _serve(settings, sockets, writer, handed)
     finally:
-        listener.stop()
+        flush(writer)
 
 
-def _serve(settings: Settings) -> int:
-    nothing_to_serve = False
+def _is_to_supervise(settings: Settings, asked: bool) -> bool:
+    """Raises: SettingsError where it is asked for but not possible."""
+    wanted = asked or settings.lifecycle().supervise
+    if wanted and os.name != "posix":
+        raise SettingsError(
+            "EMB_PROVIDER_SUPERVISE=true: this system cannot hand sockets to a child process."
+        )
+    return wanted
 
-    def stop() -> None:
-        nonlocal nothing_to_serve
-        nothing_to_serve = True
-        server.should_exit = True
 
-    def on_signal(number: int, _: FrameType | None) -> None:
-        # Until uvicorn takes the signals over, one ends the process here. Once uvicorn has stopped in good order it
-        # sends itself the same signal again, which must not make a clean end look like a killed process.
-        if not server.should_exit:
-            raise SystemExit(128 + number)
-
-    address = settings.server()
-    config = uvicorn.Config(
-        create_app(settings, on_nothing_to_serve=stop),
-        host=address.host,
-        port=address.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        http=HttpProtocol,
-        # Nothing here is a WebSocket, and a caller's address is only believed as the socket has it.
-        ws="none",
-        proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_FINISH_WITHIN_S,
+def _serve(
+    settings: Settings, sockets: list[socket.socket], writer: LineWriter, handed: Handed | None
+) -> int:
+    stop = Stop(
+        writer, settings.lifecycle().shutdown_grace_s, handed.lifeline if handed is not None else None
     )
-    server = _Server(config)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    # Not `server.run()`, which in the end waits for all threads, even one in the middle of a download.
-    new_loop = config.get_loop_factory() or asyncio.new_event_loop
-    new_loop().run_until_complete(server.serve())
-    return 1 if nothing_to_serve else 0
+    # Of a crash in native code, which ends the process without another word, stderr gets the stacks.
+    faulthandler.enable()
+    if handed is not None and handed.after:
+        logger.warning("started again by the supervisor: the service before %s", handed.after)
+    from emb_model_provider.service import serve
+
+    return serve(settings, sockets, stop, partial(end_hung, stop, writer) if handed is not None else None)
 
 
-class _Server(uvicorn.Server):
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        logger.info("%s: finishing the requests that were accepted", signal.Signals(sig).name)
-        super().handle_exit(sig, frame)
+def end_hung(stop: Stop, writer: LineWriter, reason: str) -> None:
+    """End this process, so that the supervisor starts another: no thread can be ended from outside."""
+    if stop.reason is None:  # else it is about to end anyway
+        end_at_once(writer, HUNG_EXIT, f"{reason}: ending the process, so that the supervisor starts another")
 
 
-def _check_address(server: ServerSettings) -> None:
-    """Find out that the address cannot be had before a model is loaded, and say so in one line.
+def listen(server: ServerSettings) -> list[socket.socket]:
+    """Open a listening socket for each address that the host means: `localhost` is often two.
 
-    Raises: SettingsError.
+    An address of several that this machine does not have is left out.
+
+    Raises: SettingsError, in one line, where nothing can listen there: before a model is loaded.
     """
     where = f"EMB_PROVIDER_HOST={server.host}, EMB_PROVIDER_PORT={server.port}"
     try:
-        addresses = socket.getaddrinfo(
-            server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise SettingsError(f"{where}: the host is not known here ({error}).") from error
-    for family, kind, protocol, _, address in addresses:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with ExitStack() as opened:
+        sockets: list[socket.socket] = []
+        absent: OSError | None = None
+        for family, _, _, _, address in dict.fromkeys(found):
             try:
-                probe.bind(address)
+                sockets.append(opened.enter_context(_listening(family, address)))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise SettingsError(
                         f"{where}: something else listens there: stop it, or set another port."
                     ) from error
-                raise SettingsError(f"{where}: cannot listen there ({error.strerror}).") from error
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise SettingsError(f"{where}: cannot listen there ({error.strerror}).") from error
+                absent = error
+        if not sockets and absent is not None:
+            raise SettingsError(f"{where}: cannot listen there ({absent.strerror}).") from absent
+        opened.pop_all()
+        return sockets
 
 
-def run() -> NoReturn:
+def _listening(family: int, address: Any) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # elsewhere it would let two processes have one port
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+        one.listen(_BACKLOG)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def run(*, supervise: bool = False) -> NoReturn:
     """Serve, then end the process at once: a thread in the middle of a download, which nothing can interrupt, would
     hold up the interpreter's own end for as long as the download takes. The next start goes on with it.
     """
-    code = main()
+    code = main(supervise=supervise)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -18,6 +18,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -26,6 +27,7 @@ COMMAND = [sys.executable, "-m", "emb_model_provider.main"]
 _FOREIGN = re.compile(
     r"(EMB_PROVIDER_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|USE_MODELSCOPE|TRANSFORMERS_|.*_proxy$)", re.IGNORECASE
 )
+_CHILD = re.compile(r"the service is process (\d+)")
 _START_S, _STOP_S = 560.0, 90.0
 """So much only where something is wrong: a machine may be many times slower than ours."""
 
@@ -52,8 +54,18 @@ def free_port() -> int:
 class Service:
     """A running service; a context manager that stops it. Its working directory is `directory`, and was empty."""
 
-    def __init__(self, directory: Path, *, stderr: int | None = None, **settings: str) -> None:
-        """Start the process. `stderr` is a file descriptor for its standard error, by default a file."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        stderr: int | None = None,
+        command: Sequence[str] | None = None,
+        **settings: str,
+    ) -> None:
+        """Start the process. `stderr` is a file descriptor for its standard error, by default a file.
+
+        `command` is a program that ends as the service, where it is not the service itself.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = free_port()
@@ -61,7 +73,7 @@ class Service:
         self._stderr_file = directory / "stderr.txt"
         with self._stderr_file.open("wb") as file:
             self.process = subprocess.Popen(
-                COMMAND,
+                command or COMMAND,
                 cwd=directory,
                 env=environment(directory, PORT=str(self.port), **settings),
                 stdin=subprocess.DEVNULL,
@@ -79,6 +91,12 @@ class Service:
         self.http.close()
         if self.process.poll() is None:
             self.stop()
+
+    @property
+    def child(self) -> int:
+        """The process that serves, where a supervisor has started it: the latest one."""
+        wait_until(lambda: _CHILD.search(self.stderr_text()))
+        return int(_CHILD.findall(self.stderr_text())[-1])
 
     def wait(self, path: str = "/ready") -> Self:
         """Wait until the service answers `path` with 200."""

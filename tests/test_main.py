@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from tests.service import BUNDLED, COMMAND, Service, environment, free_port, wait_until
+from tests.service import BUNDLED, COMMAND, Service, assert_error, environment, free_port, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,6 +104,69 @@ def test_signal_ends_a_service_that_is_still_downloading(tmp_path: Path, number:
     assert "stopped" in service.log_text()
     assert "could not be loaded" not in service.log_text(), "it waited until the download had failed"
     assert "Traceback" not in service.stderr_text()
+
+
+def test_what_outlasts_the_grace_period_is_told(tmp_path: Path) -> None:
+    """Requests that are open then, sent or half sent, get 503 and the end of their connection; the exit code is 0."""
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        settings = {"MODEL_NAME": "test/stuck", "MODEL_SOURCE": "huggingface", "HF_ENDPOINT": endpoint}
+        settings |= {"PRELOAD_MODELS": "none", "SHUTDOWN_GRACE_S": "0.5"}
+        with Service(tmp_path, **settings) as service, ThreadPoolExecutor(1) as pool:
+            service.wait("/health")
+            with socket.create_connection(("localhost", service.port)) as half:
+                half.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+                )
+                asked = pool.submit(service.embed, "x")
+                service.wait_for_state("test/stuck", "downloading")
+                service.signal()
+                answer = asked.result()
+                answered = b"".join(iter(lambda: half.recv(65536), b""))
+            assert_error(answer, 503, "model_not_ready", type="server_error", param="model")
+            assert answer.headers["connection"] == "close"
+            assert answered.startswith(b"HTTP/1.1 503 ")
+            assert b"model_not_ready" in answered
+            assert service.ended() == 0
+    assert "Traceback" not in service.stderr_text()
+
+
+STUCK = """
+import time
+from emb_model_provider import main, stopping
+from emb_model_provider.registry import Registry
+
+async def stop(self):
+    time.sleep(600)
+
+Registry.stop = stop
+stopping._SLACK_S = {slack_s}
+main.run()
+"""
+"""A service whose event loop hangs as soon as it is to stop."""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_at_once(tmp_path: Path, second: signal.Signals) -> None:
+    """Whatever the event loop is doing; the exit code and one line say which signal it was."""
+    command = [sys.executable, "-c", STUCK.format(slack_s=600)]
+    with Service(tmp_path, command=command, PRELOAD_MODELS="none", SHUTDOWN_GRACE_S="0") as service:
+        service.wait("/health")
+        service.signal()
+        service.logged(message="SIGTERM: finishing the requests that were accepted")
+        service.signal(second)
+        assert service.ended() == 128 + second
+    assert service.log_lines()[-1]["message"] == f"{second.name} once more: ending at once"
+
+
+def test_stop_that_hangs_ends_by_itself(tmp_path: Path) -> None:
+    """A while after the grace period the process ends, however stuck it is; it was not in good order, and says so."""
+    command = [sys.executable, "-c", STUCK.format(slack_s=0.5)]
+    with Service(tmp_path, command=command, PRELOAD_MODELS="none", SHUTDOWN_GRACE_S="0") as service:
+        service.wait("/health")
+        service.signal()
+        assert service.ended() == 1
+    assert service.log_lines()[-1]["message"] == "not stopped after 0.5 s: ending at once"
 
 
 class Ended:

@@ -118,6 +118,8 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
                 "serving %s at %s (%s on %s)",
                 status.spec.alias, address, status.description.precision, status.description.device,
             )  # fmt: skip
+        elif status.state is State.FAILED:
+            logger.warning("%s failed; a request after a while tries once more", status.spec.alias)
         else:
             logger.info("%s is %s; it is loaded at its first request", status.spec.alias, status.state)
     body = orjson.dumps({"model": registry.default_alias, "input": "hello"}).decode()

@@ -6,8 +6,14 @@ import click
 
 
 @click.command()
-def serve() -> None:
+@click.option(
+    "--supervise",
+    is_flag=True,
+    help="Keep the port open in a small process, and start the service again when it crashes or hangs "
+    "(as EMB_PROVIDER_SUPERVISE=true).",
+)
+def serve(*, supervise: bool) -> None:
     """Start the service. What it serves, and where, is set by EMB_PROVIDER_... variables or .env."""
     from emb_model_provider.main import run
 
-    run()
+    run(supervise=supervise)

@@ -87,7 +87,7 @@ def read_artifact(directory: Path) -> Artifact | None:
             made_by=str(content["made_by"]),
             size=sum(int(entry["size"]) for entry in content["files"]),
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if directory.is_dir():
             logger.warning("The artifact %s is not whole and will not be used: %s", directory, error)
         return None

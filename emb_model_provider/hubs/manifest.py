@@ -96,7 +96,7 @@ def load(question: Question, manifest_dir: Path) -> Manifest | None:
     path = question.manifest_path(manifest_dir)
     try:
         return _parse(question, json.loads(path.read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("The manifest %s is not valid and will not be used: %s", path, error)

@@ -1,0 +1,172 @@
+"""What a start finds: disks that take nothing, and what processes killed at any moment have left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.hubs.servers import HuggingFaceServer
+from tests.models import FAMILIES
+from tests.service import BUNDLED, COMMAND, Service, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sentence_transformers import SentenceTransformer
+
+REPO = "acme/small"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a small model's directory."""
+    return FAMILIES["bert-mean-normalize"](tmp_path_factory.mktemp("model") / "small")
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[HuggingFaceServer]:
+    files = {
+        path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()
+    }
+    with HuggingFaceServer({REPO: files}) as server:
+        yield server
+
+
+def with_tmpfs(directory: Path, options: str) -> list[str]:
+    """Return the service's command with a file system of its own at `directory`, real and as small as `options` say.
+
+    Skips the test where that takes rights that nobody has here.
+    """
+    directory.mkdir()
+    script = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", options, str(directory)]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    return [*command, *COMMAND]
+
+
+def errors(service: Service) -> list[str]:
+    return [line["message"] for line in service.log_lines(level="ERROR")]
+
+
+def test_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """It names the directory and the setting; nothing can be served then, so the exit code is 1."""
+    (tmp_path / "file").touch()
+    settings = {"CACHE_DIR": str(tmp_path / "file" / "cache"), "BACKEND": "openvino"}
+    with Service(tmp_path / "service", **settings) as service:
+        assert service.ended() == 1
+    reason, end = errors(service)
+    assert f"Cannot write to {tmp_path / 'file' / 'cache'}" in reason
+    assert "Set EMB_PROVIDER_CACHE_DIR" in reason
+    assert end == "no model could be loaded: stopping"
+
+
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    """No room for a compiled model: it says where, and what to do."""
+    command = with_tmpfs(tmp_path / "full", "nr_inodes=1")
+    settings = {"CACHE_DIR": str(tmp_path / "full" / "cache"), "BACKEND": "openvino"}
+    with Service(tmp_path / "service", command=command, **settings) as service:
+        assert service.ended() == 1
+    reason, end = errors(service)
+    assert f"No space left in {tmp_path / 'full' / 'cache'}" in reason
+    assert "set EMB_PROVIDER_CACHE_DIR to a directory on a larger disk" in reason
+    assert end == "no model could be loaded: stopping"
+
+
+def test_full_disk_costs_one_model_only(tmp_path: Path, service_cache: str, hub: HuggingFaceServer) -> None:
+    """A download that does not fit is told in /ready; the model beside it is served."""
+    command = with_tmpfs(tmp_path / "full", "size=64k")
+    mapping = {"good": {"name": BUNDLED}, "large": {"name": REPO, "source": "huggingface"}}
+    settings = {
+        "CACHE_DIR": service_cache,
+        "HF_CACHE_DIR": str(tmp_path / "full" / "hub"),
+        "HF_ENDPOINT": hub.url,
+        "MODEL_MAPPING": json.dumps(mapping),
+    }
+    with Service(tmp_path / "service", command=command, **settings) as service:
+        service.wait_for_state("good", "ready").wait_for_state("large", "failed")
+        assert service.embed("hello", model="good").status_code == 200
+        ready = service.http.get("/ready")
+        assert ready.status_code == 503
+        told = ready.json()["models"]["large"]["error"]
+    assert f"No space left in {tmp_path / 'full' / 'hub'}" in told
+    assert "set EMB_PROVIDER_HF_CACHE_DIR" in told
+    assert len(errors(service)) == 1
+    assert "Traceback" not in service.stderr_text()
+
+
+def test_kill_at_any_moment_of_a_start_is_repaired_by_the_next(
+    tmp_path: Path, model: Path, hub: HuggingFaceServer
+) -> None:
+    """SIGKILL while downloading, compiling, loading and serving, with one cache: then the vectors are right."""
+    settings: dict[str, Any] = {
+        "CACHE_DIR": str(tmp_path / "cache"),
+        "HF_CACHE_DIR": str(tmp_path / "hub"),
+        "HF_ENDPOINT": hub.url,
+        "MODEL_NAME": REPO,
+        "MODEL_SOURCE": "huggingface",
+        "MODEL_PRECISION": "fp32",
+        "BACKEND": "openvino",
+    }
+    artifacts = tmp_path / "cache" / "artifacts"
+
+    def state() -> str:
+        found: str = service.http.get("/ready").json()["models"][REPO]["state"]
+        return found
+
+    def made() -> bool:
+        return any(artifacts.glob("[!.]*/manifest.json"))
+
+    def kill() -> None:
+        service.signal(signal.SIGKILL)
+        assert service.ended() == -signal.SIGKILL
+
+    hub.faults.hold_after[WEIGHTS] = 1_000
+    with Service(tmp_path / "downloading", **settings) as service:
+        wait_until(lambda: hub.bodies()[WEIGHTS] == 1)
+        assert state() == "downloading"
+        kill()
+    hub.faults.hold_after.clear()
+    with Service(tmp_path / "compiling", **settings) as service:
+        service.wait_for_state(REPO, "compiling")
+        wait_until(lambda: list(artifacts.glob(".*.tmp")))
+        kill()
+    with Service(tmp_path / "loading", **settings) as service:
+        service.wait("/health")
+        # Loading a model this small may be over before one can look.
+        wait_until(lambda: made() and state() in ("loading", "ready"), 560)
+        kill()
+    texts = ["hello", "a second text", "one more, somewhat longer than the others"]
+    with Service(tmp_path / "serving", **settings) as service:
+        service.wait()
+        served = vectors(service, texts)
+        kill()
+    with Service(tmp_path / "last", **settings) as service:
+        service.wait()
+        found = vectors(service, texts)
+        assert service.stop() == 0
+    assert "damaged" not in service.log_text()
+    assert not list(artifacts.glob(".*.tmp"))
+    expected = reference(model).encode(texts, convert_to_numpy=True)
+    for one in (served, found):
+        assert (one * expected).sum(axis=1).min() > 0.999  # both are normalized
+
+
+def vectors(service: Service, texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    data = service.embed(texts).json()["data"]
+    return np.array([item["embedding"] for item in data], dtype=np.float32)
+
+
+def reference(model: Path) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(model), device="cpu", local_files_only=True)
