@@ -90,8 +90,8 @@ def prepare_backend(
             if isinstance(error, CacheNotWritableError):
                 raise
             raise LoadError(
-                f"{snapshot.repository} cannot be served with EMB_PROVIDER_BACKEND=openvino, nor at all until that is "
-                f"mended or it is set to auto or torch: {error}"
+                f"{snapshot.repository} cannot be served with EMB_PROVIDER_BACKEND=openvino: {str(error).rstrip('.')}. "
+                "Mend that, or set it to auto or torch."
             ) from error
         note = f"the torch backend serves it, since it could not be compiled for OpenVINO: {error}"
         logger.warning("model %s: %s", spec.alias, note)

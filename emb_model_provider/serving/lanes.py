@@ -121,7 +121,9 @@ class Lanes:
                     retry_after_s=_DRAIN_RETRY_AFTER_S,
                 )
             now = time.monotonic()
-            if all(running is not None and self._hangs(running, now) for running in self._running):
+            hanging = [running is not None and self._hangs(running, now) for running in self._running]
+            # Where the lanes are ending, the model comes back once the last of them has ended.
+            if any(hanging) if self._crash is not None else all(hanging):
                 raise ModelNotReadyError(
                     f"The model `{self._model}` hangs: {self.hung}. Ask again later.",
                     retry_after_s=RETRY_AFTER_A_FAILURE_S,

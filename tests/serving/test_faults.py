@@ -226,6 +226,33 @@ async def test_another_lane_goes_on_where_one_hangs() -> None:
         await asyncio.gather(holding, second)
 
 
+async def test_a_model_whose_lane_hangs_while_another_ends_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot come back before the lane that hangs does; then it does, and answers what it had accepted."""
+    own, ends = Lanes._finish, threading.Semaphore(1)
+
+    def finish(self: Lanes, lane: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
+        if ends.acquire(blocking=False):
+            raise SystemExit(1)
+        own(self, lane, batch, ended, took=took)
+
+    async with running(lanes=2, watchdog_s=0.05) as run:
+        holding = await run.hold()
+        monkeypatch.setattr(Lanes, "_finish", finish)
+        # This one's lane ends as soon as it has run: let it through, and keep the other where it is.
+        run.backend.let_through.set()
+        other = asyncio.create_task(run.embed("w2"))
+        async with asyncio.timeout(60):
+            while run.engine._lanes._crash is None or not run.engine.hung:
+                await asyncio.sleep(0.01)
+        with pytest.raises(ModelNotReadyError, match="hangs"):
+            await run.embed("w3")
+        run.backend.gate.set()
+        assert (await holding).tolist() == [expected(ids("w1"))]
+        assert (await other).tolist() == [expected(ids("w2"))]
+
+
 async def test_stopping_does_not_wait_for_ever() -> None:
     """A batch that does not end keeps nobody from ending the process."""
     async with running() as run:
