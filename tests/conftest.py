@@ -12,8 +12,9 @@ from tests.service import Service
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+TESTS = Path(__file__).parent
 CONTRACT = frozenset(
-    Path(__file__).parent / "api" / f"test_{name}.py"
+    TESTS / "api" / f"test_{name}.py"
     for name in ("fields", "inputs", "langchain", "models_routes", "openai_sdk", "values")
 )
 """What a request may say and what its answer is: tested with both backends wherever tests are run."""
@@ -24,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         choices=["auto", "openvino", "torch"],
         help="EMB_PROVIDER_BACKEND of the services that tests start (default: auto, and torch too for most of the contract)",
+    )
+    parser.addoption(
+        "--fuzz-examples",
+        type=int,
+        help="about how many requests tests/fuzz makes, other ones each time (default: 240, always the same)",
     )
 
 
@@ -45,10 +51,20 @@ def backend(request: pytest.FixtureRequest) -> str:
     return asked
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a directory, or of a file beside the directories, on one worker: they share services."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).parts[0]))
+
+
 @pytest.fixture(scope="session")
-def service_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+def service_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> str:
     """Return a cache directory, empty at first, that services share: compiling a model takes tens of seconds."""
-    return str(tmp_path_factory.mktemp("service-cache"))
+    own = tmp_path_factory.getbasetemp()
+    # Of several workers each has a directory of its own in the run's; the cache is for all of them.
+    shared = (own if worker_id == "master" else own.parent) / "service-cache"
+    shared.mkdir(exist_ok=True)
+    return str(shared)
 
 
 @pytest.fixture(scope="session")

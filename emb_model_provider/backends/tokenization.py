@@ -6,8 +6,9 @@ How tokenizers are used here was measured with all-MiniLM-L6-v2's WordPiece (tok
   works out character offsets. For two texts and more one `encode_batch_fast` is a third faster than a call per
   text while TOKENIZERS_PARALLELISM is left on, and equal to it when it is off; so it is left alone.
 - 1 MB of text takes 0.25 s with `encode_batch_fast` and 0.5 s with `encode`. The library's own truncation does not
-  shorten that (0.25 and 0.56 s): it tokenizes everything, then cuts. Cutting the ids here costs nothing, tells how
-  many tokens there were, and leaves the tokenizer without state, so that any number of threads may share it.
+  shorten that (0.25 and 0.56 s): it tokenizes everything, then cuts. Cutting the ids here costs nothing, and leaves
+  the tokenizer without state, so that any number of threads may share it. What need not be tokenized at all is known
+  of some tokenizers: see `shortening.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
+from emb_model_provider.backends.shortening import Shortening
 from emb_model_provider.errors import InputTooLongError, TokenInputError
 
 if TYPE_CHECKING:
@@ -54,8 +56,10 @@ class Tokenization:
         # What stands in for a text that gives no tokens at all (see `encode`).
         self._blank = [description.pad_token_id]
         self._prefix, self._suffix = self._special_tokens_around_a_text()
-        added = json.loads(description.tokenizer_json).get("added_tokens") or []
+        contents = json.loads(description.tokenizer_json)
+        added = contents.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
+        self._shortening = Shortening.of(contents)
         self._prompt_length = lru_cache(maxsize=256)(self._measure_prompt)
 
     def encode(
@@ -71,15 +75,23 @@ class Tokenization:
         Raises: InputTooLongError for the first input that is too long, where `truncate` is NONE.
         """
         whole = [prompt + text for text in texts] if prompt else list(texts)
+        measured = self._prompt_length(prompt) if prompt and self._excludes_prompt else 0
+        limit, from_end = self._limit(max_tokens), truncate == "START"
+        shortening = self._shortening
+        if shortening is None or (from_end and (measured or not shortening.from_end)):
+            rows = self._ids(whole)
+        else:
+            rows = shortening.encode(whole, self._ids, keep=limit, from_end=from_end)
+        return self._cut(rows, self._prefix, self._suffix, measured, truncate, limit)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
         try:
-            encodings = self._tokenizer.encode_batch_fast(whole)
+            encodings = self._tokenizer.encode_batch_fast(texts)
         except TypeError:
             # The library's answer to a str that is not valid Unicode. Rare, so it is not looked for beforehand.
-            encodings = self._tokenizer.encode_batch_fast([_without_lone_surrogates(text) for text in whole])
+            encodings = self._tokenizer.encode_batch_fast([_without_lone_surrogates(text) for text in texts])
         # Texts that give no tokens do so before and after cutting, so the stand-in needs no cutting.
-        rows = [encoding.ids or list(self._blank) for encoding in encodings]
-        measured = self._prompt_length(prompt) if prompt and self._excludes_prompt else 0
-        return self._cut(rows, self._prefix, self._suffix, measured, truncate, self._limit(max_tokens))
+        return [encoding.ids or list(self._blank) for encoding in encodings]
 
     def encode_token_ids(
         self, rows: Sequence[Sequence[int]], *, truncate: Truncate, max_tokens: int | None = None

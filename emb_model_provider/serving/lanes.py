@@ -128,21 +128,29 @@ class Lanes:
                     f"The model `{self._model}` hangs: {self.hung}. Ask again later.",
                     retry_after_s=RETRY_AFTER_A_FAILURE_S,
                 )
-            waiting = self._batcher.waiting_tokens
-            limit = self.max_queue_tokens
-            # An empty queue takes any request, or one over the limit could never be answered.
-            if waiting and waiting + job.waiting_tokens > limit:
-                # The queue has room once enough of it has run; at the latest when it is empty.
-                too_many = min(waiting, waiting + job.waiting_tokens - limit)
-                raise QueueFullError(
-                    f"The queue of model `{self._model}` is full ({waiting} tokens wait). Ask again later.",
-                    retry_after_s=too_many / self._tokens_per_s,
-                )
+            self._require_room(job, self._batcher.waiting_tokens)
             job.arrived_at = now
             self._jobs.add(job)
             self._batcher.submit(job)
             if self._idle:
                 self._wake.notify(len(job.ids))
+
+    def _require_room(self, job: EmbeddingJob, waiting: int) -> None:
+        """Raises: QueueFullError.
+
+        The largest request that waits is left out: an empty queue takes any, or one over the limit could never be
+        answered, and it is passed by smaller ones, so it is no reason to refuse them.
+        """
+        limit = self.max_queue_tokens
+        if waiting + job.waiting_tokens <= limit:
+            return
+        others = waiting - max((other.waiting_tokens for other in self._jobs), default=0)
+        if waiting and others + job.waiting_tokens > limit:
+            too_many = waiting if job.waiting_tokens > limit else others + job.waiting_tokens - limit
+            raise QueueFullError(
+                f"The queue of model `{self._model}` is full ({waiting} tokens wait). Ask again later.",
+                retry_after_s=too_many / self._tokens_per_s,
+            )
 
     def cancel(self, job: EmbeddingJob) -> None:
         """Drop what still waits of a job that nobody awaits any more."""

@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.api.models import KEYS, POISON, occupied
+from tests.api.models import KEYS, MUCH, POISON, occupied
 from tests.service import BUNDLED
 
 if TYPE_CHECKING:
@@ -116,11 +116,11 @@ def test_full_queue_is_retried_until_there_is_room(strained: Service) -> None:
     url, before = f"{strained.url}/v1", strained.figure("emb_provider_requests_total", status="429")
     with openai.OpenAI(base_url=url, api_key="unused", max_retries=0) as hasty, occupied(strained, 100):
         with pytest.raises(openai.RateLimitError) as full:
-            hasty.embeddings.create(model="mini", input="x")
+            hasty.embeddings.create(model="mini", input=MUCH[:3])
         assert (full.value.code, full.value.type) == ("queue_full", "rate_limit_error")
         assert 1 <= int(full.value.response.headers["retry-after"]) <= 120
         with openai.OpenAI(base_url=url, api_key="unused", max_retries=5) as patient:
-            raw = patient.embeddings.with_raw_response.create(model="mini", input="x")
+            raw = patient.embeddings.with_raw_response.create(model="mini", input=MUCH[:3])
     assert raw.retries_taken >= 1
     assert strained.figure("emb_provider_requests_total", status="429") == before + 1 + raw.retries_taken
 

@@ -65,6 +65,14 @@ def test_start() -> None:
     assert {row[5] for row in rows} == {"0"}
 
 
+def test_restart() -> None:
+    """The service comes back, and no request that was sent after the crash failed."""
+    (row,) = _table(_run("restart"), "After a crash")
+    assert row[0] == "supervisor"
+    assert all(map(_is_number, row[1:4]))
+    assert row[6] == "0 failed"
+
+
 def test_memory() -> None:
     """All shapes are run, and memory is read before them and after each step."""
     rows = _table(_run("memory"), "Resident memory by shapes seen")
@@ -73,3 +81,13 @@ def test_memory() -> None:
     peaks = [float(row[2]) for row in rows]
     assert peaks == sorted(peaks)
     assert all(float(row[1]) <= peak for row, peak in zip(rows, peaks, strict=True))
+
+
+def test_soak() -> None:
+    """Under load, with faults and a death of the process, nothing is lost, wrong or unexpected."""
+    output = _run("soak")
+    counts = {row[0].strip("*"): row[1] for row in _table(output, "Result")}
+    assert {counts["wrong answers"], counts["lost answers"], counts["unexpected statuses"]} == {"0"}
+    assert _is_number(counts["answered as they must be"])
+    assert int(counts["processes that served"]) > 1
+    assert _table(output, "Faults")

@@ -139,13 +139,27 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     async with running(batching=BatchSettings(max_queue_tokens=50)) as run:
         assert len(await run.embed(*(["w1"] * 100))) == 100
         holding = await run.hold()
-        waiting = asyncio.create_task(run.embed(*(["w2"] * 15)))
-        await run.until_waiting(15)
-        with pytest.raises(QueueFullError, match="45 tokens") as caught:
-            await run.embed("w3", "w3")
+        waiting = [asyncio.create_task(run.embed(*(["w2"] * inputs))) for inputs in (15, 14)]
+        await run.until_waiting(29)
+        with pytest.raises(QueueFullError, match="87 tokens") as caught:
+            await run.embed(*(["w3"] * 3))
         assert caught.value.retry_after_s > 0
         run.backend.gate.set()
-        await asyncio.gather(holding, waiting)
+        await asyncio.gather(holding, *waiting)
+
+
+async def test_a_request_larger_than_the_queue_keeps_no_small_one_out() -> None:
+    """It is passed by them anyway; a second such request is refused until it is through."""
+    async with running(batching=BatchSettings(max_queue_tokens=50)) as run:
+        holding = await run.hold()
+        large = asyncio.create_task(run.embed(*(["w2"] * 100)))
+        await run.until_waiting(100)
+        small = asyncio.create_task(run.embed("w3", "w4"))
+        await run.until_waiting(102)
+        with pytest.raises(QueueFullError, match="306 tokens"):
+            await run.embed(*(["w5"] * 100))
+        run.backend.gate.set()
+        await asyncio.gather(holding, large, small)
 
 
 async def test_stopping_finishes_what_was_accepted_and_takes_no_more() -> None:

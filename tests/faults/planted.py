@@ -1,0 +1,194 @@
+"""Faults to order: a backend that does, for a reserved word in a text, what a broken one would do.
+
+The words are ordinary ones, each a single token, so the same faults can be had of any model that knows them. Faults
+that hit a whole process or backend also want their switch on: a caller that asks once more is then not hit again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
+
+import numpy as np
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from emb_model_provider.backends.base import Backend, TokenBatch
+
+Fault = Literal["raise", "memory-one", "exit", "nan", "nan-always", "slow", "hang", "segv", "broken"]
+Switch = Literal["calm", "watch", "memory", "hang", "segv", "broken", "no-load", "on-batch"]
+"""Files that tests write. `calm`: words do nothing. `watch`: each forward pass is recorded. `memory`: more padded
+tokens than its value are too many. `hang`: that word blocks while the switch is on. `segv`, `broken`: the next such
+word kills the process, or breaks the backend until it is loaded anew. `no-load`: loading fails. `on-batch`: the next
+batch is counted by raising its value, RuntimeError or SystemExit."""
+
+WORDS: dict[Fault, str] = {
+    "raise": "volcano",
+    "memory-one": "mammoth",
+    "exit": "shattered",
+    "nan": "phantom",
+    "nan-always": "zombie",
+    "slow": "turtle",
+    "hang": "glacier",
+    "segv": "explosion",
+    "broken": "vampire",
+}
+SLOW_S = 0.2
+
+
+class Control:
+    """A directory over which tests and the service speak: switches one way, a journal the other."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._journal = directory / "journal.jsonl"
+
+    def arm(self, switch: Switch, alias: str, value: str = "") -> None:
+        path = self._path(switch, alias)
+        written = path.with_name(f"{path.name}.new")
+        written.write_text(value, encoding="utf-8")
+        written.replace(path)
+
+    def disarm(self, switch: Switch, alias: str) -> None:
+        self._path(switch, alias).unlink(missing_ok=True)
+
+    def value(self, switch: Switch, alias: str) -> str | None:
+        """Return a switch's value, None where it is off."""
+        with suppress(FileNotFoundError):
+            return self._path(switch, alias).read_text(encoding="utf-8")
+        return None
+
+    def take(self, switch: Switch, alias: str) -> str | None:
+        """Turn a switch off; return its value to the one caller that did."""
+        path = self._path(switch, alias)
+        taken = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            path.rename(taken)
+        except FileNotFoundError:
+            return None
+        value = taken.read_text(encoding="utf-8")
+        taken.unlink()
+        return value
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append a line to the journal: whole, whichever process or thread it comes from."""
+        line = json.dumps({"event": event, "pid": os.getpid(), **fields}) + "\n"
+        journal = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(journal, line.encode())
+        finally:
+            os.close(journal)
+
+    def events(self, event: str, **fields: Any) -> list[dict[str, Any]]:
+        """Return the journal's lines of this kind that have all these fields, in their order."""
+        text = self._journal.read_text(encoding="utf-8") if self._journal.exists() else ""
+        lines: Iterable[dict[str, Any]] = map(json.loads, text.rpartition("\n")[0].splitlines())
+        return [line for line in lines if ({"event": event} | fields).items() <= line.items()]
+
+    def _path(self, switch: Switch, alias: str) -> Path:
+        return self._directory / f"{switch}.{quote(alias, safe='')}"
+
+
+class FaultyBackend:
+    """A real backend with the faults planted before and after its forward pass."""
+
+    def __init__(self, backend: Backend, alias: str, control: Control) -> None:
+        self.description = backend.description
+        self.lanes = backend.lanes
+        self._backend = backend
+        self._alias = alias
+        self._control = control
+        self._broken = False
+        tokenizer = Tokenizer.from_str(backend.description.tokenizer_json)
+        self._ids = {_only_id(tokenizer, word): fault for fault, word in WORDS.items()}
+
+    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+        self._before(batch)
+        return self._spoiled(self._backend.embed(batch), batch, ("nan", "nan-always"))
+
+    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+        self._control.record("fp32", alias=self._alias, rows=len(batch.ids))
+        return self._spoiled(self._backend.embed_fp32(batch), batch, ("nan-always",))
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def __getattr__(self, name: str) -> Any:
+        # What backends can do beyond this is theirs.
+        return getattr(self._backend, name)
+
+    def _before(self, batch: TokenBatch) -> None:
+        control, alias = self._control, self._alias
+        padded = len(batch.ids) * max(map(len, batch.ids))
+        if control.value("watch", alias) is not None:
+            control.record("batch", alias=alias, rows=len(batch.ids), padded=padded)
+        if self._broken:
+            raise RuntimeError("planted: the device is lost")
+        limit = control.value("memory", alias)
+        if limit and padded > int(limit):
+            self._note("memory", batch, padded=padded)
+            raise MemoryError("planted: the batch is too large")
+        found = {fault for row in batch.ids for fault in self._faults_of(row)}
+        if found and control.value("calm", alias) is None:
+            self._do(found, batch)
+
+    def _do(self, found: set[Fault], batch: TokenBatch) -> None:
+        control, alias = self._control, self._alias
+        if "hang" in found and control.value("hang", alias) is not None:
+            self._note("hang", batch)
+            while control.value("hang", alias) is not None:
+                time.sleep(0.01)
+        if "segv" in found and control.take("segv", alias) is not None:
+            self._note("segv", batch)
+            os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(60)
+        if "broken" in found and control.take("broken", alias) is not None:
+            self._note("broken", batch)
+            self._broken = True
+            raise RuntimeError("planted: the device is lost")
+        if "slow" in found:
+            time.sleep(SLOW_S)
+        errors: dict[Fault, BaseException] = {
+            "raise": RuntimeError("planted: an input that cannot be"),
+            "memory-one": MemoryError("planted: an input that is too large"),
+            "exit": SystemExit("planted: the end of a thread"),
+        }
+        for fault, error in errors.items():
+            if fault in found:
+                self._note(fault, batch)
+                raise error
+
+    def _spoiled(
+        self, vectors: NDArray[np.float32], batch: TokenBatch, faults: tuple[Fault, ...]
+    ) -> NDArray[np.float32]:
+        for place, row in enumerate(batch.ids):
+            for fault in self._faults_of(row):
+                if fault in faults and self._control.value("calm", self._alias) is None:
+                    self._note(fault, batch)
+                    vectors[place, 0] = np.nan
+        return vectors
+
+    def _faults_of(self, row: Iterable[int]) -> list[Fault]:
+        return [self._ids[token] for token in self._ids.keys() & set(row)]
+
+    def _note(self, fault: str, batch: TokenBatch, **fields: Any) -> None:
+        self._control.record("fault", kind=fault, alias=self._alias, rows=len(batch.ids), **fields)
+
+
+def _only_id(tokenizer: Tokenizer, word: str) -> int:
+    ids: list[int] = tokenizer.encode(word, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise ValueError(f"{word!r} is not one token of this model")
+    return ids[0]
