@@ -101,7 +101,9 @@ class ModelObject(BaseModel):
     object: Literal["model"]
     created: int = Field(description="Unix time, seconds.")
     owned_by: str
-    state: str = Field(description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading.")
+    state: str = Field(
+        description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
+    )
     error: str | None = Field(description="Why it failed, hangs or is loaded anew.")
     name: str = Field(description="The repository's id or directory.")
     source: str | None = Field(
