@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.service import Service
 
@@ -51,10 +52,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     return asked
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a directory, or of a file beside the directories, on one worker: they share services."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).parts[0]))
+class _ByDirectory(LoadScopeScheduling):
+    """Keeps the tests of a directory, or of a file beside the directories, on one worker: they share services."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "/".join(nodeid.partition("::")[0].split("/")[:2])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByDirectory:
+    return _ByDirectory(config, log)
 
 
 @pytest.fixture(scope="session")
