@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal
 
 from emb_model_provider.errors import ModelNotReadyError
+from emb_model_provider.serving.garbage import give_back_memory
 from emb_model_provider.serving.lanes import RETRY_AFTER_A_FAILURE_S, Lanes
 
 if TYPE_CHECKING:
@@ -94,7 +95,10 @@ class Worker:
                 loaded.close()
             except Exception:
                 logger.exception("model %s could not be closed in good order", self._model)
-            loaded = self._load_anew(crash) if crash is not None else None
+            loaded = None
+            give_back_memory()
+            if crash is not None:
+                loaded = self._load_anew(crash)
 
     def _load_anew(self, crash: BaseException) -> Backend | None:
         """Return the model loaded once more, with what was not answered in its queue; None where it is given up."""
