@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TESTS = Path(__file__).parent
+LONGEST = ("compile", "api", "benchmarks", "backends", "cli", "faults", "container")
+"""Directories, those first whose tests take longest."""
 CONTRACT = frozenset(
     TESTS / "api" / f"test_{name}.py"
     for name in ("fields", "inputs", "langchain", "models_routes", "openai_sdk", "values")
@@ -57,6 +59,17 @@ class _ByDirectory(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return "/".join(nodeid.partition("::")[0].split("/")[:2])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left alone with it in the end."""
+
+    def place(item: pytest.Item) -> int:
+        directory = item.path.relative_to(TESTS).parts[0]
+        return LONGEST.index(directory) if directory in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByDirectory:
