@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -52,7 +53,7 @@ class Job:
         """When it was submitted, on the caller's clock, in seconds."""
         self.cancelled = False
         self.alone = False
-        """Whether its inputs share no batch with those of others."""
+        """Whether its inputs share no batch with those of others; every other batch is then theirs."""
         self.waiting_tokens = 0
         """Tokens of the inputs that are not in a batch yet."""
         self._rows: list[int] = []
@@ -108,6 +109,9 @@ class Batcher(Generic[JobT]):
     def __init__(self, policy: BatchPolicy) -> None:
         self._own_policy = self._policy = policy
         self._heap: list[tuple[float, int, int, JobT]] = []
+        self._alone: deque[JobT] = deque()
+        """Jobs that share no batch; the rest are in the heap."""
+        self._was_alone = False
         self._sequence = count()
         self._virtual_time = 0.0
         self._jobs = 0
@@ -147,6 +151,7 @@ class Batcher(Generic[JobT]):
             job.waiting_tokens = 0
         if not self._jobs:
             self._heap.clear()
+            self._alone.clear()
 
     def next_batch(
         self, now: float, *, idle_lanes: int = 1, may_wait: bool = True
@@ -162,12 +167,16 @@ class Batcher(Generic[JobT]):
             self._policy = self._own_policy
         policy = self._policy
         if may_wait and policy.dynamic and self.waiting_inputs < policy.min_batch_size:
-            wait_until = min(job.arrived_at for *_, job in self._heap if job.waiting) + policy.max_wait_s
+            waiting = (*self._alone, *(job for *_, job in self._heap))
+            wait_until = min(job.arrived_at for job in waiting if job.waiting) + policy.max_wait_s
             if now < wait_until:
                 return wait_until
         return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_lanes)))
 
     def _push(self, job: JobT) -> None:
+        if job.alone:
+            self._alone.append(job)
+            return
         # Among equals the smaller goes first: it holds the other up for less.
         heapq.heappush(self._heap, (job._tag, job.waiting_tokens, next(self._sequence), job))
 
@@ -198,22 +207,23 @@ class Batcher(Generic[JobT]):
 
     def _candidates(self, most: int) -> list[JobT]:
         """Take the jobs that may join the next batch off the heap, the one whose turn it is first."""
+        if (job := self._alone_next()) is not None:
+            return [job]
         limit = most if self._policy.dynamic else 1
         candidates: list[JobT] = []
-        aside: list[JobT] = []
         while self._heap and len(candidates) < limit:
             job = heapq.heappop(self._heap)[-1]
-            if not job.waiting:
-                continue
-            if job.alone and candidates:
-                aside.append(job)
-                continue
-            candidates.append(job)
-            if job.alone:
-                break
-        for job in aside:
-            self._push(job)
-        return candidates
+            if job.waiting:
+                candidates.append(job)
+        # Those of the heap may all have been cancelled.
+        return candidates or [self._alone.popleft()]
+
+    def _alone_next(self) -> JobT | None:
+        """Take the job that has the next batch to itself, if it is such a one's turn."""
+        while self._alone and not self._alone[0].waiting:
+            self._alone.popleft()
+        self._was_alone = bool(self._alone) and (not self._was_alone or not self._heap)
+        return self._alone.popleft() if self._was_alone else None
 
 
 class _Forming(Generic[JobT]):

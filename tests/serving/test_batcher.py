@@ -239,3 +239,38 @@ def test_every_input_runs_exactly_once(
         assert len(lengths) == 1 or batch.padded_tokens <= batch_tokens
         assert (batch.tokens, batch.longest) == (sum(lengths), max(lengths))
     assert (batcher.waiting_inputs, batcher.waiting_tokens) == (0, 0)
+
+
+# --- jobs that share no batch --------------------------------------------------------------------------
+
+
+def test_a_job_that_is_alone_shares_no_batch_and_has_every_other_one() -> None:
+    """It is through soon, however many wait, and they do not wait for all of it."""
+    batcher: Batcher[Job] = Batcher(policy())
+    suspect = job(*[5] * 24)
+    suspect.alone = True
+    others = [job(5) for _ in range(40)]
+    for each in (*others, suspect):
+        batcher.submit(each)
+    batches = drain(batcher)
+    owners = [{id(member) for member, _ in batch.members} for batch in batches]
+    assert [owner == {id(suspect)} for owner in owners[:6]] == [True, False] * 3
+    assert not any(id(suspect) in owner for owner in owners[6:])
+    assert sum(len(batch.members) for batch in batches) == 64
+    assert (batcher.waiting_inputs, batcher.waiting_tokens) == (0, 0)
+
+
+def test_jobs_that_are_alone_can_be_all_there_is_or_be_cancelled() -> None:
+    """Whatever is left, in whatever order it goes, each of its inputs runs once."""
+    batcher: Batcher[Job] = Batcher(policy())
+    first, second, third, normal = job(5, 5), job(5), job(5, 5), job(5)
+    for each in (first, second, third):
+        each.alone = True
+    for each in (first, normal, second, third):
+        batcher.submit(each)
+    batcher.cancel(first)
+    batcher.cancel(normal)
+    batches = drain(batcher)
+    assert [{id(member) for member, _ in batch.members} for batch in batches] == [{id(second)}, {id(third)}]
+    assert sum(len(batch.members) for batch in batches) == 3
+    assert batcher.next_batch(0.0) is None
