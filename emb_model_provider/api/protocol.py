@@ -71,7 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._ended = False
         """Nothing more is read."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
         self.flow = Flow(transport, self.pipeline)
         self._since = self.loop.time()
