@@ -29,6 +29,7 @@ UNSET = "unset"
 GROUPS = {
     "model_name": "Models",
     "modelscope_cache_dir": "Downloads, caches and trust",
+    "max_loaded_models": "Models in memory",
     "max_batch_size": "Batching",
     "request_timeout_s": "Limits of a request",
     "host": "Server",

@@ -58,6 +58,33 @@ class CacheNotWritableError(HubError):
     """A cache directory cannot be written."""
 
 
+class FetchCancelledError(HubError):
+    """Whoever asked for the files wants them no more."""
+
+
+# --- managing -----------------------------------------------------------------------------------------
+
+
+class ManagementError(ProviderError):
+    """A model on disk or in memory cannot be managed as asked."""
+
+
+class NotCachedError(ManagementError):
+    """No model of this name is on disk."""
+
+
+class ModelInUseError(ManagementError):
+    """The model is loaded, being loaded or being fetched, here or in another process: nothing was changed."""
+
+
+class JobNotFoundError(ManagementError):
+    """There is no such job, or it ended long ago."""
+
+
+class NotAllowedError(ManagementError):
+    """It may not be done from here, such as loading a directory over HTTP."""
+
+
 # --- loading ------------------------------------------------------------------------------------------
 
 

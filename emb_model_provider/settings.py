@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 PREFIX = "EMB_PROVIDER_"
+HubOfNames = Literal["huggingface", "modelscope"]
 FlooredPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 FIDELITY_FLOORS: Mapping[str, float] = MappingProxyType(
     {"fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9}
@@ -109,6 +110,12 @@ class HubSettings:
     hf_token: str | None = field(default=None, repr=False)
     fallback_to_huggingface: bool = False
     offline: bool = False
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """A model's name to what each hub calls it, where that differs."""
+
+    def name_on(self, hub: str, name: str) -> str:
+        """Return what `hub` calls the model that is asked for as `name`."""
+        return self.names.get(name, {}).get(hub, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +194,18 @@ class LifecycleSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencySettings:
+    """Which models stay in memory, and for how long."""
+
+    max_loaded_models: int | None = None
+    memory_limit_bytes: int | None = None
+    """Of all loaded models together."""
+    idle_unload_s: float | None = None
+    load_wait_s: float = 60.0
+    """How long a request waits for its model to be loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LogSettings:
     """Where log lines go and how they look."""
 
@@ -242,7 +261,7 @@ class Settings(BaseModel):
     preload_models: Names | None = _setting(
         None,
         "Aliases to load at the start, separated by commas; the rest load at their first request. "
-        "`none` loads nothing. Unset: all.",
+        "`none` loads nothing. Unset: all, or the first MAX_LOADED_MODELS of them.",
         allowed="aliases separated by commas, or none",
     )
     model_precision: Annotated[Precision, Lowered] = _setting(
@@ -281,12 +300,13 @@ class Settings(BaseModel):
     )
     modelscope_cache_dir: Directory | None = _setting(
         None,
-        "Where ModelScope downloads go. Unset: MODELSCOPE_CACHE, or `~/.cache/modelscope`.",
+        "Where ModelScope downloads go. Unset: MODELSCOPE_CACHE, MODEL_CACHE_DIR, or `~/.cache/modelscope`.",
         allowed="a directory",
     )
     hf_cache_dir: Directory | None = _setting(
         None,
-        "Where Hugging Face downloads go. Unset: HF_HUB_CACHE, HF_HOME/hub, or `~/.cache/huggingface/hub`.",
+        "Where Hugging Face downloads go. Unset: HF_HUB_CACHE, HF_HOME/hub, MODEL_CACHE_DIR, or "
+        "`~/.cache/huggingface/hub`. Both hubs may have one directory: their layouts do not meet.",
         allowed="a directory",
     )
     cache_dir: Directory = _setting(
@@ -324,8 +344,43 @@ class Settings(BaseModel):
         "Take a model that ModelScope does not have, or that cannot be fetched there, from Hugging Face under the "
         "same name. Logged, and shown in `/v1/models`.",
     )
+    hub_names: dict[str, dict[HubOfNames, Annotated[str, Field(min_length=1)]]] = _setting(
+        {},
+        "JSON: a model's name, as it is asked for, to what each hub calls it, where that differs. It holds for whichever "
+        "hub the model comes from, MODELSCOPE_FALLBACK_TO_HUGGINGFACE included.",
+        allowed='JSON like {"acme/model": {"modelscope": "other/model"}}',
+    )
     offline: bool = _setting(
         False, "Make no request to any hub; serve only what is already here. Unset: HF_HUB_OFFLINE."
+    )
+    max_loaded_models: int | None = _setting(
+        None,
+        "Most models in memory at a time. One more is loaded in place of the one whose last request is longest ago, "
+        "after its requests have been answered. Unset: no limit.",
+        allowed="1 or more",
+        ge=1,
+    )
+    model_memory_limit: ByteSize | None = _setting(
+        None,
+        "Most memory for all loaded models together, in the same way; a number is bytes. What a model takes is shown by "
+        "`emb-provider ps`. The process itself takes some 300 MiB more. Unset: no limit.",
+        allowed="bytes, or a size like 4GiB or 500MB",
+        gt=0,
+    )
+    idle_unload_s: float | None = _setting(
+        None,
+        "Unload a model that has had no request for this many seconds; its next request loads it again. Unset: never.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    load_wait_s: float | None = _setting(
+        None,
+        "How many seconds a request waits for its model to be fetched, compiled and loaded; then it gets 503 with "
+        "`Retry-After`, and loading goes on. Unset: REQUEST_TIMEOUT_S.",
+        allowed="0 or more",
+        ge=0,
+        allow_inf_nan=False,
     )
     max_batch_size: int = _setting(64, "Most sequences in one model batch.", allowed="1 or more", ge=1)
     max_batch_tokens: int | None = _setting(
@@ -456,7 +511,7 @@ class Settings(BaseModel):
         main = self._main_model()
         if main is not None:
             specs.append(main)
-        specs.extend(self._mapped_model(alias, entry) for alias, entry in self.model_mapping.items())
+        specs.extend(self.mapped_model(alias, entry) for alias, entry in self.model_mapping.items())
         aliases = [spec.alias for spec in specs]
         if len(set(aliases)) < len(aliases):
             raise SettingsError(
@@ -475,6 +530,18 @@ class Settings(BaseModel):
             hf_token=_revealed(self.hf_token),
             fallback_to_huggingface=self.modelscope_fallback_to_huggingface,
             offline=self.offline,
+            names={
+                name: {str(hub): there for hub, there in names.items()}
+                for name, names in self.hub_names.items()
+            },
+        )
+
+    def residency(self) -> ResidencySettings:
+        return ResidencySettings(
+            max_loaded_models=self.max_loaded_models,
+            memory_limit_bytes=self.model_memory_limit,
+            idle_unload_s=self.idle_unload_s,
+            load_wait_s=self.request_timeout_s if self.load_wait_s is None else self.load_wait_s,
         )
 
     def trust(self) -> TrustSettings:
@@ -554,7 +621,11 @@ class Settings(BaseModel):
             backend=self.backend,
         )
 
-    def _mapped_model(self, alias: str, entry: MappingEntry) -> ModelSpec:
+    def mapped_model(self, alias: str, entry: MappingEntry) -> ModelSpec:
+        """Return the model that an entry means under these settings.
+
+        Raises: SettingsError where its precision contradicts them.
+        """
         precision = entry.precision or self.model_precision
         return ModelSpec(
             alias=alias,
@@ -589,10 +660,16 @@ class Settings(BaseModel):
         return "int8" if precision == "auto" and self.enable_quantization else precision
 
     def _preloaded(self, aliases: list[str]) -> tuple[str, ...]:
+        most = self.max_loaded_models
         if self.preload_models is None:
-            return tuple(aliases)
+            return tuple(aliases[:most])
         if self.preload_models == ("none",):
             return ()
+        if most is not None and len(self.preload_models) > most:
+            raise SettingsError(
+                f"{PREFIX}PRELOAD_MODELS={','.join(self.preload_models)}: must not be more than "
+                f"{PREFIX}MAX_LOADED_MODELS={most}."
+            )
         for alias in self.preload_models:
             if alias not in aliases:
                 raise SettingsError(

@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 _JSON_SETTINGS: Mapping[str, str] = {
     "model_mapping": '{"alias": {"name": "owner/model"}}',
     "fidelity_floors": '{"int8": 0.99}',
+    "hub_names": '{"acme/model": {"modelscope": "other/model"}}',
 }
 """Fields of Settings that are written as JSON objects, each with an example."""
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "MODEL_SOURCE": ("MODEL_HUB", "USE_MODELSCOPE"),
-    "MODELSCOPE_CACHE_DIR": ("MODELSCOPE_CACHE",),
+    "MODELSCOPE_CACHE_DIR": ("MODELSCOPE_CACHE", "MODEL_CACHE_DIR"),
     "MODELSCOPE_ENDPOINT": ("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN"),
     "MODELSCOPE_TOKEN": ("MODELSCOPE_API_TOKEN",),
-    "HF_CACHE_DIR": ("HF_HUB_CACHE", "HF_HOME"),
+    "HF_CACHE_DIR": ("HF_HUB_CACHE", "HF_HOME", "MODEL_CACHE_DIR"),
     "HF_ENDPOINT": ("HF_ENDPOINT",),
     "HF_TOKEN": ("HF_TOKEN",),
     "OFFLINE": ("HF_HUB_OFFLINE",),

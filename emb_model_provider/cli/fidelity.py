@@ -111,13 +111,15 @@ def _fetch(model: str, source: str | None) -> None:
 
     Raises: SettingsError, HubError.
     """
-    from emb_model_provider.cli.choosing import choose
+    from emb_model_provider.choosing import choose
     from emb_model_provider.hubs.fetch import fetch_snapshot
     from emb_model_provider.hubs.progress import ProgressReporter
+    from emb_model_provider.settings_loading import load_settings
 
-    chosen = choose(model, source=source)
+    settings, _ = load_settings()
+    spec = choose(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
     with ProgressReporter(terminal=sys.stderr) as report:
-        fetch_snapshot(chosen.spec, chosen.settings.hubs(), report)
+        fetch_snapshot(spec, settings.hubs(), report)
 
 
 def _throughput(measured: dict[str, _Process], rounds: int, rows: dict[str, dict[str, Any]]) -> None:

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.cli.choosing import choose
+from emb_model_provider.choosing import choose
 from emb_model_provider.compile.job import own_stdout
 from emb_model_provider.compile.prepare import prepare_backend
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.settings_loading import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,13 +71,14 @@ def _load(
 
     A backend or device that is None is as the settings have it for the model.
     """
-    chosen = choose(model, source=source)
-    settings, hubs = chosen.settings, chosen.settings.hubs()
+    settings, _ = load_settings()
+    hubs = settings.hubs()
+    chosen = choose(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
     spec = replace(
-        chosen.spec,
-        precision=precision,  # type: ignore[arg-type]  # click has checked it
-        backend=backend or chosen.spec.backend,  # type: ignore[arg-type]  # likewise
-        device=device or chosen.spec.device,
+        chosen,
+        precision=precision,  # type: ignore[arg-type]  # likewise
+        backend=backend or chosen.backend,  # type: ignore[arg-type]  # likewise
+        device=device or chosen.device,
     )
     snapshot = fetch_snapshot(spec, hubs, lambda _: None)
     prepared = prepare_backend(

@@ -1,0 +1,1 @@
+"""Models on disk: fetched, listed, checked and removed by one manager, which everything else asks."""
