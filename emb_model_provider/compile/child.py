@@ -112,6 +112,7 @@ def _follow(alias: str, lines: queue.Queue[str | None], stopped: Callable[[], bo
             return event
         if isinstance(event, Phase):
             phase, since, told_at = event.name, now, now
+            logger.debug("model %s: compiling: %s", alias, phase, extra={"compile_phase": phase})
 
 
 def _forward(stream: IO[str] | None, receive: Callable[[str | None], None]) -> None:

@@ -56,5 +56,5 @@ def test_the_two_commands_stand_at_the_top() -> None:
 
 def test_every_mark_is_known() -> None:
     """A misspelt mark would take an example out of the tests without a word."""
-    known = {"", "run", "output", "env", "mapping keys"}
+    known = {"", "run", "output", "env", "script", "mapping keys"}
     assert {block.mark for document in DOCUMENTS for block in blocks(document)} <= known

@@ -1,0 +1,49 @@
+"""Ctrl-C, while threads of the hubs' clients transfer files, which nothing can interrupt."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from emb_model_provider.cli.console import say
+from emb_model_provider.cli.exits import INTERRUPTED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+_LOOK_S = 0.2
+
+
+def until_interrupted(work: Callable[[], T], last_words: str) -> T:
+    """Return what `work` returns, or raise what it raises; on Ctrl-C say `last_words` and end this process.
+
+    `work` runs on a thread of its own. The process ends at once, whatever its threads do: waiting for a transfer
+    could take as long as the transfer. What was fetched stays, and locks end with the process.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed over to whoever waits
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="command", daemon=True)
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK_S)
+    except KeyboardInterrupt:
+        _end(last_words)
+    return done.result()
+
+
+def _end(last_words: str) -> NoReturn:
+    say(f"\ninterrupted: {last_words}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)

@@ -1,0 +1,102 @@
+"""The script in docs/managing.md, run as a user would run it, against hubs on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.backends.small_tokenizers import wordpiece
+from tests.docs.markdown import ROOT, blocks
+from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
+from tests.models import bert, gte_configuration, save_modelscope, save_st
+from tests.service import environment, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+GTE = "iic/nlp_gte_sentence-embedding_chinese-small"
+BGE = "BAAI/bge-small-zh-v1.5"
+OTHER = "acme/other"
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def tree(directory: Path) -> Mapping[str, str]:
+    """Return what lies below a directory: every path, and of files what they hold."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "directory"
+    return found
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_script_leaves_the_disk_as_it_was(tmp_path: Path) -> None:
+    """Two hubs' models are pulled, served, loaded and unloaded under load, and removed; another model stays."""
+    (script,) = (block for block in blocks(ROOT / "docs" / "managing.md") if block.mark == "script")
+    gte = files_of(save_modelscope(tmp_path / "made" / "gte", gte_configuration()))
+    bge = files_of(save_st(tmp_path / "made" / "bge", bert, wordpiece(), pooling="cls"))
+    other = {**bge, "README.md": b"# Not the same files, so not the same artifact\n"}
+    caches = tmp_path / "caches"
+    port = free_port()
+    with (
+        ModelScopeServer({GTE: gte}) as modelscope,
+        HuggingFaceServer({BGE: bge, OTHER: other}) as huggingface,
+    ):
+        environ = environment(
+            tmp_path,
+            CACHE_DIR=str(caches / "own"),
+            MODELSCOPE_CACHE_DIR=str(caches / "modelscope"),
+            HF_CACHE_DIR=str(caches / "huggingface"),
+            MODELSCOPE_ENDPOINT=modelscope.url,
+            HF_ENDPOINT=huggingface.url,
+            PORT=str(port),
+            LOG_DIR=str(tmp_path / "logs"),
+        )
+        environ |= {"NO_PROXY": "localhost", "HOME": str(tmp_path)}
+        environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+        subprocess.run(
+            ["emb-provider", "pull", "--no-compile", OTHER],
+            cwd=tmp_path,
+            env=environ,
+            timeout=120,
+            check=True,
+        )
+        before = tree(caches)
+        assert before
+        script_text = script.text.replace("localhost:9000", f"localhost:{port}")
+        with subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", script_text],
+            cwd=tmp_path,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as running:
+            try:
+                said, _ = running.communicate(timeout=500)
+            finally:
+                # A script that ends early leaves its service behind.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 0, said
+    assert GTE in said
+    assert BGE in said
+    assert tree(caches) == before
