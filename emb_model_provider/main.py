@@ -20,7 +20,7 @@ from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
 from emb_model_provider.settings_loading import load_settings
 from emb_model_provider.stopping import Stop, end_at_once, flush
-from emb_model_provider.supervisor import HUNG_EXIT, Handed, Supervisor, handed_over
+from emb_model_provider.supervisor import HUNG_EXIT, SHORTEST_SILENCE_S, Handed, Supervisor, handed_over
 
 if TYPE_CHECKING:
     from emb_model_provider.observability.logs import LineWriter
@@ -50,7 +50,7 @@ def main(*, supervise: bool = False) -> int:
         return 1
     try:
         if supervise:
-            return Supervisor(sockets).run()
+            return Supervisor(sockets, max(SHORTEST_SILENCE_S, settings.lifecycle().watchdog_s)).run()
         for warning in warnings:
             logger.warning("%s", warning)
         return _serve(settings, sockets, writer, handed)
@@ -80,7 +80,9 @@ def _serve(
         logger.warning("started again by the supervisor: the service before %s", handed.after)
     from emb_model_provider.service import serve
 
-    return serve(settings, sockets, stop, partial(end_hung, stop, writer) if handed is not None else None)
+    if handed is None:
+        return serve(settings, sockets, stop)
+    return serve(settings, sockets, stop, on_hung=partial(end_hung, stop, writer), beat=handed.beat)
 
 
 def end_hung(stop: Stop, writer: LineWriter, reason: str) -> None:

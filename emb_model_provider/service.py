@@ -11,6 +11,7 @@ import uvicorn
 
 from emb_model_provider.api.app import create_app
 from emb_model_provider.api.protocol import HttpProtocol
+from emb_model_provider.supervisor import BEAT_EVERY_S
 
 if TYPE_CHECKING:
     import socket
@@ -33,11 +34,14 @@ def serve(
     settings: Settings,
     sockets: list[socket.socket],
     stop: Stop,
+    *,
     on_hung: Callable[[str], None] | None = None,
+    beat: Callable[[], None] | None = None,
 ) -> int:
     """Serve on `sockets`, which listen, until told to stop; return the process's exit code.
 
-    `on_hung` is called with the reason when a model hangs for good. Call this on the main thread.
+    `on_hung` is called with the reason when a model hangs for good, and `beat` every `BEAT_EVERY_S` seconds on the
+    event loop, as long as that runs. Call this on the main thread.
     """
     nothing_to_serve = False
 
@@ -59,7 +63,7 @@ def serve(
     )
     grace_s = max(_SHORTEST_GRACE_S, settings.lifecycle().shutdown_grace_s)
     config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # parts of a second work as well
-    server = _Server(config, stop)
+    server = _Server(config, stop, beat)
     stop.when_asked(server.leave)
     # Not `server.run()`, which in the end waits for all threads, even one in the middle of a download.
     new_loop = config.get_loop_factory() or asyncio.new_event_loop
@@ -68,9 +72,10 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, stop: Stop) -> None:
+    def __init__(self, config: uvicorn.Config, stop: Stop, beat: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._stop = stop
+        self._beat = beat
 
     def leave(self) -> None:
         """Stop in good order. May be called from any thread, and before the server has started."""
@@ -81,6 +86,11 @@ class _Server(uvicorn.Server):
         """Leave the signals to `Stop`."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._beat is not None:
+            self._beating = asyncio.create_task(_every(BEAT_EVERY_S, self._beat))
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._stop.reason is not None:
             logger.info("%s: finishing the requests that were accepted", self._stop.reason)
@@ -88,3 +98,9 @@ class _Server(uvicorn.Server):
         # What was open after the grace period has been cancelled, and may be about to tell its caller.
         if cut_off := list(self.server_state.tasks):
             await asyncio.wait(cut_off, timeout=_LAST_WORDS_S)
+
+
+async def _every(pause_s: float, act: Callable[[], None]) -> None:
+    while True:
+        act()
+        await asyncio.sleep(pause_s)

@@ -4,6 +4,9 @@ It opens the listening sockets, and starts the service as a child that inherits 
 itself because a model hangs (`HUNG_EXIT`), is started again. Connections made meanwhile wait in the sockets' backlog:
 none is refused. Any other end of the child is the supervisor's own, with the same exit code.
 
+The child's event loop sends a byte a second; a child that is silent for too long, since its event loop is stuck or a
+native call holds Python's lock for good, is aborted, which leaves its stacks on stderr, and started again.
+
 Signals are passed on as bytes over a pair of sockets, the lifeline, and not as signals: who signals a whole group of
 processes, as a terminal and systemd do, would otherwise stop the child twice, which means at once. When the supervisor
 is gone, however that came, the lifeline is closed, and the child stops too.
@@ -32,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 HUNG_EXIT = 70
 """The exit code (EX_SOFTWARE) of a service that wants to be started again."""
+BEAT_EVERY_S = 1.0
+SHORTEST_SILENCE_S = 20.0
+"""A busy machine may keep an event loop from running for seconds; so may importing a large library."""
 _VARIABLE = "_EMB_PROVIDER_SUPERVISED"
 """In the child's environment: what it was handed. Not a setting, hence its name."""
 _SETTLED_S = 60.0
@@ -48,11 +54,16 @@ class Handed:
     """What a supervisor hands to the service that it starts."""
 
     lifeline: socket.socket
-    """A byte is the number of a signal; the end of it is the supervisor's."""
+    """A byte to the child is the number of a signal, one from it a sign of life; the end of it is the supervisor's."""
     sockets: list[socket.socket]
     """They listen already."""
     after: str
     """How the service before this one ended; empty for the first."""
+
+    def beat(self) -> None:
+        """Tell the supervisor that this process's event loop runs; call it every `BEAT_EVERY_S` seconds."""
+        with suppress(OSError):  # enough of them are waiting, or the supervisor is gone: `Stop` sees to that
+            self.lifeline.send(b"\0", socket.MSG_DONTWAIT)
 
 
 def handed_over() -> Handed | None:
@@ -70,9 +81,13 @@ def handed_over() -> Handed | None:
 class Supervisor:
     """Starts the command line of this very process again as the service. Used once, on the main thread."""
 
-    def __init__(self, sockets: Sequence[socket.socket]) -> None:
-        """`sockets` listen, and are closed as soon as the service is told to stop."""
+    def __init__(self, sockets: Sequence[socket.socket], silence_s: float = SHORTEST_SILENCE_S) -> None:
+        """`sockets` listen, and are closed as soon as the service is told to stop.
+
+        `silence_s`: how long a child that has shown a sign of life may go without another.
+        """
         self._sockets = sockets
+        self._silence_s = silence_s
         self._asked: list[int] = []
         """The signals to stop that came, in order."""
         # Signals only ring: they are looked at between two steps, and never in the middle of one.
@@ -117,10 +132,11 @@ class Supervisor:
             with its_end:
                 child = self._start(its_end, after)
             logger.info("the service is process %d", child.pid)
+            pulse = _Pulse(lifeline, self._silence_s)
             kill_at: float | None = None
             while (code := child.poll()) is None:
-                left_s = None if kill_at is None else max(0.0, kill_at - time.monotonic())
-                for number in self._listen_for_signals(left_s):
+                left_s = pulse.look_again_s if kill_at is None else max(0.0, kill_at - time.monotonic())
+                for number in self._listen_for_signals(left_s, pulse):
                     with suppress(OSError):  # it has just ended
                         lifeline.send(bytes([number]))
                 if kill_at is not None and time.monotonic() >= kill_at:
@@ -128,6 +144,12 @@ class Supervisor:
                     child.kill()
                     child.wait()
                 elif kill_at is None and len(self._asked) > 1:
+                    kill_at = time.monotonic() + _KILL_AFTER_S
+                elif kill_at is None and not self._asked and pulse.is_gone():
+                    logger.error(
+                        "the service gave no sign of life for %.0f s: it is aborted", self._silence_s
+                    )
+                    child.send_signal(signal.SIGABRT)  # which writes the stacks of all threads first
                     kill_at = time.monotonic() + _KILL_AFTER_S
             return code
 
@@ -142,10 +164,14 @@ class Supervisor:
             process_group=0,
         )
 
-    def _listen_for_signals(self, timeout_s: float | None) -> list[int]:
+    def _listen_for_signals(self, timeout_s: float | None, pulse: _Pulse | None = None) -> list[int]:
         """Wait for a signal, the end of the child among them; return those that are to be passed on."""
-        ready, _, _ = select.select([self._bell], [], [], timeout_s)
-        new = [number for number in self._bell.recv(64) if number in _PASSED_ON] if ready else []
+        ready, _, _ = select.select([self._bell, *(pulse.ends if pulse else ())], [], [], timeout_s)
+        if pulse is not None:
+            pulse.feel(ready)
+        new = (
+            [number for number in self._bell.recv(64) if number in _PASSED_ON] if self._bell in ready else []
+        )
         if new and not self._asked:
             # Who connects from now on is refused at once, and not only when the last accepted request is finished.
             for one in self._sockets:
@@ -161,6 +187,45 @@ class Supervisor:
         ):  # sent to the child too, before it was ready for it: it had accepted nothing yet
             return 0
         return 128 + (self._asked[1] if -code == signal.SIGKILL and len(self._asked) > 1 else -code)
+
+
+class _Pulse:
+    """A child's signs of life.
+
+    Silence is counted in looks at it, each `BEAT_EVERY_S` seconds: while the whole machine sleeps, nobody looks.
+    """
+
+    def __init__(self, lifeline: socket.socket, silence_s: float) -> None:
+        self.ends = [lifeline]
+        """What to wait for."""
+        self._most = silence_s / BEAT_EVERY_S
+        self._silent: int | None = None
+        """Looks since the last beat; None before the first, since a start takes as long as it takes."""
+        self._next_look = time.monotonic() + BEAT_EVERY_S
+
+    @property
+    def look_again_s(self) -> float | None:
+        return None if self._silent is None else max(0.0, self._next_look - time.monotonic())
+
+    def feel(self, ready: Sequence[socket.socket]) -> None:
+        """Take in what there is, and count a look that is due."""
+        due = time.monotonic() >= self._next_look
+        if due:
+            self._next_look = time.monotonic() + BEAT_EVERY_S
+        for end in self.ends:
+            if end not in ready:
+                continue
+            with suppress(ConnectionResetError):
+                if end.recv(4096):
+                    self._silent = 0
+                    return
+            # It has closed its end, and is about to end itself.
+            self.ends, self._silent = [], None
+        if due and self._silent is not None:
+            self._silent += 1
+
+    def is_gone(self) -> bool:
+        return self._silent is not None and self._silent > self._most
 
 
 def _ring(number: int, frame: FrameType | None) -> None:

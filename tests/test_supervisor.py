@@ -27,22 +27,34 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sockets are handed to a child")
 
 PROGRAM = """
-import json, logging, os, pathlib, sys, time
+import faulthandler, json, logging, os, pathlib, sys, time
 from emb_model_provider import supervisor
 
 handed = supervisor.handed_over()
 if handed is None:
     logging.basicConfig(level="INFO", format="%(message)s")
-    for name, value in json.loads(sys.argv[1]).items():
+    constants = json.loads(sys.argv[1])
+    silence_s = constants.pop("silence_s", 600)
+    for name, value in constants.items():
         getattr(supervisor, name)
         setattr(supervisor, name, value)
-    os._exit(supervisor.Supervisor([]).run())
+    os._exit(supervisor.Supervisor([], silence_s).run())
 print(f"after: {handed.after}", flush=True)
 ends = pathlib.Path("ends")
 now, *later = json.loads(ends.read_text())
 ends.write_text(json.dumps(later))
 if now == "deaf":
     time.sleep(600)
+if now == "falls silent":
+    faulthandler.enable()
+    for _ in range(5):
+        handed.beat()
+    time.sleep(600)
+if now == "beats":
+    for _ in range(80):
+        handed.beat()
+        time.sleep(0.1)
+    os._exit(0)
 if now == "listen":
     while received := handed.lifeline.recv(1):
         print(f"received: {received[0]}", flush=True)
@@ -115,6 +127,16 @@ def test_child_that_lived_long_enough_is_replaced_without_a_pause(tmp_path: Path
     """Only deaths soon after the start make pauses grow."""
     program = Program(tmp_path, *[-signal.SIGABRT] * 3, 0, _PAUSES_S=[0, 600], _SETTLED_S=0)
     assert program.ended() == 0
+
+
+def test_child_that_falls_silent_is_replaced(tmp_path: Path) -> None:
+    """One that showed signs of life and then none is aborted, with its stacks told; one that beats on is left alone."""
+    program = Program(tmp_path, "falls silent", "beats", silence_s=5)
+    assert program.ended() == 0
+    assert sum("gave no sign of life for 5 s: it is aborted" in line for line in program.lines) == 1
+    assert any("Fatal Python error: Aborted" in line for line in program.lines)
+    told = [line.partition(" after ")[0] for line in program.lines if line.startswith("after: ")]
+    assert told == ["after: ", "after: was killed by SIGABRT"]
 
 
 def test_stop_during_a_pause_is_the_end(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -56,6 +58,17 @@ def test_process_that_hangs_is_replaced(supervised: FaultyService) -> None:
     supervised.wait()
     for alias in (STEADY, SHAKY):
         assert supervised.is_right(supervised.embed(texts, model=alias), texts)
+
+
+def test_process_that_is_stuck_as_a_whole_is_replaced(supervised: FaultyService) -> None:
+    """One that shows no sign of life any more, event loop and all, costs only those who were connected to it."""
+    texts, stuck = supervised.texts(2), processes(supervised)[-1]
+    os.kill(stuck, signal.SIGSTOP)
+    wait_until(lambda: processes(supervised)[-1] != stuck)
+    supervised.wait()
+    for alias in (STEADY, SHAKY):
+        assert supervised.is_right(supervised.embed(texts, model=alias), texts)
+    assert "gave no sign of life for 20 s" in supervised.stderr_text()
 
 
 def test_end_is_clean(supervised: FaultyService) -> None:
