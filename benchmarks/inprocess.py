@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from emb_model_provider.backends.base import Backend
+    from emb_model_provider.serving.engine import Engine
     from emb_model_provider.settings import Settings
 
 _UNBOUNDED = 1 << 50
@@ -84,12 +85,13 @@ def _settings(job: dict[str, Any]) -> Settings:
 
 
 async def _engine(job: dict[str, Any]) -> dict[str, Any]:
+    from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.registry import Registry
-    from emb_model_provider.serving.engine import EmbedOptions
 
     settings = _settings(job)
     registry = Registry(
         settings.models(),
+        manager=ModelManager(settings),
         hubs=settings.hubs(),
         trust=settings.trust(),
         batching=settings.batching(),
@@ -97,7 +99,16 @@ async def _engine(job: dict[str, Any]) -> dict[str, Any]:
         max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
         on_batch=lambda _: None,
     )
-    engine = await registry.get(registry.default_alias)
+    async with registry.using(registry.default_alias) as engine:
+        cases = await _cases(engine, job)
+        described = engine.description
+    await registry.stop()
+    return {"cases": cases, "about": f"{described.backend} {described.precision}"}
+
+
+async def _cases(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
+    from emb_model_provider.serving.engine import EmbedOptions
+
     options = EmbedOptions()
     cases = {}
     for case in job["cases"]:
@@ -119,9 +130,7 @@ async def _engine(job: dict[str, Any]) -> dict[str, Any]:
 
         await run(job["warm_up_s"], len(inputs) // 2)
         cases[case["name"]] = await run(job["seconds"], 0)
-    described = engine.description
-    await registry.stop()
-    return {"cases": cases, "about": f"{described.backend} {described.precision}"}
+    return cases
 
 
 def _backend(job: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
+
+_IDLE_S = 30.0
+"""A connection that was idle for longer is not used again, as with other clients: a server may be closing it."""
 
 
 class BrokenError(Exception):
@@ -19,10 +23,12 @@ class Reply:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    idle_since: float = 0.0
+    """On the monotonic clock, seconds."""
 
     def is_open(self) -> bool:
         return not (self.reader.at_eof() or self.writer.is_closing())
@@ -59,6 +65,7 @@ class Client:
         if reply.headers.get("connection", "").lower() == "close":
             connection.writer.close()
         else:
+            connection.idle_since = time.monotonic()
             self._idle.append(connection)
         return reply
 
@@ -80,7 +87,7 @@ class Client:
     async def _connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_open():
+            if connection.is_open() and time.monotonic() - connection.idle_since < _IDLE_S:
                 return connection
             connection.writer.close()
         return await self._open()

