@@ -34,11 +34,10 @@ def choose(
     for spec in settings.models().specs:
         if model in (spec.alias, spec.name) and _is_from(spec, source, revision):
             return replace(spec, **changes)
-    directory = Path(model).expanduser()
-    is_local = source in (None, "auto", "local") and directory.is_dir()
+    directory = _directory(model) if source in (None, "auto", "local") else None
     entry = MappingEntry(
-        name=directory.resolve().name if is_local else model,
-        path=directory if is_local else None,
+        name=directory.resolve().name if directory is not None else model,
+        path=directory,
         source=source,
         revision=revision,
         precision=precision,
@@ -48,3 +47,11 @@ def choose(
 
 def _is_from(spec: ModelSpec, source: Source | None, revision: str | None) -> bool:
     return source in (None, spec.source) and revision in (None, spec.revision)
+
+
+def _directory(model: str) -> Path | None:
+    try:
+        directory = Path(model).expanduser()
+        return directory if directory.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a name that the platform cannot look up is no directory
+        return None

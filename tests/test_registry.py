@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from emb_model_provider import registry as registry_module
 from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError
+from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.registry import Registry, State
+from emb_model_provider.registry import registry as registry_module
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import (
     BatchSettings,
-    HubSettings,
     LimitSettings,
     ModelSettings,
+    Settings,
     TrustSettings,
 )
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
@@ -64,14 +65,13 @@ def modelscope(gte: Path) -> Iterator[ModelScopeServer]:
 
 
 def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hubs: Any) -> Registry:
+    settings = Settings(
+        cache_dir=tmp_path / "own", modelscope_cache_dir=tmp_path / "ms", hf_cache_dir=tmp_path / "hf", **hubs
+    )
     return Registry(
         ModelSettings(specs=specs, preload=preload),
-        hubs=HubSettings(
-            cache_dir=tmp_path / "own",
-            modelscope_cache_dir=tmp_path / "ms",
-            hf_cache_dir=tmp_path / "hf",
-            **hubs,
-        ),
+        manager=ModelManager(settings),
+        hubs=settings.hubs(),
         trust=TrustSettings(),
         batching=BatchSettings(),
         limits=LimitSettings(request_timeout_s=280),
@@ -81,8 +81,13 @@ def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hub
 
 
 async def vectors(registry: Registry, name: str) -> np.ndarray:
-    engine = await registry.get(name)
-    return (await engine.embed(TEXTS, EmbedOptions())).vectors
+    async with registry.using(name) as engine:
+        return (await engine.embed(TEXTS, EmbedOptions())).vectors
+
+
+async def dimension(registry: Registry, name: str) -> int:
+    async with registry.using(name) as engine:
+        return engine.description.dimension
 
 
 async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
@@ -139,8 +144,8 @@ async def test_many_callers_of_a_lazy_model_load_it_once(
     try:
         assert registry.status("m").state is State.UNLOADED
         assert huggingface.requests == []
-        engines = await asyncio.gather(*(registry.get("m") for _ in range(20)))
-        assert len({id(engine) for engine in engines}) == 1
+        dimensions = await asyncio.gather(*(dimension(registry, "m") for _ in range(20)))
+        assert len(dimensions) == 20
         assert set(huggingface.bodies().values()) == {1}
     finally:
         await registry.stop()
@@ -156,10 +161,10 @@ async def test_a_caller_that_gives_up_does_not_end_the_load_for_the_others(
         hf_endpoint=huggingface.url,
     )
     try:
-        first, second = asyncio.create_task(registry.get("m")), asyncio.create_task(registry.get("m"))
+        first, second = (asyncio.create_task(dimension(registry, "m")) for _ in range(2))
         await asyncio.sleep(0.01)
         first.cancel()
-        assert (await second).description.dimension > 0
+        assert await second > 0
         assert set(huggingface.bodies().values()) == {1}
     finally:
         await registry.stop()
@@ -183,10 +188,10 @@ async def test_a_model_that_fails_says_why_and_leaves_the_others_serving(
         assert await registry.preload()
         assert len(await vectors(registry, "works")) == len(TEXTS)
         with pytest.raises(ModelNotReadyError, match=r"elsewhere does not exist"):
-            await registry.get("misplaced")
+            await dimension(registry, "misplaced")
         huggingface.forget()
         with pytest.raises(ModelNotReadyError, match="acme/gone") as caught:
-            await registry.get("gone")
+            await dimension(registry, "gone")
         assert 0 < caught.value.retry_after_s <= 1000
         assert huggingface.requests == []
         assert registry.status("gone").error
@@ -209,7 +214,7 @@ async def test_a_failed_load_is_tried_again_after_a_while(
         huggingface.faults.status = 503
         assert not await registry.preload()
         huggingface.faults.status = None
-        assert (await registry.get("m")).description.dimension > 0
+        assert await dimension(registry, "m") > 0
         assert registry.status("m").error is None
     finally:
         await registry.stop()
@@ -224,7 +229,7 @@ async def test_a_stopped_registry_lets_nobody_in(tmp_path: Path, bert: Path) -> 
     await registry.stop()
     assert registry.status("m").state is State.UNLOADED
     with pytest.raises(ModelNotReadyError, match="shutting down"):
-        await registry.get("m")
+        await dimension(registry, "m")
 
 
 def test_names_resolve_from_alias_to_id_to_unique_last_part(tmp_path: Path) -> None:

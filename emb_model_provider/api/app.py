@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from emb_model_provider.api.auth import Doorkeeper
 from emb_model_provider.api.cors import Cors
-from emb_model_provider.api.errors import on_http_exception, on_provider_error
+from emb_model_provider.api.errors import on_http_exception, on_invalid_parameters, on_provider_error
 from emb_model_provider.api.limits import CONNECTIONS, Connections, PendingBodies
 from emb_model_provider.api.middleware import Guard, HostCheck, RequestLog
-from emb_model_provider.api.routes import docs, embeddings, health, models
+from emb_model_provider.api.routes import cache, docs, downloads, embeddings, health, manage, models
 from emb_model_provider.api.schemas import EmbeddingRequest
 from emb_model_provider.errors import ProviderError
+from emb_model_provider.management.jobs import DownloadJobs
+from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, State
 
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_JOBS_END_S = 2.0
+"""How long downloads have at the end to remove what they did not finish."""
+
 TITLE = "emb-model-provider"
 DESCRIPTION = (
     "Embeddings behind the OpenAI API, from models of ModelScope, Hugging Face or a directory. "
@@ -44,17 +50,21 @@ def create_app(
     settings: Settings,
     on_nothing_to_serve: Callable[[], None],
     on_hung: Callable[[str], None] | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> ASGIApp:
     """Return the service.
 
     `on_nothing_to_serve` is called when every model failed to load at the start; `on_hung`, with what to say, when a
-    model hangs for good.
+    model hangs for good. `is_stopping` says whether the service was asked to end: what could go on for long then ends.
     """
     server = settings.server()
     limits = settings.limits()
     metrics = Metrics(lambda: registry.statuses())
+    manager = ModelManager(settings)
+    jobs = DownloadJobs(manager)
     registry = Registry(
         settings.models(),
+        manager=manager,
         hubs=settings.hubs(),
         trust=settings.trust(),
         batching=settings.batching(),
@@ -63,6 +73,7 @@ def create_app(
         fidelity=settings.fidelity(),
         on_batch=metrics.on_batch,
         watchdog_s=settings.lifecycle().watchdog_s,
+        residency=settings.residency(),
     )
 
     @asynccontextmanager
@@ -72,6 +83,7 @@ def create_app(
         yield {CONNECTIONS: Connections(server)}
         starting.cancel()
         watching.cancel()
+        await asyncio.to_thread(jobs.stop, _JOBS_END_S)
         await registry.stop()
         logger.info("stopped")
 
@@ -82,10 +94,14 @@ def create_app(
     embed = embeddings.embeddings_endpoint(registry, limits)
     app.include_router(embeddings.router(embed))
     app.include_router(models.router(registry))
+    app.include_router(manage.router(settings, registry, is_stopping))
+    app.include_router(downloads.router(settings, jobs, is_stopping))
+    app.include_router(cache.router(manager, registry, is_stopping))
     app.include_router(health.router(registry, metrics))
     app.include_router(docs.router(TITLE))
     app.add_exception_handler(ProviderError, on_provider_error)
     app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(RequestValidationError, on_invalid_parameters)
     doorkeeper = Doorkeeper(server)
     pending = PendingBodies(server.max_pending_body_bytes)
     # From the inside out. Errors pass through Cors, so that pages can read them.
@@ -101,7 +117,7 @@ def create_app(
     for layer, options in layers:
         app.add_middleware(layer, **options)
         direct = layer(direct, **options)
-    app.openapi = _openapi(app, with_keys=bool(server.api_keys))  # type: ignore[method-assign]  # FastAPI's own way
+    app.openapi = _openapi(app, server)  # type: ignore[method-assign]  # FastAPI's own way
     return embeddings.DirectEmbeddings(app, direct)
 
 
@@ -132,9 +148,12 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
     )
 
 
-def _openapi(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
+def _openapi(app: FastAPI, server: ServerSettings) -> Callable[[], dict[str, Any]]:
     """Describe the API with the request that `parsing.py` reads, which FastAPI does not see."""
     original = app.openapi
+    keys = {"/v1": "apiKey"} if server.api_keys else {}
+    if server.admin_api_keys or server.api_keys:
+        keys["/api"] = "adminKey" if server.admin_api_keys else "apiKey"
 
     def described() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -148,10 +167,12 @@ def _openapi(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
             for path, operations in schema["paths"].items():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-                    if with_keys and path.startswith("/v1"):
-                        operation["security"] = [{"apiKey": []}]
-            if with_keys:
-                schema["components"]["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
+                    if (key := keys.get(f"/{path.split('/')[1]}")) is not None:
+                        operation["security"] = [{key: []}]
+            if keys:
+                schema["components"]["securitySchemes"] = {
+                    key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))
+                }
         return app.openapi_schema or {}
 
     return described

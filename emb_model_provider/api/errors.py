@@ -10,18 +10,38 @@ import orjson
 from starlette.responses import Response
 
 from emb_model_provider.errors import (
+    AccessDeniedError,
+    CacheNotWritableError,
+    CorruptSnapshotError,
     DeadlineExceededError,
+    DeviceUnavailableError,
+    FetchCancelledError,
+    HubError,
+    HubUnavailableError,
+    IncompleteRepositoryError,
+    JobNotFoundError,
+    LoadError,
+    ModelInUseError,
     ModelNotFoundError,
     ModelNotReadyError,
+    NotAllowedError,
+    NotCachedError,
+    OfflineError,
     ProviderError,
     QueueFullError,
+    RepositoryNotFoundError,
     RequestError,
+    RevisionNotFoundError,
+    SettingsError,
+    UnsupportedModelError,
+    UnsupportedPrecisionError,
 )
 from emb_model_provider.observability.logs import request_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
 
@@ -44,6 +64,36 @@ class CompressedBodyError(ProviderError):
 
 class RequestTimeoutError(ProviderError):
     """The client did not send its whole request within RECEIVE_TIMEOUT_S."""
+
+
+class AliasInUseError(ProviderError):
+    """A model was to get a name that another one has."""
+
+
+MANAGING: tuple[tuple[type[ProviderError], int, str], ...] = (
+    (NotCachedError, 404, "not_cached"),
+    (JobNotFoundError, 404, "job_not_found"),
+    (ModelInUseError, 409, "model_in_use"),
+    (AliasInUseError, 409, "alias_in_use"),
+    (NotAllowedError, 403, "not_allowed"),
+    (SettingsError, 400, "invalid_value"),
+    (RepositoryNotFoundError, 404, "repository_not_found"),
+    (RevisionNotFoundError, 404, "revision_not_found"),
+    (AccessDeniedError, 403, "hub_access_denied"),
+    (OfflineError, 403, "offline"),
+    (IncompleteRepositoryError, 400, "no_model"),
+    (FetchCancelledError, 409, "cancelled"),
+    (CacheNotWritableError, 500, "cache_not_writable"),
+    (HubUnavailableError, 502, "hub_unavailable"),
+    (CorruptSnapshotError, 502, "corrupt_files"),
+    (HubError, 502, "hub_error"),
+    (UnsupportedModelError, 400, "unsupported_model"),
+    (UnsupportedPrecisionError, 400, "unsupported_precision"),
+    (DeviceUnavailableError, 400, "device_unavailable"),
+    (LoadError, 500, "load_failed"),
+)
+"""Errors that only routes below /api/ give, with their statuses and codes; the first that fits counts. What a hub or a
+load says is told as it is: whoever may manage models may read it. Elsewhere it is the reason of a 503."""
 
 
 def error_response(
@@ -91,6 +141,10 @@ def response_for(error: Exception) -> Response:
             )  # fmt: skip
         case DeadlineExceededError():
             return error_response(504, error.message, type="server_error", code="timeout")
+        case ProviderError() if (known := _managing(error)) is not None:
+            status, code = known
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            return error_response(status, error.message, type=kind, code=code)
         case _:
             # An error of our own says it all in its message; of others the traceback is wanted.
             trace = None if isinstance(error, ProviderError) else error
@@ -101,6 +155,16 @@ def response_for(error: Exception) -> Response:
                 type="server_error",
                 code="internal_error",
             )
+
+
+def code_of(error: Exception) -> str:
+    """Return the code of an error that ended a download."""
+    known = _managing(error)
+    return known[1] if known is not None else "internal_error"
+
+
+def _managing(error: Exception) -> tuple[int, str] | None:
+    return next(((status, code) for kind, status, code in MANAGING if isinstance(error, kind)), None)
 
 
 def _retry_after(seconds: float) -> dict[str, str]:
@@ -129,6 +193,25 @@ def unauthorized(message: str) -> Response:
 
 async def on_provider_error(_: Request, error: Exception) -> Response:
     return response_for(error)
+
+
+async def on_invalid_parameters(request: Request, error: Exception) -> Response:
+    """Answer a query that is not as its route describes it. Of several faults the first is told."""
+    fault = cast("RequestValidationError", error).errors()[0]
+    name = str(fault["loc"][-1])[:_LONGEST_QUOTED_PATH]
+    match fault["type"]:
+        case "missing":
+            where = request.scope["path"][:_LONGEST_QUOTED_PATH]
+            message = f"Missing required parameter: '{name}'. Send it in the query: {where}?{name}=…"
+            code = "missing_required_parameter"
+        case "extra_forbidden":
+            message = f"Unknown parameter: '{name}'. /docs lists those of this route."
+            code = "unknown_parameter"
+        case kind:
+            quoted = repr(fault["input"])[:_LONGEST_QUOTED_PATH]
+            message = f"Invalid value for '{name}' = {quoted}. {fault['msg']}."
+            code = "invalid_type" if kind.endswith(("_parsing", "_type")) else "invalid_value"
+    return error_response(400, message, param=name, code=code)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -164,6 +164,12 @@ class HttpProtocol(HttpToolsProtocol):
         cycle.transport = JoinedWrites(cycle.transport, self.loop)
         super()._start_asgi_task(cycle, app)
 
+    def shutdown(self) -> None:
+        # uvicorn closes the connection under an answer that is complete, though its last piece may be held back.
+        if self._active is not None and isinstance(self._active.transport, JoinedWrites):
+            self._active.transport.flush()
+        super().shutdown()
+
     def on_response_complete(self) -> None:
         # Instead of uvicorn's, which makes a timer for each answer and begins the next one though this is not read.
         self.server_state.total_requests += 1

@@ -122,6 +122,9 @@ class ModelObject(BaseModel):
     device: str | None
     backend: str | None
     notes: list[str] | None = Field(description="What to know of how it was loaded.")
+    memory_bytes: int | None = Field(
+        description="What it takes in memory, reckoned from its weights: in that of its device where it has its own."
+    )
     fidelity: FidelityObject | None = Field(
         description="Null where the backend is the reference itself (torch at fp32), where it was not measured "
         "(a note says why), and where the model is not loaded."
@@ -169,13 +172,16 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _MEANINGS = {
     400: "The request is at fault; `param` and `code` say how.",
     401: "No API key, or a wrong one.",
+    403: "Not from here, or not over HTTP; `code` says which.",
     404: "No such model.",
     408: "The client did not send its whole request in time.",
+    409: "It is in use, or the name is; the message says by what, and what to do.",
     413: "The body is too large.",
     415: "The body is compressed.",
     429: "The queue is full, or the bodies of all requests are too large together; `Retry-After` says when to try "
     "again.",
     500: "The server failed; quote the request id.",
+    502: "The hub could not be asked, or gave something else than it announced.",
     503: "The model is loading, could not be loaded, or the service is stopping.",
     504: "Not answered in time.",
 }

@@ -38,16 +38,17 @@ class JoinedWrites(asyncio.Transport):
             self._held = b""
         elif data:
             self._held = bytes(data)
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is held back."""
         if self._held:
             self._transport.write(self._held)
             self._held = b""

@@ -102,6 +102,8 @@ class Backend(Protocol):
     description: ModelDescription
     lanes: int
     """How many batches it runs side by side at best, 1 or more."""
+    memory_bytes: int
+    """What the model takes in memory, on its device where that has memory of its own; see `memory.py`."""
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         """Return float32 vectors of shape (inputs, dimension), before a final length normalization.

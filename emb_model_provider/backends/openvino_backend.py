@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emb_model_provider.backends.cpu import usable_cpus
+from emb_model_provider.backends.memory import openvino_bytes
 from emb_model_provider.backends.openvino_runtime import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -43,6 +44,7 @@ class OpenVinoBackend:
 
     description: ModelDescription
     lanes: int
+    memory_bytes: int
 
     def __init__(
         self,
@@ -63,13 +65,21 @@ class OpenVinoBackend:
         self.description = description
         layout = layout_for(usable_cpus() if cpus is None else cpus)
         self.lanes = layout.lanes
-        compiled, wide = compile_lanes(graph, description.compute or description.precision, layout)
+        computes = description.compute or description.precision
+        compiled = compile_lanes(graph, computes, layout)
+        self.memory_bytes = openvino_bytes(
+            graph.with_suffix(".bin").stat().st_size,
+            compiled.matrix_items,
+            compiled.unpacked_bytes,
+            computes,
+            description,
+        )
         # The last one given back is taken first: its buffers are the warmest, and unused ones are never allocated.
         self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
         for _ in range(layout.lanes):
-            self._requests.put(compiled.create_infer_request())
-        self._wide = wide.create_infer_request() if wide is not None else None
-        self._wide_is_free = wide is not None
+            self._requests.put(compiled.lanes.create_infer_request())
+        self._wide = compiled.wide.create_infer_request() if compiled.wide is not None else None
+        self._wide_is_free = compiled.wide is not None
         self._running = 0
         self._state = threading.Lock()
         self._graph = graph
@@ -152,8 +162,8 @@ class OpenVinoBackend:
         """Lend the one request that computes at fp32, made when it is first wanted."""
         with self._fp32_lock:
             if self._fp32 is None:
-                lane, _ = compile_lanes(self._graph, "fp32", Layout(lanes=1, threads=1))
-                self._fp32 = lane.create_infer_request()
+                compiled = compile_lanes(self._graph, "fp32", Layout(lanes=1, threads=1))
+                self._fp32 = compiled.lanes.create_infer_request()
             yield self._fp32
 
     @contextmanager

@@ -40,15 +40,17 @@ costs a tenth here and was measured at a quarter with AMX; at fp32 they are left
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from emb_model_provider.backends.cpu import native_bf16
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from emb_model_provider.backends.base import ComputePrecision
@@ -118,7 +120,18 @@ def openvino() -> Any:
     return module
 
 
-def compile_lanes(path: Path, precision: ComputePrecision, layout: Layout) -> tuple[Any, Any | None]:
+class Compiled(NamedTuple):
+    """A graph that is ready to run."""
+
+    lanes: Any
+    wide: Any | None
+    matrix_items: int
+    """Numbers that its matrices hold."""
+    unpacked_bytes: int
+    """Of those, the bytes of what was stored as integers and was made numbers of."""
+
+
+def compile_lanes(path: Path, precision: ComputePrecision, layout: Layout) -> Compiled:
     """Compile a graph for all lanes, and for the wide lane if there is one. They share their weights.
 
     Raises: LoadError where the graph cannot be read or compiled.
@@ -126,8 +139,8 @@ def compile_lanes(path: Path, precision: ComputePrecision, layout: Layout) -> tu
     core = openvino().Core()
     try:
         graph = core.read_model(path)
-        if precision == "bf16":
-            _unpack_matrices(graph)
+        matrix_items = sum(math.prod(value.get_shape()) for value in _matrices(graph))
+        unpacked_bytes = _unpack_matrices(graph) if precision == "bf16" else 0
         lanes = core.compile_model(graph, "CPU", _options(precision, layout.lanes, layout.threads))
         wide = None
         if layout.has_wide_lane:
@@ -137,11 +150,23 @@ def compile_lanes(path: Path, precision: ComputePrecision, layout: Layout) -> tu
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
             "is made again, or set EMB_PROVIDER_BACKEND=torch."
         ) from error
-    return lanes, wide
+    return Compiled(lanes, wide, matrix_items, unpacked_bytes)
 
 
-def _unpack_matrices(graph: Graph) -> None:
-    """Turn matrices that are stored as integers into numbers, once; a graph without any is left as it is."""
+def _matrices(graph: Graph) -> Iterator[Any]:
+    """Yield the graph's values that are multiplied with others and are the same for every input."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "MatMul":
+            values = (node.input_value(port) for port in (0, 1))
+            yield from (value for value in values if _stored(value) is not None)
+
+
+def _unpack_matrices(graph: Graph) -> int:
+    """Turn matrices that are stored as integers into numbers, once; return the bytes of those numbers.
+
+    A graph without any is left as it is.
+    """
+    made = 0
     passes = importlib.import_module("openvino.passes")
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "MatMul":
@@ -154,11 +179,18 @@ def _unpack_matrices(graph: Graph) -> None:
             manager.register_pass(passes.ConstantFolding())
             packed = openvino().Model([value.get_node()], [], "weights")
             manager.run_passes(packed)
-            node.input(port).replace_source_output(packed.outputs[0].get_node().input_value(0))
+            numbers = packed.outputs[0].get_node().input_value(0)
+            made += math.prod(numbers.get_shape()) * numbers.get_element_type().size
+            node.input(port).replace_source_output(numbers)
+    return made
 
 
 def _is_packed(value: Any) -> bool:
-    """Whether a value is made of nothing but constants, integers among them, by unpacking."""
+    return _stored(value) == "integers"
+
+
+def _stored(value: Any) -> Literal["numbers", "integers"] | None:
+    """Return as what a value is stored that is made of nothing but constants, by unpacking; None for any other."""
     integers, waiting = False, [value.get_node()]
     while waiting:
         node = waiting.pop()
@@ -167,8 +199,8 @@ def _is_packed(value: Any) -> bool:
         elif node.get_type_name() in _UNPACKING:
             waiting += [node.input_value(place).get_node() for place in range(node.get_input_size())]
         else:
-            return False
-    return integers
+            return None
+    return "integers" if integers else "numbers"
 
 
 def _options(precision: ComputePrecision, streams: int, threads: int) -> dict[str, Any]:

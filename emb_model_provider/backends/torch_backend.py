@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.cpu import native_bf16
+from emb_model_provider.backends.memory import torch_bytes
 from emb_model_provider.backends.pipeline import plan_pipeline
 from emb_model_provider.backends.precision import (
     resolve_activations,
@@ -55,6 +56,7 @@ class TorchBackend:
     """A pipeline held by PyTorch. It is created, used and closed by one thread."""
 
     description: ModelDescription
+    memory_bytes: int
     lanes = 1
     """PyTorch spreads one batch over all cores, or the GPU runs them in turn: two at a time gain nothing."""
 
@@ -103,6 +105,8 @@ class TorchBackend:
         half = resolve_activations(precision, device, facts, native_bf16=False) != "fp32"
         if half and varlen_available(self._device):
             self.pack(varlen_kernel)
+        weights = (*pipeline.parameters(), *pipeline.buffers())
+        self.memory_bytes = torch_bytes(sum(map(_held_bytes, weights)), self.description)
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
@@ -246,6 +250,14 @@ def _load(
     except Exception as error:
         raise explained(error, plan) from error
     return pipeline, notes
+
+
+def _held_bytes(tensor: torch.Tensor) -> int:
+    # A quantized one says what it would take at the precision that it stands for.
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_held_bytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
 
 
 def _end_to_end(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:

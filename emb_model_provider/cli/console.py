@@ -37,9 +37,15 @@ def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
     return shown, error.end
 
 
+def out(text: str) -> None:
+    """Print a line of what was asked for, on stdout."""
+    # Left to find stdout itself, click writes UTF-8 where the encoding is ASCII.
+    click.echo(text, file=sys.stdout)
+
+
 def say(message: str) -> None:
     """Print a line for people, on stderr."""
-    click.echo(message, err=True)
+    click.echo(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:
@@ -53,11 +59,11 @@ def styled(text: str, *, fg: str) -> str:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout: sizes are integers in bytes, times ISO 8601 in UTC."""
-    click.echo(json.dumps(value, indent=1, default=_plain))
+    out(json.dumps(value, indent=1, default=_plain))
 
 
 def print_json_line(value: Any) -> None:
-    click.echo(json.dumps(value, default=_plain))
+    out(json.dumps(value, default=_plain))
 
 
 def _plain(value: Any) -> Any:
@@ -121,7 +127,9 @@ def confirm(question: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(f"{question} There is no terminal to ask on: say --yes, or look with --dry-run.")
+        raise click.UsageError(
+            f"{question} There is no terminal to ask on: say --yes, or look with --dry-run."
+        )
     if not click.confirm(question, err=True):
         say("Nothing was removed.")
         raise click.exceptions.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from emb_model_provider.errors import (
     AccessDeniedError,
+    ModelInUseError,
     NotAllowedError,
     NotCachedError,
     ProviderError,
@@ -28,6 +29,7 @@ _ASKED_WRONGLY = (
     AccessDeniedError,
     NotCachedError,
     NotAllowedError,
+    ModelInUseError,
 )
 
 

@@ -16,6 +16,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from emb_model_provider.cli.console import out, say
+from emb_model_provider.cli.interrupting import GO_ON, until_interrupted
+from emb_model_provider.cli.options import ModelId
 from emb_model_provider.compile.floors import shown_cosine
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class _Precisions(click.ParamType[tuple[str, ...]]):
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=ModelId(), metavar="MODEL")
 @click.option("--precisions", type=_Precisions(), default=",".join(PRECISIONS), show_default=True,
               help="Precisions to measure; the others are compared with the first.")  # fmt: skip
 @click.option("--source", type=click.Choice(["auto", "huggingface", "modelscope", "local", "bundled"]),
@@ -65,9 +68,9 @@ def fidelity(
     *,
     as_json: bool,
 ) -> None:
-    """Measure MODEL at every precision: how near its vectors come to fp32, and what that saves.
+    """Measure MODEL at every precision.
 
-    MODEL is an alias from your settings, the id of a repository, or a directory. What is compiled on the way is
+    How near its vectors come to fp32, and what that saves. MODEL is an alias from your settings, the id of a repository, or a directory. What is compiled on the way is
     kept, so that serving it at that precision starts at once.
     """
     _fetch(model, source)
@@ -82,7 +85,7 @@ def fidelity(
                 "backend": backend,
                 "device": device,
             }
-            click.echo(f"{precision}: preparing", err=True)
+            say(f"{precision}: preparing")
             # Once to compile and compare, which takes memory and time of its own; then afresh.
             with _process(job) as first:
                 rows[precision] = first.loaded
@@ -95,13 +98,13 @@ def fidelity(
         _throughput(measured, rounds, rows)
     for precision, row in rows.items():
         for note in _notes(row):
-            click.echo(f"{precision}: {note}", err=True)
+            say(f"{precision}: {note}")
     about = _about()
     if as_json:
-        click.echo(json.dumps({"model": model, "precisions": rows, "about": about}, indent=1))
+        out(json.dumps({"model": model, "precisions": rows, "about": about}, indent=1))
     else:
-        click.echo(_table(rows))
-        click.echo("\n".join(f"{name}: {value}" for name, value in about.items()))
+        out(_table(rows))
+        out("\n".join(f"{name}: {value}" for name, value in about.items()))
     if all("error" in row for row in rows.values()):
         raise SystemExit(1)
 
@@ -112,14 +115,13 @@ def _fetch(model: str, source: str | None) -> None:
     Raises: SettingsError, HubError.
     """
     from emb_model_provider.choosing import choose
-    from emb_model_provider.hubs.fetch import fetch_snapshot
-    from emb_model_provider.hubs.progress import ProgressReporter
-    from emb_model_provider.settings_loading import load_settings
+    from emb_model_provider.cli.opening import open_manager
+    from emb_model_provider.cli.progress import Reporter
 
-    settings, _ = load_settings()
+    settings, manager = open_manager()
     spec = choose(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
-    with ProgressReporter(terminal=sys.stderr) as report:
-        fetch_snapshot(spec, settings.hubs(), report)
+    with Reporter("auto") as report:
+        until_interrupted(lambda: manager.ensure(spec, on_progress=report), GO_ON)
 
 
 def _throughput(measured: dict[str, _Process], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
@@ -129,7 +131,7 @@ def _throughput(measured: dict[str, _Process], rounds: int, rows: dict[str, dict
     """
     rates: dict[str, dict[str, list[float]]] = {one: {kind: [] for kind in _KINDS} for one in measured}
     for number in range(rounds if measured else 0):
-        click.echo(f"throughput: round {number + 1} of {rounds}", err=True)
+        say(f"throughput: round {number + 1} of {rounds}")
         for kind in _KINDS:
             for precision in tuple(rates):
                 answer = measured[precision].rate(kind)
@@ -213,11 +215,18 @@ def _interrupts_wait() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    came: list[int] = []
+    # Blocked for what is started here. In this process another thread (numpy has some) may take the signal, whose
+    # handler is called on this one all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _close(pipe: IO[str] | None) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+GO_ON = "what was fetched so far is kept. The same command goes on with it."
 _LOOK_S = 0.2
 
 

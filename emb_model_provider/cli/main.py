@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import errno
 from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.errors import (
-    AccessDeniedError,
-    ProviderError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SettingsError,
-)
+from emb_model_provider.cli.console import prepare_streams, say, styled
+from emb_model_provider.cli.exits import FAILED, INTERRUPTED, status_of
+from emb_model_provider.errors import ProviderError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_CLI = "emb_model_provider.cli"
 COMMANDS = {
-    "fidelity": "emb_model_provider.cli.fidelity:fidelity",
-    "serve": "emb_model_provider.cli.serve:serve",
+    "serve": f"{_CLI}.serve:serve",
+    "pull": f"{_CLI}.pull:pull",
+    "list": f"{_CLI}.look:list_models",
+    "show": f"{_CLI}.look:show",
+    "verify": f"{_CLI}.look:verify",
+    "rm": f"{_CLI}.remove:rm",
+    "prune": f"{_CLI}.remove:prune",
+    "ps": f"{_CLI}.running:ps",
+    "load": f"{_CLI}.running:load",
+    "unload": f"{_CLI}.running:unload",
+    "embed": f"{_CLI}.embed:embed",
+    "fidelity": f"{_CLI}.fidelity:fidelity",
+    "doctor": f"{_CLI}.doctor:doctor",
+    "models": f"{_CLI}.main:models",
+    "completion": f"{_CLI}.completion:completion",
 }
 """Name of a command to the function that is one."""
-_FAILED, _NOT_SO, _INTERRUPTED = 1, 2, 130
-"""Exit codes beside 0: the work failed; it cannot be asked like this (usage, not found, not allowed); Ctrl-C."""
-_ASKED_WRONGLY = (SettingsError, RepositoryNotFoundError, RevisionNotFoundError, AccessDeniedError)
+OF_MODELS = ("pull", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")
+"""Those that `emb-provider models` has, too."""
 
 
 class _Commands(click.Group):
+    def __init__(self, *arguments: Any, names: Iterable[str] = tuple(COMMANDS), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._names = tuple(names)
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(COMMANDS)
+        return list(self._names)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - likewise
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self._names:
             return None
         module, _, name = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(import_module(module), name)
@@ -40,11 +58,25 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ProviderError as error:
-            click.echo(f"Error: {error.message}", err=True)
-            raise SystemExit(_NOT_SO if isinstance(error, _ASKED_WRONGLY) else _FAILED) from error
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            raise SystemExit(_INTERRUPTED) from None
+            _fail(error.message)
+            raise SystemExit(status_of(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever reads our stdout has enough
+                raise
+            _fail(f"{error}. To see what is wrong with this machine: emb-provider doctor")
+            raise SystemExit(FAILED) from error
+        except (KeyboardInterrupt, click.Abort):
+            say("interrupted")
+            raise SystemExit(INTERRUPTED) from None
+
+
+def _fail(message: str) -> None:
+    say(f"{styled('Error:', fg='red')} {message}")
+
+
+@click.group(cls=_Commands, names=OF_MODELS)
+def models() -> None:
+    """The same commands, as `models COMMAND`."""
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,5 +84,8 @@ class _Commands(click.Group):
 def main() -> None:
     """Embedding models from ModelScope, Hugging Face or a directory, behind the OpenAI API.
 
-    Settings are read from the environment (EMB_PROVIDER_...) and from .env in the working directory.
+    Settings are read from the environment (EMB_PROVIDER_...) and from .env in the working directory. Data goes to
+    stdout, all else to stderr. Exit status: 0 done; 1 it failed, or something differs; 2 usage, not found, not allowed;
+    3 the server is out of reach; 130 interrupted.
     """
+    prepare_streams()

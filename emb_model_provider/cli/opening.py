@@ -45,14 +45,6 @@ def split_revision(settings: Settings, typed: str) -> tuple[str, str | None]:
     return name, revision
 
 
-def names_on_disk(settings: Settings, typed: str) -> str:
-    """Return the name under which the model that an alias of the settings means is on disk; else what was typed."""
-    for spec in settings.models().specs:
-        if typed == spec.alias:
-            return str(spec.path) if spec.path is not None else spec.name
-    return typed
-
-
 def spec_of(settings: Settings, entry: CachedSnapshot) -> ModelSpec:
     """Return what to ask for to have a model that is on disk once more: its hub, revision and endpoint."""
     from emb_model_provider.choosing import choose

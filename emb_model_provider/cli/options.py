@@ -29,7 +29,10 @@ class ModelId(click.ParamType[str]):
         return str(value)
 
     def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
+        self,
+        ctx: click.Context,  # noqa: ARG002 - click's signature
+        param: click.Parameter,  # noqa: ARG002 - likewise
+        incomplete: str,
     ) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 

@@ -26,8 +26,8 @@ Phase = Literal["resolve", "download", "verify", "compile", "compare", "load", "
 
 _REDRAW_S = 0.2
 _SPEED_OVER_S = 10.0
-_COMPARING = ("reference vectors", "verify", "measure")
-"""What the compile step calls its own comparing with the reference."""
+_MAKING = ("import", "load", "read", "export", "trace", "convert", "quantize")
+"""How the names of the compile step's phases begin before it compares what it made with the reference."""
 _COMPILING = "emb_model_provider.compile.child"
 
 
@@ -135,7 +135,9 @@ class Reporter:
                 self._samples.popleft()
         tenth = state.done * 10 // state.total if state.total else 0
         if self.mode == "terminal":
-            due = begins or now - self._shown_at >= _REDRAW_S or bool(state.total and state.done == state.total)
+            due = (
+                begins or now - self._shown_at >= _REDRAW_S or bool(state.total and state.done == state.total)
+            )
         else:
             due = begins or tenth > self._shown_tenth or now - self._shown_at >= self._every_s
         if due:
@@ -146,7 +148,11 @@ class Reporter:
         if self.mode == "none":
             return
         speed = self._speed()
-        left = (state.total - state.done) / speed if state.total and speed and state.phase == "download" else None
+        left = (
+            (state.total - state.done) / speed
+            if state.total and speed and state.phase == "download"
+            else None
+        )
         if self.mode == "json":
             line = {
                 "model": self._model,
@@ -181,13 +187,13 @@ class Reporter:
                 state, now = self._state, time.monotonic()
                 if state is None or self.mode == "none":
                     continue
-                if state.phase == "download" and now - self._stalled_at >= self._stall_s:
+                if state.phase == "download" and state.total and now - self._stalled_at >= self._stall_s:
                     self._stalled_at = now
                     self.note(f"{self._model}: no bytes for {now - self._moved_at:.0f} s, still trying")
-                if self.mode == "terminal" or now - self._shown_at >= self._every_s:
-                    if state.phase != "ready":
-                        self._shown_at = now
-                        self._show(state, now)
+                due = self.mode == "terminal" or now - self._shown_at >= self._every_s
+                if due and state.phase != "ready":
+                    self._shown_at = now
+                    self._show(state, now)
 
     def _clear(self) -> None:
         if self._drawn:
@@ -209,7 +215,7 @@ class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         compiling = getattr(record, "compile_phase", None)
         if compiling is not None:
-            self._reporter.phase("compare" if compiling in _COMPARING else "compile")
+            self._reporter.phase("compile" if str(compiling).startswith(_MAKING) else "compare")
         elif record.levelno >= logging.WARNING:
             self._reporter.note(f"warning: {record.getMessage()}")
 

@@ -105,7 +105,7 @@ class MeasuredTorch:
             return _with(backend, notes=(note,))
         try:
             fidelity = compare(backend, cases, exact=False)
-            _write(place, fidelity)
+            _write(place, fidelity, self.snapshot)
             self._require(precision, fidelity)
         except UntrueError as error:
             backend.close()
@@ -203,10 +203,12 @@ def _read(place: Path) -> Fidelity | None:
         return None
 
 
-def _write(place: Path, fidelity: Fidelity) -> None:
+def _write(place: Path, fidelity: Fidelity, snapshot: Snapshot) -> None:
+    # The snapshot is named so that the figure can be removed with it.
+    content = {**asdict(fidelity), "snapshot": snapshot.digest}
     # A cache that cannot be written costs the next start the time again, and nothing else.
     with contextlib.suppress(OSError):
-        write_atomically(place, json.dumps(asdict(fidelity), indent=1).encode())
+        write_atomically(place, json.dumps(content, indent=1).encode())
 
 
 def _bytes_at_fp32(snapshot: Snapshot) -> float:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.backends.base import Backend
+    from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.compile.artifact import Artifact
     from emb_model_provider.compile.recipe import Recipe
     from emb_model_provider.compile.store import Hold
@@ -48,6 +48,8 @@ class PreparedBackend:
     backend: Literal["openvino", "torch"] = "torch"
     size: int = 0
     """Bytes on disk of what it is loaded from."""
+    description: ModelDescription | None = None
+    """Of an artifact; what torch serves is described once it is loaded."""
 
 
 class NoArtifactError(Exception):
@@ -162,7 +164,7 @@ def _openvino(
 
         return OpenVinoBackend(artifact.directory / GRAPH, description, on_close=hold.release)
 
-    return PreparedBackend(load, (), "openvino", artifact.size)
+    return PreparedBackend(load, (), "openvino", artifact.size, description)
 
 
 def _require_true(spec: ModelSpec, artifact: Artifact, policy: FidelitySettings) -> None:

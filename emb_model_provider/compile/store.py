@@ -8,7 +8,7 @@ Under `<cache directory>/artifacts/`:
     <key>.refused.json     why this recipe gives no artifact, so that the next start does not try for minutes
     .<key>.<random>.tmp/   an artifact in the making; where nobody holds its lock, what a killed process left
 
-A lock ends with its process, however that ends.
+A lock or a hold ends with its process, however that ends, and its file goes with it (hubs/locks.py).
 """
 
 from __future__ import annotations
@@ -18,19 +18,13 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
-import weakref
 from typing import TYPE_CHECKING
 
-import filelock
-
 from emb_model_provider.compile.artifact import MANIFEST, read_artifact
+from emb_model_provider.hubs.locks import Held, claim, share
 from emb_model_provider.hubs.storage import CACHE_SETTING, require_writable, storage_error, write_atomically
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,19 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WAIT_S = 0.2
 
-
-class Hold:
-    """Keeps an artifact from being thrown away until it is released, or forgotten, or the process ends."""
-
-    def __init__(self, descriptor: int | None) -> None:
-        self._let_go = weakref.finalize(self, os.close, descriptor) if descriptor is not None else None
-
-    def release(self) -> None:
-        """Let the artifact go. Calling it again does nothing."""
-        if self._let_go is not None:
-            self._let_go()
+Hold = Held
+"""Keeps an artifact from being thrown away until it is released, or forgotten, or the process ends."""
 
 
 class ArtifactStore:
@@ -112,21 +96,22 @@ class ArtifactStore:
         Raises: HubError where the cache cannot be written, InterruptedError when `stopped` while waiting.
         """
         self.require_writable()
-        lock = filelock.FileLock(self._root / f"{recipe.key}.lock", thread_local=False)
         try:
-            self._wait_for(lock, stopped)
-            self._sweep(recipe.key)
-            directory = tempfile.mkdtemp(dir=self._root, prefix=f".{recipe.key}.", suffix=".tmp")
+            lock = self._wait_for(self._root / f"{recipe.key}.lock", stopped)
         except OSError as error:
-            lock.release()
             if isinstance(error, InterruptedError):
                 raise
             raise storage_error(error, self._root, CACHE_SETTING) or error from error
-        try:
-            yield self._root / directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-            lock.release()
+        with lock:
+            try:
+                sweep(self._root, recipe.key)
+                directory = tempfile.mkdtemp(dir=self._root, prefix=f".{recipe.key}.", suffix=".tmp")
+            except OSError as error:
+                raise storage_error(error, self._root, CACHE_SETTING) or error from error
+            try:
+                yield self._root / directory
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def keep(self, recipe: Recipe, made: Path) -> tuple[Artifact, Hold]:
         """Give a finished directory its name, inside `making`; then make room. Returns the artifact, held.
@@ -135,7 +120,7 @@ class ArtifactStore:
         """
         place = self._root / recipe.key
         if place.exists():  # damaged, or it would have been found
-            _remove(place)
+            remove_artifact(place)
         # mkdtemp makes directories for the owner only; a cache may be shared, as the files in it are.
         made.chmod(0o755)
         made.rename(place)
@@ -149,7 +134,9 @@ class ArtifactStore:
     # --- keeping order ----------------------------------------------------------------------------------
 
     def _take(self, directory: Path) -> tuple[Artifact, Hold] | None:
-        hold = self._hold(directory.name)
+        if not directory.is_dir():
+            return None
+        hold = share(self._root / f"{directory.name}.hold")  # waits for a removal that is under way
         artifact = read_artifact(directory)
         if artifact is None:
             hold.release()
@@ -157,19 +144,6 @@ class ArtifactStore:
         with contextlib.suppress(OSError):
             os.utime(directory)  # when it was last used
         return artifact, hold
-
-    def _hold(self, key: str) -> Hold:
-        path = self._root / f"{key}.hold"
-        if sys.platform == "win32":
-            return Hold(None)  # a file in use cannot be removed there
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-        except OSError:
-            return Hold(None)  # a cache that cannot be written is not cleaned up either
-        with contextlib.suppress(OSError):
-            # Waits for a removal that is under way; what was removed is then not found.
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return Hold(descriptor)
 
     def _make_room(self) -> None:
         """Remove the artifacts that were used longest ago while all together are larger than allowed."""
@@ -193,61 +167,63 @@ class ArtifactStore:
             )  # fmt: skip
 
     def _remove_unless_held(self, path: Path) -> bool:
-        if sys.platform == "win32":
-            return _remove(path)
         try:
-            descriptor = os.open(self._root / f"{path.name}.hold", os.O_RDONLY | os.O_CREAT, 0o644)
+            held = claim(self._root / f"{path.name}.hold")
         except OSError:
             return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return _remove(path)
-        except OSError:
+        if held is None:
             return False
-        finally:
-            os.close(descriptor)
+        with held:
+            return remove_artifact(path)
 
-    def _sweep(self, own_key: str) -> None:
-        """Remove what killed processes left: directories in the making whose lock nobody holds."""
-        for path in self._root.glob(".*.tmp"):
-            key = path.name.split(".")[1]
-            if key == own_key:
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            lock = filelock.FileLock(self._root / f"{key}.lock", thread_local=False)
-            try:
-                lock.acquire(blocking=False)
-            except (filelock.Timeout, OSError):
-                continue
-            try:
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                lock.release()
+    def _wait_for(self, path: Path, stopped: Callable[[], bool]) -> Held:
+        """Hold the lock of a recipe. Raises: InterruptedError when stopped, other OSErrors."""
+        waiting_since: float | None = None
 
-    def _wait_for(self, lock: filelock.FileLock, stopped: Callable[[], bool]) -> None:
-        waiting_since = time.monotonic()
-        told = False
-        while True:
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout:
-                if not told:
-                    logger.info("Another process is compiling this model: waiting for it")
-                    told = True
-                if stopped():
-                    raise InterruptedError("stopped while waiting") from None
-                time.sleep(_WAIT_S)
-            else:
-                if told:
-                    logger.info("The other process is done, after %.0f s", time.monotonic() - waiting_since)
-                return
+        def tell() -> None:
+            nonlocal waiting_since
+            waiting_since = time.monotonic()
+            logger.info("Another process is compiling this model: waiting for it")
+
+        lock = claim(path, wait_s=None, on_wait=tell, stopped=stopped)
+        if lock is None:
+            raise InterruptedError("stopped while waiting")
+        if waiting_since is not None:
+            logger.info("The other process is done, after %.0f s", time.monotonic() - waiting_since)
+        return lock
 
     def _refusal_path(self, recipe: Recipe) -> Path:
         return self._root / f"{recipe.key}.refused.json"
 
 
-def _remove(path: Path) -> bool:
-    """Remove an artifact in one step, as far as anybody who looks for it can see; return whether it is gone."""
+def sweep(root: Path, own_key: str | None = None) -> list[Path]:
+    """Remove what killed processes left, and return it: directories in the making whose lock nobody holds.
+
+    `own_key`: of the artifact whose lock the caller holds.
+    """
+    swept: list[Path] = []
+    for path in root.glob(".*.tmp"):
+        key = path.name.split(".")[1]
+        if key == own_key:
+            shutil.rmtree(path, ignore_errors=True)
+            swept.append(path)
+            continue
+        try:
+            held = claim(root / f"{key}.lock")
+        except OSError:
+            continue
+        if held is not None:
+            with held:
+                shutil.rmtree(path, ignore_errors=True)
+                swept.append(path)
+    return swept
+
+
+def remove_artifact(path: Path) -> bool:
+    """Remove an artifact in one step, as far as anybody who looks for it can see; return whether it is gone.
+
+    Hold it alone.
+    """
     grave = path.with_name(f".{path.name}.removed-{os.getpid()}.tmp")
     try:
         path.rename(grave)

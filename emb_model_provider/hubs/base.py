@@ -33,6 +33,9 @@ class HubConfig:
     endpoint: str | None = None
     token: str | None = field(default=None, repr=False)
     offline: bool = False
+    include: tuple[str, ...] = ()
+    """Patterns (fnmatch) of the files to fetch, among those that serving needs; none is all of them."""
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ class Hub(Protocol):
 
         `repository` is the hub's id, or a directory for `local`. `revision` None is the hub's default
         branch. With `config.offline` no request is made: a snapshot comes from this machine or not at all.
-        `on_progress` is called from one thread at a time, though not always the caller's.
+        `on_progress` is called from one thread at a time, though not always the caller's. It may raise
+        FetchCancelledError: then the fetch ends soon, with that error.
 
         What was fetched before, and the lock that keeps two processes from doing this at once, are the
         business of `fetch.fetch_snapshot`.

@@ -10,17 +10,23 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import filelock
-
-from emb_model_provider.errors import CacheNotWritableError, HubError, RepositoryNotFoundError
+from emb_model_provider.errors import (
+    CacheNotWritableError,
+    FetchCancelledError,
+    HubError,
+    RepositoryNotFoundError,
+)
 from emb_model_provider.hubs import manifest
 from emb_model_provider.hubs.base import HUBS, Hub, HubConfig, HubName, Progress
 from emb_model_provider.hubs.bundled import BUNDLED_REVISION
+from emb_model_provider.hubs.layout import cache_root, places
+from emb_model_provider.hubs.locks import claim
+from emb_model_provider.hubs.pending import fetching
 from emb_model_provider.hubs.storage import CACHE_SETTING, require_writable, storage_error
 from emb_model_provider.model_spec import BUNDLED_MODEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.model_spec import ModelSpec
@@ -56,22 +62,29 @@ def fetch_snapshot(
     on_progress: Callable[[Progress], None] = lambda _: None,
     *,
     force: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Snapshot:
     """Return a complete, verified snapshot of a model, fetching it where that is needed.
 
     A snapshot with a valid manifest is used as it is and no request is made; `force` asks the hub again,
     and fetches what changed. Blocks for as long as the transfer takes: call it off the event loop.
 
+    `include` and `exclude` (patterns of `fnmatch`) choose among the files that serving needs; what they leave need
+    not be a model. `on_progress` may raise FetchCancelledError: then the fetch ends soon, with that error, and
+    leaves nothing of what it brought.
+
     Raises: a `HubError`, whose message says what happened and what to do.
     """
     hub = resolve_source(spec)
+    patterns = tuple(include), tuple(exclude)
     try:
-        return _fetch_from(hub, spec, settings, on_progress, force=force)
+        return _fetch_from(hub, spec, settings, on_progress, force=force, patterns=patterns)
     except HubError as error:
         # A cache that cannot be written is this machine's trouble; another hub would hide it.
         if hub != "modelscope" or not settings.fallback_to_huggingface:
             raise
-        if isinstance(error, CacheNotWritableError):
+        if isinstance(error, CacheNotWritableError | FetchCancelledError):
             raise
         first = error
     log.warning(
@@ -89,9 +102,26 @@ def fetch_snapshot(
         revision=None if spec.revision == "master" else spec.revision,
     )
     try:
-        return _fetch_from("huggingface", instead, settings, on_progress, force=force)
+        return _fetch_from("huggingface", instead, settings, on_progress, force=force, patterns=patterns)
+    except FetchCancelledError:
+        raise
     except HubError as second:
         raise type(second)(f"From ModelScope: {first} And from Hugging Face: {second}") from second
+
+
+def question_of(
+    hub: HubName,
+    spec: ModelSpec,
+    settings: HubSettings,
+    patterns: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+) -> manifest.Question:
+    """What a fetch of a model from one hub asks, which is what its manifest is found by."""
+    if hub == "local":
+        return manifest.Question("local", str((spec.path or Path(spec.name)).expanduser().absolute()))
+    if hub == "bundled":
+        return manifest.Question("bundled", spec.name)
+    endpoint = _config(hub, spec, settings).endpoint
+    return manifest.Question(hub, settings.name_on(hub, spec.name), spec.revision, endpoint, *patterns)
 
 
 def _fetch_from(
@@ -101,51 +131,74 @@ def _fetch_from(
     on_progress: Callable[[Progress], None],
     *,
     force: bool,
+    patterns: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> Snapshot:
-    config = _config(hub, spec, settings)
-    if hub == "local":
-        return _make(hub, config).fetch(str(spec.path or Path(spec.name).expanduser()), None, on_progress)
-    if hub == "bundled":
-        return _make(hub, config).fetch(spec.name, spec.revision, on_progress)
-    if not _REPOSITORY.fullmatch(spec.name) or ".." in spec.name:
-        raise RepositoryNotFoundError(
-            f"{spec.name!r} is neither a directory here nor a repository's name (owner/name). "
-            "Check EMB_PROVIDER_MODEL_NAME."
-        )
-    if spec.revision is not None and (not _REVISION.fullmatch(spec.revision) or ".." in spec.revision):
-        raise HubError(
-            f"{spec.revision!r} cannot be a branch, a tag or a commit. Check EMB_PROVIDER_MODEL_REVISION."
-        )
-    question = manifest.Question(hub, spec.name, spec.revision, config.endpoint)
+    config = dataclasses.replace(_config(hub, spec, settings), include=patterns[0], exclude=patterns[1])
+    question = question_of(hub, spec, settings, patterns)
+    if hub in ("local", "bundled"):
+        in_place = _make(hub, config).fetch(question.repository, spec.revision, on_progress)
+        manifest.mark_used(question, config.manifest_dir)
+        return in_place
+    name = question.repository
+    _require_sane(name, spec.revision)
 
     def known() -> Snapshot | None:
-        return manifest.load_verified(
+        snapshot = manifest.load_verified(
             question,
             config.manifest_dir,
-            lambda done, total: on_progress(Progress("verify", spec.name, done, total)),
+            lambda done, total: on_progress(Progress("verify", name, done, total)),
         )
+        if snapshot is not None:
+            manifest.mark_used(question, config.manifest_dir)
+        return snapshot
 
     force = force and not config.offline
     if not force and (snapshot := known()) is not None:
         return snapshot
     if config.offline:
-        snapshot = _make(hub, config).fetch(spec.name, spec.revision, on_progress)
+        adopted = _make(hub, config).fetch(name, spec.revision, on_progress)
         with contextlib.suppress(OSError):  # nothing was fetched: a manifest only makes the next start quick
-            manifest.save(question, snapshot, config.manifest_dir)
-        return snapshot
+            manifest.save(question, adopted, config.manifest_dir)
+        return adopted
     require_writable(config.manifest_dir / hub, CACHE_SETTING)
-    with _locked(question.lock_path(config.manifest_dir), spec.name):
+    with _locked(question.lock_path(config.manifest_dir), name, on_progress):
         if not force and (snapshot := known()) is not None:
             return snapshot
-        snapshot = _make(hub, config).fetch(spec.name, spec.revision, on_progress)
-        try:
+        return _fetch_marked(question, config, on_progress)
+
+
+def _fetch_marked(
+    question: manifest.Question, config: HubConfig, on_progress: Callable[[Progress], None]
+) -> Snapshot:
+    """Fetch, with a marker on the disk for as long as it takes, and write the manifest."""
+    where = places(question.hub, question.repository, cache_root(question.hub, config.cache_dir))
+    try:
+        with fetching(question, where, config.manifest_dir) as touch:
+
+            def told(progress: Progress) -> None:
+                touch()
+                on_progress(progress)
+
+            snapshot = _make(question.hub, config).fetch(question.repository, question.revision, told)
             manifest.save(question, snapshot, config.manifest_dir)
-        except OSError as error:
-            raise storage_error(error, config.manifest_dir, CACHE_SETTING) or HubError(
-                f"The manifest of {spec.name} could not be written to {config.manifest_dir}: {error}. "
-                f"Check {CACHE_SETTING}."
-            ) from error
-    return snapshot
+            return snapshot
+    except OSError as error:
+        raise storage_error(error, config.manifest_dir, CACHE_SETTING) or HubError(
+            f"The manifest of {question.repository} could not be written to {config.manifest_dir}: {error}. "
+            f"Check {CACHE_SETTING}."
+        ) from error
+
+
+def _require_sane(name: str, revision: str | None) -> None:
+    if not _REPOSITORY.fullmatch(name) or ".." in name:
+        raise RepositoryNotFoundError(
+            f"{name!r} is neither a directory here nor a repository's name (owner/name). "
+            "Check EMB_PROVIDER_MODEL_NAME."
+        )
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise HubError(
+            f"{revision!r} cannot be a branch, a tag or a commit. Check EMB_PROVIDER_MODEL_REVISION."
+        )
 
 
 def _config(hub: HubName, spec: ModelSpec, settings: HubSettings) -> HubConfig:
@@ -180,20 +233,27 @@ def _is_directory(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, repository: str) -> Iterator[None]:
-    """Hold the lock of one snapshot, across processes. One that is killed lets go of it."""
-    lock = filelock.FileLock(path, thread_local=False)
-    try:
+def _locked(path: Path, repository: str, on_progress: Callable[[Progress], None]) -> Iterator[None]:
+    """Hold the lock of one repository, across processes. One that is killed lets go of it."""
+    cancelled: list[FetchCancelledError] = []
+
+    def wanted_no_more() -> bool:
         try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            log.info("Another process or thread is fetching %s; waiting for it to finish.", repository)
-            lock.acquire(poll_interval=0.2)
+            on_progress(Progress("resolve", repository))
+        except FetchCancelledError as error:
+            cancelled.append(error)
+        return bool(cancelled)
+
+    def tell() -> None:
+        log.info("Another process or thread is fetching %s; waiting for it to finish.", repository)
+
+    try:
+        held = claim(path, wait_s=None, on_wait=tell, stopped=wanted_no_more)
     except OSError as error:  # such as another user's lock file in a shared cache
         raise storage_error(error, path, CACHE_SETTING) or HubError(
             f"The lock {path} cannot be taken: {error}. Set {CACHE_SETTING} to another directory."
         ) from error
-    try:
+    if held is None:
+        raise cancelled[0]
+    with held:
         yield
-    finally:
-        lock.release()

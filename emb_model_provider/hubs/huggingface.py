@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import (
-    AccessDeniedError,
     CorruptSnapshotError,
+    FetchCancelledError,
     HubError,
     HubUnavailableError,
     OfflineError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.progress import ByteCounter, bar_class
-from emb_model_provider.hubs.selection import require_all_parts, require_model, select
+from emb_model_provider.hubs.huggingface_errors import raise_translated
+from emb_model_provider.hubs.progress import ByteCounter, bar_class, results
+from emb_model_provider.hubs.selection import matching, require_all_parts, require_model, select
 from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file, require_safe_paths
-from emb_model_provider.hubs.storage import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DEFAULT_REVISION = "main"
-_CACHE_SETTING = "EMB_PROVIDER_HF_CACHE_DIR"
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
 _WORKERS = 4
 """Files fetched side by side: the many small ones wait for round trips, the large one for bytes."""
@@ -85,17 +82,43 @@ class HuggingFaceHub:
         try:
             commit = _commit_of(api, repository, asked)
             tree = list(api.list_repo_tree(repository, recursive=True, revision=commit))
-            listed = _selected(tree, repository, asked)
+            listed = self._selected(tree, repository, asked)
             directory = self._download(repository, commit, listed, on_progress)
             again = functools.partial(self._again, repository, commit, directory)
             files = _verify(repository, directory, listed, on_progress, again)
         except HubError:
             raise
         except Exception as error:  # noqa: BLE001 (the client raises from five libraries; all are translated)
-            self._translate(error, repository, asked, api)
-        where = f"Repository {repository}@{asked} on Hugging Face"
-        require_all_parts(directory, (file.path for file in files), where)
+            raise_translated(error, repository, asked, self._config, lambda: _revisions(api, repository))
+        if not self._partial:
+            where = f"Repository {repository}@{asked} on Hugging Face"
+            require_all_parts(directory, (file.path for file in files), where)
         return Snapshot.of("huggingface", repository, commit, directory, files)
+
+    @property
+    def _partial(self) -> bool:
+        """Whether only a part of what serving needs was asked for."""
+        return bool(self._config.include or self._config.exclude)
+
+    def _selected(self, tree: Iterable[Any], repository: str, revision: str) -> list[_Listed]:
+        """The files of a listing that serving needs, or those of them that were asked for."""
+        from huggingface_hub import RepoFile
+
+        listed = {
+            entry.path: _Listed(
+                entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
+            )
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        }
+        require_safe_paths(listed, repository)
+        where = f"Repository {repository}@{revision} on Hugging Face"
+        paths = select(listed)
+        if self._partial:
+            paths = matching(paths, self._config.include, self._config.exclude, where)
+        else:
+            require_model(paths, where, listed=listed)
+        return [listed[path] for path in paths]
 
     def _download(
         self,
@@ -107,13 +130,23 @@ class HuggingFaceHub:
         """Let the client bring the files, and return the directory it put them in."""
         total = sum(file.size for file in listed)
         on_progress(Progress("download", repository, 0, total))
-        bar = bar_class(ByteCounter(repository, total, on_progress))
+        counter = ByteCounter(repository, total, on_progress)
+        bar = bar_class(counter)
         pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="huggingface")
+        abandon = False
         try:
-            futures = [pool.submit(self._get, repository, commit, file.path, bar) for file in listed]
-            found = [future.result() for future in futures]
+            found = results(
+                [pool.submit(self._get, repository, commit, file.path, bar) for file in listed], counter
+            )
+        except FetchCancelledError:
+            abandon = True
+            raise
+        except Exception:
+            counter.require_wanted()
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=not abandon, cancel_futures=True)
+        counter.require_wanted()
         return _directory_of(found[0], listed[0].path)
 
     def _get(self, repository: str, commit: str, path: str, bar: Any, *, local: bool = False) -> Path:
@@ -156,7 +189,7 @@ class HuggingFaceHub:
             from huggingface_hub import get_cached_repo_tree
 
             tree = get_cached_repo_tree(repository, revision=asked, cache_dir=self._config.cache_dir)
-            listed = _selected(tree, repository, asked)
+            listed = self._selected(tree, repository, asked)
             found = [self._get(repository, asked, file.path, bar_class(None), local=True) for file in listed]
             directory = _directory_of(found[0], listed[0].path)
             files = _verify(repository, directory, listed, on_progress, _refuse(repository, directory))
@@ -168,78 +201,9 @@ class HuggingFaceHub:
                 "EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set "
                 "EMB_PROVIDER_MODEL_PATH to a directory that holds the model."
             ) from error
-        require_all_parts(directory, (file.path for file in files), f"The cached {repository}@{asked}")
+        if not self._partial:
+            require_all_parts(directory, (file.path for file in files), f"The cached {repository}@{asked}")
         return Snapshot.of("huggingface", repository, directory.name, directory, files)
-
-    def _translate(self, error: Exception, repository: str, revision: str, api: HfApi) -> NoReturn:
-        """Raise the client's error in our words."""
-        from huggingface_hub import errors
-
-        cause: BaseException = error
-        # "cannot find it in the cache" only says that the request before it failed; that one is the reason.
-        while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            raise OfflineError(
-                f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids fetching it. Unset it once."
-            ) from error
-        if isinstance(cause, errors.RevisionNotFoundError):
-            raise RevisionNotFoundError(
-                f"{repository} on Hugging Face has no branch, tag or commit {revision!r}; it has "
-                f"{_revisions(api, repository)}. Set EMB_PROVIDER_MODEL_REVISION to one of them."
-            ) from error
-        if isinstance(cause, errors.HfHubHTTPError):
-            raise self._http_error(cause, repository) from error
-        if isinstance(cause, errors.HFValidationError):
-            raise RepositoryNotFoundError(
-                f"{repository!r} cannot be a repository on Hugging Face (owner/name). "
-                "Check EMB_PROVIDER_MODEL_NAME."
-            ) from error
-        if isinstance(cause, OSError):
-            refused = storage_error(cause, self._config.cache_dir or "the Hugging Face cache", _CACHE_SETTING)
-            if refused is not None:
-                raise refused from error
-        if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
-            raise CorruptSnapshotError(
-                f"A file of {repository} arrived with another size than Hugging Face announces. Try again "
-                "later, or another mirror: EMB_PROVIDER_HF_ENDPOINT."
-            ) from error
-        raise HubUnavailableError(
-            f"Hugging Face could not be reached for {repository} ({type(cause).__name__}: {self._line(cause)}). "
-            "Check the network, or set EMB_PROVIDER_HF_ENDPOINT to a mirror."
-        ) from error
-
-    def _http_error(self, error: Any, repository: str) -> HubError:
-        from huggingface_hub.errors import DisabledRepoError, GatedRepoError
-
-        status = error.response.status_code
-        code = error.response.headers.get("X-Error-Code")
-        given = "the token was refused" if self._config.token else "no token was given"
-        if isinstance(error, GatedRepoError):
-            return AccessDeniedError(
-                f"{repository} on Hugging Face is gated, and {given} for it. Accept its terms on the web page, "
-                "then set EMB_PROVIDER_HF_TOKEN."
-            )
-        if status == 404 or code == "RepoNotFound":
-            return RepositoryNotFoundError(
-                f"Hugging Face has no repository {repository}, or it is private ({given}). Check "
-                "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_HF_TOKEN."
-            )
-        if status in {401, 403}:
-            what = "is disabled" if isinstance(error, DisabledRepoError) else f"is not open to us: {given}"
-            return AccessDeniedError(
-                f"{repository} on Hugging Face {what} (HTTP {status}). Set EMB_PROVIDER_HF_TOKEN to a token "
-                "that may read it."
-            )
-        return HubUnavailableError(
-            f"Hugging Face answered HTTP {status} for {repository}. Try again later, or set "
-            "EMB_PROVIDER_HF_ENDPOINT to a mirror."
-        )
-
-    def _line(self, error: BaseException) -> str:
-        """An error's first line, without the token."""
-        line = next(iter(str(error).strip().splitlines()), "")[:200]
-        return line.replace(self._config.token, "***") if self._config.token else line
 
 
 def _quiet() -> None:
@@ -259,21 +223,6 @@ def _commit_of(api: HfApi, repository: str, revision: str) -> str:
             f"Hugging Face did not say which commit {repository}@{revision} is. Check EMB_PROVIDER_HF_ENDPOINT."
         )
     return commit
-
-
-def _selected(tree: Iterable[Any], repository: str, revision: str) -> list[_Listed]:
-    """The files of a listing that serving needs."""
-    from huggingface_hub import RepoFile
-
-    listed = {
-        entry.path: _Listed(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    }
-    require_safe_paths(listed, repository)
-    paths = select(listed)
-    require_model(paths, f"Repository {repository}@{revision} on Hugging Face", listed=listed)
-    return [listed[path] for path in paths]
 
 
 def _verify(

@@ -7,14 +7,17 @@ not checked, and bars and log lines that cannot be turned off.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import (
     AccessDeniedError,
     CorruptSnapshotError,
+    FetchCancelledError,
     HubError,
     HubUnavailableError,
     IncompleteRepositoryError,
@@ -23,8 +26,9 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
 )
 from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.progress import ByteCounter
-from emb_model_provider.hubs.selection import require_all_parts, require_model, select
+from emb_model_provider.hubs.layout import cache_root, modelscope_older
+from emb_model_provider.hubs.progress import ByteCounter, Stop, callback_class, results
+from emb_model_provider.hubs.selection import matching, require_all_parts, require_model, select
 from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file, require_safe_paths
 from emb_model_provider.hubs.storage import require_writable, storage_error
 
@@ -54,12 +58,7 @@ class ModelScopeHub:
     ) -> Snapshot:
         """Make sure the revision exists, list it, fetch what serving needs, and hash all of it."""
         if self._config.offline:
-            raise OfflineError(
-                f"No verified snapshot of {repository} from ModelScope is on this machine, and "
-                "EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set "
-                "EMB_PROVIDER_MODEL_PATH to a directory that holds the model (what ModelScope's client left "
-                "in its cache carries no hashes to check it by)."
-            )
+            raise self._offline(repository, revision)
         if "/" not in repository:
             raise RepositoryNotFoundError(
                 f"{repository!r} cannot be a repository on ModelScope (owner/name). "
@@ -69,15 +68,18 @@ class ModelScopeHub:
         api = _client(self._config)
         try:
             asked = _resolve(api, repository, revision)
-            listed = _selected(api.list_repo_files(repository, "model", revision=asked), repository, asked)
+            listed = self._selected(
+                api.list_repo_files(repository, "model", revision=asked), repository, asked
+            )
             directory = self._download(api, repository, asked, listed, on_progress)
             files = _verify(repository, directory, listed, on_progress)
         except HubError:
             raise
         except Exception as error:  # noqa: BLE001 (the client raises from four libraries; all are translated)
             self._translate(error, repository)
-        where = f"Repository {repository}@{asked} on ModelScope"
-        require_all_parts(directory, (file.path for file in files), where)
+        if not self._partial:
+            where = f"Repository {repository}@{asked} on ModelScope"
+            require_all_parts(directory, (file.path for file in files), where)
         return Snapshot.of("modelscope", repository, asked, directory, files)
 
     def _download(
@@ -93,14 +95,99 @@ class ModelScopeHub:
             require_writable(self._config.cache_dir, _CACHE_SETTING)
         total = sum(file.size for file in listed)
         on_progress(Progress("download", repository, 0, total))
-        return api.download_repo(
+        counter = ByteCounter(repository, total, on_progress)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="modelscope")
+        brought = pool.submit(
+            api.download_repo,
             repository,
             "model",
             revision=revision,
             cache_dir=self._config.cache_dir,
-            progress_callbacks=[_callback_class(ByteCounter(repository, total, on_progress))],
+            local_dir=self._older_directory(repository, listed),
+            progress_callbacks=[callback_class(counter)],
             file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in listed],
         )
+        abandon = False
+        try:
+            (directory,) = results([brought], counter)
+        except FetchCancelledError:
+            abandon = True
+            self._forget_locks(repository, listed)
+            raise
+        except (Exception, Stop):
+            counter.require_wanted()
+            raise
+        finally:
+            pool.shutdown(wait=not abandon)
+        counter.require_wanted()
+        return directory
+
+    def _forget_locks(self, repository: str, listed: list[FileInfo]) -> None:
+        """Remove the locks of threads that are left behind. They lie among those of other repositories."""
+        from modelscope_hub import _download
+
+        # Another version of the client may name its locks otherwise; then they stay, empty, until it uses them again.
+        with contextlib.suppress(AttributeError, TypeError, OSError):
+            root = cache_root("modelscope", self._config.cache_dir)
+            name_of: Any = _download.DownloadManager._lock_path
+            for file in listed:
+                name_of(None, repository, "model", cache_dir=root, file_path=file.path).unlink(
+                    missing_ok=True
+                )
+
+    def _older_directory(self, repository: str, listed: list[FileInfo]) -> Path | None:
+        """Where an older client keeps this repository, as far as its files have the listed sizes.
+
+        The client looks into such a directory, too, but not into all of those that there were.
+        """
+        root = cache_root("modelscope", self._config.cache_dir)
+        for directory in modelscope_older(root, repository):
+            present = [file for file in listed if (directory / file.path).is_file()]
+            if present and all((directory / file.path).stat().st_size == file.size for file in present):
+                return directory
+        return None
+
+    def _offline(self, repository: str, revision: str | None) -> OfflineError:
+        root = cache_root("modelscope", self._config.cache_dir)
+        newest = root / "models" / repository.replace("/", "--") / "snapshots"
+        revisions = [revision] if revision else list(_DEFAULT_REVISIONS)
+        there = [newest / each for each in revisions] + modelscope_older(root, repository)
+        found = next((path for path in there if (path / "config.json").is_file()), None)
+        instead = (
+            f"EMB_PROVIDER_MODEL_PATH={found}, which ModelScope's client left without hashes to check it by"
+            if found is not None
+            else "EMB_PROVIDER_MODEL_PATH to a directory that holds the model"
+        )
+        return OfflineError(
+            f"No verified snapshot of {repository} from ModelScope is on this machine, and "
+            f"EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set {instead}."
+        )
+
+    @property
+    def _partial(self) -> bool:
+        """Whether only a part of what serving needs was asked for."""
+        return bool(self._config.include or self._config.exclude)
+
+    def _selected(self, files: list[FileInfo], repository: str, revision: str) -> list[FileInfo]:
+        """The files of a listing that serving needs, or those of them that were asked for."""
+        listed = {file.path: file for file in files if not file.is_dir}
+        if not listed:
+            if _COMMIT.fullmatch(revision):
+                raise RevisionNotFoundError(
+                    f"{repository} on ModelScope has no commit {revision}. Check EMB_PROVIDER_MODEL_REVISION."
+                )
+            raise IncompleteRepositoryError(
+                f"Repository {repository}@{revision} on ModelScope is empty. Check EMB_PROVIDER_MODEL_NAME and "
+                "EMB_PROVIDER_MODEL_REVISION."
+            )
+        require_safe_paths(listed, repository)
+        where = f"Repository {repository}@{revision} on ModelScope"
+        paths = select(listed)
+        if self._partial:
+            paths = matching(paths, self._config.include, self._config.exclude, where)
+        else:
+            require_model(paths, where, listed=listed)
+        return [listed[path] for path in paths]
 
     def _translate(self, error: BaseException, repository: str) -> NoReturn:
         """Raise the client's error in our words."""
@@ -178,24 +265,6 @@ def _resolve(api: HubApi, repository: str, revision: str | None) -> str:
     )
 
 
-def _selected(files: list[FileInfo], repository: str, revision: str) -> list[FileInfo]:
-    """The files of a listing that serving needs."""
-    listed = {file.path: file for file in files if not file.is_dir}
-    if not listed:
-        if _COMMIT.fullmatch(revision):
-            raise RevisionNotFoundError(
-                f"{repository} on ModelScope has no commit {revision}. Check EMB_PROVIDER_MODEL_REVISION."
-            )
-        raise IncompleteRepositoryError(
-            f"Repository {repository}@{revision} on ModelScope is empty. Check EMB_PROVIDER_MODEL_NAME and "
-            "EMB_PROVIDER_MODEL_REVISION."
-        )
-    require_safe_paths(listed, repository)
-    paths = select(listed)
-    require_model(paths, f"Repository {repository}@{revision} on ModelScope", listed=listed)
-    return [listed[path] for path in paths]
-
-
 def _verify(
     repository: str, directory: Path, listed: list[FileInfo], on_progress: Callable[[Progress], None]
 ) -> list[SnapshotFile]:
@@ -214,14 +283,3 @@ def _verify(
         done += hashes.size
         on_progress(Progress("verify", repository, done, total))
     return files
-
-
-def _callback_class(counter: ByteCounter) -> Any:
-    """What the client takes for a progress callback: it makes an instance a file."""
-    from modelscope_hub import ProgressCallback
-
-    class Callback(ProgressCallback):
-        def update(self, size: int) -> None:
-            counter.add(size)
-
-    return Callback

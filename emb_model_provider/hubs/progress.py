@@ -5,18 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
+from emb_model_provider.errors import FetchCancelledError
 from emb_model_provider.hubs.base import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _REDRAW_S = 0.2
+_ASK_EVERY_S = 0.5
+_END_S = 1.0
 _PHASES = {"resolve": "Looking up", "download": "Downloading", "verify": "Verifying"}
 
 
@@ -29,14 +35,59 @@ class ByteCounter:
         self._done = 0
         self._lock = threading.Lock()
         self._on_progress = on_progress
+        self._cancelled: FetchCancelledError | None = None
 
     def add(self, count: int) -> None:
-        """Count bytes; fewer than none where a file is started again."""
+        """Count bytes; fewer than none where a file is started again.
+
+        Raises: FetchCancelledError once whoever is told has raised it, to every thread that brings bytes.
+        """
         with self._lock:
+            self.require_wanted()
             self._done = max(0, self._done + count)
-            self._on_progress(
-                Progress("download", self._repository, min(self._done, self._total), self._total)
-            )
+            try:
+                self._on_progress(
+                    Progress("download", self._repository, min(self._done, self._total), self._total)
+                )
+            except FetchCancelledError as error:
+                self._cancelled = error
+                raise
+
+    def ask(self) -> None:
+        """Tell how far it is although nothing came, so that whoever is told can cancel what stands still.
+
+        Raises: FetchCancelledError.
+        """
+        self.add(0)
+
+    def require_wanted(self) -> None:
+        """Raises: FetchCancelledError where the fetch was cancelled, whatever a client made of it since."""
+        if self._cancelled is not None:
+            raise self._cancelled
+
+
+def results(futures: Sequence[Future[T]], counter: ByteCounter) -> list[T]:
+    """Wait for the threads that bring files, and ask all the while whether these are still wanted.
+
+    A client's threads cannot be interrupted while a hub sends nothing. When the fetch is cancelled, or one of them
+    fails, the others have a moment to end; one that does not is left behind, and ends at its next byte.
+
+    Raises: what a thread raised; FetchCancelledError.
+    """
+    try:
+        waiting: set[Future[T]] = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=_ASK_EVERY_S, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if waiting:
+                counter.ask()
+    except FetchCancelledError:
+        for future in futures:
+            future.cancel()
+        wait(futures, timeout=_END_S)
+        raise
+    return [future.result() for future in futures]
 
 
 def bar_class(counter: ByteCounter | None) -> Any:
@@ -68,6 +119,24 @@ def bar_class(counter: ByteCounter | None) -> Any:
         def close(self) -> None: ...
 
     return Bar
+
+
+class Stop(BaseException):
+    """Ends the threads of the ModelScope client. An Exception would be a reason for it to try again."""
+
+
+def callback_class(counter: ByteCounter) -> Any:
+    """What the ModelScope client takes for a progress callback: it makes an instance a file."""
+    from modelscope_hub import ProgressCallback
+
+    class Callback(ProgressCallback):
+        def update(self, size: int) -> None:
+            try:
+                counter.add(size)
+            except FetchCancelledError as error:
+                raise Stop from error
+
+    return Callback
 
 
 class ProgressReporter:

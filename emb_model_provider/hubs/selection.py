@@ -79,6 +79,27 @@ def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
     )
 
 
+def matching(
+    paths: Iterable[str], include: tuple[str, ...], exclude: tuple[str, ...], where: str
+) -> list[str]:
+    """The paths that match a pattern of `include`, or all where it is empty, but those that match one of `exclude`.
+
+    Raises: IncompleteRepositoryError where none is left.
+    """
+    found = [
+        path
+        for path in paths
+        if (not include or any(fnmatchcase(path, pattern) for pattern in include))
+        and not any(fnmatchcase(path, pattern) for pattern in exclude)
+    ]
+    if not found:
+        raise IncompleteRepositoryError(
+            f"{where} has no file that serving needs and that matches the patterns (include: "
+            f"{', '.join(include) or 'all'}; exclude: {', '.join(exclude) or 'none'}). Check the patterns."
+        )
+    return found
+
+
 def require_model(paths: Iterable[str], where: str, *, listed: Iterable[str] = ()) -> None:
     """Refuse files that cannot be a model, before anything large is fetched. `listed`: all that there are.
 

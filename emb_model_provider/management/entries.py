@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
     from pathlib import Path
 
-    from emb_model_provider.backends.base import Fidelity
+    from emb_model_provider.backends.base import Fidelity, ModelDescription
     from emb_model_provider.hubs.base import HubName
+    from emb_model_provider.hubs.snapshot import Snapshot
+    from emb_model_provider.model_spec import BackendName
 
 Completeness = Literal["complete", "incomplete", "damaged", "unverified"]
 """complete: a manifest speaks for it, and its files are there at their sizes; incomplete: a fetch or a removal did not
@@ -24,6 +26,8 @@ class DerivedArtifact:
     """What was compiled from a snapshot."""
 
     key: str
+    snapshot: str
+    """The digest of the snapshot."""
     precision: str
     """How the weights are stored: fp32, fp16, int8 or int4."""
     computed: str
@@ -108,3 +112,49 @@ class Removal:
 def cache_id(name: str) -> str:
     """Return a model's name as one part of a path, slashes as underscores."""
     return name.strip("/").replace("/", "_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledModel:
+    """A model that can be loaded within seconds."""
+
+    snapshot: Snapshot
+    backend: BackendName
+    """`openvino` serves from an artifact that is there now; `torch` serves the snapshot itself."""
+    size: int
+    """Bytes on disk of what it is loaded from."""
+    description: ModelDescription | None
+    """What the artifact computes, with its fidelity; None with torch, which is measured when it is first loaded."""
+    notes: tuple[str, ...]
+    """Why it is not the backend that was expected; what concerns the precision stands in the description."""
+
+
+class CachedModelInfo(TypedDict):
+    """One line of `list_cached_models`."""
+
+    model_name: str
+    id: str
+    source: str
+    revision: str | None
+    path: str | None
+    size: int
+    """Bytes, artifacts included."""
+    state: str
+    last_used: str | None
+    """ISO 8601, UTC."""
+    in_use: bool
+
+
+def info_of(entry: CachedSnapshot) -> CachedModelInfo:
+    """Return an entry as plain values, as `list_cached_models` gives them."""
+    return {
+        "model_name": entry.name,
+        "id": entry.id,
+        "source": entry.hub,
+        "revision": entry.revision,
+        "path": str(entry.path) if entry.path is not None else None,
+        "size": entry.size + sum(artifact.size for artifact in entry.artifacts),
+        "state": entry.state,
+        "last_used": entry.last_used.isoformat() if entry.last_used is not None else None,
+        "in_use": entry.in_use,
+    }

@@ -91,6 +91,7 @@ class Download:
         self.notes: tuple[str, ...] = ()
         self._samples: deque[tuple[float, int]] = deque()
         """Moments, monotonic, and the bytes that were there."""
+        self._moved_at = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -112,6 +113,8 @@ class Download:
         now = time.monotonic()
         if phase != self.phase:
             self._samples.clear()
+        if not self._samples or done_bytes != self.done_bytes:
+            self._moved_at = now
         self.phase, self.done_bytes, self.total_bytes = phase, done_bytes, total_bytes
         if not self._samples or now - self._samples[-1][0] >= _SAMPLE_EVERY_S:
             self._samples.append((now, done_bytes))
@@ -146,6 +149,8 @@ class Download:
         if self.state != "running" or self.phase not in ("download", "verify"):
             return None
         now = time.monotonic()
+        if now - self._moved_at >= _SPEED_OVER_S:
+            return 0.0
         self._forget_old_samples(now)
         since, done_bytes = self._samples[0]
         return max(0.0, (self.done_bytes - done_bytes) / max(now - since, _SAMPLE_EVERY_S))

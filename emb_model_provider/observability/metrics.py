@@ -113,10 +113,23 @@ class _ModelCollector(Collector):
             "Times that a model broke down and was loaded anew.",
             labels=("model",),
         )
+        memory = GaugeMetricFamily(
+            "emb_provider_model_memory_bytes",
+            "What a model takes in memory, reckoned from its weights; 0 while it is not loaded.",
+            labels=("model",),
+        )
+        unloads = CounterMetricFamily(
+            "emb_provider_model_unloads",
+            "Times that a model was taken out of memory.",
+            labels=("model", "reason"),
+        )
         for model in self._models():
+            memory.add_metric((model.spec.alias,), model.memory_bytes or 0)
+            for reason, count in model.unloads.items():
+                unloads.add_metric((model.spec.alias, reason), count)
             restarts.add_metric((model.spec.alias,), model.restarts)
             for each in State:
                 state.add_metric((model.spec.alias, each.value), 1.0 if model.state is each else 0.0)
             inputs.add_metric((model.spec.alias,), model.waiting_inputs)
             tokens.add_metric((model.spec.alias,), model.waiting_tokens)
-        return (state, inputs, tokens, restarts)
+        return (state, inputs, tokens, restarts, memory, unloads)

@@ -86,9 +86,12 @@ class Engine:
         worker: Worker,
         limits: LimitSettings,
         executor: Executor,
+        memory_bytes: int,
     ) -> None:
         self.spec = spec
         self.description = description
+        self.memory_bytes = memory_bytes
+        """What the model takes in memory, as its backend says."""
         self._tokenization = tokenization
         self._lanes = lanes
         self._worker = worker
@@ -111,7 +114,7 @@ class Engine:
         """Load the model on a thread of its own, and run it once to see that it answers.
 
         `load` is called again where the model breaks down and is loaded anew; `on_change` is told of that, on the
-        model's thread.
+        model's thread. Where the call is cancelled, the thread frees the model as soon as it is loaded.
 
         Raises: whatever `load` raises, and LoadError where token_input needs something that is not here or
         the model gives no vector.
@@ -120,13 +123,14 @@ class Engine:
             await asyncio.get_running_loop().run_in_executor(executor, load_cl100k)
         tokenization: Tokenization | None = None
         tokenizer_json = ""
+        memory_bytes = 0
 
         def check(backend: Backend) -> None:
             if tokenization is not None:
                 _try(backend, tokenization)
 
         def load_and_try() -> Backend:
-            nonlocal tokenization, tokenizer_json
+            nonlocal tokenization, tokenizer_json, memory_bytes
             backend = load()
             try:
                 if tokenization is None:
@@ -134,6 +138,7 @@ class Engine:
                     tokenization = Tokenization(backend.description)
                 _require_same(tokenizer_json, backend.description.tokenizer_json)
                 _try(backend, tokenization)
+                memory_bytes = backend.memory_bytes
             except BaseException:
                 backend.close()
                 raise
@@ -154,10 +159,14 @@ class Engine:
             policy_for=lambda description: batch_policy(batching, description.device),
             on_change=on_change,
         )
-        description = await asyncio.wrap_future(worker.start())
+        try:
+            description = await asyncio.wrap_future(worker.start())
+        except asyncio.CancelledError:
+            worker.leave()
+            raise
         if tokenization is None:
             raise RuntimeError("a loaded model has a tokenizer")
-        return cls(spec, description, tokenization, lanes, worker, limits, executor)
+        return cls(spec, description, tokenization, lanes, worker, limits, executor, memory_bytes)
 
     @property
     def waiting_inputs(self) -> int:

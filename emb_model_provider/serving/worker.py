@@ -59,8 +59,14 @@ class Worker:
 
     def start(self) -> Future[ModelDescription]:
         """Start the thread; the future is done once the model is loaded, or carries why it is not."""
+        # Else whoever stops waiting for it would cancel it under the thread.
+        self._loaded.set_running_or_notify_cancel()
         self._thread.start()
         return self._loaded
+
+    def leave(self) -> None:
+        """As `stop`, without waiting: also while the model is being loaded."""
+        self._lanes.stop()
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Take no more jobs, finish those that were taken, close the backend. Blocks until that is done.

@@ -120,7 +120,11 @@ def test_description_is_well_formed(description: dict[str, Any]) -> None:
     """All its schemas are schemas, and nothing of FastAPI's own errors is left in it."""
     assert description["openapi"].startswith("3.1")
     assert set(description["paths"]) == {
-        "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics"
+        "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics",
+        "/api/models", "/api/models/load", "/api/models/unload", "/api/models/download",
+        "/api/models/jobs", "/api/models/jobs/{job_id}", "/api/models/jobs/{job_id}/events",
+        "/api/models/cache/list", "/api/models/cache/all", "/api/models/cache/{model_id}",
+        "/api/models/cache/{model_id}/verify",
     }  # fmt: skip
     for schema in description["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
@@ -175,6 +179,30 @@ def test_other_routes_are_as_described(
     assert "text/plain" in operation(description, "get", "/metrics")["responses"]["200"]["content"]
 
 
+def test_managing_is_as_described(service: Service, description: dict[str, Any]) -> None:
+    """What is looked at, and what is refused, has the form that the description shows; each parameter is explained."""
+    for method, path, given in (
+        ("get", "/api/models", ""),
+        ("get", "/api/models/jobs", ""),
+        ("get", "/api/models/jobs/{job_id}", ""),
+        ("get", "/api/models/cache/list", ""),
+        ("get", "/api/models/cache/list", "?al=true"),
+        ("get", "/api/models/cache/{model_id}", ""),
+        ("post", "/api/models/load", "?model_name=/etc"),
+        ("post", "/api/models/unload", "?model_name=nope"),
+        ("post", "/api/models/download", ""),
+        ("delete", "/api/models/cache/{model_id}", "?wait_s=-1"),
+    ):
+        url = path.replace("{job_id}", "nope").replace("{model_id}", "nope") + given
+        assert_described(description, method, path, service.http.request(method, url))
+    for path, operations in description["paths"].items():
+        if path.startswith("/api"):
+            for method, each in operations.items():
+                parameters = [one for one in each.get("parameters", ()) if one["in"] == "query"]
+                assert all(one["description"] for one in parameters), (method, path)
+                assert each["tags"] == ["management"]
+
+
 def test_errors_of_the_server_are_as_described(strained: Service, description: dict[str, Any]) -> None:
     """Failures and refusals have the one form that the description shows."""
     answers = [
@@ -191,12 +219,17 @@ def test_errors_of_the_server_are_as_described(strained: Service, description: d
 
 
 def test_keys_are_in_the_description_where_they_are_asked_for(
-    service: Service, guarded: Service, description: dict[str, Any]
+    service: Service, guarded: Service, edge: Service, description: dict[str, Any]
 ) -> None:
-    """With keys, /docs offers to enter one; without, it does not."""
+    """With keys, /docs offers to enter one, or the one that the route asks for; without, it does not."""
     assert "securitySchemes" not in description["components"]
     guarded_description = guarded.http.get("/openapi.json").json()
     assert guarded_description["components"]["securitySchemes"]["apiKey"]["scheme"] == "bearer"
     assert operation(guarded_description, "post", "/v1/embeddings")["security"] == [{"apiKey": []}]
     assert "security" not in operation(guarded_description, "get", "/health")
+    assert operation(guarded_description, "get", "/api/models")["security"] == [{"apiKey": []}]
+    edge_description = edge.http.get("/openapi.json").json()
+    assert operation(edge_description, "post", "/api/models/load")["security"] == [{"adminKey": []}]
+    assert "security" not in operation(edge_description, "post", "/v1/embeddings")
+    assert edge_description["components"]["securitySchemes"]["adminKey"]["scheme"] == "bearer"
     assert KEYS[0] not in str(guarded_description)

@@ -8,34 +8,29 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from emb_model_provider.cli import fidelity as fidelity_command
 from emb_model_provider.cli.fidelity import _cells, _notes
-from tests.models import FAMILIES
+from emb_model_provider.cli.main import COMMANDS, OF_MODELS
+from tests.cli.running import SCRIPT, invoke
+from tests.cli.running import run as run_command
 from tests.service import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-SCRIPT = Path(sys.executable).with_name("emb-provider")
+    from tests.cli.conftest import Compiled
+
 PRECISIONS = ("fp32", "int8")
 
 
 def run(directory: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run `emb-provider` as a user does, with a cache of its own in `directory` and no hub to ask."""
-    return subprocess.run(
-        [str(SCRIPT), *arguments],
-        cwd=directory,
-        env=environment(directory, **{"OFFLINE": "true", **settings}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    return run_command(directory, *arguments, **{"OFFLINE": "true", **settings})
 
 
 def rows_of(table: str) -> dict[str, list[str]]:
@@ -49,11 +44,9 @@ def rows_of(table: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a small model, `model`, and a cache that the commands share."""
-    directory = tmp_path_factory.mktemp("cli")
-    FAMILIES["bert-mean-normalize"](directory / "model")
-    return directory
+def place(compiled: Compiled) -> Path:
+    """Return a directory with a small model, `model`, and a cache that the commands share: it is compiled at fp32."""
+    return compiled.directory
 
 
 # --- help ---------------------------------------------------------------------------------------------------------
@@ -63,8 +56,9 @@ def test_help_names_the_commands(tmp_path: Path) -> None:
     """Each with a line that says what it does; exit status 0, and nothing on stderr."""
     done = run(tmp_path, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "fidelity  Measure MODEL at every precision" in done.stdout
-    assert "serve     Start the service" in done.stdout
+    listed = done.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed), "cut short"
 
 
 def test_help_of_a_command_names_its_options(tmp_path: Path) -> None:
@@ -77,14 +71,54 @@ def test_help_of_a_command_names_its_options(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_has_the_same_commands() -> None:
+    """`models list` is `list`, and so on: one table, two names."""
+    listed = invoke("models", "--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(OF_MODELS)
+    for name in OF_MODELS:
+        options = [invoke(*words, name, "--help").stdout.partition("\n")[2] for words in ((), ("models",))]
+        assert options[0] == options[1]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    """The script is on stdout alone; how to install it is on stderr."""
+    result = invoke("completion", shell)
+    assert result.exit_code == 0
+    assert "_EMB_PROVIDER_COMPLETE" in result.stdout
+    assert f"emb-provider completion {shell} >" in result.stderr
+
+
+def test_completion_knows_commands_and_models(tmp_path: Path) -> None:
+    """A shell that asks gets the commands, and behind them the configured models' names."""
+    asking = environment(tmp_path, MODEL_MAPPING='{"my-model": {"name": "a/b"}}')
+    for words, expected in (("emb-provider pru", "prune"), ("emb-provider show my", "my-model")):
+        done = subprocess.run(
+            [str(SCRIPT)],
+            cwd=tmp_path,
+            env=asking
+            | {
+                "_EMB_PROVIDER_COMPLETE": "bash_complete",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split()) - 1),
+            },
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        assert done.stdout.split() == [f"plain,{expected}"], done.stderr
+
+
 def test_help_imports_no_runtime(tmp_path: Path) -> None:
-    """Neither torch nor openvino nor transformers, which take seconds: help is there at once."""
+    """Nothing that takes long to import, of any command's: help is there at once."""
     program = (
         "import sys\n"
         "from emb_model_provider.cli.main import main\n"
-        "for arguments in (['--help'], ['fidelity', '--help'], ['serve', '--help']):\n"
+        "from emb_model_provider.cli.main import COMMANDS\n"
+        "for arguments in (['--help'], *([name, '--help'] for name in COMMANDS)):\n"
         "    main(arguments, standalone_mode=False)\n"
-        "heavy = {'torch', 'openvino', 'transformers', 'sentence_transformers'} & set(sys.modules)\n"
+        "heavy = {'torch', 'openvino', 'transformers', 'sentence_transformers', 'numpy', 'pydantic', 'httpx',\n"
+        "         'huggingface_hub', 'modelscope_hub'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     done = subprocess.run(
@@ -166,7 +200,7 @@ def test_an_interrupt_ends_with_130_and_takes_its_processes_along(place: Path, a
         start_new_session=True,
     )
     assert process.stderr is not None
-    assert "fp32: preparing" in process.stderr.readline()
+    assert any("fp32: preparing" in line for line in process.stderr)  # reads until there is one
     time.sleep(after_s)  # while a process is started, while it imports, while it computes
     os.killpg(process.pid, signal.SIGINT)
     # Whatever was started holds the same stderr: this returns when the last of them has ended.

@@ -13,10 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider import registry
 from emb_model_provider.compile.prepare import prepare_backend as prepare
 from emb_model_provider.main import run
 from emb_model_provider.observability.metrics import Metrics
+from emb_model_provider.registry import loading
 from tests.faults.planted import Control, FaultyBackend
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def plant(control: Control) -> None:
         count(metrics, record)
 
     # As the registry will call it, and as the application hands it on.
-    registry.prepare_backend = prepare_backend  # type: ignore[attr-defined]  # planting changes what is not exported
+    loading.prepare_backend = prepare_backend  # type: ignore[attr-defined]  # planting changes what is not exported
     Metrics.on_batch = on_batch  # type: ignore[assignment, method-assign]  # likewise
 
 

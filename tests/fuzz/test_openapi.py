@@ -27,8 +27,26 @@ OPERATIONS = {
     ("GET", "/health", _FITTING): 0.01,
     ("GET", "/ready", _FITTING): 0.01,
     ("GET", "/metrics", _FITTING): 0.01,
+    ("GET", "/api/models", _FITTING): 0.01,
+    ("GET", "/api/models/jobs", _FITTING): 0.01,
+    ("GET", "/api/models/jobs/{job_id}", _FITTING): 0.01,
+    ("DELETE", "/api/models/jobs/{job_id}", _FITTING): 0.01,
+    ("GET", "/api/models/cache/list", _FITTING): 0.01,
+    ("GET", "/api/models/cache/list", _OTHER): 0.01,
+    ("GET", "/api/models/cache/{model_id}", _FITTING): 0.02,
+    ("GET", "/api/models/cache/{model_id}", _OTHER): 0.02,
+    ("POST", "/api/models/cache/{model_id}/verify", _FITTING): 0.01,
 }
 """Each with its share of all requests that are generated. What asks for nothing cannot be asked for wrongly."""
+NOT_FUZZED = {
+    ("POST", "/api/models/load"),
+    ("POST", "/api/models/unload"),
+    ("POST", "/api/models/download"),
+    ("DELETE", "/api/models/cache/{model_id}"),
+    ("DELETE", "/api/models/cache/all"),
+    ("GET", "/api/models/jobs/{job_id}/events"),
+}
+"""They would ask a hub, or take away what the others are tested with; and a stream has no end that a test could wait for."""
 _CHECKS = [
     checks.status_code_conformance,
     checks.content_type_conformance,
@@ -44,9 +62,9 @@ def schema(fuzz: Fuzz) -> schemathesis.BaseSchema:
 
 
 def test_every_operation_is_fuzzed(schema: Any) -> None:
-    """No route is added to the API without being added here."""
+    """No route is added to the API without being added here, or being left out on purpose."""
     described = {(result.ok().method.upper(), result.ok().path) for result in schema.get_all_operations()}
-    assert described == {(method, path) for method, path, _ in OPERATIONS}
+    assert described == {(method, path) for method, path, _ in OPERATIONS} | NOT_FUZZED
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: f"{each[0]} {each[1]} {each[2].value}")

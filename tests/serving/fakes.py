@@ -57,8 +57,11 @@ def expected(ids: list[int]) -> list[float]:
 class FakeBackend:
     """Computes `expected`, keeps what it was given, and waits while `gate` is closed."""
 
-    def __init__(self, description: ModelDescription | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self, description: ModelDescription | None = None, lanes: int = 1, memory_bytes: int = 1000
+    ) -> None:
         self.lanes = lanes
+        self.memory_bytes = memory_bytes
         self.description = description or describe()
         self.batches: list[list[list[int]]] = []
         self.threads: set[str] = {threading.current_thread().name}

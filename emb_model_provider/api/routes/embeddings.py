@@ -97,8 +97,8 @@ def embeddings_endpoint(registry: Registry, limits: LimitSettings) -> Endpoint:
                 call = parse_embedding_call(body, limits)
             model = call.model if call.model is not None else registry.default_alias
             record.model = registry.alias_of(model)
-            engine = await registry.get(record.model)
-            embeddings = await engine.embed(call.inputs, call.options)
+            async with registry.using(record.model) as engine:
+                embeddings = await engine.embed(call.inputs, call.options)
         _note(record, embeddings)
         if embeddings.vectors.size > _INLINE_NUMBERS:
             content = await asyncio.to_thread(rendered, embeddings, call.encoding, model)

@@ -8,7 +8,6 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.schemas import Health, ModelReadiness, Readiness
-from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
     from emb_model_provider.observability.metrics import Metrics
@@ -24,7 +23,7 @@ def router(registry: Registry, metrics: Metrics) -> APIRouter:
 
     @routes.get(
         "/ready",
-        summary="Can every model that is loaded at the start answer?",
+        summary="Can every model that is loaded at the start answer, if need be after it is loaded once more?",
         response_model=Readiness,
         responses={
             503: {"model": Readiness, "description": "Not yet, or not any more; each model's state says why."}
@@ -32,7 +31,7 @@ def router(registry: Registry, metrics: Metrics) -> APIRouter:
     )
     async def ready() -> Response:
         statuses = registry.statuses()
-        is_ready = all(status.state is State.READY for status in statuses if status.preload)
+        is_ready = all(status.is_available for status in statuses if status.preload)
         readiness = Readiness(
             status="ready" if is_ready else "not_ready",
             models={status.spec.alias: _readiness(status) for status in statuses},

@@ -53,6 +53,7 @@ def _described(status: ModelStatus) -> ModelObject:
         device=description.device if description is not None else None,
         backend=description.backend if description is not None else None,
         notes=list(description.notes) if description is not None else None,
+        memory_bytes=status.memory_bytes,
         fidelity=_fidelity(description),
     )
 

@@ -1,0 +1,208 @@
+"""GET /api/models, POST /api/models/load and /api/models/unload: which models are in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Query
+from starlette.responses import JSONResponse, Response
+
+from emb_model_provider.api.errors import AliasInUseError
+from emb_model_provider.api.naming import is_same, spec_named
+from emb_model_provider.api.schemas import error_responses
+from emb_model_provider.api.schemas_manage import (
+    LoadQuery,
+    Process,
+    ServedModel,
+    ServedModels,
+    UnloadQuery,
+    fidelity_object,
+)
+from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, NotAllowedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from emb_model_provider.registry import ModelStatus, Registry
+    from emb_model_provider.settings import Settings
+
+_LOOK_EVERY_S = 0.25
+_STOPPING_RETRY_AFTER_S = 5.0
+
+
+def router(settings: Settings, registry: Registry, is_stopping: Callable[[], bool]) -> APIRouter:
+    routes = APIRouter(tags=["management"])
+    going_on: set[asyncio.Task[ModelStatus]] = set()
+
+    async def unless_stopping(work: Coroutine[Any, Any, ModelStatus]) -> ModelStatus:
+        """Wait for what goes on though its caller may go away; not longer than the service has to live."""
+        task = _begin(work)
+        while not task.done() and not is_stopping():
+            await asyncio.wait({task}, timeout=_LOOK_EVERY_S)
+        if task.done():
+            return task.result()
+        raise ModelNotReadyError(
+            "The service is shutting down: ask again later.", retry_after_s=_STOPPING_RETRY_AFTER_S
+        )
+
+    def _begin(work: Coroutine[Any, Any, ModelStatus]) -> asyncio.Task[ModelStatus]:
+        task = asyncio.create_task(work)
+        going_on.add(task)  # the loop alone would let it be collected
+        task.add_done_callback(going_on.discard)
+        # Fetched here, so that a failure nobody waits for does not end as "never retrieved": the status tells it.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return task
+
+    @routes.get(
+        "/api/models",
+        summary="List the served models and what they take",
+        responses=error_responses(401, 403),
+    )
+    async def list_served() -> ServedModels:
+        statuses = registry.statuses()
+        residency = settings.residency()
+        return ServedModels(
+            models=[described(status) for status in statuses],
+            process=Process(
+                pid=os.getpid(),
+                version=version("emb-model-provider"),
+                resident_bytes=_resident_bytes(),
+                models_memory_bytes=sum(status.memory_bytes or 0 for status in statuses),
+                memory_limit_bytes=residency.memory_limit_bytes,
+                max_loaded_models=residency.max_loaded_models,
+            ),
+        )
+
+    @routes.post(
+        "/api/models/load",
+        summary="Load a model",
+        description="One that is not in the settings is served from now on, until it is forgotten or the service stops; "
+        "it is forgotten at once where loading it fails, unless nobody waits for that.",
+        response_model=ServedModel,
+        responses={
+            202: {"model": ServedModel, "description": "With `wait=false`: it is being loaded."},
+            **error_responses(400, 401, 403, 404, 409, 500, 502, 503),
+        },
+    )
+    async def load(query: Annotated[LoadQuery, Query()]) -> Response:
+        alias = _known(registry, query)
+        is_new = alias is None
+        if alias is None:
+            # Choosing looks at the disk for directories.
+            spec = await asyncio.to_thread(spec_named, settings, query, query.alias)
+            present = next((each for each in registry.statuses() if each.spec.alias == spec.alias), None)
+            if present is not None and not is_same(present.spec, spec):
+                raise AliasInUseError(_in_use(present))
+            is_new = present is None
+            alias = registry.add(spec) if present is None else spec.alias
+        if not query.wait:
+            _begin(registry.load(alias))
+            await asyncio.sleep(0)  # so that its state is that of a model being loaded
+            return _answer(registry.status(alias), 202)
+
+        async def loaded() -> ModelStatus:
+            try:
+                return await registry.load(alias)
+            except Exception:
+                if is_new and not is_stopping():
+                    await registry.forget(alias)
+                raise
+
+        return _answer(await unless_stopping(loaded()), 200)
+
+    @routes.post(
+        "/api/models/unload",
+        summary="Unload a model",
+        description="Its requests are answered first. The next request for it loads it again.",
+        responses=error_responses(400, 401, 403, 404, 503),
+    )
+    async def unload(query: Annotated[UnloadQuery, Query()]) -> ServedModel:
+        alias = registry.alias_of(query.model_name)
+
+        if query.forget and registry.status(alias).configured:
+            raise NotAllowedError(
+                f"`{alias}` is in the settings, and is served until they are changed: unload it without forget=true, or "
+                "take it out of EMB_PROVIDER_MODEL_MAPPING and start the service again."
+            )
+
+        async def unloaded() -> ModelStatus:
+            status = await registry.unload(alias)
+            if query.forget:
+                await registry.forget(alias)
+            return status
+
+        return described(await unless_stopping(unloaded()))
+
+    return routes
+
+
+def _known(registry: Registry, query: LoadQuery) -> str | None:
+    """Return the alias of the served model that a query names and nothing more; None where it says how to load it."""
+    if query.alias or query.source or query.revision or query.precision:
+        return None
+    try:
+        return registry.alias_of(query.model_name)
+    except ModelNotFoundError:
+        return None
+
+
+def _in_use(present: ModelStatus) -> str:
+    spec = present.spec
+    how = f"{spec.name} (source {spec.source}, revision {spec.revision or 'default'}, precision {spec.precision})"
+    ways = "give the other one a name of its own: &alias=…"
+    if not present.configured:
+        ways += f", or end this one: POST /api/models/unload?model_name={spec.alias}&forget=true"
+    return f"`{spec.alias}` is the name of {how}: {ways}."
+
+
+def _answer(status: ModelStatus, code: int) -> Response:
+    return JSONResponse(described(status).model_dump(mode="json"), code)
+
+
+def described(status: ModelStatus) -> ServedModel:
+    spec, snapshot, description = status.spec, status.snapshot, status.description
+    return ServedModel(
+        alias=spec.alias,
+        model_name=spec.name,
+        source=snapshot.hub if snapshot is not None else spec.source,
+        revision=snapshot.revision if snapshot is not None else spec.revision,
+        path=str(snapshot.path) if snapshot is not None else None,
+        configured=status.configured,
+        preload=status.preload,
+        state=status.state.value,
+        error=status.error,
+        unloaded_because=status.unloaded_because,
+        loaded_at=_time(status.loaded_at),
+        last_used=_time(status.last_used),
+        requests_served=status.requests_served,
+        requests_per_s=status.requests_per_s,
+        p95_s=status.p95_s,
+        waiting_inputs=status.waiting_inputs,
+        waiting_tokens=status.waiting_tokens,
+        memory_bytes=status.memory_bytes,
+        restarts=status.restarts,
+        asked_precision=spec.precision,
+        precision=description.precision if description is not None else None,
+        device=description.device if description is not None else None,
+        backend=description.backend if description is not None else None,
+        dimensions=description.dimension if description is not None else None,
+        max_input_tokens=description.max_length if description is not None else None,
+        notes=list(description.notes) if description is not None else None,
+        fidelity=fidelity_object(description.fidelity) if description is not None else None,
+    )
+
+
+def _time(unix_s: float | None) -> datetime | None:
+    return datetime.fromtimestamp(unix_s, UTC) if unix_s is not None else None
+
+
+def _resident_bytes() -> int | None:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - quicker, and always there or never
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None

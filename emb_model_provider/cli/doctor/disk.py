@@ -1,0 +1,71 @@
+"""Room on the disk, and the right to write there."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from emb_model_provider.cli.console import size
+from emb_model_provider.cli.doctor.finding import Finding
+from emb_model_provider.errors import HubError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from emb_model_provider.settings import Settings
+
+_SHORT, _FULL = 5_000_000_000, 500_000_000
+
+
+def check_directories(settings: Settings) -> Iterator[Finding]:
+    """Look at every directory that is written to: models' files, what is compiled of them, the log."""
+    from emb_model_provider.hubs.layout import cache_root
+
+    yield from _check("cache", settings.cache_dir, "EMB_PROVIDER_CACHE_DIR")
+    for hub, own, setting in (
+        ("huggingface", settings.hf_cache_dir, "EMB_PROVIDER_HF_CACHE_DIR"),
+        ("modelscope", settings.modelscope_cache_dir, "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"),
+    ):
+        yield from _check(f"cache of {hub}", cache_root(hub, own), setting)  # type: ignore[arg-type]  # the two are hubs
+    logs = settings.logs()
+    if logs.to_file:
+        yield from _check("log", logs.directory, "EMB_PROVIDER_LOG_DIR", small=True)
+
+
+def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> Iterator[Finding]:
+    from emb_model_provider.hubs.storage import require_writable
+
+    directory = directory.expanduser().absolute()
+    missing = _missing(directory)
+    try:
+        require_writable(directory, setting)
+    except HubError as error:
+        yield Finding(name, "fail", f"{directory} cannot be written", error.message)
+        return
+    finally:
+        # Looking leaves nothing behind.
+        for made in missing:
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
+    free = shutil.disk_usage(_existing(directory)).free
+    found = f"{directory}, {size(free)} free"
+    if free < _FULL:
+        advice = (
+            f"Free some, or set {setting} to a directory on a larger disk. What can go: emb-provider list"
+        )
+        yield Finding(name, "warn" if small else "fail", found, advice)
+    elif free < _SHORT and not small:
+        advice = f"A large model may not fit: free some (emb-provider prune), or set {setting}."
+        yield Finding(name, "warn", found, advice)
+    else:
+        yield Finding(name, "ok", found)
+
+
+def _missing(directory: Path) -> list[Path]:
+    """Return what of a path is not there yet, deepest first."""
+    return [path for path in (directory, *directory.parents) if not path.exists()]
+
+
+def _existing(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.parents) if path.exists())

@@ -1,0 +1,111 @@
+"""`emb-provider embed`: vectors on stdout, without a server."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from emb_model_provider.cli.console import print_json_line
+from emb_model_provider.cli.interrupting import until_interrupted
+from emb_model_provider.cli.options import (
+    ModelId,
+    precision_option,
+    progress_option,
+    revision_option,
+    source_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from emb_model_provider.cli.progress import Mode
+    from emb_model_provider.model_spec import Precision, Source
+
+_AT_A_TIME = 256
+"""Lines that are read before their vectors are printed: a file of any length needs no more memory than these."""
+
+
+@click.command()
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT|-|@FILE...")
+@click.option("--model", "-m", type=ModelId(), help="Default: the first model of your settings.")
+@source_option
+@revision_option
+@precision_option
+@progress_option
+@click.option("--json", "as_json", is_flag=True, help="An object a line: index, text, embedding.")
+def embed(
+    texts: tuple[str, ...],
+    model: str | None,
+    source: Source | None,
+    revision: str | None,
+    precision: Precision | None,
+    progress: Mode,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the vector of each text.
+
+    It is a JSON array on a line of its own. `-` reads standard input, `@FILE` a file, one text a line each. The model
+    is fetched and compiled where that is needed, and runs in this process: no server is asked.
+    """
+    _require_files(texts)
+    from emb_model_provider.choosing import choose
+    from emb_model_provider.cli.opening import open_settings, split_revision
+    from emb_model_provider.cli.progress import Reporter
+    from emb_model_provider.embedder import Embedder
+    from emb_model_provider.management.manager import ModelManager
+
+    settings = open_settings()
+    name, own = split_revision(settings, model or settings.models().specs[0].alias)
+    spec = choose(settings, name, source=source, revision=own or revision, precision=precision)
+
+    def work() -> None:
+        lines = _lines(texts)
+        with contextlib.ExitStack() as stack:
+            with Reporter(progress) as report:
+                report.model(spec.alias)
+                ModelManager(settings).ensure(spec, on_progress=report)
+                report.phase("load")
+                embedder = stack.enter_context(
+                    Embedder(
+                        name, source=source, revision=own or revision, precision=precision, settings=settings
+                    )
+                )
+            index = 0
+            while batch := list(itertools.islice(lines, _AT_A_TIME)):
+                for text, vector in zip(batch, embedder.embed(batch), strict=True):
+                    values = [float(value) for value in vector]
+                    print_json_line(
+                        {"index": index, "text": text, "embedding": values} if as_json else values
+                    )
+                    index += 1
+
+    until_interrupted(work, "the vectors above are whole.")
+
+
+def _require_files(texts: tuple[str, ...]) -> None:
+    """Say that a file is not there before a model is loaded for it."""
+    for text in texts:
+        if text.startswith("@") and not Path(text[1:]).expanduser().is_file():
+            raise click.UsageError(
+                f"{text}: there is no such file. (A text that begins with @ is read from stdin: -)"
+            )
+    if texts.count("-") > 1:
+        raise click.UsageError("Standard input can be read once: say - once.")
+
+
+def _lines(texts: tuple[str, ...]) -> Iterator[str]:
+    """Give the texts one by one, files and standard input line by line."""
+    for text in texts:
+        if text == "-":
+            yield from (line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer)
+        elif text.startswith("@"):
+            with Path(text[1:]).expanduser().open(encoding="utf-8-sig", errors="replace") as file:
+                yield from (line.rstrip("\r\n") for line in file)
+        else:
+            yield text
