@@ -54,6 +54,8 @@ def test_the_script_leaves_the_disk_as_it_was(tmp_path: Path) -> None:
     bge = files_of(save_st(tmp_path / "made" / "bge", bert, wordpiece(), pooling="cls"))
     other = {**bge, "README.md": b"# Not the same files, so not the same artifact\n"}
     caches = tmp_path / "caches"
+    for name in ("own", "modelscope", "huggingface"):  # the caches themselves stay
+        (caches / name).mkdir(parents=True)
     port = free_port()
     with (
         ModelScopeServer({GTE: gte}) as modelscope,
