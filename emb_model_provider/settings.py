@@ -363,7 +363,7 @@ class Settings(BaseModel):
     model_memory_limit: ByteSize | None = _setting(
         None,
         "Most memory for all loaded models together, in the same way; a number is bytes. What a model takes is shown by "
-        "`emb-provider ps`. The process itself takes some 300 MiB more. Unset: no limit.",
+        "`emb-provider ps`; the process itself takes some 100 MiB more, or several hundred where torch serves. Unset: no limit.",
         allowed="bytes, or a size like 4GiB or 500MB",
         gt=0,
     )
