@@ -121,7 +121,7 @@ class Supervisor:
             after = f"{how} after {lived_s:.1f} s"
             when = f"in {pause_s:g} s" if pause_s else "at once"
             logger.error("the service %s: it is started again %s", after, when)
-            self._listen_for_signals(pause_s)
+            self._pause(pause_s)
             if self._asked:
                 return 0
 
@@ -178,6 +178,12 @@ class Supervisor:
                 one.close()
         self._asked += new
         return new
+
+    def _pause(self, pause_s: float) -> None:
+        """Wait, unless told to stop. What rings may be no more than the end of the child that is known already."""
+        end_at = time.monotonic() + pause_s
+        while not self._asked and (left_s := end_at - time.monotonic()) > 0:
+            self._listen_for_signals(left_s)
 
     def _code_of_stop(self, code: int) -> int:
         if code >= 0:

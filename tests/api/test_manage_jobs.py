@@ -219,7 +219,6 @@ def test_job_that_is_not_there(managed: Service, method: str, suffix: str) -> No
         ("model_name=a/b&revision=", "invalid_value", "revision"),
         ("model_name=a/b&forced=true", "unknown_parameter", "forced"),
         ("model_name=a%00b", "invalid_value", "model_name"),
-        ("model_name=~nobody-here/x", "invalid_value", "model_name"),
     ],
 )
 def test_bad_parameters_are_named(managed: Service, query: str, code: str, param: str) -> None:

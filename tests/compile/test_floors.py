@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from emb_model_provider.backends.cpu import native_bf16
+from emb_model_provider.compile.artifact import read_fidelity
 from emb_model_provider.compile.floors import SETTING, UntrueModelError, shown_cosine
 from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
 from emb_model_provider.settings import FIDELITY_FLOORS, FidelitySettings
@@ -202,13 +202,13 @@ def test_what_torch_serves_is_measured(first_load: tuple[Path, ModelDescription]
     assert first.texts > 300
     assert first.top10_overlap is not None
     assert first.spearman is not None
-    assert json.loads(path.read_text()) == asdict(first)
+    assert read_fidelity(json.loads(path.read_text())) == first
 
 
 def test_torch_is_measured_once(service: Service, kept: Path) -> None:
     """The second load has the figure that is kept, whatever it is, and the floor is asked of that."""
     values = json.loads(kept.read_text())
-    assert asdict(measured(loaded(prepare(service, {"bf16": 0.5}, **TORCH)))) == values
+    assert measured(loaded(prepare(service, {"bf16": 0.5}, **TORCH))) == read_fidelity(values)
     changed = json.dumps({**values, "min_cosine": 0.123456})
     kept.write_text(changed)
     assert measured(loaded(prepare(service, {"bf16": 0.1}, **TORCH))).min_cosine == 0.123456
@@ -246,7 +246,7 @@ def test_torch_that_is_not_measured_says_so(service: Service) -> None:
 def test_a_figure_that_is_known_binds_though_measuring_is_off(service: Service, kept: Path) -> None:
     """What was measured earlier is used: the floor is asked, and nothing is noted."""
     description = loaded(prepare(service, {"bf16": 0.0}, measure=False, **TORCH))
-    assert asdict(measured(description)) == json.loads(kept.read_text())
+    assert measured(description) == read_fidelity(json.loads(kept.read_text()))
     assert description.notes == ()
     refused(lambda: prepare(service, {"bf16": 1.0}, measure=False, **TORCH).load())
 
@@ -261,10 +261,10 @@ def test_torch_at_fp32_is_the_reference_and_is_not_measured(service: Service) ->
 
 def test_a_figure_is_of_one_pipeline(service: Service, kept: Path) -> None:
     """An alias and prompts of the operator do not change it; with other pooling or length it is not known."""
-    known = json.loads(kept.read_text())
+    known = read_fidelity(json.loads(kept.read_text()))
     for changed in ({"alias": "other"}, {"prompts": {"query": "q: "}}):
         description = loaded(prepare(service, {"bf16": 0.0}, measure=False, **TORCH, **changed))
-        assert asdict(measured(description)) == known
+        assert measured(description) == known
     for changed in ({"pooling": "cls"}, {"max_length": 20}):
         assert loaded(prepare(service, measure=False, **TORCH, **changed)).fidelity is None
 
