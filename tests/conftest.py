@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TESTS = Path(__file__).parent
-LONGEST = ("compile", "api", "benchmarks", "backends", "cli", "faults", "container")
+LONGEST = (
+    "compile", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
+)  # fmt: skip
 """Directories, those first whose tests take longest."""
 CONTRACT = frozenset(
     TESTS / "api" / f"test_{name}.py"

@@ -38,7 +38,9 @@ def env_blocks() -> list[Block]:
 
 
 @pytest.mark.parametrize(("example", "shown"), runnable(), ids=lambda block: str(block or "-"))
-def test_example_runs(example: Block, shown: Block | None, service: Service, tmp_path: Path) -> None:
+def test_example_runs(
+    example: Block, shown: Block | None, service: Service, service_cache: str, tmp_path: Path
+) -> None:
     """It ends well, and prints what the document shows; `…` there stands for anything."""
     if example.language == "bash" and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
@@ -46,7 +48,7 @@ def test_example_runs(example: Block, shown: Block | None, service: Service, tmp
     done = subprocess.run(
         [*COMMANDS[example.language], text],
         cwd=tmp_path,
-        env=environment(tmp_path) | {"NO_PROXY": "localhost"},
+        env=environment(tmp_path, CACHE_DIR=service_cache) | {"NO_PROXY": "localhost"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -37,6 +37,13 @@ PATIENCE_S = 60.0
 """So long only where something is wrong."""
 
 
+@pytest.fixture(autouse=True)
+def quick_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Python's garbage alone: it is all that a load of these models takes time for."""
+    monkeypatch.setattr("emb_model_provider.serving.engine.spare_what_stays", lambda: None)
+    monkeypatch.setattr("emb_model_provider.serving.worker.give_back_memory", lambda: None)
+
+
 class FakeHold:
     def __init__(self) -> None:
         self.released = False
