@@ -108,6 +108,43 @@ def test_an_older_name_alone_does_not_turn_the_bundled_model_into_a_download() -
     assert specs(_MODEL_HUB="modelscope")[BUNDLED_MODEL].source == "bundled"
 
 
+def test_one_directory_may_be_both_hubs_cache() -> None:
+    """MODEL_CACHE_DIR is where downloads of either hub go, unless a variable of that hub says otherwise."""
+    both = load(_MODEL_CACHE_DIR="/models").hubs()
+    assert (both.modelscope_cache_dir, both.hf_cache_dir) == (Path("/models"), Path("/models"))
+    one = load(_MODEL_CACHE_DIR="/models", _MODELSCOPE_CACHE="/ms", HF_CACHE_DIR="/hf").hubs()
+    assert (one.modelscope_cache_dir, one.hf_cache_dir) == (Path("/ms"), Path("/hf"))
+
+
+def test_hubs_may_call_a_model_differently() -> None:
+    """HUB_NAMES says what each hub calls a model; names and hubs that it does not have stay as they are."""
+    hubs = load(HUB_NAMES='{"a/b": {"modelscope": "c/d"}}').hubs()
+    assert hubs.name_on("modelscope", "a/b") == "c/d"
+    assert hubs.name_on("huggingface", "a/b") == "a/b"
+    assert hubs.name_on("modelscope", "e/f") == "e/f"
+    with pytest.raises(SettingsError, match=r'EMB_PROVIDER_HUB_NAMES=.*must be JSON like {"acme/model"'):
+        load(HUB_NAMES='{"a/b": {"github": "c/d"}}')
+
+
+def test_models_in_memory_are_limited_as_they_are_written() -> None:
+    """Sizes have units; no more models are preloaded than fit, and naming more is an error."""
+    mapping = '{"a": {"name": "x"}, "b": {"name": "y"}}'
+    settings = load(
+        MODEL_MEMORY_LIMIT="1.5GiB", MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, LOAD_WAIT_S="0"
+    )
+    residency = settings.residency()
+    assert residency.memory_limit_bytes == 3 * 2**29
+    assert (residency.max_loaded_models, residency.load_wait_s, residency.idle_unload_s) == (1, 0, None)
+    assert settings.models().preload == ("a",)
+    assert load(REQUEST_TIMEOUT_S="7").residency().load_wait_s == 7
+    with pytest.raises(
+        SettingsError, match="PRELOAD_MODELS=a,b: must not be more than EMB_PROVIDER_MAX_LOADED_MODELS=1"
+    ):
+        load(MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, PRELOAD_MODELS="a,b")
+    with pytest.raises(SettingsError, match="MODEL_MEMORY_LIMIT=much: must be bytes, or a size like 4GiB"):
+        load(MODEL_MEMORY_LIMIT="much")
+
+
 def test_what_a_mapping_leaves_out_is_as_the_settings_say() -> None:
     """Device, precision, hub and backend are inherited; the entry's own word wins."""
     found = specs(
