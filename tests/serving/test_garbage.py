@@ -1,9 +1,15 @@
-"""What the collector sets aside when a model is loaded."""
+"""What the collector sets aside when a model is loaded, and where memory comes from."""
 
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
+import sys
 import weakref
+
+import pytest
 
 from emb_model_provider.serving.garbage import spare_what_stays
 
@@ -27,3 +33,45 @@ def test_a_model_that_is_gone_is_freed_when_the_next_is_loaded() -> None:
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+ARENAS = """
+import ctypes, sys, threading
+from emb_model_provider.serving.garbage import keep_memory_together
+
+if sys.argv[1] == "few":
+    keep_memory_together()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+together = threading.Barrier(int(sys.argv[2]))
+
+
+def take():
+    together.wait()
+    libc.malloc(100_000)
+    together.wait()
+
+
+threads = [threading.Thread(target=take) for _ in range(together.parties)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.fclose.argtypes = [ctypes.c_void_p]
+file = libc.fopen(b"/dev/stdout", b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such arenas")
+def test_threads_share_arenas() -> None:
+    """Many threads that allocate at a time do so from as many arenas as there are processors, and no more."""
+    processors = max(2, os.cpu_count() or 1)
+
+    def arenas(how: str) -> int:
+        command = [sys.executable, "-c", ARENAS, how, str(2 * processors)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("<heap nr=")
+
+    assert arenas("few") <= processors < arenas("many")
