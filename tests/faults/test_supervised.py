@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def supervised(start: Start) -> FaultyService:
-    return start(SUPERVISE="true", WATCHDOG_S="2")
+    patches = {"emb_model_provider.main:SHORTEST_SILENCE_S": 10.0}
+    return start(SUPERVISE="true", WATCHDOG_S="2", patches=patches)
 
 
 def processes(service: FaultyService) -> list[int]:
@@ -68,7 +69,7 @@ def test_process_that_is_stuck_as_a_whole_is_replaced(supervised: FaultyService)
     supervised.wait()
     for alias in (STEADY, SHAKY):
         assert supervised.is_right(supervised.embed(texts, model=alias), texts)
-    assert "gave no sign of life for 20 s" in supervised.stderr_text()
+    assert "gave no sign of life for 10 s" in supervised.stderr_text()
 
 
 def test_end_is_clean(supervised: FaultyService) -> None:
