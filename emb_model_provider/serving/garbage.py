@@ -42,7 +42,10 @@ def keep_memory_together() -> None:
 
     It gives each thread an arena of its own, up to eight a processor, and what is free in one is of no use to the others:
     loading and closing a model eight times left 296 MiB with 78 in use, against 238 and no more with two arenas, on two
-    processors.
+    processors. It costs 6 % of the rate at 16 connections with a short text each, 1 % with 32 texts a request. Who sets
+    MALLOC_ARENA_MAX or GLIBC_TUNABLES has chosen otherwise.
     """
+    if {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, max(_FEWEST_ARENAS, os.cpu_count() or 1))

@@ -70,8 +70,11 @@ def test_threads_share_arenas() -> None:
     """Many threads that allocate at a time do so from as many arenas as there are processors, and no more."""
     processors = max(2, os.cpu_count() or 1)
 
-    def arenas(how: str) -> int:
+    def arenas(how: str, **changes: str) -> int:
         command = [sys.executable, "-c", ARENAS, how, str(2 * processors)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("<heap nr=")
+        environ = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"} | changes
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+        return done.stdout.count("<heap nr=")
 
     assert arenas("few") <= processors < arenas("many")
+    assert arenas("few", MALLOC_ARENA_MAX=str(8 * processors)) > processors, "the operator's own word wins"
