@@ -15,6 +15,7 @@ from emb_model_provider.cli.doctor.finding import Finding
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from emb_model_provider.cli.doctor.finding import Level
     from emb_model_provider.settings import Settings
 
 _ROOT = Path("/")
@@ -55,7 +56,7 @@ def check_packages() -> Iterator[Finding]:
     versions = {name: installed_version(name) for name in names}
     here = ", ".join(f"{name} {found}" for name, found in versions.items() if found is not None)
     yield Finding("packages", "ok", here)
-    consequences = {
+    consequences: dict[str, tuple[Level, str]] = {
         **dict.fromkeys(RUNTIME_PACKAGES, ("fail", "the compiled engine cannot run")),
         **dict.fromkeys(TOOL_PACKAGES, ("warn", "nothing can be compiled here, and torch cannot serve")),
         QUANTIZER: ("warn", "int8 and int4 cannot be compiled here"),
@@ -63,7 +64,7 @@ def check_packages() -> Iterator[Finding]:
     }
     for name, (level, what) in consequences.items():
         if versions[name] is None:
-            yield Finding(name, level, f"not installed: {what}", f"pip install {name}")  # type: ignore[arg-type]
+            yield Finding(name, level, f"not installed: {what}", f"pip install {name}")
 
 
 def check_processor(root: Path = _ROOT) -> Iterator[Finding]:
@@ -127,11 +128,9 @@ def check_cuda(settings: Settings) -> Iterator[Finding]:
         return
     found = f"{devices} device{'s' if devices > 1 else ''} by NVIDIA's driver"
     if not torch_is_cuda_build():
-        level, advice = (
-            ("fail" if wanted else "warn"),
-            "Install a CUDA build of PyTorch, or set EMB_PROVIDER_DEVICE=cpu.",
-        )
-        yield Finding("cuda", level, f"{found}, but this PyTorch is built for CPUs only", advice)  # type: ignore[arg-type]
+        level: Level = "fail" if wanted else "warn"
+        advice = "Install a CUDA build of PyTorch, or set EMB_PROVIDER_DEVICE=cpu."
+        yield Finding("cuda", level, f"{found}, but this PyTorch is built for CPUs only", advice)
         return
     name, trouble = _ask_torch()
     if name:
