@@ -251,7 +251,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     ),
     "bert-truncate-dim": lambda d: save_st(d, bert, wordpiece(), st={"truncate_dim": 24}),
     "xlm-roberta": lambda d: save_st(d, xlm_roberta, unigram(), pooling="cls"),
-    "mpnet": lambda d: save_st(d, mpnet, wordpiece("<s>", "</s>", "<pad>")),
+    "mpnet": lambda d: save_st(d, mpnet, wordpiece("mpnet")),
     "modernbert": lambda d: save_st(d, modernbert, byte_bpe()),
     "qwen3-left": lambda d: save_st(
         d,

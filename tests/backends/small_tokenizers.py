@@ -1,77 +1,33 @@
-"""Real tokenizers, trained on the spot over English, Chinese and emoji."""
+"""Real tokenizers over English, Chinese and emoji, trained once by `tests.backends.train_tokenizers`.
+
+Training breaks ties in a random order. The small models' weights come from a seed; with a vocabulary of its own in
+every process their vectors, and how far rounding moves them, would still differ from run to run.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+VOCABULARIES = Path(__file__).with_name("vocabularies")
 LENGTH = 48
 """Longest input of the small models, in tokens."""
-
-_CORPUS = [
-    "The quick brown fox jumps over the lazy dog near the river bank.",
-    "How do I reset my password? Please send me a new one by mail.",
-    "Embedding models turn text into vectors that can be compared.",
-    "query: passage: search document retrieve the most similar sentence",
-    "今天天气很好，我们去公园散步。向量检索把文本变成向量。",
-    "如何重置我的密码？请把新的密码发给我。模型下载失败了。",
-    "😀 🎉 👍🏽 🚀 emoji are text too 😂",
-]
+SPECIAL = {"bert": ("[CLS]", "[SEP]", "[PAD]"), "mpnet": ("<s>", "</s>", "<pad>")}
+"""What begins, ends and pads a text in a WordPiece vocabulary of each style."""
 
 
-# Training breaks ties in a random order, so each tokenizer is trained once and handed out as a copy.
+def _trained(name: str) -> Tokenizer:
+    return Tokenizer.from_file(str(VOCABULARIES / f"{name}.json"))
 
 
-@cache
-def _trained_wordpiece(cls: str, sep: str, pad: str) -> str:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    special = [cls, pad, sep, "[UNK]"] if pad == "<pad>" else [pad, "[UNK]", cls, sep]
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    _surround(tokenizer, cls, sep)
-    return tokenizer.to_str()
-
-
-@cache
-def _trained_unigram() -> str:
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    _surround(tokenizer, "<s>", "</s>")
-    return tokenizer.to_str()
-
-
-@cache
-def _trained_byte_bpe() -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<|endoftext|>", "[CLS]", "[SEP]", "[PAD]"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    return tokenizer.to_str()
-
-
-def wordpiece(cls: str = "[CLS]", sep: str = "[SEP]", pad: str = "[PAD]") -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer.from_str(_trained_wordpiece(cls, sep, pad))
+def wordpiece(style: str = "bert") -> PreTrainedTokenizerFast:
+    """Return a WordPiece tokenizer with the special tokens of BERT ("bert") or of MPNet ("mpnet")."""
+    cls, sep, pad = SPECIAL[style]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_trained(f"wordpiece-{style}"),
         unk_token="[UNK]",
         cls_token=cls,
         sep_token=sep,
@@ -81,7 +37,7 @@ def wordpiece(cls: str = "[CLS]", sep: str = "[SEP]", pad: str = "[PAD]") -> Pre
 
 
 def unigram(model_max_length: int | None = LENGTH) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer.from_str(_trained_unigram())
+    tokenizer = _trained("unigram")
     limit: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -102,9 +58,9 @@ def byte_bpe(
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer; `around` are the special tokens put before and after a text, or ""."""
-    tokenizer = Tokenizer.from_str(_trained_byte_bpe())
+    tokenizer = _trained("byte_bpe")
     if any(around):
-        _surround(tokenizer, *around)
+        surround(tokenizer, *around)
     extra: dict[str, Any] = {} if chat_template is None else {"chat_template": chat_template}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -118,7 +74,7 @@ def byte_bpe(
     )
 
 
-def _surround(tokenizer: Tokenizer, before: str, after: str) -> None:
+def surround(tokenizer: Tokenizer, before: str, after: str) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join(part for part in (before, "$A", after) if part),
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (before, after) if token],

@@ -30,7 +30,7 @@ _UNITS = [
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Any]:
-    return {"wordpiece": wordpiece(), "mpnet": wordpiece("<s>", "</s>", "<pad>")}
+    return {"wordpiece": wordpiece(), "mpnet": wordpiece("mpnet")}
 
 
 @pytest.mark.parametrize("name", ["wordpiece", "mpnet"])
