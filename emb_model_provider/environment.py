@@ -1,6 +1,6 @@
 """Names and values as the user wrote them: the process environment over `.env`.
 
-Nothing here knows what a name means; `settings.py` does.
+Nothing here knows what a name means; `settings` does.
 """
 
 from __future__ import annotations

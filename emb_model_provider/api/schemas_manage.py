@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime  # noqa: TC003 - pydantic reads it
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from emb_model_provider.api.schemas import FidelityObject
-from emb_model_provider.model_spec import Precision, Source  # noqa: TC001 - pydantic reads them
+from emb_model_provider.model_spec import Precision, Source
 from emb_model_provider.settings import Lowered
 
 if TYPE_CHECKING:
