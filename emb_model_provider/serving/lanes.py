@@ -1,8 +1,8 @@
-"""The lanes of a model: threads that run batches, the queue they take them from, and who waits for what.
+"""The lanes of a model: threads that run batches, and the queue they take them from.
 
 What goes wrong with an input fails that input (see `isolation.py`). What goes wrong otherwise, in a lane's own code or
 because the model answers nothing any more, ends all lanes of this model, and only of this one; jobs that had no answer
-are kept until the lanes run again.
+are kept until the lanes run again (see `accepted.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError
+from emb_model_provider.serving.accepted import Accepted
 from emb_model_provider.serving.batcher import Batch, Batcher
 from emb_model_provider.serving.isolation import run_isolated
 from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, Timing, answer, refuse
@@ -33,8 +34,6 @@ _ASSUMED_TOKENS_PER_S = 5_000.0
 """Until the first batches have been measured."""
 _RATE_SMOOTHING = 0.1
 _DRAIN_RETRY_AFTER_S = 5.0
-_MOST_ATTEMPTS = 2
-"""A job that was in a batch whose lane ended is tried once more; it may be what ends them."""
 _LOWERED_BUDGET_S = 60.0
 """How long batches stay small after one was too large for the memory."""
 _SLOWER_THAN_EXPECTED = 10.0
@@ -70,14 +69,7 @@ class Lanes:
         self._wake = threading.Condition()
         """Guards all that follows, and the jobs' counts; idle lanes wait on it."""
         self._batcher: Batcher[EmbeddingJob] | None = None
-        self._jobs: set[EmbeddingJob] = set()
-        """Those that were accepted and not answered, and are the present batcher's."""
-        self._stranded: set[EmbeddingJob] = set()
-        """Those of the batcher whose lanes ended: they run again once the model is back."""
-        self._suspects: set[EmbeddingJob] = set()
-        """Stranded ones that a lane had in hand when the lanes ended: one of them may be the reason."""
-        self._quarantine: set[EmbeddingJob] = set()
-        """Suspects of last time. While there are any, one lane runs, and each has its batches to itself."""
+        self._accepted = Accepted()
         self._idle = 0
         self._running: list[_Running | None] = [None]
         """What each lane has in hand."""
@@ -130,7 +122,7 @@ class Lanes:
                 )
             self._require_room(job, self._batcher.waiting_tokens)
             job.arrived_at = now
-            self._jobs.add(job)
+            self._accepted.add(job)
             self._batcher.submit(job)
             if self._idle:
                 self._wake.notify(len(job.ids))
@@ -144,7 +136,7 @@ class Lanes:
         limit = self.max_queue_tokens
         if waiting + job.waiting_tokens <= limit:
             return
-        others = waiting - max((other.waiting_tokens for other in self._jobs), default=0)
+        others = waiting - max((other.waiting_tokens for other in self._accepted.waiting), default=0)
         if waiting and others + job.waiting_tokens > limit:
             too_many = waiting if job.waiting_tokens > limit else others + job.waiting_tokens - limit
             raise QueueFullError(
@@ -155,7 +147,7 @@ class Lanes:
     def cancel(self, job: EmbeddingJob) -> None:
         """Drop what still waits of a job that nobody awaits any more."""
         with self._wake:
-            if job in self._stranded:
+            if self._accepted.is_stranded(job):
                 job.cancelled = True
             elif self._batcher is not None:
                 self._batcher.cancel(job)
@@ -170,29 +162,17 @@ class Lanes:
             self._crash = None
             self._idle = 0
             self._running = [None] * backend.lanes
-            self._quarantine = set()
-            for job in sorted(self._stranded, key=lambda job: job.arrived_at):
-                if job in self._suspects:
-                    job.attempts += 1
-                    job.alone = True
-                if job.attempts >= _MOST_ATTEMPTS:
-                    refuse(
-                        job, InferenceError("The model broke down each time it ran inputs of this request.")
-                    )
-                    continue
-                if job.alone:
-                    self._quarantine.add(job)
-                job.begin_again()
+            again, refused = self._accepted.resume()
+            for job in again:
                 batcher.submit(job)
-                self._jobs.add(job)
-            self._stranded, self._suspects = set(), set()
+        for job in refused:
+            refuse(job, InferenceError("The model broke down each time it ran inputs of this request."))
 
     def give_up(self, error: ModelNotReadyError) -> None:
         """Let in no more, and let all who wait have the error."""
         with self._wake:
             self._failed = error
-            left = self._stranded | self._jobs
-            self._stranded, self._jobs = set(), set()
+            left = self._accepted.all_gone()
         for job in left:
             refuse(job, error)
 
@@ -249,17 +229,17 @@ class Lanes:
         with self._wake:
             running = self._running[lane]
             if running is not None:
-                self._suspects.update(job for job, _ in running.batch.members)
+                self._accepted.suspect(job for job, _ in running.batch.members)
             if self._crash is None:
                 self._crash = error
-                self._stranded, self._jobs = self._jobs, set()
+                self._accepted.strand()
                 if self._batcher is not None:
                     self._batcher = self._batcher.emptied()
             self._wake.notify_all()
 
     def _next_batch(self, lane: int) -> Batch[EmbeddingJob] | None:
         with self._wake:
-            while lane and self._quarantine and self._crash is None:
+            while lane and self._accepted.quarantine and self._crash is None:
                 self._wake.wait()
             self._idle += 1
             while True:
@@ -339,10 +319,6 @@ class Lanes:
         answer(done)
 
     def _forget(self, job: EmbeddingJob) -> None:
-        """Let go of a job that is answered, or that nobody awaits."""
-        self._jobs.discard(job)
-        self._stranded.discard(job)
-        if job in self._quarantine:
-            self._quarantine.discard(job)
-            if not self._quarantine:
-                self._wake.notify_all()
+        """Let go of a job that is answered, or that nobody awaits; with the last suspect the other lanes go on."""
+        if self._accepted.forget(job):
+            self._wake.notify_all()

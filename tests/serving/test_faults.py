@@ -34,7 +34,7 @@ async def ask(run: Running, count: int, *also: str) -> list[asyncio.Task[np.ndar
     asked = [asyncio.create_task(run.embed(f"w{n} w{n}")) for n in range(count)]
     asked += [asyncio.create_task(run.embed(text)) for text in also]
     async with asyncio.timeout(60):
-        while len(run.engine._lanes._jobs) != 1 + len(asked):
+        while len(run.engine._lanes._accepted.waiting) != 1 + len(asked):
             await asyncio.sleep(0.001)
     run.backend.gate.set()
     await holding
