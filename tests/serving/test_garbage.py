@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 
+from emb_model_provider.backends.cpu import usable_cpus
 from emb_model_provider.serving.garbage import spare_what_stays
 
 
@@ -67,14 +68,14 @@ libc.fclose(file)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no such arenas")
 def test_threads_share_arenas() -> None:
-    """Many threads that allocate at a time do so from as many arenas as there are processors, and no more."""
-    processors = max(2, os.cpu_count() or 1)
+    """Many threads that allocate at a time do so from one arena a processor and one more, and no more."""
+    expected = usable_cpus() + 1
 
     def arenas(how: str, **changes: str) -> int:
-        command = [sys.executable, "-c", ARENAS, how, str(2 * processors)]
+        command = [sys.executable, "-c", ARENAS, how, str(2 * expected)]
         environ = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"} | changes
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
         return done.stdout.count("<heap nr=")
 
-    assert arenas("few") <= processors < arenas("many")
-    assert arenas("few", MALLOC_ARENA_MAX=str(8 * processors)) > processors, "the operator's own word wins"
+    assert arenas("few") <= expected < arenas("many")
+    assert arenas("few", MALLOC_ARENA_MAX=str(8 * expected)) > expected, "the operator's own word wins"
