@@ -23,6 +23,8 @@ from emb_model_provider.stopping import Stop, end_at_once, flush
 from emb_model_provider.supervisor import HUNG_EXIT, SHORTEST_SILENCE_S, Handed, Supervisor, handed_over
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from emb_model_provider.observability.logs import LineWriter
     from emb_model_provider.settings import ServerSettings, Settings
 
@@ -148,5 +150,29 @@ def run(*, supervise: bool = False) -> NoReturn:
     os._exit(code)
 
 
+_USAGE = """\
+Usage: python -m emb_model_provider.main
+
+Serves embeddings, on http://localhost:9000 unless told otherwise. It takes no arguments: settings are environment
+variables or lines of .env, such as EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_PORT; docs/configuration.md lists them.
+Everything else is done by another command: emb-provider --help."""
+
+
+def refuse_arguments(arguments: Sequence[str]) -> None:
+    """Raises: SystemExit where there are any: who writes `--port 8000` must not get another port without a word."""
+    if not arguments:
+        return
+    if {"-h", "--help"} & set(arguments):
+        print(_USAGE)  # noqa: T201 - what was asked for
+        raise SystemExit(0)
+    print(  # noqa: T201 - there is no log yet
+        f"error: {' '.join(arguments)}: the service takes no arguments. Set what you mean as an environment variable or in "
+        ".env (EMB_PROVIDER_PORT=8000, say): docs/configuration.md lists all settings.",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
 if __name__ == "__main__":
+    refuse_arguments(sys.argv[1:])
     run()

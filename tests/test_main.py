@@ -63,6 +63,29 @@ def test_wrong_setting_is_one_line(tmp_path: Path, settings: dict[str, str], phr
     assert_one_line(run(tmp_path, **settings), *phrases)
 
 
+def test_arguments_are_refused(tmp_path: Path) -> None:
+    """`--port 8000` must not start a service on another port; `--help` says where settings come from."""
+    asked = {
+        argument: subprocess.run(
+            [*COMMAND, *argument.split()],
+            cwd=tmp_path,
+            env=environment(tmp_path, PORT="http"),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        for argument in ("--port 8000", "--help")
+    }
+    refused, helped = asked.values()
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "EMB_PROVIDER_PORT=8000" in refused.stderr
+    assert helped.returncode == 0
+    assert "EMB_PROVIDER_PORT" in helped.stdout
+    assert "emb-provider --help" in helped.stdout
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_port_in_use_is_one_line(tmp_path: Path, host: str) -> None:
     """Where something else listens, the start ends before any model is loaded."""
