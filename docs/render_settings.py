@@ -57,7 +57,7 @@ def settings_in_groups() -> dict[str, dict[str, FieldInfo]]:
 
 
 def env_value(info: FieldInfo) -> str:
-    """Return a default as it is written in `.env`; empty where it is unset, or differs from machine to machine."""
+    """Return a default as it is written in `.env`; empty where it is unset, or found out at the start."""
     default = info.default
     if default is None or default == () or default is PydanticUndefined:
         return ""
@@ -65,14 +65,12 @@ def env_value(info: FieldInfo) -> str:
         return str(default).lower()
     if isinstance(default, dict):
         return json.dumps(default)
-    if isinstance(default, Path) and default.is_absolute():
-        return ""
     return str(default)
 
 
 def shown_default(info: FieldInfo) -> str:
     """Return a default for a reader."""
-    if isinstance(info.default, Path) and info.default.is_absolute():
+    if info.default_factory is not None:
         return USER_CACHE
     value = env_value(info)
     return f"`{value}`" if value else UNSET

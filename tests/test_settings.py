@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pwd
 import re
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -369,3 +371,22 @@ def test_a_wrong_value_of_an_older_name_is_refused(name: str, value: str) -> Non
 def test_a_wrong_secret_is_not_printed() -> None:
     """An error about other settings shows no secret."""
     assert "hush" not in refused(API_KEYS="hush", PORT="x")
+
+
+def test_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have none: the cache's place must be given then, and a ~ is refused, in one line each."""
+
+    def nobody(_: object) -> NoReturn:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    with pytest.raises(
+        SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR, or HOME\.$"
+    ):
+        load()
+    assert load(CACHE_DIR=str(tmp_path)).cache_dir == tmp_path
+    with pytest.raises(SettingsError, match=r"^EMB_PROVIDER_LOG_DIR=~/logs: must be a directory\.$"):
+        load(CACHE_DIR=str(tmp_path), LOG_DIR="~/logs")

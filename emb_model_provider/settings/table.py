@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import platformdirs
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr
 
+from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import BUNDLED_MODEL, BackendName, Precision, Source
 from emb_model_provider.settings.groups import FIDELITY_FLOORS
 from emb_model_provider.settings.values import (
@@ -25,6 +26,15 @@ from emb_model_provider.settings.values import (
 def _setting(default: Any, description: str, *, allowed: str = "", **constraints: Any) -> Any:
     extra: dict[str, Any] | None = {"allowed": allowed} if allowed else None
     return Field(default=default, description=description, json_schema_extra=extra, **constraints)
+
+
+def _own_cache() -> Path:
+    try:
+        return Path(platformdirs.user_cache_dir("emb_model_provider", appauthor=False))
+    except RuntimeError as error:
+        raise SettingsError(
+            "This user has no home directory, where caches usually are. Set EMB_PROVIDER_CACHE_DIR, or HOME."
+        ) from error
 
 
 class SettingsTable(BaseModel):
@@ -106,10 +116,11 @@ class SettingsTable(BaseModel):
         "`~/.cache/huggingface/hub`. Both hubs may have one directory: their layouts do not meet.",
         allowed="a directory",
     )
-    cache_dir: Directory = _setting(
-        Path(platformdirs.user_cache_dir("emb_model_provider", appauthor=False)),
-        "What this service itself keeps: the manifests of snapshots, and compiled models. Default: the platform's user cache directory.",
-        allowed="a directory",
+    cache_dir: Directory = Field(
+        default_factory=_own_cache,
+        description="What this service itself keeps: the manifests of snapshots, and compiled models. "
+        "Default: the platform's user cache directory.",
+        json_schema_extra={"allowed": "a directory"},
     )
     max_artifacts_gb: float = _setting(
         20, "Most disk for compiled models in CACHE_DIR, in GiB; the least recently used go first.",

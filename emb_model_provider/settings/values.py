@@ -37,7 +37,12 @@ def _pooling_name(value: object) -> object:
 
 
 def _expanded(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # which is no mistake in pydantic's eyes
+        raise ValueError(f"{value}: ~ leads to no home directory here") from error
 
 
 Lowered = BeforeValidator(_lower)
