@@ -1,16 +1,22 @@
-"""Which model a name means: an alias or an id from the settings, a repository's id, or a directory."""
+"""Which model a name means: an alias or an id from the settings, a repository's id, or a directory; and whose it is."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from emb_model_provider.settings import MappingEntry
 
 if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
+
+PATHS = ("/", "./", "../", "~")
+"""How a name begins that cannot be a repository's."""
+MODELSCOPE_OWNERS = ("damo/", "iic/")
+"""Owners whose models are on ModelScope, for `auto`."""
 
 
 def choose(
@@ -24,16 +30,24 @@ def choose(
 ) -> ModelSpec:
     """Return the model that `model` means under these settings; what else is given wins over them.
 
-    A model of the settings is found by its alias or its name, unless `source` or `revision` asks for one from
-    elsewhere. Anything else is a directory where there is one of that name, else a repository's id.
+    A model of the settings is found by its alias or its name. By its alias it is found at another hub or revision,
+    too, by its name only where the settings mean those: what they say of it may not hold there. Anything else is a
+    directory where there is one of that name, else a repository's id.
 
     Raises: SettingsError where the precision contradicts the settings.
     """
     own: dict[str, Any] = {"alias": alias, "source": source, "revision": revision, "precision": precision}
     changes = {name: value for name, value in own.items() if value is not None}
-    for spec in settings.models().specs:
-        if model in (spec.alias, spec.name) and _is_from(spec, source, revision):
+    named = [spec for spec in settings.models().specs if model in (spec.alias, spec.name)]
+    at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
+    for spec in at_hub:
+        if revision in (None, spec.revision):
             return replace(spec, **changes)
+    for spec in at_hub:
+        if model == spec.alias != spec.name and spec.path is None:
+            return replace(spec, **changes)
+    if named and model == named[0].alias and "/" not in model:
+        model = named[0].name  # at another hub: there an alias without an owner is no repository
     directory = _directory(model) if source in (None, "auto", "local") else None
     entry = MappingEntry(
         name=directory.resolve().name if directory is not None else model,
@@ -45,8 +59,19 @@ def choose(
     return settings.mapped_model(alias or entry.name, entry)
 
 
-def _is_from(spec: ModelSpec, source: Source | None, revision: str | None) -> bool:
-    return source in (None, spec.source) and revision in (None, spec.revision)
+def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "local", "bundled"]:
+    """The hub that a model comes from. Looks at the disk, for directories, and asks nobody."""
+    if spec.path is not None:
+        return "local"
+    if spec.source != "auto":
+        return spec.source
+    if spec.name.startswith(PATHS) or _directory(spec.name) is not None:
+        return "local"
+    if spec.name == BUNDLED_MODEL and spec.endpoint is None and spec.revision in {None, BUNDLED_REVISION}:
+        return "bundled"
+    if spec.name.startswith(MODELSCOPE_OWNERS):
+        return "modelscope"
+    return "huggingface"
 
 
 def _directory(model: str) -> Path | None:

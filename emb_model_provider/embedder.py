@@ -188,9 +188,7 @@ class _Running:
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         self._alias = spec.alias
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name=f"embedder-{spec.alias}", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name=f"embedder-{spec.alias}", daemon=True)
         self._thread.start()
         # A program may ask for as much as it likes, and wait for it as long as that takes.
         self._registry = Registry(
@@ -205,7 +203,8 @@ class _Running:
             on_batch=lambda _: None,
             fidelity=settings.fidelity(),
         )
-        self._closed = threading.Lock()
+        self._taking = True
+        self._gate = threading.Lock()
 
     @property
     def description(self) -> ModelDescription:
@@ -235,8 +234,12 @@ class _Running:
         return found[0] if isinstance(texts, str) else found
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run it on the loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run it on the loop. Raises: ModelNotReadyError where it is closed, or being closed."""
+        with self._gate:
+            if self._taking:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise ModelNotReadyError(f"The model {self._alias} was closed: call load() again.", retry_after_s=1.0)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it on the loop and wait; Ctrl-C ends it there too."""
@@ -248,9 +251,17 @@ class _Running:
             raise
 
     def close(self) -> None:
-        if not self._closed.acquire(blocking=False):
-            return
-        self.call(self._registry.stop())
+        """Finish what was started, then end the loop and its thread."""
+        with self._gate:
+            if not self._taking:
+                return
+            self._taking = False
+            ended = asyncio.run_coroutine_threadsafe(self._registry.stop(), self._loop)
+        ended.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.get_loop().run_forever()
+            # Leaving cancels what is still waiting for an answer, so that nobody waits for it forever.

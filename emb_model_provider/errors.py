@@ -73,6 +73,10 @@ class NotCachedError(ManagementError):
     """No model of this name is on disk."""
 
 
+class AmbiguousNameError(ManagementError):
+    """Several models on disk have this id: nothing was done."""
+
+
 class ModelInUseError(ManagementError):
     """The model is loaded, being loaded or being fetched, here or in another process: nothing was changed."""
 

@@ -17,6 +17,8 @@ TokenInput = Literal["reject", "model", "cl100k"]
 Truncate = Literal["NONE", "START", "END"]
 
 BUNDLED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+BUNDLED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+"""The commit of the official repository whose files are bundled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -117,6 +117,19 @@ def test_closing_ends_its_threads_and_loading_again_works(settings: Settings) ->
     assert cosines(embedder.load().embed("hello"), first) > 0.999
     embedder.close()
     embedder.close()
+
+
+def test_closing_while_somebody_embeds_leaves_nobody_waiting(settings: Settings) -> None:
+    """Who asks at the very moment that it is closed is told that it is not loaded, as who asks later is."""
+
+    class Unlucky(Embedder):
+        def _loaded(self) -> Any:
+            running = super()._loaded()
+            self.close()
+            return running
+
+    with Unlucky(settings=settings) as embedder, pytest.raises(ModelNotReadyError, match="load"):
+        embedder.embed("too late")
 
 
 async def test_it_can_be_used_on_an_event_loop(settings: Settings) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
 ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
@@ -86,6 +85,8 @@ class TokenBatch:
         self, pad_token_id: int, side: Literal["left", "right"]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return ids and attention mask, each int64 of shape (inputs, longest input)."""
+        import numpy as np  # only to run batches: whoever lists models needs what is above, and not this
+
         longest = max(len(row) for row in self.ids)
         ids = np.full((len(self.ids), longest), pad_token_id, dtype=np.int64)
         mask = np.zeros((len(self.ids), longest), dtype=np.int64)

@@ -15,7 +15,7 @@ from emb_model_provider.compile.artifact import FILES, MANIFEST, read_fidelity
 from emb_model_provider.compile.store import remove_artifact, sweep
 from emb_model_provider.hubs.locks import Held, claim, is_held, remove_stale
 from emb_model_provider.hubs.snapshot import hash_file
-from emb_model_provider.hubs.storage import write_atomically
+from emb_model_provider.hubs.storage import listed, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,9 +60,7 @@ class Stock:
 
     def artifacts(self) -> list[StockedArtifact]:
         """Return the artifacts whose manifests can be read, in the order of their keys."""
-        found = (
-            _read(path) for path in sorted(self._root.glob(f"*/{MANIFEST}")) if path.parent.name[0] != "."
-        )
+        found = (_read(path / MANIFEST) for path in listed(self._root) if path.name[0] != ".")
         return [artifact for artifact in found if artifact is not None]
 
     def is_held(self, key: str) -> bool:
@@ -103,7 +101,7 @@ class Stock:
         A file that does not say of which snapshot it is belongs to neither.
         """
         found: list[Path] = []
-        for path in (*self._root.glob("*.refused.json"), *self._figures.glob("*.json")):
+        for path in (*listed(self._root, "*.refused.json"), *listed(self._figures, "*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 content = json.loads(path.read_bytes())
                 digest = content["recipe"]["snapshot"] if "recipe" in content else content["snapshot"]
@@ -114,14 +112,14 @@ class Stock:
     def sweep(self) -> None:
         """Remove what killed processes left: artifacts in the making, locks and holds."""
         sweep(self._root)
-        for path in (*self._root.glob("*.lock"), *self._root.glob("*.hold")):
+        for path in (*listed(self._root, "*.lock"), *listed(self._root, "*.hold")):
             remove_stale(path)
 
     def unfinished(self) -> list[Path]:
         """Return the artifacts in the making that nobody makes any more."""
         return [
             path
-            for path in sorted(self._root.glob(".*.tmp"))
+            for path in listed(self._root, ".*.tmp")
             if not is_held(self._root / f"{path.name.split('.')[1]}.lock")
         ]
 
@@ -145,7 +143,7 @@ def _read(path: Path) -> StockedArtifact | None:
             description=description,
         )
         _ = artifact.fidelity
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The artifact %s is damaged: %s", path.parent, error)

@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING
 
 from emb_model_provider.compile.artifact import MANIFEST, read_artifact
 from emb_model_provider.hubs.locks import Held, claim, share
-from emb_model_provider.hubs.storage import CACHE_SETTING, require_writable, storage_error, write_atomically
+from emb_model_provider.hubs.storage import (
+    CACHE_SETTING,
+    listed,
+    require_writable,
+    storage_error,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,7 +154,7 @@ class ArtifactStore:
     def _make_room(self) -> None:
         """Remove the artifacts that were used longest ago while all together are larger than allowed."""
         found = []
-        for path in self._root.iterdir():
+        for path in listed(self._root):
             if path.is_dir() and not path.name.startswith("."):
                 with contextlib.suppress(OSError):
                     size = sum(file.stat().st_size for file in path.iterdir())
@@ -202,7 +208,7 @@ def sweep(root: Path, own_key: str | None = None) -> list[Path]:
     `own_key`: of the artifact whose lock the caller holds.
     """
     swept: list[Path] = []
-    for path in root.glob(".*.tmp"):
+    for path in listed(root, ".*.tmp"):
         key = path.name.split(".")[1]
         if key == own_key:
             shutil.rmtree(path, ignore_errors=True)

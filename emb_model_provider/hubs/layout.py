@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emb_model_provider.hubs.storage import listed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -104,7 +106,7 @@ def all_in(hub: HubName, root: Path) -> Iterator[Found]:
         for repo in _directories(root / "models"):
             if "--" in repo.name:
                 for path in _directories(repo / "snapshots"):
-                    if any(path.iterdir()):
+                    if listed(path):
                         yield Found(repo.name.replace("--", "/", 1), path.name, path)
         yield from _older_in(root)
 

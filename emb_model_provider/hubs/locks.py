@@ -13,9 +13,8 @@ import os
 import sys
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING
-
-import filelock
 
 if sys.platform != "win32":
     import fcntl
@@ -33,6 +32,7 @@ _LOOK_TRIES = 4
 _LOOK_EVERY_S = 0.005
 _BUSY = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class Held:
@@ -67,7 +67,7 @@ def share(path: Path) -> Held:
         descriptor = _lock(path, fcntl.LOCK_SH, lambda: True)
     except OSError:
         return Held(None)
-    return Held(None if descriptor is None else lambda: _let_go(descriptor, path))
+    return Held(None if descriptor is None else partial(_let_go, descriptor, path, os.getpid()))
 
 
 def claim(
@@ -107,7 +107,7 @@ def claim(
         if error.errno in _NO_FLOCK:
             return _claim_portable(path, go_on)
         raise
-    return None if descriptor is None else Held(lambda: _let_go(descriptor, path))
+    return None if descriptor is None else Held(partial(_let_go, descriptor, path, os.getpid()))
 
 
 def is_held(path: Path) -> bool:
@@ -115,7 +115,7 @@ def is_held(path: Path) -> bool:
     if sys.platform == "win32":
         return False
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = _open(path, make=False)
     except OSError:
         return False
     try:
@@ -150,7 +150,7 @@ def _lock(path: Path, how: int, go_on: Callable[[], bool]) -> int | None:
     """Return a descriptor of the locked file, or None once `go_on` says to stop. Raises: OSError."""
     while True:
         try:
-            descriptor = _open(path, how)
+            descriptor = _open(path)
         except FileNotFoundError:  # its directory: never made, or removed with what was last in it
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
@@ -159,6 +159,8 @@ def _lock(path: Path, how: int, go_on: Callable[[], bool]) -> int | None:
             if _is_at(descriptor, path):
                 return descriptor
         except OSError as error:
+            if error.errno in _NO_FLOCK and os.fstat(descriptor).st_size == 0:
+                path.unlink(missing_ok=True)  # ours: who locks without flock writes down who it is
             os.close(descriptor)
             if error.errno not in _BUSY:
                 raise
@@ -171,13 +173,18 @@ def _lock(path: Path, how: int, go_on: Callable[[], bool]) -> int | None:
             os.close(descriptor)  # removed by who had it before: somebody may hold the new one
 
 
-def _open(path: Path, how: int) -> int:
-    # Some network file systems want a file that is locked exclusively to be open for writing.
-    alone = os.O_RDWR if how & fcntl.LOCK_EX else os.O_RDONLY
+def _open(path: Path, *, make: bool = True) -> int:
+    """Raises: FileNotFoundError where it, or with `make` its directory, is not there; other OSErrors."""
     try:
-        return os.open(path, alone | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except PermissionError:  # another user's, in a cache that several share
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # For writing, whoever locks: network file systems lock nothing exclusively that is open for reading only.
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o644)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        try:  # another user's, in a cache that several share
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise error from None  # it is not there, and cannot be made
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -189,8 +196,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
 
 
-def _let_go(descriptor: int, path: Path) -> None:
+def _let_go(descriptor: int, path: Path, owner: int) -> None:
+    """`owner`: the process that took the lock. A fork of it has the descriptor, too, but not the say."""
     try:
+        if os.getpid() != owner:
+            return
         # Of several that share it only the last one gets it alone.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,7 +211,11 @@ def _let_go(descriptor: int, path: Path) -> None:
 
 
 def _claim_portable(path: Path, go_on: Callable[[], bool]) -> Held | None:
-    lock = filelock.FileLock(path, thread_local=False)
+    import filelock  # with asyncio behind it: only where it is needed
+
+    # Without flock the file itself is the lock, with its owner's name in it; one whose owner is gone is taken over.
+    kind = filelock.FileLock if sys.platform == "win32" else filelock.SoftFileLock
+    lock = kind(path, thread_local=False)
     while True:
         try:
             lock.acquire(blocking=False)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.hubs.base import HUBS
 from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, digest_of, hash_file, is_safe_path
-from emb_model_provider.hubs.storage import write_atomically
+from emb_model_provider.hubs.storage import listed, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -186,9 +186,17 @@ def load_verified(
     return snapshot
 
 
+def is_whole(snapshot: Snapshot) -> bool:
+    """Whether all files of a snapshot are there, at their sizes. Reads none of them."""
+    try:
+        return all((snapshot.path / file.path).stat().st_size == file.size for file in snapshot.files)
+    except OSError:
+        return False
+
+
 def manifest_files(manifest_dir: Path) -> Iterator[tuple[Question, Manifest]]:
     """All manifests that can be read, with what each answers. Looks at no other file."""
-    for path in sorted(manifest_dir.glob("*/*.json")):
+    for path in (path for directory in listed(manifest_dir) for path in listed(directory, "*.json")):
         try:
             question = Question.read(json.loads(path.read_bytes()))
         except FileNotFoundError:

@@ -21,15 +21,17 @@ from emb_model_provider.errors import (
     HubError,
     HubUnavailableError,
     IncompleteRepositoryError,
+    ModelInUseError,
     OfflineError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from emb_model_provider.hubs.base import Progress
 from emb_model_provider.hubs.layout import cache_root, modelscope_older
+from emb_model_provider.hubs.moved import find_moved
 from emb_model_provider.hubs.progress import ByteCounter, Stop, callback_class, results
-from emb_model_provider.hubs.selection import matching, require_all_parts, require_model, select
-from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file, require_safe_paths
+from emb_model_provider.hubs.selection import chosen, require_all_parts
+from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file
 from emb_model_provider.hubs.storage import require_writable, storage_error
 
 if TYPE_CHECKING:
@@ -73,11 +75,11 @@ class ModelScopeHub:
             )
             directory = self._download(api, repository, asked, listed, on_progress)
             files = _verify(repository, directory, listed, on_progress)
-        except HubError:
+        except (HubError, ModelInUseError):
             raise
         except Exception as error:  # noqa: BLE001 (the client raises from four libraries; all are translated)
             self._translate(error, repository)
-        if not self._partial:
+        if not self._config.partial:
             where = f"Repository {repository}@{asked} on ModelScope"
             require_all_parts(directory, (file.path for file in files), where)
         return Snapshot.of("modelscope", repository, asked, directory, files)
@@ -93,6 +95,16 @@ class ModelScopeHub:
         """Let the client bring the files, and return the directory it put them in."""
         if self._config.cache_dir is not None:
             require_writable(self._config.cache_dir, _CACHE_SETTING)
+        moved = find_moved(
+            self._config,
+            repository,
+            revision,
+            {file.path: file.sha256 for file in listed},
+            cache_root("modelscope", self._config.cache_dir),
+        )
+        if moved is not None:
+            moved.require_free()
+            listed = [file for file in listed if file.path in moved.changed]
         total = sum(file.size for file in listed)
         on_progress(Progress("download", repository, 0, total))
         counter = ByteCounter(repository, total, on_progress)
@@ -103,14 +115,14 @@ class ModelScopeHub:
             "model",
             revision=revision,
             cache_dir=self._config.cache_dir,
-            local_dir=self._older_directory(repository, listed),
+            local_dir=self._older_directory(repository, listed) if moved is None else moved.beside,
             progress_callbacks=[callback_class(counter)],
             file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in listed],
         )
         abandon = False
         try:
             (directory,) = results([brought], counter)
-        except FetchCancelledError:
+        except (FetchCancelledError, KeyboardInterrupt):
             abandon = True
             self._forget_locks(repository, listed)
             raise
@@ -120,6 +132,9 @@ class ModelScopeHub:
         finally:
             pool.shutdown(wait=not abandon)
         counter.require_wanted()
+        if moved is not None:
+            moved.put_in_place()
+            return moved.directory
         return directory
 
     def _forget_locks(self, repository: str, listed: list[FileInfo]) -> None:
@@ -163,11 +178,6 @@ class ModelScopeHub:
             f"EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set {instead}."
         )
 
-    @property
-    def _partial(self) -> bool:
-        """Whether only a part of what serving needs was asked for."""
-        return bool(self._config.include or self._config.exclude)
-
     def _selected(self, files: list[FileInfo], repository: str, revision: str) -> list[FileInfo]:
         """The files of a listing that serving needs, or those of them that were asked for."""
         listed = {file.path: file for file in files if not file.is_dir}
@@ -180,14 +190,8 @@ class ModelScopeHub:
                 f"Repository {repository}@{revision} on ModelScope is empty. Check EMB_PROVIDER_MODEL_NAME and "
                 "EMB_PROVIDER_MODEL_REVISION."
             )
-        require_safe_paths(listed, repository)
         where = f"Repository {repository}@{revision} on ModelScope"
-        paths = select(listed)
-        if self._partial:
-            paths = matching(paths, self._config.include, self._config.exclude, where)
-        else:
-            require_model(paths, where, listed=listed)
-        return [listed[path] for path in paths]
+        return [listed[path] for path in chosen(listed, self._config, repository, where)]
 
     def _translate(self, error: BaseException, repository: str) -> NoReturn:
         """Raise the client's error in our words."""

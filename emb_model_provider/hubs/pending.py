@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from emb_model_provider.errors import FetchCancelledError
 from emb_model_provider.hubs.layout import Place, places
-from emb_model_provider.hubs.locks import remove_stale
+from emb_model_provider.hubs.locks import is_held, remove_stale
 from emb_model_provider.hubs.manifest import Question, manifest_files
-from emb_model_provider.hubs.storage import write_atomically
+from emb_model_provider.hubs.storage import everything_below, listed, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -57,7 +57,7 @@ def marker_path(question: Question, manifest_dir: Path) -> Path:
 
 def load_all(manifest_dir: Path) -> list[Pending]:
     """All markers that are there and can be read."""
-    found = (load(path) for path in sorted(manifest_dir.glob("*/*.pending")))
+    found = (load(path) for directory in listed(manifest_dir) for path in listed(directory, "*.pending"))
     return [pending for pending in found if pending is not None]
 
 
@@ -147,6 +147,17 @@ def clear(pending: Pending, manifest_dir: Path) -> int:
     return freed
 
 
+def size_left(pending: Pending, manifest_dir: Path) -> int:
+    """Return how many bytes `clear` would remove of a fetch that nobody goes on with, 0 of any other."""
+    if pending.doing != "fetch" or is_held(pending.question.lock_path(manifest_dir)):
+        return 0
+    freed = 0
+    for file in leftovers(pending, _kept(manifest_dir)):
+        with contextlib.suppress(OSError):
+            freed += file.lstat().st_size
+    return freed
+
+
 def leftovers(pending: Pending, kept: Collection[Path]) -> list[Path]:
     """The files that a fetch left, locks not among them.
 
@@ -172,7 +183,10 @@ def leftovers(pending: Pending, kept: Collection[Path]) -> list[Path]:
         or not any(_is_below(file, path) for path in theirs)
     ]
     linked = {
-        os.path.realpath(file) for path in theirs for file in (path, *path.rglob("*")) if file.is_symlink()
+        os.path.realpath(file)
+        for path in theirs
+        for file in (path, *everything_below(path))
+        if file.is_symlink()
     }
     return [file for file in left if file.is_symlink() or os.path.realpath(file) not in linked]
 
@@ -180,7 +194,9 @@ def leftovers(pending: Pending, kept: Collection[Path]) -> list[Path]:
 def changed_since(pending: Pending, directory: Path) -> bool:
     """Whether somebody changed a directory's files after the process that left the marker was gone."""
     limit = pending.touched + _SLACK_S
-    return any(_changed(path) > limit for path in directory.rglob("*") if path.is_symlink() or path.is_file())
+    return any(
+        _changed(path) > limit for path in everything_below(directory) if path.is_symlink() or path.is_file()
+    )
 
 
 def remove_empty_above(path: Path, root: Path) -> None:

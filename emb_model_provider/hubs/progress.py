@@ -60,6 +60,10 @@ class ByteCounter:
         """
         self.add(0)
 
+    def cancel(self) -> None:
+        """Let the threads that bring bytes end at the next one."""
+        self._cancelled = self._cancelled or FetchCancelledError("The fetch was interrupted.")
+
     def require_wanted(self) -> None:
         """Raises: FetchCancelledError where the fetch was cancelled, whatever a client made of it since."""
         if self._cancelled is not None:
@@ -69,10 +73,10 @@ class ByteCounter:
 def results(futures: Sequence[Future[T]], counter: ByteCounter) -> list[T]:
     """Wait for the threads that bring files, and ask all the while whether these are still wanted.
 
-    A client's threads cannot be interrupted while a hub sends nothing. When the fetch is cancelled, or one of them
-    fails, the others have a moment to end; one that does not is left behind, and ends at its next byte.
+    A client's threads cannot be interrupted while a hub sends nothing. When the fetch is cancelled or interrupted, they
+    have a moment to end; one that does not is left behind, and ends at its next byte.
 
-    Raises: what a thread raised; FetchCancelledError.
+    Raises: what a thread raised; FetchCancelledError; KeyboardInterrupt.
     """
     try:
         waiting: set[Future[T]] = set(futures)
@@ -82,7 +86,8 @@ def results(futures: Sequence[Future[T]], counter: ByteCounter) -> list[T]:
                 future.result()
             if waiting:
                 counter.ask()
-    except FetchCancelledError:
+    except (FetchCancelledError, KeyboardInterrupt):
+        counter.cancel()
         for future in futures:
             future.cancel()
         wait(futures, timeout=_END_S)

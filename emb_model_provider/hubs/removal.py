@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from emb_model_provider.errors import ManagementError
 from emb_model_provider.hubs.layout import places, root_of
 from emb_model_provider.hubs.pending import remove_empty_above
+from emb_model_provider.hubs.storage import everything_below, listed
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from huggingface_hub import DeleteCacheStrategy
@@ -59,7 +61,7 @@ class SnapshotFiles:
         with contextlib.suppress(OSError):
             (repo / "trees" / f"{self.path.name}.json").unlink(missing_ok=True)
         snapshots = repo / "snapshots"
-        if not snapshots.is_dir() or not any(snapshots.iterdir()):
+        if not listed(snapshots):
             for directory in (repo, locks):
                 if not directory.is_symlink():
                     shutil.rmtree(directory, ignore_errors=True)
@@ -73,8 +75,12 @@ class SnapshotFiles:
                 alias.unlink()
 
 
-def files_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> SnapshotFiles | None:
+def files_of(
+    hub: HubName, repository: str, path: Path, roots: tuple[Path, ...], gone: Collection[Path] = ()
+) -> SnapshotFiles | None:
     """Find what removing a snapshot removes; None where there is nothing. `roots`: the caches that are known of.
+
+    `gone`: snapshots that are removed before it. A file that only they share with it goes with it.
 
     Raises: ManagementError where the directory is not one that the hub's client could have made.
     """
@@ -92,24 +98,28 @@ def files_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...])
             "alone. Remove the link by hand."
         )
     if hub == "huggingface":
-        plan = _plan(repository, path, root)
+        plan = _plan(repository, path, root, {each.name for each in gone if each.parent == path.parent})
         freed = plan.expected_freed_size if plan is not None else size_of(path)
         return SnapshotFiles(hub, repository, path, root, freed, plan)
     return SnapshotFiles(hub, repository, path, root, size_of(path), None)
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files below a directory; of a link, those of what it points to. Goes into no linked directory."""
-    total = 0
-    for file in path.rglob("*"):
+    """Bytes of all files below a directory, each counted once; of a link, those of what it points to.
+
+    Goes into no linked directory.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    for file in everything_below(path):
         with contextlib.suppress(OSError):
             if file.is_file():
-                total += file.stat().st_size
-    return total
+                found = file.stat()
+                sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
-def _plan(repository: str, path: Path, root: Path) -> DeleteCacheStrategy | None:
-    """What the client itself would remove; None where it does not take the directory for a whole snapshot."""
+def _plan(repository: str, path: Path, root: Path, gone: set[str]) -> DeleteCacheStrategy | None:
+    """What the client itself would remove once the revisions that are `gone` are; None where it does not take the directory for a whole snapshot."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -124,12 +134,21 @@ def _plan(repository: str, path: Path, root: Path) -> DeleteCacheStrategy | None
         )
         # Only this repository: the same commit can be in another one, a copy under a new name.
         ours = frozenset(found for found in scanned.repos if found.repo_path.resolve() == repo)
-        plan = replace(scanned, repos=ours).delete_revisions(path.name) if whole else None
+        cache = replace(scanned, repos=ours)
+        gone &= {revision.commit_hash for found in ours for revision in found.revisions}
+        before = cache.delete_revisions(*gone)
+        plan = cache.delete_revisions(*gone, path.name) if whole else None
     except (CacheNotFound, ValueError, OSError) as error:
         log.warning("The Hugging Face client cannot read its cache %s: %s", root, error)
         return None
     if plan is None:
         return None
     # A link in a snapshot may point anywhere; only the repository's own store of blobs is emptied.
-    blobs = frozenset(blob for blob in plan.blobs if blob.is_relative_to(repo / "blobs"))
-    return replace(plan, blobs=blobs)
+    blobs = frozenset(blob for blob in plan.blobs - before.blobs if blob.is_relative_to(repo / "blobs"))
+    return replace(
+        plan,
+        blobs=blobs,
+        refs=plan.refs - before.refs,
+        snapshots=plan.snapshots - before.snapshots,
+        expected_freed_size=plan.expected_freed_size - before.expected_freed_size,
+    )

@@ -8,10 +8,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import IncompleteRepositoryError
+from emb_model_provider.hubs.snapshot import require_safe_paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
+
+    from emb_model_provider.hubs.base import HubConfig
 
 NEVER_SERVED: dict[str, str] = {
     ".git*": "the repository's own bookkeeping",
@@ -79,7 +82,20 @@ def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
     )
 
 
-def matching(
+def chosen(listed: Collection[str], config: HubConfig, repository: str, where: str) -> list[str]:
+    """The files of a hub's listing that serving needs, or those of them that `config` asks for.
+
+    Raises: IncompleteRepositoryError; CorruptSnapshotError where a name leads out of the snapshot's directory.
+    """
+    require_safe_paths(listed, repository)
+    paths = select(listed)
+    if config.partial:
+        return _matching(paths, config.include, config.exclude, where)
+    require_model(paths, where, listed=listed)
+    return paths
+
+
+def _matching(
     paths: Iterable[str], include: tuple[str, ...], exclude: tuple[str, ...], where: str
 ) -> list[str]:
     """The paths that match a pattern of `include`, or all where it is empty, but those that match one of `exclude`.

@@ -66,7 +66,8 @@ class Hashes:
 def digest_of(files: Iterable[SnapshotFile]) -> str:
     """The digest of a set of files, whatever their order and wherever they lie."""
     lines = sorted(f"{file.path}\0{file.size}\0{file.sha256}\n" for file in files)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    # A name that is not UTF-8 on the disk, of a directory of one's own, counts as the bytes that it is there.
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def hash_file(path: Path, *, git: bool = False) -> Hashes:

@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import tempfile
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CacheNotWritableError, HubError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 CACHE_SETTING = "EMB_PROVIDER_CACHE_DIR"
 
@@ -51,6 +53,24 @@ def require_writable(directory: Path, setting: str) -> None:
         raise storage_error(error, directory, setting) or CacheNotWritableError(
             f"Cannot write to {directory} ({error.strerror}). Set {setting} to a directory that can be written."
         ) from error
+
+
+def listed(directory: Path, pattern: str = "*") -> list[Path]:
+    """What a directory holds that matches a pattern (fnmatch), sorted; nothing where it is not there.
+
+    Unlike `Path.glob` it bears that others remove the directory at the same moment.
+    """
+    try:
+        names = os.listdir(directory)  # noqa: PTH208 (names are what is matched)
+    except OSError:
+        return []
+    return [directory / name for name in sorted(names) if fnmatchcase(name, pattern)]
+
+
+def everything_below(directory: Path) -> Iterator[Path]:
+    """All files, directories and links below a directory; goes into no link. Bears removal, as `listed` does."""
+    for parent, directories, files in os.walk(directory):
+        yield from (Path(parent) / name for name in (*directories, *files))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

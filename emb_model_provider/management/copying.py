@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import HubError
 from emb_model_provider.hubs.snapshot import hash_file
-from emb_model_provider.hubs.storage import storage_error
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,17 +28,20 @@ def copy_snapshot(snapshot: Snapshot, directory: Path) -> Path:
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
             partial = place.with_name(f".{place.name}.incomplete")
-            shutil.copyfile(snapshot.path / file.path, partial)
-            if not _has(partial, file.sha256, file.size):
-                partial.unlink()
-                raise HubError(
-                    f"{file.path} of {snapshot.repository} in {snapshot.path} has other bytes than it had. "
-                    f"Fetch it again: `emb-provider pull --force {snapshot.repository}`."
-                )
-            partial.replace(place)
+            try:
+                shutil.copyfile(snapshot.path / file.path, partial)
+                if not _has(partial, file.sha256, file.size):
+                    raise HubError(
+                        f"{file.path} of {snapshot.repository} in {snapshot.path} has other bytes than it had. "
+                        f"Fetch it again: `emb-provider pull --force {snapshot.repository}`."
+                    )
+                partial.replace(place)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
-        raise storage_error(error, directory, "another directory") or HubError(
-            f"{snapshot.repository} could not be copied to {directory}: {error}. Choose another directory."
+        raise HubError(
+            f"{snapshot.repository} could not be copied to {directory}: {error}. Make room or make it writable, or "
+            "choose another directory."
         ) from error
     return directory
 

@@ -7,9 +7,8 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import NotCachedError
+from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.hubs.layout import all_in
-from emb_model_provider.management.entries import cache_id
 from emb_model_provider.management.inventory import CLIENTS
 
 if TYPE_CHECKING:
@@ -30,18 +29,26 @@ def find(
 ) -> list[Record]:
     """Return the models that a name means, at a hub or a revision where those are given.
 
-    Raises: NotCachedError, which names what is there.
+    An alias of the settings means the hub and the revision that they give it, where nothing else is asked for.
+
+    Raises: NotCachedError, which names what is there; AmbiguousNameError where an id is that of several models.
     """
     records = inventory.records()
-    found = [record for record in _named(settings, name, records) if _is(record, source, revision)]
+    asked, rev = name, revision
+    spec = next((each for each in settings.models().specs if each.alias == name != each.name), None)
+    if spec is not None:
+        asked, rev = str(spec.path) if spec.path is not None else spec.name, revision or spec.revision
+    found = [record for record in _named(settings, asked, records) if _is(record, source, rev)]
+    if spec is not None and source is None:
+        found = [each for each in found if each.entry.hub == spec.source] or found
     if found:
         return found
     known = {record.entry.path for record in records}
     for hub in CLIENTS:
-        asked = settings.hubs().name_on(hub, name)
+        there_as = settings.hubs().name_on(hub, asked)
         for root in inventory.roots(hub) if source in (None, "auto", hub) else ():
             there = (
-                each for each in all_in(hub, root) if each.repository == asked and each.path not in known
+                each for each in all_in(hub, root) if each.repository == there_as and each.path not in known
             )
             if other := next(there, None):
                 raise NotCachedError(
@@ -52,11 +59,7 @@ def find(
 
 
 def _named(settings: Settings, name: str, records: Sequence[Record]) -> list[Record]:
-    """By its own name, else one of the settings', else as one part of a path, else by its last part."""
-    for spec in settings.models().specs:
-        if name == spec.alias:
-            name = str(spec.path) if spec.path is not None else spec.name
-            break
+    """By its own name, else as one part of a path, else by its last part. Raises: AmbiguousNameError."""
     hubs = settings.hubs()
     with contextlib.suppress(OSError, RuntimeError):
         directory = str(Path(name).expanduser().absolute())
@@ -64,7 +67,11 @@ def _named(settings: Settings, name: str, records: Sequence[Record]) -> list[Rec
             return local
     if own := [r for r in records if r.entry.name in (name, hubs.name_on(r.entry.hub, name))]:
         return own
-    if by_id := [r for r in records if r.entry.id == cache_id(name)]:
+    if by_id := [r for r in records if r.entry.id == name]:
+        if len(names := sorted({r.entry.name for r in by_id})) > 1:
+            raise AmbiguousNameError(
+                f"{name} can be any of {', '.join(names)}. Say which, with its slash (over HTTP a slash is %2F)."
+            )
         return by_id
     last = [r for r in records if r.entry.name.rstrip("/").rpartition("/")[2] == name]
     return last if len({r.entry.name for r in last}) == 1 else []

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING
 
 from emb_model_provider.hubs.locks import Held, claim, is_held, remove_stale, share
+from emb_model_provider.hubs.storage import listed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +45,7 @@ class SnapshotHolds:
 
     def sweep(self) -> None:
         """Remove what killed processes left."""
-        for path in self._directory.glob("*.hold"):
+        for path in listed(self._directory, "*.hold"):
             remove_stale(path)
 
     def remove_empty_directory(self) -> None:
@@ -54,4 +55,4 @@ class SnapshotHolds:
     def _path(self, snapshot: Path) -> Path:
         place = os.path.realpath(snapshot)
         readable = re.sub(r"[^A-Za-z0-9._-]+", "--", place)[-60:].strip("-.")
-        return self._directory / f"{readable}--{hashlib.sha256(place.encode()).hexdigest()[:16]}.hold"
+        return self._directory / f"{readable}--{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.hold"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.compile.stock import Stock, StockedArtifact
     from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile
+    from emb_model_provider.management.entries import CachedSnapshot
     from emb_model_provider.management.inventory import Inventory, Record
     from emb_model_provider.model_spec import ModelSpec
 
@@ -69,8 +70,28 @@ def details_of(record: Record, spec: ModelSpec, stock: Stock, *, trust_remote_co
     return details | _from_files(spec, snapshot, trust_remote_code=trust_remote_code)
 
 
-def verify(record: Record, inventory: Inventory, on_progress: Callable[[Progress], None]) -> Verification:
-    """Read all bytes of a snapshot and of its artifacts again. What has other bytes is not trusted from then on."""
+def verify(
+    entry: CachedSnapshot, inventory: Inventory, on_progress: Callable[[Progress], None]
+) -> Verification:
+    """Read all bytes of a snapshot and of its artifacts again. What has other bytes is not trusted from then on.
+
+    Raises: NotCachedError where it is gone.
+    """
+    # Held, so that nobody removes or replaces what is being read: that would look like damage.
+    with inventory.holds.hold(entry.path) if entry.path is not None else contextlib.nullcontext():
+        record = inventory.record_of(entry)
+        findings = _findings(record, on_progress)
+        wrong = [finding.path for finding in findings]
+        if wrong:
+            for question, found in record.manifests:
+                with contextlib.suppress(OSError):
+                    manifest.distrust(question, found, wrong, inventory.manifest_dir)
+        damaged = [each.key for each in record.entry.artifacts if inventory.stock.damage(each.key)]
+    now = next((each.entry for each in inventory.records() if each.is_same(record)), record.entry)
+    return Verification(snapshot=now, findings=tuple(findings), damaged_artifacts=tuple(damaged))
+
+
+def _findings(record: Record, on_progress: Callable[[Progress], None]) -> list[FileFinding]:
     entry = record.entry
     files = {file.path: file for _, found in record.manifests for file in found.snapshot.files}
     total = sum(file.size for file in files.values())
@@ -81,14 +102,7 @@ def verify(record: Record, inventory: Inventory, on_progress: Callable[[Progress
             findings.append(finding)
         done += file.size
         on_progress(Progress("verify", entry.name, done, total))
-    wrong = [finding.path for finding in findings]
-    if wrong:
-        for question, found in record.manifests:
-            with contextlib.suppress(OSError):
-                manifest.distrust(question, found, wrong, inventory.manifest_dir)
-    damaged = [artifact.key for artifact in entry.artifacts if inventory.stock.damage(artifact.key)]
-    now = next((each.entry for each in inventory.records() if each.is_same(record)), entry)
-    return Verification(snapshot=now, findings=tuple(findings), damaged_artifacts=tuple(damaged))
+    return findings
 
 
 def _finding(directory: Path, file: SnapshotFile) -> FileFinding | None:

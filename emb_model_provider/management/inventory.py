@@ -146,9 +146,7 @@ class Inventory:
         question = pending.question
         left = markers.leftovers(pending, [])
         path = pending.path or _common_snapshot(pending, left)
-        size = sum(file.lstat().st_size for file in left if file.exists() and not file.is_symlink())
-        if pending.path is not None and pending.path.is_dir():
-            size = size_of(pending.path)
+        size = size_of(pending.path) if pending.path is not None else sum(map(_bytes, left))
         entry = CachedSnapshot(
             name=question.repository,
             hub=question.hub,
@@ -235,6 +233,14 @@ def _common_snapshot(pending: Pending, left: Sequence[Path]) -> Path | None:
                 if parts[0] == "snapshots" and len(parts) > 2:
                     return place.path / "snapshots" / parts[1]
     return None
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, not of what it links to; nothing once it is gone: a fetch renames what it has brought."""
+    try:
+        return 0 if path.is_symlink() else path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _mtime(path: Path) -> float | None:

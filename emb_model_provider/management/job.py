@@ -52,7 +52,7 @@ class Job:
     """It was cancelled, and is about to end."""
     error: str | None
     """Why it failed, and what to do."""
-    failure: Exception | None
+    failure: BaseException | None
     """The error whose words `error` has."""
     created: datetime
     started: datetime | None
@@ -83,7 +83,7 @@ class Download:
         self.phase: Phase | None = None
         self.done_bytes = 0
         self.total_bytes: int | None = None
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.created = now_utc()
         self.started: datetime | None = None
         self.ended: datetime | None = None
@@ -164,7 +164,7 @@ def now_utc() -> datetime:
     return datetime.now(UTC)
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     if isinstance(error, ProviderError):
         return error.message
     details = str(error).splitlines()[0] if str(error) else "no details"

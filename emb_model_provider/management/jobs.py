@@ -78,6 +78,7 @@ class DownloadJobs:
         with self._lock:
             job = self._found(job_id)
             self._cancel(job)
+            self._begin_waiting()
             return job.view()
 
     def stop(self, within_s: float) -> None:
@@ -108,7 +109,8 @@ class DownloadJobs:
             self._end(job, "cancelled")
 
     def _begin_waiting(self) -> None:
-        running = sum(job.state == "running" for job in self._jobs.values())
+        # One that was cancelled moves no more bytes, and may hang for as long as its hub does: others pass it by.
+        running = sum(job.state == "running" and not job.cancelled.is_set() for job in self._jobs.values())
         for job in self._jobs.values():
             if running >= _MOST_RUNNING or self._stopping:
                 return
@@ -121,7 +123,7 @@ class DownloadJobs:
                 )
                 job.thread.start()
 
-    def _end(self, job: Download, state: JobState, failure: Exception | None = None) -> None:
+    def _end(self, job: Download, state: JobState, failure: BaseException | None = None) -> None:
         job.state, job.ended, job.thread, job.failure = state, now_utc(), None, failure
         over = [each.id for each in self._jobs.values() if each.is_over]
         for old in over[: max(0, len(over) - _MOST_ENDED)]:
@@ -132,11 +134,11 @@ class DownloadJobs:
     def _run(self, job: Download) -> None:
         logger.info("job %s: fetching %s from %s", job.id, job.spec.name, job.source)
         state: JobState = "failed"
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             self._fetch(job)
             state = "done"
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is the job's, and is told there
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the job's, and its place is free again
             # However the work puts it that it was stopped, that was asked for.
             if job.cancelled.is_set():
                 state = "cancelled"
@@ -177,7 +179,8 @@ class DownloadJobs:
                     stopped=job.cancelled.is_set,
                 )
                 snapshot = compiled.snapshot
-                job.notes = tuple(compiled.notes)
+                with self._lock:
+                    job.notes = tuple(compiled.notes)
         if snapshot is not None:
             with self._lock:
                 job.source, job.revision, job.path = snapshot.hub, snapshot.revision, snapshot.path

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.choosing import choose
-from emb_model_provider.compile.prepare import prepare_backend
+from emb_model_provider.choosing import PATHS, choose, resolve_source
 from emb_model_provider.errors import HubError
-from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.hubs import manifest
+from emb_model_provider.hubs.fetch import fetch_snapshot, question_of
 from emb_model_provider.management.copying import copy_snapshot
 from emb_model_provider.management.entries import CachedModelInfo, CompiledModel, info_of
 from emb_model_provider.management.finding import find
@@ -68,11 +68,18 @@ class ModelManager:
         `force` asks the hub again and fetches what changed. `include` and `exclude` are patterns (fnmatch) over the
         files that serving needs. `on_progress` may raise FetchCancelledError, which ends the fetch. Blocks.
 
-        Raises: a `HubError`, whose message says what to do.
+        Raises: a `HubError`, whose message says what to do; ModelInUseError where a newer state of a branch would
+        replace, in one directory, files that a process uses.
         """
         return fetch_snapshot(
-            spec, self._hubs, on_progress, force=force, include=include, exclude=exclude
-        )  # fmt: skip
+            spec,
+            self._hubs,
+            on_progress,
+            force=force,
+            include=include,
+            exclude=exclude,
+            is_held=self._inventory.holds.is_held,
+        )
 
     def acquire(
         self, spec: ModelSpec, on_progress: Callable[[Progress], None] = lambda _: None
@@ -89,13 +96,23 @@ class ModelManager:
             snapshot = self.ensure(spec, on_progress=on_progress)
             if hold is None or held != snapshot.path:
                 hold, held = self._inventory.holds.hold(snapshot.path), snapshot.path
-            if _is_there(snapshot):
+            if self._is_there(spec, snapshot):
                 return snapshot, hold
-            # Removed in between. The hold stays while it is fetched again: this time nobody can.
+            # Removed or replaced in between. The hold stays while it is fetched again: this time nobody can.
         raise HubError(
-            f"{spec.name} was removed each time before it could be loaded. Let nothing else remove it meanwhile "
-            "(`emb-provider rm`, or another tool that cleans the cache), then try again."
+            f"{spec.name} was removed or replaced each time before it could be loaded. Let nothing else do so meanwhile "
+            "(`emb-provider rm`, `pull --force`, or another tool that changes the cache), then try again."
         )
+
+    def _is_there(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
+        """Whether a snapshot that is held by now is still the one that it was before."""
+        if not manifest.is_whole(snapshot):
+            return False
+        if snapshot.hub != "modelscope":
+            return True
+        # A branch keeps its directory there. Who replaces what is in it takes the manifest away first.
+        found = manifest.load(question_of("modelscope", spec, self._hubs), self._inventory.manifest_dir)
+        return found is not None and found.snapshot == snapshot
 
     def copy_to(self, snapshot: Snapshot, directory: Path) -> Path:
         """Copy a snapshot's files into a directory, checking each against its hash; return the directory.
@@ -122,6 +139,9 @@ class ModelManager:
         Raises: HubError; LoadError where no backend can serve it, or it is below its floor; InterruptedError when
         stopped.
         """
+        # Imported only here: to list what is on the disk takes none of it.
+        from emb_model_provider.compile.prepare import prepare_backend
+
         snapshot, hold = self.acquire(spec, on_progress)
         with hold:
             prepared = prepare_backend(
@@ -175,8 +195,10 @@ class ModelManager:
         """Read all bytes of a model and of its artifacts again. Blocks.
 
         What has other bytes is fetched, or compiled, again when it is next asked for.
+
+        Raises: NotCachedError where it is gone.
         """
-        return verify(self._inventory.record_of(snapshot), self._inventory, on_progress)
+        return verify(snapshot, self._inventory, on_progress)
 
     # --- removing -------------------------------------------------------------------------------------
 
@@ -191,7 +213,8 @@ class ModelManager:
     ) -> Removal:
         """Remove what `find` finds: files, manifests, and all that was derived from them. All of it or nothing.
 
-        Files of a directory and of the bundled model stay; what was derived from them goes.
+        Files of a directory and of the bundled model stay; what was derived from them goes. A dry run raises what the
+        removal would raise now.
 
         Raises: NotCachedError; ModelInUseError where it is in use for longer than `wait_s` seconds; ManagementError.
         """
@@ -239,7 +262,8 @@ class ModelManager:
 
         Raises: as `remove`.
         """
-        return self.remove(name, source=self._source, wait_s=wait_s)
+        source = resolve_source(self._spec(name)) if self._source is not None else None
+        return self.remove(name, source=source, wait_s=wait_s)
 
     def load_model_and_tokenizer(
         self, name: str, *, precision: Precision | None = None, device: str | None = None
@@ -265,7 +289,17 @@ class ModelManager:
         return model, model.tokenizer
 
     def _spec(self, name: str, *, source: Source | None = None, revision: str | None = None) -> ModelSpec:
-        return choose(self._settings, name, source=source or self._source, revision=revision)
+        if source is None and not self._says_its_hub(name):
+            source = self._source
+        return choose(self._settings, name, source=source, revision=revision)
+
+    def _says_its_hub(self, name: str) -> bool:
+        """Whether a model is a directory, or the settings say a hub for this one alone."""
+        mapped = self._settings.model_mapping.items()
+        if any(entry.source for alias, entry in mapped if name in (alias, entry.name)):
+            return True
+        specs = self._settings.models().specs
+        return name.startswith(PATHS) or any(spec.path for spec in specs if name in (spec.alias, spec.name))
 
 
 def get_model_manager(
@@ -282,10 +316,3 @@ def get_model_manager(
     if source is None and use_modelscope is not None:
         source = "modelscope" if use_modelscope else "huggingface"
     return ModelManager(load_settings()[0] if settings is None else settings, source=source)
-
-
-def _is_there(snapshot: Snapshot) -> bool:
-    try:
-        return all((snapshot.path / file.path).stat().st_size == file.size for file in snapshot.files)
-    except OSError:
-        return False

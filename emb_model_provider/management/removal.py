@@ -13,7 +13,8 @@ from emb_model_provider.errors import ManagementError, NotCachedError
 from emb_model_provider.hubs import pending as markers
 from emb_model_provider.hubs.layout import places
 from emb_model_provider.hubs.locks import claim, remove_stale
-from emb_model_provider.hubs.removal import files_of
+from emb_model_provider.hubs.removal import files_of, size_of
+from emb_model_provider.hubs.storage import listed
 from emb_model_provider.management.claims import Claims, artifacts_of, in_use, refused
 from emb_model_provider.management.entries import Removal
 
@@ -69,6 +70,8 @@ class Remover:
 
     def remove_all(self, *, wait_s: float, dry_run: bool) -> Removal:
         """Remove everything that this package put on the disk; what is in use is kept, with the reason."""
+        if dry_run:
+            return self._would_remove_all()
         deadline = time.monotonic() + wait_s
         snapshots: list[CachedSnapshot] = []
         artifacts: list[str] = []
@@ -77,7 +80,7 @@ class Remover:
         for record in self._inventory.records():
             try:
                 one = self.remove(
-                    self._finding(record), wait_s=max(0.0, deadline - time.monotonic()), dry_run=dry_run
+                    self._finding(record), wait_s=max(0.0, deadline - time.monotonic()), dry_run=False
                 )
             except NotCachedError:  # somebody else removed it meanwhile
                 continue
@@ -87,9 +90,26 @@ class Remover:
             snapshots += one.snapshots
             artifacts += one.artifacts
             freed += one.freed
-        rest = self.prune(dry_run=dry_run)
+        rest = self.prune(dry_run=False)
         artifacts = list(dict.fromkeys([*artifacts, *rest.artifacts]))
         return Removal(snapshots=snapshots, artifacts=artifacts, freed=freed + rest.freed, kept=kept)
+
+    def _would_remove_all(self) -> Removal:
+        """All at a time: what two of them share would go with the later one."""
+        removed: list[Record] = []
+        kept: list[tuple[CachedSnapshot, str]] = []
+        for record in self._inventory.records():
+            try:
+                if record.entry.in_use:
+                    raise in_use(record.entry, "a process uses it now")
+                self._files(record)
+            except ManagementError as error:
+                kept.append((record.entry, error.message))
+            else:
+                removed.append(record)
+        would = self._remove_claimed(removed, dry_run=True)
+        orphans, more = self._remove_orphans(dry_run=True)
+        return replace(would, artifacts=[*would.artifacts, *orphans], freed=would.freed + more, kept=kept)
 
     def prune(self, *, dry_run: bool) -> Removal:
         """Remove what nobody can use: what killed processes left, and what derives from snapshots that are gone."""
@@ -110,8 +130,8 @@ class Remover:
                     continue
                 snapshots += one.snapshots
                 freed += one.freed
-            elif not dry_run:
-                freed += self._clear_beside(record)
+            else:
+                freed += self._clear_beside(record, dry_run=dry_run)
         artifacts, more = self._remove_orphans(dry_run=dry_run)
         if not dry_run:
             self._sweep()
@@ -134,7 +154,9 @@ class Remover:
 
     def _remove_claimed(self, records: Sequence[Record], *, dry_run: bool) -> Removal:
         # Whatever cannot be removed is found out before anything is.
-        files = [(record, self._files(record)) for record in records]
+        files: list[tuple[Record, SnapshotFiles | None]] = []
+        for record in records:
+            files.append((record, self._files(record, [each.path for _, each in files if each is not None])))
         elsewhere = self._digests_elsewhere(records)
         freed = 0
         artifacts: dict[str, int] = {}
@@ -185,8 +207,8 @@ class Remover:
         if marker is not None:
             marker.unlink(missing_ok=True)
 
-    def _files(self, record: Record) -> SnapshotFiles | None:
-        """The files to remove; None where there are none, or none of ours. Raises: ManagementError."""
+    def _files(self, record: Record, gone: Sequence[Path] = ()) -> SnapshotFiles | None:
+        """The files to remove once those of `gone` are; None where there are none of ours. Raises: ManagementError."""
         entry = record.entry
         if not entry.owns_files or entry.path is None:
             return None
@@ -195,7 +217,7 @@ class Remover:
             return None  # a fetch that did not end: only what it brought is removed
         if not record.manifests and any(markers.changed_since(each, entry.path) for each in removals):
             return None  # removed by half, and then fetched again by another program
-        return files_of(entry.hub, entry.name, entry.path, self._inventory.roots(entry.hub))
+        return files_of(entry.hub, entry.name, entry.path, self._inventory.roots(entry.hub), gone)
 
     def _digests_elsewhere(self, removed: Sequence[Record]) -> set[str]:
         """The digests of all models that stay: what was derived from them stays, too."""
@@ -204,8 +226,10 @@ class Remover:
 
     # --- leftovers ----------------------------------------------------------------------------------------
 
-    def _clear_beside(self, record: Record) -> int:
+    def _clear_beside(self, record: Record, *, dry_run: bool) -> int:
         """Remove what a killed fetch left beside a snapshot that is whole; return how many bytes that were."""
+        if dry_run:
+            return sum(markers.size_left(each, self._inventory.manifest_dir) for each in record.pending)
         directory = self._inventory.manifest_dir
         freed = 0
         for pending in record.pending:
@@ -221,11 +245,14 @@ class Remover:
         return freed
 
     def _remove_orphans(self, *, dry_run: bool) -> tuple[list[str], int]:
-        """Remove artifacts and notes whose snapshot is gone; return the artifacts, and how many bytes they were."""
+        """Remove artifacts and notes whose snapshot is gone; return the artifacts, and how many bytes they were.
+
+        Those that were never finished count, too: `_sweep` removes them.
+        """
         stock = self._inventory.stock
         digests = {digest for record in self._inventory.records() for digest in record.digests}
         removed: list[str] = []
-        freed = 0
+        freed = sum(size_of(path) for path in stock.unfinished())
         for artifact in stock.artifacts():
             if artifact.snapshot in digests:
                 continue
@@ -249,18 +276,19 @@ class Remover:
         directory = self._inventory.manifest_dir
         self._inventory.stock.sweep()
         self._inventory.holds.sweep()
-        for path in directory.glob("*/*.lock"):
-            remove_stale(path)
-        for path in directory.glob("*/.*.tmp"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _WRITING_S:
-                    path.unlink()
+        for each in listed(directory):
+            for path in listed(each, "*.lock"):
+                remove_stale(path)
+            for path in listed(each, ".*.tmp"):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _WRITING_S:
+                        path.unlink()
         self._remove_empty_directories()
 
     def _remove_empty_directories(self) -> None:
         directory = self._inventory.manifest_dir
         self._inventory.stock.remove_empty_directories()
         self._inventory.holds.remove_empty_directory()
-        for each in (*directory.glob("*"), directory):
+        for each in (*listed(directory), directory):
             with contextlib.suppress(OSError):
                 each.rmdir()

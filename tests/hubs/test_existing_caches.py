@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,11 +17,11 @@ from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, modelscope_files, spe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from emb_model_provider.settings import HubSettings
     from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 
+ROOT = Path(__file__).parents[2]
 DOTTED = "iic/tiny-v1.5"
 OLDER_LAYOUTS = [
     "hub/models/iic/tiny-v1___5",
@@ -120,6 +124,57 @@ def test_offline_names_the_directory_that_is_there(
     assert f"EMB_PROVIDER_MODEL_PATH={there}," in str(raised.value)
     assert not modelscope.requests
     assert fetch_snapshot(spec("x", path=there), config).hub == "local"
+
+
+THEIRS_THEN_OURS = """
+import os, sys
+from emb_model_provider import get_model_manager
+
+hub, repo = sys.argv[1:]
+if hub == "huggingface":
+    from huggingface_hub import snapshot_download
+
+    print(snapshot_download(repo))
+else:
+    from modelscope_hub import HubApi
+
+    print(HubApi().download_repo(repo, "model"))
+os.environ["EMB_PROVIDER_CACHE_DIR"] = "own"
+print(get_model_manager().ensure_model_cached(repo))
+"""
+
+
+@pytest.mark.parametrize(
+    ("hub", "variable"),
+    [
+        ("huggingface", None),
+        ("huggingface", "HF_HOME"),
+        ("huggingface", "HF_HUB_CACHE"),
+        ("modelscope", None),
+        ("modelscope", "MODELSCOPE_CACHE"),
+    ],
+)
+def test_a_cache_where_the_client_has_it_is_used(
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+    tmp_path: Path,
+    hub: str,
+    variable: str | None,
+) -> None:
+    """With the client's own variables alone, or none, its files are found where it put them, and not fetched again."""
+    server, repo = (huggingface, HF_REPO) if hub == "huggingface" else (modelscope, MS_REPO)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("EMB_PROVIDER_")}
+    environ |= {"HOME": str(tmp_path), "HF_ENDPOINT": huggingface.url, "MODELSCOPE_ENDPOINT": modelscope.url}
+    environ |= {"MODEL_HUB": hub, "PYTHONPATH": str(ROOT)}
+    if variable is not None:
+        environ[variable] = str(tmp_path / "chosen")
+    said = subprocess.check_output(
+        [sys.executable, "-c", THEIRS_THEN_OURS, hub, repo], cwd=tmp_path, env=environ, text=True, timeout=240
+    )
+    theirs, ours = said.splitlines()[-2:]
+    assert theirs == ours
+    assert ours.startswith(str(tmp_path / ("chosen" if variable else ".cache")))
+    assert set(server.bodies().values()) == {1}
 
 
 def test_a_cache_that_was_moved_with_its_layout_is_used(

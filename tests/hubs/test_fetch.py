@@ -24,9 +24,8 @@ from emb_model_provider.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from emb_model_provider.hubs.bundled import BUNDLED_REVISION
 from emb_model_provider.hubs.fetch import fetch_snapshot, resolve_source
-from emb_model_provider.model_spec import BUNDLED_MODEL
+from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, spec
 
 if TYPE_CHECKING:

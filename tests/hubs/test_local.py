@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -11,9 +12,9 @@ import pytest
 
 from emb_model_provider.errors import CorruptSnapshotError, IncompleteRepositoryError, RepositoryNotFoundError
 from emb_model_provider.hubs import snapshot as snapshots
-from emb_model_provider.hubs.bundled import BUNDLED_REVISION, OFFICIAL_SHA256, find_bundled
+from emb_model_provider.hubs.bundled import OFFICIAL_SHA256, find_bundled
 from emb_model_provider.hubs.fetch import fetch_snapshot
-from emb_model_provider.model_spec import BUNDLED_MODEL
+from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from emb_model_provider.settings import HubSettings
 from tests.hubs.conftest import model_files, spec
 
@@ -163,3 +164,14 @@ def test_only_one_model_is_bundled(config: HubSettings) -> None:
     """Asking for another one as bundled is an error."""
     with pytest.raises(RepositoryNotFoundError, match="EMB_PROVIDER_MODEL_SOURCE"):
         fetch_snapshot(spec("acme/tiny", source="bundled"), config)
+
+
+def test_a_name_that_is_not_utf8_is_a_name_like_any_other(config: HubSettings, directory: Path) -> None:
+    """A directory with such a file, as older systems left them, is served, and known again the next time."""
+    try:
+        (directory / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    first = fetch_snapshot(spec("x", path=directory), config)
+    assert b"caf\xe9.txt" in {os.fsencode(file.path) for file in first.files}
+    assert fetch_snapshot(spec("x", path=directory), config) == first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -20,6 +22,35 @@ from emb_model_provider.hubs.locks import share
 held = share(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
+"""
+
+FORKS = """
+import os, sys
+from pathlib import Path
+from emb_model_provider.hubs.locks import is_held, share
+
+path = Path(sys.argv[1])
+held = share(path)
+if (child := os.fork()) == 0:
+    sys.exit(0)
+os.waitpid(child, 0)
+print("held" if is_held(path) else "lost")
+"""
+NOT_OURS = """
+import ctypes, os, sys
+from pathlib import Path
+from emb_model_provider.hubs.locks import claim, share
+
+if os.getuid() == 0:
+    # No permission binds root. Without its capabilities it is an owner like any other.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
+path = Path(sys.argv[1]) / "a.lock"
+share(path).release()
+try:
+    claim(path)
+except PermissionError:
+    print("refused")
 """
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="files in use cannot be removed there")
@@ -119,3 +150,47 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     assert path.exists()
     assert remove_stale(path)
     assert not path.exists()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" and os.geteuid() == 0, reason="permissions do not bind root, nor can it step down"
+)
+def test_where_no_lock_can_be_made_nobody_waits_for_one(tmp_path: Path) -> None:
+    """In a directory of somebody else, as in an image that root baked, a share holds nothing, and a claim is refused."""
+    tmp_path.chmod(0o555)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", NOT_OURS, str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        tmp_path.chmod(0o755)
+    assert done.stdout == "refused\n", done.stderr
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK], ids=["ENOSYS", "ENOLCK"])
+def test_without_flock_one_at_a_time_still_has_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """On a file system that knows no flock a lock can be claimed, by one at a time, and leaves no file."""
+
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    path = tmp_path / "a.lock"
+    share(path).release()
+    for _ in range(2):
+        with claim(path) or pytest.fail("nobody has it"):
+            assert claim(path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fork_does_not_let_go_of_its_parents_lock(tmp_path: Path) -> None:
+    """A forked process that ends, as a server's workers do, leaves the lock with the process that took it."""
+    script = [sys.executable, "-c", FORKS, str(tmp_path / "a.lock")]
+    assert subprocess.check_output(script, cwd=ROOT, text=True, timeout=120) == "held\n"

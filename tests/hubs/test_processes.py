@@ -48,6 +48,8 @@ try:
     print("SNAPSHOT", snapshot.hub, snapshot.digest)
 except Exception as error:
     print("ERROR", type(error).__name__, error)
+except KeyboardInterrupt:
+    print("INTERRUPTED", flush=True)
 """
 
 binds_everyone = pytest.mark.skipif(
@@ -109,6 +111,29 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(
     if repo == MS_REPO:
         ranges = [request.headers.get("range") for request in server.requests if request.storage]
         assert ranges == ["bytes=120000-"]
+
+
+@pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
+def test_a_program_that_is_interrupted_goes_on_at_once(
+    settings: Callable[..., HubSettings],
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+    repo: str,
+) -> None:
+    """Ctrl-C while the hub is silent raises before the transfer is over; what came is kept, for the next try."""
+    server, weights = both(repo, huggingface, modelscope)
+    config = settings()
+    server.faults.hold_after[weights] = 120_000
+    child = start(repo, config)
+    wait_until(lambda: server.bodies()[weights] == 1)
+    child.send_signal(signal.SIGINT)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "INTERRUPTED\n"
+    assert not server.faults.release.is_set()
+    child.kill()
+    child.communicate()
+    assert not list(config.cache_dir.rglob("*.json"))
+    assert list(config.cache_dir.rglob("*.pending"))
 
 
 def partial_files(config: HubSettings) -> list[Path]:

@@ -30,6 +30,10 @@ class Compiled:
     notes: tuple[str, ...] = ("a note",)
 
 
+class PanicError(BaseException):
+    """As what libraries written in Rust raise where they panic: no Exception."""
+
+
 @dataclass
 class Manager:
     """Fetches when it is let, and not before; says how far it is as often as it is let."""
@@ -37,7 +41,7 @@ class Manager:
     go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     began: list[str] = field(default_factory=list)
     compiled: list[str] = field(default_factory=list)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     steps: tuple[tuple[int, int], ...] = ((0, 100), (100, 100))
 
     def ensure(self, spec: ModelSpec, *, force: bool, on_progress: Callable[[Progress], None]) -> Snapshot:
@@ -153,6 +157,18 @@ def test_cancelled_job_ends_when_it_can(jobs: DownloadJobs, manager: Manager) ->
     assert jobs.cancel(job.id) == ended
 
 
+def test_cancelled_job_that_hangs_keeps_nobody_waiting(jobs: DownloadJobs, manager: Manager) -> None:
+    """A hub that is silent holds up what is fetched from it, and no more: its cancelled jobs give their places away."""
+    hanging = [jobs.start(spec(f"a/{i}")) for i in range(2)]
+    waiting = jobs.start(spec("b/c", source="modelscope"))
+    assert waiting.state == "queued"
+    jobs.cancel(hanging[0].id)
+    assert jobs.get(waiting.id).state == "running"
+    assert [jobs.get(job.id).state for job in hanging] == ["running", "running"]
+    manager.finish()
+    assert [over(jobs, job).state for job in (*hanging, waiting)] == ["cancelled", "done", "done"]
+
+
 def test_compiling_comes_after_fetching_and_can_be_cancelled(jobs: DownloadJobs, manager: Manager) -> None:
     """The phase says so, what compiling has to say is kept, and a cancel ends it."""
     job = jobs.start(spec(), compiling=True)
@@ -172,16 +188,18 @@ def test_compiling_comes_after_fetching_and_can_be_cancelled(jobs: DownloadJobs,
     [
         (HubUnavailableError("The hub is away: ask later."), "The hub is away: ask later."),
         (RuntimeError("odd\nmore"), "RuntimeError: odd"),
+        (PanicError("of a library in Rust"), "PanicError: of a library in Rust"),
     ],
-    ids=["expected", "unexpected"],
+    ids=["expected", "unexpected", "no exception"],
 )
 def test_failed_job_keeps_the_reason(
-    jobs: DownloadJobs, manager: Manager, failure: Exception, words: str
+    jobs: DownloadJobs, manager: Manager, failure: BaseException, words: str
 ) -> None:
-    """What went wrong is told, whatever it was, and the next job is not held up by it."""
+    """What went wrong is told, whatever it was, and later jobs are not held up by it."""
     manager.failure = failure
     manager.finish()
-    failed = over(jobs, jobs.start(spec()))
+    for _ in range(3):  # more than run at a time
+        failed = over(jobs, jobs.start(spec()))
     assert (failed.state, failed.error, failed.failure) == ("failed", words, failure)
     manager.failure = None
     assert over(jobs, jobs.start(spec())).state == "done"

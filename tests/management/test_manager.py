@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.choosing import choose
-from emb_model_provider.errors import ManagementError, ModelInUseError, NotCachedError
+from emb_model_provider.errors import HubError, ManagementError, ModelInUseError, NotCachedError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
 from emb_model_provider.model_spec import BUNDLED_MODEL
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, modelscope_files
@@ -117,6 +117,26 @@ def test_other_revisions_keep_the_files_they_share(
     assert entry.path == new
     assert manager.verify(entry).ok
     assert manager.remove(HF_REPO).freed > len(WEIGHTS)
+
+
+def test_what_two_revisions_share_counts_once_and_goes_with_the_last(
+    manager: ModelManager, huggingface: HuggingFaceServer, tmp_path: Path
+) -> None:
+    """Two revisions with one file of weights: removing both, by name or with all, frees what it takes, as was foretold."""
+    huggingface.revisions = ("main", "v1")
+    for remove in (
+        lambda *, dry_run: manager.remove(HF_REPO, dry_run=dry_run),
+        lambda *, dry_run: manager.remove_all(dry_run=dry_run),
+    ):
+        huggingface.repos[HF_REPO] = model_files()
+        manager.ensure_model_cached(HF_REPO, revision="v1")
+        huggingface.repos[HF_REPO]["config.json"] = b'{"model_type": "bert", "hidden_size": 16}'
+        manager.ensure_model_cached(HF_REPO)
+        blobs = (tmp_path / "hf" / "models--acme--tiny" / "blobs").iterdir()
+        taken = sum(blob.stat().st_size for blob in blobs)
+        assert len(WEIGHTS) < taken < 2 * len(WEIGHTS)
+        assert remove(dry_run=True).freed == remove(dry_run=False).freed == taken
+        assert not manager.list()
 
 
 @pytest.mark.parametrize(
@@ -330,6 +350,18 @@ def test_a_copy_is_made_and_checked(manager: ModelManager, tmp_path: Path) -> No
     assert (copy / "config.json").read_bytes() == model_files()["config.json"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
+def test_a_copy_that_does_not_fit_leaves_no_half_file(manager: ModelManager, tmp_path: Path) -> None:
+    """A full disk is told with its directory, and what was written of the file goes again."""
+    (tmp_path / "copy").mkdir()
+    partial = tmp_path / "copy" / ".model.safetensors.incomplete"
+    partial.symlink_to("/dev/full")
+    with pytest.raises(HubError, match=rf"copied to {tmp_path / 'copy'}.*No space left"):
+        manager.ensure_model_cached(HF_REPO, local_dir=tmp_path / "copy")
+    assert not partial.is_symlink()
+    assert not (tmp_path / "copy" / "model.safetensors").exists()
+
+
 def test_the_hub_is_chosen_as_the_guide_shows(
     configured: Callable[..., Settings], huggingface: HuggingFaceServer
 ) -> None:
@@ -369,7 +401,7 @@ def test_a_model_removed_before_it_is_held_is_fetched_again(
 def test_whoever_holds_a_model_has_all_of_it(
     configured: Callable[..., Settings], manager: ModelManager, modelscope: ModelScopeServer
 ) -> None:
-    """Threads that acquire and release, and one that removes all the time: whoever holds it has all of its files."""
+    """Threads that acquire and release, one that removes and one that looks on: whoever holds it has all of its files."""
     spec = choose(configured(), MS_REPO)
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -395,14 +427,26 @@ def test_whoever_holds_a_model_has_all_of_it(
         except BaseException as error:  # noqa: BLE001 (told to the test)
             failures.append(error)
 
-    remover = threading.Thread(target=remove)
+    def look() -> None:
+        while not stop.is_set():
+            try:
+                for entry in manager.list():
+                    assert not manager.verify(entry).findings
+            except NotCachedError:
+                pass
+            except BaseException as error:  # noqa: BLE001 (told to the test)
+                failures.append(error)
+                return
+
+    others = [threading.Thread(target=each) for each in (remove, look)]
     users = [threading.Thread(target=use) for _ in range(2)]
-    for thread in (remover, *users):
+    for thread in (*others, *users):
         thread.start()
     for thread in users:
         thread.join()
     stop.set()
-    remover.join()
+    for thread in others:
+        thread.join()
     assert not failures
     wait_until(lambda: not manager.list() or not manager.list()[0].in_use)
     assert modelscope.bodies()["pytorch_model.bin"] >= 1
