@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from emb_model_provider.errors import (
     AccessDeniedError,
+    AmbiguousNameError,
     CacheNotWritableError,
     CorruptSnapshotError,
     DeadlineExceededError,
@@ -21,6 +22,7 @@ from emb_model_provider.errors import (
     IncompleteRepositoryError,
     JobNotFoundError,
     LoadError,
+    ManagementError,
     ModelInUseError,
     ModelNotFoundError,
     ModelNotReadyError,
@@ -72,6 +74,7 @@ class AliasInUseError(ProviderError):
 
 MANAGING: tuple[tuple[type[ProviderError], int, str], ...] = (
     (NotCachedError, 404, "not_cached"),
+    (AmbiguousNameError, 400, "ambiguous_name"),
     (JobNotFoundError, 404, "job_not_found"),
     (ModelInUseError, 409, "model_in_use"),
     (AliasInUseError, 409, "alias_in_use"),
@@ -91,6 +94,7 @@ MANAGING: tuple[tuple[type[ProviderError], int, str], ...] = (
     (UnsupportedPrecisionError, 400, "unsupported_precision"),
     (DeviceUnavailableError, 400, "device_unavailable"),
     (LoadError, 500, "load_failed"),
+    (ManagementError, 500, "cache_not_writable"),
 )
 """Errors that only routes below /api/ give, with their statuses and codes; the first that fits counts. What a hub or a
 load says is told as it is: whoever may manage models may read it. Elsewhere it is the reason of a 503."""
@@ -157,13 +161,13 @@ def response_for(error: Exception) -> Response:
             )
 
 
-def code_of(error: Exception) -> str:
+def code_of(error: BaseException) -> str:
     """Return the code of an error that ended a download."""
     known = _managing(error)
     return known[1] if known is not None else "internal_error"
 
 
-def _managing(error: Exception) -> tuple[int, str] | None:
+def _managing(error: BaseException) -> tuple[int, str] | None:
     return next(((status, code) for kind, status, code in MANAGING if isinstance(error, kind)), None)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from emb_model_provider.api.disconnect import ClientGoneError
-from emb_model_provider.errors import ModelInUseError, ModelNotFoundError, ModelNotReadyError
+from emb_model_provider.errors import ModelInUseError, ModelNotFoundError
 from emb_model_provider.management.entries import Removal
 from emb_model_provider.registry import State
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from emb_model_provider.api.going_on import GoingOn
     from emb_model_provider.api.schemas_manage import RemoveAllQuery, RemoveQuery
     from emb_model_provider.management.entries import CachedSnapshot
     from emb_model_provider.management.manager import ModelManager
@@ -26,7 +29,6 @@ _TRY_AGAIN_S = 0.25
 _ROUNDS = 5
 """How often a model is unloaded, where requests load it again before its files are gone."""
 _NOT_LOADED = (State.UNLOADED, State.FAILED)
-_STOPPING_RETRY_AFTER_S = 5.0
 
 T = TypeVar("T")
 
@@ -40,10 +42,10 @@ class OnDisk(Protocol):
 class Remover:
     """Removes models from disk, unloading them first where that is asked for."""
 
-    def __init__(self, registry: Registry, on_disk: OnDisk, is_stopping: Callable[[], bool]) -> None:
+    def __init__(self, registry: Registry, on_disk: OnDisk, going_on: GoingOn) -> None:
         self._registry = registry
         self._on_disk = on_disk
-        self._is_stopping = is_stopping
+        self._going_on = going_on
 
     async def remove(
         self,
@@ -55,33 +57,40 @@ class Remover:
     ) -> tuple[Removal, list[str]]:
         """Return what was removed, and the aliases that were unloaded for it.
 
-        Raises: ModelInUseError; ClientGoneError where the caller went away while it waited.
+        Raises: ModelInUseError; ModelNotReadyError where the service is to end while it waits; ClientGoneError where
+        the caller went away.
         """
         again = _Rounds(query)
-        unloaded: list[str] = []
-        while True:
-            holders = loaded_from(snapshots, self._registry.statuses())
-            if query.unload and query.dry_run and holders:
-                elsewhere = await self._on_disk(manager.list)
-                return _all_of(snapshots, elsewhere), [status.spec.alias for status in holders]
-            if query.unload:
-                unloaded += await self._unload(holders)
-            try:
-                removal = await self._on_disk(
-                    partial(
-                        manager.remove,
-                        name,
-                        source=query.source,
-                        revision=query.revision,
-                        dry_run=query.dry_run,
+        unloaded: list[ModelStatus] = []
+        try:
+            while True:
+                holders = loaded_from(snapshots, self._registry.statuses())
+                if query.unload and query.dry_run and holders:
+                    elsewhere = await self._on_disk(manager.list)
+                    return _all_of(snapshots, elsewhere), _aliases(holders)
+                if query.unload:
+                    unloaded += holders
+                    await self._unload(holders)
+                try:
+                    removal = await self._on_disk(
+                        partial(
+                            manager.remove,
+                            name,
+                            source=query.source,
+                            revision=query.revision,
+                            dry_run=query.dry_run,
+                        )
                     )
-                )
-            except ModelInUseError as error:
-                if not again.is_worth_it():
-                    raise _explained(error, loaded_from(snapshots, self._registry.statuses())) from error
-                await self._pause(request)
-            else:
-                return removal, _distinct(unloaded)
+                except ModelInUseError as error:
+                    if not again.is_worth_it():
+                        holders = loaded_from(snapshots, self._registry.statuses())
+                        raise _explained(error, holders, unloaded) from error
+                    await self._pause(request)
+                else:
+                    return removal, _aliases(unloaded)
+        except BaseException:
+            self._serve_again(unloaded)
+            raise
 
     async def remove_all(
         self,
@@ -90,46 +99,56 @@ class Remover:
         snapshots: Sequence[CachedSnapshot],
         query: RemoveAllQuery,
     ) -> tuple[Removal, list[str]]:
-        """Return what was removed and what was kept, and the aliases that were unloaded for it."""
+        """Return what was removed and what was kept, and the aliases that were unloaded for it. Raises: as `remove`."""
         again = _Rounds(query)
-        unloaded: list[str] = []
+        unloaded: list[ModelStatus] = []
         so_far = Removal(snapshots=(), artifacts=(), freed=0)
-        while True:
-            holders = loaded_from(snapshots, self._registry.statuses())
-            if query.unload and query.dry_run and holders:
-                return _all_of(snapshots, ()), [status.spec.alias for status in holders]
-            if query.unload:
-                unloaded += await self._unload(holders)
-            removal = await self._on_disk(partial(manager.remove_all, dry_run=query.dry_run))
-            so_far = Removal(
-                snapshots=[*so_far.snapshots, *removal.snapshots],
-                artifacts=[*so_far.artifacts, *removal.artifacts],
-                freed=so_far.freed + removal.freed,
-                kept=removal.kept,
-            )
-            if not removal.kept or not again.is_worth_it():
-                return so_far, _distinct(unloaded)
-            await self._pause(request)
+        try:
+            while True:
+                holders = loaded_from(snapshots, self._registry.statuses())
+                if query.unload and query.dry_run and holders:
+                    return _all_but_others(snapshots, holders), _aliases(holders)
+                if query.unload:
+                    unloaded += holders
+                    await self._unload(holders)
+                removal = await self._on_disk(partial(manager.remove_all, dry_run=query.dry_run))
+                so_far = Removal(
+                    snapshots=[*so_far.snapshots, *removal.snapshots],
+                    artifacts=[*so_far.artifacts, *removal.artifacts],
+                    freed=so_far.freed + removal.freed,
+                    kept=removal.kept,
+                )
+                if not removal.kept or not again.is_worth_it():
+                    self._serve_again(loaded_from([kept for kept, _ in removal.kept], unloaded))
+                    return so_far, _aliases(unloaded)
+                await self._pause(request)
+        except BaseException:
+            self._serve_again(unloaded)
+            raise
 
-    async def _unload(self, holders: Sequence[ModelStatus]) -> list[str]:
+    async def _unload(self, holders: Sequence[ModelStatus]) -> None:
         for status in holders:
-            try:
-                await self._registry.unload(status.spec.alias, because="its files are removed")
-                if not status.configured:
-                    # The settings do not ask for it. A request would only fetch again what is to go.
-                    await self._registry.forget(status.spec.alias)
-            except ModelNotFoundError:
+            alias = status.spec.alias
+            if status.configured:
+                unloading = self._registry.unload(alias, because="its files are removed")
+                await self._going_on.finished(unloading)
                 continue
-        return [status.spec.alias for status in holders]
+            # The settings do not ask for it. A request would only fetch again what is to go.
+            with suppress(ModelNotFoundError):
+                await self._going_on.finished(self._registry.forget(alias))
+
+    def _serve_again(self, unloaded: Sequence[ModelStatus]) -> None:
+        """Undo what was forgotten for a removal that did not come to be."""
+        for status in unloaded:
+            if not status.configured:
+                with suppress(ModelInUseError):  # somebody gave its name to another one meanwhile
+                    self._registry.add(status.spec)
 
     async def _pause(self, request: Request) -> None:
         await request.body()
         if await request.is_disconnected():
             raise ClientGoneError
-        if self._is_stopping():
-            raise ModelNotReadyError(
-                "The service is shutting down: ask again later.", retry_after_s=_STOPPING_RETRY_AFTER_S
-            )
+        self._going_on.require_time()
         await asyncio.sleep(_TRY_AGAIN_S)
 
 
@@ -158,14 +177,20 @@ def loaded_from(snapshots: Sequence[CachedSnapshot], statuses: Sequence[ModelSta
     return [status for status in statuses if holds(status)]
 
 
-def _explained(error: ModelInUseError, holders: Sequence[ModelStatus]) -> ModelInUseError:
-    if not holders:
-        return error
-    aliases = [status.spec.alias for status in holders]
-    return ModelInUseError(
-        f"It is loaded here as {', '.join(f'`{alias}`' for alias in aliases)}, and nothing was removed. To unload it "
-        f"first, add unload=true, or POST /api/models/unload?model_name={aliases[0]}."
-    )
+def _explained(
+    error: ModelInUseError, holders: Sequence[ModelStatus], unloaded: Sequence[ModelStatus]
+) -> ModelInUseError:
+    if holders:
+        first, *_ = aliases = _aliases(holders)
+        return ModelInUseError(
+            f"It is loaded here as {_quoted(aliases)}, and nothing was removed. To unload it first, add unload=true, or "
+            f"POST /api/models/unload?model_name={first}."
+        )
+    if unloaded:
+        return ModelInUseError(
+            f"{error.message} Here {_quoted(_aliases(unloaded))} was unloaded for it; the next request loads it again."
+        )
+    return error
 
 
 def _all_of(snapshots: Sequence[CachedSnapshot], present: Sequence[CachedSnapshot]) -> Removal:
@@ -182,5 +207,16 @@ def _all_of(snapshots: Sequence[CachedSnapshot], present: Sequence[CachedSnapsho
     return Removal(snapshots=snapshots, artifacts=list(artifacts), freed=files + sum(artifacts.values()))
 
 
-def _distinct(aliases: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(aliases))
+def _all_but_others(snapshots: Sequence[CachedSnapshot], holders: Sequence[ModelStatus]) -> Removal:
+    """Return what removing all of them would remove once `holders` are unloaded; what others use stays."""
+    free = [each for each in snapshots if not each.in_use or loaded_from([each], holders)]
+    kept = [(each, "another process, or a download, uses it now") for each in snapshots if each not in free]
+    return replace(_all_of(free, snapshots), kept=kept)
+
+
+def _aliases(statuses: Sequence[ModelStatus]) -> list[str]:
+    return list(dict.fromkeys(status.spec.alias for status in statuses))
+
+
+def _quoted(aliases: Sequence[str]) -> str:
+    return ", ".join(f"`{alias}`" for alias in aliases)

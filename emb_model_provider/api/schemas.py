@@ -104,7 +104,7 @@ class ModelObject(BaseModel):
     state: str = Field(
         description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
     )
-    error: str | None = Field(description="Why it failed, hangs or is loaded anew.")
+    error: str | None = Field(description="Why it failed, hangs, is loaded anew, or takes long to load.")
     name: str = Field(description="The repository's id or directory.")
     source: str | None = Field(
         description="The hub it came from; before loading, the one that was asked for."
@@ -142,7 +142,9 @@ class Health(BaseModel):
 
 class ModelReadiness(BaseModel):
     state: str
-    error: str | None = Field(None, description="Why it failed, hangs or is loaded anew.")
+    error: str | None = Field(
+        None, description="Why it failed, hangs, is loaded anew, or takes long to load."
+    )
     notes: list[str] | None = Field(
         None, description="What to know of how it was loaded, such as why torch serves it and not OpenVINO."
     )

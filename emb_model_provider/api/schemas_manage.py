@@ -111,7 +111,7 @@ class ServedModel(_Answer):
     state: str = Field(
         description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
     )
-    error: str | None = Field(description="Why it failed, hangs or is loaded anew.")
+    error: str | None = Field(description="Why it failed, hangs, is loaded anew or takes long to load.")
     unloaded_because: str | None
     loaded_at: datetime | None
     last_used: datetime | None = Field(description="When a request was last answered.")

@@ -78,7 +78,10 @@ class Lifecycle:
         return residence
 
     def begin_unloading(self, slot: Slot, because: str) -> asyncio.Task[None]:
-        """Return the unloading of a model that is under way, or begin it. No request enters from now on."""
+        """Return the unloading of a model that is under way, or begin it.
+
+        Requests that come from now on wait for it, but for those that join a load that is under way.
+        """
         if slot.unloading is None or not slot.is_unloading:
             slot.unloading = self._run(self._unload(slot, because))
         return slot.unloading
@@ -113,7 +116,7 @@ class Lifecycle:
         except asyncio.CancelledError:
             self._gone(residence, State.UNLOADED)
             raise
-        except Exception as error:
+        except BaseException as error:  # such as a panic of a library written in Rust, which is no Exception
             self._gone(residence, State.FAILED)
             if isinstance(error, ProviderError):
                 slot.error = error.message

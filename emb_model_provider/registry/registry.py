@@ -109,7 +109,7 @@ class Registry:
             return name
         alias = self._other_names.get(name)
         if alias is None:
-            raise ModelNotFoundError(name[:200], ", ".join(self._slots))
+            raise self._not_found(name)
         return alias
 
     def status(self, name: str) -> ModelStatus:
@@ -175,33 +175,40 @@ class Registry:
     def add(self, spec: ModelSpec) -> str:
         """Serve one more model from now on, loaded at its first request; return its alias.
 
+        No name that means another model already changes its meaning, other than the alias itself.
+
         Raises: ModelInUseError where another model has that alias.
         """
         slot = self._slots.get(spec.alias)
         if slot is None:
             self._slots[spec.alias] = Slot(spec, preload=False, configured=False)
-            self._other_names = other_names(slot.spec for slot in self._slots.values())
+            self._other_names = self._names()
         elif slot.spec != spec:
             raise ModelInUseError(
                 f"The alias `{spec.alias}` is taken: it serves {slot.spec.name}. Give this model another alias."
             )
         return spec.alias
 
-    async def forget(self, name: str) -> None:
+    async def forget(self, alias: str) -> ModelStatus:
         """Serve a model no more that was added: its requests in flight are answered, then it is unloaded.
+
+        Returns its status after that. No other name than its alias will do: it may mean another model by now.
 
         Raises: ModelNotFoundError; NotAllowedError for one that is in the settings.
         """
-        slot = self._slots[self.alias_of(name)]
+        slot = self._slots.get(alias)
+        if slot is None:
+            raise self._not_found(alias)
         if slot.configured:
             raise NotAllowedError(
-                f"The model `{slot.spec.alias}` is in the settings: unload it instead, or take it out of "
-                "EMB_PROVIDER_MODEL_MAPPING and start the service again."
+                f"`{alias}` is in the settings, and is served until they are changed: unload it without forgetting it "
+                "(forget=true, --forget), or take it out of EMB_PROVIDER_MODEL_MAPPING and start the service again."
             )
-        del self._slots[slot.spec.alias]
-        self._other_names = other_names(slot.spec for slot in self._slots.values())
+        del self._slots[alias]
+        self._other_names = self._names()
         slot.forgotten = True
         await self._lifecycle.unload(slot, "forgotten")
+        return slot.status()
 
     async def stop(self) -> None:
         """Let no more requests in, finish those that were accepted, free all models."""
@@ -209,6 +216,16 @@ class Registry:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # --- odds and ends --------------------------------------------------------------------------------
+
+    def _names(self) -> dict[str, str]:
+        slots = self._slots.values()
+        return other_names(
+            [slot.spec for slot in slots if slot.configured],
+            [slot.spec for slot in slots if not slot.configured],
+        )
+
+    def _not_found(self, name: str) -> ModelNotFoundError:
+        return ModelNotFoundError(name[:200], ", ".join(self._slots))
 
     async def _join(self, slot: Slot) -> Residence:
         """Return a model's stay for a request, which is counted as its user.
@@ -223,7 +240,7 @@ class Registry:
                 return await self._lifecycle.join(slot)
         except TimeoutError:
             raise ModelNotReadyError(
-                f"The model `{slot.spec.alias}` is still {slot.state}: ask again later.",
+                f"The model `{slot.spec.alias}` is still {slot.state}{slot.held_up_by}: ask again later.",
                 retry_after_s=_LOADING_RETRY_AFTER_S,
             ) from None
         except ModelNotReadyError:

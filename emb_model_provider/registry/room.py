@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import LoadError
@@ -41,9 +42,11 @@ class Room:
         """
         self.require_fits(least_bytes)
         coming.expected_bytes = likely_bytes if self._limit is None else min(likely_bytes, self._limit)
+        coming.step_began, coming.waits_for = time.monotonic(), "others that wait for it come first"
         async with self._turn:
             await self._make_room(coming)
             self.residences.add(coming)
+        coming.step_began = time.monotonic()
 
     async def correct(self, residence: Residence) -> None:
         """Make room once more for a model that takes more memory than was expected of it."""
@@ -74,9 +77,11 @@ class Room:
                 coming.slot.spec.alias,
                 ", once its requests are answered" if leaving.users else "",
             )
+            coming.waits_for = f"`{leaving.slot.spec.alias}` is to be unloaded first, {_when(leaving)}"
             # Neither raised nor cancelled with this wait: it is the unloading's own.
             await asyncio.wait([self._begin_unloading(leaving.slot, MAKES_ROOM)])
             self.residences.discard(leaving)
+        coming.waits_for = ""
 
     def _next_to_leave(self, coming: Residence) -> Residence | None:
         others = [residence for residence in self.residences if residence is not coming]
@@ -85,6 +90,10 @@ class Room:
         if not others or not (too_many or (self._limit is not None and taken > self._limit)):
             return None
         return min(others, key=_reluctance)
+
+
+def _when(leaving: Residence) -> str:
+    return "once its requests are answered" if leaving.engine is not None else "once it is loaded"
 
 
 def _reluctance(residence: Residence) -> tuple[bool, bool, bool, float]:

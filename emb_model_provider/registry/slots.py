@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.engine import Engine
 
 
+_LONG_S = 300.0
+"""From then on a load that is in memory, or waits for room there, is told of: it may never end."""
+
+
 class State(StrEnum):
     """Where a model is on its way from a name to an engine."""
 
@@ -44,7 +48,7 @@ class ModelStatus:
     created: int
     """When the model was loaded here, or when the service started."""
     error: str | None
-    """Why it failed, hangs, or is loaded anew, in one line."""
+    """Why it failed, hangs, is loaded anew, or is still not loaded, in one line."""
     restarts: int
     """How often it broke down and was loaded anew."""
     snapshot: Snapshot | None
@@ -73,7 +77,7 @@ class ModelStatus:
         """Whether a request is answered: at once, or after a load that went well before."""
         if self.state in (State.FAILED, State.HUNG):
             return False
-        return self.state is State.READY or self.unloaded_because is not None
+        return self.state is State.READY or (self.unloaded_because is not None and self.error is None)
 
 
 class Residence:
@@ -83,7 +87,9 @@ class Residence:
     that it was loaded for had their turn.
     """
 
-    __slots__ = ("_empty", "engine", "expected_bytes", "hold", "loading", "since", "slot", "users")
+    __slots__ = (
+        "_empty", "engine", "expected_bytes", "hold", "loading", "since", "slot", "step_began", "users", "waits_for",
+    )  # fmt: skip
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -96,12 +102,30 @@ class Residence:
         self.since = time.monotonic()
         """When it was begun; when it could answer, from then on."""
         self.expected_bytes = 0
+        self.waits_for = ""
+        """What has to happen before there is room for it, for people."""
+        self.step_began: float | None = None
+        """When it began to wait for room, or, from then on, was let in; None before."""
         self._empty: asyncio.Event | None = None
 
     @property
     def memory_bytes(self) -> int:
         """What it takes in memory; while it is loaded, what is known or expected of that."""
         return self.engine.memory_bytes if self.engine is not None else self.expected_bytes
+
+    def overdue(self) -> str:
+        """Return what to say where its load takes suspiciously long; empty where it does not."""
+        if self.engine is not None or self.step_began is None:
+            return ""
+        took_s = time.monotonic() - self.step_began
+        if took_s < _LONG_S:
+            return ""
+        if self.waits_for:
+            return f"It has waited for room in memory for {took_s:.0f} s: {self.waits_for}."
+        return (
+            f"It has been loading for {took_s:.0f} s, and keeps its room in memory. Nothing can end a load: if this one "
+            "does not come to its end, start the service again."
+        )
 
     @property
     def last_needed(self) -> float:
@@ -155,19 +179,26 @@ class Slot:
         return self.residence.engine if self.residence is not None else None
 
     @property
+    def held_up_by(self) -> str:
+        """What its load waits for before it begins, to be added to a sentence; empty where that is nothing."""
+        waits_for = self.residence.waits_for if self.residence is not None else ""
+        return f", waiting for room in memory ({waits_for})" if waits_for else ""
+
+    @property
     def is_unloading(self) -> bool:
         return self.unloading is not None and not self.unloading.done()
 
     def status(self) -> ModelStatus:
         engine = self.engine
         hung = engine.hung if engine is not None and self.state is State.READY else ""
+        overdue = self.residence.overdue() if self.residence is not None else ""
         requests_per_s, p95_s = self.usage.recent()
         return ModelStatus(
             spec=self.spec,
             state=State.HUNG if hung else self.state,
             preload=self.preload,
             created=self.created,
-            error=hung or self.error,
+            error=hung or self.error or overdue or None,
             restarts=self.restarts,
             snapshot=self.snapshot,
             description=engine.description if engine is not None else None,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.service import wait_until
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from tests.service import Service
 
@@ -81,3 +84,33 @@ def cached(service: Service, name: str) -> list[dict[str, Any]]:
     response = service.http.get("/api/models/cache/list")
     assert response.status_code == 200, response.text
     return [model for model in response.json()["models"] if model["model_name"] == name]
+
+
+def unreadable(job: dict[str, Any]) -> Path:
+    """Make a pipe of the empty `notes.txt` of a model: who reads it waits until somebody has written it."""
+    pipe = Path(job["path"]) / "notes.txt"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    return pipe
+
+
+@contextmanager
+def written(pipe: Path) -> Iterator[None]:
+    """Have a pipe open for writing, once somebody reads it, and write nothing to it; in the end it is an empty file."""
+    opened: list[int] = []
+
+    def is_read() -> bool:
+        try:
+            opened.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:  # nobody does yet
+            return False
+        return True
+
+    wait_until(is_read)
+    try:
+        yield
+    finally:
+        # Who comes from here on would wait for another writer.
+        pipe.unlink()
+        pipe.touch()
+        os.close(opened[0])

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.api.managing import any_files, cached, downloaded, files_in, served
+from emb_model_provider.hubs.manifest import Question
+from emb_model_provider.management.holds import SnapshotHolds
+from tests.api.managing import any_files, cached, downloaded, files_in, served, unreadable, written
 from tests.api.models import KEYS, SECRETS
 from tests.hubs.servers import HuggingFaceServer
 from tests.models import FAMILIES
@@ -79,8 +81,9 @@ def test_model_comes_serves_and_goes(managed: Service, hub: HuggingFaceServer) -
     assert (loaded["alias"], loaded["model_name"], loaded["state"]) == ("small", "acme/small", "ready")
     assert (loaded["configured"], loaded["revision"]) == (False, hub.commit("acme/small"))
     vector = managed.embed("hello", model="small").json()["data"]
-    assert served(managed)["small"]["requests_served"] == 1
-    assert served(managed)["small"]["memory_bytes"]
+    status = served(managed)["small"]
+    assert (status["requests_served"], status["fidelity"]) == (1, artifact["fidelity"])
+    assert status["memory_bytes"] > 0
 
     unloaded = unload(managed, "small").json()
     assert (unloaded["state"], served(managed)["small"]["state"]) == ("unloaded", "unloaded")
@@ -109,11 +112,13 @@ def test_model_that_cannot_be_loaded_is_not_served(managed: Service) -> None:
 
 
 def test_alias_means_one_model(managed: Service) -> None:
-    """A name that is taken is refused, with what to do; the model that has it is not touched."""
+    """A name that requests use for a model is not given to another one; the refusal says what to do."""
     before = served(managed)["mini"]
-    response = load(managed, "acme/small", alias="mini")
-    assert_error(response, 409, "alias_in_use", phrase="alias=")
-    assert served(managed)["mini"] == before
+    for name in ("mini", BUNDLED, BUNDLED.partition("/")[2]):
+        response = load(managed, "acme/small", alias=name)
+        assert_error(response, 409, "alias_in_use", phrase=f"`{name}` means {BUNDLED}")
+        assert "alias=" in response.json()["error"]["message"]
+    assert list(served(managed).values()) == [before]
 
 
 def test_model_that_is_served_is_found_however_it_is_named(managed: Service, hub: HuggingFaceServer) -> None:
@@ -168,6 +173,18 @@ def test_model_goes_by_its_name_or_its_id(managed: Service, model_id: str) -> No
     assert_error(remove(managed, model_id), 404, "not_cached", phrase="one")
 
 
+def test_id_of_two_models_means_neither(managed: Service, hub: HuggingFaceServer) -> None:
+    """`two_of_them` can be two/of_them and two_of/them: both are named, and nothing is removed."""
+    names = ("two/of_them", "two_of/them")
+    for number, name in enumerate(names):
+        hub.repos[name] = any_files(40 + number)
+        downloaded(managed, name)
+    refused = remove(managed, "two_of_them")
+    assert_error(refused, 400, "ambiguous_name", phrase=", ".join(names))
+    for name in names:
+        assert [model["model_name"] for model in remove(managed, name).json()["models"]] == [name]
+
+
 def test_verify_finds_a_byte_that_changed(managed: Service) -> None:
     """All bytes are read: a file of the same size with another byte is found, and named."""
     path = Path(downloaded(managed, "acme/damaged")["path"])
@@ -195,6 +212,13 @@ def test_model_in_use_is_not_removed(managed: Service) -> None:
     plan = remove(managed, "acme_served", unload="true", dry_run="true").json()
     assert (plan["dry_run"], plan["unloaded"]) == (True, ["busy"])
     assert served(managed)["busy"]["state"] == "ready"
+
+    # A program beside the service has it, too: what was unloaded for nothing is served as before.
+    with SnapshotHolds(managed.directory / "own").hold(Path(before["path"])):
+        response = remove(managed, "acme_served", unload="true")
+        assert_error(response, 409, "model_in_use", phrase="`busy` was unloaded for it")
+    assert served(managed)["busy"]["state"] == "unloaded"
+    assert managed.embed("hello", model="busy").status_code == 200
 
     removed = remove(managed, "acme_served", unload="true").json()
     assert (removed["unloaded"], removed["kept"]) == (["busy"], [])
@@ -229,8 +253,13 @@ def test_revision_narrows_what_is_meant(managed: Service, hub: HuggingFaceServer
 
 def test_everything_is_removed_but_what_is_in_use(managed: Service) -> None:
     """`all` takes what nobody uses, and tells what it keeps and why."""
-    downloaded(managed, "acme/two")
+    two = downloaded(managed, "acme/two")
     load(managed, "acme/small", alias="kept")
+    with SnapshotHolds(managed.directory / "own").hold(Path(two["path"])):
+        plan = remove(managed, "all", unload="true", dry_run="true").json()
+    assert plan["unloaded"] == ["kept"]
+    assert "acme/small" in [model["model_name"] for model in plan["models"]]
+    assert [model["model_name"] for model in plan["kept"]] == ["acme/two"]
     removed = managed.http.delete("/api/models/cache/all").json()
     assert "acme/two" in [model["model_name"] for model in removed["models"]]
     assert [(model["model_name"], model["served_as"]) for model in removed["kept"]] == [
@@ -240,6 +269,11 @@ def test_everything_is_removed_but_what_is_in_use(managed: Service) -> None:
     left = managed.http.get("/api/models/cache/list").json()
     assert [model["model_name"] for model in left["models"]] == ["acme/small"]
     assert left["total_size"] >= left["models"][0]["size"] > 0
+
+    with SnapshotHolds(managed.directory / "own").hold(Path(left["models"][0]["path"])):
+        removed = managed.http.delete("/api/models/cache/all", params={"unload": "true"}).json()
+    assert (removed["unloaded"], len(removed["kept"])) == (["kept"], 1)
+    assert managed.embed("hello", model="kept").status_code == 200
 
     artifacts = [artifact["key"] for artifact in left["models"][0]["artifacts"]]
     removed = managed.http.delete("/api/models/cache/all", params={"unload": "true"}).json()
@@ -257,6 +291,36 @@ def test_other_names_mean_nothing_on_disk(managed: Service, model_id: str) -> No
         response = managed.http.request(method, f"/api/models/cache/{model_id}{suffix}")
         assert response.status_code == 404, response.text
         assert response.json()["error"]["code"] in ("not_cached", "unknown_url")
+
+
+def test_disk_that_refuses_a_removal_is_told_of(managed: Service) -> None:
+    """What the system said of it is the answer: who removes models can do something about it."""
+    downloaded(managed, "acme/damaged")
+    # Where the lock of a repository is to be, nothing can be locked.
+    lock = Question("huggingface", "acme/damaged").lock_path(managed.directory / "own" / "snapshots")
+    lock.mkdir()
+    try:
+        response = remove(managed, "acme/damaged")
+    finally:
+        lock.rmdir()
+    assert_error(response, 500, "cache_not_writable", phrase="cannot be changed", type="server_error")
+    assert cached(managed, "acme/damaged")
+
+
+def test_reading_models_to_check_them_holds_nobody_up(managed: Service, hub: HuggingFaceServer) -> None:
+    """However many are checked at a time, and however long that takes, others list the models meanwhile."""
+    hub.repos["acme/long"] = {**any_files(77), "notes.txt": b""}
+    pipe = unreadable(downloaded(managed, "acme/long"))
+    with ThreadPoolExecutor(5) as threads:
+        checks = [
+            threads.submit(managed.http.post, "/api/models/cache/acme/long/verify") for _ in range(5)
+        ]  # fmt: skip
+        with written(pipe):
+            time.sleep(0.3)
+            listed = managed.http.get("/api/models/cache/list", timeout=60.0).json()
+            assert "acme/long" in [model["model_name"] for model in listed["models"]]
+            assert not any(check.done() for check in checks)
+        assert all(check.result().json()["ok"] for check in checks)
 
 
 def test_words_in_place_of_an_id(managed: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from tests.api.managing import (
     ended,
     everything_in,
     look,
+    served,
+    unreadable,
+    written,
 )
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 from tests.service import Service, assert_error, wait_until
@@ -187,11 +191,16 @@ def test_cancelled_download_leaves_no_litter(managed: Service, hub: HuggingFaceS
 
 
 def test_watcher_that_goes_away_costs_nothing(managed: Service, hub: HuggingFaceServer) -> None:
-    """Who stops watching does not end the job, nor what others see of it."""
+    """Who stops watching ends the stream, which is logged then, and not the job, nor what others see of it."""
     with holding(hub):
         job = download(managed, add(hub, "acme/watched"))
         weights_are_asked_for(hub, "acme/watched")
-        next(events(managed, job))
+        stream = events(managed, job)
+        next(stream)
+        assert f"{job['url']}/events" not in managed.log_text()
+        stream.close()
+        wait_until(lambda: f"{job['url']}/events" in managed.log_text())
+        assert look(managed, job)["state"] == "running"
     assert ended(managed, job)["state"] == "done"
 
 
@@ -234,17 +243,34 @@ def test_directories_are_not_named_over_http(managed: Service, query: str) -> No
     assert_error(response, 403, "not_allowed", phrase="EMB_PROVIDER_MODEL_MAPPING")
 
 
-def test_stop_waits_neither_for_a_download_nor_for_who_watches_it(
-    tmp_path: Path, hub: HuggingFaceServer, held: None
-) -> None:
-    """A service that is told to end does so in good order though a transfer hangs, is watched and is waited for."""
-    with Service(tmp_path, **settings(tmp_path, hub)) as stopping:
+def test_stop_waits_for_nothing_that_may_take_long(tmp_path: Path, hub: HuggingFaceServer) -> None:
+    """A service that is told to end does so in good order though a transfer hangs, is watched and is waited for.
+
+    Who waits for it, to load it or to remove it, hears that the service is shutting down; so does who has files checked,
+    after the one that is being read.
+    """
+    hub.repos["acme/checked"] = {**any_files(60), "notes.txt": b""}
+    with Service(tmp_path, **settings(tmp_path, hub)) as stopping, ThreadPoolExecutor(3) as threads:
         stopping.wait()
-        job = download(stopping, add(hub, "acme/hangs"))
-        weights_are_asked_for(hub, "acme/hangs")
-        stream = events(stopping, job)
-        assert next(stream)[0] == "progress"
-        stopping.signal()
-        assert "done" not in dict(stream)
-        assert stopping.ended() == 0
-        assert "graceful shutdown exceeded" not in stopping.log_text()
+        pipe = unreadable(downloaded(stopping, "acme/checked"))
+        name = add(hub, "acme/hangs")
+        with holding(hub):
+            job = download(stopping, name)
+            weights_are_asked_for(hub, name)
+            stream = events(stopping, job)
+            assert next(stream)[0] == "progress"
+            loading = threads.submit(stopping.http.post, "/api/models/load", params={"model_name": name})
+            wait_until(lambda: served(stopping).get(name, {}).get("state") == "downloading")
+            removing = threads.submit(stopping.http.delete, f"/api/models/cache/{name}?unload=true")
+            wait_until(lambda: name not in served(stopping))
+            checking = threads.submit(stopping.http.post, "/api/models/cache/acme/checked/verify")
+            with written(pipe):
+                stopping.signal()
+                answers = [loading.result(), removing.result()]
+            for response in (*answers, checking.result()):
+                assert_error(
+                    response, 503, "model_not_ready", param="model", phrase="shutting down", type="server_error"
+                )  # fmt: skip
+            assert "done" not in dict(stream)
+            assert stopping.ended() == 0
+            assert "graceful shutdown exceeded" not in stopping.log_text()

@@ -60,8 +60,8 @@ class FakeModel:
         self.backends: list[FakeBackend] = []
         self.memory_bytes = 200 * MIB
         self.on_disk = 20 * MIB
-        self.fetch_error: Exception | None = None
-        self.load_error: Exception | None = None
+        self.fetch_error: BaseException | None = None
+        self.load_error: BaseException | None = None
         self.may_load = threading.Event()
         """Loading waits while it is clear."""
         self.may_load.set()

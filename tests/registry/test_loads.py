@@ -17,7 +17,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.registry import State
-from tests.registry.conftest import MIB, until
+from tests.registry.conftest import MIB, FakeModel, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,16 +54,25 @@ async def test_explicit_load_tells_the_reason_itself_and_tries_at_once(fleet: Ca
         assert len(await models.embed("a")) == 1
 
 
+class PanicError(BaseException):
+    """As what libraries written in Rust raise where they panic: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, PanicError])
+@pytest.mark.parametrize("where", ["fetch_error", "load_error"])
 async def test_load_that_fails_in_the_models_own_code_is_told_as_a_load_error(
-    fleet: Callable[..., Any],
+    fleet: Callable[..., Any], where: str, kind: type[BaseException]
 ) -> None:
-    """Whatever a model's code raises, the registry says in one line, and holds nothing any more."""
-    async with fleet("a") as models:
-        models["a"].load_error = ZeroDivisionError("planted\nsecond line")
-        with pytest.raises(LoadError, match=r"ZeroDivisionError: planted$"):
+    """Whatever a model's code raises, the registry says in one line, holds nothing any more, and may try again."""
+    async with fleet("a", max_loaded_models=1) as models:
+        setattr(models["a"], where, kind("planted\nsecond line"))
+        with pytest.raises(LoadError, match=rf"{kind.__name__}: planted$"):
             await models.registry.load("a")
-        assert models.registry.status("a").error == "ZeroDivisionError: planted"
+        status = models.registry.status("a")
+        assert (status.state, status.error) == (State.FAILED, f"{kind.__name__}: planted")
         assert all(hold.released for hold in models["a"].holds)
+        setattr(models["a"], where, None)
+        assert (await models.registry.load("a")).state is State.READY
 
 
 async def test_snapshot_is_held_as_long_as_the_model_is_in_memory(fleet: Callable[..., Any]) -> None:
@@ -96,6 +105,24 @@ async def test_added_model_is_served_under_all_its_names_until_it_is_forgotten(
                 registry.using(name)
         assert [status.spec.alias for status in registry.statuses()] == ["a", "b"]
         assert models["b"].in_memory == 0
+
+
+async def test_forgetting_means_one_model_only(fleet: Callable[..., Any]) -> None:
+    """Who forgets a model a second time, while the first is under way, hears so; its name may be another's by then."""
+    async with fleet("a") as models:
+        registry = models.registry
+        for alias, name in (("new", "acme/first"), ("acme/new", "acme/new")):
+            models.models[alias] = FakeModel()
+            registry.add(ModelSpec(alias=alias, name=name))
+        held = await models.held("new")
+        forgetting = asyncio.create_task(registry.forget("new"))
+        await until(lambda: registry.alias_of("new") == "acme/new")
+        with pytest.raises(ModelNotFoundError):
+            await registry.forget("new")
+        models["new"].backend.gate.set()
+        await held
+        assert (await forgetting).state is State.UNLOADED
+        assert [status.spec.alias for status in registry.statuses()] == ["a", "acme/new"]
 
 
 async def test_model_of_the_settings_is_not_forgotten(fleet: Callable[..., Any]) -> None:

@@ -146,11 +146,37 @@ async def test_model_that_cannot_fit_fails_and_leaves_the_others(
 
 async def test_model_that_hangs_does_not_keep_others_out_for_ever(fleet: Callable[..., Any]) -> None:
     """Once its own requests are given up, it makes room like any other."""
-    async with fleet(*"ab", max_loaded_models=1, watchdog_s=0.05, request_timeout_s=0.5) as models:
+    async with fleet(*"ab", max_loaded_models=1, watchdog_s=0.05, request_timeout_s=1.0) as models:
         held = await models.held("a")
         assert len(await models.embed("b")) == 1
         await asyncio.gather(held, return_exceptions=True)
         assert held.exception() is not None
+
+
+async def test_load_that_does_not_end_is_told_of(
+    fleet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its room, and others out: its own state says so, theirs say whom they wait for, and none is called ready."""
+    monkeypatch.setattr("emb_model_provider.registry.slots._LONG_S", 0.0)
+    async with fleet(*"ab", preload=("b",), max_loaded_models=1, load_wait_s=0.0) as models:
+        await models.registry.load("b")
+        models["a"].may_load.clear()
+        with pytest.raises(ModelNotReadyError):
+            await models.embed("a")
+        await until(models["a"].loading.is_set)
+        assert models.registry.status("b").is_available
+        waiting = asyncio.create_task(models.registry.load("b"))
+        await until(lambda: "`a`" in (models.registry.status("b").error or ""))
+        assert "waited for room in memory" in models.registry.status("b").error
+        assert not models.registry.status("b").is_available
+        assert "start the service again" in models.registry.status("a").error
+        with pytest.raises(
+            ModelNotReadyError, match=r"still loading, waiting for room in memory \(`a` is to be"
+        ):
+            await models.embed("b")
+        models["a"].may_load.set()
+        assert (await waiting).error is None
+        assert models.registry.status("b").is_available
 
 
 async def test_stop_while_a_model_waits_for_room_ends_both(fleet: Callable[..., Any]) -> None:

@@ -158,7 +158,7 @@ async def test_model_unloaded_on_purpose_is_available(fleet: Callable[..., Any])
 
 async def test_model_that_hangs_is_left_behind(fleet: Callable[..., Any]) -> None:
     """Once its requests are given up it is unloaded as far as others can see, and is loaded anew for the next."""
-    async with fleet("a", watchdog_s=0.05, request_timeout_s=0.5) as models:
+    async with fleet("a", watchdog_s=0.05, request_timeout_s=1.0) as models:
         held = await models.held("a")
         hanging = models["a"].backend
         unloading = asyncio.create_task(models.registry.unload("a"))

@@ -11,6 +11,8 @@ from fastapi import APIRouter, Query
 from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002 - FastAPI reads it
 
+from emb_model_provider.api.disconnect import ClientGoneError, cancelled_on_disconnect
+from emb_model_provider.api.going_on import GoingOn
 from emb_model_provider.api.removing import Remover, loaded_from
 from emb_model_provider.api.schemas import error_responses
 from emb_model_provider.api.schemas_manage import (
@@ -36,6 +38,7 @@ from emb_model_provider.errors import NotCachedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from emb_model_provider.hubs.base import Progress
     from emb_model_provider.management.entries import CachedSnapshot, Removal, Verification
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.registry import ModelStatus, Registry
@@ -45,7 +48,9 @@ CACHE = "/api/models/cache"
 T = TypeVar("T")
 
 _THREADS = 4
-"""Of their own: reading gigabytes to check them must not take the threads that requests for embeddings use."""
+_VERIFYING_THREADS = 2
+"""Of their own, both: reading gigabytes to check them must take neither the threads that requests for embeddings use, nor
+those that list and remove models."""
 _LONGEST_ID = 500
 _NOT_IDS = {"list": "GET", "all": "DELETE"}
 """What stands where an id would, with the only method that it is for."""
@@ -53,10 +58,12 @@ _NOT_IDS = {"list": "GET", "all": "DELETE"}
 
 def router(manager: ModelManager, registry: Registry, is_stopping: Callable[[], bool]) -> APIRouter:
     routes = APIRouter(tags=["management"])
+    going_on = GoingOn(is_stopping)
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="cache")
+    verifying = ThreadPoolExecutor(_VERIFYING_THREADS, thread_name_prefix="verify")
 
-    async def on_disk(work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+    async def on_disk(work: Callable[[], T], pool: ThreadPoolExecutor = threads) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def found(model_id: str, query: CachedQuery) -> list[CachedSnapshot]:
         if model_id in _NOT_IDS:
@@ -67,7 +74,7 @@ def router(manager: ModelManager, registry: Registry, is_stopping: Callable[[], 
             )
         return await on_disk(partial(manager.find, model_id, source=query.source, revision=query.revision))
 
-    remover = Remover(registry, on_disk, is_stopping)
+    remover = Remover(registry, on_disk, going_on)
 
     @routes.get(f"{CACHE}/list", summary="List the models on disk", responses=error_responses(400, 401, 403))
     async def list_cached(query: Annotated[ListQuery, Query()]) -> CachedModels:
@@ -83,7 +90,7 @@ def router(manager: ModelManager, registry: Registry, is_stopping: Callable[[], 
         summary="Remove all models from disk",
         description="What is in use is kept, and named. What other programs put into the hubs' caches is not touched, nor "
         "are directories.",
-        responses=error_responses(400, 401, 403, 503),
+        responses=error_responses(400, 401, 403, 500, 503),
     )
     async def remove_all(request: Request, query: Annotated[RemoveAllQuery, Query()]) -> Removed:
         snapshots = await on_disk(manager.list)
@@ -111,11 +118,28 @@ def router(manager: ModelManager, registry: Registry, is_stopping: Callable[[], 
     @routes.post(
         f"{CACHE}/{{model_id:path}}/verify",
         summary="Read all of a model's files again, and compare",
-        responses=error_responses(400, 401, 403, 404),
+        responses=error_responses(400, 401, 403, 404, 503),
     )
-    async def verify(model_id: str, query: Annotated[CachedQuery, Query()]) -> VerifiedModels:
+    async def verify(
+        request: Request, model_id: str, query: Annotated[CachedQuery, Query()]
+    ) -> VerifiedModels:
         snapshots = await found(model_id, query)
-        results = [await on_disk(partial(manager.verify, snapshot)) for snapshot in snapshots]
+        is_wanted = True
+
+        def after_each_file(_: Progress) -> None:
+            going_on.require_time()
+            if not is_wanted:
+                raise ClientGoneError
+
+        await request.body()
+        async with cancelled_on_disconnect(request):
+            try:
+                results = [
+                    await on_disk(partial(manager.verify, snapshot, on_progress=after_each_file), verifying)
+                    for snapshot in snapshots
+                ]
+            finally:
+                is_wanted = False
         statuses = registry.statuses()
         return VerifiedModels(
             ok=all(result.ok for result in results),
@@ -127,7 +151,7 @@ def router(manager: ModelManager, registry: Registry, is_stopping: Callable[[], 
         summary="Remove a model from disk",
         description="All revisions of it, from all hubs, unless the query narrows it, and what was compiled from them. "
         "A model in use is never removed.",
-        responses=error_responses(400, 401, 403, 404, 409, 503),
+        responses=error_responses(400, 401, 403, 404, 409, 500, 503),
     )
     async def remove(request: Request, model_id: str, query: Annotated[RemoveQuery, Query()]) -> Removed:
         snapshots = await found(model_id, query)

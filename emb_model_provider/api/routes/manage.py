@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.errors import AliasInUseError
+from emb_model_provider.api.going_on import GoingOn
 from emb_model_provider.api.naming import is_same, spec_named
 from emb_model_provider.api.schemas import error_responses
 from emb_model_provider.api.schemas_manage import (
@@ -22,40 +24,18 @@ from emb_model_provider.api.schemas_manage import (
     UnloadQuery,
     fidelity_object,
 )
-from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, NotAllowedError
+from emb_model_provider.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from emb_model_provider.registry import ModelStatus, Registry
     from emb_model_provider.settings import Settings
 
-_LOOK_EVERY_S = 0.25
-_STOPPING_RETRY_AFTER_S = 5.0
-
 
 def router(settings: Settings, registry: Registry, is_stopping: Callable[[], bool]) -> APIRouter:
     routes = APIRouter(tags=["management"])
-    going_on: set[asyncio.Task[ModelStatus]] = set()
-
-    async def unless_stopping(work: Coroutine[Any, Any, ModelStatus]) -> ModelStatus:
-        """Wait for what goes on though its caller may go away; not longer than the service has to live."""
-        task = _begin(work)
-        while not task.done() and not is_stopping():
-            await asyncio.wait({task}, timeout=_LOOK_EVERY_S)
-        if task.done():
-            return task.result()
-        raise ModelNotReadyError(
-            "The service is shutting down: ask again later.", retry_after_s=_STOPPING_RETRY_AFTER_S
-        )
-
-    def _begin(work: Coroutine[Any, Any, ModelStatus]) -> asyncio.Task[ModelStatus]:
-        task = asyncio.create_task(work)
-        going_on.add(task)  # the loop alone would let it be collected
-        task.add_done_callback(going_on.discard)
-        # Fetched here, so that a failure nobody waits for does not end as "never retrieved": the status tells it.
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        return task
+    going_on = GoingOn(is_stopping)
 
     @routes.get(
         "/api/models",
@@ -94,13 +74,13 @@ def router(settings: Settings, registry: Registry, is_stopping: Callable[[], boo
         if alias is None:
             # Choosing looks at the disk for directories.
             spec = await asyncio.to_thread(spec_named, settings, query, query.alias)
-            present = next((each for each in registry.statuses() if each.spec.alias == spec.alias), None)
+            present = _meant_by(registry, spec.alias)
             if present is not None and not is_same(present.spec, spec):
-                raise AliasInUseError(_in_use(present))
+                raise AliasInUseError(_in_use(spec.alias, present))
             is_new = present is None
             alias = registry.add(spec) if present is None else spec.alias
         if not query.wait:
-            _begin(registry.load(alias))
+            going_on.begin(registry.load(alias))
             await asyncio.sleep(0)  # so that its state is that of a model being loaded
             return _answer(registry.status(alias), 202)
 
@@ -109,10 +89,11 @@ def router(settings: Settings, registry: Registry, is_stopping: Callable[[], boo
                 return await registry.load(alias)
             except Exception:
                 if is_new and not is_stopping():
-                    await registry.forget(alias)
+                    with suppress(ModelNotFoundError):  # somebody forgot it meanwhile
+                        await registry.forget(alias)
                 raise
 
-        return _answer(await unless_stopping(loaded()), 200)
+        return _answer(await going_on.finished(loaded()), 200)
 
     @routes.post(
         "/api/models/unload",
@@ -122,20 +103,8 @@ def router(settings: Settings, registry: Registry, is_stopping: Callable[[], boo
     )
     async def unload(query: Annotated[UnloadQuery, Query()]) -> ServedModel:
         alias = registry.alias_of(query.model_name)
-
-        if query.forget and registry.status(alias).configured:
-            raise NotAllowedError(
-                f"`{alias}` is in the settings, and is served until they are changed: unload it without forget=true, or "
-                "take it out of EMB_PROVIDER_MODEL_MAPPING and start the service again."
-            )
-
-        async def unloaded() -> ModelStatus:
-            status = await registry.unload(alias)
-            if query.forget:
-                await registry.forget(alias)
-            return status
-
-        return described(await unless_stopping(unloaded()))
+        leave = registry.forget if query.forget else registry.unload
+        return described(await going_on.finished(leave(alias)))
 
     return routes
 
@@ -150,13 +119,22 @@ def _known(registry: Registry, query: LoadQuery) -> str | None:
         return None
 
 
-def _in_use(present: ModelStatus) -> str:
+def _meant_by(registry: Registry, name: str) -> ModelStatus | None:
+    """Return the served model that requests mean by a name, if there is one."""
+    try:
+        return registry.status(name)
+    except ModelNotFoundError:
+        return None
+
+
+def _in_use(name: str, present: ModelStatus) -> str:
     spec = present.spec
     how = f"{spec.name} (source {spec.source}, revision {spec.revision or 'default'}, precision {spec.precision})"
+    served = "" if name == spec.alias else f", served as `{spec.alias}`"
     ways = "give the other one a name of its own: &alias=…"
     if not present.configured:
         ways += f", or end this one: POST /api/models/unload?model_name={spec.alias}&forget=true"
-    return f"`{spec.alias}` is the name of {how}: {ways}."
+    return f"`{name}` means {how}{served}: {ways}."
 
 
 def _answer(status: ModelStatus, code: int) -> Response:
