@@ -31,16 +31,12 @@ COPY --from=build /opt/venv /opt/venv
 # The one directory that the service writes to.
 RUN install -d -o 10001 -g 10001 /data
 
-# HOME and the clients' own variables: what they keep beside downloads goes to the volume too.
+# All that is downloaded or compiled goes below HOME, which is the volume. No cache is named here: a value of the image
+# would win over the MODELSCOPE_CACHE, HF_HOME or MODEL_CACHE_DIR that a user gives with -e or in .env.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/data \
-    HF_HOME=/data/huggingface \
-    MODELSCOPE_CACHE=/data/modelscope \
     TIKTOKEN_CACHE_DIR=/data/tiktoken \
-    EMB_PROVIDER_CACHE_DIR=/data/emb_model_provider \
-    EMB_PROVIDER_HF_CACHE_DIR=/data/huggingface/hub \
-    EMB_PROVIDER_MODELSCOPE_CACHE_DIR=/data/modelscope \
     EMB_PROVIDER_HOST=0.0.0.0 \
     EMB_PROVIDER_PORT=9000 \
     EMB_PROVIDER_LOG_TO_FILE=false

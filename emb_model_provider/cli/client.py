@@ -31,11 +31,18 @@ class ServerClient:
         self.url = (url or server_url(server)).rstrip("/")
         self._given = url is not None
         keys = (*server.admin_api_keys, *server.api_keys)
-        self._headers = {"authorization": f"Bearer {keys[0]}"} if keys else {}
+        # As bytes: a key may have letters that are not ASCII.
+        self._headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
 
-    def get(self, path: str, **parameters: object) -> dict[str, Any]:
-        """Raises: OutOfReachError, RefusedError."""
-        return self._ask("GET", path, parameters, _ANSWER_S)
+    def models(self) -> dict[str, Any]:
+        """Return what GET /api/models answers.
+
+        Raises: OutOfReachError, RefusedError.
+        """
+        answer = self._ask("GET", "/api/models", {}, _ANSWER_S)
+        if not {"models", "process"} <= answer.keys():  # other services have this route, too
+            raise self._another(200)
+        return answer
 
     def post(self, path: str, **parameters: object) -> dict[str, Any]:
         """Ask for something that may take as long as it takes.
@@ -69,6 +76,12 @@ class ServerClient:
                 f"{self.url} is no address of a server ({error}): write --url http://HOST:PORT.",
                 status=NOT_SO,
             ) from error
+        except httpx.LocalProtocolError:  # its words would show the key
+            raise RefusedError(
+                "The first of EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) holds a character that no header "
+                "can carry, such as a line break: write the server's key there as it is.",
+                status=NOT_SO,
+            ) from None
         except httpx.HTTPError as error:
             raise OutOfReachError(self._unreachable(error)) from error
         return self._read(answer)
@@ -82,6 +95,11 @@ class ServerClient:
         )
         return f"No server answers at {self.url} ({reason}). {hint}"
 
+    def _another(self, status: int) -> OutOfReachError:
+        return OutOfReachError(
+            f"What answers at {self.url} is not this service (HTTP {status}). Say where the service is: --url URL."
+        )
+
     def _read(self, answer: Any) -> dict[str, Any]:
         """Return the body of a good answer; of any other raise what it says."""
         try:
@@ -92,10 +110,7 @@ class ServerClient:
             return body
         error = body.get("error") if isinstance(body, dict) else None
         if not isinstance(error, dict) or "message" not in error:
-            raise OutOfReachError(
-                f"What answers at {self.url} is not this service (HTTP {answer.status_code}). Say where the service "
-                "is: --url URL."
-            )
+            raise self._another(answer.status_code)
         message = str(error["message"])
         if answer.status_code == 401:
             message += (

@@ -21,7 +21,13 @@ _SPANS = (("day", 86_400), ("hour", 3_600), ("minute", 60))
 
 
 def prepare_streams() -> None:
-    """Let text that stdout's or stderr's encoding lacks be shown in plain ASCII: no name may break a command."""
+    """Let text that stdout's or stderr's encoding lacks be shown in plain ASCII: no name may break a command.
+
+    A stream that this process was started without (`>&-`) is one that leads nowhere, and so not a file's first write.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - for as long as we live
     codecs.register_error(_ERRORS, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,12 +92,22 @@ def embed(
 def _require_files(texts: tuple[str, ...]) -> None:
     """Say that a file is not there before a model is loaded for it."""
     for text in texts:
-        if text.startswith("@") and not Path(text[1:]).expanduser().is_file():
+        if text.startswith("@") and not _is_readable(_path(text)):
             raise click.UsageError(
                 f"{text}: there is no such file. (A text that begins with @ is read from stdin: -)"
             )
     if texts.count("-") > 1:
         raise click.UsageError("Standard input can be read once: say - once.")
+
+
+def _is_readable(path: str) -> bool:
+    """Whether it is a file, or a pipe as of `@<(command)`."""
+    return os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112 - they never raise
+
+
+def _path(text: str) -> str:
+    """Return what `@FILE` names; a ~ that nobody's home follows is part of the name."""
+    return os.path.expanduser(text[1:])  # noqa: PTH111 - pathlib's raises where nobody has the name
 
 
 def _lines(texts: tuple[str, ...]) -> Iterator[str]:
@@ -105,7 +116,7 @@ def _lines(texts: tuple[str, ...]) -> Iterator[str]:
         if text == "-":
             yield from (line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer)
         elif text.startswith("@"):
-            with Path(text[1:]).expanduser().open(encoding="utf-8-sig", errors="replace") as file:
+            with Path(_path(text)).open(encoding="utf-8-sig", errors="replace") as file:
                 yield from (line.rstrip("\r\n") for line in file)
         else:
             yield text

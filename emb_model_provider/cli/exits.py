@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from emb_model_provider.errors import (
     AccessDeniedError,
+    AmbiguousNameError,
     ModelInUseError,
     NotAllowedError,
     NotCachedError,
@@ -28,6 +29,7 @@ _ASKED_WRONGLY = (
     RevisionNotFoundError,
     AccessDeniedError,
     NotCachedError,
+    AmbiguousNameError,
     NotAllowedError,
     ModelInUseError,
 )

@@ -5,27 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import signal
 import statistics
-import subprocess
-import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from emb_model_provider.cli.console import out, say
+from emb_model_provider.cli.exits import FAILED
 from emb_model_provider.cli.interrupting import GO_ON, until_interrupted
-from emb_model_provider.cli.options import ModelId
+from emb_model_provider.cli.measuring_child import MeasuringChild, measuring_child
+from emb_model_provider.cli.options import ModelId, json_option, source_option
 from emb_model_provider.compile.floors import shown_cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+
+    from emb_model_provider.model_spec import Source
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-MEASURING = (sys.executable, "-m", "emb_model_provider.cli.measuring")
 _KINDS = ("short", "doc")
 _PACKAGES = ("openvino", "nncf", "torch", "torchao", "bitsandbytes", "sentence-transformers")
 
@@ -49,19 +49,18 @@ class _Precisions(click.ParamType[tuple[str, ...]]):
 @click.argument("model", type=ModelId(), metavar="MODEL")
 @click.option("--precisions", type=_Precisions(), default=",".join(PRECISIONS), show_default=True,
               help="Precisions to measure; the others are compared with the first.")  # fmt: skip
-@click.option("--source", type=click.Choice(["auto", "huggingface", "modelscope", "local", "bundled"]),
-              help="Where MODEL is from.")  # fmt: skip
+@source_option
 @click.option(
     "--backend", type=click.Choice(["auto", "openvino", "torch"]), help="Default: as the settings say."
 )
 @click.option("--device", help="auto, cpu, cuda, cuda:N or mps. Default: as the settings say.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True,
               help="Measurements of throughput, taken in turn; the table has their medians.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@json_option
 def fidelity(
     model: str,
     precisions: tuple[str, ...],
-    source: str | None,
+    source: Source | None,
     backend: str | None,
     device: str | None,
     rounds: int,
@@ -70,13 +69,16 @@ def fidelity(
 ) -> None:
     """Measure MODEL at every precision.
 
-    How near its vectors come to fp32, and what that saves. MODEL is an alias from your settings, the id of a repository, or a directory. What is compiled on the way is
-    kept, so that serving it at that precision starts at once.
+    How near its vectors come to fp32, and what that saves. MODEL is an alias from your settings, the id of a
+    repository, or a directory. What is compiled on the way is kept, so that serving it at that precision starts at
+    once.
+
+    JSON: {"model", "precisions": {precision: its figures, or {"error"}}, "about": {machine, versions, date}}.
     """
     _fetch(model, source)
     rows: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        measured: dict[str, _Process] = {}
+        measured: dict[str, MeasuringChild] = {}
         for precision in precisions:
             job = {
                 "model": model,
@@ -87,11 +89,11 @@ def fidelity(
             }
             say(f"{precision}: preparing")
             # Once to compile and compare, which takes memory and time of its own; then afresh.
-            with _process(job) as first:
+            with measuring_child(job) as first:
                 rows[precision] = first.loaded
             if "error" in first.loaded:
                 continue
-            process = stack.enter_context(_process(job))
+            process = stack.enter_context(measuring_child(job))
             rows[precision] = process.loaded
             if "error" not in process.loaded:
                 measured[precision] = process
@@ -106,10 +108,10 @@ def fidelity(
         out(_table(rows))
         out("\n".join(f"{name}: {value}" for name, value in about.items()))
     if all("error" in row for row in rows.values()):
-        raise SystemExit(1)
+        raise SystemExit(FAILED)
 
 
-def _fetch(model: str, source: str | None) -> None:
+def _fetch(model: str, source: Source | None) -> None:
     """Have the model's files here before anything is measured, or end with the reason.
 
     Raises: SettingsError, HubError.
@@ -119,12 +121,12 @@ def _fetch(model: str, source: str | None) -> None:
     from emb_model_provider.cli.progress import Reporter
 
     settings, manager = open_manager()
-    spec = choose(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
+    spec = choose(settings, model, source=source)
     with Reporter("auto") as report:
         until_interrupted(lambda: manager.ensure(spec, on_progress=report), GO_ON)
 
 
-def _throughput(measured: dict[str, _Process], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
+def _throughput(measured: dict[str, MeasuringChild], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
     """Measure the processes in turn, since machines drift, and put medians and ratios to the first into `rows`.
 
     A process that dies on the way has its error for a row.
@@ -155,85 +157,6 @@ def _notes(row: dict[str, Any]) -> list[str]:
     if row.get("fidelity") and row["fidelity"]["min_cosine"] < row["floor"]:
         notes.append(f"not served: below its floor of {row['floor']:g} (EMB_PROVIDER_FIDELITY_FLOORS)")
     return notes
-
-
-class _Process:
-    """A model in a process of its own, told over a pipe what to measure."""
-
-    def __init__(self, process: subprocess.Popen[str], job: dict[str, Any]) -> None:
-        self._process = process
-        self.loaded = self._ask(json.dumps(job))
-        """What was loaded, or `error`: why it could not be."""
-
-    def rate(self, kind: str) -> dict[str, Any]:
-        """Return `texts_per_s`, or `error`."""
-        return self._ask(kind)
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("started without pipes")
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        answered = self._process.stdout.readline()
-        if not answered:
-            return {"error": _last_words(self._process.wait())}
-        answer: dict[str, Any] = json.loads(answered)
-        return answer
-
-
-def _last_words(status: int) -> str:
-    if status == -signal.SIGKILL:
-        return "the measuring process was killed, most often since memory was short: measure fewer precisions at a time"
-    return f"the measuring process ended with status {status}: what it said stands on stderr"
-
-
-@contextlib.contextmanager
-def _process(job: dict[str, Any]) -> Iterator[_Process]:
-    with contextlib.ExitStack() as stack:
-        with _interrupts_wait():
-            process = stack.enter_context(
-                subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
-                    MEASURING,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    encoding="utf-8",
-                )
-            )
-            stack.callback(_close, process.stdin)
-            stack.push(lambda failed, _error, _trace: process.kill() if failed else None)
-        yield _Process(process, job)
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C wait until what is started in here is sure to be ended with this process.
-
-    What is started inherits it, and so is ended by this process alone, without a traceback of its own.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    came: list[int] = []
-    # Blocked for what is started here. In this process another thread (numpy has some) may take the signal, whose
-    # handler is called on this one all the same.
-    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        raise KeyboardInterrupt
-
-
-def _close(pipe: IO[str] | None) -> None:
-    # What was not sent to a process that died cannot be sent by closing its pipe either.
-    with contextlib.suppress(BrokenPipeError):
-        if pipe is not None:
-            pipe.close()
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:

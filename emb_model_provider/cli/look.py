@@ -48,12 +48,12 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
 
     _, manager = open_manager()
     entries = manager.list(everything=everything)
+    if as_json:
+        print_json({"models": [model_info(entry) for entry in entries], "total_size": _total(entries)})
+        return
     if quiet:
         for name in dict.fromkeys(entry.name for entry in entries):
             out(name)
-        return
-    if as_json:
-        print_json({"models": [model_info(entry) for entry in entries], "total_size": _total(entries)})
         return
     out(table(MODEL_HEAD, [model_row(entry) for entry in entries]))
     if not entries:
@@ -157,7 +157,8 @@ def verify(
 ) -> None:
     """Compare models with what was fetched.
 
-    Every byte is read again; without ID, of all models. The exit status is 1 if anything differs, and still does after --repair.
+    Every byte is read again; without ID, of all models. The exit status is 1 if anything differs, and still does after
+    --repair.
 
     JSON: {"ok", "models": [...]}: what `list` has of each, and its `ok`, `findings` [{path, problem}] and
     `damaged_artifacts`.

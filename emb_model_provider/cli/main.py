@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -54,6 +54,12 @@ class _Commands(click.Group):
         command: click.Command = getattr(import_module(module), name)
         return command
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **options)
+        except KeyboardInterrupt:  # for click it would be a failure like any other
+            _end_interrupted()
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
@@ -65,9 +71,20 @@ class _Commands(click.Group):
                 raise
             _fail(f"{error}. To see what is wrong with this machine: emb-provider doctor")
             raise SystemExit(FAILED) from error
+        except RuntimeError as error:
+            if "home directory" not in str(
+                error
+            ):  # which pathlib and platformdirs say of a ~ that leads nowhere
+                raise
+            _fail(f"{str(error).rstrip('.')}. Set HOME to a directory, or write a path in full, without ~.")
+            raise SystemExit(FAILED) from error
         except (KeyboardInterrupt, click.Abort):
-            say("interrupted")
-            raise SystemExit(INTERRUPTED) from None
+            _end_interrupted()
+
+
+def _end_interrupted() -> NoReturn:
+    say("interrupted")
+    raise SystemExit(INTERRUPTED) from None
 
 
 def _fail(message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 from emb_model_provider.cli.console import warn
@@ -40,7 +40,8 @@ def split_revision(settings: Settings, typed: str) -> tuple[str, str | None]:
     """Take `ID@REV` apart; the name of a configured model or of a directory may have an @ of its own."""
     name, at, revision = typed.rpartition("@")
     known = {name for spec in settings.models().specs for name in (spec.alias, spec.name)}
-    if not at or not name or not revision or typed in known or Path(typed).expanduser().is_dir():
+    is_directory = os.path.isdir(os.path.expanduser(typed))  # noqa: PTH111, PTH112 - they never raise
+    if not at or not name or not revision or typed in known or is_directory:
         return typed, None
     return name, revision
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.management.manager import CompiledModel, ModelManager
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
+
+_STOP_S = 30.0
+"""The longest wait for a compile step to be gone, which takes a fraction of a second."""
 
 
 @click.command()
@@ -104,7 +108,7 @@ def pull(
                     if len(specs) > 1:
                         report.note(f"Error: {spec.alias}: {error.message}")
 
-    until_interrupted(work, GO_ON)
+    until_interrupted(work, GO_ON, stop=task.stop)
     if failures and len(specs) == 1:
         raise failures[0]
     _print(done, quiet=quiet, as_json=as_json)
@@ -130,15 +134,26 @@ class _Pulling:
         self._patterns = {"include": include, "exclude": exclude}
         self._directory = directory
         self._compiles = compiles
+        self._compiling = False
+        self._stopped = threading.Event()
+
+    def stop(self) -> float:
+        """Give up compiling, which takes its half-made files along; return how many seconds that may take."""
+        self._stopped.set()
+        return _STOP_S if self._compiling else 0.0
 
     def pull(self, spec: ModelSpec, report: Reporter) -> dict[str, Any]:
         """Raises: HubError, LoadError."""
+        self._compiling = False
         report.model(spec.alias)
         snapshot = self._manager.ensure(spec, force=self._force, on_progress=report, **self._patterns)
         copied = self._manager.copy_to(snapshot, self._directory) if self._directory is not None else None
         compiled = None
         if self._compiles:
-            compiled = self._manager.compile(spec, on_compiling=lambda: report.phase("compile"))
+            self._compiling = True
+            compiled = self._manager.compile(
+                spec, on_compiling=lambda: report.phase("compile"), stopped=self._stopped.is_set
+            )
         report.phase("ready")
         return _told(spec, snapshot, compiled, copied)
 

@@ -77,6 +77,10 @@ def rm(
         raise click.UsageError("Say which models to remove (emb-provider list), or --all.")
     if everything and (source is not None or revision is not None):
         raise click.UsageError("--all goes without --source and --revision.")
+    if url is not None and not unload:
+        raise click.UsageError(
+            "--url goes with --unload: without it this machine's disk is meant, not a server's."
+        )
     settings, manager = open_manager()
     chosen = [split_revision(settings, typed) for typed in models]
     names = list(dict.fromkeys((name, own or revision) for name, own in chosen))
@@ -86,11 +90,10 @@ def rm(
     else:
         remover = _Here(manager, names, source, wait_s)
     plan = remover.remove(dry_run=True) if dry_run else remover.plan()
-    if not dry_run and plan["models"]:
-        listed = ", ".join(dict.fromkeys(one["model_name"] for one in plan["models"]))
-        confirm(f"Remove {listed} ({size(plan['freed'])})?", yes=yes)
+    if not dry_run and _is_some(plan):
+        confirm(f"Remove {_told(plan)} ({size(plan['freed'])})?", yes=yes)
         plan = until_interrupted(lambda: remover.remove(dry_run=False), _UNFINISHED)
-    _print(plan, quiet=quiet, as_json=as_json)
+    _print({**plan, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
 
 
 @click.command()
@@ -107,13 +110,23 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
     """
     _, manager = open_manager()
     plan = removal_info([manager.prune(dry_run=True)], dry_run=True)
-    if not dry_run and (plan["models"] or plan["artifacts"]):
-        count = len(plan["models"]) + len(plan["artifacts"])
-        confirm(f"Remove {count} leftover{'s' if count > 1 else ''} ({size(plan['freed'])})?", yes=yes)
-        plan = removal_info(
-            [until_interrupted(lambda: manager.prune(dry_run=False), _UNFINISHED)], dry_run=False
-        )
+    if not dry_run:
+        if _is_some(plan):
+            confirm(f"Remove {_told(plan)} ({size(plan['freed'])})?", yes=yes)
+        # Also where no model and no compiled form is named: parts of files may lie beside a model that is whole.
+        pruned = until_interrupted(lambda: manager.prune(dry_run=False), _UNFINISHED)
+        plan = removal_info([pruned], dry_run=False)
     _print(plan, quiet=quiet, as_json=as_json)
+
+
+def _is_some(plan: dict[str, Any]) -> bool:
+    return bool(plan["models"] or plan["artifacts"])
+
+
+def _told(plan: dict[str, Any]) -> str:
+    """Return for a question what is to be removed: models by their names, else how much was compiled."""
+    names = dict.fromkeys(one["model_name"] for one in plan["models"])
+    return ", ".join(names) or f"{len(plan['artifacts'])} compiled form(s) whose model is gone"
 
 
 class _Here:
@@ -132,14 +145,16 @@ class _Here:
 
         Raises: NotCachedError; ModelInUseError.
         """
-        if self._wait_s == 0 or not self._names:
+        if self._wait_s == 0:
             return self.remove(dry_run=True)
         found = [
             entry
             for name, revision in self._names
             for entry in self._manager.find(name, source=self._source, revision=revision)
         ]
-        freed = sum(size_on_disk(entry) for entry in found)
+        if not self._names:
+            found = self._manager.list()
+        freed = sum(size_on_disk(entry) - (0 if entry.owns_files else entry.size) for entry in found)
         return removal_info([Removal(snapshots=found, artifacts=(), freed=freed)], dry_run=True)
 
     def remove(self, *, dry_run: bool) -> dict[str, Any]:
@@ -223,7 +238,7 @@ def _print(plan: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     if not quiet or plan["kept"]:
         for one in plan["kept"]:
             say(f"kept {one['model_name']}: {one['reason']}")
-        if not plan["models"] and not plan["artifacts"]:
+        if not _is_some(plan) and not plan["freed"]:
             say("There is nothing to remove.")
         else:
             say(f"{size(plan['freed'])} {'would be' if dry_run else 'are'} free again")

@@ -48,7 +48,7 @@ def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
     """
     from emb_model_provider.cli.client import ServerClient
 
-    answer = ServerClient(open_settings(), url).get("/api/models")
+    answer = ServerClient(open_settings(), url).models()
     if as_json:
         print_json(answer)
         return
@@ -107,8 +107,8 @@ def load(
 ) -> None:
     """Load a model into the running server.
 
-    It fetches and compiles the model where that is needed. ID is one of the server's models, or a repository's id, which is then served until it is unloaded with --forget or
-    the server ends.
+    It fetches and compiles the model where that is needed. ID is one of the server's models, or a repository's id,
+    which is then served until it is unloaded with --forget or the server ends.
 
     JSON: the model, as in `ps --json`.
     """
@@ -187,7 +187,7 @@ def _watch(client: ServerClient, names: set[str], report: Reporter, done: thread
     phases = {"downloading": "download", "compiling": "compile", "loading": "load"}
     while not done.wait(_LOOK_S):
         try:
-            models = client.get("/api/models")["models"]
+            models = client.models()["models"]
         except ProviderError:
             continue  # whoever waits for the answer itself hears of it
         for one in models:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cli.running import run
+from tests.cli.running import SCRIPT, run
 from tests.hubs.conftest import HF_REPO, MS_REPO, model_files, modelscope_files
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 from tests.models import FAMILIES
-from tests.service import environment
+from tests.service import environment, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SMALL, COPY = "acme/small", "acme/copy"
 """Two repositories with the files of one real model: what is compiled of the one serves the other."""
@@ -33,8 +36,12 @@ class Compiled:
     """Without their prefix. `small` is the model's alias."""
     pulled: dict[str, Any]
     """What `pull --json` said."""
-    phases: list[str]
-    """What `pull` did, in its order."""
+    pulling: str
+    """What it said on stderr."""
+    interrupted: subprocess.CompletedProcess[str]
+    """A `pull` before it, which was interrupted while it compiled."""
+    left: list[str]
+    """What was left of compiling then: files, and processes."""
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +61,47 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
             "MODEL_MAPPING": json.dumps(mapping),
             "DEVICE": "cpu",
         }
+        interrupted = interrupted_while_compiling(directory, settings)
+        left = [path.name for path in (directory / "cache" / "artifacts").iterdir()] + processes_in(directory)
         done = run(directory, "pull", "small", "--json", "--progress", "json", **settings)
         assert done.returncode == 0, done.stderr
         (pulled,) = json.loads(done.stdout)["models"]
-        phases = [json.loads(line).get("phase") for line in done.stderr.splitlines()]
-        yield Compiled(directory, settings, pulled, list(dict.fromkeys(filter(None, phases))))
+        yield Compiled(directory, settings, pulled, done.stderr, interrupted, left)
+
+
+def interrupted_while_compiling(
+    directory: Path, settings: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run `pull small`, and interrupt it once there is something half-made."""
+    with subprocess.Popen(
+        [str(SCRIPT), "pull", "small", "--json", "--progress", "json"],
+        cwd=directory,
+        env=environment(directory, **settings),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        wait_until(lambda: process.poll() is not None or [*directory.glob("cache/artifacts/.*.tmp")])
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def phases(said: str) -> list[str]:
+    """Return what a `pull --progress json` did, in its order."""
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return list(dict.fromkeys(line["phase"] for line in lines if "phase" in line))
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Return the processes that work in a directory; none where the platform does not tell."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
+            if link.readlink() == directory:
+                found.append(link.parent.name)
+    return found
 
 
 @pytest.fixture

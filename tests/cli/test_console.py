@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.cli.console import ago, duration, size, table
+from emb_model_provider.cli.console import ago, duration, size, styled, table
 from emb_model_provider.cli.progress import Reporter, describe
 from emb_model_provider.hubs.base import Progress
 from tests.cli.running import SCRIPT
@@ -157,6 +157,14 @@ def test_speed_is_that_of_the_last_seconds() -> None:
     assert speeds[0] is None
     assert 0 < speeds[1] <= 2500
     assert speeds[2] is None
+
+
+def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NO_COLOR set to anything, no text is colored."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert styled("ok", fg="green") != "ok"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert styled("ok", fg="green") == "ok"
 
 
 def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path) -> None:

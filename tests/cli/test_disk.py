@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,7 @@ def test_one_of_several_that_fails_costs_only_itself(here: Path) -> None:
         (("rm",), "--all"),
         (("rm", "--all", "a/b"), "--all"),
         (("rm", "--all", "--source", "modelscope"), "--all goes without"),
+        (("rm", "a/b", "-y", "--url", "http://127.0.0.1:1"), "--url goes with --unload"),
         (("embed",), "TEXT"),
         (("embed", "@nowhere.txt"), "no such file"),
         (("models", "serve"), "No such command"),
@@ -135,6 +137,14 @@ def test_wrong_usage_ends_with_2(arguments: tuple[str, ...], words: str, here: P
     assert (result.exit_code, result.stdout) == (2, "")
     assert words in result.stderr
     assert not (here / "hf").exists()
+
+
+def test_a_home_that_nobody_has_is_one_line(here: Path) -> None:
+    """`~nobody/model` is no directory: status not 0, and what to write instead."""
+    result = invoke("pull", "~nobody-of-this-name/model", "--no-compile")
+    assert result.exit_code in (1, 2)
+    assert result.stdout == ""
+    assert "Error:" in result.stderr
 
 
 # --- list and show ------------------------------------------------------------------------------------
@@ -156,6 +166,7 @@ def test_list_tells_what_is_here(here: Path) -> None:
         assert isinstance(one["size"], int)
         assert one["fetched"].endswith("Z")
     assert found["total_size"] == sum(one["size"] for one in found["models"])
+    assert asked("list", "-q") == found, "JSON wherever it is asked for"
     head, *lines = invoke("models", "list").stdout.splitlines()
     assert head.split()[:3] == ["ID", "SOURCE", "REVISION"]
     assert {line.split()[0] for line in lines} == {HF_REPO, MS_REPO}
@@ -268,7 +279,7 @@ def test_rm_leaves_the_disk_as_it_was(here: Path) -> None:
 
 
 def test_a_model_in_use_stays_and_so_do_the_others(here: Path) -> None:
-    """Status 2 and the reason; once it is let go, both go."""
+    """Status 2 and the reason; --wait waits until it is let go, and then it goes, too."""
     pull(HF_REPO)
     pull(MS_REPO, "--source", "modelscope")
     manager = ModelManager(load_settings()[0])
@@ -282,9 +293,15 @@ def test_a_model_in_use_stays_and_so_do_the_others(here: Path) -> None:
         kept = asked("rm", "-y", "--all", status=2)
         assert [one["model_name"] for one in kept["models"]] == [MS_REPO]
         assert [one["model_name"] for one in kept["kept"]] == [HF_REPO]
+        alone = asked("rm", "-y", "--all", status=2)
+        assert (alone["dry_run"], alone["models"]) == (False, [])
+        assert [one["model_name"] for one in alone["kept"]] == [HF_REPO]
+        letting_go = threading.Timer(0.5, hold.release)
+        letting_go.start()
+        assert invoke("rm", "-y", "--all", "--wait", "600").exit_code == 0
+        letting_go.join()
     finally:
         hold.release()
-    assert invoke("rm", "-y", "--all").exit_code == 0
     assert asked("list")["models"] == []
 
 
@@ -295,6 +312,22 @@ def test_prune_has_nothing_to_do_on_a_clean_disk(here: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "")
     assert "nothing to remove" in result.stderr
     assert len(asked("list")["models"]) == 1
+
+
+def test_prune_clears_parts_away_that_no_list_names(here: Path) -> None:
+    """Such as what a killed compile step was making, though no model and no compiled form is to be removed."""
+    directory = Path(pull(HF_REPO))
+    before = files_below(here)
+    half = here / "cache" / "artifacts" / ".0a1b.made.tmp"
+    half.mkdir(parents=True)
+    (half / "model.bin").write_bytes(b"?" * 1000)
+    planned = asked("prune", "--dry-run")
+    assert (planned["dry_run"], planned["freed"], half.exists()) == (True, 1000, True)
+    pruned = asked("prune")
+    assert (pruned["dry_run"], pruned["freed"]) == (False, 1000)
+    assert not half.exists()
+    assert files_below(here) == before
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_list_and_rm_work_in_a_pipe(here: Path, settings: dict[str, str]) -> None:
@@ -308,6 +341,17 @@ def test_list_and_rm_work_in_a_pipe(here: Path, settings: dict[str, str]) -> Non
 
 
 # --- as processes -------------------------------------------------------------------------------------
+
+
+def test_a_closed_stream_breaks_no_command(here: Path) -> None:
+    """Without stdin `rm` cannot ask and says so; without stderr `pull` does its work, and prints what was asked for."""
+    script = f'"{SCRIPT}" rm {HF_REPO} <&-; echo $?; "{SCRIPT}" pull {HF_REPO} --no-compile -q 2>&-'
+    directory = pull(HF_REPO)
+    done = subprocess.run(["sh", "-c", script], cwd=here, capture_output=True, encoding="utf-8", check=False)
+    assert "--yes" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines() == ["2", directory]
+    assert done.returncode == 0
 
 
 def test_an_interrupted_pull_ends_with_130_and_goes_on(

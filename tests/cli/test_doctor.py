@@ -116,12 +116,13 @@ def test_offline_asks_nobody(
     assert found[f"model {HF_REPO}"]["level"] == "fail"
 
 
-def test_a_cache_that_cannot_be_written_fails(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["file/cache", "x" * 300], ids=["below a file", "too long a name"])
+def test_a_cache_that_cannot_be_written_fails(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It names the directory and the setting, and goes on with the other checks."""
     (here / "file").touch()
-    monkeypatch.setenv("EMB_PROVIDER_CACHE_DIR", str(here / "file" / "cache"))
+    monkeypatch.setenv("EMB_PROVIDER_CACHE_DIR", str(here / name))
     found = checks(status=1)
-    assert str(here / "file" / "cache") in found["cache"]["found"]
+    assert str(here / name) in found["cache"]["found"]
     assert "EMB_PROVIDER_CACHE_DIR" in found["cache"]["advice"]
     assert found["port"]["level"] == "ok"
 

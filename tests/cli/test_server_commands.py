@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
@@ -79,6 +81,19 @@ def test_what_the_server_refuses_ends_with_2(ours: Service, monkeypatch: pytest.
     assert "wrong" not in refused.stderr
 
 
+def test_a_key_may_have_any_letters_and_is_never_shown(
+    here: object, huggingface: HuggingFaceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not ASCII is sent; one that no header can carry is a line that names the setting, without the key."""
+    monkeypatch.setenv("EMB_PROVIDER_ADMIN_API_KEYS", "ключ")
+    assert invoke("ps", "--url", huggingface.url).exit_code == 3  # no service of ours, but it was asked
+    monkeypatch.setenv("EMB_PROVIDER_ADMIN_API_KEYS", "a-sec\nret")
+    refused = invoke("ps", "--url", huggingface.url)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "EMB_PROVIDER_ADMIN_API_KEYS" in refused.stderr
+    assert "sec" not in refused.stderr
+
+
 @pytest.mark.parametrize("command", [("ps",), ("load", "x"), ("unload", "x"), ("rm", "x", "--unload", "-y")])
 def test_out_of_reach_ends_with_3(
     command: tuple[str, ...], here: object, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +111,23 @@ def test_another_program_there_is_told_from_ours(here: object, huggingface: Hugg
     assert result.exit_code == 3
     assert "is not this service" in result.stderr
     assert invoke("ps", "--url", "nonsense").exit_code == 2
+
+
+def test_another_program_with_such_a_route_is_told_from_ours(here: object) -> None:
+    """`GET /api/models` is answered by others, too: not in our form is not this service."""
+
+    class Another(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": []}')
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Another) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = invoke("ps", "--url", f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "is not this service" in result.stderr
 
 
 def test_the_servers_address_follows_from_the_settings() -> None:

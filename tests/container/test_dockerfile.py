@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
+
+from emb_model_provider.settings_loading import load_settings
 from tests.container.dockerfile import ROOT, command, final_stage, instructions, the
 
 
@@ -24,6 +28,22 @@ def test_everything_that_is_written_goes_to_the_one_volume() -> None:
             for name, value in step.pairs.items():
                 if value.startswith("/") and name != "PATH":
                     assert value == volume or value.startswith(f"{volume}/"), name
+
+
+@pytest.mark.parametrize("name", ["MODELSCOPE_CACHE", "HF_HUB_CACHE", "MODEL_CACHE_DIR"])
+@pytest.mark.parametrize("given", ["-e", ".env"])
+def test_a_guides_variable_chooses_the_cache_in_a_container_too(
+    name: str, given: str, tmp_path: Path
+) -> None:
+    """Whether it is given to `docker run` or stands in the mounted `.env`: the image's own variables leave it its say."""
+    image = {key: value for step in final_stage() if step.name == "ENV" for key, value in step.pairs.items()}
+    if given == "-e":
+        image[name] = "/models"
+    else:
+        (tmp_path / ".env").write_text(f"{name}=/models\n", encoding="utf-8")
+    settings, _ = load_settings(tmp_path / ".env", image)
+    chosen = {settings.modelscope_cache_dir, settings.hf_cache_dir} - {None}
+    assert chosen == {Path("/models")}
 
 
 def test_it_listens_for_others_on_port_9000() -> None:

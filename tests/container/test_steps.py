@@ -87,7 +87,7 @@ def test_the_container_serves_and_stops_in_good_order(image: Image) -> None:
         process.kill()
         process.wait()
     assert image.files() == before
-    assert any(Path(image.path("/data/emb_model_provider")).rglob("*.json"))
+    assert any(Path(image.path("/data/.cache/emb_model_provider")).rglob("*.json"))
 
 
 def test_the_pinned_versions_are_installed(image: Image) -> None:

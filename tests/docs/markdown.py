@@ -59,6 +59,11 @@ def anchors(document: Path) -> set[str]:
     return names
 
 
+def sections(document: Path) -> list[str]:
+    """Return a document's sections, each with its heading, without fenced blocks."""
+    return re.split(r"^(?=#+ )", prose(document), flags=re.MULTILINE)
+
+
 def links(document: Path) -> list[str]:
     return _LINK.findall(prose(document))
 

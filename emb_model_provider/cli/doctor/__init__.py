@@ -27,7 +27,8 @@ _SHOWN = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", 
 def doctor(*, as_json: bool) -> None:
     """Check this machine, and say what to do.
 
-    Packages, processor, memory, CUDA, settings, disk, permissions, port, hubs, tokens, models. A line each: ok, warn or FAIL, what was found, and what to do. The exit status is 1 if anything fails.
+    Packages, processor, memory, CUDA, settings, disk, permissions, port, hubs, tokens, models. A line each: ok, warn
+    or FAIL, what was found, and what to do. The exit status is 1 if anything fails.
 
     JSON: {"ok", "checks": [{check, level: ok, warn or fail, found, advice}]}.
     """

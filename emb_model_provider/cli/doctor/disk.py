@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -46,7 +48,7 @@ def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> 
     finally:
         # Looking leaves nothing behind.
         for made in missing:
-            if made.is_dir() and not any(made.iterdir()):
+            with contextlib.suppress(OSError):  # it was not made, or somebody else needs it by now
                 made.rmdir()
     free = shutil.disk_usage(_existing(directory)).free
     found = f"{directory}, {size(free)} free"
@@ -64,8 +66,12 @@ def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> 
 
 def _missing(directory: Path) -> list[Path]:
     """Return what of a path is not there yet, deepest first."""
-    return [path for path in (directory, *directory.parents) if not path.exists()]
+    return [path for path in (directory, *directory.parents) if not _exists(path)]
 
 
 def _existing(directory: Path) -> Path:
-    return next(path for path in (directory, *directory.parents) if path.exists())
+    return next(path for path in (directory, *directory.parents) if _exists(path))
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - pathlib's raises where a directory above may not be entered
