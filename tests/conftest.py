@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from tests.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Read when torch is imported. Threads that spin while they wait would take the processor from the other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TESTS = Path(__file__).parent
 LONGEST = (

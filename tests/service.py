@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BUNDLED = "sentence-transformers/all-MiniLM-L6-v2"
 COMMAND = [sys.executable, "-m", "emb_model_provider.main"]
 _FOREIGN = re.compile(
-    r"(EMB_PROVIDER_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|MODEL_CACHE_DIR|USE_MODELSCOPE|TRANSFORMERS_|.*_proxy$)",
+    r"(EMB_PROVIDER_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|MODEL_CACHE_DIR|OMP_WAIT|USE_MODELSCOPE|TRANSFORMERS_|.*_proxy$)",
     re.IGNORECASE,
 )
 _CHILD = re.compile(r"the service is process (\d+)")

@@ -72,9 +72,8 @@ class _Commands(click.Group):
             _fail(f"{error}. To see what is wrong with this machine: emb-provider doctor")
             raise SystemExit(FAILED) from error
         except RuntimeError as error:
-            if "home directory" not in str(
-                error
-            ):  # which pathlib and platformdirs say of a ~ that leads nowhere
+            # What pathlib says of a ~ that leads nowhere.
+            if "home directory" not in str(error):
                 raise
             _fail(f"{str(error).rstrip('.')}. Set HOME to a directory, or write a path in full, without ~.")
             raise SystemExit(FAILED) from error
