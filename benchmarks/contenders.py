@@ -29,7 +29,7 @@ START_S = 180.0
 _STOP_S = 30.0
 _FOREIGN = re.compile(
     r"EMB_PROVIDER_|INFINITY_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|USE_MODELSCOPE|TRANSFORMERS_|TOKENIZERS_"
-    r"|OMP_|MKL_|KMP_|OPENBLAS_|TORCH|.*_proxy$",
+    r"|OMP_|MKL_|KMP_|OPENBLAS_|TORCH|PYTHONDONTWRITEBYTECODE|.*_proxy$",
     re.IGNORECASE,
 )
 """Variables that would change what a server does by default."""
