@@ -48,7 +48,7 @@ def choose(
             return replace(spec, **changes)
     if named and model == named[0].alias and "/" not in model:
         model = named[0].name  # at another hub: there an alias without an owner is no repository
-    directory = _directory(model) if source in (None, "auto", "local") else None
+    directory = directory_of(model) if source in (None, "auto", "local") else None
     entry = MappingEntry(
         name=directory.resolve().name if directory is not None else model,
         path=directory,
@@ -65,7 +65,7 @@ def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "loc
         return "local"
     if spec.source != "auto":
         return spec.source
-    if spec.name.startswith(PATHS) or _directory(spec.name) is not None:
+    if spec.name.startswith(PATHS) or directory_of(spec.name) is not None:
         return "local"
     if spec.name == BUNDLED_MODEL and spec.endpoint is None and spec.revision in {None, BUNDLED_REVISION}:
         return "bundled"
@@ -74,7 +74,8 @@ def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "loc
     return "huggingface"
 
 
-def _directory(model: str) -> Path | None:
+def directory_of(model: str) -> Path | None:
+    """Return the directory that a name means, or None where there is none of that name."""
     try:
         directory = Path(model).expanduser()
         return directory if directory.is_dir() else None

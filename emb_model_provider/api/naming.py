@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from emb_model_provider.choosing import choose
+from emb_model_provider.choosing import choose, resolve_source
 from emb_model_provider.errors import NotAllowedError, RequestError
-from emb_model_provider.hubs.fetch import resolve_source
 
 if TYPE_CHECKING:
     from emb_model_provider.api.schemas_manage import Which

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import TYPE_CHECKING
 
 from emb_model_provider.cli.console import warn
@@ -38,10 +37,11 @@ def open_manager() -> tuple[Settings, ModelManager]:
 
 def split_revision(settings: Settings, typed: str) -> tuple[str, str | None]:
     """Take `ID@REV` apart; the name of a configured model or of a directory may have an @ of its own."""
+    from emb_model_provider.choosing import directory_of
+
     name, at, revision = typed.rpartition("@")
     known = {name for spec in settings.models().specs for name in (spec.alias, spec.name)}
-    is_directory = os.path.isdir(os.path.expanduser(typed))  # noqa: PTH111, PTH112 - they never raise
-    if not at or not name or not revision or typed in known or is_directory:
+    if not at or not name or not revision or typed in known or directory_of(typed) is not None:
         return typed, None
     return name, revision
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import HubSettings
 
-__all__ = ["fetch_snapshot", "question_of", "resolve_source"]
-
 log = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

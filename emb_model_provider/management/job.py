@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
+from emb_model_provider.choosing import resolve_source
 from emb_model_provider.errors import ProviderError
-from emb_model_provider.hubs.fetch import resolve_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from emb_model_provider.choosing import resolve_source
 from emb_model_provider.errors import (
     CacheNotWritableError,
     CorruptSnapshotError,
@@ -24,7 +25,7 @@ from emb_model_provider.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from emb_model_provider.hubs.fetch import fetch_snapshot, resolve_source
+from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, spec
 

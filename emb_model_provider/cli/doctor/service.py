@@ -75,7 +75,7 @@ def check_hubs(settings: Settings) -> Iterator[Finding]:
 
 def _wanted(settings: Settings) -> dict[str, list[str]]:
     """Return what each hub calls the models that are configured from it and are not here yet."""
-    from emb_model_provider.hubs.fetch import resolve_source
+    from emb_model_provider.choosing import resolve_source
 
     wanted: dict[str, list[str]] = {}
     for spec in settings.models().specs:
@@ -116,7 +116,7 @@ def _judged(reached: Reach, *, needed: bool) -> Finding:
 
 def check_models(settings: Settings) -> Iterator[Finding]:
     """Is what is configured on the disk, and compiled?"""
-    from emb_model_provider.hubs.fetch import resolve_source
+    from emb_model_provider.choosing import resolve_source
 
     for spec in settings.models().specs:
         check = f"model {spec.alias}"
@@ -163,7 +163,7 @@ def _compiled(check: str, entries: list[CachedSnapshot], pull: str, spec: ModelS
 
 
 def _on_disk(settings: Settings, spec: ModelSpec) -> list[CachedSnapshot]:
-    from emb_model_provider.hubs.fetch import resolve_source
+    from emb_model_provider.choosing import resolve_source
     from emb_model_provider.management.manager import ModelManager
 
     name = str(spec.path.absolute()) if spec.path is not None else spec.name
