@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from benchmarks.cache import CACHE, ROOT
 from benchmarks.peers import infinity_environment
-from emb_model_provider.hubs.bundled import find_bundled
+from emb_model_provider.hubs.local import find_bundled
 from emb_model_provider.model_spec import BUNDLED_MODEL
 
 if TYPE_CHECKING:

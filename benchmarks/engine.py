@@ -19,7 +19,7 @@ from benchmarks.progress import say
 from benchmarks.table import NONE, number, ratios, spread, table
 from benchmarks.texts import DISTRIBUTIONS, Corpus, tokens_in
 from benchmarks.workloads import read_inputs, write_bodies
-from emb_model_provider.hubs.bundled import find_bundled
+from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.cache import ROOT
 from benchmarks.resources import usage
 from benchmarks.workloads import read_inputs
-from emb_model_provider.hubs.bundled import find_bundled
+from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +136,7 @@ async def _cases(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
 def _backend(job: dict[str, Any]) -> dict[str, Any]:
     from emb_model_provider.backends.base import TokenBatch
     from emb_model_provider.backends.tokenization import Tokenization
-    from emb_model_provider.serving.postprocess import finished
+    from emb_model_provider.serving.request_options import finished
 
     backend = _load_backend(_settings(job))
     tokenization = Tokenization(backend.description)
@@ -182,7 +182,7 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_backend(settings: Settings) -> Backend:
-    from emb_model_provider.compile.prepare import prepare_backend
+    from emb_model_provider.artifacts.prepare import prepare_backend
     from emb_model_provider.hubs.fetch import fetch_snapshot
 
     spec = settings.models().specs[0]

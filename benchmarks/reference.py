@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.cache import ROOT
 from benchmarks.workloads import body
-from emb_model_provider.hubs.bundled import find_bundled
+from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

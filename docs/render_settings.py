@@ -2,7 +2,7 @@
 
     uv run python docs/render_settings.py
 
-`tests/docs/test_settings_docs.py` fails until this was run after a change of `emb_model_provider/settings/table.py`.
+`tests/docs/test_settings_docs.py` fails until this was run after a change of `emb_model_provider/settings/fields.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WIDTH = 100
 _HEAD = """\
 # Every setting of emb-model-provider, with its default. Copy to `.env` in the directory the service is started
 # in, and take the # off the lines you change. A variable of the process wins over this file; an empty value
-# means unset. Written by docs/render_settings.py: change emb_model_provider/settings/table.py instead.
+# means unset. Written by docs/render_settings.py: change emb_model_provider/settings/fields.py instead.
 """
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from emb_model_provider.choosing import choose
 from emb_model_provider.errors import ModelNotReadyError
 from emb_model_provider.management.manager import ModelManager
+from emb_model_provider.model_resolver import choose
 from emb_model_provider.registry import Registry
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import ModelSettings
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence

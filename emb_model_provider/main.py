@@ -18,9 +18,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
-from emb_model_provider.settings_loading import load_settings
-from emb_model_provider.stopping import Stop, end_at_once, flush
-from emb_model_provider.supervisor import HUNG_EXIT, SHORTEST_SILENCE_S, Handed, Supervisor, handed_over
+from emb_model_provider.process.shutdown import Stop, end_at_once, flush
+from emb_model_provider.process.supervisor import (
+    HUNG_EXIT,
+    SHORTEST_SILENCE_S,
+    Handed,
+    Supervisor,
+    handed_over,
+)
+from emb_model_provider.settings.loading import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +86,7 @@ def _serve(
     faulthandler.enable()
     if handed is not None and handed.after:
         logger.warning("started again by the supervisor: the service before %s", handed.after)
-    from emb_model_provider.service import serve
+    from emb_model_provider.process.server import serve
 
     if handed is None:
         return serve(settings, sockets, stop)

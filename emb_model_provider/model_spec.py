@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+HubName = Literal["huggingface", "modelscope", "local", "bundled"]
 Source = Literal["auto", "huggingface", "modelscope", "local", "bundled"]
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 BackendName = Literal["auto", "openvino", "torch"]

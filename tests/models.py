@@ -27,8 +27,8 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile
 from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
 from tests.backends.small_tokenizers import LENGTH, byte_bpe, unigram, wordpiece
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from emb_model_provider.errors import (
     RepositoryNotFoundError,
     RequestError,
 )
-from emb_model_provider.hubs.bundled import find_bundled
+from emb_model_provider.hubs.local import find_bundled
 from emb_model_provider.settings import Settings
 from tests.service import wait_until
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.environment import read_environment
 from emb_model_provider.errors import SettingsError
+from emb_model_provider.settings.loading import read_environment
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -156,7 +156,8 @@ def test_what_outlasts_the_grace_period_is_told(tmp_path: Path) -> None:
 
 STUCK = """
 import time
-from emb_model_provider import main, stopping
+from emb_model_provider.process import shutdown as stopping
+from emb_model_provider import main
 from emb_model_provider.registry import Registry
 
 async def stop(self):

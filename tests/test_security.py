@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from emb_model_provider.backends.torch_backend import TorchBackend
-from emb_model_provider.compile.child import run_child
-from emb_model_provider.compile.job import Job
-from emb_model_provider.compile.recipe import recipe_for
+from emb_model_provider.artifacts.compile_job import Job
+from emb_model_provider.artifacts.compiler_process import run_child
+from emb_model_provider.artifacts.recipe import recipe_for
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.errors import LoadError, SettingsError
 from emb_model_provider.hubs.fetch import fetch_snapshot
-from emb_model_provider.hubs.manifest import Question
 from emb_model_provider.settings import HubSettings, Settings
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
+from emb_model_provider.snapshots.manifest import Question
 from tests.backends.small_tokenizers import wordpiece
 from tests.models import bert, save_modelscope, save_st, snapshot_of, spec_of
 from tests.service import COMMAND, environment, free_port
@@ -237,7 +237,9 @@ def test_compiling_child_is_told_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_
     report = (
         "import json, os; print(json.dumps({'outcome': 'unable', 'reason': json.dumps(dict(os.environ))}))"
     )
-    monkeypatch.setattr("emb_model_provider.compile.child.COMMAND", (sys.executable, "-c", report))
+    monkeypatch.setattr(
+        "emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", report)
+    )
     spec, snapshot = spec_of(token="hush"), snapshot_of(save_st(tmp_path / "model", bert, wordpiece()))
     recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=False)
     job = Job(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1, parent=os.getpid())

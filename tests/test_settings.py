@@ -12,7 +12,7 @@ import pytest
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
 from emb_model_provider.settings import FIDELITY_FLOORS, PREFIX, Settings
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
 
 GUIDE = Path(__file__).parent / "data" / "guide.env.md"
 NO_FILE = Path("/nonexistent/.env")

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from emb_model_provider.main import listen
+from emb_model_provider.process.supervisor import HUNG_EXIT
 from emb_model_provider.settings import ServerSettings
-from emb_model_provider.supervisor import HUNG_EXIT
 from tests.service import COMMAND, Service, environment, free_port, wait_until
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="sockets are handed t
 
 PROGRAM = """
 import faulthandler, json, logging, os, pathlib, sys, time
-from emb_model_provider import supervisor
+from emb_model_provider.process import supervisor
 
 handed = supervisor.handed_over()
 if handed is None:
@@ -252,7 +252,9 @@ def test_no_connection_is_refused_while_a_crashed_service_comes_back(supervised:
     assert supervised.logged(logger="emb_model_provider.main", level="WARNING")[0]["message"].startswith(
         "started again by the supervisor: the service before was killed by SIGSEGV after"
     )
-    assert supervised.log_lines(logger="emb_model_provider.supervisor") == [], "the file has two writers"
+    assert supervised.log_lines(logger="emb_model_provider.process.supervisor") == [], (
+        "the file has two writers"
+    )
 
 
 def test_signal_to_both_processes_is_one(supervised: Service) -> None:

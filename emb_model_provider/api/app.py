@@ -14,15 +14,18 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from emb_model_provider.api.auth import Doorkeeper
-from emb_model_provider.api.cors import Cors
+from emb_model_provider.api.auth import Cors, Doorkeeper
 from emb_model_provider.api.errors import on_http_exception, on_invalid_parameters, on_provider_error
 from emb_model_provider.api.limits import CONNECTIONS, Connections, PendingBodies
 from emb_model_provider.api.middleware import Guard, HostCheck, RequestLog
-from emb_model_provider.api.routes import cache, docs, downloads, embeddings, health, manage, models
-from emb_model_provider.api.schemas import EmbeddingRequest
+from emb_model_provider.api.routes import cached_models as cache
+from emb_model_provider.api.routes import downloads, embeddings, models
+from emb_model_provider.api.routes import loaded_models as manage
+from emb_model_provider.api.routes import operations as docs
+from emb_model_provider.api.routes import operations as health
+from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.errors import ProviderError
-from emb_model_provider.management.jobs import DownloadJobs
+from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, State
@@ -98,7 +101,7 @@ def create_app(
     app.include_router(downloads.router(settings, jobs, is_stopping))
     app.include_router(cache.router(manager, registry, is_stopping))
     app.include_router(health.router(registry, metrics))
-    app.include_router(docs.router(TITLE))
+    app.include_router(docs.docs_router(TITLE))
     app.add_exception_handler(ProviderError, on_provider_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_invalid_parameters)

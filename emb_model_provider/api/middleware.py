@@ -6,13 +6,13 @@ import asyncio
 import logging
 import re
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from emb_model_provider.api.disconnect import ClientGoneError
 from emb_model_provider.api.errors import (
     BodyTooLargeError,
     CompressedBodyError,
@@ -25,12 +25,14 @@ from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id,
 from emb_model_provider.observability.metrics import RequestRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
+    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from emb_model_provider.api.auth import Doorkeeper
     from emb_model_provider.api.limits import PendingBodies
+
 
 access_logger = logging.getLogger(ACCESS_LOGGER)
 
@@ -193,3 +195,45 @@ class Guard:
             raise BodyTooLargeError(
                 f"The request body is larger than {self._max_body_bytes / 1024 / 1024:g} MiB: send fewer inputs at a time."
             )
+
+
+_WATCH_AFTER_S = 0.2
+"""Most requests are answered sooner, and need no watcher."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before it was answered."""
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """Cancel the block when the client goes away, and raise ClientGoneError. The body must have been read."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("must be entered in a task")
+    gone = False
+    watcher: asyncio.Task[None] | None = None
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    def start_watching() -> None:
+        nonlocal watcher
+        watcher = asyncio.create_task(watch())
+
+    timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, start_watching)
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Someone else's cancellation, such as a shutdown's, goes on its way.
+        if gone and task.uncancel() == 0:
+            raise ClientGoneError from None
+        raise
+    finally:
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emb_model_provider.cli.console import print_json_line
-from emb_model_provider.cli.interrupting import until_interrupted
+from emb_model_provider.cli.interrupt import until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     precision_option,
@@ -20,6 +19,7 @@ from emb_model_provider.cli.options import (
     revision_option,
     source_option,
 )
+from emb_model_provider.cli.output import print_json_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,11 +55,11 @@ def embed(
     is fetched and compiled where that is needed, and runs in this process: no server is asked.
     """
     _require_files(texts)
-    from emb_model_provider.choosing import choose
-    from emb_model_provider.cli.opening import open_settings, split_revision
+    from emb_model_provider.cli.options import open_settings, split_revision
     from emb_model_provider.cli.progress import Reporter
     from emb_model_provider.embedder import Embedder
     from emb_model_provider.management.manager import ModelManager
+    from emb_model_provider.model_resolver import choose
 
     settings = open_settings()
     name, own = split_revision(settings, model or settings.models().specs[0].alias)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import signal
 import statistics
+import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.console import out, say
-from emb_model_provider.cli.exits import FAILED
-from emb_model_provider.cli.interrupting import GO_ON, until_interrupted
-from emb_model_provider.cli.measuring_child import MeasuringChild, measuring_child
+from emb_model_provider.cli.interrupt import GO_ON, until_interrupted
 from emb_model_provider.cli.options import ModelId, json_option, source_option
-from emb_model_provider.compile.floors import shown_cosine
+from emb_model_provider.cli.output import FAILED, out, say
+from emb_model_provider.formatting import format_cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from emb_model_provider.model_spec import Source
+
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 _KINDS = ("short", "doc")
@@ -116,9 +118,9 @@ def _fetch(model: str, source: Source | None) -> None:
 
     Raises: SettingsError, HubError.
     """
-    from emb_model_provider.choosing import choose
-    from emb_model_provider.cli.opening import open_manager
+    from emb_model_provider.cli.options import open_manager
     from emb_model_provider.cli.progress import Reporter
+    from emb_model_provider.model_resolver import choose
 
     settings, manager = open_manager()
     spec = choose(settings, model, source=source)
@@ -199,7 +201,7 @@ def _cells(precision: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else shown_cosine(value)
+    return "-" if value is None else format_cosine(value)
 
 
 def _megabytes(value: int | None) -> str:
@@ -207,7 +209,7 @@ def _megabytes(value: int | None) -> str:
 
 
 def _about() -> dict[str, str]:
-    from emb_model_provider.backends.cpu import usable_cpus
+    from emb_model_provider.backends.hardware import usable_cpus
 
     versions = []
     for package in ("emb-model-provider", *_PACKAGES):
@@ -226,3 +228,86 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown processor"
+
+
+COMMAND = (sys.executable, "-m", "emb_model_provider.cli.fidelity_worker")
+
+
+class MeasuringChild:
+    """A model in a process of its own, told over a pipe what to measure."""
+
+    def __init__(self, process: subprocess.Popen[str], job: dict[str, Any]) -> None:
+        self._process = process
+        self.loaded = self._ask(json.dumps(job))
+        """What was loaded, or `error`: why it could not be."""
+
+    def rate(self, kind: str) -> dict[str, Any]:
+        """Return `texts_per_s`, or `error`."""
+        return self._ask(kind)
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("started without pipes")
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        answered = self._process.stdout.readline()
+        if not answered:
+            return {"error": _last_words(self._process.wait())}
+        answer: dict[str, Any] = json.loads(answered)
+        return answer
+
+
+def _last_words(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "the measuring process was killed, most often since memory was short: measure fewer precisions at a time"
+    return f"the measuring process ended with status {status}: what it said stands on stderr"
+
+
+@contextlib.contextmanager
+def measuring_child(job: dict[str, Any]) -> Iterator[MeasuringChild]:
+    """Yield a process that measures what `job` says; it ends with the context, at once where that fails."""
+    with contextlib.ExitStack() as stack:
+        with _interrupts_wait():
+            process = stack.enter_context(
+                subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
+                    COMMAND,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                )
+            )
+            stack.callback(_close, process.stdin)
+            stack.push(lambda failed, _error, _trace: process.kill() if failed else None)
+        yield MeasuringChild(process, job)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until what is started in here is sure to be ended with this process.
+
+    What is started inherits it, and so is ended by this process alone, without a traceback of its own.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    came: list[int] = []
+    # Blocked for what is started here. In this process another thread (numpy has some) may take the signal, whose
+    # handler is called on this one all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _close(pipe: IO[str] | None) -> None:
+    # What was not sent to a process that died cannot be sent by closing its pipe either.
+    with contextlib.suppress(BrokenPipeError):
+        if pipe is not None:
+            pipe.close()

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from emb_model_provider.cli.console import prepare_streams, say, styled
-from emb_model_provider.cli.exits import FAILED, INTERRUPTED, status_of
+from emb_model_provider.cli.output import FAILED, INTERRUPTED, prepare_streams, say, status_of, styled
 from emb_model_provider.errors import ProviderError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from emb_model_provider.cli.console import duration, size
+from emb_model_provider.formatting import format_duration, format_size
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -28,7 +28,7 @@ _REDRAW_S = 0.2
 _SPEED_OVER_S = 10.0
 _MAKING = ("import", "load", "read", "export", "trace", "convert", "quantize")
 """How the names of the compile step's phases begin before it compares what it made with the reference."""
-_COMPILING = "emb_model_provider.compile.child"
+_COMPILING = "emb_model_provider.artifacts.compiler_process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +232,13 @@ def describe(
     """Return one line: `acme/model: download 12.0 MB of 90.9 MB (13 %), 4.1 MB/s, 0:19 left`."""
     line = f"{model}: {phase}"
     if total:
-        line += f" {size(done)} of {size(total)} ({done * 100 // total} %)"
+        line += f" {format_size(done)} of {format_size(total)} ({done * 100 // total} %)"
         if speed:
-            line += f", {size(speed)}/s"
+            line += f", {format_size(speed)}/s"
         if left_s is not None:
-            line += f", {duration(left_s)} left"
+            line += f", {format_duration(left_s)} left"
     elif elapsed_s >= 1 and phase != "ready":
-        line += f", {duration(elapsed_s)}"
+        line += f", {format_duration(elapsed_s)}"
     return line
 
 

@@ -8,28 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.console import out, pairs, print_json, say, size, warn
-from emb_model_provider.cli.exits import status_of
-from emb_model_provider.cli.interrupting import GO_ON, until_interrupted
-from emb_model_provider.cli.opening import open_manager, split_revision
+from emb_model_provider.cli.interrupt import GO_ON, until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     json_option,
+    open_manager,
     precision_option,
     progress_option,
     quiet_option,
     revision_option,
     source_option,
+    split_revision,
 )
+from emb_model_provider.cli.output import out, pairs, print_json, say, status_of, warn
 from emb_model_provider.errors import ProviderError
+from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from emb_model_provider.cli.progress import Mode, Reporter
-    from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.management.manager import CompiledModel, ModelManager
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
+    from emb_model_provider.snapshots.snapshot import Snapshot
 
 _STOP_S = 30.0
 """The longest wait for a compile step to be gone, which takes a fraction of a second."""
@@ -78,8 +79,8 @@ def pull(
     JSON: {"models": [{model_name, alias, source, revision, path, files, size, compiled: {backend, size, precision,
     computed, fidelity, notes} or null, copied_to}]}.
     """
-    from emb_model_provider.choosing import choose
     from emb_model_provider.cli.progress import Reporter
+    from emb_model_provider.model_resolver import choose
 
     settings, manager = open_manager()
     if revision is not None and len(models) != 1:
@@ -205,17 +206,20 @@ def _print(done: list[dict[str, Any]], *, quiet: bool, as_json: bool) -> None:
 
 
 def _lines(one: dict[str, Any]) -> list[tuple[str, str]]:
-    from emb_model_provider.cli.shapes import precision_label
-    from emb_model_provider.compile.floors import shown_cosine
+    from emb_model_provider.cli.output import precision_label
+    from emb_model_provider.formatting import format_cosine
 
-    lines = [("path", one["path"]), ("size", f"{size(one['size'])} in {one['files']} files")]
+    lines = [("path", one["path"]), ("size", f"{format_size(one['size'])} in {one['files']} files")]
     made = one["compiled"]
     if made is not None and made["backend"] == "openvino":
         lines.append(
-            ("compiled", f"{precision_label(made['precision'], made['computed'])}, {size(made['size'])}")
+            (
+                "compiled",
+                f"{precision_label(made['precision'], made['computed'])}, {format_size(made['size'])}",
+            )
         )
         if made["fidelity"] is not None:
-            cosine = shown_cosine(made["fidelity"]["min_cosine"])
+            cosine = format_cosine(made["fidelity"]["min_cosine"])
             lines.append(
                 ("fidelity", f"{cosine} (lowest cosine to fp32, over {made['fidelity']['texts']} texts)")
             )

@@ -6,22 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.console import confirm, out, print_json, say, size
-from emb_model_provider.cli.exits import NOT_SO
-from emb_model_provider.cli.interrupting import until_interrupted
-from emb_model_provider.cli.opening import open_manager, split_revision
+from emb_model_provider.cli.interrupt import until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     dry_run_option,
     json_option,
+    open_manager,
     quiet_option,
     revision_option,
     source_option,
+    split_revision,
     url_option,
     yes_option,
 )
-from emb_model_provider.cli.shapes import removal_info, size_on_disk
-from emb_model_provider.management.entries import Removal
+from emb_model_provider.cli.output import NOT_SO, confirm, out, print_json, removal_info, say, size_on_disk
+from emb_model_provider.formatting import format_size
+from emb_model_provider.management.types import Removal
 
 if TYPE_CHECKING:
     from emb_model_provider.management.manager import ModelManager
@@ -91,7 +91,7 @@ def rm(
         remover = _Here(manager, names, source, wait_s)
     plan = remover.remove(dry_run=True) if dry_run else remover.plan()
     if not dry_run and _is_some(plan):
-        confirm(f"Remove {_told(plan)} ({size(plan['freed'])})?", yes=yes)
+        confirm(f"Remove {_told(plan)} ({format_size(plan['freed'])})?", yes=yes)
         plan = until_interrupted(lambda: remover.remove(dry_run=False), _UNFINISHED)
     _print({**plan, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
 
@@ -112,7 +112,7 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
     plan = removal_info([manager.prune(dry_run=True)], dry_run=True)
     if not dry_run:
         if _is_some(plan):
-            confirm(f"Remove {_told(plan)} ({size(plan['freed'])})?", yes=yes)
+            confirm(f"Remove {_told(plan)} ({format_size(plan['freed'])})?", yes=yes)
         # Also where no model and no compiled form is named: parts of files may lie beside a model that is whole.
         pruned = until_interrupted(lambda: manager.prune(dry_run=False), _UNFINISHED)
         plan = removal_info([pruned], dry_run=False)
@@ -189,7 +189,7 @@ class _There:
         source: Source | None,
         wait_s: float,
     ) -> None:
-        from emb_model_provider.cli.client import ServerClient
+        from emb_model_provider.cli.server_client import ServerClient
 
         self._client = ServerClient(settings, url)
         self._names = names
@@ -231,7 +231,7 @@ def _print(plan: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     else:
         for one in plan["models"]:
             stay = "; its files stay" if one["source"] in ("local", "bundled") else ""
-            about = f" ({one['source']}, {size(one['size'])}{stay})"
+            about = f" ({one['source']}, {format_size(one['size'])}{stay})"
             out(one["model_name"] if quiet else f"{_verb(dry_run)} {one['model_name']}{about}")
         if plan["artifacts"] and not quiet:
             out(f"{_verb(dry_run)} {len(plan['artifacts'])} compiled form(s)")
@@ -241,7 +241,7 @@ def _print(plan: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
         if not _is_some(plan) and not plan["freed"]:
             say("There is nothing to remove.")
         else:
-            say(f"{size(plan['freed'])} {'would be' if dry_run else 'are'} free again")
+            say(f"{format_size(plan['freed'])} {'would be' if dry_run else 'are'} free again")
     if plan["kept"] and not dry_run:
         raise SystemExit(NOT_SO)
 

@@ -9,15 +9,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.hubs.snapshot import Snapshot
-
-HubName = Literal["huggingface", "modelscope", "local", "bundled"]
+    from emb_model_provider.model_spec import HubName
+    from emb_model_provider.snapshots.snapshot import Snapshot
 
 HUBS: dict[HubName, str] = {
     "huggingface": "emb_model_provider.hubs.huggingface:HuggingFaceHub",
     "modelscope": "emb_model_provider.hubs.modelscope:ModelScopeHub",
     "local": "emb_model_provider.hubs.local:LocalHub",
-    "bundled": "emb_model_provider.hubs.bundled:BundledHub",
+    "bundled": "emb_model_provider.hubs.local:BundledHub",
 }
 """Name of a hub to the class that speaks to it, imported only when chosen."""
 

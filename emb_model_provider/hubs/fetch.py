@@ -11,26 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from emb_model_provider.choosing import resolve_source
 from emb_model_provider.errors import (
     CacheNotWritableError,
     FetchCancelledError,
     HubError,
     RepositoryNotFoundError,
 )
-from emb_model_provider.hubs import manifest
-from emb_model_provider.hubs.base import HUBS, Hub, HubConfig, HubName, Progress
-from emb_model_provider.hubs.layout import cache_root, places
-from emb_model_provider.hubs.locks import claim
-from emb_model_provider.hubs.pending import fetching
-from emb_model_provider.hubs.storage import CACHE_SETTING, require_writable, storage_error
+from emb_model_provider.hubs.base import HUBS, Hub, HubConfig, Progress
+from emb_model_provider.hubs.caches import cache_root, places
+from emb_model_provider.model_resolver import resolve_source
+from emb_model_provider.snapshots import manifest
+from emb_model_provider.snapshots.files import CACHE_SETTING, require_writable, storage_error
+from emb_model_provider.snapshots.journal import fetching
+from emb_model_provider.snapshots.locks import claim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from emb_model_provider.hubs.snapshot import Snapshot
-    from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.model_spec import HubName, ModelSpec
     from emb_model_provider.settings import HubSettings
+    from emb_model_provider.snapshots.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import logging
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import (
@@ -27,20 +29,21 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
 )
 from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.layout import cache_root, modelscope_older
-from emb_model_provider.hubs.moved import find_moved
-from emb_model_provider.hubs.progress import ByteCounter, Stop, callback_class, results
+from emb_model_provider.hubs.caches import cache_root, modelscope_older, places
 from emb_model_provider.hubs.selection import chosen, require_all_parts
-from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file
-from emb_model_provider.hubs.storage import require_writable, storage_error
+from emb_model_provider.hubs.transfer import ByteCounter, Stop, callback_class, results
+from emb_model_provider.snapshots.files import require_writable, storage_error
+from emb_model_provider.snapshots.manifest import manifest_files
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from modelscope_hub import FileInfo, HubApi
 
     from emb_model_provider.hubs.base import HubConfig
+
 
 log = logging.getLogger(__name__)
 
@@ -287,3 +290,84 @@ def _verify(
         done += hashes.size
         on_progress(Progress("verify", repository, done, total))
     return files
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A snapshot that is here, of which the hub lists a newer state."""
+
+    repository: str
+    directory: Path
+    """Of the snapshot."""
+    beside: Path
+    """Where to fetch what changed, first."""
+    changed: frozenset[str]
+    """Files that are new or have other bytes now."""
+    manifests: Sequence[Path]
+    """Those that speak for what is to be replaced."""
+    is_held: Callable[[Path], bool]
+
+    def require_free(self) -> None:
+        """Raises: ModelInUseError."""
+        if self.is_held(self.directory):
+            raise ModelInUseError(
+                f"{self.repository} is in use, and ModelScope has a newer state of it: nothing was replaced. Unload "
+                f"it first (`emb-provider unload {self.repository}`), or end the process that uses it; then fetch it "
+                "again."
+            )
+
+    def put_in_place(self) -> None:
+        """Replace what changed with what was fetched beside it. Hold the repository's lock.
+
+        Raises: ModelInUseError where somebody came to use the snapshot meanwhile; OSError.
+        """
+        manifests = {path: path.read_bytes() for path in self.manifests if path.exists()}
+        for path in manifests:
+            path.unlink()
+        try:
+            # In this order: who holds the snapshot before this sees is refused; who comes later finds no manifest.
+            self.require_free()
+        except ModelInUseError:
+            for path, content in manifests.items():
+                path.write_bytes(content)
+            raise
+        for name in sorted(self.changed):
+            place = self.directory / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (self.beside / name).replace(place)
+        shutil.rmtree(self.beside, ignore_errors=True)
+
+
+def find_moved(
+    config: HubConfig, repository: str, revision: str, listed: Mapping[str, str | None], root: Path
+) -> Moved | None:
+    """Return the snapshot that fetching `listed` (path to sha256, where the hub says it) would change, if there is one.
+
+    What only was damaged here has the same hash as before at the hub: it is not meant.
+    """
+    newest = places("modelscope", repository, root)[0].path
+    of_branch = {newest / "snapshots" / revision, *modelscope_older(root, repository)}
+    here = [
+        (question, found.snapshot)
+        for question, found in manifest_files(config.manifest_dir)
+        if question.hub == "modelscope"
+        and question.repository == repository
+        and found.snapshot.path in of_branch
+        and found.snapshot.revision == revision
+    ]
+    known = {file.path: file.sha256 for _, snapshot in here for file in snapshot.files}
+    other = {path for path, sha256 in listed.items() if sha256 and known.get(path, sha256) != sha256.lower()}
+    if not other:
+        return None
+    return Moved(
+        repository,
+        here[0][1].path,
+        newest / ".newer",
+        frozenset(other | (listed.keys() - known.keys())),
+        [
+            question.manifest_path(config.manifest_dir)
+            for question, snapshot in here
+            if any(file.path in other for file in snapshot.files)
+        ],
+        config.is_held,
+    )

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import IncompleteRepositoryError
-from emb_model_provider.hubs.snapshot import require_safe_paths
+from emb_model_provider.snapshots.snapshot import require_safe_paths
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

@@ -9,22 +9,22 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.backends.pipeline import plan_pipeline
+from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.errors import LoadError
-from emb_model_provider.hubs import manifest
 from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.snapshot import hash_file
-from emb_model_provider.management.entries import FileFinding, Verification
+from emb_model_provider.management.types import FileFinding, Verification
+from emb_model_provider.snapshots import manifest
+from emb_model_provider.snapshots.snapshot import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from emb_model_provider.compile.stock import Stock, StockedArtifact
-    from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile
-    from emb_model_provider.management.entries import CachedSnapshot
+    from emb_model_provider.artifacts.store import Stock, StockedArtifact
     from emb_model_provider.management.inventory import Inventory, Record
+    from emb_model_provider.management.types import CachedSnapshot
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
 
 log = logging.getLogger(__name__)
 

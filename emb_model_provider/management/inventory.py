@@ -6,25 +6,24 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from emb_model_provider.compile.stock import Stock
+from emb_model_provider.artifacts.store import Stock
 from emb_model_provider.errors import NotCachedError
-from emb_model_provider.hubs import pending as markers
-from emb_model_provider.hubs.layout import all_in, cache_root
-from emb_model_provider.hubs.locks import is_held
-from emb_model_provider.hubs.manifest import Manifest, Question, manifest_files
-from emb_model_provider.hubs.removal import size_of
-from emb_model_provider.management.entries import CachedSnapshot, DerivedArtifact
-from emb_model_provider.management.holds import SnapshotHolds
+from emb_model_provider.hubs.caches import all_in, cache_root
+from emb_model_provider.management.types import CachedSnapshot, DerivedArtifact
+from emb_model_provider.snapshots import journal as markers
+from emb_model_provider.snapshots.files import size_of
+from emb_model_provider.snapshots.locks import SnapshotHolds, is_held
+from emb_model_provider.snapshots.manifest import Manifest, Question, manifest_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from emb_model_provider.compile.stock import StockedArtifact
-    from emb_model_provider.hubs.base import HubName
-    from emb_model_provider.hubs.pending import Pending
-    from emb_model_provider.management.entries import Completeness
+    from emb_model_provider.artifacts.store import StockedArtifact
+    from emb_model_provider.management.types import Completeness
+    from emb_model_provider.model_spec import HubName
     from emb_model_provider.settings import Settings
+    from emb_model_provider.snapshots.journal import Pending
 
 CLIENTS: tuple[HubName, ...] = ("huggingface", "modelscope")
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.choosing import PATHS, choose, resolve_source
-from emb_model_provider.errors import HubError
-from emb_model_provider.hubs import manifest
+from emb_model_provider.backends.pipeline_plan import plan_pipeline
+from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
+from emb_model_provider.backends.pytorch.import_guards import quiet_imports
+from emb_model_provider.errors import HubError, UnsupportedPrecisionError
 from emb_model_provider.hubs.fetch import fetch_snapshot, question_of
-from emb_model_provider.management.copying import copy_snapshot
-from emb_model_provider.management.entries import CachedModelInfo, CompiledModel, info_of
-from emb_model_provider.management.finding import find
 from emb_model_provider.management.inspection import details_of, verify
 from emb_model_provider.management.inventory import Inventory
-from emb_model_provider.management.reference import load_reference
+from emb_model_provider.management.lookup import find
 from emb_model_provider.management.removal import Remover
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.management.types import CachedModelInfo, CompiledModel, info_of
+from emb_model_provider.model_resolver import PATHS, choose, resolve_source
+from emb_model_provider.settings.loading import load_settings
+from emb_model_provider.snapshots import manifest
+from emb_model_provider.snapshots.snapshot import hash_file
 
 if TYPE_CHECKING:
     import builtins
@@ -27,11 +30,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.hubs.base import Progress
-    from emb_model_provider.hubs.snapshot import Snapshot
-    from emb_model_provider.management.entries import CachedSnapshot, Removal, Verification
-    from emb_model_provider.management.holds import SnapshotHold
+    from emb_model_provider.management.types import CachedSnapshot, Removal, Verification
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
+    from emb_model_provider.snapshots.locks import SnapshotHold
+    from emb_model_provider.snapshots.snapshot import Snapshot
+
 
 __all__ = ["CachedModelInfo", "CompiledModel", "ModelManager", "get_model_manager"]
 
@@ -140,7 +144,7 @@ class ModelManager:
         stopped.
         """
         # Imported only here: to list what is on the disk takes none of it.
-        from emb_model_provider.compile.prepare import prepare_backend
+        from emb_model_provider.artifacts.prepare import prepare_backend
 
         snapshot, hold = self.acquire(spec, on_progress)
         with hold:
@@ -316,3 +320,66 @@ def get_model_manager(
     if source is None and use_modelscope is not None:
         source = "modelscope" if use_modelscope else "huggingface"
     return ModelManager(load_settings()[0] if settings is None else settings, source=source)
+
+
+def copy_snapshot(snapshot: Snapshot, directory: Path) -> Path:
+    """Copy a held snapshot's files into a directory, checking each against its hash; return the directory.
+
+    Files that are there already with the right bytes stay as they are; others of the same name are replaced.
+
+    Raises: HubError where the directory cannot be written, or the snapshot has other bytes than it had.
+    """
+    try:
+        for file in snapshot.files:
+            place = directory / file.path
+            if _has(place, file.sha256, file.size):
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            partial = place.with_name(f".{place.name}.incomplete")
+            try:
+                shutil.copyfile(snapshot.path / file.path, partial)
+                if not _has(partial, file.sha256, file.size):
+                    raise HubError(
+                        f"{file.path} of {snapshot.repository} in {snapshot.path} has other bytes than it had. "
+                        f"Fetch it again: `emb-provider pull --force {snapshot.repository}`."
+                    )
+                partial.replace(place)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise HubError(
+            f"{snapshot.repository} could not be copied to {directory}: {error}. Make room or make it writable, or "
+            "choose another directory."
+        ) from error
+    return directory
+
+
+def _has(path: Path, sha256: str, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size and hash_file(path).sha256 == sha256
+
+
+def load_reference(
+    spec: ModelSpec, snapshot: Snapshot, precision: Precision, *, trust_remote_code: bool
+) -> SentenceTransformer:
+    """Load a snapshot with sentence-transformers on the device of `spec`, with the pooling that it declares.
+
+    Raises: LoadError; UnsupportedPrecisionError for int8 and int4; ImportError without torch.
+    """
+    if precision in ("int8", "int4"):
+        raise UnsupportedPrecisionError(
+            f"Precision {precision} is not available here: choose fp32, fp16, bf16 or auto. `Embedder` and the "
+            "service have it."
+        )
+    # Imported only here: the service manages models without torch.
+    with quiet_imports():
+        from emb_model_provider.backends.pytorch.pipeline import load_pipeline, torch_device_facts
+
+    facts = torch_device_facts()
+    device = resolve_device(spec.device, facts)
+    plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
+    return load_pipeline(
+        plan,
+        precision=resolve_torch_precision(precision, device, facts),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )

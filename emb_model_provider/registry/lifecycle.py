@@ -8,18 +8,18 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from emb_model_provider.concurrency import in_thread
 from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError
-from emb_model_provider.registry.room import Room
-from emb_model_provider.registry.slots import Residence, State
-from emb_model_provider.registry.threads import in_thread
+from emb_model_provider.registry.memory_budget import Room
+from emb_model_provider.registry.model_entry import Residence, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from emb_model_provider.registry.loading import Loader
-    from emb_model_provider.registry.slots import Slot
+    from emb_model_provider.registry.loader import Loader
+    from emb_model_provider.registry.model_entry import Slot
     from emb_model_provider.serving.engine import Engine
-    from emb_model_provider.serving.worker import Change
+    from emb_model_provider.serving.model_thread import Change
     from emb_model_provider.settings import ResidencySettings
 
 logger = logging.getLogger(__name__)

@@ -14,19 +14,21 @@ from emb_model_provider.errors import (
     NotAllowedError,
     ProviderError,
 )
-from emb_model_provider.registry.lease import Lease
+from emb_model_provider.model_resolver import other_names
 from emb_model_provider.registry.lifecycle import Lifecycle
-from emb_model_provider.registry.loading import Loader
-from emb_model_provider.registry.names import other_names
-from emb_model_provider.registry.slots import ModelStatus, Residence, Slot, State
-from emb_model_provider.registry.watch import Watch
+from emb_model_provider.registry.loader import Loader
+from emb_model_provider.registry.model_entry import ModelStatus, Residence, Slot, State
+from emb_model_provider.registry.watchdog import Watch
 from emb_model_provider.settings import ResidencySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
 
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.registry.model_entry import Residence
+    from emb_model_provider.serving.engine import Engine
     from emb_model_provider.serving.jobs import BatchRecord
     from emb_model_provider.settings import (
         BatchSettings,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         ModelSettings,
         TrustSettings,
     )
+
 
 _LOADING_RETRY_AFTER_S = 5.0
 _FAILED_RETRY_AFTER_S = 30.0
@@ -253,3 +256,34 @@ def _failure(slot: Slot, reason: str | None, retry_after_s: float) -> ModelNotRe
     return ModelNotReadyError(
         f"The model `{slot.spec.alias}` could not be loaded: {reason}", retry_after_s=retry_after_s
     )
+
+
+class Lease:
+    """`async with` it once for the model's engine; a model that is not in memory is loaded first."""
+
+    __slots__ = ("_arrive", "_began", "_residence", "_slot")
+
+    def __init__(self, slot: Slot, arrive: Callable[[Slot], Awaitable[Residence]]) -> None:
+        """`arrive` returns the stay of a model that is not there yet, the caller counted as its user."""
+        self._slot = slot
+        self._arrive = arrive
+
+    async def __aenter__(self) -> Engine:
+        """Raises: ModelNotReadyError, ModelNotFoundError."""
+        residence = self._slot.residence
+        if residence is None or residence.engine is None:
+            residence = await self._arrive(self._slot)
+        else:
+            residence.users += 1
+        self._residence = residence
+        self._began = time.monotonic()
+        engine = residence.engine
+        if engine is None:
+            raise RuntimeError("a model that was loaded has an engine")
+        return engine
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._residence.leave()
+        self._slot.usage.note(self._began, time.monotonic(), answered=kind is None)

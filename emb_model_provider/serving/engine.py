@@ -19,13 +19,12 @@ from emb_model_provider.errors import (
     TooManyTokensError,
 )
 from emb_model_provider.serving.batcher import BatchPolicy
-from emb_model_provider.serving.cl100k import decode_cl100k, load_cl100k
-from emb_model_provider.serving.garbage import spare_what_stays
 from emb_model_provider.serving.jobs import EmbeddingJob, Timing
-from emb_model_provider.serving.lanes import Lanes
-from emb_model_provider.serving.postprocess import check_dimensions, finished
-from emb_model_provider.serving.prompts import choose_prompt
-from emb_model_provider.serving.worker import Worker
+from emb_model_provider.serving.memory_tuning import spare_what_stays
+from emb_model_provider.serving.model_thread import Worker
+from emb_model_provider.serving.openai_tokens import decode_cl100k, load_cl100k
+from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, finished
+from emb_model_provider.serving.scheduler import Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.tokenization import EncodedInputs
     from emb_model_provider.model_spec import ModelSpec, Truncate
     from emb_model_provider.serving.jobs import BatchRecord
-    from emb_model_provider.serving.worker import Change
+    from emb_model_provider.serving.model_thread import Change
     from emb_model_provider.settings import BatchSettings, LimitSettings
 
 _INLINE_CHARACTERS = 2_000

@@ -4,6 +4,7 @@ A setting documents itself: its description and what it allows are what `.env.ex
 `docs/configuration.md` show, and what an error quotes.
 """
 
+from emb_model_provider.settings.fields import Lowered, MappingEntry, allowed_values
 from emb_model_provider.settings.groups import (
     FIDELITY_FLOORS,
     BatchSettings,
@@ -18,7 +19,6 @@ from emb_model_provider.settings.groups import (
     TrustSettings,
 )
 from emb_model_provider.settings.settings import PREFIX, Settings
-from emb_model_provider.settings.values import Lowered, MappingEntry, allowed_values
 
 __all__ = [
     "FIDELITY_FLOORS",

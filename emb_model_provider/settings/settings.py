@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
+from emb_model_provider.settings.fields import SettingsTable
 from emb_model_provider.settings.groups import (
     FIDELITY_FLOORS,
     BatchSettings,
@@ -21,13 +22,12 @@ from emb_model_provider.settings.groups import (
     ServerSettings,
     TrustSettings,
 )
-from emb_model_provider.settings.table import SettingsTable
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from emb_model_provider.model_spec import Precision
-    from emb_model_provider.settings.values import MappingEntry
+    from emb_model_provider.settings.fields import MappingEntry
 
 PREFIX = "EMB_PROVIDER_"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.hubs.manifest import Question
-from emb_model_provider.management.holds import SnapshotHolds
+from emb_model_provider.snapshots.locks import SnapshotHolds
+from emb_model_provider.snapshots.manifest import Question
 from tests.api.managing import any_files, cached, downloaded, files_in, served, unreadable, written
 from tests.api.models import KEYS, SECRETS
 from tests.hubs.servers import HuggingFaceServer

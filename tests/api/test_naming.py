@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.api.naming import spec_named
-from emb_model_provider.api.schemas_manage import LoadQuery
+from emb_model_provider.api.routes.loaded_models import spec_named
+from emb_model_provider.api.schemas.management import LoadQuery
 from emb_model_provider.errors import NotAllowedError
 from emb_model_provider.settings import MappingEntry, Settings, TrustSettings
 

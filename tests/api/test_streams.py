@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 from uvicorn.server import ServerState
 
+from emb_model_provider.api.http_protocol import HttpProtocol
 from emb_model_provider.api.limits import CONNECTIONS, Connections
-from emb_model_provider.api.protocol import HttpProtocol
 from emb_model_provider.settings import ServerSettings
 
 if TYPE_CHECKING:

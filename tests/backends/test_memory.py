@@ -9,9 +9,9 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from emb_model_provider.backends.memory import least_bytes, likely_bytes, openvino_bytes
-from emb_model_provider.backends.openvino_backend import OpenVinoBackend
-from emb_model_provider.backends.torch_backend import TorchBackend
+from emb_model_provider.backends.memory_estimate import least_bytes, likely_bytes, openvino_bytes
+from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from tests.models import bundled_directory, snapshot_of, spec_of
 from tests.serving.fakes import describe
 

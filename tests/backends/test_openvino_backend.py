@@ -13,11 +13,11 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from emb_model_provider.backends import parts
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
-from emb_model_provider.backends.cpu import cgroup_cpu_limit, native_bf16, usable_cpus
-from emb_model_provider.backends.openvino_backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_runtime import layout_for
+from emb_model_provider.backends.hardware import cgroup_cpu_limit, native_bf16, usable_cpus
+from emb_model_provider.backends.openvino_cpu import backend as parts
+from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.backends.openvino_cpu.runtime import layout_for
 from emb_model_provider.errors import InferenceError, LoadError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def random_batch(rng: np.random.Generator, inputs: int, longest: int) -> TokenBa
 
 SIDE_BY_SIDE = """
 import faulthandler, sys, threading
-from emb_model_provider.backends.openvino_runtime import openvino
+from emb_model_provider.backends.openvino_cpu.runtime import openvino
 faulthandler.dump_traceback_later(60, exit=True)
 sys.setswitchinterval(1e-6)
 together = threading.Barrier(2)

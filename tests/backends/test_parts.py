@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emb_model_provider.backends import parts as module
-from emb_model_provider.backends.parts import PART_TOKENS, parts, rounded
+from emb_model_provider.backends.openvino_cpu import backend as module
+from emb_model_provider.backends.openvino_cpu.backend import PART_TOKENS, parts, rounded
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=120)
 

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.backends.modelscope_configuration import modelscope_model_section
-from emb_model_provider.backends.pipeline import plan_pipeline
+from emb_model_provider.backends.pipeline_plan import modelscope_model_section, plan_pipeline
 from emb_model_provider.errors import LoadError, UnsupportedModelError
-from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile
 from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from emb_model_provider.backends.pipeline import PipelinePlan
+    from emb_model_provider.backends.pipeline_plan import PipelinePlan
 
 
 def plan_of(
@@ -285,8 +284,8 @@ def test_a_broken_configuration_is_a_load_error(tmp_path: Path) -> None:
 def test_reading_a_plan_does_not_import_torch() -> None:
     """The light serving process reads plans and precisions without a runtime."""
     code = (
-        "import sys, emb_model_provider.backends.pipeline, emb_model_provider.backends.precision, "
-        "emb_model_provider.backends.load, emb_model_provider.backends.tokenization; "
+        "import sys, emb_model_provider.backends.pipeline_plan, emb_model_provider.backends.precision, "
+        "emb_model_provider.backends.pytorch.backend, emb_model_provider.backends.tokenization; "
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'sentence_transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

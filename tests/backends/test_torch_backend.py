@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.backends.load import load_backend
-from emb_model_provider.backends.torch_backend import TorchBackend
+from emb_model_provider.backends.pytorch.backend import TorchBackend, load_backend
 from emb_model_provider.errors import (
     DeviceUnavailableError,
     InferenceError,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.backends.torch_backend import TorchBackend
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference, spread
 from tests.backends.small_tokenizers import LENGTH
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from emb_model_provider.backends.torch_backend import TorchBackend
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.errors import (
     LoadError,
     UnsupportedModelError,

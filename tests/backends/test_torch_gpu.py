@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.pytorch.backend import TorchBackend
+from emb_model_provider.backends.pytorch.packing import varlen_available, varlen_kernel
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.backends.torch_backend import TorchBackend
-from emb_model_provider.backends.torch_packing import varlen_available, varlen_kernel
 from emb_model_provider.errors import DeviceUnavailableError, InferenceError, LoadError
-from emb_model_provider.serving.isolation import is_out_of_memory
+from emb_model_provider.serving.batch_runner import is_out_of_memory
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.backends.test_torch_packing import one_by_one
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.pytorch.backend import TorchBackend
+from emb_model_provider.backends.pytorch.packing import FAMILIES, disagreement, varlen_available
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.backends.torch_backend import TorchBackend
-from emb_model_provider.backends.torch_packing import FAMILIES, disagreement, varlen_available
 from tests.backends.comparison import TEXTS, cosines, embed_texts, spread
 from tests.backends.small_tokenizers import wordpiece
 from tests.models import save_st, snapshot_of, spec_of

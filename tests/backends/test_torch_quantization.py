@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from emb_model_provider.backends.torch_backend import TorchBackend
-from emb_model_provider.backends.torch_quantization import Int8Embedding
+from emb_model_provider.backends.pytorch.backend import TorchBackend
+from emb_model_provider.backends.pytorch.quantization import Int8Embedding
 from emb_model_provider.errors import UnsupportedModelError, UnsupportedPrecisionError
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.backends.small_tokenizers import wordpiece
@@ -110,7 +110,7 @@ def test_a_model_without_layers_to_quantize_is_refused(tmp_path: Path) -> None:
 def test_other_precisions_do_not_import_the_extra() -> None:
     """bitsandbytes is imported for int4 alone, and nothing of its import reaches the log."""
     program = (
-        "import sys; from tests.models import *; from emb_model_provider.backends.load import load_backend\n"
+        "import sys; from tests.models import *; from emb_model_provider.backends.pytorch.backend import load_backend\n"
         "def load(p): return load_backend(spec_of(precision=p), snapshot_of(bundled_directory()), "
         "trust_remote_code=False)\n"
         "load('fp32'); assert 'bitsandbytes' not in sys.modules\n"
@@ -118,7 +118,7 @@ def test_other_precisions_do_not_import_the_extra() -> None:
     )
     # The models of the tests import transformers themselves, and with it torchao.
     program = (
-        "from emb_model_provider.backends.quiet_imports import quiet_imports\nwith quiet_imports(): import transformers.modeling_utils\n"
+        "from emb_model_provider.backends.pytorch.import_guards import quiet_imports\nwith quiet_imports(): import transformers.modeling_utils\n"
         + program
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -129,7 +129,7 @@ def test_other_precisions_do_not_import_the_extra() -> None:
 
 def test_a_failed_import_leaves_the_loggers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is quiet during an import speaks again after it."""
-    from emb_model_provider.backends.quiet_imports import quiet_imports
+    from emb_model_provider.backends.pytorch.import_guards import quiet_imports
 
     logger = logging.getLogger("torch.utils._pytree")
     level = logger.level

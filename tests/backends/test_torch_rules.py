@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from emb_model_provider.backends.torch_backend import TorchBackend
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.errors import UnsupportedModelError
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.backends.small_tokenizers import LENGTH, byte_bpe, unigram, wordpiece

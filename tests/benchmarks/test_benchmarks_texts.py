@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.texts import Corpus, draw_lengths, tokens_in
 from benchmarks.workloads import read_inputs, write_bodies
-from emb_model_provider.hubs.bundled import find_bundled
+from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import pytest
 
-from emb_model_provider.cli import measuring_child
+from emb_model_provider.cli import fidelity as measuring_child
 from emb_model_provider.cli.fidelity import _cells, _notes
 from emb_model_provider.cli.main import COMMANDS, OF_MODELS
 from tests.cli.running import SCRIPT, invoke

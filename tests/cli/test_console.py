@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.cli.console import ago, duration, size, styled, table
+from emb_model_provider.cli.output import styled, table
 from emb_model_provider.cli.progress import Reporter, describe
+from emb_model_provider.formatting import format_age, format_duration, format_size
 from emb_model_provider.hubs.base import Progress
 from tests.cli.running import SCRIPT
 from tests.service import environment, wait_until
@@ -48,19 +49,19 @@ def fetch(report: Reporter, total: int = 1000, steps: int = 100) -> None:
 )
 def test_sizes_are_in_powers_of_1000(count: float | None, shown: str) -> None:
     """Three figures at most, and the unit that disks are sold in."""
-    assert size(count) == shown
+    assert format_size(count) == shown
 
 
 def test_times_are_told_as_people_do() -> None:
     """How long ago, and how long."""
     now = datetime(2030, 1, 2, tzinfo=UTC)
-    assert [ago(now - timedelta(seconds=s), now) for s in (5, 60, 7200, 3 * 86_400)] == [
+    assert [format_age(now - timedelta(seconds=s), now) for s in (5, 60, 7200, 3 * 86_400)] == [
         "just now",
         "1 minute ago",
         "2 hours ago",
         "3 days ago",
     ]
-    assert [duration(s) for s in (5, 65, 7384)] == ["0:05", "1:05", "2:03:04"]
+    assert [format_duration(s) for s in (5, 65, 7384)] == ["0:05", "1:05", "2:03:04"]
 
 
 def test_tables_have_columns() -> None:
@@ -134,7 +135,9 @@ def test_phases_of_compiling_are_told_from_its_log() -> None:
     with Reporter("plain", stream=stream) as report:
         report.model("small")
         for name in ("import", "export", "reference vectors", "verify", "write"):
-            logging.getLogger("emb_model_provider.compile.child").debug("", extra={"compile_phase": name})
+            logging.getLogger("emb_model_provider.artifacts.compiler_process").debug(
+                "", extra={"compile_phase": name}
+            )
     assert stream.getvalue().splitlines() == ["small: compile", "small: compare"]
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.cli.opening import spec_of
+from emb_model_provider.cli.options import spec_of
 from emb_model_provider.management.manager import ModelManager
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
 from tests.cli.running import SCRIPT, asked, invoke, run
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 from tests.service import environment, wait_until
@@ -175,7 +175,7 @@ def test_list_tells_what_is_here(here: Path) -> None:
 
 def test_json_is_named_as_the_http_api_names_it(here: Path) -> None:
     """Whoever reads the one can read the other: what HTTP has more is what only a server knows."""
-    from emb_model_provider.api import schemas_manage as http
+    from emb_model_provider.api.schemas.openai import management as http
 
     assert MODEL_KEYS | {"served_as"} == set(http.CachedModel.model_fields)
     pull(HF_REPO)

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from emb_model_provider.cli.doctor import machine
-from emb_model_provider.hubs.reach import reach
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.hubs.connectivity import reach
+from emb_model_provider.settings.loading import load_settings
 from tests.cli.running import asked, invoke
 from tests.hubs.conftest import HF_REPO, MS_REPO
 from tests.service import free_port

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.cli.client import server_url
+from emb_model_provider.cli.server_client import server_url
 from emb_model_provider.settings import ServerSettings
 from tests.cli.conftest import COPY
 from tests.cli.running import asked, invoke

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.backends.cpu import fast_int8, native_bf16
-from emb_model_provider.backends.openvino_backend import OpenVinoBackend
-from emb_model_provider.compile.artifact import GRAPH, read_artifact
-from emb_model_provider.compile.corpus import corpus
-from emb_model_provider.compile.graph import quietly
-from emb_model_provider.compile.job import Job
-from emb_model_provider.compile.make import make
-from emb_model_provider.compile.recipe import recipe_for
+from emb_model_provider.artifacts.compile_job import Job
+from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
+from emb_model_provider.artifacts.recipe import recipe_for
+from emb_model_provider.backends.hardware import fast_int8, native_bf16
+from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.compiler.build import make
+from emb_model_provider.compiler.export import quietly
+from emb_model_provider.fidelity.texts import corpus
 from tests.compile.service import FAMILY, Service
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.compile.artifact import Artifact
+    from emb_model_provider.artifacts.manifest import Artifact
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compiled
             with pytest.MonkeyPatch.context() as patch:
                 if name != "bundled" or spec.get("precision") in ("fp32", "fp16"):
                     # What is measured is tested with the bundled model at the other precisions.
-                    patch.setattr("emb_model_provider.compile.verify.corpus", lambda _share=0.0: corpus(0))
+                    patch.setattr("emb_model_provider.fidelity.compare.corpus", lambda _share=0.0: corpus(0))
                 result, phases = compile_here(directory, place, **spec)
             assert result.outcome == "done", result
             artifact = read_artifact(place)

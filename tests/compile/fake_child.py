@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from emb_model_provider.compile.__main__ import _end_with
-from emb_model_provider.compile.artifact import FILES, read_artifact, write_manifest
-from emb_model_provider.compile.job import Job, Phase, Result
+from emb_model_provider.artifacts.compile_job import Job, Phase, Result
+from emb_model_provider.artifacts.manifest import FILES, read_artifact, write_manifest
+from emb_model_provider.compiler.__main__ import _end_with
 
 
 def tell(line: str) -> None:

@@ -6,8 +6,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from emb_model_provider.artifacts.prepare import PreparedBackend, prepare_backend
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
 from tests.models import snapshot_of, spec_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Service:
         self.announced = 0
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(
-            "emb_model_provider.compile.child.COMMAND", (sys.executable, "-m", "tests.compile.fake_child")
+            "emb_model_provider.artifacts.compiler_process.COMMAND",
+            (sys.executable, "-m", "tests.compile.fake_child"),
         )
         self.child_does()
 

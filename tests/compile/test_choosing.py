@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.compile import prepare
-from emb_model_provider.compile import recipe as recipes
+from emb_model_provider.artifacts import prepare
+from emb_model_provider.artifacts import recipe as recipes
 from emb_model_provider.errors import CacheNotWritableError, LoadError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def test_a_cache_that_cannot_be_written(service: Service, monkeypatch: pytest.Mo
         raise CacheNotWritableError("Cannot write: set EMB_PROVIDER_CACHE_DIR")
 
     service.prepare()
-    monkeypatch.setattr("emb_model_provider.compile.store.require_writable", refuse)
+    monkeypatch.setattr("emb_model_provider.artifacts.store.require_writable", refuse)
     for path in (service.cache / "artifacts").glob("*.hold"):
         path.unlink()
     (service.cache / "artifacts").chmod(0o555)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.backends.cpu import native_bf16
+from emb_model_provider.backends.hardware import native_bf16
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.backends.torch_backend import TorchBackend
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference, spread
 from tests.models import FAMILIES, snapshot_of, spec_of
 

@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from emb_model_provider.compile.calibration import CALIBRATION
-from emb_model_provider.compile.corpus import LEAST_TOPICS, corpus, corpus_digest, topics
-from emb_model_provider.compile.fidelity import NEIGHBOURS, cosines, neighbour_overlap, similarities, spearman
-from emb_model_provider.compile.probes import PROBES, long_probes
+from emb_model_provider.fidelity.metrics import NEIGHBOURS, cosines, neighbour_overlap, similarities, spearman
+from emb_model_provider.fidelity.texts import (
+    CALIBRATION,
+    LEAST_TOPICS,
+    PROBES,
+    corpus,
+    corpus_digest,
+    long_probes,
+    topics,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.backends.cpu import native_bf16
-from emb_model_provider.compile.artifact import read_fidelity
-from emb_model_provider.compile.floors import SETTING, UntrueModelError, shown_cosine
-from emb_model_provider.compile.prepare import PreparedBackend, prepare_backend
+from emb_model_provider.artifacts.manifest import read_fidelity
+from emb_model_provider.artifacts.prepare import PreparedBackend, prepare_backend
+from emb_model_provider.backends.hardware import native_bf16
+from emb_model_provider.fidelity.thresholds import SETTING, UntrueModelError
+from emb_model_provider.formatting import format_cosine
 from emb_model_provider.settings import FIDELITY_FLOORS, FidelitySettings
 from tests.compile.service import FAMILY, ONE_TOKEN, Service
 from tests.models import snapshot_of, spec_of
@@ -81,7 +82,7 @@ def test_a_compiled_model_below_its_floor_is_refused_until_the_floor_is_lowered(
     assert found.min_cosine < 1
     message = refused(lambda: prepare(int8, {"int8": 1.0}, precision="int8"))
     assert message.startswith("test/small is not true enough at int8")
-    assert f"{shown_cosine(found.min_cosine)} over {found.texts} texts" in message
+    assert f"{format_cosine(found.min_cosine)} over {found.texts} texts" in message
     assert f"the floor of int8 in {SETTING} is 1" in message
     assert "to bf16, fp16 or fp32, or lower that floor" in message
     description = loaded(prepare(int8, {"int8": found.min_cosine - 0.001}, precision="int8"))
@@ -227,7 +228,7 @@ def test_a_figure_that_is_damaged_is_measured_anew(service: Service, kept: Path)
     message = refused(lambda: prepare(service, {"bf16": 1.0}, **TORCH).load())
     again = json.loads(kept.read_text())["min_cosine"]
     assert again == pytest.approx(before, abs=1e-3)
-    assert f"lowest cosine to fp32 is {shown_cosine(again)} over" in message
+    assert f"lowest cosine to fp32 is {format_cosine(again)} over" in message
     stamp = kept.stat().st_mtime_ns
     assert refused(lambda: prepare(service, {"bf16": 1.0}, **TORCH).load()) == message
     assert kept.stat().st_mtime_ns == stamp
@@ -274,6 +275,6 @@ def test_a_figure_is_of_one_pipeline(service: Service, kept: Path) -> None:
 
 def test_a_cosine_is_shown_cut() -> None:
     """What is not 1 is not told as 1."""
-    assert shown_cosine(0.999996) == "0.99999"
-    assert shown_cosine(1.0) == "1.00000"
-    assert shown_cosine(0.97) == "0.97000"
+    assert format_cosine(0.999996) == "0.99999"
+    assert format_cosine(1.0) == "1.00000"
+    assert format_cosine(0.97) == "0.97000"

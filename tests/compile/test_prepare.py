@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.compile import recipe as recipes
+from emb_model_provider.artifacts import recipe as recipes
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.compile.prepare import PreparedBackend
+    from emb_model_provider.artifacts.prepare import PreparedBackend
     from tests.compile.service import Service
 
 from tests.compile.service import ONE_TOKEN
@@ -159,7 +159,7 @@ def test_a_touched_artifact_is_hashed_once(service: Service, monkeypatch: pytest
     service.prepare()
     os.utime(service.artifacts[0] / "model.bin", (1, 1))
     service.prepare()
-    monkeypatch.setattr("emb_model_provider.compile.artifact.hash_file", lambda _: pytest.fail("hashed"))
+    monkeypatch.setattr("emb_model_provider.artifacts.manifest.hash_file", lambda _: pytest.fail("hashed"))
     service.prepare()
     assert service.starts == 1
 

@@ -29,8 +29,8 @@ started = time.perf_counter()
 directory, cache = map(Path, sys.argv[1:3])
 logging.basicConfig(level=logging.INFO)
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.compile.prepare import prepare_backend
-from emb_model_provider.hubs.snapshot import Snapshot, SnapshotFile, hash_file
+from emb_model_provider.artifacts.prepare import prepare_backend
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.backends.tokenization import Tokenization
 files = []

@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from emb_model_provider.artifacts import recipe as recipes
+from emb_model_provider.artifacts.manifest import FILES, GRAPH, MANIFEST, WEIGHTS
+from emb_model_provider.artifacts.recipe import precision_note, recipe_for
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.backends.cpu import fast_int8, native_bf16
-from emb_model_provider.backends.openvino_backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_runtime import openvino
-from emb_model_provider.compile import make as making
-from emb_model_provider.compile import quantize as quantizing
-from emb_model_provider.compile import recipe as recipes
-from emb_model_provider.compile.artifact import FILES, GRAPH, MANIFEST, WEIGHTS
-from emb_model_provider.compile.calibration import CALIBRATION
-from emb_model_provider.compile.corpus import corpus
-from emb_model_provider.compile.graph import quietly
-from emb_model_provider.compile.probes import PROBES
-from emb_model_provider.compile.quantize import QuantizeError
-from emb_model_provider.compile.recipe import precision_note, recipe_for
-from emb_model_provider.compile.verify import UntrueError, reference_cases
+from emb_model_provider.backends.hardware import fast_int8, native_bf16
+from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.backends.openvino_cpu.runtime import openvino
+from emb_model_provider.compiler import build as making
+from emb_model_provider.compiler import quantize as quantizing
+from emb_model_provider.compiler.export import quietly
+from emb_model_provider.compiler.quantize import QuantizeError
+from emb_model_provider.fidelity.compare import UntrueError, reference_cases
+from emb_model_provider.fidelity.texts import CALIBRATION, PROBES, corpus
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.compile.conftest import compile_here
 from tests.models import snapshot_of, spec_of
@@ -36,8 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emb_model_provider.backends.base import ComputePrecision, ModelDescription
-    from emb_model_provider.compile.quantize import QuantizedWeights
-    from emb_model_provider.compile.verify import Case
+    from emb_model_provider.compiler.quantize import QuantizedWeights
+    from emb_model_provider.fidelity.compare import Case
     from tests.compile.conftest import Compiled
     from tests.compile.service import Service
 
@@ -50,7 +48,7 @@ FAMILY_FLOORS = {"int8": 0.94, "int4": 0.7}
 def measured_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models are measured once, and on a small part of the corpus: what is measured is tested elsewhere."""
     monkeypatch.setattr("tests.compile.conftest.fast_int8", lambda: False)
-    monkeypatch.setattr("emb_model_provider.compile.verify.corpus", lambda _share=0.0: corpus(0))
+    monkeypatch.setattr("emb_model_provider.fidelity.compare.corpus", lambda _share=0.0: corpus(0))
 
 
 def size_of(made: Compiled) -> int:
@@ -132,7 +130,7 @@ def test_the_bundled_model_reaches_what_is_promised(
 ) -> None:
     """Lowest cosine, neighbours kept and size on disk, as this processor computes it best."""
     monkeypatch.setattr("tests.compile.conftest.fast_int8", fast_int8)
-    monkeypatch.setattr("emb_model_provider.compile.verify.corpus", corpus)
+    monkeypatch.setattr("emb_model_provider.fidelity.compare.corpus", corpus)
     monkeypatch.setattr(making, "reference_cases", bundled_cases)
     made = compiled("bundled", precision=precision, alias="bundled")
     fidelity = made.artifact.description.fidelity
@@ -294,9 +292,9 @@ def test_nncf_reports_nothing_and_is_not_imported_by_serving() -> None:
     """Neither importing what serves nor the recipe brings it in; where it is imported, its telemetry is a stand-in."""
     code = (
         "import sys\n"
-        "import emb_model_provider.compile.prepare, emb_model_provider.backends.openvino_backend\n"
+        "import emb_model_provider.artifacts.prepare, emb_model_provider.backends.openvino_cpu.backend\n"
         "assert 'nncf' not in sys.modules\n"
-        "from emb_model_provider.backends.openvino_runtime import openvino\n"
+        "from emb_model_provider.backends.openvino_cpu.runtime import openvino\n"
         "openvino()\n"
         "from nncf.telemetry import telemetry\n"
         "print(type(telemetry).__name__)\n"

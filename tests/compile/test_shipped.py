@@ -11,11 +11,11 @@ import openvino as ov
 import pytest
 import torch
 
-from emb_model_provider.backends.openvino_backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_runtime import openvino
-from emb_model_provider.compile import graph as graphs
-from emb_model_provider.compile.artifact import GRAPH, read_artifact
-from emb_model_provider.compile.shipped import ways_shipped
+from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
+from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.backends.openvino_cpu.runtime import openvino
+from emb_model_provider.compiler import export as graphs
+from emb_model_provider.compiler.export import ways_shipped
 from emb_model_provider.errors import IncompleteRepositoryError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_spec import ModelSpec

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.compile import graph as graphs
-from emb_model_provider.compile import make as making
-from emb_model_provider.compile.probes import PROBES, long_probes
-from emb_model_provider.compile.verify import Case, UntrueError, compare
+from emb_model_provider.compiler import build as making
+from emb_model_provider.compiler import export as graphs
+from emb_model_provider.fidelity.compare import Case, UntrueError, compare
+from emb_model_provider.fidelity.texts import PROBES, long_probes
 from tests.compile.conftest import compile_here
 
 if TYPE_CHECKING:

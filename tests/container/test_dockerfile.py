@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
 from tests.container.dockerfile import ROOT, command, final_stage, instructions, the
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
 from tests.docs.markdown import DOCUMENTS, Block, blocks
 from tests.service import Service, environment
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.settings import MappingEntry, Settings, allowed_values
-from emb_model_provider.settings_loading import OTHER_NAMES, load_settings
+from emb_model_provider.settings.loading import OTHER_NAMES, load_settings
 from tests.docs.markdown import ROOT, rows
 
 if TYPE_CHECKING:

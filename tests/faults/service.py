@@ -1,7 +1,7 @@
 """`python -m tests.faults.service`: the real service, with faults planted in its backends.
 
 FAULTS_DIR in the environment is the directory of `planted.Control`. FAULTS_PATCH may be JSON that shortens what would
-take a test too long: `{"emb_model_provider.serving.lanes:_LOWERED_BUDGET_S": 5.0}`.
+take a test too long: `{"emb_model_provider.serving.scheduler:_LOWERED_BUDGET_S": 5.0}`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.compile.prepare import prepare_backend as prepare
+from emb_model_provider.artifacts.prepare import prepare_backend as prepare
 from emb_model_provider.main import run
 from emb_model_provider.observability.metrics import Metrics
-from emb_model_provider.registry import loading
+from emb_model_provider.registry import loader as loading
 from tests.faults.planted import Control, FaultyBackend
 
 if TYPE_CHECKING:
+    from emb_model_provider.artifacts.prepare import PreparedBackend
     from emb_model_provider.backends.base import Backend
-    from emb_model_provider.compile.prepare import PreparedBackend
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.serving.jobs import BatchRecord
 

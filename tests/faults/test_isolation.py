@@ -27,7 +27,7 @@ LOWERED_S = 5.0
 
 @pytest.fixture(scope="module")
 def faulty(start: Start) -> FaultyService:
-    return start(patches={"emb_model_provider.serving.lanes:_LOWERED_BUDGET_S": LOWERED_S})
+    return start(patches={"emb_model_provider.serving.scheduler:_LOWERED_BUDGET_S": LOWERED_S})
 
 
 @pytest.fixture(autouse=True)

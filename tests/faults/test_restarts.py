@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RETRY_S = 1.0
 PATCHES = {
-    "emb_model_provider.serving.worker:_RESTART_PAUSES_S": [0.0, 0.0, 0.0],
+    "emb_model_provider.serving.model_thread:_RESTART_PAUSES_S": [0.0, 0.0, 0.0],
     "emb_model_provider.registry.registry:_FAILED_RETRY_AFTER_S": RETRY_S,
 }
 """So that a test need not wait for what it does not look at."""

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from emb_model_provider.backends import shortening
-from emb_model_provider.backends.shortening import Shortening
+from emb_model_provider.backends import tokenization as shortening
+from emb_model_provider.backends.tokenization import Shortening
 from tests.backends.small_tokenizers import byte_bpe, unigram, wordpiece
 from tests.backends.test_tokenization import tokenization_of
 from tests.fuzz.bodies import texts

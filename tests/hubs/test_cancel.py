@@ -9,7 +9,7 @@ import pytest
 
 from emb_model_provider.errors import FetchCancelledError, HubUnavailableError
 from emb_model_provider.hubs.fetch import fetch_snapshot
-from emb_model_provider.hubs.pending import load_all
+from emb_model_provider.snapshots.journal import load_all
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, spec
 from tests.hubs.test_processes import both
 from tests.service import wait_until

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.choosing import resolve_source
 from emb_model_provider.errors import (
     CacheNotWritableError,
     CorruptSnapshotError,
@@ -26,6 +25,7 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
 )
 from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, spec
 

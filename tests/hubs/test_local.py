@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.errors import CorruptSnapshotError, IncompleteRepositoryError, RepositoryNotFoundError
-from emb_model_provider.hubs import snapshot as snapshots
-from emb_model_provider.hubs.bundled import OFFICIAL_SHA256, find_bundled
 from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.hubs.local import OFFICIAL_SHA256, find_bundled
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from emb_model_provider.settings import HubSettings
+from emb_model_provider.snapshots import snapshot as snapshots
 from tests.hubs.conftest import model_files, spec
 
 if TYPE_CHECKING:

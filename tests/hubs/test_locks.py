@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from emb_model_provider.hubs.locks import Held, claim, is_held, remove_stale, share
+from emb_model_provider.snapshots.locks import Held, claim, is_held, remove_stale, share
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from emb_model_provider.hubs.locks import share
+from emb_model_provider.snapshots.locks import share
 
 held = share(Path(sys.argv[1]))
 print("held", flush=True)
@@ -27,7 +27,7 @@ time.sleep(600)
 FORKS = """
 import os, sys
 from pathlib import Path
-from emb_model_provider.hubs.locks import is_held, share
+from emb_model_provider.snapshots.locks import is_held, share
 
 path = Path(sys.argv[1])
 held = share(path)
@@ -39,7 +39,7 @@ print("held" if is_held(path) else "lost")
 NOT_OURS = """
 import ctypes, os, sys
 from pathlib import Path
-from emb_model_provider.hubs.locks import claim, share
+from emb_model_provider.snapshots.locks import claim, share
 
 if os.getuid() == 0:
     # No permission binds root. Without its capabilities it is an owner like any other.

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.progress import ByteCounter, ProgressReporter
+from emb_model_provider.hubs.transfer import ByteCounter, ProgressReporter
 from tests.service import wait_until
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import pytest
 
 from emb_model_provider.errors import IncompleteRepositoryError
 from emb_model_provider.hubs.selection import require_model, select
-from emb_model_provider.hubs.snapshot import is_safe_path
+from emb_model_provider.snapshots.snapshot import is_safe_path
 
 
 def test_torch_weights_go_only_where_their_directory_has_safetensors() -> None:

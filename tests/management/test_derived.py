@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from emb_model_provider.artifacts.manifest import FILES, GRAPH, write_manifest
+from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.backends.base import ModelDescription
-from emb_model_provider.choosing import choose
-from emb_model_provider.compile.artifact import FILES, GRAPH, write_manifest
-from emb_model_provider.compile.store import ArtifactStore
 from emb_model_provider.errors import ModelInUseError
 from emb_model_provider.management.manager import ModelManager
+from emb_model_provider.model_resolver import choose
 from tests.hubs.conftest import HF_REPO, MS_REPO
 from tests.management.conftest import on_disk
 
@@ -185,7 +185,8 @@ def test_a_compiled_model_is_described_and_held_no_longer(
     told = {"log": str(tmp_path / "log"), "copy": str(source)}
     monkeypatch.setenv("FAKE_CHILD", json.dumps(told))
     monkeypatch.setattr(
-        "emb_model_provider.compile.child.COMMAND", (sys.executable, "-m", "tests.compile.fake_child")
+        "emb_model_provider.artifacts.compiler_process.COMMAND",
+        (sys.executable, "-m", "tests.compile.fake_child"),
     )
     settings = configured(device="cpu")
     manager = ModelManager(settings)

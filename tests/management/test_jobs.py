@@ -11,15 +11,15 @@ import pytest
 
 from emb_model_provider.errors import HubUnavailableError, JobNotFoundError, QueueFullError
 from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.snapshot import Snapshot
-from emb_model_provider.management.jobs import DownloadJobs
+from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.snapshots.snapshot import Snapshot
 from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from emb_model_provider.management.job import Job
+    from emb_model_provider.management.downloads import Job
 
 SNAPSHOT = Snapshot.of("huggingface", "a/b", "c0ffee", Path("/models/a/b"), ())
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.choosing import choose
 from emb_model_provider.errors import HubError, ManagementError, ModelInUseError, NotCachedError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
+from emb_model_provider.model_resolver import choose
 from emb_model_provider.model_spec import BUNDLED_MODEL
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, modelscope_files
 from tests.hubs.test_existing_caches import write
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
+    from emb_model_provider.snapshots.snapshot import Snapshot
     from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.choosing import choose
 from emb_model_provider.errors import CorruptSnapshotError, ModelInUseError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.manager import ModelManager
+from emb_model_provider.model_resolver import choose
 from tests.hubs.conftest import MS_REPO, WEIGHTS
 from tests.management.conftest import on_disk
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.hubs.snapshot import Snapshot
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
+    from emb_model_provider.snapshots.snapshot import Snapshot
     from tests.hubs.servers import ModelScopeServer
 
 NEWER = {

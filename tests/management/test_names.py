@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.choosing import choose
 from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
+from emb_model_provider.model_resolver import choose
 from tests.hubs.conftest import HF_REPO, MS_REPO, model_files
 from tests.hubs.test_existing_caches import write
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.choosing import choose
 from emb_model_provider.errors import ModelInUseError
+from emb_model_provider.model_resolver import choose
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 from tests.hubs.test_processes import both
 from tests.management.conftest import on_disk
@@ -30,11 +30,11 @@ ROOT = Path(__file__).parents[2]
 
 CHILD = """
 import pathlib, sys, time
-from emb_model_provider.choosing import choose
+from emb_model_provider.model_resolver import choose
 from emb_model_provider.errors import ProviderError
-from emb_model_provider.hubs.removal import SnapshotFiles
+from emb_model_provider.management.removal import SnapshotFiles
 from emb_model_provider.management.manager import ModelManager
-from emb_model_provider.settings_loading import load_settings
+from emb_model_provider.settings.loading import load_settings
 
 what, name = sys.argv[1:]
 settings = load_settings(pathlib.Path("no.env"))[0]

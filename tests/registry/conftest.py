@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from emb_model_provider.compile.prepare import PreparedBackend
-from emb_model_provider.hubs.snapshot import Snapshot
+from emb_model_provider.artifacts.prepare import PreparedBackend
 from emb_model_provider.model_spec import ModelSpec
-from emb_model_provider.registry import Registry, State, lifecycle, loading
+from emb_model_provider.registry import Registry, State, lifecycle
+from emb_model_provider.registry import loader as loading
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import (
     BatchSettings,
@@ -23,6 +23,7 @@ from emb_model_provider.settings import (
     ResidencySettings,
     TrustSettings,
 )
+from emb_model_provider.snapshots.snapshot import Snapshot
 from tests.serving.fakes import FakeBackend
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ PATIENCE_S = 60.0
 def quick_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave Python's garbage alone: it is all that a load of these models takes time for."""
     monkeypatch.setattr("emb_model_provider.serving.engine.spare_what_stays", lambda: None)
-    monkeypatch.setattr("emb_model_provider.serving.worker.give_back_memory", lambda: None)
+    monkeypatch.setattr("emb_model_provider.serving.model_thread.give_back_memory", lambda: None)
 
 
 class FakeHold:

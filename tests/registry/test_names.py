@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from emb_model_provider.model_resolver import other_names
 from emb_model_provider.model_spec import ModelSpec
-from emb_model_provider.registry.names import other_names
 
 
 def spec(name: str, alias: str | None = None) -> ModelSpec:

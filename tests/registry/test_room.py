@@ -157,7 +157,7 @@ async def test_load_that_does_not_end_is_told_of(
     fleet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It keeps its room, and others out: its own state says so, theirs say whom they wait for, and none is called ready."""
-    monkeypatch.setattr("emb_model_provider.registry.slots._LONG_S", 0.0)
+    monkeypatch.setattr("emb_model_provider.registry.model_entry._LONG_S", 0.0)
     async with fleet(*"ab", preload=("b",), max_loaded_models=1, load_wait_s=0.0) as models:
         await models.registry.load("b")
         models["a"].may_load.clear()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.registry import State
-from emb_model_provider.registry.usage import WINDOW_S, Usage
+from emb_model_provider.registry.model_entry import WINDOW_S, Usage
 from tests.registry.conftest import until
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.errors import InferenceError, ModelNotReadyError
-from emb_model_provider.serving import worker
-from emb_model_provider.serving.lanes import Lanes
+from emb_model_provider.serving import model_thread as worker
+from emb_model_provider.serving.scheduler import Lanes
 from emb_model_provider.settings import BatchSettings
 from tests.serving.fakes import BREAKS, NEVER_FINITE, NOT_FINITE, expected
 from tests.serving.running import ids, running

@@ -11,8 +11,8 @@ import weakref
 
 import pytest
 
-from emb_model_provider.backends.cpu import usable_cpus
-from emb_model_provider.serving.garbage import spare_what_stays
+from emb_model_provider.backends.hardware import usable_cpus
+from emb_model_provider.serving.memory_tuning import spare_what_stays
 
 
 class _Node:
@@ -38,7 +38,7 @@ def test_a_model_that_is_gone_is_freed_when_the_next_is_loaded() -> None:
 
 ARENAS = """
 import ctypes, sys, threading
-from emb_model_provider.serving.garbage import keep_memory_together
+from emb_model_provider.serving.memory_tuning import keep_memory_together
 
 if sys.argv[1] == "few":
     keep_memory_together()

@@ -11,16 +11,15 @@ from starlette.requests import Request  # noqa: TC002 - FastAPI reads it
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from emb_model_provider.api.errors import code_of
-from emb_model_provider.api.naming import spec_named
-from emb_model_provider.api.schemas import error_responses
-from emb_model_provider.api.schemas_manage import DownloadJob, DownloadJobList, DownloadQuery
+from emb_model_provider.api.routes.loaded_models import spec_named
+from emb_model_provider.api.schemas.management import DownloadJob, DownloadJobList, DownloadQuery
+from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import JobNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from emb_model_provider.management.job import Job
-    from emb_model_provider.management.jobs import DownloadJobs
+    from emb_model_provider.management.downloads import DownloadJobs, Job
     from emb_model_provider.settings import Settings
 
 JOBS = "/api/models/jobs"

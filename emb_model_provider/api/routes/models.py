@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
-from emb_model_provider.api.schemas import FidelityObject, ModelList, ModelObject, error_responses
+from emb_model_provider.api.schemas.openai import FidelityObject, ModelList, ModelObject, error_responses
 
 if TYPE_CHECKING:
     from emb_model_provider.backends.base import ModelDescription

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from emb_model_provider.cli.console import out, print_json, say, styled
-from emb_model_provider.cli.doctor.finding import Finding
-from emb_model_provider.cli.exits import FAILED
 from emb_model_provider.cli.options import json_option
+from emb_model_provider.cli.output import FAILED, out, print_json, say, styled
 from emb_model_provider.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from emb_model_provider.settings import Settings
+
 
 _SHOWN = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
 
@@ -51,7 +50,7 @@ def _findings() -> Iterator[Finding]:
     # The client's own setting, read when it is first imported: five tries take longer than anybody waits for this.
     os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
     from emb_model_provider.cli.doctor import disk, machine, service
-    from emb_model_provider.settings_loading import load_settings
+    from emb_model_provider.settings.loading import load_settings
 
     plain: tuple[Callable[[], Iterable[Finding]], ...] = (
         machine.check_python,
@@ -89,3 +88,18 @@ def _print(finding: Finding) -> None:
     out(f"{styled(label, fg=color)}  {finding.check}: {finding.found}")
     if finding.advice:
         out(f"      {finding.advice}")
+
+
+Level = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's."""
+
+    check: str
+    level: Level
+    """fail: something that is configured cannot work; warn: it works, and could be better, or might not some day."""
+    found: str
+    advice: str = ""
+    """What to do: a command to type or a setting; empty where nothing is to be done."""

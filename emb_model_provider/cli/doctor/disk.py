@@ -7,9 +7,9 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from emb_model_provider.cli.console import size
-from emb_model_provider.cli.doctor.finding import Finding
+from emb_model_provider.cli.doctor import Finding
 from emb_model_provider.errors import HubError
+from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ _SHORT, _FULL = 5_000_000_000, 500_000_000
 
 def check_directories(settings: Settings) -> Iterator[Finding]:
     """Look at every directory that is written to: models' files, what is compiled of them, the log."""
-    from emb_model_provider.hubs.layout import cache_root
+    from emb_model_provider.hubs.caches import cache_root
 
     yield from _check("cache", settings.cache_dir, "EMB_PROVIDER_CACHE_DIR")
     for hub, own, setting in (
@@ -36,7 +36,7 @@ def check_directories(settings: Settings) -> Iterator[Finding]:
 
 
 def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> Iterator[Finding]:
-    from emb_model_provider.hubs.storage import require_writable
+    from emb_model_provider.snapshots.files import require_writable
 
     directory = directory.expanduser().absolute()
     missing = _missing(directory)
@@ -51,7 +51,7 @@ def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> 
             with contextlib.suppress(OSError):  # it was not made, or somebody else needs it by now
                 made.rmdir()
     free = shutil.disk_usage(_existing(directory)).free
-    found = f"{directory}, {size(free)} free"
+    found = f"{directory}, {format_size(free)} free"
     if free < _FULL:
         advice = (
             f"Free some, or set {setting} to a directory on a larger disk. What can go: emb-provider list"

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.cli.console import size
-from emb_model_provider.cli.doctor.finding import Finding
+from emb_model_provider.cli.doctor import Finding
+from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from emb_model_provider.cli.doctor.finding import Level
+    from emb_model_provider.cli.doctor import Level
     from emb_model_provider.settings import Settings
 
 _ROOT = Path("/")
@@ -44,7 +44,7 @@ def check_python() -> Iterator[Finding]:
 
 def check_packages() -> Iterator[Finding]:
     """Look for what serves, what compiles and what fetches."""
-    from emb_model_provider.compile.recipe import (
+    from emb_model_provider.artifacts.recipe import (
         QUANTIZER,
         RUNTIME_PACKAGES,
         TOOL_PACKAGES,
@@ -69,7 +69,7 @@ def check_packages() -> Iterator[Finding]:
 
 def check_processor(root: Path = _ROOT) -> Iterator[Finding]:
     """Look at what may be used of it, and at what makes models quick."""
-    from emb_model_provider.backends.cpu import cgroup_cpu_limit, usable_cpus
+    from emb_model_provider.backends.hardware import cgroup_cpu_limit, usable_cpus
 
     try:
         text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -104,9 +104,9 @@ def check_memory(root: Path = _ROOT) -> Iterator[Finding]:
         yield Finding("memory", "ok", "this system does not tell")
         return
     limit = _memory_limit(root)
-    found = f"{size(available)} of {size(total)} free"
+    found = f"{format_size(available)} of {format_size(total)} free"
     if limit is not None and limit < total:
-        found += f", a limit of {size(limit)} for this process"
+        found += f", a limit of {format_size(limit)} for this process"
         available = min(available, limit)
     if available < _SHORT_OF_MEMORY:
         advice = (
@@ -119,7 +119,7 @@ def check_memory(root: Path = _ROOT) -> Iterator[Finding]:
 
 def check_cuda(settings: Settings) -> Iterator[Finding]:
     """Look for a device: by the driver, which is quick, and only where there is one through torch, which is not."""
-    from emb_model_provider.compile.accelerators import cuda_devices, torch_is_cuda_build
+    from emb_model_provider.backends.hardware import cuda_devices, torch_is_cuda_build
 
     wanted = sorted({spec.device for spec in settings.models().specs if spec.device.startswith("cuda")})
     devices = cuda_devices()

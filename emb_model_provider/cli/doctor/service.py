@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from emb_model_provider.cli.doctor.finding import Finding
+from emb_model_provider.cli.doctor import Finding
 from emb_model_provider.errors import NotCachedError, ProviderError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from emb_model_provider.cli.doctor.finding import Level
-    from emb_model_provider.hubs.reach import HubToReach, Reach
-    from emb_model_provider.management.entries import CachedSnapshot
+    from emb_model_provider.cli.doctor import Level
+    from emb_model_provider.hubs.connectivity import HubToReach, Reach
+    from emb_model_provider.management.types import CachedSnapshot
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
 
@@ -25,7 +25,7 @@ _PREFIXES = {"huggingface": "EMB_PROVIDER_HF", "modelscope": "EMB_PROVIDER_MODEL
 
 def check_port(settings: Settings) -> Iterator[Finding]:
     """Is it free, or is it the service itself that listens there?"""
-    from emb_model_provider.cli.client import server_url
+    from emb_model_provider.cli.server_client import server_url
     from emb_model_provider.main import listen
 
     server = settings.server()
@@ -55,7 +55,7 @@ def _is_ours(url: str) -> bool:
 
 def check_hubs(settings: Settings) -> Iterator[Finding]:
     """Ask the hubs, side by side, for the models that are configured from them; OFFLINE asks nobody."""
-    from emb_model_provider.hubs.reach import HubToReach, reach
+    from emb_model_provider.hubs.connectivity import HubToReach, reach
 
     if settings.offline:
         yield Finding("hubs", "ok", "not asked: EMB_PROVIDER_OFFLINE (or HF_HUB_OFFLINE) is set")
@@ -75,7 +75,7 @@ def check_hubs(settings: Settings) -> Iterator[Finding]:
 
 def _wanted(settings: Settings) -> dict[str, list[str]]:
     """Return what each hub calls the models that are configured from it and are not here yet."""
-    from emb_model_provider.choosing import resolve_source
+    from emb_model_provider.model_resolver import resolve_source
 
     wanted: dict[str, list[str]] = {}
     for spec in settings.models().specs:
@@ -116,7 +116,7 @@ def _judged(reached: Reach, *, needed: bool) -> Finding:
 
 def check_models(settings: Settings) -> Iterator[Finding]:
     """Is what is configured on the disk, and compiled?"""
-    from emb_model_provider.choosing import resolve_source
+    from emb_model_provider.model_resolver import resolve_source
 
     for spec in settings.models().specs:
         check = f"model {spec.alias}"
@@ -149,7 +149,7 @@ def check_models(settings: Settings) -> Iterator[Finding]:
 
 
 def _compiled(check: str, entries: list[CachedSnapshot], pull: str, spec: ModelSpec) -> Finding:
-    from emb_model_provider.cli.shapes import precision_label
+    from emb_model_provider.cli.output import precision_label
 
     artifacts = [artifact for entry in entries for artifact in entry.artifacts]
     if artifacts:
@@ -163,8 +163,8 @@ def _compiled(check: str, entries: list[CachedSnapshot], pull: str, spec: ModelS
 
 
 def _on_disk(settings: Settings, spec: ModelSpec) -> list[CachedSnapshot]:
-    from emb_model_provider.choosing import resolve_source
     from emb_model_provider.management.manager import ModelManager
+    from emb_model_provider.model_resolver import resolve_source
 
     name = str(spec.path.absolute()) if spec.path is not None else spec.name
     try:

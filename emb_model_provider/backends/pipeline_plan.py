@@ -1,0 +1,307 @@
+"""The rule table: what a snapshot's files say of how its token vectors become one embedding.
+
+Reads JSON only, no weights, and imports no runtime, so that every backend starts from the same reading.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from emb_model_provider.errors import LoadError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from emb_model_provider.model_spec import ModelSpec, Pooling
+    from emb_model_provider.snapshots.snapshot import Snapshot
+
+
+Layout = Literal["sentence-transformers", "modelscope", "transformers"]
+
+_GTE_NAME = re.compile(r"nlp_gte_sentence-embedding", re.IGNORECASE)
+_MAPPING_HINT = 'the keys "pooling" and "normalize" of this model in EMB_PROVIDER_MODEL_MAPPING'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelinePlan:
+    """How to turn a snapshot into a pipeline: the repository's word, with the operator's over it."""
+
+    directory: Path
+    layout: Layout
+    pooling: Pooling | None
+    """None: as `modules.json` says, or else sentence-transformers' guess (last token for a causal language
+    model, mean for all others)."""
+    normalize: bool | None
+    """Whether vectors have length 1. None: as `modules.json` says."""
+    max_length: int | None
+    """Upper bound on tokens per input, special tokens included. None: as the tokenizer and the model say."""
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    truncate_dim: int | None
+    """The model's own vectors are cut to this size, after all modules have run."""
+    matryoshka: tuple[int, ...] | Literal["any"] | None
+    notes: tuple[str, ...]
+
+
+def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> PipelinePlan:
+    """Read a snapshot's configuration files and decide its pipeline.
+
+    Raises: UnsupportedModelError where the repository declares something that is not supported;
+    LoadError where a configuration file is not valid JSON.
+    """
+    present = {file.path for file in snapshot.files}
+
+    def read(name: str) -> dict[str, Any]:
+        return _read_object(snapshot.path / name) if name in present else {}
+
+    _refuse_parts_from_elsewhere(snapshot, present)
+    config = read("config.json")
+    modules = _read_modules(snapshot.path) if "modules.json" in present else []
+    if "modules.json" in present:
+        if not trust_remote_code:
+            _refuse_activations_that_would_be_replaced(snapshot, modules)
+        plan = _from_modules(snapshot, read("config_sentence_transformers.json"), config)
+    elif (section := modelscope_model_section(read("configuration.json"))) is not None:
+        plan = _from_modelscope(snapshot, section, config, spec.pooling)
+    elif "configuration.json" not in present and (
+        _GTE_NAME.search(snapshot.repository) or _GTE_NAME.search(spec.name)
+    ):
+        note = "no modules.json and no configuration.json: cls pooling and normalization, by the GTE name"
+        plan = _bare_plan(snapshot, config, pooling="cls", normalize=True, note=note)
+    else:
+        note = (
+            "the repository does not say how its vectors are made: sentence-transformers' guess is used (last "
+            "token for a causal language model, mean for all others; not normalized). If the model's card says "
+            f"otherwise, set {_MAPPING_HINT}"
+        )
+        plan = _bare_plan(snapshot, config, pooling=None, normalize=False, note=note)
+        if spec.pooling is not None and spec.normalize is not None:
+            plan = replace(plan, notes=())
+    notes = [*plan.notes, *_notes_on_files(present, config, modules, trust_remote_code)]
+    return _with_operators_word(replace(plan, notes=tuple(notes)), spec)
+
+
+def _from_modules(
+    snapshot: Snapshot, st_config: Mapping[str, Any], config: Mapping[str, Any]
+) -> PipelinePlan:
+    model_type = st_config.get("model_type", "SentenceTransformer")
+    if model_type != "SentenceTransformer":
+        raise UnsupportedModelError(
+            f"{snapshot.repository} is a {model_type}, not an embedding model: it does not give one dense vector "
+            "per text. Choose a SentenceTransformer model."
+        )
+    prompts = {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
+    truncate_dim = st_config.get("truncate_dim")
+    notes = []
+    if truncate_dim is not None:
+        notes.append(
+            f"vectors are cut to {truncate_dim} values after the model's last step (truncate_dim), as "
+            "sentence-transformers does, so a normalized model's vectors are shorter than 1; set the key "
+            '"normalize" of this model in EMB_PROVIDER_MODEL_MAPPING to true to have length 1'
+        )
+    return PipelinePlan(
+        directory=snapshot.path,
+        layout="sentence-transformers",
+        pooling=None,
+        normalize=None,
+        max_length=None,
+        prompts=prompts,
+        default_prompt=st_config.get("default_prompt_name"),
+        truncate_dim=truncate_dim if isinstance(truncate_dim, int) else None,
+        matryoshka=_matryoshka(config) or _matryoshka(st_config),
+        notes=tuple(notes),
+    )
+
+
+def _from_modelscope(
+    snapshot: Snapshot,
+    section: Mapping[str, Any],
+    config: Mapping[str, Any],
+    operators_pooling: Pooling | None,
+) -> PipelinePlan:
+    # ModelScope's own class for BLOOM, alone, falls back to a weighted mean.
+    default = "weighted_mean" if section.get("type") == "bloom" else "cls"
+    name = section.get("emb_pooler_type", default)
+    pooling = operators_pooling or MODELSCOPE_POOLING.get(name)
+    if pooling is None:
+        raise UnsupportedModelError(
+            f"{snapshot.repository} asks for the pooling {name!r} in its configuration.json, which is not "
+            f"supported (supported: {', '.join(MODELSCOPE_POOLING)}). If its vectors may be made another way, "
+            f"set {_MAPPING_HINT}."
+        )
+    normalize = bool(section.get("normalize", False))
+    note = (
+        f"no modules.json: {pooling} pooling, {'normalized' if normalize else 'not normalized'}, "
+        "by ModelScope's configuration.json"
+    )
+    plan = _bare_plan(snapshot, config, pooling=pooling, normalize=normalize, note=note)
+    return replace(plan, layout="modelscope", max_length=MODELSCOPE_MAX_LENGTH)
+
+
+def _bare_plan(
+    snapshot: Snapshot, config: Mapping[str, Any], *, pooling: Pooling | None, normalize: bool, note: str
+) -> PipelinePlan:
+    return PipelinePlan(
+        directory=snapshot.path,
+        layout="transformers",
+        pooling=pooling,
+        normalize=normalize,
+        max_length=None,
+        prompts={},
+        default_prompt=None,
+        truncate_dim=None,
+        matryoshka=_matryoshka(config),
+        notes=(note,),
+    )
+
+
+def _with_operators_word(plan: PipelinePlan, spec: ModelSpec) -> PipelinePlan:
+    notes = list(plan.notes)
+    said = [("pooling", spec.pooling), ("normalize", spec.normalize), ("max_length", spec.max_length)]
+    chosen = ", ".join(f"{key}={value}" for key, value in said if value is not None)
+    if chosen:
+        notes.append(f"set by the operator: {chosen}")
+    return replace(
+        plan,
+        pooling=spec.pooling if spec.pooling is not None else plan.pooling,
+        normalize=spec.normalize if spec.normalize is not None else plan.normalize,
+        max_length=spec.max_length if spec.max_length is not None else plan.max_length,
+        prompts={**plan.prompts, **(spec.prompts or {})},
+        notes=tuple(notes),
+    )
+
+
+def _matryoshka(config: Mapping[str, Any]) -> tuple[int, ...] | Literal["any"] | None:
+    for key in ("matryoshka_dimensions", "matryoshka_dims"):
+        sizes = config.get(key)
+        if isinstance(sizes, list) and sizes:
+            return tuple(sorted({int(size) for size in sizes}))
+    return "any" if config.get("is_matryoshka") is True else None
+
+
+def _refuse_activations_that_would_be_replaced(snapshot: Snapshot, modules: list[dict[str, Any]]) -> None:
+    """Refuse a Dense module whose activation sentence-transformers would silently swap for Tanh."""
+    for module in modules:
+        path = snapshot.path / str(module.get("path", "")) / "config.json"
+        if not str(module.get("type", "")).endswith(".Dense") or not path.is_file():
+            continue
+        activation = str(_read_object(path).get("activation_function", "torch."))
+        if not activation.startswith("torch."):
+            raise UnsupportedModelError(
+                f"{snapshot.repository} uses the activation function {activation!r}, which is code from outside "
+                "PyTorch. If you trust it, set EMB_PROVIDER_TRUST_REMOTE_CODE=true (ModelScope: "
+                "EMB_PROVIDER_MODELSCOPE_TRUST_REMOTE_CODE)."
+            )
+
+
+def _refuse_parts_from_elsewhere(snapshot: Snapshot, present: set[str]) -> None:
+    """Refuse what would be read from a repository that is not in the snapshot, and so was never checked."""
+    for path in sorted(present):
+        name = path.rpartition("/")[2]
+        if name == "adapter_config.json":
+            base = _read_object(snapshot.path / path).get("base_model_name_or_path")
+            raise UnsupportedModelError(
+                f"{snapshot.repository} is an adapter for {base!r}, not a whole model. Merge the adapter into its "
+                "base model, save the result, and serve that directory."
+            )
+        if name.startswith("sentence_") and name.endswith("_config.json"):
+            elsewhere = _read_object(snapshot.path / path).get("tokenizer_name_or_path")
+            if elsewhere:
+                raise UnsupportedModelError(
+                    f"{snapshot.repository} takes its tokenizer from {elsewhere!r} ({path}). Save the model with "
+                    "its own tokenizer, and serve that directory."
+                )
+
+
+def _notes_on_files(
+    present: set[str], config: Mapping[str, Any], modules: list[dict[str, Any]], trust_remote_code: bool
+) -> Iterator[str]:
+    legacy = any(path.endswith(".bin") and "pytorch_model" in path for path in present)
+    if legacy and not any(path.endswith(".safetensors") for path in present):
+        yield (
+            "only .bin weights: read with PyTorch's weights-only loader, which runs no code from them; "
+            "prefer a revision with safetensors"
+        )
+    if trust_remote_code:
+        yield "trust_remote_code is on: code from the repository runs inside this service"
+        # `owner/name--module.Class` is code of another repository.
+        elsewhere = {name.partition("--")[0] for name in _code_references(config, modules) if "--" in name}
+        for repository in sorted(elsewhere):
+            yield (
+                f"the model takes code from another repository, {repository}: it is not part of the snapshot, is "
+                "not fetched, and is found only where Hugging Face's cache already has it"
+            )
+
+
+def _code_references(config: Mapping[str, Any], modules: list[dict[str, Any]]) -> Iterator[str]:
+    for reference in (config.get("auto_map") or {}).values():
+        yield from map(str, reference if isinstance(reference, list) else [reference])
+    for module in modules:
+        yield str(module.get("type", ""))
+
+
+def _read_modules(directory: Path) -> list[dict[str, Any]]:
+    value = _read_json(directory / "modules.json")
+    if not isinstance(value, list) or not all(isinstance(module, dict) for module in value):
+        raise LoadError(
+            f"{directory / 'modules.json'} is not a list of modules. Fetch the model again, or correct the file."
+        )
+    return value
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} is not a JSON object. Fetch the model again, or correct the file.")
+    return value
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{path} cannot be read as JSON ({error}). Fetch the model again, or correct the file."
+        ) from error
+
+
+MODELSCOPE_MAX_LENGTH = 512
+"""ModelScope's sentence-embedding pipelines read no more tokens than this, whatever the model could."""
+
+MODELSCOPE_POOLING: dict[str, Pooling] = {
+    "cls": "cls",
+    "avg": "mean",
+    "mean": "mean",
+    "weighted_mean": "weightedmean",
+    "last": "lasttoken",
+}
+"""`model.emb_pooler_type` to the pooling it means. ModelScope's avg_top2 and avg_first_last mix several layers."""
+
+
+def modelscope_model_section(configuration: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the `model` section of a ModelScope sentence-embedding `configuration.json`, else None."""
+    model = configuration.get("model")
+    section: Mapping[str, Any] = model if isinstance(model, dict) else {}
+    named = (configuration.get("task"), configuration.get("tasks"), section.get("task"), section.get("tasks"))
+    spelled = {name for task in named for name in _task_names(task)}
+    if not spelled:
+        spelled = set(_task_names(configuration.get("pipeline")))
+    if not spelled and "emb_pooler_type" in section:
+        return section
+    return section if "sentence-embedding" in spelled else None
+
+
+def _task_names(task: object) -> Iterator[str]:
+    """Yield the names in a task, which is a string, a list, or an object with a name or a type."""
+    if isinstance(task, str):
+        yield task.strip().lower().replace("_", "-")
+    elif isinstance(task, list):
+        for item in task:
+            yield from _task_names(item)
+    elif isinstance(task, dict):
+        for key in ("name", "type", "task"):
+            yield from _task_names(task.get(key))

@@ -1,0 +1,204 @@
+"""What serving needs to know of a pipeline: its tokenizer as transformers really uses it, and its limits."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from transformers import PreTrainedTokenizerFast
+
+from emb_model_provider.backends.base import ModelDescription
+from emb_model_provider.backends.pipeline_plan import MODELSCOPE_MAX_LENGTH
+from emb_model_provider.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from emb_model_provider.backends.base import ComputePrecision
+    from emb_model_provider.backends.pipeline_plan import PipelinePlan
+
+_NO_LIMIT = 10**9
+"""transformers gives 1e30 for "this tokenizer states no maximum length"."""
+_FALLBACK_MAX_LENGTH = 512
+"""For a model that states no limit anywhere (relative positions, such as T5's): what those are trained on."""
+_STATIC_MAX_LENGTH = 1_000_000
+"""Static embeddings have no positions, and cost is linear: the limit only bounds memory."""
+
+
+def describe(
+    pipeline: SentenceTransformer,
+    plan: PipelinePlan,
+    *,
+    dimension: int,
+    normalize: bool,
+    precision: ComputePrecision,
+    device: str,
+    backend: Literal["torch", "openvino"],
+) -> ModelDescription:
+    """Describe a loaded pipeline; `dimension` and `normalize` are those of what `backend` returns.
+
+    Raises: UnsupportedModelError where the tokenizer cannot be run outside transformers.
+    """
+    first: Any = pipeline[0]
+    notes = list(plan.notes)
+    poolings = [module for module in pipeline if isinstance(module, Pooling)]
+    side: Literal["left", "right"] = "right"
+    if isinstance(first, StaticEmbedding):
+        vocab_size = first.num_embeddings
+        tokenizer_json = _without_special_tokens(_portable(first.tokenizer.to_str()))
+        pad_token_id = 0
+        max_length = min(_STATIC_MAX_LENGTH, plan.max_length or _STATIC_MAX_LENGTH)
+    else:
+        tokenizer = _fast_tokenizer(pipeline, plan)
+        tokenizer_json = _portable(tokenizer.backend_tokenizer.to_str())
+        vocab_size = _embedding_rows(pipeline, len(tokenizer))
+        pad_token_id = _pad_token_id(tokenizer, pipeline, vocab_size)
+        side = "left" if tokenizer.padding_side == "left" else "right"
+        max_length = _max_length(pipeline, tokenizer, plan, notes)
+        if tokenizer.truncation_side == "left":
+            notes.append(
+                "the model's tokenizer cuts long inputs at their start, which is truncate=START here"
+            )
+        if getattr(tokenizer, "chat_template", None):
+            notes.append(
+                "the tokenizer has a chat template: it is not used, inputs are embedded as plain text"
+            )
+        highest = max(tokenizer.get_vocab().values(), default=0)
+        if highest >= vocab_size:
+            notes.append(
+                f"the tokenizer can give ids up to {highest}, but the model has {vocab_size} rows: an input with "
+                "such a token is answered with an error"
+            )
+    return ModelDescription(
+        dimension=dimension,
+        max_length=max_length,
+        vocab_size=vocab_size,
+        tokenizer_json=tokenizer_json,
+        pad_token_id=pad_token_id,
+        padding_side=side,
+        normalize=normalize,
+        pooling="+".join(_mode(pooling) for pooling in poolings) or "-",
+        prompts=dict(plan.prompts),
+        default_prompt=plan.default_prompt,
+        excludes_prompt=any(not pooling.include_prompt for pooling in poolings),
+        matryoshka=_smaller_than(dimension, plan.matryoshka),
+        precision=precision,
+        device=device,
+        backend=backend,
+        notes=tuple(notes),
+    )
+
+
+def _mode(pooling: Pooling) -> str:
+    return pooling.pooling_mode if isinstance(pooling.pooling_mode, str) else "+".join(pooling.pooling_mode)
+
+
+def _smaller_than(
+    dimension: int, sizes: tuple[int, ...] | Literal["any"] | None
+) -> tuple[int, ...] | Literal["any"] | None:
+    if sizes is None or sizes == "any":
+        return sizes
+    return tuple(size for size in sizes if 0 < size < dimension) or None
+
+
+def _fast_tokenizer(pipeline: SentenceTransformer, plan: PipelinePlan) -> PreTrainedTokenizerFast:
+    tokenizer = getattr(pipeline[0], "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModelError(
+            f"{plan.directory.name} has a tokenizer of its own ({type(tokenizer).__name__}) without a fast form "
+            "(tokenizer.json), which is not supported."
+        )
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise UnsupportedModelError(
+            f"{plan.directory.name} splits special tokens in texts (split_special_tokens), which is not supported."
+        )
+    probe = tokenizer("a", return_token_type_ids=True)
+    if any(probe["token_type_ids"]):
+        raise UnsupportedModelError(
+            f"{plan.directory.name} marks tokens of a single text with different types (token_type_ids), which "
+            "is not supported."
+        )
+    return tokenizer
+
+
+def _portable(tokenizer_json: str) -> str:
+    """Drop truncation and padding, which are decided per request and per batch."""
+    return json.dumps({**json.loads(tokenizer_json), "truncation": None, "padding": None}, ensure_ascii=False)
+
+
+def _without_special_tokens(tokenizer_json: str) -> str:
+    return json.dumps({**json.loads(tokenizer_json), "post_processor": None}, ensure_ascii=False)
+
+
+def _embedding_rows(pipeline: SentenceTransformer, tokens: int) -> int:
+    model = pipeline.transformers_model
+    if model is None:
+        return tokens
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        rows = None
+    return int(rows or getattr(model.config, "vocab_size", None) or tokens)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerFast, pipeline: SentenceTransformer, vocab_size: int) -> int:
+    # Where nothing names one, any id will do: the attention mask hides it.
+    for candidate in (
+        tokenizer.pad_token_id,
+        getattr(pipeline.config, "pad_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        if isinstance(candidate, int) and 0 <= candidate < vocab_size:
+            return candidate
+    return 0
+
+
+def _max_length(
+    pipeline: SentenceTransformer,
+    tokenizer: PreTrainedTokenizerFast,
+    plan: PipelinePlan,
+    notes: list[str],
+) -> int:
+    """Return the longest input in tokens: the operator's or the tokenizer's, within the model's positions."""
+    settings = getattr(pipeline[0], "processing_kwargs", None) or {}
+    told = settings.get("text", {}).get("max_length") or tokenizer.model_max_length
+    declared = int(told) if told is not None and 0 < told < _NO_LIMIT else None
+    positions = _positions(pipeline)
+    if plan.layout == "modelscope":
+        # ModelScope's rule reads the model's configuration, never the tokenizer's.
+        declared = None
+    wanted = plan.max_length or declared
+    if wanted is None:
+        if positions is None:
+            notes.append(
+                f"neither the tokenizer nor the model states a maximum length: {_FALLBACK_MAX_LENGTH} tokens are "
+                'read. Set the key "max_length" of this model in EMB_PROVIDER_MODEL_MAPPING to change that'
+            )
+        return positions or _FALLBACK_MAX_LENGTH
+    if positions is not None and wanted > positions:
+        if wanted != MODELSCOPE_MAX_LENGTH or plan.layout != "modelscope":
+            notes.append(
+                f"max length {wanted} is more than the model's {positions} positions: {positions} is used"
+            )
+        return positions
+    return wanted
+
+
+def _positions(pipeline: SentenceTransformer) -> int | None:
+    """Return how many tokens the model has positions for; None where it sets no limit."""
+    model = pipeline.transformers_model
+    if model is None:
+        return None
+    limits = []
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(stated, int) and stated > 0:
+        limits.append(stated)
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
+            # The RoBERTa family counts positions from padding_idx + 1, so the first rows are never used.
+            limits.append(table.num_embeddings - padding - 1)
+    return min(limits, default=None)

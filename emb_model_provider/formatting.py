@@ -1,0 +1,49 @@
+"""Formats values for people: sizes, durations, cosines and errors."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+_SIZE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_AGE_UNITS = (("day", 86_400), ("hour", 3_600), ("minute", 60))
+
+
+def format_size(count: float | None) -> str:
+    """Return a number of bytes in powers of 1000, such as `1.2 GB`; `-` for None."""
+    if count is None:
+        return "-"
+    unit = 0
+    while abs(count) >= 999.5 and unit < len(_SIZE_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    digits = 0 if unit == 0 or count >= 99.95 else 1
+    return f"{count:.{digits}f} {_SIZE_UNITS[unit]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as `1:05` or `2:03:04`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_age(moment: datetime | None, now: datetime | None = None) -> str:
+    """Return how long ago a moment was, such as `3 hours ago`; `-` for None."""
+    if moment is None:
+        return "-"
+    seconds = ((now or datetime.now(UTC)) - moment).total_seconds()
+    for name, length in _AGE_UNITS:
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+def format_cosine(cosine: float) -> str:
+    """Return a cosine with five digits, truncated so that 0.999996 is not shown as 1."""
+    return f"{int(cosine * 100_000) / 100_000:.5f}"
+
+
+def first_line(error: BaseException, *, limit: int = 200) -> str:
+    """Return the first line of an error's message, or the error's class name if it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
