@@ -81,7 +81,7 @@ def _settings(job: dict[str, Any]) -> Settings:
     from emb_model_provider.settings import Settings
 
     # The first load compiles; it may take longer than a request.
-    return Settings(**{"request_timeout_s": 600, "offline": True} | job["settings"])
+    return Settings.from_values(**{"request_timeout_s": 600, "offline": True} | job["settings"])
 
 
 async def _engine(job: dict[str, Any]) -> dict[str, Any]:
@@ -90,12 +90,12 @@ async def _engine(job: dict[str, Any]) -> dict[str, Any]:
 
     settings = _settings(job)
     registry = Registry(
-        settings.models(),
+        settings.served_models(),
         manager=ModelManager(settings),
-        hubs=settings.hubs(),
-        trust=settings.trust(),
-        batching=settings.batching(),
-        limits=settings.limits(),
+        hubs=settings.hubs,
+        trust=settings.trust,
+        batching=settings.batching,
+        limits=settings.limits,
         max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
         on_batch=lambda _: None,
     )
@@ -136,7 +136,7 @@ async def _cases(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
 def _backend(job: dict[str, Any]) -> dict[str, Any]:
     from emb_model_provider.backends.base import TokenBatch
     from emb_model_provider.backends.tokenization import Tokenization
-    from emb_model_provider.serving.request_options import finished
+    from emb_model_provider.serving.request_options import postprocess
 
     backend = _load_backend(_settings(job))
     tokenization = Tokenization(backend.description)
@@ -144,9 +144,9 @@ def _backend(job: dict[str, Any]) -> dict[str, Any]:
     def embed(texts: list[str]) -> None:
         encoded = tokenization.encode(texts, truncate="END")
         vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
-        finished(vectors, dimensions=None, normalize=True)
+        postprocess(vectors, dimensions=None, normalize=True)
 
-    cases = _threaded(job, embed, backend.lanes)
+    cases = _threaded(job, embed, backend.streams)
     described = backend.description
     about = f"{described.backend} {described.precision}, {backend.lanes} lanes"
     backend.close()
@@ -171,24 +171,24 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
         return {"resident_mib": kib["VmRSS"] / 1024, "peak_mib": kib["VmHWM"] / 1024}
 
     loaded, steps = held(), []
-    with ThreadPoolExecutor(backend.lanes) as pool:
+    with ThreadPoolExecutor(backend.streams) as pool:
         for shapes in job["steps"]:
             list(pool.map(embed, shapes))
             steps.append({"shapes": len(shapes), **held()})
     described = backend.description
     about = f"{described.backend} {described.precision}, {backend.lanes} lanes"
     backend.close()
-    return {"loaded": loaded, "steps": steps, "threads": backend.lanes, "about": about}
+    return {"loaded": loaded, "steps": steps, "threads": backend.streams, "about": about}
 
 
 def _load_backend(settings: Settings) -> Backend:
     from emb_model_provider.artifacts.prepare import prepare_backend
     from emb_model_provider.hubs.fetch import fetch_snapshot
 
-    spec = settings.models().specs[0]
+    spec = settings.served_models().specs[0]
     prepared = prepare_backend(
         spec,
-        fetch_snapshot(spec, settings.hubs()),
+        fetch_snapshot(spec, settings.hubs),
         trust_remote_code=False,
         cache_dir=settings.cache_dir,
         max_cache_bytes=_UNBOUNDED,
@@ -236,12 +236,12 @@ def _gemm(job: dict[str, Any]) -> dict[str, Any]:
     return {"rates": rates, "about": f"torch.matmul, {torch.get_num_threads()} threads"}
 
 
-def _threaded(job: dict[str, Any], embed: Callable[[list[str]], None], lanes: int) -> dict[str, Any]:
+def _threaded(job: dict[str, Any], embed: Callable[[list[str]], None], streams: int) -> dict[str, Any]:
     cases = {}
-    with ThreadPoolExecutor(lanes) as pool:
+    with ThreadPoolExecutor(streams) as pool:
         for case in job["cases"]:
             inputs = read_inputs(Path(case["bodies"]))
-            threads = min(lanes, case.get("threads") or lanes)
+            threads = min(streams, case.get("threads") or streams)
             _run_threads(pool, threads, embed, inputs, job["warm_up_s"], len(inputs) // 2)
             cases[case["name"]] = _run_threads(pool, threads, embed, inputs, job["seconds"], 0)
     return cases

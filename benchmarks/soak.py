@@ -43,7 +43,7 @@ from tests.faults.planted import Control
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.soak_load import Pool, Question
+    from benchmarks.soak_load import ManifestKey, Pool
     from tests.faults.planted import Fault
 
 _COMPILE_S = 900.0
@@ -154,7 +154,7 @@ class Soak:
             for _ in range(min(number, _MOST_UNDER_WAY - len(self._under_way))):
                 self._start(self._questions.next(weights))
 
-    def _start(self, question: Question) -> asyncio.Task[None]:
+    def _start(self, question: ManifestKey) -> asyncio.Task[None]:
         task = asyncio.create_task(self.asker.settle(question))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)

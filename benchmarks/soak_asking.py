@@ -15,7 +15,7 @@ from benchmarks.soak_load import fault_of
 if TYPE_CHECKING:
     from benchmarks.soak_client import Client, Reply
     from benchmarks.soak_faults import Disturbances, Excuse
-    from benchmarks.soak_load import Pool, Question
+    from benchmarks.soak_load import ManifestKey, Pool
 
 ANSWER_WITHIN_S = 90.0
 """More than the service's own limit of a minute."""
@@ -48,7 +48,7 @@ class Tally:
         self.examples.append(what)
         say(what)
 
-    def note(self, what: str, question: Question, detail: str) -> None:
+    def note(self, what: str, question: ManifestKey, detail: str) -> None:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(
                 f"{what}: {question.kind} to {question.model or question.path}: {detail}"[:300]
@@ -67,7 +67,7 @@ class Asker:
         """When a model last said so, by its alias."""
         self.tally = Tally()
 
-    async def settle(self, question: Question) -> None:
+    async def settle(self, question: ManifestKey) -> None:
         """Ask until there is an answer that is no excuse, and look at it."""
         tally = self.tally
         tally.requests += 1
@@ -113,7 +113,7 @@ class Asker:
         tally.lost += 1
         tally.note("lost", question, f"not answered within {_LOST_AFTER_S:g} s")
 
-    async def _hang_up(self, question: Question) -> None:
+    async def _hang_up(self, question: ManifestKey) -> None:
         sent = time.monotonic()
         try:
             await self._client.hang_up(
@@ -126,7 +126,7 @@ class Asker:
                 return
         self.tally.hung_up += 1
 
-    def _put_off(self, question: Question, reply: Reply, sent: float) -> float | None:
+    def _put_off(self, question: ManifestKey, reply: Reply, sent: float) -> float | None:
         """Return when to ask again where the service may ask for that, else None: this is the answer."""
         if reply.status == 504 and self._queue_was_full.get(question.model, 0.0) >= sent:
             self.tally.asked_again["504: its time was up, and the queue had been full meanwhile"] += 1
@@ -145,10 +145,10 @@ class Asker:
             return None
         return float(after)
 
-    def _excused(self, what: Excuse, question: Question, sent: float) -> bool:
+    def _excused(self, what: Excuse, question: ManifestKey, sent: float) -> bool:
         return self._disturbances.excuse(what, question.model, sent, time.monotonic())
 
-    def _look_at(self, question: Question, reply: Reply) -> None:
+    def _look_at(self, question: ManifestKey, reply: Reply) -> None:
         tally = self.tally
         if reply.status != question.status:
             tally.unexpected += 1

@@ -44,7 +44,7 @@ FAULTY = {"one bad input": 4.0, "a bad input that passes": 2.5}
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ManifestKey:
     """A request, and the answer it must have in the end."""
 
     kind: str
@@ -111,11 +111,11 @@ class Questions:
     def __init__(self, pool: Pool, models: Sequence[str], draw: random.Random) -> None:
         self._pool, self._models, self._draw = pool, models, draw
 
-    def next(self, weights: dict[str, float]) -> Question:
+    def next(self, weights: dict[str, float]) -> ManifestKey:
         kind = self._draw.choices(list(weights), list(weights.values()))[0]
         model = self._draw.choice(list(self._models))
         if kind in LOOKING:
-            return Question(kind, method="GET", path=kind)
+            return ManifestKey(kind, method="GET", path=kind)
         if kind in REFUSED:
             return self._refused(kind, model)
         if kind in FAULTY:
@@ -128,7 +128,7 @@ class Questions:
         rows = self._pool.docs if "doc" in kind else self._pool.short
         return self._of(kind, model, self._some(rows, many))
 
-    def with_fault(self, fault: Fault, model: str) -> Question:
+    def with_fault(self, fault: Fault, model: str) -> ManifestKey:
         """Return a question whose text has the word of a fault that also wants its switch on; it is answered right."""
         return self._of(f"planted {fault}", model, self._some(self._pool.faulty[fault], 1))
 
@@ -137,16 +137,16 @@ class Questions:
 
     def _of(
         self, kind: str, model: str, rows: tuple[int, ...], *, names_model: bool = True, **more: Any
-    ) -> Question:
+    ) -> ManifestKey:
         texts = [self._pool.texts[row] for row in rows]
         fields: dict[str, Any] = {"input": texts if len(texts) > 1 or self._draw.random() < 0.5 else texts[0]}
         if names_model:
             fields["model"] = model
         if self._draw.random() < 0.5:
             fields["encoding_format"] = "base64"
-        return Question(kind, json.dumps(fields).encode(), model=model, rows=rows, **more)
+        return ManifestKey(kind, json.dumps(fields).encode(), model=model, rows=rows, **more)
 
-    def _faulty(self, kind: str, model: str) -> Question:
+    def _faulty(self, kind: str, model: str) -> ManifestKey:
         fails = kind == "one bad input"
         fault = self._draw.choice(FAILING if fails else PASSING)
         others = self._some(self._pool.short, self._draw.choice((0, 0, 1, 3)))
@@ -154,7 +154,7 @@ class Questions:
         status, code = (500, "internal_error") if fails else (200, None)
         return self._of(kind, model, rows, status=status, code=code)
 
-    def _misbehaving(self, kind: str, model: str) -> Question:
+    def _misbehaving(self, kind: str, model: str) -> ManifestKey:
         if kind == "slow writer":
             rows = self._some(self._pool.short, self._draw.choice((1, 32)))
             return self._of(kind, model, rows, takes_s=self._draw.uniform(0.3, 2.0))
@@ -167,7 +167,7 @@ class Questions:
             sent=1.0 if waits else self._draw.uniform(0.0, 0.95),
         )
 
-    def _refused(self, kind: str, model: str) -> Question:
+    def _refused(self, kind: str, model: str) -> ManifestKey:
         text = self._pool.texts[self._some(self._pool.short, 1)[0]]
         doc = "word " * 300
         many = [doc] * (MAX_REQUEST_TOKENS // 256 + 2)
@@ -184,10 +184,10 @@ class Questions:
         fields, status, code = bodies[kind]
         body = fields if isinstance(fields, str) else json.dumps(fields)
         path = "/v1/embedding" if kind == "unknown route" else EMBEDDINGS
-        return Question(kind, body.encode(), status=status, code=code, model=model, path=path)
+        return ManifestKey(kind, body.encode(), status=status, code=code, model=model, path=path)
 
 
-def fault_of(question: Question, reply: Reply, pool: Pool) -> str:
+def fault_of(question: ManifestKey, reply: Reply, pool: Pool) -> str:
     """Return what is wrong with an answer of the right status; empty where nothing is."""
     if question.path != EMBEDDINGS and question.status == 200:
         return ""
@@ -201,7 +201,7 @@ def fault_of(question: Question, reply: Reply, pool: Pool) -> str:
         return f"not in the contract's form: {type(error).__name__}: {error}"
 
 
-def _fault_of_vectors(question: Question, body: dict[str, Any], pool: Pool) -> str:
+def _fault_of_vectors(question: ManifestKey, body: dict[str, Any], pool: Pool) -> str:
     if [item["index"] for item in body["data"]] != list(range(len(question.rows))):
         return f"{len(body['data'])} items for {len(question.rows)} inputs"
     expected = pool.vectors[question.model][list(question.rows)]

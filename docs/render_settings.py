@@ -2,7 +2,7 @@
 
     uv run python docs/render_settings.py
 
-`tests/docs/test_settings_docs.py` fails until this was run after a change of `emb_model_provider/settings/fields.py`.
+`tests/docs/test_settings_docs.py` fails until this was run after a change of `emb_model_provider/settings/groups.py`.
 """
 
 from __future__ import annotations
@@ -26,34 +26,20 @@ BEGIN, END = "<!-- settings: begin (docs/render_settings.py writes this part) --
 USER_CACHE = "the user's cache directory"
 UNSET = "unset"
 
-GROUPS = {
-    "model_name": "Models",
-    "modelscope_cache_dir": "Downloads, caches and trust",
-    "max_loaded_models": "Models in memory",
-    "max_batch_size": "Batching",
-    "request_timeout_s": "Limits of a request",
-    "host": "Server",
-    "watchdog_s": "Faults and the end",
-    "log_level": "Logs",
-}
-"""The setting that begins a group, to the group's title. A new setting belongs to the group it stands in."""
-
 _WIDTH = 100
 _HEAD = """\
 # Every setting of emb-model-provider, with its default. Copy to `.env` in the directory the service is started
 # in, and take the # off the lines you change. A variable of the process wins over this file; an empty value
-# means unset. Written by docs/render_settings.py: change emb_model_provider/settings/fields.py instead.
+# means unset. Written by docs/render_settings.py: change emb_model_provider/settings/groups.py instead.
 """
 
 
 def settings_in_groups() -> dict[str, dict[str, FieldInfo]]:
     """Return all settings as title → variable → field, in the order of the code."""
-    groups: dict[str, dict[str, FieldInfo]] = {}
-    for name, info in Settings.model_fields.items():
-        if name in GROUPS:
-            groups[GROUPS[name]] = {}
-        next(reversed(groups.values()))[PREFIX + name.upper()] = info
-    return groups
+    return {
+        group.title: {PREFIX + name.upper(): info for name, info in group.model_fields.items()}
+        for group in Settings.groups().values()
+    }
 
 
 def env_value(info: FieldInfo) -> str:

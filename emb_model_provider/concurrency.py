@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-async def in_thread(name: str, work: Callable[[], T]) -> T:
+async def run_in_daemon_thread(name: str, work: Callable[[], T]) -> T:
     """Return what `work` returns, called on a thread that does not keep the process from ending.
 
     `asyncio.to_thread` has few threads, for all purposes: downloads that hang would take them from requests, and the

@@ -12,10 +12,10 @@ import numpy as np
 
 from emb_model_provider.errors import ModelNotReadyError
 from emb_model_provider.management.manager import ModelManager
-from emb_model_provider.model_resolver import choose
-from emb_model_provider.registry import Registry
+from emb_model_provider.model_resolver import resolve_model
+from emb_model_provider.registry import Registry, RegistryConfig
 from emb_model_provider.serving.engine import EmbedOptions
-from emb_model_provider.settings import ModelSettings
+from emb_model_provider.settings import ServedModels
 from emb_model_provider.settings.loading import load_settings
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class Embedder:
         Raises: SettingsError.
         """
         self._settings = settings if settings is not None else load_settings()[0]
-        name = model if model is not None else self._settings.models().specs[0].alias
-        spec = choose(self._settings, name, source=source, revision=revision, precision=precision)
+        name = model if model is not None else self._settings.models.specs()[0].alias
+        spec = resolve_model(self._settings, name, source=source, revision=revision, precision=precision)
         changes: dict[str, Any] = {"device": device, "backend": backend}
         self.spec: ModelSpec = replace(
             spec, **{key: value for key, value in changes.items() if value is not None}
@@ -192,16 +192,15 @@ class _Running:
         self._thread.start()
         # A program may ask for as much as it likes, and wait for it as long as that takes.
         self._registry = Registry(
-            ModelSettings(specs=(spec,), preload=(spec.alias,)),
-            manager=ModelManager(settings),
-            hubs=settings.hubs(),
-            trust=settings.trust(),
-            batching=replace(settings.batching(), max_queue_tokens=_NO_LIMIT),
-            limits=replace(settings.limits(), request_timeout_s=_FOREVER_S, max_request_tokens=_NO_LIMIT),
-            residency=replace(settings.residency(), load_wait_s=_FOREVER_S),
-            max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
-            on_batch=lambda _: None,
-            fidelity=settings.fidelity(),
+            ServedModels(specs=(spec,), preload=(spec.alias,)),
+            ModelManager(settings),
+            RegistryConfig(
+                batching=settings.batching.model_copy(update={"max_queue_tokens": _NO_LIMIT}),
+                limits=settings.limits.model_copy(
+                    update={"request_timeout_s": _FOREVER_S, "max_request_tokens": _NO_LIMIT}
+                ),
+                memory=settings.memory.model_copy(update={"load_wait_s": _FOREVER_S}),
+            ),
         )
         self._taking = True
         self._gate = threading.Lock()
@@ -221,7 +220,7 @@ class _Running:
         for index, text in enumerate(listed):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{index}] is {type(text).__name__}, not str")
-        async with self._registry.using(self._alias) as engine:
+        async with self._registry.lease(self._alias) as engine:
             if not listed:
                 return np.empty((0, options.dimensions or engine.description.dimension), dtype=np.float32)
             chunks = [listed[first : first + _CHUNK] for first in range(0, len(listed), _CHUNK)]

@@ -1,14 +1,14 @@
-"""What can go wrong, in the domain's words.
+"""Errors of this package.
 
-No HTTP in here: `api/errors.py` gives each error its status, once. Every message is written for the
-person who reads it: what happened, then what to do.
+They carry no HTTP: `error_table.py` maps each class to its code, HTTP status and exit code. A message is written for
+the person who reads it: what happened, then what to do.
 """
 
 from __future__ import annotations
 
 
 class ProviderError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
     @property
     def message(self) -> str:
@@ -16,14 +16,18 @@ class ProviderError(Exception):
 
 
 class SettingsError(ProviderError):
-    """A setting has a value that cannot be used; the message names the variable and what is allowed."""
+    """A setting has an invalid value; the message names the variable and what is allowed."""
 
 
-# --- fetching -----------------------------------------------------------------------------------------
+class OperationCancelledError(ProviderError):
+    """The operation was cancelled by its caller."""
+
+
+# --- downloading --------------------------------------------------------------------------------------
 
 
 class HubError(ProviderError):
-    """A snapshot could not be had from a hub."""
+    """A snapshot could not be downloaded from a hub."""
 
 
 class RepositoryNotFoundError(HubError):
@@ -35,38 +39,34 @@ class RevisionNotFoundError(HubError):
 
 
 class AccessDeniedError(HubError):
-    """The hub asks for a token, or refuses the one it was given."""
+    """The hub requires a token, or rejects the one it was given."""
 
 
 class HubUnavailableError(HubError):
-    """The hub did not answer, or answered that it cannot serve now."""
+    """The hub did not answer, or answered that it cannot serve requests now."""
 
 
 class OfflineError(HubError):
-    """A file is missing here, and OFFLINE forbids asking a hub for it."""
+    """A file is missing on this machine, and OFFLINE forbids downloading it."""
 
 
 class CorruptSnapshotError(HubError):
-    """A file's bytes are not the ones that were announced."""
+    """The bytes of a file differ from what the hub announced."""
 
 
 class IncompleteRepositoryError(HubError):
-    """The repository, at this revision, holds no model (no config.json, or no weights)."""
+    """The repository contains no model at this revision (no config.json, or no weights)."""
 
 
 class CacheNotWritableError(HubError):
-    """A cache directory cannot be written."""
-
-
-class FetchCancelledError(HubError):
-    """Whoever asked for the files wants them no more."""
+    """A cache directory is not writable."""
 
 
 # --- managing -----------------------------------------------------------------------------------------
 
 
 class ManagementError(ProviderError):
-    """A model on disk or in memory cannot be managed as asked."""
+    """A request to manage a model on disk or in memory failed."""
 
 
 class NotCachedError(ManagementError):
@@ -74,30 +74,34 @@ class NotCachedError(ManagementError):
 
 
 class AmbiguousNameError(ManagementError):
-    """Several models on disk have this id: nothing was done."""
+    """Several models on disk have this id. Nothing was changed."""
 
 
 class ModelInUseError(ManagementError):
-    """The model is loaded, being loaded or being fetched, here or in another process: nothing was changed."""
+    """The model is loaded, being loaded or being downloaded, here or in another process. Nothing was changed."""
+
+
+class AliasInUseError(ManagementError):
+    """Another model already has this alias."""
 
 
 class JobNotFoundError(ManagementError):
-    """There is no such job, or it ended long ago."""
+    """The job does not exist, or ended long ago."""
 
 
 class NotAllowedError(ManagementError):
-    """It may not be done from here, such as loading a directory over HTTP."""
+    """The operation is not allowed, such as loading a directory over HTTP."""
 
 
 # --- loading ------------------------------------------------------------------------------------------
 
 
 class LoadError(ProviderError):
-    """A snapshot could not be turned into a running model."""
+    """A snapshot could not be loaded."""
 
 
 class UnsupportedModelError(LoadError):
-    """The model needs something that is not supported, such as a pooling or a tokenizer of its own."""
+    """The model requires something that is not supported, such as its own pooling or tokenizer."""
 
 
 class UnsupportedPrecisionError(LoadError):
@@ -105,16 +109,33 @@ class UnsupportedPrecisionError(LoadError):
 
 
 class DeviceUnavailableError(LoadError):
-    """The device that was asked for is not on this machine."""
+    """The requested device is not present on this machine."""
 
 
-# --- answering ----------------------------------------------------------------------------------------
+# --- receiving requests -------------------------------------------------------------------------------
+
+
+class BodyTooLargeError(ProviderError):
+    """The request body exceeds MAX_BODY_MB."""
+
+
+class CompressedBodyError(ProviderError):
+    """The request body has a Content-Encoding."""
+
+
+class ReceiveTimeoutError(ProviderError):
+    """The client did not send its whole request within RECEIVE_TIMEOUT_S."""
+
+
+# --- answering requests -------------------------------------------------------------------------------
 
 
 class RequestError(ProviderError):
-    """The caller's request cannot be answered as it stands.
+    """The request is invalid.
 
-    `param` is the request's field at fault; `code` is the machine-readable name of the fault.
+    Attributes:
+        param: The field of the request that is invalid, if one is.
+        code: Machine-readable name of the error.
     """
 
     code = "invalid_value"
@@ -127,7 +148,7 @@ class RequestError(ProviderError):
 
 
 class InputTooLongError(RequestError):
-    """An input has more tokens than the model reads, and the request does not allow cutting it."""
+    """An input has more tokens than the model reads, and the request forbids truncation."""
 
     code = "context_length_exceeded"
 
@@ -138,7 +159,7 @@ class InputTooLongError(RequestError):
 
 
 class TooManyTokensError(RequestError):
-    """All inputs of a request together have more tokens than one request may carry."""
+    """All inputs of a request together have more tokens than one request may have."""
 
     code = "max_tokens_per_request"
 
@@ -147,7 +168,7 @@ class TooManyTokensError(RequestError):
 
 
 class DimensionsError(RequestError):
-    """The model cannot give vectors of the requested size."""
+    """The model does not support vectors of the requested size."""
 
     code = "invalid_dimensions"
 
@@ -158,7 +179,7 @@ class DimensionsError(RequestError):
 
 
 class TokenInputError(RequestError):
-    """The request carries token ids that the model is not configured to read, or that are out of range."""
+    """The request has token ids that the model is not configured to read, or that are out of range."""
 
     code = "token_input_unsupported"
 
@@ -167,7 +188,7 @@ class TokenInputError(RequestError):
 
 
 class ModelNotFoundError(RequestError):
-    """No served model goes by this name."""
+    """No served model has this name."""
 
     code = "model_not_found"
 
@@ -176,9 +197,10 @@ class ModelNotFoundError(RequestError):
 
 
 class ModelNotReadyError(ProviderError):
-    """The model is configured but cannot answer yet (loading, draining) or failed to load.
+    """The model is configured but cannot answer yet, or failed to load.
 
-    `retry_after_s` is how long a caller should wait before asking again, in seconds.
+    Attributes:
+        retry_after_s: How long the caller should wait before the next attempt, in seconds.
     """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
@@ -187,9 +209,10 @@ class ModelNotReadyError(ProviderError):
 
 
 class QueueFullError(ProviderError):
-    """More work waits for the model than the queue may hold.
+    """The queue is full.
 
-    `retry_after_s` estimates when the queue will have room, in seconds.
+    Attributes:
+        retry_after_s: Estimated time until the queue has room, in seconds.
     """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
@@ -202,4 +225,4 @@ class DeadlineExceededError(ProviderError):
 
 
 class InferenceError(ProviderError):
-    """The model failed on an input, or gave a vector that is not finite."""
+    """The model failed on an input, or returned a vector that is not finite."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+from emb_model_provider.errors import ProviderError
+
 _SIZE_UNITS = ("B", "kB", "MB", "GB", "TB")
 _AGE_UNITS = (("day", 86_400), ("hour", 3_600), ("minute", 60))
 
@@ -43,7 +45,23 @@ def format_cosine(cosine: float) -> str:
     return f"{int(cosine * 100_000) / 100_000:.5f}"
 
 
-def first_line(error: BaseException, *, limit: int = 200) -> str:
-    """Return the first line of an error's message, or the error's class name if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+def first_line(error: BaseException, *, limit: int = 200, secret: str | None = None) -> str:
+    """Return the first line of an error's message, or the error's class name if it has no message.
+
+    Args:
+        error: The error.
+        limit: Longest result, in characters.
+        secret: A text that is replaced by `***`.
+    """
+    lines = str(getattr(error, "message", None) or error).strip().splitlines()
+    line = lines[0][:limit] if lines else type(error).__name__
+    return line.replace(secret, "***") if secret else line
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error of this package, and of any other error its class and the first line."""
+    if isinstance(error, ProviderError):
+        return error.message
+    line = first_line(error)
+    name = type(error).__name__
+    return f"{name}: {line}" if line != name else name

@@ -12,19 +12,18 @@ import os
 import socket
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
-from emb_model_provider.process.shutdown import Stop, end_at_once, flush
+from emb_model_provider.process.shutdown import ShutdownSignal, end_at_once, flush
 from emb_model_provider.process.supervisor import (
     HUNG_EXIT,
     SHORTEST_SILENCE_S,
-    Handed,
+    InheritedState,
     Supervisor,
-    handed_over,
+    take_inherited_state,
 )
 from emb_model_provider.settings.loading import load_settings
 
@@ -45,30 +44,30 @@ def main(*, supervise: bool = False) -> int:
 
     `supervise`: do so as a child of this process, whether EMB_PROVIDER_SUPERVISE says so or not.
     """
-    handed = handed_over()
+    inherited = take_inherited_state()
     try:
         settings, warnings = load_settings()
-        supervise = handed is None and _is_to_supervise(settings, supervise)
-        sockets = listen(settings.server()) if handed is None else handed.sockets
-        logs = settings.logs()
+        supervise = inherited is None and _is_to_supervise(settings, supervise)
+        sockets = listen(settings.server) if inherited is None else inherited.sockets
+        logs = settings.logs
         # The file is the child's alone: of two processes that rotate one file, each loses lines of the other.
-        writer = start_logging(replace(logs, to_file=False) if supervise else logs)
+        writer = start_logging(logs.model_copy(update={"log_to_file": False}) if supervise else logs)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
         return 1
     try:
         if supervise:
-            return Supervisor(sockets, max(SHORTEST_SILENCE_S, settings.lifecycle().watchdog_s)).run()
+            return Supervisor(sockets, max(SHORTEST_SILENCE_S, settings.lifecycle.watchdog_s)).run()
         for warning in warnings:
             logger.warning("%s", warning)
-        return _serve(settings, sockets, writer, handed)
+        return _serve(settings, sockets, writer, inherited)
     finally:
         flush(writer)
 
 
 def _is_to_supervise(settings: Settings, asked: bool) -> bool:
     """Raises: SettingsError where it is asked for but not possible."""
-    wanted = asked or settings.lifecycle().supervise
+    wanted = asked or settings.lifecycle.supervise
     if wanted and os.name != "posix":
         raise SettingsError(
             "EMB_PROVIDER_SUPERVISE=true: this system cannot hand sockets to a child process."
@@ -77,23 +76,25 @@ def _is_to_supervise(settings: Settings, asked: bool) -> bool:
 
 
 def _serve(
-    settings: Settings, sockets: list[socket.socket], writer: LineWriter, handed: Handed | None
+    settings: Settings, sockets: list[socket.socket], writer: LineWriter, inherited: InheritedState | None
 ) -> int:
-    stop = Stop(
-        writer, settings.lifecycle().shutdown_grace_s, handed.lifeline if handed is not None else None
+    stop = ShutdownSignal(
+        writer,
+        settings.lifecycle.shutdown_grace_s,
+        inherited.parent_pipe if inherited is not None else None,
     )
     # Of a crash in native code, which ends the process without another word, stderr gets the stacks.
     faulthandler.enable()
-    if handed is not None and handed.after:
-        logger.warning("started again by the supervisor: the service before %s", handed.after)
+    if inherited is not None and inherited.after:
+        logger.warning("started again by the supervisor: the service before %s", inherited.after)
     from emb_model_provider.process.server import serve
 
-    if handed is None:
+    if inherited is None:
         return serve(settings, sockets, stop)
-    return serve(settings, sockets, stop, on_hung=partial(end_hung, stop, writer), beat=handed.beat)
+    return serve(settings, sockets, stop, on_hung=partial(end_hung, stop, writer), beat=inherited.beat)
 
 
-def end_hung(stop: Stop, writer: LineWriter, reason: str) -> None:
+def end_hung(stop: ShutdownSignal, writer: LineWriter, reason: str) -> None:
     """End this process, so that the supervisor starts another: no thread can be ended from outside."""
     if stop.reason is None:  # else it is about to end anyway
         end_at_once(writer, HUNG_EXIT, f"{reason}: ending the process, so that the supervisor starts another")

@@ -22,7 +22,7 @@ MODELSCOPE_OWNERS = ("damo/", "iic/")
 """Owners whose models are on ModelScope, for `auto`."""
 
 
-def choose(
+def resolve_model(
     settings: Settings,
     model: str,
     *,
@@ -41,7 +41,7 @@ def choose(
     """
     own: dict[str, Any] = {"alias": alias, "source": source, "revision": revision, "precision": precision}
     changes = {name: value for name, value in own.items() if value is not None}
-    named = [spec for spec in settings.models().specs if model in (spec.alias, spec.name)]
+    named = [spec for spec in settings.models.specs() if model in (spec.alias, spec.name)]
     at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
     for spec in at_hub:
         if revision in (None, spec.revision):
@@ -59,7 +59,7 @@ def choose(
         revision=revision,
         precision=precision,
     )
-    return settings.mapped_model(alias or entry.name, entry)
+    return settings.models.spec_for(alias or entry.name, entry)
 
 
 def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "local", "bundled"]:
@@ -86,7 +86,7 @@ def directory_of(model: str) -> Path | None:
         return None
 
 
-def other_names(configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> dict[str, str]:
+def build_alias_index(configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> dict[str, str]:
     """Map ids of models to the first alias that serves them, and last parts that mean just one model to its alias.
 
     A model that is added takes no name from those before it, nor makes one of theirs unclear: whoever uses it would get

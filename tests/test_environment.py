@@ -67,7 +67,7 @@ def test_a_missing_file_is_no_error(tmp_path: Path) -> None:
     [
         ('A=1\nM={\n "a": }\n', "M is not valid JSON, line 3 column 7"),
         ('M={"a": 1\n', "M is not valid JSON"),
-        ('M={"a": 1} {"b": 2}\n', "M: something stands behind its JSON in line 1"),
+        ('M={"a": 1} {"b": 2}\n', "M: unexpected text after its JSON in line 1"),
     ],
 )
 def test_broken_json_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -17,7 +17,7 @@ from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import (
     BatchSettings,
     LimitSettings,
-    ModelSettings,
+    ServedModels,
     Settings,
     TrustSettings,
 )
@@ -65,13 +65,13 @@ def modelscope(gte: Path) -> Iterator[ModelScopeServer]:
 
 
 def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hubs: Any) -> Registry:
-    settings = Settings(
+    settings = Settings.from_values(
         cache_dir=tmp_path / "own", modelscope_cache_dir=tmp_path / "ms", hf_cache_dir=tmp_path / "hf", **hubs
     )
     return Registry(
-        ModelSettings(specs=specs, preload=preload),
+        ServedModels(specs=specs, preload=preload),
         manager=ModelManager(settings),
-        hubs=settings.hubs(),
+        hubs=settings.hubs,
         trust=TrustSettings(),
         batching=BatchSettings(),
         limits=LimitSettings(request_timeout_s=280),
@@ -81,12 +81,12 @@ def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hub
 
 
 async def vectors(registry: Registry, name: str) -> np.ndarray:
-    async with registry.using(name) as engine:
+    async with registry.lease(name) as engine:
         return (await engine.embed(TEXTS, EmbedOptions())).vectors
 
 
 async def dimension(registry: Registry, name: str) -> int:
-    async with registry.using(name) as engine:
+    async with registry.lease(name) as engine:
         return engine.description.dimension
 
 

@@ -25,7 +25,7 @@ from emb_model_provider.errors import LoadError, SettingsError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.settings import HubSettings, Settings
 from emb_model_provider.settings.loading import load_settings
-from emb_model_provider.snapshots.manifest import Question
+from emb_model_provider.snapshots.manifest import ManifestKey
 from tests.backends.small_tokenizers import wordpiece
 from tests.models import bert, save_modelscope, save_st, snapshot_of, spec_of
 from tests.service import COMMAND, environment, free_port
@@ -49,13 +49,18 @@ def load(**variables: str) -> Settings:
 def test_no_form_of_the_settings_shows_a_secret() -> None:
     """Printing, dumping or formatting settings, their groups or the models in them gives no key or token away."""
     settings = load(MODEL_MAPPING=json.dumps(MAPPING), **SECRETS)
-    groups: list[Any] = [settings.server(), settings.hubs(), settings.models(), settings.models().specs[0]]
-    groups += [settings.limits(), settings.logs(), settings.lifecycle(), settings.trust()]
+    groups: list[Any] = [
+        settings.server,
+        settings.hubs,
+        settings.served_models(),
+        settings.served_models().specs[0],
+    ]
+    groups += [settings.limits, settings.logs, settings.lifecycle, settings.trust]
     forms: list[str] = [settings.model_dump_json(), str(settings.model_dump()), str(settings.model_dump(mode="json"))]  # fmt: skip
     for each in (settings, *groups):
         forms += [repr(each), str(each), f"{each}", f"{each!s:.9999}"]
-    assert settings.server().admin_api_keys == (SECRETS["ADMIN_API_KEYS"],)
-    assert settings.models().specs[0].token == "hush-mapping"
+    assert settings.server.admin_api_keys == (SECRETS["ADMIN_API_KEYS"],)
+    assert settings.served_models().specs[0].token == "hush-mapping"
     assert [form for form in forms if "hush" in form] == []
 
 
@@ -93,12 +98,12 @@ NAMES = ["../../../etc/passwd", "..", "/etc/passwd", "a/../../b", "..\\..\\b", "
 def test_what_is_kept_of_a_model_stays_in_the_cache(name: str, tmp_path: Path) -> None:
     """Manifests and locks have names of their own making, whatever model and revision they are for."""
     root = tmp_path / "cache" / "snapshots"
-    for question in (Question("huggingface", name, name, name), Question("local", name)):
+    for question in (ManifestKey("huggingface", name, name, name), ManifestKey("local", name)):
         for path in (question.manifest_path(root), question.lock_path(root)):
             assert path.parent == root / question.hub
             assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.name)
             assert path.resolve().is_relative_to(root.resolve())
-    assert Question("huggingface", name).stem != Question("huggingface", f"{name} ").stem
+    assert ManifestKey("huggingface", name).stem != ManifestKey("huggingface", f"{name} ").stem
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])

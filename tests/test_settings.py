@@ -29,7 +29,7 @@ def load(**variables: str) -> Settings:
 
 
 def specs(**variables: str) -> dict[str, ModelSpec]:
-    return {spec.alias: spec for spec in load(**variables).models().specs}
+    return {spec.alias: spec for spec in load(**variables).served_models().specs}
 
 
 def refused(**variables: str) -> str:
@@ -52,7 +52,8 @@ def test_every_env_block_of_the_guide_works_as_it_stands(block: str, tmp_path: P
     settings, warnings = load_settings(tmp_path / ".env", {})
     assert warnings == []
     names = re.findall(r"^EMB_PROVIDER_(\w+)=(?=\S)", block, re.MULTILINE)
-    assert {name.lower() for name in names} == settings.model_fields_set
+    groups = (getattr(settings, group) for group in Settings.groups())
+    assert {name.lower() for name in names} == {name for group in groups for name in group.model_fields_set}
 
 
 def test_the_guide_has_all_its_blocks() -> None:
@@ -65,7 +66,7 @@ def test_the_guides_mapping_means_what_it_says(tmp_path: Path) -> None:
     """Names, hubs and precisions of the mapping arrive, in order, and the first is the default."""
     block = next(block for block in GUIDE_BLOCKS if '"gte-chinese"' in block)
     (tmp_path / ".env").write_text(block, encoding="utf-8")
-    models = load_settings(tmp_path / ".env", {})[0].models()
+    models = load_settings(tmp_path / ".env", {})[0].served_models()
     assert [(s.alias, s.name, s.source, s.precision) for s in models.specs] == [
         ("gte-chinese", "damo/nlp_gte_sentence-embedding_chinese-base", "modelscope", "fp16"),
         ("gte-english", "sentence-transformers/all-MiniLM-L12-v2", "huggingface", "fp16"),
@@ -84,9 +85,9 @@ def test_the_guides_mapping_means_what_it_says(tmp_path: Path) -> None:
 
 def test_without_settings_the_bundled_model_is_served() -> None:
     """The first command needs no configuration."""
-    models = load().models()
+    models = load().served_models()
     assert [(s.alias, s.source) for s in models.specs] == [(BUNDLED_MODEL, "bundled")]
-    assert load().server().port == 9000
+    assert load().server.port == 9000
 
 
 @pytest.mark.parametrize(
@@ -112,15 +113,15 @@ def test_an_older_name_alone_does_not_turn_the_bundled_model_into_a_download() -
 
 def test_one_directory_may_be_both_hubs_cache() -> None:
     """MODEL_CACHE_DIR is where downloads of either hub go, unless a variable of that hub says otherwise."""
-    both = load(_MODEL_CACHE_DIR="/models").hubs()
+    both = load(_MODEL_CACHE_DIR="/models").hubs
     assert (both.modelscope_cache_dir, both.hf_cache_dir) == (Path("/models"), Path("/models"))
-    one = load(_MODEL_CACHE_DIR="/models", _MODELSCOPE_CACHE="/ms", HF_CACHE_DIR="/hf").hubs()
+    one = load(_MODEL_CACHE_DIR="/models", _MODELSCOPE_CACHE="/ms", HF_CACHE_DIR="/hf").hubs
     assert (one.modelscope_cache_dir, one.hf_cache_dir) == (Path("/ms"), Path("/hf"))
 
 
 def test_hubs_may_call_a_model_differently() -> None:
     """HUB_NAMES says what each hub calls a model; names and hubs that it does not have stay as they are."""
-    hubs = load(HUB_NAMES='{"a/b": {"modelscope": "c/d"}}').hubs()
+    hubs = load(HUB_NAMES='{"a/b": {"modelscope": "c/d"}}').hubs
     assert hubs.name_on("modelscope", "a/b") == "c/d"
     assert hubs.name_on("huggingface", "a/b") == "a/b"
     assert hubs.name_on("modelscope", "e/f") == "e/f"
@@ -134,11 +135,10 @@ def test_models_in_memory_are_limited_as_they_are_written() -> None:
     settings = load(
         MODEL_MEMORY_LIMIT="1.5GiB", MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, LOAD_WAIT_S="0"
     )
-    residency = settings.residency()
-    assert residency.memory_limit_bytes == 3 * 2**29
-    assert (residency.max_loaded_models, residency.load_wait_s, residency.idle_unload_s) == (1, 0, None)
-    assert settings.models().preload == ("a",)
-    assert load(REQUEST_TIMEOUT_S="7").residency().load_wait_s == 7
+    memory = settings.memory
+    assert memory.model_memory_limit == 3 * 2**29
+    assert (memory.max_loaded_models, memory.load_wait_s, memory.idle_unload_s) == (1, 0, None)
+    assert settings.served_models().preload == ("a",)
     with pytest.raises(
         SettingsError, match="PRELOAD_MODELS=a,b: must not be more than EMB_PROVIDER_MAX_LOADED_MODELS=1"
     ):
@@ -173,10 +173,12 @@ def test_a_mapping_takes_every_key() -> None:
 
 def test_both_a_name_and_a_mapping_are_served() -> None:
     """MODEL_NAME comes first, and is the default."""
-    models = load(MODEL_NAME="o/main", MODEL_MAPPING='{"a": {"name": "x"}}', PRELOAD_MODELS="a").models()
+    models = load(
+        MODEL_NAME="o/main", MODEL_MAPPING='{"a": {"name": "x"}}', PRELOAD_MODELS="a"
+    ).served_models()
     assert [spec.alias for spec in models.specs] == ["o/main", "a"]
     assert models.preload == ("a",)
-    assert load(PRELOAD_MODELS="none").models().preload == ()
+    assert load(PRELOAD_MODELS="none").served_models().preload == ()
 
 
 def test_a_path_alone_names_the_model_by_its_directory(tmp_path: Path) -> None:
@@ -201,54 +203,54 @@ def test_the_hubs_own_variables_are_read() -> None:
     hubs = load(
         _MODELSCOPE_CACHE="/ms", _MODELSCOPE_API_TOKEN="t1", _MODELSCOPE_DOMAIN="ms.example", _HF_HOME="/hf",
         _HF_ENDPOINT="https://mirror.example", _HF_TOKEN="t2", _HF_HUB_OFFLINE="1",
-    ).hubs()  # fmt: skip
+    ).hubs  # fmt: skip
     assert (hubs.modelscope_cache_dir, hubs.modelscope_endpoint) == (Path("/ms"), "https://ms.example")
     assert (hubs.hf_cache_dir, hubs.hf_endpoint, hubs.offline) == (
         Path("/hf/hub"),
         "https://mirror.example",
         True,
     )
-    assert (hubs.modelscope_token, hubs.hf_token) == ("t1", "t2")
-    own = load(_HF_TOKEN="other", HF_TOKEN="own", _HF_HUB_CACHE="/a", _HF_HOME="/b").hubs()
-    assert (own.hf_token, own.hf_cache_dir) == ("own", Path("/a"))
+    assert (hubs.token("modelscope"), hubs.token("huggingface")) == ("t1", "t2")
+    own = load(_HF_TOKEN="other", HF_TOKEN="own", _HF_HUB_CACHE="/a", _HF_HOME="/b").hubs
+    assert (own.token("huggingface"), own.hf_cache_dir) == ("own", Path("/a"))
 
 
 def test_secrets_are_not_shown() -> None:
     """Printing settings, or a group of them, gives no token and no key away."""
     settings = load(HF_TOKEN="hush-1", MODELSCOPE_TOKEN="hush-2", API_KEYS="hush-3,hush-4")
-    shown = repr(settings) + str(settings.model_dump()) + repr(settings.hubs()) + repr(settings.server())
+    shown = repr(settings) + str(settings.model_dump()) + repr(settings.hubs) + repr(settings.server)
     assert "hush" not in shown
-    assert settings.server().api_keys == ("hush-3", "hush-4")
+    assert settings.server.accepted_keys == ("hush-3", "hush-4")
 
 
 # --- the other groups ---------------------------------------------------------------------------------
 
 
-def test_units_are_converted_once() -> None:
-    """Milliseconds and MiB end in the settings."""
-    settings = load(MAX_WAIT_TIME_MS="20", MAX_BODY_MB="0.5", MIN_BATCH_SIZE="8")
-    assert settings.batching().max_wait_s == pytest.approx(0.02)
-    assert settings.limits().max_body_bytes == 512 * 1024
+def test_sizes_are_converted_to_bytes() -> None:
+    """Settings in MiB and GiB have properties in bytes."""
+    settings = load(MAX_BODY_MB="0.5", MAX_ARTIFACTS_GB="1.5")
+    assert settings.limits.max_body_bytes == 512 * 1024
+    assert settings.hubs.max_artifact_bytes == 3 * 2**29
 
 
 def test_host_headers_are_limited_while_bound_to_loopback() -> None:
     """Off loopback any Host is answered, unless ALLOWED_HOSTS says which."""
-    assert load().server().allowed_hosts == ("localhost", "127.0.0.1", "::1")
-    assert load(HOST="0.0.0.0").server().allowed_hosts is None
-    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example, b.example").server().allowed_hosts == (
+    assert load().server.accepted_hosts == ("localhost", "127.0.0.1", "::1")
+    assert load(HOST="0.0.0.0").server.accepted_hosts is None
+    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example, b.example").server.accepted_hosts == (
         "a.example",
         "b.example",
     )
-    assert load(ALLOWED_HOSTS="*").server().allowed_hosts is None
+    assert load(ALLOWED_HOSTS="*").server.accepted_hosts is None
 
 
 def test_floors_that_are_left_out_keep_their_own() -> None:
     """What is set replaces one floor, not all of them; measuring is on until it is switched off."""
-    assert load().fidelity().floors == FIDELITY_FLOORS
-    assert load().fidelity().measure is True
-    policy = load(FIDELITY_FLOORS='{"int8": 0.5, "fp32": 0}', MEASURE_FIDELITY="false").fidelity()
+    assert load().fidelity.floors == FIDELITY_FLOORS
+    assert load().fidelity.measure_fidelity is True
+    policy = load(FIDELITY_FLOORS='{"int8": 0.5, "fp32": 0}', MEASURE_FIDELITY="false").fidelity
     assert policy.floors == {**FIDELITY_FLOORS, "int8": 0.5, "fp32": 0.0}
-    assert policy.measure is False
+    assert policy.measure_fidelity is False
 
 
 # --- mistakes -----------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def test_floors_that_are_left_out_keep_their_own() -> None:
         ("MAX_BODY_MB", "nan", "must be more than 0"),
         ("REQUEST_TIMEOUT_S", "inf", "must be more than 0"),
         ("MIN_BATCH_SIZE", "65", "must not be more than EMB_PROVIDER_MAX_BATCH_SIZE=64"),
-        ("PRELOAD_MODELS", "x", f"must be among {BUNDLED_MODEL}, or none"),
+        ("PRELOAD_MODELS", "x", f"must be one of {BUNDLED_MODEL}, or none"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(name: str, value: str, allowed: str) -> None:
@@ -289,9 +291,9 @@ def test_a_wrong_value_is_refused_in_one_line(name: str, value: str, allowed: st
         ('{"a": {"name": "x", "device": "tpu"}}', "a.device"),
         ('{"a": "x"}', "a: must be an object"),
         ('["a"]', "must be a JSON object"),
-        ('{"a": {"name": "x"}, "a": {"name": "y"}}', "says 'a' more than once"),
-        ('{" a": {"name": "x"}}', "no usable alias"),
-        ('{"a\\nb": {"name": "x"}}', "no usable alias"),
+        ('{"a": {"name": "x"}, "a": {"name": "y"}}', "contains 'a' more than once"),
+        ('{" a": {"name": "x"}}', "not a valid alias"),
+        ('{"a\\nb": {"name": "x"}}', "not a valid alias"),
         ('{"a": {"name": ', "not valid JSON, line 1"),
     ],
 )
@@ -319,7 +321,7 @@ def test_a_floor_of_no_precision_or_out_of_range_is_refused(floors: str) -> None
     [
         ("0.99", 'must be a JSON object like {"int8": 0.99}'),
         ('{"int8": 0.9', "is not valid JSON, line 1"),
-        ('{"int8": 0.9, "int8": 0.8}', "says 'int8' more than once"),
+        ('{"int8": 0.9, "int8": 0.8}', "contains 'int8' more than once"),
     ],
 )
 def test_floors_that_are_no_object_are_refused(floors: str, message: str) -> None:
@@ -349,7 +351,7 @@ def test_one_name_for_two_models_is_refused() -> None:
 def test_bodies_of_all_requests_hold_at_least_one() -> None:
     """A request that is allowed must not be refused for want of room on an idle service."""
     assert refused(MAX_PENDING_BODY_MB="1").startswith("EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less")
-    assert load(MAX_BODY_MB="3").server().max_pending_body_bytes == 24 * 1024 * 1024
+    assert load(MAX_BODY_MB="3").limits.max_pending_body_bytes == 24 * 1024 * 1024
 
 
 def test_an_unknown_name_is_warned_about_with_the_nearest() -> None:
@@ -384,9 +386,9 @@ def test_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setattr(pwd, "getpwnam", nobody)
     with pytest.raises(
-        SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR, or HOME\.$"
+        SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR or HOME\.$"
     ):
         load()
-    assert load(CACHE_DIR=str(tmp_path)).cache_dir == tmp_path
+    assert load(CACHE_DIR=str(tmp_path)).hubs.cache_dir == tmp_path
     with pytest.raises(SettingsError, match=r"^EMB_PROVIDER_LOG_DIR=~/logs: must be a directory\.$"):
         load(CACHE_DIR=str(tmp_path), LOG_DIR="~/logs")

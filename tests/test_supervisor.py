@@ -30,7 +30,7 @@ PROGRAM = """
 import faulthandler, json, logging, os, pathlib, sys, time
 from emb_model_provider.process import supervisor
 
-handed = supervisor.handed_over()
+handed = supervisor.take_inherited_state()
 if handed is None:
     logging.basicConfig(level="INFO", format="%(message)s")
     constants = json.loads(sys.argv[1])

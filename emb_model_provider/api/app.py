@@ -14,33 +14,52 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from emb_model_provider.api.auth import Cors, Doorkeeper
+from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
+from emb_model_provider.api.background_tasks import BackgroundTasks
+from emb_model_provider.api.dependencies import Services
 from emb_model_provider.api.errors import on_http_exception, on_invalid_parameters, on_provider_error
-from emb_model_provider.api.limits import CONNECTIONS, Connections, PendingBodies
-from emb_model_provider.api.middleware import Guard, HostCheck, RequestLog
-from emb_model_provider.api.routes import cached_models as cache
-from emb_model_provider.api.routes import downloads, embeddings, models
-from emb_model_provider.api.routes import loaded_models as manage
-from emb_model_provider.api.routes import operations as docs
-from emb_model_provider.api.routes import operations as health
+from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
+from emb_model_provider.api.middleware import (
+    AccessLogMiddleware,
+    AuthAndLimitsMiddleware,
+    TrustedHostMiddleware,
+)
+from emb_model_provider.api.routes import (
+    cached_models,
+    downloads,
+    embeddings,
+    loaded_models,
+    models,
+    operations,
+)
+from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
-from emb_model_provider.registry import Registry, State
+from emb_model_provider.registry import Registry, RegistryConfig, State
+from emb_model_provider.serving.scheduler import Timings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
-
-    from starlette.types import ASGIApp
 
     from emb_model_provider.settings import ServerSettings, Settings
 
 logger = logging.getLogger(__name__)
 
-_JOBS_END_S = 2.0
-"""How long downloads have at the end to remove what they did not finish."""
+_JOBS_STOP_S = 2.0
+"""How long downloads may take at shutdown to remove their partial files."""
+
+_ROUTERS = (
+    embeddings.router,
+    models.router,
+    loaded_models.router,
+    downloads.router,
+    cached_models.router,
+    operations.router,
+    operations.docs_router,
+)
 
 TITLE = "emb-model-provider"
 DESCRIPTION = (
@@ -53,40 +72,48 @@ def create_app(
     settings: Settings,
     on_nothing_to_serve: Callable[[], None],
     on_hung: Callable[[str], None] | None = None,
-    is_stopping: Callable[[], bool] = lambda: False,
-) -> ASGIApp:
-    """Return the service.
+    is_shutting_down: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """Return the service as an ASGI application.
 
-    `on_nothing_to_serve` is called when every model failed to load at the start; `on_hung`, with what to say, when a
-    model hangs for good. `is_stopping` says whether the service was asked to end: what could go on for long then ends.
+    Args:
+        settings: All settings.
+        on_nothing_to_serve: Called if no model could be loaded at startup.
+        on_hung: Called with the reason if a model hangs permanently.
+        is_shutting_down: Whether the service was asked to stop, so that long work ends.
     """
-    server = settings.server()
-    limits = settings.limits()
+    server, limits = settings.server, settings.limits
     metrics = Metrics(lambda: registry.statuses())
     manager = ModelManager(settings)
-    jobs = DownloadJobs(manager)
     registry = Registry(
-        settings.models(),
+        settings.served_models(),
+        manager,
+        RegistryConfig(
+            batching=settings.batching,
+            limits=limits,
+            memory=settings.memory,
+            watchdog_s=settings.lifecycle.watchdog_s,
+            on_batch=metrics.on_batch,
+            timings=Timings(),
+        ),
+    )
+    services = Services(
+        settings=settings,
+        registry=registry,
         manager=manager,
-        hubs=settings.hubs(),
-        trust=settings.trust(),
-        batching=settings.batching(),
-        limits=limits,
-        max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
-        fidelity=settings.fidelity(),
-        on_batch=metrics.on_batch,
-        watchdog_s=settings.lifecycle().watchdog_s,
-        residency=settings.residency(),
+        jobs=DownloadJobs(manager),
+        metrics=metrics,
+        background=BackgroundTasks(is_shutting_down),
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Connections]]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, ConnectionLimiter]]:
         starting = asyncio.create_task(_start(registry, server, on_nothing_to_serve))
         watching = asyncio.create_task(registry.watch(on_hung))
-        yield {CONNECTIONS: Connections(server)}
+        yield {CONNECTIONS: ConnectionLimiter(limits)}
         starting.cancel()
         watching.cancel()
-        await asyncio.to_thread(jobs.stop, _JOBS_END_S)
+        await asyncio.to_thread(services.jobs.stop, _JOBS_STOP_S)
         await registry.stop()
         logger.info("stopped")
 
@@ -94,34 +121,28 @@ def create_app(
         title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
         lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
-    embed = embeddings.embeddings_endpoint(registry, limits)
-    app.include_router(embeddings.router(embed))
-    app.include_router(models.router(registry))
-    app.include_router(manage.router(settings, registry, is_stopping))
-    app.include_router(downloads.router(settings, jobs, is_stopping))
-    app.include_router(cache.router(manager, registry, is_stopping))
-    app.include_router(health.router(registry, metrics))
-    app.include_router(docs.docs_router(TITLE))
+    app.state.services = services
+    for router in _ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(ProviderError, on_provider_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(RequestValidationError, on_invalid_parameters)
-    doorkeeper = Doorkeeper(server)
-    pending = PendingBodies(server.max_pending_body_bytes)
-    # From the inside out. Errors pass through Cors, so that pages can read them.
-    layers: list[tuple[Callable[..., ASGIApp], dict[str, Any]]] = [
-        (Guard, {"doorkeeper": doorkeeper, "max_body_bytes": limits.max_body_bytes, "pending": pending})
-    ]
+    app.openapi = _openapi(app, server)  # type: ignore[method-assign]  # as FastAPI documents
+    # From the inside out. Errors pass through CorsMiddleware, so that pages can read them.
+    policy = AccessPolicy(server)
+    app.add_middleware(EmbeddingsFastPath, services=services)
+    app.add_middleware(
+        AuthAndLimitsMiddleware,
+        policy=policy,
+        max_body_bytes=limits.max_body_bytes,
+        budget=BodyBudget(limits.max_pending_body_bytes),
+    )
     if server.cors_origins:
-        layers.append((Cors, {"origins": server.cors_origins}))
-    if server.allowed_hosts is not None:
-        layers.append((HostCheck, {"doorkeeper": doorkeeper}))
-    layers.append((RequestLog, {"on_request": metrics.on_request}))
-    direct = embeddings.as_asgi(embed)
-    for layer, options in layers:
-        app.add_middleware(layer, **options)
-        direct = layer(direct, **options)
-    app.openapi = _openapi(app, server)  # type: ignore[method-assign]  # FastAPI's own way
-    return embeddings.DirectEmbeddings(app, direct)
+        app.add_middleware(CorsMiddleware, origins=server.cors_origins)
+    if server.accepted_hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, policy=policy)
+    app.add_middleware(AccessLogMiddleware, on_request=metrics.on_request)
+    return app
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:
@@ -142,7 +163,7 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
         else:
             logger.info("%s is %s; it is loaded at its first request", status.spec.alias, status.state)
     body = orjson.dumps({"model": registry.default_alias, "input": "hello"}).decode()
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server.accepted_keys else ""
     logger.info(
         "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s",
         address,
@@ -154,9 +175,9 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
 def _openapi(app: FastAPI, server: ServerSettings) -> Callable[[], dict[str, Any]]:
     """Describe the API with the request that `parsing.py` reads, which FastAPI does not see."""
     original = app.openapi
-    keys = {"/v1": "apiKey"} if server.api_keys else {}
-    if server.admin_api_keys or server.api_keys:
-        keys["/api"] = "adminKey" if server.admin_api_keys else "apiKey"
+    keys = {"/v1": "apiKey"} if server.accepted_keys else {}
+    if server.accepted_admin_keys or server.accepted_keys:
+        keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
 
     def described() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -26,16 +26,16 @@ def is_admin_path(path: str) -> bool:
     return path == "/api" or path.startswith("/api/")
 
 
-class Doorkeeper:
+class AccessPolicy:
     """Checks the Host header of every request, the key of those that need one, and who may change the service."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._keys = tuple(key.encode() for key in settings.api_keys)
-        self._admin_keys = tuple(key.encode() for key in settings.admin_api_keys)
-        hosts = settings.allowed_hosts
+        self._keys = tuple(key.encode() for key in settings.accepted_keys)
+        self._admin_keys = tuple(key.encode() for key in settings.accepted_admin_keys)
+        hosts = settings.accepted_hosts
         self._hosts = frozenset(map(_host_name, hosts)) if hosts is not None else None
 
-    def wrong_host(self, headers: Headers) -> Response | None:
+    def check_host(self, headers: Headers) -> Response | None:
         """Return the answer to a request under a name that is not ours, or None.
 
         A browser that was lured here by a DNS name of the attacker's always sends that name, so a request
@@ -52,7 +52,7 @@ class Doorkeeper:
             code="host_not_allowed",
         )
 
-    def refusal(self, scope: Scope, headers: Headers) -> Response | None:
+    def authorize(self, scope: Scope, headers: Headers) -> Response | None:
         """Return the answer to a request that may not be made, or that lacks its key; None to let it pass."""
         path = scope["path"]
         if is_admin_path(path):
@@ -124,7 +124,7 @@ def _host_name(host: str) -> str:
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
-class Cors(CORSMiddleware):
+class CorsMiddleware(CORSMiddleware):
     """Starlette's, with the headers that the OpenAI API's clients send and read, and refusals in OpenAI's form."""
 
     def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
@@ -150,12 +150,12 @@ class Cors(CORSMiddleware):
         if response.status_code == 200:
             return response
         reason = bytes(response.body).decode()
-        refusal = error_response(
+        authorize = error_response(
             response.status_code,
             f"{reason}: let the operator add the page's origin to EMB_PROVIDER_CORS_ORIGINS."
             if "origin" in reason
             else f"{reason}.",
             code="cors_refused",
         )
-        refusal.headers["vary"] = response.headers["vary"]
-        return refusal
+        authorize.headers["vary"] = response.headers["vary"]
+        return authorize

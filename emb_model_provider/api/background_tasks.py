@@ -1,4 +1,4 @@
-"""Work that goes on when its caller goes away, and that the end of the service does not wait for."""
+"""Work that continues when its caller goes away, and that does not delay the shutdown."""
 
 from __future__ import annotations
 
@@ -12,40 +12,51 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_LOOK_EVERY_S = 0.25
-_STOPPING_RETRY_AFTER_S = 5.0
+_POLL_S = 0.25
+_RETRY_AFTER_S = 5.0
 
 
-class GoingOn:
-    """What was begun for callers, who may wait for it. Used on one event loop."""
+class BackgroundTasks:
+    """Tasks of the service, whose callers may wait for them. Used on one event loop."""
 
-    def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        """`is_stopping` says whether the service was asked to end; it is asked on any thread."""
-        self._is_stopping = is_stopping
+    def __init__(self, is_shutting_down: Callable[[], bool]) -> None:
+        """Create an empty set of tasks.
+
+        Args:
+            is_shutting_down: Whether the service was asked to stop. Called on any thread.
+        """
+        self.is_shutting_down = is_shutting_down
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task."""
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop alone would let it be collected
+        self._tasks.add(task)  # else it could be garbage-collected
         task.add_done_callback(self._tasks.discard)
-        # Fetched here, so that a failure nobody waits for does not end as "never retrieved": the status tells it.
+        # Retrieve the exception, because a failure that nobody waits for is reported by the model's status.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return task
 
-    async def finished(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` returns.
+    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Start a task and return its result.
 
-        Raises: what `work` raises; ModelNotReadyError once the service is to end, which leaves the work to itself.
+        Raises:
+            ModelNotReadyError: The service shuts down. The task continues.
+            Exception: Whatever the task raises.
         """
-        task = self.begin(work)
+        task = self.start(work)
         while not task.done():
-            self.require_time()
-            await asyncio.wait({task}, timeout=_LOOK_EVERY_S)
+            self.raise_if_shutting_down()
+            await asyncio.wait({task}, timeout=_POLL_S)
         return task.result()
 
-    def require_time(self) -> None:
-        """Raises: ModelNotReadyError once the service was asked to end. May be called on any thread."""
-        if self._is_stopping():
+    def raise_if_shutting_down(self) -> None:
+        """End the work of the caller if the service shuts down. Can be called on any thread.
+
+        Raises:
+            ModelNotReadyError: The service shuts down.
+        """
+        if self.is_shutting_down():
             raise ModelNotReadyError(
-                "The service is shutting down: ask again later.", retry_after_s=_STOPPING_RETRY_AFTER_S
+                "The service is shutting down: try again later.", retry_after_s=_RETRY_AFTER_S
             )

@@ -1,17 +1,16 @@
-"""Removing a model's files while it may be served: unload, remove, and again where a request was quicker."""
+"""Removes models from disk while they may be served: unload them first, then remove their files."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from emb_model_provider.api.middleware import ClientGoneError
+from emb_model_provider.api.middleware import ClientDisconnectedError
 from emb_model_provider.errors import ModelInUseError, ModelNotFoundError
-from emb_model_provider.management.types import Removal
 from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
@@ -19,204 +18,150 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from emb_model_provider.api.background_tasks import GoingOn
-    from emb_model_provider.api.schemas.management import RemoveAllQuery, RemoveQuery
-    from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.management.types import CachedSnapshot
-    from emb_model_provider.registry import ModelStatus, Registry
+    from emb_model_provider.api.dependencies import Services
+    from emb_model_provider.api.schemas.management import RemoveAllQuery
+    from emb_model_provider.management.types import CachedModelRecord, Removal
+    from emb_model_provider.registry import ModelStatus
 
-_TRY_AGAIN_S = 0.25
-_ROUNDS = 5
-"""How often a model is unloaded, where requests load it again before its files are gone."""
+_RETRY_EVERY_S = 0.25
+_UNLOAD_ATTEMPTS = 5
+"""How often a model is unloaded if requests load it again before its files are removed."""
 _NOT_LOADED = (State.UNLOADED, State.FAILED)
 
-T = TypeVar("T")
 
+class CacheRemoval:
+    """One request to remove models from disk."""
 
-class OnDisk(Protocol):
-    """Runs what reads or writes the disk on a thread that may."""
+    def __init__(self, services: Services, request: Request, query: RemoveAllQuery) -> None:
+        self._services = services
+        self._registry = services.registry
+        self._request = request
+        self._query = query
+        self._unloaded: list[ModelStatus] = []
+        self._give_up_at = time.monotonic() + query.wait_s
+        self._attempts = _UNLOAD_ATTEMPTS if query.unload and not query.dry_run else 1
 
-    async def __call__(self, work: Callable[[], T]) -> T: ...
-
-
-class Remover:
-    """Removes models from disk, unloading them first where that is asked for."""
-
-    def __init__(self, registry: Registry, on_disk: OnDisk, going_on: GoingOn) -> None:
-        self._registry = registry
-        self._on_disk = on_disk
-        self._going_on = going_on
-
-    async def remove(
-        self,
-        request: Request,
-        manager: ModelManager,
-        name: str,
-        snapshots: Sequence[CachedSnapshot],
-        query: RemoveQuery,
+    async def run(
+        self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]
     ) -> tuple[Removal, list[str]]:
-        """Return what was removed, and the aliases that were unloaded for it.
+        """Remove models, unloading them first if the query asks for it.
 
-        Raises: ModelInUseError; ModelNotReadyError where the service is to end while it waits; ClientGoneError where
-        the caller went away.
+        Args:
+            models: The models to remove.
+            remove: Removes them; takes `dry_run` and `released`.
+
+        Returns:
+            What was removed, and the aliases that were unloaded.
+
+        Raises:
+            ModelInUseError: A model is in use.
+            ModelNotReadyError: The service shuts down.
+            ClientDisconnectedError: The client is gone.
         """
-        again = _Rounds(query)
-        unloaded: list[ModelStatus] = []
+        holders = models_using(models, self._registry.statuses())
+        if self._query.dry_run:
+            released = (
+                [Path(model.path) for model in models if model.path and models_using([model], holders)]
+                if self._query.unload
+                else []
+            )
+            removal = await self._on_disk(partial(remove, dry_run=True, released=released))
+            return removal, _aliases(holders) if released else []
         try:
-            while True:
-                holders = loaded_from(snapshots, self._registry.statuses())
-                if query.unload and query.dry_run and holders:
-                    elsewhere = await self._on_disk(manager.list)
-                    return _all_of(snapshots, elsewhere), _aliases(holders)
-                if query.unload:
-                    unloaded += holders
-                    await self._unload(holders)
-                try:
-                    removal = await self._on_disk(
-                        partial(
-                            manager.remove,
-                            name,
-                            source=query.source,
-                            revision=query.revision,
-                            dry_run=query.dry_run,
-                        )
-                    )
-                except ModelInUseError as error:
-                    if not again.is_worth_it():
-                        holders = loaded_from(snapshots, self._registry.statuses())
-                        raise _explained(error, holders, unloaded) from error
-                    await self._pause(request)
-                else:
-                    return removal, _aliases(unloaded)
-        except BaseException:
-            self._serve_again(unloaded)
-            raise
-
-    async def remove_all(
-        self,
-        request: Request,
-        manager: ModelManager,
-        snapshots: Sequence[CachedSnapshot],
-        query: RemoveAllQuery,
-    ) -> tuple[Removal, list[str]]:
-        """Return what was removed and what was kept, and the aliases that were unloaded for it. Raises: as `remove`."""
-        again = _Rounds(query)
-        unloaded: list[ModelStatus] = []
-        so_far = Removal(snapshots=(), artifacts=(), freed=0)
-        try:
-            while True:
-                holders = loaded_from(snapshots, self._registry.statuses())
-                if query.unload and query.dry_run and holders:
-                    return _all_but_others(snapshots, holders), _aliases(holders)
-                if query.unload:
-                    unloaded += holders
-                    await self._unload(holders)
-                removal = await self._on_disk(partial(manager.remove_all, dry_run=query.dry_run))
-                so_far = Removal(
-                    snapshots=[*so_far.snapshots, *removal.snapshots],
-                    artifacts=[*so_far.artifacts, *removal.artifacts],
-                    freed=so_far.freed + removal.freed,
-                    kept=removal.kept,
+            removal = await self._attempt(models, remove)
+            while removal.kept and await self._should_retry():
+                again = await self._attempt(models, remove)
+                removal = again.model_copy(
+                    update={
+                        "models": [*removal.models, *again.models],
+                        "artifacts": [*removal.artifacts, *again.artifacts],
+                        "freed": removal.freed + again.freed,
+                    }
                 )
-                if not removal.kept or not again.is_worth_it():
-                    self._serve_again(loaded_from([kept for kept, _ in removal.kept], unloaded))
-                    return so_far, _aliases(unloaded)
-                await self._pause(request)
         except BaseException:
-            self._serve_again(unloaded)
+            self._serve_again(self._unloaded)
             raise
+        self._serve_again(models_using(removal.kept, self._unloaded))
+        return removal, _aliases(self._unloaded)
+
+    async def _attempt(self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]) -> Removal:
+        while True:
+            if self._query.unload:
+                await self._unload(models_using(models, self._registry.statuses()))
+            try:
+                return await self._on_disk(partial(remove, dry_run=False))
+            except ModelInUseError as error:
+                if not await self._should_retry():
+                    holders = models_using(models, self._registry.statuses())
+                    raise _explain(error, holders, self._unloaded) from error
 
     async def _unload(self, holders: Sequence[ModelStatus]) -> None:
+        self._unloaded += holders
         for status in holders:
             alias = status.spec.alias
             if status.configured:
-                unloading = self._registry.unload(alias, because="its files are removed")
-                await self._going_on.finished(unloading)
+                unloading = self._registry.unload(alias, reason="its files are removed")
+                await self._services.background.wait(unloading)
                 continue
-            # The settings do not ask for it. A request would only fetch again what is to go.
+            # It is not in the settings, and a request would only download the files again.
             with suppress(ModelNotFoundError):
-                await self._going_on.finished(self._registry.forget(alias))
+                await self._services.background.wait(self._registry.remove(alias))
 
     def _serve_again(self, unloaded: Sequence[ModelStatus]) -> None:
-        """Undo what was forgotten for a removal that did not come to be."""
+        """Add models again that were removed from the registry for a removal that did not happen."""
         for status in unloaded:
             if not status.configured:
-                with suppress(ModelInUseError):  # somebody gave its name to another one meanwhile
+                with suppress(ModelInUseError):  # another model has its alias now
                     self._registry.add(status.spec)
 
-    async def _pause(self, request: Request) -> None:
-        await request.body()
-        if await request.is_disconnected():
-            raise ClientGoneError
-        self._going_on.require_time()
-        await asyncio.sleep(_TRY_AGAIN_S)
+    async def _should_retry(self) -> bool:
+        """Wait a moment, and return whether models that are in use are to be tried again."""
+        self._attempts -= 1
+        if self._attempts <= 0 and time.monotonic() >= self._give_up_at:
+            return False
+        await self._request.body()
+        if await self._request.is_disconnected():
+            raise ClientDisconnectedError
+        self._services.background.raise_if_shutting_down()
+        await asyncio.sleep(_RETRY_EVERY_S)
+        return True
+
+    async def _on_disk(self, work: Callable[[], Removal]) -> Removal:
+        return await self._services.on_disk(work)
 
 
-class _Rounds:
-    """Whether what is in use is tried once more."""
+def models_using(models: Sequence[CachedModelRecord], statuses: Sequence[ModelStatus]) -> list[ModelStatus]:
+    """Return the served models that are loaded from any of these files, or are being loaded."""
 
-    def __init__(self, query: RemoveAllQuery) -> None:
-        self._give_up_at = time.monotonic() + query.wait_s
-        self._left = _ROUNDS if query.unload and not query.dry_run else 1
-
-    def is_worth_it(self) -> bool:
-        self._left -= 1
-        return self._left > 0 or time.monotonic() < self._give_up_at
-
-
-def loaded_from(snapshots: Sequence[CachedSnapshot], statuses: Sequence[ModelStatus]) -> list[ModelStatus]:
-    """Return the models that hold any of these files: loaded from them, or on the way there."""
-
-    def holds(status: ModelStatus) -> bool:
+    def uses(status: ModelStatus) -> bool:
         if status.state in _NOT_LOADED:
             return False
         if status.snapshot is None:
-            return any(status.spec.name == snapshot.name for snapshot in snapshots)
-        return any(status.snapshot.path == snapshot.path for snapshot in snapshots)
+            return any(status.spec.name == model.model_name for model in models)
+        return any(str(status.snapshot.path) == model.path for model in models)
 
-    return [status for status in statuses if holds(status)]
+    return [status for status in statuses if uses(status)]
 
 
-def _explained(
+def _explain(
     error: ModelInUseError, holders: Sequence[ModelStatus], unloaded: Sequence[ModelStatus]
 ) -> ModelInUseError:
     if holders:
         first, *_ = aliases = _aliases(holders)
         return ModelInUseError(
-            f"It is loaded here as {_quoted(aliases)}, and nothing was removed. To unload it first, add unload=true, or "
+            f"It is loaded here as {_quote(aliases)}, and nothing was removed. To unload it first, add unload=true, or "
             f"POST /api/models/unload?model_name={first}."
         )
     if unloaded:
         return ModelInUseError(
-            f"{error.message} Here {_quoted(_aliases(unloaded))} was unloaded for it; the next request loads it again."
+            f"{error.message} {_quote(_aliases(unloaded))} was unloaded for it; the next request loads it again."
         )
     return error
-
-
-def _all_of(snapshots: Sequence[CachedSnapshot], present: Sequence[CachedSnapshot]) -> Removal:
-    """Return what removing them would remove once they are unloaded; of what is `present`, the rest stays."""
-    paths = {snapshot.path for snapshot in snapshots}
-    shared = {each.key for other in present if other.path not in paths for each in other.artifacts}
-    artifacts = {
-        artifact.key: artifact.size
-        for snapshot in snapshots
-        for artifact in snapshot.artifacts
-        if artifact.key not in shared
-    }
-    files = sum(snapshot.size for snapshot in snapshots if snapshot.owns_files)
-    return Removal(snapshots=snapshots, artifacts=list(artifacts), freed=files + sum(artifacts.values()))
-
-
-def _all_but_others(snapshots: Sequence[CachedSnapshot], holders: Sequence[ModelStatus]) -> Removal:
-    """Return what removing all of them would remove once `holders` are unloaded; what others use stays."""
-    free = [each for each in snapshots if not each.in_use or loaded_from([each], holders)]
-    kept = [(each, "another process, or a download, uses it now") for each in snapshots if each not in free]
-    return replace(_all_of(free, snapshots), kept=kept)
 
 
 def _aliases(statuses: Sequence[ModelStatus]) -> list[str]:
     return list(dict.fromkeys(status.spec.alias for status in statuses))
 
 
-def _quoted(aliases: Sequence[str]) -> str:
+def _quote(aliases: Sequence[str]) -> str:
     return ", ".join(f"`{alias}`" for alias in aliases)

@@ -9,34 +9,13 @@ from typing import TYPE_CHECKING, cast
 import orjson
 from starlette.responses import Response
 
+from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import (
-    AccessDeniedError,
-    AmbiguousNameError,
-    CacheNotWritableError,
-    CorruptSnapshotError,
-    DeadlineExceededError,
-    DeviceUnavailableError,
-    FetchCancelledError,
-    HubError,
-    HubUnavailableError,
-    IncompleteRepositoryError,
-    JobNotFoundError,
-    LoadError,
-    ManagementError,
-    ModelInUseError,
-    ModelNotFoundError,
     ModelNotReadyError,
-    NotAllowedError,
-    NotCachedError,
-    OfflineError,
     ProviderError,
     QueueFullError,
-    RepositoryNotFoundError,
+    ReceiveTimeoutError,
     RequestError,
-    RevisionNotFoundError,
-    SettingsError,
-    UnsupportedModelError,
-    UnsupportedPrecisionError,
 )
 from emb_model_provider.observability.logs import request_id
 
@@ -56,50 +35,6 @@ _LONGEST_QUOTED_PATH = 200
 logger = logging.getLogger(__name__)
 
 
-class BodyTooLargeError(ProviderError):
-    """The request's body is over MAX_BODY_MB."""
-
-
-class CompressedBodyError(ProviderError):
-    """The request's body has a Content-Encoding."""
-
-
-class RequestTimeoutError(ProviderError):
-    """The client did not send its whole request within RECEIVE_TIMEOUT_S."""
-
-
-class AliasInUseError(ProviderError):
-    """A model was to get a name that another one has."""
-
-
-MANAGING: tuple[tuple[type[ProviderError], int, str], ...] = (
-    (NotCachedError, 404, "not_cached"),
-    (AmbiguousNameError, 400, "ambiguous_name"),
-    (JobNotFoundError, 404, "job_not_found"),
-    (ModelInUseError, 409, "model_in_use"),
-    (AliasInUseError, 409, "alias_in_use"),
-    (NotAllowedError, 403, "not_allowed"),
-    (SettingsError, 400, "invalid_value"),
-    (RepositoryNotFoundError, 404, "repository_not_found"),
-    (RevisionNotFoundError, 404, "revision_not_found"),
-    (AccessDeniedError, 403, "hub_access_denied"),
-    (OfflineError, 403, "offline"),
-    (IncompleteRepositoryError, 400, "no_model"),
-    (FetchCancelledError, 409, "cancelled"),
-    (CacheNotWritableError, 500, "cache_not_writable"),
-    (HubUnavailableError, 502, "hub_unavailable"),
-    (CorruptSnapshotError, 502, "corrupt_files"),
-    (HubError, 502, "hub_error"),
-    (UnsupportedModelError, 400, "unsupported_model"),
-    (UnsupportedPrecisionError, 400, "unsupported_precision"),
-    (DeviceUnavailableError, 400, "device_unavailable"),
-    (LoadError, 500, "load_failed"),
-    (ManagementError, 500, "cache_not_writable"),
-)
-"""Errors that only routes below /api/ give, with their statuses and codes; the first that fits counts. What a hub or a
-load says is told as it is: whoever may manage models may read it. Elsewhere it is the reason of a 503."""
-
-
 def error_response(
     status: int,
     message: str,
@@ -117,58 +52,31 @@ def error_response(
 
 
 def response_for(error: Exception) -> Response:
-    """Return the answer to a request that ended in `error`. What is not ours to tell becomes a plain 500."""
+    """Return the response to a request that failed. An error that is not in the table becomes a plain 500."""
+    info = error_info(error)
+    if info is UNEXPECTED or not isinstance(error, ProviderError):
+        # The message of an error of this package is enough; of any other error the traceback is needed.
+        trace = None if isinstance(error, ProviderError) else error
+        logger.error("the request failed: %s: %s", type(error).__name__, error, exc_info=trace)
+        message = f"The server failed on this request. Its log says why under request id {request_id.get()}."
+        return error_response(info.status, message, type="server_error", code=info.code)
+    kind = "server_error" if info.status >= 500 else "invalid_request_error"
+    param = None
+    headers: dict[str, str] = {}
     match error:
-        case ModelNotFoundError():
-            return error_response(404, error.message, param=error.param, code=error.code)
         case RequestError():
-            return error_response(400, error.message, param=error.param, code=error.code)
-        case BodyTooLargeError():
-            return error_response(413, error.message, code="request_too_large")
-        case CompressedBodyError():
-            return error_response(415, error.message, code="unsupported_content_encoding")
-        case RequestTimeoutError():
-            # Where its next request would begin, nobody knows.
-            return error_response(408, error.message, code="request_timeout", headers={"connection": "close"})
+            param = error.param
+        case ReceiveTimeoutError():
+            headers["connection"] = "close"  # because it is unknown where the next request would begin
         case QueueFullError():
-            return error_response(
-                429,
-                error.message,
-                type="rate_limit_error",
-                code="queue_full",
-                headers=_retry_after(error.retry_after_s),
-            )
+            kind = "rate_limit_error"
+            headers = _retry_after(error.retry_after_s)
         case ModelNotReadyError():
-            return error_response(
-                503, error.message, type="server_error", param="model", code="model_not_ready",
-                headers=_retry_after(error.retry_after_s),
-            )  # fmt: skip
-        case DeadlineExceededError():
-            return error_response(504, error.message, type="server_error", code="timeout")
-        case ProviderError() if (known := _managing(error)) is not None:
-            status, code = known
-            kind = "server_error" if status >= 500 else "invalid_request_error"
-            return error_response(status, error.message, type=kind, code=code)
-        case _:
-            # An error of our own says it all in its message; of others the traceback is wanted.
-            trace = None if isinstance(error, ProviderError) else error
-            logger.error("the request failed: %s: %s", type(error).__name__, error, exc_info=trace)
-            return error_response(
-                500,
-                f"The server failed on this request. Its log says why under request id {request_id.get()}.",
-                type="server_error",
-                code="internal_error",
-            )
-
-
-def code_of(error: BaseException) -> str:
-    """Return the code of an error that ended a download."""
-    known = _managing(error)
-    return known[1] if known is not None else "internal_error"
-
-
-def _managing(error: BaseException) -> tuple[int, str] | None:
-    return next(((status, code) for kind, status, code in MANAGING if isinstance(error, kind)), None)
+            param = "model"
+            headers = _retry_after(error.retry_after_s)
+    return error_response(
+        info.status, error.message, type=kind, param=param, code=info.code, headers=headers or None
+    )
 
 
 def _retry_after(seconds: float) -> dict[str, str]:
@@ -179,7 +87,7 @@ RETRY_SOON = _retry_after(1)
 """For clients that were turned away before anything was known of their request."""
 
 
-def given_up() -> Response:
+def shutting_down_response() -> Response:
     """Return the answer to a request whose work was cancelled, as happens at the end of the grace period."""
     return error_response(
         503,

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
     from uvicorn.server import ServerState
 
-    from emb_model_provider.api.limits import Connections
+    from emb_model_provider.api.limits import ConnectionLimiter
 
 
 logger = logging.getLogger(__name__)
 
-_MOST_HEAD_BYTES = 32 * 1024
-_MOST_HEADERS = 100
-_MOST_WAITING = 16
+MAX_HEADER_BYTES = 32 * 1024
+MAX_HEADERS = 100
+MAX_PIPELINED_REQUESTS = 16
 """Requests that wait in a connection for earlier ones. Clients hardly ever send more than one ahead."""
 
 
@@ -59,7 +59,7 @@ class HttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._shared: Connections = app_state[CONNECTIONS]
+        self._shared: ConnectionLimiter = app_state[CONNECTIONS]
         self._timer: asyncio.TimerHandle | None = None
         self._active: RequestResponseCycle | None = None
         """The request that is or was answered last; those behind it are in `self.pipeline`."""
@@ -80,12 +80,12 @@ class HttpProtocol(HttpToolsProtocol):
         if self._shared.too_many(len(self.connections)):
             self._refuse(503, "There are too many connections.", "too_many_connections")
         else:
-            self._timer = self.loop.call_later(self._shared.receive_timeout_s, self._look)
+            self._timer = self.loop.call_later(self._shared.receive_timeout_s, self._check_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._shared.quick_again(self)
+        self._shared.on_resumed(self)
         super().connection_lost(exc)
         # uvicorn tells only the request that came last.
         if self._active is not None and not self._active.response_complete:
@@ -111,14 +111,14 @@ class HttpProtocol(HttpToolsProtocol):
         if (
             self._receiving
             and not self._ended
-            and (self._without_body > _MOST_HEAD_BYTES or len(self.headers) > _MOST_HEADERS)
+            and (self._without_body > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS)
         ):
             self._refuse_head()
 
     # A request that asks for another protocol is not begun: it is read again without that wish.
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= _MOST_WAITING:
+        if len(self.pipeline) >= MAX_PIPELINED_REQUESTS:
             # RFC 9112, 9.3.2: who sends ahead has to send again what was not answered when the connection ends.
             self._ended = True
             self.cycle.keep_alive = False
@@ -129,8 +129,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._since = self.loop.time()
 
     def on_headers_complete(self) -> None:
-        if len(self.headers) > _MOST_HEADERS or (
-            self._without_body > _MOST_HEAD_BYTES and _size(self.url, self.headers) > _MOST_HEAD_BYTES
+        if len(self.headers) > MAX_HEADERS or (
+            self._without_body > MAX_HEADER_BYTES and _size(self.url, self.headers) > MAX_HEADER_BYTES
         ):
             self._refuse_head()
             raise _StopParsingError
@@ -163,12 +163,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._active = cycle
-        cycle.transport = JoinedWrites(cycle.transport, self.loop)
+        cycle.transport = CoalescingTransport(cycle.transport, self.loop)
         super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
         # uvicorn closes the connection under an answer that is complete, though its last piece may be held back.
-        if self._active is not None and isinstance(self._active.transport, JoinedWrites):
+        if self._active is not None and isinstance(self._active.transport, CoalescingTransport):
             self._active.transport.flush()
         super().shutdown()
 
@@ -179,7 +179,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self.pipeline:
             # By then the loop has tried to write the answer, and knows whether the client reads.
-            self.loop.call_soon(self._go_on)
+            self.loop.call_soon(self._start_next_request)
         elif self.cycle.more_body:
             self.flow.resume_reading()  # the rest of a request that was refused is read, and dropped
         else:
@@ -194,10 +194,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._shared.quick_again(self)
-        self._go_on()
+        self._shared.on_resumed(self)
+        self._start_next_request()
 
-    def _go_on(self) -> None:
+    def _start_next_request(self) -> None:
         if self.flow.write_paused or self.transport.is_closing():
             return
         if self._active is None or self._active.response_complete:
@@ -219,12 +219,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     # --- giving up ----------------------------------------------------------------------------------------
 
-    def _look(self) -> None:
+    def _check_timeout(self) -> None:
         """Give the connection up if the client takes too long; else look again when it could."""
         now = self.loop.time()
         # No wait that begins from now on can end sooner than this.
         next_look_s = min(self._shared.receive_timeout_s, float(self.timeout_keep_alive))
-        allowed_s = self._allowed_s()
+        allowed_s = self._timeout_s()
         if allowed_s is not None:
             left_s = self._since + allowed_s - now
             if left_s <= 0:
@@ -232,9 +232,9 @@ class HttpProtocol(HttpToolsProtocol):
                 self._since = now
             else:
                 next_look_s = min(next_look_s, left_s)
-        self._timer = self.loop.call_later(max(next_look_s, 0.001), self._look)
+        self._timer = self.loop.call_later(max(next_look_s, 0.001), self._check_timeout)
 
-    def _allowed_s(self) -> float | None:
+    def _timeout_s(self) -> float | None:
         """Return how long the client may take for what it has to do now; None where it is the service's turn."""
         if self.flow.write_paused or self.transport.is_closing():
             unsent = self.unsent_bytes()
@@ -313,7 +313,7 @@ class Flow(FlowControl):
             super().resume_reading()
 
 
-class JoinedWrites(asyncio.Transport):
+class CoalescingTransport(asyncio.Transport):
     """Holds a write back until the next one, or until the event loop's next turn, and writes both at once."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:

@@ -14,23 +14,23 @@ if sys.platform != "win32":
     import resource
 
 if TYPE_CHECKING:
-    from emb_model_provider.settings import ServerSettings
+    from emb_model_provider.settings import LimitSettings
 
 logger = logging.getLogger(__name__)
 
 CONNECTIONS = "emb_provider.connections"
-"""Where the application's lifespan puts its `Connections` for `api/protocol.py` to find."""
+"""Where the application's lifespan puts its `ConnectionLimiter` for `api/protocol.py` to find."""
 RECEIVE_TIMED_OUT = "emb_provider.receive_timed_out"
 """A key that a request's scope gets when its client took too long to send it."""
 
-_MOST_CONNECTIONS = 4096
+_MAX_CONNECTIONS = 4096
 _FILES_FOR_OTHERS = 256
 """Files and sockets that are not clients' connections: models, logs, hubs."""
 _ROOM_AGAIN_S = 1.0
 _TELL_AGAIN_S = 10.0
 
 
-class PendingBodies:
+class BodyBudget:
     """Counts the bytes of all requests' bodies, from when they arrive until their request is over.
 
     A request is refused rather than made to wait: clients that send slowly could otherwise hold up all others.
@@ -61,7 +61,7 @@ class PendingBodies:
         self._held -= size
 
 
-class Unsent(Protocol):
+class WriteBacklog(Protocol):
     """A connection as far as its answers are concerned."""
 
     def unsent_bytes(self) -> int:
@@ -71,16 +71,16 @@ class Unsent(Protocol):
         """Close it at once; what was not sent is lost."""
 
 
-class Connections:
+class ConnectionLimiter:
     """What the connections of one service share."""
 
-    def __init__(self, server: ServerSettings) -> None:
-        self.receive_timeout_s = server.receive_timeout_s
+    def __init__(self, limits: LimitSettings) -> None:
+        self.receive_timeout_s = limits.receive_timeout_s
         self._most = _connections_allowed()
         self._told_at = float("-inf")
         # An answer is as hard on memory as a body, and is larger than the body that asked for it.
-        self._max_unsent_bytes = server.max_pending_body_bytes
-        self._slow: dict[Unsent, None] = {}
+        self._max_unsent_bytes = limits.max_pending_body_bytes
+        self._slow: dict[WriteBacklog, None] = {}
 
     def too_many(self, open_now: int) -> bool:
         """Whether the newest of so many connections must be refused. The log says so, but not for each of a flood."""
@@ -92,7 +92,7 @@ class Connections:
             logger.warning("%d connections are open, and no more are taken: new ones get 503", self._most)
         return True
 
-    def slow(self, connection: Unsent) -> None:
+    def slow(self, connection: WriteBacklog) -> None:
         """Note that a client reads slower than it is answered; give up the slowest where all of them hold too much."""
         self._slow[connection] = None
         unsent = sum(each.unsent_bytes() for each in self._slow)
@@ -102,15 +102,15 @@ class Connections:
             del self._slow[longest]
             longest.abort()
 
-    def quick_again(self, connection: Unsent) -> None:
+    def on_resumed(self, connection: WriteBacklog) -> None:
         self._slow.pop(connection, None)
 
 
 def _connections_allowed() -> int:
     """Let this process open as many files as it may need, and return how many of them can be connections."""
     if sys.platform == "win32":
-        return _MOST_CONNECTIONS
-    wanted = _MOST_CONNECTIONS + _FILES_FOR_OTHERS
+        return _MAX_CONNECTIONS
+    wanted = _MAX_CONNECTIONS + _FILES_FOR_OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         # No higher than needed: some libraries walk through all numbers that a file could have.
@@ -119,5 +119,5 @@ def _connections_allowed() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
     if soft == resource.RLIM_INFINITY:
-        return _MOST_CONNECTIONS
-    return min(_MOST_CONNECTIONS, max(soft - _FILES_FOR_OTHERS, soft // 2))
+        return _MAX_CONNECTIONS
+    return min(_MAX_CONNECTIONS, max(soft - _FILES_FOR_OTHERS, soft // 2))

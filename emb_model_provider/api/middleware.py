@@ -13,14 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from emb_model_provider.api.errors import (
-    BodyTooLargeError,
-    CompressedBodyError,
-    RequestTimeoutError,
-    given_up,
-    response_for,
-)
+from emb_model_provider.api.errors import response_for, shutting_down_response
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
+from emb_model_provider.errors import BodyTooLargeError, CompressedBodyError, ReceiveTimeoutError
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
@@ -30,8 +25,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from emb_model_provider.api.auth import Doorkeeper
-    from emb_model_provider.api.limits import PendingBodies
+    from emb_model_provider.api.auth import AccessPolicy
+    from emb_model_provider.api.limits import BodyBudget
 
 
 access_logger = logging.getLogger(ACCESS_LOGGER)
@@ -43,7 +38,7 @@ _CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that went away; nobody reads it but the log."""
 
 
-class RequestLog:
+class AccessLogMiddleware:
     """Gives every request its id, and writes one access line for it when it is answered."""
 
     def __init__(self, app: ASGIApp, on_request: Callable[[RequestRecord], None]) -> None:
@@ -100,28 +95,26 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 2)
 
 
-class HostCheck:
+class TrustedHostMiddleware:
     """Turns away requests under a name that is not ours, the preflights of browsers included."""
 
-    def __init__(self, app: ASGIApp, doorkeeper: Doorkeeper) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self._app = app
-        self._doorkeeper = doorkeeper
+        self._policy = policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._doorkeeper.wrong_host(Headers(scope=scope)) if scope["type"] == "http" else None
+        refusal = self._policy.check_host(Headers(scope=scope)) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, send)
 
 
-class Guard:
+class AuthAndLimitsMiddleware:
     """Turns away who may not call, stops bodies that cannot be read, and answers what nothing else caught."""
 
-    def __init__(
-        self, app: ASGIApp, doorkeeper: Doorkeeper, max_body_bytes: int, pending: PendingBodies
-    ) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, max_body_bytes: int, budget: BodyBudget) -> None:
         self._app = app
-        self._doorkeeper = doorkeeper
+        self._policy = policy
         self._max_body_bytes = max_body_bytes
-        self._pending = pending
+        self._budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -147,16 +140,16 @@ class Guard:
             message = await receive()
             if message["type"] == "http.request":
                 if RECEIVE_TIMED_OUT in client_scope:
-                    raise RequestTimeoutError("The request's body was not sent in time.")
+                    raise ReceiveTimeoutError("The request's body was not sent in time.")
                 size = len(message.get("body", b""))
                 self._check_size(received + size)
-                self._pending.take(size)
+                self._budget.take(size)
                 received += size
             return message
 
         client_scope = scope
         try:
-            refusal = self._doorkeeper.refusal(scope, headers)
+            refusal = self._policy.authorize(scope, headers)
             if refusal is not None:
                 await refusal(scope, receive, noting_send)
                 return
@@ -165,25 +158,25 @@ class Guard:
                 # The routes know GET. The server sends no body all the same: it looks at its own scope.
                 scope = {**scope, "method": "GET"}
             await self._app(scope, limited_receive, noting_send)
-        except (ClientDisconnect, ClientGoneError):
+        except (ClientDisconnect, ClientDisconnectedError):
             await Response(status_code=_CLIENT_CLOSED_REQUEST)(scope, receive, noting_send)
         except asyncio.CancelledError:
             # The server does this to what is left at the end of the grace period. Unanswered, it would be a 500.
             if response_started:
                 raise
-            await given_up()(scope, receive, noting_send)
+            await shutting_down_response()(scope, receive, noting_send)
         except Exception as error:
             if response_started:
                 raise
             await response_for(error)(scope, receive, noting_send)
         finally:
-            self._pending.give_back(received)
+            self._budget.give_back(received)
 
     def _check_announced(self, headers: Headers) -> None:
         length = headers.get("content-length", "")
         size = int(length) if length.isdecimal() else 0
         self._check_size(size)
-        self._pending.check(size)
+        self._budget.check(size)
         encoding = headers.get("content-encoding", "identity")
         if encoding.strip().lower() != "identity":
             raise CompressedBodyError(
@@ -201,7 +194,7 @@ _WATCH_AFTER_S = 0.2
 """Most requests are answered sooner, and need no watcher."""
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client closed its connection before it was answered."""
 
 
@@ -231,7 +224,7 @@ async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
     except asyncio.CancelledError:
         # Someone else's cancellation, such as a shutdown's, goes on its way.
         if gone and task.uncancel() == 0:
-            raise ClientGoneError from None
+            raise ClientDisconnectedError from None
         raise
     finally:
         timer.cancel()

@@ -1,4 +1,4 @@
-"""What the compile process is told, and what it tells: one JSON object a line, over its stdin and stdout."""
+"""Messages between the service and the compiler process: one JSON object per line, over its stdin and stdout."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 Outcome = Literal["done", "refused", "unsupported", "broken", "unable"]
 """How a compile ended.
 
-`done`: the directory holds an artifact. `refused`: it was made, and its vectors are not true enough.
-`unsupported`: the pipeline cannot be exported. `broken`: the snapshot gives no pipeline, on any backend.
-`unable`: this machine cannot compile now, since a disk is full or a package cannot be imported.
+`done`: the directory contains an artifact. `refused`: it was made, but its vectors are not accurate enough.
+`unsupported`: the pipeline cannot be exported. `broken`: the snapshot cannot be loaded by any backend.
+`unable`: this machine cannot compile now, because a disk is full or a package cannot be imported.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One artifact to make."""
+class CompileJob:
+    """An artifact to compile."""
 
     spec: ModelSpec
-    """Without a token: nothing is fetched."""
+    """Sent without its token, because nothing is downloaded."""
     snapshot: Snapshot
     recipe: Recipe
     directory: Path
-    """An empty directory to make it in."""
+    """An empty directory for its files."""
     threads: int
-    """How many threads may compute."""
+    """Number of threads for computing."""
     parent: int
-    """The process that asked; the child ends with it."""
+    """Process id of the service; the compiler ends when it ends."""
 
     def to_json(self) -> str:
         """Return the job as one line."""
@@ -54,10 +54,11 @@ class Job:
         )
 
     @classmethod
-    def from_json(cls, line: str) -> Job:
-        """Read what `to_json` wrote.
+    def from_json(cls, line: str) -> CompileJob:
+        """Read what `to_json` returned.
 
-        Raises: ValueError, KeyError or TypeError for anything else.
+        Raises:
+            ValueError, KeyError, TypeError: It is something else.
         """
         values = json.loads(line)
         return cls(
@@ -71,8 +72,8 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """The child began something that takes a while."""
+class CompileStep:
+    """The compiler began a step that takes a while."""
 
     name: str
 
@@ -81,8 +82,8 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """The child's last line."""
+class CompileResult:
+    """The last message of the compiler."""
 
     outcome: Outcome
     reason: str = ""
@@ -92,22 +93,27 @@ class Result:
         return json.dumps({"outcome": self.outcome, "reason": self.reason})
 
 
-def own_stdout() -> TextIO:
-    """Return this process's stdout for events alone: whatever a library prints goes to stderr from now on."""
+def reserve_stdout() -> TextIO:
+    """Reserve stdout for messages: from now on, whatever a library prints goes to stderr.
+
+    Returns:
+        The stream for messages.
+    """
     own = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return own
 
 
-def read_event(line: str) -> Phase | Result:
-    """Read a line of the child's.
+def read_event(line: str) -> CompileStep | CompileResult:
+    """Read a message of the compiler.
 
-    Raises: ValueError, KeyError or TypeError where it is none.
+    Raises:
+        ValueError, KeyError, TypeError: The line is not a message.
     """
     values = json.loads(line)
     if "phase" in values:
-        return Phase(str(values["phase"]))
-    return Result(values["outcome"], str(values["reason"]))
+        return CompileStep(str(values["phase"]))
+    return CompileResult(values["outcome"], str(values["reason"]))
 
 
 def _spec(values: Mapping[str, Any]) -> ModelSpec:

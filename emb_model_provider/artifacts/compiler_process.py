@@ -1,4 +1,4 @@
-"""Running the compile step in a process of its own, which takes torch and its memory along when it ends."""
+"""Runs the compiler in a child process, which frees torch and its memory when it ends."""
 
 from __future__ import annotations
 
@@ -14,37 +14,48 @@ import time
 from collections import deque
 from typing import IO, TYPE_CHECKING
 
-from emb_model_provider.artifacts.compile_job import Phase, Result, read_event
+from emb_model_provider.artifacts.compile_job import CompileResult, CompileStep, read_event
+from emb_model_provider.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.artifacts.compile_job import Job
+    from emb_model_provider.artifacts.compile_job import CompileJob
+    from emb_model_provider.progress import CancelToken, OnProgress, Phase
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "emb_model_provider.compiler")
-_LOOK_S = 0.2
-_STILL_AFTER_S = 30.0
-"""How often a phase that takes long is mentioned again."""
+_POLL_S = 0.2
 _KEPT_LINES = 40
 _SECRET_WORDS = ("TOKEN", "API_KEY", "PASSWORD", "SECRET", "CREDENTIAL")
+_COMPARE_STEPS = ("reference vectors", "verify", "measure")
+"""Steps that compare the compiled model with the reference; the others make it."""
 
 
-class ChildDiedError(Exception):
-    """The compile process ended without a result: it was killed, or ran out of memory."""
+class CompilerDiedError(Exception):
+    """The compiler process ended without a result: it was killed, or ran out of memory."""
 
 
-def run_child(job: Job, *, stopped: Callable[[], bool]) -> Result:
-    """Compile in a child process and log its progress. Blocks until the child is gone.
+def run_compiler(job: CompileJob, on_progress: OnProgress, cancel: CancelToken) -> CompileResult:
+    """Compile in a child process. Blocks until the child is gone.
 
-    The child is in a process group of its own and is killed when this process ends, when `stopped` says so, and
-    on any exception here.
+    The child has a process group of its own, and is killed when this process ends, when `cancel` is cancelled, and on
+    any exception here.
 
-    Raises: ChildDiedError, InterruptedError when stopped.
+    Args:
+        job: What to compile.
+        on_progress: Called at the start of each step.
+        cancel: Kills the child.
+
+    Raises:
+        CompilerDiedError: The child ended without a result.
+        OperationCancelledError: `cancel` was cancelled.
+        OSError: The child could not be started.
     """
     alias = job.spec.alias
     started = time.monotonic()
+    logger.info("model %s: compiling for this processor; this is done once, and the result is kept", alias)
     process = subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
         COMMAND,
         stdin=subprocess.PIPE,
@@ -56,27 +67,33 @@ def run_child(job: Job, *, stopped: Callable[[], bool]) -> Result:
         start_new_session=True,
         env=_environment(job.threads),
     )
-    last_words: deque[str] = deque(maxlen=_KEPT_LINES)
+    stderr_lines: deque[str] = deque(maxlen=_KEPT_LINES)
     lines: queue.Queue[str | None] = queue.Queue()
+
+    def keep_stderr(line: str | None) -> None:
+        if line and line.strip():
+            stderr_lines.append(line.strip())
+            logger.debug("model %s: compiler: %s", alias, line)
+
     readers = [
         threading.Thread(target=_forward, args=(process.stdout, lines.put), daemon=True),
-        threading.Thread(target=_forward, args=(process.stderr, _keeper(alias, last_words)), daemon=True),
+        threading.Thread(target=_forward, args=(process.stderr, keep_stderr), daemon=True),
     ]
     try:
         for reader in readers:
             reader.start()
-        # Its stdin stays open: the end of it tells the child that we are gone.
+        # Its stdin stays open, because the end of it tells the child that this process is gone.
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(job.to_json() + "\n")
                 process.stdin.flush()
-        result = _follow(alias, lines, stopped)
+        result = _follow(job, lines, on_progress, cancel)
         if result is None:
-            raise ChildDiedError(_last_words(process.wait(), last_words))
-        logger.info("model %s: compiling took %.1f s in all", alias, time.monotonic() - started)
+            raise CompilerDiedError(_describe_end(process.wait(), stderr_lines))
+        logger.info("model %s: compiled in %.1f s", alias, time.monotonic() - started)
         return result
     finally:
-        _end(process)
+        _kill(process)
         for reader in readers:
             reader.join()
         for stream in (process.stdin, process.stdout, process.stderr):
@@ -85,19 +102,15 @@ def run_child(job: Job, *, stopped: Callable[[], bool]) -> Result:
                     stream.close()
 
 
-def _follow(alias: str, lines: queue.Queue[str | None], stopped: Callable[[], bool]) -> Result | None:
-    """Log the child's phases until it gives its result; None where it ends without one."""
-    phase, since, told_at = "start", time.monotonic(), time.monotonic()
-    logger.info("model %s: compiling for this processor; it is done once and kept", alias)
+def _follow(
+    job: CompileJob, lines: queue.Queue[str | None], on_progress: OnProgress, cancel: CancelToken
+) -> CompileResult | None:
+    """Report the steps of the child until its result; None if it ends without one."""
+    step, since = "start", time.monotonic()
     while True:
-        if stopped():
-            raise InterruptedError(f"compiling {alias} was stopped")
-        now = time.monotonic()
-        if now - told_at >= _STILL_AFTER_S:
-            logger.info("model %s: still compiling (%s, %.0f s)", alias, phase, now - since)
-            told_at = now
+        cancel.raise_if_cancelled()
         try:
-            line = lines.get(timeout=_LOOK_S)
+            line = lines.get(timeout=_POLL_S)
         except queue.Empty:
             continue
         if line is None:
@@ -107,42 +120,36 @@ def _follow(alias: str, lines: queue.Queue[str | None], stopped: Callable[[], bo
         except (ValueError, KeyError, TypeError):
             continue
         now = time.monotonic()
-        logger.info("model %s: compiling: %s took %.1f s", alias, phase, now - since)
-        if isinstance(event, Result):
+        logger.debug("model %s: compiling: %s took %.1f s", job.spec.alias, step, now - since)
+        if isinstance(event, CompileResult):
             return event
-        if isinstance(event, Phase):
-            phase, since, told_at = event.name, now, now
-            logger.debug("model %s: compiling: %s", alias, phase, extra={"compile_phase": phase})
+        if isinstance(event, CompileStep):
+            step, since = event.name, now
+            phase: Phase = "compare" if step in _COMPARE_STEPS else "compile"
+            on_progress(Progress(phase, job.snapshot.repository, step=step))
 
 
 def _forward(stream: IO[str] | None, receive: Callable[[str | None], None]) -> None:
-    with contextlib.suppress(ValueError, OSError):  # closed under us
+    with contextlib.suppress(ValueError, OSError):  # closed while it is read
         for line in stream or ():
             receive(line.rstrip("\n"))
     receive(None)
 
 
-def _keeper(alias: str, last_words: deque[str]) -> Callable[[str | None], None]:
-    def keep(line: str | None) -> None:
-        if line and line.strip():
-            last_words.append(line.strip())
-            logger.debug("model %s: compile process: %s", alias, line)
-
-    return keep
-
-
-def _last_words(code: int, last_words: deque[str]) -> str:
+def _describe_end(code: int, stderr_lines: deque[str]) -> str:
     if code < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
             hint = " (most often: not enough memory)" if name == "SIGKILL" else ""
-            return f"the compile process was killed by {name}{hint}"
-    tail = last_words[-1][:300] if last_words else "it said nothing"
-    return f"the compile process ended with status {code}: {tail}"
+            return f"the compiler process was killed by {name}{hint}"
+    tail = stderr_lines[-1][:300] if stderr_lines else "it printed nothing"
+    return f"the compiler process ended with status {code}: {tail}"
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The child reaches no hub, and sees none of this service's secrets: it may run a repository's code."""
+    """Return the child's environment: offline, and without the secrets of this service, because it may run a
+    repository's code.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -163,8 +170,8 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Leave nothing of the child's process group running."""
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kill the process group of the child."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.name == "posix":

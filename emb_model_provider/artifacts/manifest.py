@@ -1,8 +1,8 @@
-"""An artifact on disk: one directory that serves a model without the libraries that made it.
+"""An artifact on disk: one directory that serves a model without the libraries that compiled it.
 
-model.xml, model.bin   the whole pipeline as an OpenVINO graph, without a last length normalization
+model.xml, model.bin   the whole pipeline as an OpenVINO graph, without a final length normalization
 tokenizer.json         a `tokenizers.Tokenizer`, without truncation and padding
-manifest.json          written last: what it was made from, how true it is, and every file's size and sha256
+manifest.json          written last: the recipe, the measured fidelity, and the size and sha256 of every file
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.base import Fidelity, ModelDescription
-from emb_model_provider.snapshots.files import write_atomically
-from emb_model_provider.snapshots.manifest import same_mtime
-from emb_model_provider.snapshots.snapshot import hash_file
+from emb_model_provider.snapshots.files import MUST_HASH, check_files, write_atomically
+from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from emb_model_provider.artifacts.recipe import Recipe
@@ -34,24 +33,72 @@ FILES = (GRAPH, WEIGHTS, TOKENIZER)
 
 
 @dataclass(frozen=True, slots=True)
+class ArtifactInfo:
+    """An artifact as its manifest describes it. Its files were not looked at."""
+
+    directory: Path
+    recipe: Mapping[str, Any]
+    """What it was made from, as JSON."""
+    description: Mapping[str, Any]
+    """Values of its ModelDescription, without the tokenizer."""
+    made_by: str
+    """How the graph was exported: `torch.export`, `tracing`, or the name of a prebuilt export."""
+    files: tuple[SnapshotFile, ...]
+    mtimes: Mapping[str, int]
+    """Time stamps of the files when they were hashed, in nanoseconds."""
+    last_used: float
+    """Unix time in seconds."""
+
+    @property
+    def key(self) -> str:
+        """The digest of its recipe, which is the name of its directory."""
+        return self.directory.name
+
+    @property
+    def snapshot(self) -> str:
+        """The digest of the snapshot that it was made from."""
+        return str(self.recipe["snapshot"])
+
+    @property
+    def weights(self) -> str:
+        """Precision of the stored weights."""
+        return str(self.recipe["weights"])
+
+    @property
+    def computed(self) -> str:
+        """Precision of the computation."""
+        return str(self.description.get("compute") or self.description.get("precision"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        values = self.description.get("fidelity")
+        return read_fidelity(values) if values is not None else None
+
+
+@dataclass(frozen=True, slots=True)
 class Artifact:
-    """An artifact whose files were found to be those of its manifest."""
+    """An artifact whose files match its manifest."""
 
     directory: Path
     description: ModelDescription
-    """As compiled: with the repository's prompts, not the operator's."""
+    """As compiled: with the prompts of the repository, not those of the settings."""
     recipe: Mapping[str, Any]
     """What it was made from, as JSON."""
     made_by: str
-    """How the graph was had: `torch.export`, `tracing`, or the name of an export that the snapshot ships."""
     size: int
     """Bytes of all its files."""
 
 
 def write_manifest(directory: Path, recipe: Recipe, description: ModelDescription, *, made_by: str) -> None:
-    """Hash a directory's files and write the manifest that makes it an artifact; force all of it to disk.
+    """Hash the files of a directory and write the manifest that makes it an artifact; flush all of it to disk.
 
-    Raises: OSError.
+    Raises:
+        OSError: A file cannot be read or written.
     """
     files = []
     for name in FILES:
@@ -60,59 +107,100 @@ def write_manifest(directory: Path, recipe: Recipe, description: ModelDescriptio
         files.append({"path": name, "sha256": hash_file(path).sha256, **_stamp(path)})
     values = asdict(description)
     del values["tokenizer_json"]
-    content = {
-        "recipe": recipe.as_json(),
-        "made_by": made_by,
-        "description": values,
-        "files": files,
-    }
-    write_atomically(directory / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    _write(
+        directory,
+        {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files},
+    )
     _flush(directory)
 
 
-def read_artifact(directory: Path) -> Artifact | None:
-    """Return the artifact in a directory, or None where there is none or its files are not the manifest's.
-
-    A file of the same size and time stamp is taken to be the same; one with another time stamp is hashed again.
-    """
+def read_info(directory: Path) -> ArtifactInfo | None:
+    """Read the manifest of an artifact; None if there is none or it is invalid."""
     try:
         content = json.loads((directory / MANIFEST).read_bytes())
-        touched = _check_files(directory, content["files"])
-        artifact = Artifact(
-            directory=directory,
-            description=_description(
-                content["description"], (directory / TOKENIZER).read_text(encoding="utf-8")
-            ),
-            recipe=content["recipe"],
-            made_by=str(content["made_by"]),
-            size=sum(int(entry["size"]) for entry in content["files"]),
-        )
+        return _parse(directory, content)
     except (FileNotFoundError, NotADirectoryError) as error:
         if directory.is_dir():
-            logger.warning("The artifact %s is not whole and will not be used: %s", directory, error)
+            logger.warning("The artifact %s is incomplete and is ignored: %s", directory, error)
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("The artifact %s is damaged and will not be used: %s", directory, error)
+        logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
         return None
-    if touched:
-        _renew(directory, content)
-    return artifact
 
 
-def with_operators_prompts(
+def read_artifact(directory: Path) -> Artifact | None:
+    """Return the artifact in a directory; None if there is none or its files differ from its manifest.
+
+    A file whose size and time stamp are unchanged counts as unchanged; one with another time stamp is hashed again.
+    """
+    info = read_info(directory)
+    if info is None:
+        return None
+    check = check_files(directory, info.files, info.mtimes)
+    if not check.ok:
+        problem = check.problems[0]
+        logger.warning(
+            "The artifact %s is damaged and is ignored: %s (%s)", directory, problem.path, problem.problem
+        )
+        return None
+    try:
+        tokenizer = (directory / TOKENIZER).read_text(encoding="utf-8")
+        description = _description(info.description, tokenizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
+        return None
+    if check.hashed:
+        _update_stamps(directory)
+    return Artifact(directory, description, info.recipe, info.made_by, info.size)
+
+
+def verify_artifact(directory: Path) -> bool:
+    """Hash the files of an artifact, and return whether they match its manifest.
+
+    Files that do not match are hashed again before the artifact is used, so that it is compiled again.
+    """
+    info = read_info(directory)
+    if info is None:
+        return False
+    check = check_files(directory, info.files)
+    wrong = {problem.path for problem in check.problems if problem.problem == "bytes"}
+    if wrong:
+        _update_stamps(directory, invalid=wrong)
+    return check.ok
+
+
+def with_configured_prompts(
     description: ModelDescription, prompts: Mapping[str, str] | None
 ) -> ModelDescription:
-    """Put the operator's prompts over those of the repository, which are what was compiled."""
+    """Return a description in which the prompts of the settings take precedence over those of the repository."""
     return replace(description, prompts={**description.prompts, **(prompts or {})})
 
 
 def read_fidelity(values: Mapping[str, Any]) -> Fidelity:
-    """Read a figure as `asdict` wrote it, now or earlier: figures it lacks are None, others are left out.
+    """Read a fidelity that this or an earlier version wrote. Missing values are None, unknown ones are ignored.
 
-    Raises: KeyError or TypeError where it lacks one that was always there.
+    Raises:
+        KeyError, TypeError: A value is missing that every version has written.
     """
     known = {field.name for field in fields(Fidelity)}
     return Fidelity(**{name: value for name, value in values.items() if name in known})
+
+
+def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
+    entries = content["files"]
+    if {entry["path"] for entry in entries} != set(FILES):
+        raise ValueError("its manifest names other files")
+    info = ArtifactInfo(
+        directory=directory,
+        recipe=content["recipe"],
+        description=dict(content["description"]),
+        made_by=str(content["made_by"]),
+        files=tuple(SnapshotFile(entry["path"], int(entry["size"]), entry["sha256"]) for entry in entries),
+        mtimes={entry["path"]: int(entry["mtime_ns"]) for entry in entries},
+        last_used=directory.stat().st_mtime,
+    )
+    _ = (info.snapshot, info.weights, info.fidelity)  # raises if one is missing
+    return info
 
 
 def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescription:
@@ -128,33 +216,21 @@ def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescrip
     )
 
 
-def _check_files(directory: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a file had to be hashed again, since its time stamp is another.
-
-    Raises: ValueError where a file is not the manifest's, OSError where it cannot be read.
-    """
-    if {entry["path"] for entry in entries} != set(FILES):
-        raise ValueError("its manifest names other files")
-    touched = False
-    for entry in entries:
-        path = directory / entry["path"]
-        stat = path.stat()
-        if stat.st_size != entry["size"]:
-            raise ValueError(f"{entry['path']} has another size than its manifest says")
-        if not same_mtime(stat.st_mtime_ns, entry["mtime_ns"]):
-            touched = True
-            if hash_file(path).sha256 != entry["sha256"]:
-                raise ValueError(f"{entry['path']} has other bytes than its manifest says")
-    return touched
-
-
-def _renew(directory: Path, content: dict[str, Any]) -> None:
-    """Take over new time stamps of files that were hashed again, so that the next start need not."""
+def _update_stamps(directory: Path, *, invalid: Collection[str] = ()) -> None:
+    """Record the present time stamps of files that were hashed, so that the next start need not hash them."""
     try:
-        content["files"] = [{**entry, **_stamp(directory / entry["path"])} for entry in content["files"]]
-        write_atomically(directory / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        content = json.loads((directory / MANIFEST).read_bytes())
+        for entry in content["files"]:
+            entry.update(_stamp(directory / entry["path"]))
+            if entry["path"] in invalid:
+                entry["mtime_ns"] = MUST_HASH
+        _write(directory, content)
     except OSError as error:
-        logger.debug("Could not renew the manifest of %s: %s", directory, error)
+        logger.debug("Could not update the manifest of %s: %s", directory, error)
+
+
+def _write(directory: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(directory / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 def _stamp(path: Path) -> dict[str, int]:
@@ -163,7 +239,7 @@ def _stamp(path: Path) -> dict[str, int]:
 
 
 def _flush(path: Path) -> None:
-    """Force a file, or a directory's entries, to disk where the platform can."""
+    """Flush a file, or the entries of a directory, to disk if the platform can."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,14 +1,14 @@
-"""Where artifacts are kept: found again, made once, thrown away when there are too many.
+"""The artifacts of a cache directory: found again, made once, and removed when they take too much space.
 
-Under `<cache directory>/artifacts/`:
+Below `<cache directory>/artifacts/`:
 
-    <key>/                 an artifact, whole: it got this name only when all of its files were on disk
-    <key>.lock             held (exclusively) by whoever makes or removes that artifact
-    <key>.hold             held (shared) by every process that serves from it, so that it is not thrown away
-    <key>.refused.json     why this recipe gives no artifact, so that the next start does not try for minutes
-    .<key>.<random>.tmp/   an artifact in the making; where nobody holds its lock, what a killed process left
+    <key>/                 a complete artifact: it gets this name when all its files are on disk
+    <key>.lock             held exclusively while the artifact is made or removed
+    <key>.hold             held shared by every process that serves the artifact, so that it is not removed
+    <key>.refused.json     why a recipe gives no artifact, so that the next start does not try again
+    .<key>.<random>.tmp/   an artifact that is being made; if its lock is free, a killed process left it
 
-A lock or a hold ends with its process, however that ends, and its file goes with it (hubs/locks.py).
+Fidelity that was measured for the torch backend is in `<cache directory>/fidelity/`.
 """
 
 from __future__ import annotations
@@ -20,305 +20,170 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from emb_model_provider.artifacts.manifest import FILES, MANIFEST, read_artifact, read_fidelity
+from emb_model_provider.artifacts.manifest import read_artifact, read_info, verify_artifact
+from emb_model_provider.formatting import format_size
 from emb_model_provider.snapshots.files import (
     CACHE_SETTING,
-    listed,
+    list_dir,
     require_writable,
-    storage_error,
+    translate_os_error,
     write_atomically,
 )
-from emb_model_provider.snapshots.locks import Held, claim, is_held, remove_stale, share
-from emb_model_provider.snapshots.snapshot import hash_file
+from emb_model_provider.snapshots.locks import (
+    FileLock,
+    is_locked,
+    lock_exclusive,
+    lock_shared,
+    try_lock_exclusive,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    import builtins
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from emb_model_provider.artifacts.manifest import Artifact
+    from emb_model_provider.artifacts.manifest import Artifact, ArtifactInfo
     from emb_model_provider.artifacts.recipe import Recipe
-    from emb_model_provider.backends.base import Fidelity
-
+    from emb_model_provider.progress import CancelToken
 
 logger = logging.getLogger(__name__)
 
 
-Hold = Held
-"""Keeps an artifact from being thrown away until it is released, or forgotten, or the process ends."""
-
-
 class ArtifactStore:
-    """The artifacts of one cache directory, which any number of processes may share."""
+    """The artifacts of one cache directory. Any number of processes can share it."""
 
     def __init__(self, cache_dir: Path, *, max_bytes: int) -> None:
         self._root = cache_dir / "artifacts"
+        self._fidelity = cache_dir / "fidelity"
         self._max_bytes = max_bytes
 
-    def find(self, recipe: Recipe) -> tuple[Artifact, Hold] | None:
-        """Return the artifact of a recipe, held, if it is there and whole. Reads only; needs no write access."""
-        return self._take(self._root / recipe.key)
+    # --- serving --------------------------------------------------------------------------------------
 
-    def find_compatible(self, recipe: Recipe) -> tuple[Artifact, Hold] | None:
-        """Return an artifact that serves a recipe although it was made elsewhere (see `Recipe.can_serve`)."""
-        try:
-            directories = sorted(path for path in self._root.iterdir() if path.is_dir())
-        except OSError:
-            return None
-        for directory in directories:
-            if directory.name.startswith("."):
-                continue
-            try:
-                made_from = json.loads((directory / MANIFEST).read_bytes())["recipe"]
-                suitable = recipe.can_serve(made_from)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if suitable and (found := self._take(directory)) is not None:
+    def find(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
+        """Return the artifact of a recipe, and the lock that keeps it on disk. Needs no write access."""
+        return self._hold(self._root / recipe.key)
+
+    def find_compatible(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
+        """Return an artifact of another machine that can serve a recipe (see `Recipe.can_serve`)."""
+        for info in self.list():
+            if recipe.can_serve(info.recipe) and (found := self._hold(info.directory)) is not None:
                 return found
         return None
 
     def refusal(self, recipe: Recipe) -> str | None:
-        """Return why this recipe is known to give no artifact, or None."""
+        """Return why a recipe is known to give no artifact, or None."""
         try:
             content = json.loads(self._refusal_path(recipe).read_bytes())
             return str(content["reason"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def refuse(self, recipe: Recipe, reason: str) -> None:
-        """Remember that a recipe gives no artifact; whatever changes the recipe forgets it."""
-        content = {"reason": reason, "recipe": recipe.as_json()}
-        with contextlib.suppress(OSError):
-            write_atomically(self._refusal_path(recipe), json.dumps(content, indent=1).encode())
+    # --- making ---------------------------------------------------------------------------------------
 
     def require_writable(self) -> None:
-        """Raises: HubError, most often CacheNotWritableError, which names the setting."""
+        """Check that artifacts can be written.
+
+        Raises:
+            HubError: They cannot; most often a CacheNotWritableError, which names the setting.
+        """
         require_writable(self._root, CACHE_SETTING)
 
     @contextlib.contextmanager
-    def making(self, recipe: Recipe, *, stopped: Callable[[], bool]) -> Iterator[Path]:
-        """Hold a recipe's lock and give an empty directory to make it in, which is gone afterwards.
+    def making(self, recipe: Recipe, cancel: CancelToken) -> Iterator[Path]:
+        """Lock a recipe and provide an empty directory to make its artifact in; it is removed afterwards.
 
-        Waits for another process that makes the same artifact, which may have finished it by then: look again.
+        Waits for a process that makes the same artifact, which may have finished it then: look for it again.
 
-        Raises: HubError where the cache cannot be written, InterruptedError when `stopped` while waiting.
+        Raises:
+            HubError: The cache cannot be written.
+            OperationCancelledError: `cancel` was cancelled while waiting.
         """
         self.require_writable()
         try:
-            lock = self._wait_for(self._root / f"{recipe.key}.lock", stopped)
+            lock = self._wait_for(self._root / f"{recipe.key}.lock", cancel)
         except OSError as error:
-            if isinstance(error, InterruptedError):
-                raise
-            raise storage_error(error, self._root, CACHE_SETTING) or error from error
+            raise translate_os_error(error, self._root, CACHE_SETTING) or error from error
         with lock:
             try:
-                sweep(self._root, recipe.key)
+                self.remove_unfinished(recipe.key)
                 directory = tempfile.mkdtemp(dir=self._root, prefix=f".{recipe.key}.", suffix=".tmp")
             except OSError as error:
-                raise storage_error(error, self._root, CACHE_SETTING) or error from error
+                raise translate_os_error(error, self._root, CACHE_SETTING) or error from error
             try:
                 yield self._root / directory
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def keep(self, recipe: Recipe, made: Path) -> tuple[Artifact, Hold]:
-        """Give a finished directory its name, inside `making`; then make room. Returns the artifact, held.
+    def add(self, recipe: Recipe, made: Path) -> tuple[Artifact, FileLock]:
+        """Add a finished artifact, within `making`, then remove old artifacts if there are too many.
 
-        Raises: OSError.
+        Raises:
+            OSError: It cannot be added.
         """
-        place = self._root / recipe.key
-        if place.exists():  # damaged, or it would have been found
-            remove_artifact(place)
-        # mkdtemp makes directories for the owner only; a cache may be shared, as the files in it are.
+        directory = self._root / recipe.key
+        if directory.exists():  # damaged, else it would have been found
+            self.remove(recipe.key)
+        # mkdtemp creates directories for the owner only, but a cache can be shared.
         made.chmod(0o755)
-        made.rename(place)
+        made.rename(directory)
         self._refusal_path(recipe).unlink(missing_ok=True)
-        taken = self._take(place)
-        if taken is None:
-            raise OSError(f"the artifact in {place} is not whole although it was just written")
-        self._make_room()
-        return taken
-
-    # --- keeping order ----------------------------------------------------------------------------------
-
-    def _take(self, directory: Path) -> tuple[Artifact, Hold] | None:
-        if not directory.is_dir():
-            return None
-        hold = share(self._root / f"{directory.name}.hold")  # waits for a removal that is under way
-        artifact = read_artifact(directory)
-        if artifact is None:
-            hold.release()
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(directory)  # when it was last used
-        return artifact, hold
-
-    def _make_room(self) -> None:
-        """Remove the artifacts that were used longest ago while all together are larger than allowed."""
-        found = []
-        for path in listed(self._root):
-            if path.is_dir() and not path.name.startswith("."):
-                with contextlib.suppress(OSError):
-                    size = sum(file.stat().st_size for file in path.iterdir())
-                    found.append((path.stat().st_mtime_ns, size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self._max_bytes:
-                return
-            if self._remove_unless_held(path):
-                logger.info("Removed the artifact %s (%.0f MB) to make room", path.name[:12], size / 1e6)
-                total -= size
-        if total > self._max_bytes:
-            logger.warning(
-                "The artifacts in %s take %.1f GB, which is more than the limit of %.1f GB: all are in use",
-                self._root, total / 1e9, self._max_bytes / 1e9,
-            )  # fmt: skip
-
-    def _remove_unless_held(self, path: Path) -> bool:
-        try:
-            held = claim(self._root / f"{path.name}.hold")
-        except OSError:
-            return False
+        held = self._hold(directory)
         if held is None:
-            return False
-        with held:
-            return remove_artifact(path)
+            raise OSError(f"the artifact in {directory} is damaged although it was just written")
+        self._trim()
+        return held
 
-    def _wait_for(self, path: Path, stopped: Callable[[], bool]) -> Held:
-        """Hold the lock of a recipe. Raises: InterruptedError when stopped, other OSErrors."""
-        waiting_since: float | None = None
+    def refuse(self, recipe: Recipe, reason: str) -> None:
+        """Record that a recipe gives no artifact. Any change of the recipe makes the record void."""
+        content = {"reason": reason, "recipe": recipe.as_json()}
+        with contextlib.suppress(OSError):
+            write_atomically(self._refusal_path(recipe), json.dumps(content, indent=1).encode())
 
-        def tell() -> None:
-            nonlocal waiting_since
-            waiting_since = time.monotonic()
-            logger.info("Another process is compiling this model: waiting for it")
+    # --- managing -------------------------------------------------------------------------------------
 
-        lock = claim(path, wait_s=None, on_wait=tell, stopped=stopped)
-        if lock is None:
-            raise InterruptedError("stopped while waiting")
-        if waiting_since is not None:
-            logger.info("The other process is done, after %.0f s", time.monotonic() - waiting_since)
-        return lock
-
-    def _refusal_path(self, recipe: Recipe) -> Path:
-        return self._root / f"{recipe.key}.refused.json"
-
-
-def sweep(root: Path, own_key: str | None = None) -> list[Path]:
-    """Remove what killed processes left, and return it: directories in the making whose lock nobody holds.
-
-    `own_key`: of the artifact whose lock the caller holds.
-    """
-    swept: list[Path] = []
-    for path in listed(root, ".*.tmp"):
-        key = path.name.split(".")[1]
-        if key == own_key:
-            shutil.rmtree(path, ignore_errors=True)
-            swept.append(path)
-            continue
-        try:
-            held = claim(root / f"{key}.lock")
-        except OSError:
-            continue
-        if held is not None:
-            with held:
-                shutil.rmtree(path, ignore_errors=True)
-                swept.append(path)
-    return swept
-
-
-def remove_artifact(path: Path) -> bool:
-    """Remove an artifact in one step, as far as anybody who looks for it can see; return whether it is gone.
-
-    Hold it alone.
-    """
-    grave = path.with_name(f".{path.name}.removed-{os.getpid()}.tmp")
-    try:
-        path.rename(grave)
-    except OSError:
-        return False
-    shutil.rmtree(grave, ignore_errors=True)
-    return True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StockedArtifact:
-    """An artifact that is there, by its manifest alone."""
-
-    key: str
-    snapshot: str
-    """The digest of the snapshot that it was made from."""
-    weights: str
-    size: int
-    """Bytes."""
-    last_used: float
-    """Unix time, seconds."""
-    description: Mapping[str, Any]
-    """As the manifest has it: a ModelDescription's values, without the tokenizer."""
-
-    @property
-    def computed(self) -> str:
-        return str(self.description.get("compute") or self.description.get("precision"))
-
-    @property
-    def fidelity(self) -> Fidelity | None:
-        values = self.description.get("fidelity")
-        return read_fidelity(values) if values is not None else None
-
-
-class Stock:
-    """All that one cache directory holds of artifacts, refusals and figures."""
-
-    def __init__(self, cache_dir: Path) -> None:
-        self._root = cache_dir / "artifacts"
-        self._figures = cache_dir / "fidelity"
-
-    def artifacts(self) -> list[StockedArtifact]:
-        """Return the artifacts whose manifests can be read, in the order of their keys."""
-        found = (_read(path / MANIFEST) for path in listed(self._root) if path.name[0] != ".")
-        return [artifact for artifact in found if artifact is not None]
+    def list(self) -> list[ArtifactInfo]:
+        """Return the artifacts that have a valid manifest, by key."""
+        directories = (path for path in list_dir(self._root) if path.name[0] != "." and path.is_dir())
+        return [info for path in directories if (info := read_info(path)) is not None]
 
     def is_held(self, key: str) -> bool:
-        """Whether any process serves from an artifact, or makes it."""
-        return is_held(self._root / f"{key}.hold") or is_held(self._root / f"{key}.lock")
+        """Return whether a process serves an artifact or makes it."""
+        return is_locked(self._root / f"{key}.hold") or is_locked(self._root / f"{key}.lock")
 
-    def claim(self, key: str, *, wait_s: float = 0.0) -> Held | None:
-        """Have an artifact alone, to remove it; None where it is in use for longer than that. Raises: OSError."""
-        return claim(self._root / f"{key}.hold", wait_s=wait_s)
+    def try_lock(self, key: str, *, wait_s: float = 0.0) -> FileLock | None:
+        """Lock an artifact in order to remove it; None if it is still in use after `wait_s` seconds.
+
+        Raises:
+            OSError: The cache is not writable.
+        """
+        return try_lock_exclusive(self._root / f"{key}.hold", wait_s=wait_s)
 
     def remove(self, key: str) -> bool:
-        """Remove a claimed artifact; return whether it is gone."""
-        remove_stale(self._root / f"{key}.lock")
-        return remove_artifact(self._root / key)
-
-    def damage(self, key: str) -> str | None:
-        """Hash an artifact's files; return what is wrong with it, or None. What is wrong is not served from again."""
-        manifest = self._root / key / MANIFEST
+        """Remove a locked artifact, in one step for all readers; return whether it is removed."""
+        directory = self._root / key
+        doomed = directory.with_name(f".{key}.removed-{os.getpid()}.tmp")
         try:
-            content = json.loads(manifest.read_bytes())
-            if {entry["path"] for entry in content["files"]} != set(FILES):
-                return "its manifest names other files"
-            wrong = []
-            for entry in content["files"]:
-                if hash_file(self._root / key / entry["path"]).sha256 != entry["sha256"]:
-                    wrong.append(entry["path"])
-                    entry["mtime_ns"] = -1  # no file's: it is hashed again before it is used
-            if wrong:
-                with contextlib.suppress(OSError):
-                    write_atomically(manifest, json.dumps(content, indent=1, ensure_ascii=False).encode())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"it cannot be read: {error}"
-        return f"{', '.join(wrong)} has other bytes" if wrong else None
+            directory.rename(doomed)
+        except OSError:
+            return False
+        shutil.rmtree(doomed, ignore_errors=True)
+        return True
 
-    def notes_on(self, snapshots: set[str], *, others: bool = False) -> list[Path]:
-        """Return the refusals and the figures of snapshots; `others`: those of all other snapshots.
+    def verify(self, key: str) -> bool:
+        """Hash the files of an artifact, and return whether they match its manifest. A damaged one is not served."""
+        return verify_artifact(self._root / key)
 
-        A file that does not say of which snapshot it is belongs to neither.
+    def records_of(self, snapshots: set[str], *, others: bool = False) -> builtins.list[Path]:
+        """Return the files of refusals and of measured fidelity that belong to snapshots.
+
+        Args:
+            snapshots: Digests.
+            others: Return the files of all other snapshots instead.
         """
-        found: list[Path] = []
-        for path in (*listed(self._root, "*.refused.json"), *listed(self._figures, "*.json")):
+        found: builtins.list[Path] = []
+        for path in (*list_dir(self._root, "*.refused.json"), *list_dir(self._fidelity, "*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 content = json.loads(path.read_bytes())
                 digest = content["recipe"]["snapshot"] if "recipe" in content else content["snapshot"]
@@ -326,43 +191,80 @@ class Stock:
                     found.append(path)
         return sorted(found)
 
-    def sweep(self) -> None:
-        """Remove what killed processes left: artifacts in the making, locks and holds."""
-        sweep(self._root)
-        for path in (*listed(self._root, "*.lock"), *listed(self._root, "*.hold")):
-            remove_stale(path)
-
-    def unfinished(self) -> list[Path]:
-        """Return the artifacts in the making that nobody makes any more."""
+    def unfinished(self) -> builtins.list[Path]:
+        """Return the directories of artifacts that no process makes any longer."""
         return [
             path
-            for path in listed(self._root, ".*.tmp")
-            if not is_held(self._root / f"{path.name.split('.')[1]}.lock")
+            for path in list_dir(self._root, ".*.tmp")
+            if not is_locked(self._root / f"{_key_of(path)}.lock")
         ]
 
-    def remove_empty_directories(self) -> None:
-        """Leave no directory in which nothing is."""
-        for directory in (self._root, self._figures):
+    def remove_unfinished(self, own_key: str | None = None) -> None:
+        """Remove the directories of artifacts that no process makes any longer.
+
+        Args:
+            own_key: An artifact whose lock the caller holds.
+        """
+        for path in list_dir(self._root, ".*.tmp"):
+            key = _key_of(path)
+            if key == own_key:
+                shutil.rmtree(path, ignore_errors=True)
+                continue
             with contextlib.suppress(OSError):
-                directory.rmdir()
+                if (lock := try_lock_exclusive(self._root / f"{key}.lock")) is not None:
+                    with lock:
+                        shutil.rmtree(path, ignore_errors=True)
+
+    def _hold(self, directory: Path) -> tuple[Artifact, FileLock] | None:
+        if not directory.is_dir():
+            return None
+        lock = lock_shared(self._root / f"{directory.name}.hold")  # waits for a removal
+        artifact = read_artifact(directory)
+        if artifact is None:
+            lock.release()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(directory)  # the time of the last use
+        return artifact, lock
+
+    def _trim(self) -> None:
+        """Remove the least recently used artifacts until all of them take no more than allowed."""
+        found = sorted(self.list(), key=lambda info: info.last_used)
+        total = sum(info.size for info in found)
+        for info in found:
+            if total <= self._max_bytes:
+                return
+            with contextlib.suppress(OSError):
+                if (lock := self.try_lock(info.key)) is not None:
+                    with lock:
+                        if self.remove(info.key):
+                            logger.info(
+                                "Removed the artifact %s (%s) to free space",
+                                info.key[:12], format_size(info.size),
+                            )  # fmt: skip
+                            total -= info.size
+        if total > self._max_bytes:
+            logger.warning(
+                "The artifacts in %s take %s, more than the limit of %s: all are in use",
+                self._root, format_size(total), format_size(self._max_bytes),
+            )  # fmt: skip
+
+    def _wait_for(self, path: Path, cancel: CancelToken) -> FileLock:
+        waiting_since: float | None = None
+
+        def log_waiting() -> None:
+            nonlocal waiting_since
+            waiting_since = time.monotonic()
+            logger.info("Another process is compiling this model: waiting for it")
+
+        lock = lock_exclusive(path, on_wait=log_waiting, cancel=cancel)
+        if waiting_since is not None:
+            logger.info("The other process has finished after %.0f s", time.monotonic() - waiting_since)
+        return lock
+
+    def _refusal_path(self, recipe: Recipe) -> Path:
+        return self._root / f"{recipe.key}.refused.json"
 
 
-def _read(path: Path) -> StockedArtifact | None:
-    try:
-        content = json.loads(path.read_bytes())
-        description = dict(content["description"])
-        artifact = StockedArtifact(
-            key=path.parent.name,
-            snapshot=str(content["recipe"]["snapshot"]),
-            weights=str(content["recipe"]["weights"]),
-            size=sum(int(entry["size"]) for entry in content["files"]),
-            last_used=path.parent.stat().st_mtime,
-            description=description,
-        )
-        _ = artifact.fidelity
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("The artifact %s is damaged: %s", path.parent, error)
-        return None
-    return artifact
+def _key_of(unfinished: Path) -> str:
+    return unfinished.name.split(".")[1]

@@ -19,11 +19,11 @@ from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
-from emb_model_provider.backends.pytorch.backend import load_backend
+from emb_model_provider.backends.pytorch.import_guards import quiet_imports
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.fidelity.compare import UntrueError, compare, embed_texts, make_cases
+from emb_model_provider.fidelity.compare import MismatchError, compare, embed_texts, make_cases
 from emb_model_provider.fidelity.texts import corpus_digest
-from emb_model_provider.fidelity.thresholds import SETTING, UntrueModelError, require_true
+from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError, check_accuracy
 from emb_model_provider.snapshots.files import write_atomically
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _SPARE = 1.3
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredTorch:
+class TorchModel:
     """How to load one snapshot with torch at a precision that is true enough."""
 
     spec: ModelSpec
@@ -73,7 +73,7 @@ class MeasuredTorch:
         for precision in self._candidates(first, device):
             try:
                 backend = self._load_true(precision, self._place(precision, device, facts), reference)
-            except UntrueModelError as error:
+            except AccuracyError as error:
                 if self.spec.precision != "auto":
                     raise
                 reasons.append(error.reason)
@@ -97,7 +97,7 @@ class MeasuredTorch:
             return _with(self.load_at(precision), fidelity=known)
         problem = "EMB_PROVIDER_MEASURE_FIDELITY=false"
         cases = None
-        if self.policy.measure:
+        if self.policy.measure_fidelity:
             cases, problem = reference.cases(precision)
         backend = self.load_at(precision)
         if cases is None:
@@ -107,10 +107,10 @@ class MeasuredTorch:
             fidelity = compare(backend, cases, exact=False)
             _write(place, fidelity, self.snapshot)
             self._require(precision, fidelity)
-        except UntrueError as error:
+        except MismatchError as error:
             backend.close()
             message = f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32."
-            raise UntrueModelError(message, reason=f"at {precision}, {error}") from error
+            raise AccuracyError(message, reason=f"at {precision}, {error}") from error
         except BaseException:
             backend.close()
             raise
@@ -119,10 +119,12 @@ class MeasuredTorch:
     def load_at(self, precision: ComputePrecision) -> Backend:
         """Load at one precision, measured or not. Raises: LoadError, ImportError."""
         spec = replace(self.spec, backend="torch", precision=precision)
-        return load_backend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
+        with quiet_imports():
+            from emb_model_provider.backends.pytorch.backend import TorchBackend
+        return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
 
     def _require(self, precision: ComputePrecision, fidelity: Fidelity) -> None:
-        require_true(self.spec, precision, fidelity, self.policy.floors)
+        check_accuracy(self.spec, precision, fidelity, self.policy.floors)
 
     def _place(self, precision: ComputePrecision, device: str, facts: DeviceFacts) -> Path:
         """Return the file of a figure, named for all that it depends on."""
@@ -150,7 +152,7 @@ class MeasuredTorch:
 class _Reference:
     """What the model gives at fp32, worked out once, when a precision is first measured."""
 
-    def __init__(self, model: MeasuredTorch) -> None:
+    def __init__(self, model: TorchModel) -> None:
         self._model = model
         self._found: tuple[Sequence[Case] | None, str] | None = None
 

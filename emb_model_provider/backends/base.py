@@ -98,10 +98,10 @@ class TokenBatch:
 
 
 class Backend(Protocol):
-    """A loaded model. One thread creates and closes it; `embed` is called from up to `lanes` threads at a time."""
+    """A loaded model. One thread creates and closes it; `embed` is called from up to `streams` threads at a time."""
 
     description: ModelDescription
-    lanes: int
+    streams: int
     """How many batches it runs side by side at best, 1 or more."""
     memory_bytes: int
     """What the model takes in memory, on its device where that has memory of its own; see `memory.py`."""

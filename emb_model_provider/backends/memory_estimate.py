@@ -46,7 +46,7 @@ _USUAL_GROWTH = 3
 _ITEM_BYTES: dict[ComputePrecision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1}
 _UNIGRAM_ENTRY_BYTES, _ENTRY_BYTES = 900, 130
 """Of a tokenizer: 212 MB for 250,000 entries of a Unigram one; 3.3 MB for 30,000 WordPiece, 19 MB for 150,000 BPE ones."""
-_LEAST_SHARES: dict[Precision, float] = {"fp32": 1.0, "int8": 0.25, "int4": 0.125}
+_MINIMUM_SHARES: dict[Precision, float] = {"fp32": 1.0, "int8": 0.25, "int4": 0.125}
 """Of a model's files, which may hold fp32, what torch holds at least."""
 
 
@@ -68,18 +68,18 @@ def torch_bytes(held: int, description: ModelDescription) -> int:
     return held + _TORCH_WORKING + 2 * _tokenizer_bytes(description)
 
 
-def least_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
+def minimum_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
     """Return what a model takes at least, as far as can be told before it is loaded from files of `size` bytes."""
     if backend == "openvino":
         return size
-    return int(size * _LEAST_SHARES.get(precision, 0.5))
+    return int(size * _MINIMUM_SHARES.get(precision, 0.5))
 
 
-def likely_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
+def expected_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
     """Return what a model will take, as near as can be told before it is loaded from files of `size` bytes."""
     if backend == "openvino":
         return _USUAL_GROWTH * size + _OPENVINO_WORKING
-    return least_bytes(backend, size, precision) + _TORCH_WORKING
+    return minimum_bytes(backend, size, precision) + _TORCH_WORKING
 
 
 def _tokenizer_bytes(description: ModelDescription) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 
-Layout = Literal["sentence-transformers", "modelscope", "transformers"]
+RepositoryLayout = Literal["sentence-transformers", "modelscope", "transformers"]
 
 _GTE_NAME = re.compile(r"nlp_gte_sentence-embedding", re.IGNORECASE)
 _MAPPING_HINT = 'the keys "pooling" and "normalize" of this model in EMB_PROVIDER_MODEL_MAPPING'
@@ -31,7 +31,7 @@ class PipelinePlan:
     """How to turn a snapshot into a pipeline: the repository's word, with the operator's over it."""
 
     directory: Path
-    layout: Layout
+    layout: RepositoryLayout
     pooling: Pooling | None
     """None: as `modules.json` says, or else sentence-transformers' guess (last token for a causal language
     model, mean for all others)."""
@@ -82,7 +82,61 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
         if spec.pooling is not None and spec.normalize is not None:
             plan = replace(plan, notes=())
     notes = [*plan.notes, *_notes_on_files(present, config, modules, trust_remote_code)]
-    return _with_operators_word(replace(plan, notes=tuple(notes)), spec)
+    return _apply_overrides(replace(plan, notes=tuple(notes)), spec)
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredValues:
+    """What the configuration files of a model say, without loading it; None where they do not say."""
+
+    dimensions: int | None
+    max_tokens: int | None
+    pooling: str | None
+    normalized: bool | None
+
+
+def declared_values(plan: PipelinePlan) -> DeclaredValues:
+    """Read what the configuration files of a planned pipeline say about its vectors."""
+    modules = _optional_modules(plan.directory)
+    configs = [
+        _optional_object(plan.directory / str(module["path"]) / "config.json")
+        for module in modules
+        if module.get("path")
+    ]
+    config = _optional_object(plan.directory / "config.json")
+    transformer = _optional_object(plan.directory / "sentence_bert_config.json")
+    normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
+    return DeclaredValues(
+        dimensions=plan.truncate_dim or _declared_dimension(configs, config),
+        max_tokens=(
+            plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings")
+        ),
+        pooling=plan.pooling or _declared_pooling(configs),
+        normalized=plan.normalize if plan.normalize is not None else normalized,
+    )
+
+
+def _declared_dimension(modules: list[dict[str, Any]], config: Mapping[str, Any]) -> int | None:
+    for module in reversed(modules):
+        for name in ("out_features", "word_embedding_dimension", "embedding_dimension"):
+            if isinstance(width := module.get(name), int):
+                return width
+    width = config.get("hidden_size") or config.get("dim") or config.get("d_model")
+    return width if isinstance(width, int) else None
+
+
+def _declared_pooling(modules: list[dict[str, Any]]) -> str | None:
+    for module in modules:
+        if isinstance(mode := module.get("pooling_mode"), str):
+            return mode
+        modes = [
+            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for name, value in module.items()
+            if name.startswith("pooling_mode_") and value is True
+        ]
+        if modes:
+            return "+".join(modes)
+    return None
 
 
 def _from_modules(
@@ -159,7 +213,7 @@ def _bare_plan(
     )
 
 
-def _with_operators_word(plan: PipelinePlan, spec: ModelSpec) -> PipelinePlan:
+def _apply_overrides(plan: PipelinePlan, spec: ModelSpec) -> PipelinePlan:
     notes = list(plan.notes)
     said = [("pooling", spec.pooling), ("normalize", spec.normalize), ("max_length", spec.max_length)]
     chosen = ", ".join(f"{key}={value}" for key, value in said if value is not None)
@@ -258,6 +312,20 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{path} is not a JSON object. Fetch the model again, or correct the file.")
     return value
+
+
+def _optional_modules(directory: Path) -> list[dict[str, Any]]:
+    try:
+        return _read_modules(directory)
+    except LoadError:
+        return []
+
+
+def _optional_object(path: Path) -> dict[str, Any]:
+    try:
+        return _read_object(path)
+    except LoadError:
+        return {}
 
 
 def _read_json(path: Path) -> object:

@@ -59,7 +59,7 @@ class Tokenization:
         contents = json.loads(description.tokenizer_json)
         added = contents.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
-        self._shortening = Shortening.of(contents)
+        self._shortening = TextPreTruncator.of(contents)
         self._prompt_length = lru_cache(maxsize=256)(self._measure_prompt)
 
     def encode(
@@ -174,7 +174,7 @@ _LONGEST_DECOMPOSITION = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Shortening:
+class TextPreTruncator:
     """What is known of a tokenizer that may read pieces."""
 
     margin: int
@@ -183,7 +183,7 @@ class Shortening:
     """Whether a piece may also be taken from a text's end."""
 
     @classmethod
-    def of(cls, tokenizer: Mapping[str, Any]) -> Shortening | None:
+    def of(cls, tokenizer: Mapping[str, Any]) -> TextPreTruncator | None:
         """Return what holds for a `tokenizer.json`; None where it must read whole texts."""
         kinds = [(tokenizer.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
         added = tokenizer.get("added_tokens") or []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import until_interrupted
+from emb_model_provider.cli.interrupt import run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     json_option,
@@ -16,18 +16,18 @@ from emb_model_provider.cli.options import (
     quiet_option,
     revision_option,
     source_option,
-    spec_of,
     split_revision,
 )
-from emb_model_provider.cli.output import FAILED, out, pairs, print_json, say, table
+from emb_model_provider.cli.output import out, pairs, print_json, say, table
+from emb_model_provider.error_table import FAILED
 from emb_model_provider.formatting import format_age, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emb_model_provider.cli.progress import Mode, Reporter
+    from emb_model_provider.cli.progress import CommandProgress, Mode
     from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.management.types import CachedSnapshot, Verification
+    from emb_model_provider.management.types import CachedModelRecord, Verification
     from emb_model_provider.model_spec import Source
     from emb_model_provider.settings import Settings
 
@@ -46,15 +46,15 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     JSON: {"models": [{id, model_name, source, revision, asked_revision, path, state, size, files_size, artifacts:
     [{key, precision, computed, size, last_used, fidelity, in_use}], fetched, last_used, in_use}], "total_size"}.
     """
-    from emb_model_provider.cli.output import MODEL_HEAD, model_info, model_row
+    from emb_model_provider.cli.output import MODEL_HEAD, model_row
 
     _, manager = open_manager()
     entries = manager.list(everything=everything)
     if as_json:
-        print_json({"models": [model_info(entry) for entry in entries], "total_size": _total(entries)})
+        print_json({"models": [entry.model_dump() for entry in entries], "total_size": _total(entries)})
         return
     if quiet:
-        for name in dict.fromkeys(entry.name for entry in entries):
+        for name in dict.fromkeys(entry.model_name for entry in entries):
             out(name)
         return
     out(table(MODEL_HEAD, [model_row(entry) for entry in entries]))
@@ -62,10 +62,10 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
         say("No model is here yet. To fetch one: emb-provider pull ID")
 
 
-def _total(entries: Sequence[CachedSnapshot]) -> int:
+def _total(entries: Sequence[CachedModelRecord]) -> int:
     """Return the bytes of all models together; an artifact that serves two of them counts once."""
     artifacts = {artifact.key: artifact.size for entry in entries for artifact in entry.artifacts}
-    return sum(entry.size for entry in entries) + sum(artifacts.values())
+    return sum(entry.files_size for entry in entries) + sum(artifacts.values())
 
 
 @click.command()
@@ -80,11 +80,14 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
 
     JSON: {"models": [...]}: what `list` has of each, with `details`.
     """
-    from emb_model_provider.cli.output import model_info
 
     settings, manager = open_manager()
     found = _find(settings, manager, model, source, revision)
-    told = [{**model_info(entry), "details": manager.inspect(entry)} for entry in found]
+    told = []
+    for model_record in found:
+        record = model_record.model_dump()
+        details = manager.inspect(model_record).model_dump()
+        told.append({**record, "details": {**details, "artifacts": record["artifacts"]}})
     if as_json:
         print_json({"models": told})
         return
@@ -171,22 +174,26 @@ def verify(
     JSON: {"ok", "models": [...]}: what `list` has of each, and its `ok`, `findings` [{path, problem}] and
     `damaged_artifacts`.
     """
-    from emb_model_provider.cli.output import verification_info
-    from emb_model_provider.cli.progress import Reporter
+    from emb_model_provider.cli.progress import CommandProgress
 
     settings, manager = open_manager()
     if models:
         chosen = [entry for typed in models for entry in _find(settings, manager, typed, source, revision)]
     else:
-        chosen = [entry for entry in manager.list() if source in (None, "auto", entry.hub)]
+        chosen = [entry for entry in manager.list() if source in (None, "auto", entry.source)]
 
     def work() -> list[Verification]:
-        with Reporter(progress) as report:
-            return [_verified(settings, manager, entry, report, repair=repair) for entry in chosen]
+        with CommandProgress(progress) as report:
+            return [_verify_one(manager, entry, report, repair=repair) for entry in chosen]
 
-    results = until_interrupted(work, "nothing was changed, or what was repaired is whole.")
+    results = run_until_interrupted(work, "nothing was changed, or what was repaired is whole.")
     if as_json:
-        print_json(verification_info(results))
+        print_json(
+            {
+                "ok": all(result.ok for result in results),
+                "models": [result.model_dump() for result in results],
+            }
+        )
     else:
         for result in results:
             _print_result(result)
@@ -198,60 +205,30 @@ def verify(
         raise SystemExit(FAILED)
 
 
-def _verified(
-    settings: Settings, manager: ModelManager, entry: CachedSnapshot, report: Reporter, *, repair: bool
+def _verify_one(
+    manager: ModelManager, model: CachedModelRecord, report: CommandProgress, *, repair: bool
 ) -> Verification:
-    report.model(entry.name)
-    result = manager.verify(entry, on_progress=report)
-    if result.ok or not repair:
-        return result
-    return _repaired(settings, manager, result, report)
-
-
-def _repaired(
-    settings: Settings, manager: ModelManager, result: Verification, report: Reporter
-) -> Verification:
-    """Fetch what differs, put away what was compiled and is damaged, and look again."""
     from emb_model_provider.errors import ProviderError
 
-    entry = result.snapshot
-    if result.findings and not entry.owns_files:
-        report.note(f"{entry.name}: its files are not ours to repair. Put them back as they were, or rm it")
+    report.model(model.model_name)
+    result = manager.verify(model, on_progress=report)
+    if result.ok or not repair:
         return result
-    if result.findings or entry.state != "complete":
-        try:
-            manager.ensure(spec_of(settings, entry), force=True, on_progress=report)
-        except ProviderError as error:
-            report.note(f"Error: {entry.name} could not be repaired: {error.message}")
-            return result
-    for key in result.damaged_artifacts:
-        _put_away(settings, key, entry.name, report)
-    again = manager.find(entry.name, source=entry.hub, revision=entry.asked_revision)
-    return manager.verify(again[0], on_progress=report)
-
-
-def _put_away(settings: Settings, key: str, name: str, report: Reporter) -> None:
-    """Remove what was compiled and is damaged: whoever needs it next compiles it anew."""
-    from emb_model_provider.artifacts.store import Stock
-
-    stock = Stock(settings.cache_dir)
-    held = stock.claim(key)
-    if held is None:
-        report.note(f"{name}: a process serves from its damaged compiled form: emb-provider unload {name}")
-        return
-    with held:
-        stock.remove(key)
-    report.note(
-        f"{name}: its damaged compiled form is removed. The next start compiles it anew; now: emb-provider pull {name}"
-    )
+    try:
+        result, notes = manager.repair(result, on_progress=report)
+    except ProviderError as error:
+        notes = [f"Error: {model.model_name} could not be repaired: {error.message}"]
+    for note in notes:
+        report.note(note)
+    return result
 
 
 def _print_result(result: Verification) -> None:
-    entry = result.snapshot
+    name = f"{result.model_name} ({result.source})"
     if result.ok:
-        out(f"{entry.name} ({entry.hub}): ok, {format_size(entry.size)}")
+        out(f"{name}: ok, {format_size(result.files_size)}")
         return
-    out(f"{entry.name} ({entry.hub}): {entry.state if entry.state != 'complete' else 'differs'}")
+    out(f"{name}: {result.state if result.state != 'complete' else 'differs'}")
     for finding in result.findings:
         out(f"  {finding.path}: {_PROBLEMS[finding.problem]}")
     for key in result.damaged_artifacts:
@@ -268,7 +245,7 @@ _PROBLEMS = {
 
 def _find(
     settings: Settings, manager: ModelManager, typed: str, source: Source | None, revision: str | None
-) -> list[CachedSnapshot]:
+) -> list[CachedModelRecord]:
     """Raises: NotCachedError."""
     name, own = split_revision(settings, typed)
     return manager.find(name, source=source, revision=own or revision)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from emb_model_provider.cli.interrupt import until_interrupted
+from emb_model_provider.cli.interrupt import run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     precision_option,
@@ -56,22 +56,23 @@ def embed(
     """
     _require_files(texts)
     from emb_model_provider.cli.options import open_settings, split_revision
-    from emb_model_provider.cli.progress import Reporter
+    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.embedder import Embedder
     from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.model_resolver import choose
+    from emb_model_provider.model_resolver import resolve_model
+    from emb_model_provider.progress import Progress
 
     settings = open_settings()
-    name, own = split_revision(settings, model or settings.models().specs[0].alias)
-    spec = choose(settings, name, source=source, revision=own or revision, precision=precision)
+    name, own = split_revision(settings, model or settings.models.specs()[0].alias)
+    spec = resolve_model(settings, name, source=source, revision=own or revision, precision=precision)
 
     def work() -> None:
         lines = _lines(texts)
         with contextlib.ExitStack() as stack:
-            with Reporter(progress) as report:
+            with CommandProgress(progress) as report:
                 report.model(spec.alias)
                 ModelManager(settings).ensure(spec, on_progress=report)
-                report.phase("load")
+                report(Progress("load", spec.name))
                 embedder = stack.enter_context(
                     Embedder(
                         name, source=source, revision=own or revision, precision=precision, settings=settings
@@ -86,7 +87,7 @@ def embed(
                     )
                     index += 1
 
-    until_interrupted(work, "the vectors above are whole.")
+    run_until_interrupted(work, "the vectors above are whole.")
 
 
 def _require_files(texts: tuple[str, ...]) -> None:

@@ -16,9 +16,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import GO_ON, until_interrupted
+from emb_model_provider.cli.interrupt import GO_ON, run_until_interrupted
 from emb_model_provider.cli.options import ModelId, json_option, source_option
-from emb_model_provider.cli.output import FAILED, out, say
+from emb_model_provider.cli.output import out, say
+from emb_model_provider.error_table import FAILED
 from emb_model_provider.formatting import format_cosine
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def fidelity(
     _fetch(model, source)
     rows: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        measured: dict[str, MeasuringChild] = {}
+        measured: dict[str, FidelityWorker] = {}
         for precision in precisions:
             job = {
                 "model": model,
@@ -91,11 +92,11 @@ def fidelity(
             }
             say(f"{precision}: preparing")
             # Once to compile and compare, which takes memory and time of its own; then afresh.
-            with measuring_child(job) as first:
+            with start_fidelity_worker(job) as first:
                 rows[precision] = first.loaded
             if "error" in first.loaded:
                 continue
-            process = stack.enter_context(measuring_child(job))
+            process = stack.enter_context(start_fidelity_worker(job))
             rows[precision] = process.loaded
             if "error" not in process.loaded:
                 measured[precision] = process
@@ -119,16 +120,16 @@ def _fetch(model: str, source: Source | None) -> None:
     Raises: SettingsError, HubError.
     """
     from emb_model_provider.cli.options import open_manager
-    from emb_model_provider.cli.progress import Reporter
-    from emb_model_provider.model_resolver import choose
+    from emb_model_provider.cli.progress import CommandProgress
+    from emb_model_provider.model_resolver import resolve_model
 
     settings, manager = open_manager()
-    spec = choose(settings, model, source=source)
-    with Reporter("auto") as report:
-        until_interrupted(lambda: manager.ensure(spec, on_progress=report), GO_ON)
+    spec = resolve_model(settings, model, source=source)
+    with CommandProgress("auto") as report:
+        run_until_interrupted(lambda: manager.ensure(spec, on_progress=report), GO_ON)
 
 
-def _throughput(measured: dict[str, MeasuringChild], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
+def _throughput(measured: dict[str, FidelityWorker], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
     """Measure the processes in turn, since machines drift, and put medians and ratios to the first into `rows`.
 
     A process that dies on the way has its error for a row.
@@ -233,7 +234,7 @@ def _processor() -> str:
 COMMAND = (sys.executable, "-m", "emb_model_provider.cli.fidelity_worker")
 
 
-class MeasuringChild:
+class FidelityWorker:
     """A model in a process of its own, told over a pipe what to measure."""
 
     def __init__(self, process: subprocess.Popen[str], job: dict[str, Any]) -> None:
@@ -265,7 +266,7 @@ def _last_words(status: int) -> str:
 
 
 @contextlib.contextmanager
-def measuring_child(job: dict[str, Any]) -> Iterator[MeasuringChild]:
+def start_fidelity_worker(job: dict[str, Any]) -> Iterator[FidelityWorker]:
     """Yield a process that measures what `job` says; it ends with the context, at once where that fails."""
     with contextlib.ExitStack() as stack:
         with _interrupts_wait():
@@ -280,7 +281,7 @@ def measuring_child(job: dict[str, Any]) -> Iterator[MeasuringChild]:
             )
             stack.callback(_close, process.stdin)
             stack.push(lambda failed, _error, _trace: process.kill() if failed else None)
-        yield MeasuringChild(process, job)
+        yield FidelityWorker(process, job)
 
 
 @contextlib.contextmanager

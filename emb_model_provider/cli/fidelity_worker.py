@@ -15,16 +15,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from emb_model_provider.artifacts.compile_job import own_stdout
-from emb_model_provider.artifacts.prepare import prepare_backend
+from emb_model_provider.artifacts.compile_job import reserve_stdout
+from emb_model_provider.artifacts.prepare import BackendPreparer
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.hubs.fetch import fetch_snapshot
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
+from emb_model_provider.settings import FidelitySettings
+from emb_model_provider.settings.fields import FidelityPrecision
 from emb_model_provider.settings.loading import load_settings
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def main() -> None:
     """Read a job from the first line of stdin, measure it, and go on until stdin ends."""
     # Ctrl-C reaches the whole group: whoever started this process ends it, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = own_stdout()
+    out = reserve_stdout()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("emb_model_provider").setLevel(logging.INFO)
 
@@ -72,8 +74,8 @@ def _load(
     A backend or device that is None is as the settings have it for the model.
     """
     settings, _ = load_settings()
-    hubs = settings.hubs()
-    chosen = choose(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
+    hubs = settings.hubs
+    chosen = resolve_model(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
     spec = replace(
         chosen,
         precision=precision,  # type: ignore[arg-type]  # likewise
@@ -81,17 +83,10 @@ def _load(
         device=device or chosen.device,
     )
     snapshot = fetch_snapshot(spec, hubs, lambda _: None)
-    prepared = prepare_backend(
-        spec,
-        snapshot,
-        trust_remote_code=settings.trust().allows(spec, snapshot.hub),
-        cache_dir=hubs.cache_dir,
-        max_cache_bytes=int(settings.max_artifacts_gb * 1024**3),
-        on_compiling=lambda: None,
-        fidelity=replace(
-            settings.fidelity(), floors=dict.fromkeys(settings.fidelity().floors, 0.0), measure=True
-        ),
+    no_floors = FidelitySettings(
+        fidelity_floors=dict.fromkeys(get_args(FidelityPrecision), 0.0), measure_fidelity=True
     )
+    prepared = BackendPreparer(hubs, no_floors, settings.trust).prepare(spec, snapshot)
     started = time.perf_counter()
     loaded = prepared.load()
     loaded.embed(_batch(loaded, "short", np.random.default_rng(0)))
@@ -103,7 +98,7 @@ def _load(
         "backend": description.backend,
         "device": description.device,
         "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,
-        "floor": settings.fidelity().floors[precision],
+        "floor": settings.fidelity.floors[precision],
         "disk_bytes": prepared.size,
         "resident_bytes": _status("VmRSS"),
         "peak_bytes": _status("VmHWM"),
@@ -125,11 +120,11 @@ def _rate(backend: Backend, kind: str) -> float:
             batch = batches[place % len(batches)]
             backend.embed(batch)
             done.append(len(batch.ids))
-            place += backend.lanes
+            place += backend.streams
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(backend.lanes) as lanes:
-        list(lanes.map(lane, range(backend.lanes)))  # raises what a lane raised
+    with ThreadPoolExecutor(backend.streams) as lanes:
+        list(lanes.map(lane, range(backend.streams)))  # raises what a lane raised
     return sum(done) / (time.perf_counter() - started)
 
 

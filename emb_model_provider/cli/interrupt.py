@@ -9,7 +9,8 @@ import threading
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from emb_model_provider.cli.output import INTERRUPTED, say
+from emb_model_provider.cli.output import say
+from emb_model_provider.error_table import INTERRUPTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,7 @@ GO_ON = "what was fetched so far is kept. The same command goes on with it."
 _LOOK_S = 0.2
 
 
-def until_interrupted(
+def run_until_interrupted(
     work: Callable[[], T], last_words: str, *, stop: Callable[[], float] = lambda: 0.0
 ) -> T:
     """Return what `work` returns, or raise what it raises; on Ctrl-C say `last_words` and end this process.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from emb_model_provider.cli.output import FAILED, INTERRUPTED, prepare_streams, say, status_of, styled
+from emb_model_provider.cli.output import exit_code_of, prepare_streams, say, styled
+from emb_model_provider.error_table import FAILED, INTERRUPTED
 from emb_model_provider.errors import ProviderError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except ProviderError as error:
             _fail(error.message)
-            raise SystemExit(status_of(error)) from error
+            raise SystemExit(exit_code_of(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever reads our stdout has enough
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.management.types import CachedSnapshot
-    from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
 
 
@@ -54,8 +51,8 @@ def _known_names() -> list[str]:
         from emb_model_provider.settings.loading import load_settings
 
         settings, _ = load_settings()
-        configured = {spec.alias for spec in settings.models().specs}
-        return sorted(configured | {entry.name for entry in ModelManager(settings).list()})
+        configured = {spec.alias for spec in settings.models.specs()}
+        return sorted(configured | {model.model_name for model in ModelManager(settings).list()})
     except Exception:  # noqa: BLE001 - whatever it is, the user is in the middle of typing
         return []
 
@@ -139,15 +136,7 @@ def split_revision(settings: Settings, typed: str) -> tuple[str, str | None]:
     from emb_model_provider.model_resolver import directory_of
 
     name, at, revision = typed.rpartition("@")
-    known = {name for spec in settings.models().specs for name in (spec.alias, spec.name)}
+    known = {name for spec in settings.models.specs() for name in (spec.alias, spec.name)}
     if not at or not name or not revision or typed in known or directory_of(typed) is not None:
         return typed, None
     return name, revision
-
-
-def spec_of(settings: Settings, entry: CachedSnapshot) -> ModelSpec:
-    """Return what to ask for to have a model that is on disk once more: its hub, revision and endpoint."""
-    from emb_model_provider.model_resolver import choose
-
-    spec = choose(settings, entry.name, source=entry.hub, revision=entry.asked_revision)
-    return dataclasses.replace(spec, endpoint=entry.endpoint or spec.endpoint)

@@ -6,29 +6,19 @@ import codecs
 import json
 import os
 import sys
-from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.errors import (
-    AccessDeniedError,
-    AmbiguousNameError,
-    ModelInUseError,
-    NotAllowedError,
-    NotCachedError,
-    ProviderError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SettingsError,
-)
+from emb_model_provider.error_table import UNREACHABLE, error_info
+from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import format_age, format_cosine, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from emb_model_provider.management.types import CachedSnapshot, DerivedArtifact, Removal, Verification
+    from emb_model_provider.management.types import CachedModelRecord, Removal
 
 
 _ASCII = {"÷": "/", "…": "...", "–": "-", "—": "-", "×": "x"}
@@ -127,32 +117,11 @@ def confirm(question: str, *, yes: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-FAILED = 1
-"""The work failed, or something differs."""
-NOT_SO = 2
-"""It cannot be asked like this: usage, not found, not allowed."""
-OUT_OF_REACH = 3
-"""No server answers."""
-INTERRUPTED = 130
-"""Ctrl-C."""
-
-_ASKED_WRONGLY = (
-    SettingsError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    AccessDeniedError,
-    NotCachedError,
-    AmbiguousNameError,
-    NotAllowedError,
-    ModelInUseError,
-)
-
-
-class OutOfReachError(ProviderError):
+class ServerUnreachableError(ProviderError):
     """No server of ours answers at the address."""
 
 
-class RefusedError(ProviderError):
+class ServerRefusedError(ProviderError):
     """The server does not do what was asked; `status` is the exit status that this means."""
 
     def __init__(self, message: str, *, status: int) -> None:
@@ -160,81 +129,13 @@ class RefusedError(ProviderError):
         self.status = status
 
 
-def status_of(error: ProviderError) -> int:
+def exit_code_of(error: ProviderError) -> int:
     """Return the exit status that an error means."""
-    if isinstance(error, RefusedError):
+    if isinstance(error, ServerRefusedError):
         return error.status
-    if isinstance(error, OutOfReachError):
-        return OUT_OF_REACH
-    return NOT_SO if isinstance(error, _ASKED_WRONGLY) else FAILED
-
-
-class ArtifactInfo(TypedDict):
-    """What was compiled from a model."""
-
-    key: str
-    precision: str
-    computed: str
-    size: int
-    last_used: datetime
-    fidelity: dict[str, Any] | None
-    """`min_cosine`, `mean_cosine`, `texts`, `top10_overlap`, `spearman`."""
-    in_use: bool
-
-
-class ModelInfo(TypedDict):
-    """A model on disk."""
-
-    id: str
-    model_name: str
-    source: str
-    revision: str | None
-    asked_revision: str | None
-    path: str | None
-    state: str
-    size: int
-    """Of its files, and of what was compiled from them."""
-    files_size: int
-    artifacts: list[ArtifactInfo]
-    fetched: datetime | None
-    last_used: datetime | None
-    in_use: bool
-
-
-def model_info(entry: CachedSnapshot) -> ModelInfo:
-    """Return what is known of a model, by the names that `GET /api/models/cache/list` has for it."""
-    return {
-        "id": entry.id,
-        "model_name": entry.name,
-        "source": entry.hub,
-        "revision": entry.revision,
-        "asked_revision": entry.asked_revision,
-        "path": str(entry.path) if entry.path is not None else None,
-        "state": entry.state,
-        "size": size_on_disk(entry),
-        "files_size": entry.size,
-        "artifacts": [_artifact_info(artifact) for artifact in entry.artifacts],
-        "fetched": entry.fetched,
-        "last_used": entry.last_used,
-        "in_use": entry.in_use,
-    }
-
-
-def _artifact_info(artifact: DerivedArtifact) -> ArtifactInfo:
-    return {
-        "key": artifact.key,
-        "precision": artifact.precision,
-        "computed": artifact.computed,
-        "size": artifact.size,
-        "last_used": artifact.last_used,
-        "fidelity": asdict(artifact.fidelity) if artifact.fidelity is not None else None,
-        "in_use": artifact.in_use,
-    }
-
-
-def size_on_disk(entry: CachedSnapshot) -> int:
-    """Return the bytes of a model's files and of what was compiled from them."""
-    return entry.size + sum(artifact.size for artifact in entry.artifacts)
+    if isinstance(error, ServerUnreachableError):
+        return UNREACHABLE
+    return error_info(error).exit_code
 
 
 def removal_info(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any]:
@@ -242,30 +143,11 @@ def removal_info(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any
     done = list(removals)
     return {
         "dry_run": dry_run,
-        "models": [model_info(entry) for removal in done for entry in removal.snapshots],
+        "models": [model.model_dump() for removal in done for model in removal.models],
         "artifacts": [key for removal in done for key in removal.artifacts],
         "freed": sum(removal.freed for removal in done),
-        "kept": [
-            {**model_info(entry), "reason": reason} for removal in done for entry, reason in removal.kept
-        ],
+        "kept": [model.model_dump() for removal in done for model in removal.kept],
         "unloaded": [],
-    }
-
-
-def verification_info(results: Iterable[Verification]) -> dict[str, Any]:
-    """Return `ok`, and `models`, each with `ok`, `findings` (files and their problems), `damaged_artifacts` (keys)."""
-    done = list(results)
-    return {
-        "ok": all(result.ok for result in done),
-        "models": [
-            {
-                **model_info(result.snapshot),
-                "ok": result.ok,
-                "findings": [asdict(finding) for finding in result.findings],
-                "damaged_artifacts": list(result.damaged_artifacts),
-            }
-            for result in done
-        ],
     }
 
 
@@ -285,21 +167,21 @@ def short_revision(revision: str | None) -> str:
     return revision[:8] if is_commit else revision
 
 
-def model_row(entry: CachedSnapshot) -> Sequence[str]:
+def model_row(model: CachedModelRecord) -> Sequence[str]:
     """Return a model's cells for `list`."""
 
-    artifacts = entry.artifacts
+    artifacts = model.artifacts
     labels = [precision_label(artifact.precision, artifact.computed) for artifact in artifacts]
     cosines = [format_cosine(a.fidelity.min_cosine) if a.fidelity is not None else "-" for a in artifacts]
     return (
-        entry.name,
-        entry.hub,
-        short_revision(entry.revision or entry.asked_revision),
-        format_size(size_on_disk(entry)),
+        model.model_name,
+        model.source,
+        short_revision(model.revision or model.asked_revision),
+        format_size(model.size),
         ", ".join(labels) or "-",
-        entry.state + (", in use" if entry.in_use else ""),
+        model.state + (", in use" if model.in_use else ""),
         ", ".join(cosines) or "-",
-        format_age(entry.last_used),
+        format_age(model.last_used),
     )
 
 

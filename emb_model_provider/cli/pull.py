@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import GO_ON, until_interrupted
+from emb_model_provider.cli.interrupt import GO_ON, run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     json_option,
@@ -20,15 +19,17 @@ from emb_model_provider.cli.options import (
     source_option,
     split_revision,
 )
-from emb_model_provider.cli.output import out, pairs, print_json, say, status_of, warn
+from emb_model_provider.cli.output import exit_code_of, out, pairs, print_json, say, warn
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import format_size
+from emb_model_provider.progress import CancelToken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emb_model_provider.cli.progress import Mode, Reporter
-    from emb_model_provider.management.manager import CompiledModel, ModelManager
+    from emb_model_provider.cli.progress import CommandProgress, Mode
+    from emb_model_provider.management.manager import ModelManager
+    from emb_model_provider.management.types import CompiledModel
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.snapshots.snapshot import Snapshot
 
@@ -79,8 +80,8 @@ def pull(
     JSON: {"models": [{model_name, alias, source, revision, path, files, size, compiled: {backend, size, precision,
     computed, fidelity, notes} or null, copied_to}]}.
     """
-    from emb_model_provider.cli.progress import Reporter
-    from emb_model_provider.model_resolver import choose
+    from emb_model_provider.cli.progress import CommandProgress
+    from emb_model_provider.model_resolver import resolve_model
 
     settings, manager = open_manager()
     if revision is not None and len(models) != 1:
@@ -88,11 +89,13 @@ def pull(
     if directory is not None and len(models) != 1:
         raise click.UsageError("--to goes with one ID.")
     specs = []
-    for typed in models or [spec.alias for spec in settings.models().specs]:
+    for typed in models or [spec.alias for spec in settings.models.specs()]:
         name, own = split_revision(settings, typed)
         if own is not None and revision is not None:
             raise click.UsageError(f"{typed} and --revision {revision}: say which revision once.")
-        specs.append(choose(settings, name, source=source, revision=own or revision, precision=precision))
+        specs.append(
+            resolve_model(settings, name, source=source, revision=own or revision, precision=precision)
+        )
     task = _Pulling(
         manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude)
     )
@@ -100,7 +103,7 @@ def pull(
     done: list[dict[str, Any]] = []
 
     def work() -> None:
-        with Reporter("none" if quiet and progress == "auto" else progress) as report:
+        with CommandProgress("none" if quiet and progress == "auto" else progress) as report:
             for spec in specs:
                 try:
                     done.append(task.pull(spec, report))
@@ -109,12 +112,12 @@ def pull(
                     if len(specs) > 1:
                         report.note(f"Error: {spec.alias}: {error.message}")
 
-    until_interrupted(work, GO_ON, stop=task.stop)
+    run_until_interrupted(work, GO_ON, stop=task.stop)
     if failures and len(specs) == 1:
         raise failures[0]
     _print(done, quiet=quiet, as_json=as_json)
     if failures:
-        raise SystemExit(max(status_of(error) for error in failures))
+        raise SystemExit(max(exit_code_of(error) for error in failures))
 
 
 class _Pulling:
@@ -132,30 +135,35 @@ class _Pulling:
     ) -> None:
         self._manager = manager
         self._force = force
-        self._patterns = {"include": include, "exclude": exclude}
+        self._include = include
+        self._exclude = exclude
         self._directory = directory
         self._compiles = compiles
         self._compiling = False
-        self._stopped = threading.Event()
+        self._cancel = CancelToken()
 
     def stop(self) -> float:
         """Give up compiling, which takes its half-made files along; return how many seconds that may take."""
-        self._stopped.set()
+        self._cancel.cancel()
         return _STOP_S if self._compiling else 0.0
 
-    def pull(self, spec: ModelSpec, report: Reporter) -> dict[str, Any]:
+    def pull(self, spec: ModelSpec, report: CommandProgress) -> dict[str, Any]:
         """Raises: HubError, LoadError."""
         self._compiling = False
         report.model(spec.alias)
-        snapshot = self._manager.ensure(spec, force=self._force, on_progress=report, **self._patterns)
+        snapshot = self._manager.ensure(
+            spec,
+            force=self._force,
+            include=self._include,
+            exclude=self._exclude,
+            on_progress=report,
+        )
         copied = self._manager.copy_to(snapshot, self._directory) if self._directory is not None else None
         compiled = None
         if self._compiles:
             self._compiling = True
-            compiled = self._manager.compile(
-                spec, on_compiling=lambda: report.phase("compile"), stopped=self._stopped.is_set
-            )
-        report.phase("ready")
+            compiled = self._manager.compile(spec, on_progress=report, cancel=self._cancel)
+        report.done()
         return _told(spec, snapshot, compiled, copied)
 
 

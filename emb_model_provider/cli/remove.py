@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import until_interrupted
+from emb_model_provider.cli.interrupt import run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     dry_run_option,
@@ -19,7 +19,8 @@ from emb_model_provider.cli.options import (
     url_option,
     yes_option,
 )
-from emb_model_provider.cli.output import NOT_SO, confirm, out, print_json, removal_info, say, size_on_disk
+from emb_model_provider.cli.output import confirm, out, print_json, removal_info, say
+from emb_model_provider.error_table import USAGE_ERROR
 from emb_model_provider.formatting import format_size
 from emb_model_provider.management.types import Removal
 
@@ -84,15 +85,15 @@ def rm(
     settings, manager = open_manager()
     chosen = [split_revision(settings, typed) for typed in models]
     names = list(dict.fromkeys((name, own or revision) for name, own in chosen))
-    remover: _Here | _There
+    remover: _LocalRemoval | _RemoteRemoval
     if unload:
-        remover = _There(settings, url, names, source, wait_s)
+        remover = _RemoteRemoval(settings, url, names, source, wait_s)
     else:
-        remover = _Here(manager, names, source, wait_s)
+        remover = _LocalRemoval(manager, names, source, wait_s)
     plan = remover.remove(dry_run=True) if dry_run else remover.plan()
     if not dry_run and _is_some(plan):
         confirm(f"Remove {_told(plan)} ({format_size(plan['freed'])})?", yes=yes)
-        plan = until_interrupted(lambda: remover.remove(dry_run=False), _UNFINISHED)
+        plan = run_until_interrupted(lambda: remover.remove(dry_run=False), _UNFINISHED)
     _print({**plan, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
 
 
@@ -114,7 +115,7 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
         if _is_some(plan):
             confirm(f"Remove {_told(plan)} ({format_size(plan['freed'])})?", yes=yes)
         # Also where no model and no compiled form is named: parts of files may lie beside a model that is whole.
-        pruned = until_interrupted(lambda: manager.prune(dry_run=False), _UNFINISHED)
+        pruned = run_until_interrupted(lambda: manager.prune(dry_run=False), _UNFINISHED)
         plan = removal_info([pruned], dry_run=False)
     _print(plan, quiet=quiet, as_json=as_json)
 
@@ -129,7 +130,7 @@ def _told(plan: dict[str, Any]) -> str:
     return ", ".join(names) or f"{len(plan['artifacts'])} compiled form(s) whose model is gone"
 
 
-class _Here:
+class _LocalRemoval:
     """Removes on this machine's disk, under the locks that every process of ours takes."""
 
     def __init__(
@@ -154,8 +155,10 @@ class _Here:
         ]
         if not self._names:
             found = self._manager.list()
-        freed = sum(size_on_disk(entry) - (0 if entry.owns_files else entry.size) for entry in found)
-        return removal_info([Removal(snapshots=found, artifacts=(), freed=freed)], dry_run=True)
+        freed = sum(
+            model.size - (model.files_size if model.source in ("local", "bundled") else 0) for model in found
+        )
+        return removal_info([Removal(models=found, artifacts=[], freed=freed, kept=[])], dry_run=True)
 
     def remove(self, *, dry_run: bool) -> dict[str, Any]:
         """Remove the models, or all there are without names; of several nothing where one can be seen to be in use.
@@ -178,7 +181,7 @@ class _Here:
         ]
 
 
-class _There:
+class _RemoteRemoval:
     """Lets the running server remove, which can unload what it serves."""
 
     def __init__(
@@ -243,7 +246,7 @@ def _print(plan: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
         else:
             say(f"{format_size(plan['freed'])} {'would be' if dry_run else 'are'} free again")
     if plan["kept"] and not dry_run:
-        raise SystemExit(NOT_SO)
+        raise SystemExit(USAGE_ERROR)
 
 
 def _verb(dry_run: bool) -> str:

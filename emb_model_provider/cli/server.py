@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import until_interrupted
+from emb_model_provider.cli.interrupt import run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     json_option,
@@ -23,11 +23,12 @@ from emb_model_provider.cli.options import (
 from emb_model_provider.cli.output import out, print_json, say, table
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import format_size
+from emb_model_provider.progress import Phase, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.cli.progress import Mode, Reporter
+    from emb_model_provider.cli.progress import CommandProgress, Mode
     from emb_model_provider.cli.server_client import ServerClient
     from emb_model_provider.model_spec import Precision, Source
 
@@ -133,7 +134,7 @@ def load(
             wait=not no_wait,
         )
 
-    loaded = until_interrupted(lambda: _watched(client, {alias or name, name}, work, progress), _GOES_ON)
+    loaded = run_until_interrupted(lambda: _watched(client, {alias or name, name}, work, progress), _GOES_ON)
     _print(loaded, as_json=as_json)
 
 
@@ -154,7 +155,7 @@ def unload(model: str, url: str | None, *, forget: bool, as_json: bool) -> None:
     from emb_model_provider.cli.server_client import ServerClient
 
     client = ServerClient(open_settings(), url)
-    done = until_interrupted(
+    done = run_until_interrupted(
         lambda: client.post("/api/models/unload", model_name=model, forget=forget), _GOES_ON
     )
     _print(done, as_json=as_json)
@@ -172,10 +173,10 @@ def _watched(
     client: ServerClient, names: set[str], work: Callable[[], dict[str, Any]], progress: Mode
 ) -> dict[str, Any]:
     """Do what may take minutes, and show meanwhile what the model is doing."""
-    from emb_model_provider.cli.progress import Reporter
+    from emb_model_provider.cli.progress import CommandProgress
 
     done = threading.Event()
-    with Reporter(progress) as report:
+    with CommandProgress(progress) as report:
         watcher = threading.Thread(target=_watch, args=(client, names, report, done), daemon=True)
         watcher.start()
         try:
@@ -185,8 +186,8 @@ def _watched(
             watcher.join()
 
 
-def _watch(client: ServerClient, names: set[str], report: Reporter, done: threading.Event) -> None:
-    phases = {"downloading": "download", "compiling": "compile", "loading": "load"}
+def _watch(client: ServerClient, names: set[str], report: CommandProgress, done: threading.Event) -> None:
+    phases: dict[str, Phase] = {"downloading": "download", "compiling": "compile", "loading": "load"}
     while not done.wait(_LOOK_S):
         try:
             models = client.models()["models"]
@@ -195,4 +196,4 @@ def _watch(client: ServerClient, names: set[str], report: Reporter, done: thread
         for one in models:
             if names & {one["alias"], one["model_name"]} and one["state"] in phases:
                 report.model(one["alias"])
-                report.phase(phases[one["state"]])  # type: ignore[arg-type]  # the table's values are phases
+                report(Progress(phases[one["state"]], one["model_name"]))

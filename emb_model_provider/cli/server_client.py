@@ -6,7 +6,8 @@ import ipaddress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from emb_model_provider.cli.output import FAILED, NOT_SO, OutOfReachError, RefusedError
+from emb_model_provider.cli.output import ServerRefusedError, ServerUnreachableError
+from emb_model_provider.error_table import FAILED, USAGE_ERROR
 
 if TYPE_CHECKING:
     from emb_model_provider.settings import ServerSettings, Settings
@@ -27,10 +28,10 @@ class ServerClient:
     """Asks one server. The key is the first of ADMIN_API_KEYS, else the first of API_KEYS."""
 
     def __init__(self, settings: Settings, url: str | None = None) -> None:
-        server = settings.server()
+        server = settings.server
         self.url = (url or server_url(server)).rstrip("/")
         self._given = url is not None
-        keys = (*server.admin_api_keys, *server.api_keys)
+        keys = (*server.accepted_admin_keys, *server.accepted_keys)
         # As bytes: a key may have letters that are not ASCII.
         self._headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
 
@@ -72,18 +73,18 @@ class ServerClient:
                 trust_env=not _is_loopback(self.url),
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise RefusedError(
+            raise ServerRefusedError(
                 f"{self.url} is no address of a server ({error}): write --url http://HOST:PORT.",
-                status=NOT_SO,
+                status=USAGE_ERROR,
             ) from error
         except httpx.LocalProtocolError:  # its words would show the key
-            raise RefusedError(
+            raise ServerRefusedError(
                 "The first of EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) holds a character that no header "
                 "can carry, such as a line break: write the server's key there as it is.",
-                status=NOT_SO,
+                status=USAGE_ERROR,
             ) from None
         except httpx.HTTPError as error:
-            raise OutOfReachError(self._unreachable(error)) from error
+            raise ServerUnreachableError(self._unreachable(error)) from error
         return self._read(answer)
 
     def _unreachable(self, error: Exception) -> str:
@@ -95,8 +96,8 @@ class ServerClient:
         )
         return f"No server answers at {self.url} ({reason}). {hint}"
 
-    def _another(self, status: int) -> OutOfReachError:
-        return OutOfReachError(
+    def _another(self, status: int) -> ServerUnreachableError:
+        return ServerUnreachableError(
             f"What answers at {self.url} is not this service (HTTP {status}). Say where the service is: --url URL."
         )
 
@@ -118,8 +119,8 @@ class ServerClient:
             )
         if error.get("code") == "unknown_url":
             message += f" The server at {self.url} is of another version: start this one, emb-provider serve."
-        status = NOT_SO if answer.status_code in _ASKED_WRONGLY else FAILED
-        raise RefusedError(message, status=status)
+        status = USAGE_ERROR if answer.status_code in _ASKED_WRONGLY else FAILED
+        raise ServerRefusedError(message, status=status)
 
 
 def _written(value: object) -> str:

@@ -14,7 +14,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from emb_model_provider.artifacts.compile_job import Job, Phase, Result, own_stdout
+from emb_model_provider.artifacts.compile_job import CompileJob, CompileResult, CompileStep, reserve_stdout
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Make one artifact."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    out = own_stdout()
-    job = Job.from_json(sys.stdin.readline())
+    out = reserve_stdout()
+    job = CompileJob.from_json(sys.stdin.readline())
     _end_with(job.parent)
     if hasattr(os, "nice"):
         os.nice(_NICE)
 
-    def tell(event: Phase | Result) -> None:
+    def tell(event: CompileStep | CompileResult) -> None:
         out.write(event.to_json() + "\n")
         out.flush()
 
-    tell(_run(job, lambda name: tell(Phase(name))))
+    tell(_run(job, lambda name: tell(CompileStep(name))))
 
 
-def _run(job: Job, tell: Callable[[str], None]) -> Result:
+def _run(job: CompileJob, tell: Callable[[str], None]) -> CompileResult:
     tell("import")
     # transformers imports it wherever it is installed, which takes as long as all else here. Nothing here needs it.
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as the import system documents
@@ -50,13 +50,13 @@ def _run(job: Job, tell: Callable[[str], None]) -> Result:
         from emb_model_provider.compiler.build import make
         from emb_model_provider.compiler.export import quietly
     except (ImportError, LoadError) as error:
-        return Result("unable", f"a package that compiling needs cannot be imported: {error}")
+        return CompileResult("unable", f"a package that compiling needs cannot be imported: {error}")
     torch.set_num_threads(job.threads)
     try:
         with quietly():
             return make(job, tell)
     except OSError as error:
-        return Result("unable", f"{error.strerror or error} ({error.filename or job.directory})")
+        return CompileResult("unable", f"{error.strerror or error} ({error.filename or job.directory})")
 
 
 def _end_with(parent: int) -> None:

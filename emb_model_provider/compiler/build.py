@@ -6,7 +6,9 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from emb_model_provider.artifacts.compile_job import Result
+import numpy as np
+
+from emb_model_provider.artifacts.compile_job import CompileResult
 from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, write_manifest
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
@@ -14,18 +16,25 @@ from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline, strip_final_normalize
 from emb_model_provider.compiler import export as graphs
-from emb_model_provider.compiler.export import ways_shipped
-from emb_model_provider.compiler.quantize import QuantizeError, quantized
+from emb_model_provider.compiler.export import prebuilt_exports
+from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
-from emb_model_provider.fidelity.compare import LONGEST_COMPARED, UntrueError, compare, reference_cases
+from emb_model_provider.fidelity.compare import (
+    LONGEST_COMPARED,
+    MismatchError,
+    compare,
+    comparison_limit,
+    make_cases,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-    from emb_model_provider.artifacts.compile_job import Job
+    from emb_model_provider.artifacts.compile_job import CompileJob
     from emb_model_provider.backends.base import ComputePrecision, Fidelity, ModelDescription
     from emb_model_provider.compiler.quantize import QuantizedWeights
     from emb_model_provider.fidelity.compare import Case
@@ -34,11 +43,11 @@ logger = logging.getLogger(__name__)
 
 _EXACT_GRAPH = "exact.xml"
 """In the artifact's directory while it is made: what is to be quantized."""
-_AIMS: dict[ComputePrecision, tuple[float, float]] = {"int8": (0.995, 0.97), "int4": (0.97, 0.92)}
+ACCURACY_TARGETS: dict[ComputePrecision, tuple[float, float]] = {"int8": (0.995, 0.97), "int4": (0.97, 0.92)}
 """What integer weights are to keep: the lowest cosine to fp32, and the share of ten nearest neighbours."""
 
 
-def make(job: Job, tell: Callable[[str], None]) -> Result:
+def make(job: CompileJob, tell: Callable[[str], None]) -> CompileResult:
     """Load, export, convert, verify and write; `tell` is called with the name of each phase as it begins.
 
     Raises: OSError where the disk refuses; MemoryError.
@@ -47,16 +56,16 @@ def make(job: Job, tell: Callable[[str], None]) -> Result:
     try:
         pipeline, description = _load(job)
     except LoadError as error:
-        return Result("broken", error.message)
+        return CompileResult("broken", error.message)
     try:
-        graphs.refuse_what_has_no_graph(pipeline)
+        graphs.check_exportable(pipeline)
     except UnsupportedModelError as error:
-        return Result("unsupported", error.message)
+        return CompileResult("unsupported", error.message)
     tell("reference vectors")
     cases = reference_cases(pipeline, description)
     failures: list[str] = []
     untrue = False
-    for way, convert in {**graphs.WAYS, **ways_shipped(job.snapshot)}.items():
+    for way, convert in {**graphs.EXPORTERS, **prebuilt_exports(job.snapshot)}.items():
         try:
             graph = convert(pipeline, tell)
         except OSError:
@@ -73,25 +82,27 @@ def make(job: Job, tell: Callable[[str], None]) -> Result:
         tell("verify")
         # A wrong conversion must not pass for the cost of quantizing: what is quantized was exact at fp32.
         compute = job.recipe.compute if path.name == GRAPH else ("fp32",)
-        verified, reasons = _first_true(path, compute, job, description, cases)
+        verified, reasons = _first_accurate(path, compute, job, description, cases)
         if verified is not None and (weights == "int8" or weights == "int4"):
             try:
                 verified, reasons = _quantized(path, weights, job, description, cases, tell)
             except ImportError as error:
-                return Result("unable", f"{error}: precision {weights} is made by nncf (pip install nncf)")
+                return CompileResult(
+                    "unable", f"{error}: precision {weights} is made by nncf (pip install nncf)"
+                )
             except QuantizeError as error:
                 failures.append(f"{way}: {error}")
                 continue
         if verified is not None:
             tell("write")
             _write(job, verified, way)
-            return Result("done")
+            return CompileResult("done")
         untrue = True
         failures += [f"{way}: {reason}" for reason in reasons]
-    return Result("refused" if untrue else "unsupported", "; ".join(failures))
+    return CompileResult("refused" if untrue else "unsupported", "; ".join(failures))
 
 
-def _load(job: Job) -> tuple[SentenceTransformer, ModelDescription]:
+def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
     spec = replace(job.spec, prompts=None)
     trusted = job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
@@ -113,10 +124,33 @@ def _load(job: Job) -> tuple[SentenceTransformer, ModelDescription]:
     return pipeline, description
 
 
+def reference_cases(pipeline: SentenceTransformer, description: ModelDescription) -> list[Case]:
+    """Embed the comparison texts with sentence-transformers.
+
+    Args:
+        pipeline: The model at fp32. Its maximum length is lowered to that of the comparison.
+        description: The description of the model.
+    """
+    pipeline.max_seq_length = comparison_limit(description)
+
+    def embed(texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
+        vectors = pipeline.encode(
+            list(texts),
+            prompt=prompt,
+            batch_size=8 if len(texts) > 16 else 1,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            normalize_embeddings=False,
+        )
+        return np.asarray(vectors, dtype=np.float32)
+
+    return make_cases(embed, description)
+
+
 def _quantized(
     exact: Path,
     weights: QuantizedWeights,
-    job: Job,
+    job: CompileJob,
     description: ModelDescription,
     cases: Sequence[Case],
     tell: Callable[[str], None],
@@ -126,7 +160,7 @@ def _quantized(
     Raises: QuantizeError; ImportError.
     """
     tell(f"quantize to {weights}")
-    graph = quantized(openvino().Core().read_model(exact), weights, description)
+    graph = quantize(openvino().Core().read_model(exact), weights, description)
     tell("save")
     openvino().save_model(graph, job.directory / GRAPH, compress_to_fp16=False)
     del graph
@@ -134,13 +168,13 @@ def _quantized(
         path.unlink()
     tell("measure")
     description = replace(description, precision=weights)
-    return _first_true(job.directory / GRAPH, job.recipe.compute, job, description, cases)
+    return _first_accurate(job.directory / GRAPH, job.recipe.compute, job, description, cases)
 
 
-def _first_true(
+def _first_accurate(
     graph: Path,
     compute: Sequence[ComputePrecision],
-    job: Job,
+    job: CompileJob,
     description: ModelDescription,
     cases: Sequence[Case],
 ) -> tuple[ModelDescription | None, list[str]]:
@@ -150,14 +184,14 @@ def _first_true(
     too, only where the weights' own aim is kept.
     """
     reasons: list[str] = []
-    aim = _AIMS.get(description.precision)
+    aim = ACCURACY_TARGETS.get(description.precision)
     for precision in compute:
         exact = replace(description, precision=precision)
         candidate = exact if aim is None else replace(description, compute=precision)
         backend = OpenVinoBackend(graph, candidate, cpus=job.threads)
         try:
             fidelity = compare(backend, cases, exact=aim is None)
-        except UntrueError as error:
+        except MismatchError as error:
             reasons.append(f"at {precision}, {error}")
             continue
         finally:
@@ -178,7 +212,7 @@ def _reaches(fidelity: Fidelity, cosine: float, overlap: float) -> bool:
     return fidelity.min_cosine >= cosine and kept >= overlap
 
 
-def _write(job: Job, description: ModelDescription, way: str) -> None:
+def _write(job: CompileJob, description: ModelDescription, way: str) -> None:
     (job.directory / TOKENIZER).write_text(description.tokenizer_json, encoding="utf-8")
     write_manifest(job.directory, job.recipe, description, made_by=way)
 

@@ -32,7 +32,7 @@ _EXAMPLE_SHAPE = (3, 11)
 """Of the example inputs: torch.export takes a size of 0 or 1 for a constant, and equal sizes for one size."""
 
 
-_SEE_EVERYTHING = frozenset(
+_ATTEND_TO_ALL = frozenset(
     (
         "albert",
         "bert",
@@ -46,7 +46,7 @@ _SEE_EVERYTHING = frozenset(
     )
 )
 """Model types whose tokens attend to every real token of their text, so that no row of the mask is empty. Any
-other type gets `_let_blind_rows_see`, which costs some per cent on texts of 256 tokens."""
+other type gets `_unmask_fully_masked_rows`, which costs some per cent on texts of 256 tokens."""
 
 
 class PipelineModule(torch.nn.Module):
@@ -95,7 +95,7 @@ class PipelineModule(torch.nn.Module):
         return inputs
 
 
-def refuse_what_has_no_graph(pipeline: SentenceTransformer) -> None:
+def check_exportable(pipeline: SentenceTransformer) -> None:
     """Raises: UnsupportedModelError for a pipeline that only the torch backend can run."""
     if isinstance(pipeline[0], StaticEmbedding):
         raise UnsupportedModelError(
@@ -108,7 +108,7 @@ def refuse_what_has_no_graph(pipeline: SentenceTransformer) -> None:
             )
 
 
-def exported(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
+def export(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
     """Convert what torch.export makes of a pipeline. Raises: whatever torch or OpenVINO raises."""
     module = PipelineModule(pipeline).eval()
     inputs = module.example()
@@ -117,7 +117,7 @@ def exported(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Grap
     with torch.no_grad():
         program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic)
         tell("convert")
-        return finished(openvino().convert_model(program), list(inputs), pipeline)
+        return finalize(openvino().convert_model(program), list(inputs), pipeline)
 
 
 def traced(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
@@ -129,7 +129,7 @@ def traced(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
         example = tuple(inputs.values())
         trace: Any = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         tell("convert")
-        return finished(openvino().convert_model(trace, example_input=example), list(inputs), pipeline)
+        return finalize(openvino().convert_model(trace, example_input=example), list(inputs), pipeline)
 
 
 def traced_without_fused_attention(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
@@ -139,8 +139,8 @@ def traced_without_fused_attention(pipeline: SentenceTransformer, tell: Callable
     return traced(pipeline, tell)
 
 
-WAYS: dict[str, Callable[[SentenceTransformer, Callable[[str], None]], Graph]] = {
-    "torch.export": exported,
+EXPORTERS: dict[str, Callable[[SentenceTransformer, Callable[[str], None]], Graph]] = {
+    "torch.export": export,
     "tracing": traced,
     "tracing, attention not fused": traced_without_fused_attention,
 }
@@ -171,7 +171,7 @@ def without_cache(pipeline: SentenceTransformer) -> None:
         model.config.use_cache = False
 
 
-def finished(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
+def finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
     """Give inputs and output their names, say that batch and length are free, and keep attention finite."""
     if len(graph.inputs) != len(names):
         raise UnsupportedModelError(f"its graph reads {len(graph.inputs)} inputs, not {', '.join(names)}")
@@ -179,8 +179,8 @@ def finished(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> G
     for port, name in zip(ports, names, strict=True):
         port.get_node().set_partial_shape(openvino().PartialShape([-1, -1]))
         port.get_tensor().set_names({name})
-    if not _sees_everything(pipeline):
-        _let_blind_rows_see(graph)
+    if not _attends_to_all(pipeline):
+        _unmask_fully_masked_rows(graph)
     graph.validate_nodes_and_infer_types()
     graph.outputs[0].get_tensor().set_names({"sentence_embedding"})
     return graph
@@ -192,16 +192,16 @@ def input_named(graph: Graph, name: str, place: int) -> Any:
     return known.get(name, graph.inputs[place])
 
 
-def _sees_everything(pipeline: SentenceTransformer) -> bool:
+def _attends_to_all(pipeline: SentenceTransformer) -> bool:
     model = pipeline.transformers_model
     return (
         model is not None
-        and model.config.model_type in _SEE_EVERYTHING
+        and model.config.model_type in _ATTEND_TO_ALL
         and not getattr(model.config, "is_decoder", False)
     )
 
 
-def _let_blind_rows_see(graph: Graph) -> None:
+def _unmask_fully_masked_rows(graph: Graph) -> None:
     """Let a token that its attention mask shows nothing see everything.
 
     Such tokens are padding: before the first token of a left-padded text, or farther from the last one than a
@@ -226,7 +226,7 @@ def _let_blind_rows_see(graph: Graph) -> None:
 _TOKEN_VECTORS = ("token_embeddings", "last_hidden_state")
 
 
-def ways_shipped(
+def prebuilt_exports(
     snapshot: Snapshot,
 ) -> dict[str, Callable[[SentenceTransformer, Callable[[str], None]], Graph]]:
     """Return how to use each export among a snapshot's files, by its name."""
@@ -274,7 +274,7 @@ def _joined(path: Path, pipeline: SentenceTransformer, tell: Callable[[str], Non
     ports[1].replace(mask.output(0))
     inputs = [ids, mask, *(port.get_node() for port in ports[2:])]
     graph = ov.Model([tail.outputs[0].get_node().input_value(0)], inputs, "joined")
-    return finished(graph, [INPUT_IDS, *masks], pipeline)
+    return finalize(graph, [INPUT_IDS, *masks], pipeline)
 
 
 def _token_vectors(body: Graph) -> Any:

@@ -100,7 +100,7 @@ class _Weight:
     values: int
 
 
-def quantized(graph: Graph, to: QuantizedWeights, description: ModelDescription) -> Graph:
+def quantize(graph: Graph, to: QuantizedWeights, description: ModelDescription) -> Graph:
     """Return a graph (fp32) with its weights as integers; the one given may be changed. Blocks for seconds to minutes.
 
     A graph that has no weights to quantize is returned as it is.

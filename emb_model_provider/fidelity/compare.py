@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
-    from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.backends.base import Backend, ModelDescription
 
-LEAST_COSINE = 0.999
+MIN_COSINE = 0.999
 """Below this, on any text, an artifact that is to be the same model is refused."""
 _NORM_TOLERANCE = 0.05
 """Relative. Vectors that are not normalized by the model are sent with the length they have."""
@@ -50,19 +49,8 @@ class Case:
     """Whether neighbours are counted among them. Such texts are many and usual: they are run in batches only."""
 
 
-class UntrueError(Exception):
+class MismatchError(Exception):
     """A compiled model's vectors are not the model's; the message says how far off they are."""
-
-
-def reference_cases(pipeline: SentenceTransformer, description: ModelDescription) -> list[Case]:
-    """Let sentence-transformers embed probes and corpus. `pipeline` is in fp32; its length limit is set here."""
-    limit = _limit(description)
-    pipeline.max_seq_length = limit
-
-    def embed(texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
-        return _reference(pipeline, texts, prompt)
-
-    return make_cases(embed, description)
 
 
 def make_cases(
@@ -75,7 +63,7 @@ def make_cases(
 
     The time that the probes take tells how much of the corpus fits into about `corpus_s` seconds.
     """
-    limit = _limit(description)
+    limit = comparison_limit(description)
     tokenization = Tokenization(description)
 
     def tokens(texts: Sequence[str]) -> int:
@@ -101,7 +89,7 @@ def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> F
     Raises: UntrueError where a vector is not finite or has another size, or, if `exact`, is not near enough.
     """
     tokenization = Tokenization(backend.description)
-    limit = _limit(backend.description)
+    limit = comparison_limit(backend.description)
     found: list[NDArray[np.float64]] = []
     overlap, correlation = None, None
     for case in cases:
@@ -126,7 +114,7 @@ def embed_texts(
 ) -> NDArray[np.float32]:
     """Return a backend's vectors of texts, as it would serve them: float32 of shape (texts, dimension)."""
     case = Case(texts, prompt, np.empty((0, 0), dtype=np.float32))
-    return _embed(backend, tokenization, case, limit=_limit(backend.description), size=_BATCH)
+    return _embed(backend, tokenization, case, limit=comparison_limit(backend.description), size=_BATCH)
 
 
 def _embed(
@@ -144,45 +132,33 @@ def _embed(
     return np.concatenate(vectors)
 
 
-def _limit(description: ModelDescription) -> int:
+def comparison_limit(description: ModelDescription) -> int:
     return min(description.max_length, LONGEST_COMPARED)
-
-
-def _reference(pipeline: SentenceTransformer, texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
-    vectors = pipeline.encode(
-        list(texts),
-        prompt=prompt,
-        batch_size=8 if len(texts) > _BATCH else 1,
-        show_progress_bar=False,
-        convert_to_numpy=True,
-        normalize_embeddings=False,
-    )
-    return np.asarray(vectors, dtype=np.float32)
 
 
 def _checked(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool) -> NDArray[np.float64]:
     """Return the cosines to what was expected. Raises: UntrueError."""
     if vectors.shape != case.expected.shape:
-        raise UntrueError(f"its vectors have {vectors.shape[1]} values, not {case.expected.shape[1]}")
+        raise MismatchError(f"its vectors have {vectors.shape[1]} values, not {case.expected.shape[1]}")
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
-        raise UntrueError(
+        raise MismatchError(
             f"{int(bad.sum())} of {len(vectors)} vectors are not finite ({how}, {case.texts[int(bad.argmax())][:30]!r})"
         )
     near = cosines(vectors, case.expected)
     if not exact:
         return near
     worst = int(near.argmin())
-    if near[worst] < LEAST_COSINE:
-        raise UntrueError(
-            f"cosine {near[worst]:.5f} to sentence-transformers at fp32 is less than {LEAST_COSINE} "
+    if near[worst] < MIN_COSINE:
+        raise MismatchError(
+            f"cosine {near[worst]:.5f} to sentence-transformers at fp32 is less than {MIN_COSINE} "
             f"({how}, {case.texts[worst][:30]!r})"
         )
     ours, theirs = (np.linalg.norm(side.astype(np.float64), axis=1) for side in (vectors, case.expected))
     off = np.abs(ours - theirs) > _NORM_TOLERANCE * theirs
     if off.any():
         row = int(off.argmax())
-        raise UntrueError(
+        raise MismatchError(
             f"a vector has length {ours[row]:.4g} where the model's has {theirs[row]:.4g} "
             f"({how}, {case.texts[row][:30]!r})"
         )

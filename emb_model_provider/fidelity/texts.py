@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 _FILE = Path(__file__).with_name("data") / "corpus.json"
-LEAST_TOPICS = 4
+MIN_TOPICS = 4
 """However slow a model is: with fewer, ten neighbours would be a large part of all texts."""
 
 
@@ -24,13 +24,13 @@ def topics() -> dict[str, tuple[str, ...]]:
 
 
 def corpus(share: float = 1.0) -> tuple[str, ...]:
-    """Return all texts, or about a share of them (0 to 1): whole topics, evenly chosen, at least `LEAST_TOPICS`.
+    """Return all texts, or about a share of them (0 to 1): whole topics, evenly chosen, at least `MIN_TOPICS`.
 
     Topics stay whole so that a text keeps the neighbours that it should have, and a figure over fewer texts means
     the same.
     """
     every = list(topics().values())
-    count = min(len(every), max(LEAST_TOPICS, int(share * len(every))))
+    count = min(len(every), max(MIN_TOPICS, int(share * len(every))))
     return tuple(text for i in range(count) for text in every[i * len(every) // count])
 
 

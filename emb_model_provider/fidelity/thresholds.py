@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision
 
 SETTING = "EMB_PROVIDER_FIDELITY_FLOORS"
-AUTO_LEAST = 0.999
+AUTO_MIN_COSINE = 0.999
 """`auto` chooses nothing below this, whatever the floors allow: nobody asked it to be less true for speed."""
-_TRUER: Mapping[str, str] = {
+_MORE_ACCURATE: Mapping[str, str] = {
     "int4": "int8, bf16, fp16 or fp32",
     "int8": "bf16, fp16 or fp32",
     "bf16": "fp16 or fp32",
@@ -25,7 +25,7 @@ _TRUER: Mapping[str, str] = {
 """What to choose in place of a precision that is refused."""
 
 
-class UntrueModelError(LoadError):
+class AccuracyError(LoadError):
     """A model's vectors are further from fp32 than is allowed."""
 
     def __init__(self, message: str, *, reason: str) -> None:
@@ -34,7 +34,7 @@ class UntrueModelError(LoadError):
         """How far, in a few words, for a note on what was chosen instead."""
 
 
-def require_true(
+def check_accuracy(
     spec: ModelSpec, computed: ComputePrecision, fidelity: Fidelity | None, floors: Mapping[str, float]
 ) -> None:
     """Let a model pass whose lowest cosine reaches its floor, or was not measured.
@@ -49,12 +49,12 @@ def require_true(
         return
     precision = computed if spec.precision == "auto" else spec.precision
     advice = (
-        f'Set EMB_PROVIDER_MODEL_PRECISION (or the mapping\'s "precision") to {_TRUER[precision]}, or lower that floor.'
-        if precision in _TRUER
+        f'Set EMB_PROVIDER_MODEL_PRECISION (or the mapping\'s "precision") to {_MORE_ACCURATE[precision]}, or lower that floor.'
+        if precision in _MORE_ACCURATE
         else "Lower that floor."
     )
     found = format_cosine(fidelity.min_cosine)
-    raise UntrueModelError(
+    raise AccuracyError(
         f"{spec.name} is not true enough at {precision}: its lowest cosine to fp32 is {found} over {fidelity.texts} "
         f"texts, and the floor of {precision} in {SETTING} is {floor:g}. {advice}",
         reason=f"its lowest cosine to fp32 at {computed} is {found}, below {floor:g}",
@@ -64,4 +64,4 @@ def require_true(
 def _floor(asked: Precision, computed: ComputePrecision, floors: Mapping[str, float]) -> float:
     if asked != "auto":
         return floors[asked]
-    return floors[computed] if computed == "fp32" else max(AUTO_LEAST, floors[computed])
+    return floors[computed] if computed == "fp32" else max(AUTO_MIN_COSINE, floors[computed])

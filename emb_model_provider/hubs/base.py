@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from emb_model_provider.model_spec import HubName
+    from emb_model_provider.progress import CancelToken, OnProgress
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 HUBS: dict[HubName, str] = {
@@ -44,35 +45,28 @@ class HubConfig:
         return bool(self.include or self.exclude)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a fetch has come."""
-
-    phase: Literal["resolve", "download", "verify"]
-    repository: str
-    done_bytes: int = 0
-    """Over all files together; steps back when a file is started again."""
-    total_bytes: int | None = None
-
-
 class Hub(Protocol):
     """Gets snapshots. One instance serves one fetch and is used from one thread."""
 
     def __init__(self, config: HubConfig) -> None: ...
 
     def fetch(
-        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
     ) -> Snapshot:
-        """Bring the files here and return them as a complete, verified snapshot.
+        """Download the files and return them as a complete, verified snapshot.
 
-        `repository` is the hub's id, or a directory for `local`. `revision` None is the hub's default
-        branch. With `config.offline` no request is made: a snapshot comes from this machine or not at all.
-        `on_progress` is called from one thread at a time, though not always the caller's. It may raise
-        FetchCancelledError: then the fetch ends soon, with that error.
+        Reusing earlier downloads, and the lock that keeps two processes from downloading at once, are the
+        responsibility of `fetch.fetch_snapshot`.
 
-        What was fetched before, and the lock that keeps two processes from doing this at once, are the
-        business of `fetch.fetch_snapshot`.
+        Args:
+            repository: The id on the hub, or a directory for `local`.
+            revision: Branch, tag or commit; None is the default branch.
+            on_progress: Called from one thread at a time, not always the caller's.
+            cancel: Ends the download soon after it is cancelled, even while the hub sends nothing.
 
-        Raises: a `HubError` of `emb_model_provider.errors`, whose message says what to do.
+        Raises:
+            HubError: The message says what to do. With `config.offline` no request is sent, and a snapshot that is
+                not on this machine is an OfflineError.
+            OperationCancelledError: `cancel` was cancelled.
         """
         ...

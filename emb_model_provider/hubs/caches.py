@@ -1,4 +1,4 @@
-"""Where the hubs' clients keep their files, as far as looking at them and removing them needs it."""
+"""Layouts of the hub clients' caches: where their files are, and how to remove them without touching others' files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import ManagementError
-from emb_model_provider.snapshots.files import listed, size_of
-from emb_model_provider.snapshots.journal import remove_empty_above
+from emb_model_provider.snapshots import manifest
+from emb_model_provider.snapshots.files import list_dir, remove_empty_parents, size_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -20,26 +20,20 @@ if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy
 
     from emb_model_provider.model_spec import HubName
+    from emb_model_provider.snapshots.journal import Journal
 
 log = logging.getLogger(__name__)
 
+REMOTE_HUBS: tuple[HubName, ...] = ("huggingface", "modelscope")
+"""Hubs whose client has a cache."""
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A directory of a client's cache in which files of one repository may come to lie."""
-
-    root: Path
-    """The cache."""
-    path: Path
-    locks: bool = False
-    """Whether what lies there are the client's locks."""
-    shared: bool = False
-    """Whether other repositories' files lie there, too."""
+_PARTIAL_SUFFIXES = (".incomplete", ".parallel_tmp")
+"""Endings of the files that the clients have not downloaded completely."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What lies in a client's cache, by its place alone: nobody says that it is whole."""
+class CachedRepo:
+    """A directory in a client's cache that looks like a model. Nothing says that it is complete."""
 
     repository: str
     revision: str | None
@@ -47,7 +41,7 @@ class Found:
 
 
 def cache_root(hub: HubName, cache_dir: Path | None) -> Path:
-    """The directory of a client's cache: `cache_dir`, or the client's own convention where that is None."""
+    """Return the directory of a client's cache: `cache_dir`, or the client's own convention if that is None."""
     if cache_dir is not None:
         return cache_dir.expanduser().absolute()
     if hub == "huggingface":
@@ -59,22 +53,20 @@ def cache_root(hub: HubName, cache_dir: Path | None) -> Path:
     return Path(HubConfig().cache_dir).expanduser().absolute()
 
 
-def places(hub: HubName, repository: str, root: Path) -> tuple[Place, ...]:
-    """Where a fetch of a repository may leave files; none for hubs whose files are not ours."""
+def repository_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
+    """Return the directories in which a download of a repository can leave files, the current layout first."""
     flat = repository.replace("/", "--")
     if hub == "huggingface":
-        name = f"models--{flat}"
-        return Place(root, root / name), Place(root, root / ".locks" / name, locks=True)
+        return [root / f"models--{flat}"]
     if hub == "modelscope":
-        inside = [root / "models" / flat, *modelscope_older(root, repository)]
-        return (*(Place(root, path) for path in inside), Place(root, root / ".lock", locks=True, shared=True))
-    return ()
+        return [root / "models" / flat, *modelscope_older(root, repository)]
+    return []
 
 
 def modelscope_older(root: Path, repository: str) -> list[Path]:
-    """Directories in which ModelScope's older clients kept a repository, newest layout first.
+    """Return the directories in which ModelScope's older clients kept a repository, newest layout first.
 
-    They wrote a dot in a name as three underscores, most of the time.
+    They usually wrote a dot in a name as three underscores.
     """
     owner, _, name = repository.partition("/")
     names = dict.fromkeys([name.replace(".", "___"), name])
@@ -82,11 +74,20 @@ def modelscope_older(root: Path, repository: str) -> list[Path]:
     return [root / parent / owner / each for parent in parents for each in names]
 
 
-def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
-    """The cache that a snapshot's directory belongs to, or None where no client would have put it there.
+def snapshot_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
+    """Return the existing directories of a repository's snapshots."""
+    current, *older = repository_dirs(hub, repository, root)
+    return [*_directories(current / "snapshots"), *(path for path in older if path.is_dir())]
 
-    `roots` are the caches that are known of. Another one is believed where the directory's own name and its
-    parents' are those of the newest layout.
+
+def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
+    """Return the cache that a snapshot's directory belongs to, or None if no client would have created it there.
+
+    Args:
+        hub: The hub.
+        repository: The repository.
+        path: The directory of the snapshot.
+        roots: The configured caches. The current layout is recognized outside of them, too.
     """
     if not path.is_absolute() or ".." in path.parts:
         return None
@@ -97,49 +98,35 @@ def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) 
         return None
     if hub != "modelscope":
         return None
-    for parent in path.parents:  # a branch may have slashes in its name
+    for parent in path.parents:  # the name of a branch can contain slashes
         if parent.name == "snapshots" and parent.parts[-3:-1] == ("models", flat):
             return parent.parents[2]
     return next((root for root in roots if path in modelscope_older(root, repository)), None)
 
 
-def all_in(hub: HubName, root: Path) -> Iterator[Found]:
-    """Everything that lies in a client's cache and looks like a model."""
+def scan_cache(hub: HubName, root: Path) -> Iterator[CachedRepo]:
+    """Yield everything in a client's cache that looks like a model."""
     if hub == "huggingface":
         for repo in _directories(root):
             if repo.name.startswith("models--"):
                 name = repo.name.removeprefix("models--").replace("--", "/")
                 for path in _directories(repo / "snapshots"):
-                    yield Found(name, path.name, path)
+                    yield CachedRepo(name, path.name, path)
     if hub == "modelscope":
         for repo in _directories(root / "models"):
             if "--" in repo.name:
                 for path in _directories(repo / "snapshots"):
-                    if listed(path):
-                        yield Found(repo.name.replace("--", "/", 1), path.name, path)
-        yield from _older_in(root)
+                    if list_dir(path):
+                        yield CachedRepo(repo.name.replace("--", "/", 1), path.name, path)
+        yield from _scan_older(root)
 
 
-def _older_in(root: Path) -> Iterator[Found]:
-    for parent in ("models", "hub/models", "hub", "."):
-        for owner in _directories(root / parent):
-            for path in _directories(owner):
-                if (path / "config.json").is_file() or (path / "configuration.json").is_file():
-                    yield Found(f"{owner.name}/{path.name.replace('___', '.')}", None, path)
-
-
-def _directories(path: Path) -> list[Path]:
-    try:
-        with os.scandir(path) as entries:
-            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-    return [path / name for name in sorted(found) if not name.startswith(".")]
+# --- removing snapshots -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotFiles:
-    """The files of one snapshot in a client's cache."""
+    """The files of one snapshot in a client's cache, and how to remove them."""
 
     hub: HubName
     repository: str
@@ -147,16 +134,17 @@ class SnapshotFiles:
     root: Path
     """The cache."""
     freed: int
-    """Bytes that removing them gives back: what other revisions use, too, is not counted."""
-    plan: DeleteCacheStrategy | None
+    """Bytes that removing them frees; files that other revisions use are not counted."""
+    strategy: DeleteCacheStrategy | None
 
     def remove(self) -> None:
-        """Remove them, with what the client keeps for the repository once its last snapshot is gone.
+        """Remove them, and with the last snapshot everything that the client keeps of the repository.
 
-        Raises: ManagementError where files stay.
+        Raises:
+            ManagementError: Files are left.
         """
-        if self.plan is not None:
-            self.plan.execute()
+        if self.strategy is not None:
+            self.strategy.execute()
         else:
             shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():
@@ -167,21 +155,21 @@ class SnapshotFiles:
             self._tidy_huggingface()
         else:
             self._unlink_alias()
-            remove_empty_above(self.path.parent, self.root)
+            remove_empty_parents(self.path.parent, self.root)
 
     def _tidy_huggingface(self) -> None:
-        repo, locks = (place.path for place in places("huggingface", self.repository, self.root))
+        (repo,) = repository_dirs("huggingface", self.repository, self.root)
+        locks = self.root / ".locks" / repo.name
         with contextlib.suppress(OSError):
             (repo / "trees" / f"{self.path.name}.json").unlink(missing_ok=True)
-        snapshots = repo / "snapshots"
-        if not listed(snapshots):
+        if not list_dir(repo / "snapshots"):
             for directory in (repo, locks):
                 if not directory.is_symlink():
                     shutil.rmtree(directory, ignore_errors=True)
-        remove_empty_above(locks.parent, self.root)
+        remove_empty_parents(locks.parent, self.root)
 
     def _unlink_alias(self) -> None:
-        """ModelScope's older clients leave a link of the name with dots beside a directory without."""
+        """Remove the link with dots that ModelScope's older clients leave beside a directory without dots."""
         alias = self.path.with_name(self.path.name.replace("___", "."))
         with contextlib.suppress(OSError):
             if alias.is_symlink() and not alias.exists():
@@ -189,13 +177,19 @@ class SnapshotFiles:
 
 
 def files_of(
-    hub: HubName, repository: str, path: Path, roots: tuple[Path, ...], gone: Collection[Path] = ()
+    hub: HubName, repository: str, path: Path, roots: tuple[Path, ...], removed_before: Collection[Path] = ()
 ) -> SnapshotFiles | None:
-    """Find what removing a snapshot removes; None where there is nothing. `roots`: the caches that are known of.
+    """Return the files that removing a snapshot removes, or None if there are none.
 
-    `gone`: snapshots that are removed before it. A file that only they share with it goes with it.
+    Args:
+        hub: The hub.
+        repository: The repository.
+        path: The directory of the snapshot.
+        roots: The configured caches.
+        removed_before: Snapshots that are removed first. A file that only they share with this one is removed with it.
 
-    Raises: ManagementError where the directory is not one that the hub's client could have made.
+    Raises:
+        ManagementError: The client would not have created the directory, so that its files may be somebody else's.
     """
     if not path.exists() and not path.is_symlink():
         return None
@@ -204,50 +198,147 @@ def files_of(
         raise ManagementError(
             f"{path} is not where the client of {hub} keeps {repository}: it was left alone. Remove it by hand."
         )
-    linked = [each for each in (path, *path.parents) if each.is_relative_to(root) and each != root]
-    if any(each.is_symlink() for each in linked):
+    below_root = [each for each in (path, *path.parents) if each.is_relative_to(root) and each != root]
+    if any(each.is_symlink() for each in below_root):
         raise ManagementError(
-            f"{path} leads through a symbolic link, and what it points to may be somebody else's: it was left "
+            f"{path} leads through a symbolic link, and its target may be somebody else's: it was left "
             "alone. Remove the link by hand."
         )
     if hub == "huggingface":
-        plan = _plan(repository, path, root, {each.name for each in gone if each.parent == path.parent})
-        freed = plan.expected_freed_size if plan is not None else size_of(path)
-        return SnapshotFiles(hub, repository, path, root, freed, plan)
+        siblings = {each.name for each in removed_before if each.parent == path.parent}
+        strategy = _strategy(repository, path, root, siblings)
+        freed = strategy.expected_freed_size if strategy is not None else size_of(path)
+        return SnapshotFiles(hub, repository, path, root, freed, strategy)
     return SnapshotFiles(hub, repository, path, root, size_of(path), None)
 
 
-def _plan(repository: str, path: Path, root: Path, gone: set[str]) -> DeleteCacheStrategy | None:
-    """What the client itself would remove once the revisions that are `gone` are; None where it does not take the directory for a whole snapshot."""
+def _strategy(
+    repository: str, path: Path, root: Path, removed_before: set[str]
+) -> DeleteCacheStrategy | None:
+    """Return what the client itself would remove after some revisions, or None if it does not know the snapshot."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    repo = places("huggingface", repository, root)[0].path.resolve()
+    repo = repository_dirs("huggingface", repository, root)[0].resolve()
     try:
         scanned = scan_cache_dir(root)
-        whole = any(
-            revision.snapshot_path == path.resolve()
-            for found in scanned.repos
-            if found.repo_path.resolve() == repo
-            for revision in found.revisions
-        )
-        # Only this repository: the same commit can be in another one, a copy under a new name.
-        ours = frozenset(found for found in scanned.repos if found.repo_path.resolve() == repo)
-        cache = replace(scanned, repos=ours)
-        gone &= {revision.commit_hash for found in ours for revision in found.revisions}
-        before = cache.delete_revisions(*gone)
-        plan = cache.delete_revisions(*gone, path.name) if whole else None
+        # Only this repository, because a copy under another name can contain the same commit.
+        own = frozenset(found for found in scanned.repos if found.repo_path.resolve() == repo)
+        cache = replace(scanned, repos=own)
+        revisions = {revision.commit_hash: revision for found in own for revision in found.revisions}
+        removed_before &= revisions.keys()
+        before = cache.delete_revisions(*removed_before)
+        known = any(revision.snapshot_path == path.resolve() for revision in revisions.values())
+        strategy = cache.delete_revisions(*removed_before, path.name) if known else None
     except (CacheNotFound, ValueError, OSError) as error:
         log.warning("The Hugging Face client cannot read its cache %s: %s", root, error)
         return None
-    if plan is None:
+    if strategy is None:
         return None
-    # A link in a snapshot may point anywhere; only the repository's own store of blobs is emptied.
-    blobs = frozenset(blob for blob in plan.blobs - before.blobs if blob.is_relative_to(repo / "blobs"))
+    # A link in a snapshot can lead anywhere: only the repository's own blobs are removed.
+    blobs = frozenset(blob for blob in strategy.blobs - before.blobs if blob.is_relative_to(repo / "blobs"))
     return replace(
-        plan,
+        strategy,
         blobs=blobs,
-        refs=plan.refs - before.refs,
-        snapshots=plan.snapshots - before.snapshots,
-        expected_freed_size=plan.expected_freed_size - before.expected_freed_size,
+        refs=strategy.refs - before.refs,
+        snapshots=strategy.snapshots - before.snapshots,
+        expected_freed_size=strategy.expected_freed_size - before.expected_freed_size,
     )
+
+
+# --- interrupted downloads --------------------------------------------------------------------------------
+
+
+def leftovers(journal: Journal, manifest_dir: Path) -> tuple[list[Path], list[Path]]:
+    """Return what an interrupted download has left: snapshots that it began, and files that it has not completed.
+
+    Snapshots that existed before, that have a manifest, or that another program changed afterwards are not included,
+    nor are the files that another program is downloading.
+    """
+    if journal.operation != "fetch":
+        return [], []
+    hub, repository = journal.key.hub, journal.key.repository
+    complete = {found.snapshot.path for _, found in manifest.load_all(manifest_dir)}
+    begun: list[Path] = []
+    partial: list[Path] = []
+    for root in journal.roots:
+        begun += [
+            path
+            for path in snapshot_dirs(hub, repository, root)
+            if path not in journal.before and path not in complete and not journal.changed_by_others(path)
+        ]
+        partial += [
+            path
+            for directory in repository_dirs(hub, repository, root)
+            for path in walk(directory)
+            if path.suffix in _PARTIAL_SUFFIXES and journal.is_own_change(path)
+        ]
+    return begun, partial
+
+
+def leftover_size(journal: Journal, manifest_dir: Path) -> int:
+    """Return the size of what an interrupted download has left, in bytes."""
+    begun, partial = leftovers(journal, manifest_dir)
+    files = {path for directory in begun for path in walk(directory)} | set(partial)
+    sizes: dict[tuple[int, int], int] = {}
+    for file in files:
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                stat = file.stat()
+                sizes[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(sizes.values())
+
+
+def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
+    """Remove what an interrupted download has left, and its journal. The caller holds the repository's lock.
+
+    Returns:
+        How many bytes were freed.
+    """
+    freed = leftover_size(journal, manifest_dir)
+    begun, partial = leftovers(journal, manifest_dir)
+    for path in partial:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    hub, repository = journal.key.hub, journal.key.repository
+    for path in begun:
+        with contextlib.suppress(ManagementError, OSError):
+            if (files := files_of(hub, repository, path, journal.roots)) is not None:
+                files.remove()
+    for root in journal.roots:
+        _remove_unused(hub, repository, root)
+    journal.delete(manifest_dir)
+    return freed
+
+
+def _remove_unused(hub: HubName, repository: str, root: Path) -> None:
+    """Remove the directory of a repository that has no snapshot, and the empty directories of one that has."""
+    current, *older = repository_dirs(hub, repository, root)
+    if hub == "huggingface" and current.is_dir() and not list_dir(current / "snapshots"):
+        shutil.rmtree(current, ignore_errors=True)
+        shutil.rmtree(root / ".locks" / current.name, ignore_errors=True)
+        remove_empty_parents(root / ".locks", root)
+    for directory in (current, *older):
+        if directory.is_dir():
+            for path in sorted(walk(directory), key=lambda path: len(path.parts), reverse=True):
+                if path.is_dir() and not path.is_symlink():
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+        remove_empty_parents(directory, root)
+
+
+def _scan_older(root: Path) -> Iterator[CachedRepo]:
+    for parent in ("models", "hub/models", "hub", "."):
+        for owner in _directories(root / parent):
+            for path in _directories(owner):
+                if (path / "config.json").is_file() or (path / "configuration.json").is_file():
+                    yield CachedRepo(f"{owner.name}/{path.name.replace('___', '.')}", None, path)
+
+
+def _directories(path: Path) -> list[Path]:
+    try:
+        with os.scandir(path) as entries:
+            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    return [path / name for name in sorted(found) if not name.startswith(".")]

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from emb_model_provider.settings import HubSettings
 
-HubToReach = Literal["huggingface", "modelscope"]
-ReachState = Literal["answers", "refuses", "lacks", "silent", "fails"]
+RemoteHubName = Literal["huggingface", "modelscope"]
+HubState = Literal["answers", "refuses", "lacks", "silent", "fails"]
 
-KNOWN: Mapping[HubToReach, str] = {
+KNOWN: Mapping[RemoteHubName, str] = {
     "huggingface": "sentence-transformers/all-MiniLM-L6-v2",
     "modelscope": "iic/nlp_gte_sentence-embedding_chinese-small",
 }
@@ -25,13 +25,13 @@ KNOWN: Mapping[HubToReach, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
+class HubStatus:
     """What came of asking a hub."""
 
-    hub: HubToReach
+    hub: RemoteHubName
     endpoint: str
     repository: str
-    state: ReachState
+    state: HubState
     """answers: it has the repository, and we may read it; refuses: it wants a token, or another one; lacks: it has no
     such repository, or hides it; silent: nothing came back in time; fails: it answers with an error of its own."""
     token: bool
@@ -40,16 +40,16 @@ class Reach:
     """In a few words, without the token."""
 
 
-def reach(
-    hub: HubToReach, settings: HubSettings, *, repository: str | None = None, timeout_s: float = 10.0
-) -> Reach:
+def check_hub(
+    hub: RemoteHubName, settings: HubSettings, *, repository: str | None = None, timeout_s: float = 10.0
+) -> HubStatus:
     """Ask a hub who we are, where there is a token, and for a repository. Never takes longer than `timeout_s`.
 
     The clients try again by themselves for longer than anybody wants to wait for this: what has not come back by then
     goes on in the background, and ends with the process.
     """
     asked = repository or KNOWN[hub]
-    found: list[Reach] = []
+    found: list[HubStatus] = []
     ask = {"huggingface": _huggingface, "modelscope": _modelscope}[hub]
     thread = threading.Thread(
         target=lambda: found.append(ask(settings, asked, timeout_s)), name=f"reach-{hub}", daemon=True
@@ -58,27 +58,23 @@ def reach(
     thread.join(timeout_s)
     if found:
         return found[0]
-    endpoint, token = {
-        "huggingface": (settings.hf_endpoint, settings.hf_token),
-        "modelscope": (settings.modelscope_endpoint, settings.modelscope_token),
-    }[hub]
-    return Reach(
+    return HubStatus(
         hub=hub,
-        endpoint=endpoint or "its usual address",
+        endpoint=settings.endpoint(hub) or "its usual address",
         repository=asked,
         state="silent",
-        token=bool(token),
+        token=settings.token(hub) is not None,
         reason=f"no answer within {timeout_s:g} s",
     )
 
 
-def _huggingface(settings: HubSettings, repository: str, timeout_s: float) -> Reach:
+def _huggingface(settings: HubSettings, repository: str, timeout_s: float) -> HubStatus:
     from huggingface_hub import HfApi, errors, get_token
 
-    api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token)
-    token = settings.hf_token or get_token()
+    api = HfApi(endpoint=settings.hf_endpoint, token=settings.token("huggingface"))
+    token = settings.token("huggingface") or get_token()
 
-    def judge(error: Exception) -> ReachState:
+    def judge(error: Exception) -> HubState:
         if not isinstance(error, errors.HfHubHTTPError):
             return "silent"
         status = error.response.status_code
@@ -89,23 +85,23 @@ def _huggingface(settings: HubSettings, repository: str, timeout_s: float) -> Re
             return "lacks"
         return "refuses" if status in (401, 403) else "fails"
 
-    asking = _Asking("huggingface", api.endpoint, repository, token, judge)
+    asking = _Probe("huggingface", api.endpoint, repository, token, judge)
     return asking.ask(
         who=lambda: api.whoami(),
         repository=lambda: api.model_info(repository, revision="main", timeout=timeout_s),
     )
 
 
-def _modelscope(settings: HubSettings, repository: str, timeout_s: float) -> Reach:  # noqa: ARG001 - as the other's
+def _modelscope(settings: HubSettings, repository: str, timeout_s: float) -> HubStatus:  # noqa: ARG001 - as the other's
     logger = logging.getLogger("modelscope_hub")
     if not logger.handlers:  # else the client adds one of its own, which writes over ours
         logger.addHandler(logging.NullHandler())
     from modelscope_hub import HubApi, HubConfig, errors
 
-    told: dict[str, Any] = {"endpoint": settings.modelscope_endpoint, "token": settings.modelscope_token}
+    told: dict[str, Any] = {"endpoint": settings.modelscope_endpoint, "token": settings.token("modelscope")}
     given = {name: value for name, value in told.items() if value is not None}
 
-    def judge(error: Exception) -> ReachState:
+    def judge(error: Exception) -> HubState:
         if isinstance(error, errors.AuthenticationError | errors.PermissionDeniedError):
             return "refuses"
         if isinstance(error, errors.NotExistError):
@@ -116,30 +112,30 @@ def _modelscope(settings: HubSettings, repository: str, timeout_s: float) -> Rea
     with tempfile.TemporaryDirectory() as nowhere:
         config = HubConfig(cache_dir=Path(nowhere), **given)
         api = HubApi(config)
-        asking = _Asking("modelscope", str(config.endpoint), repository, config.token, judge)
+        asking = _Probe("modelscope", str(config.endpoint), repository, config.token, judge)
         return asking.ask(
             who=lambda: api.whoami(), repository=lambda: api.list_repo_revisions(repository, "model")
         )
 
 
-class _Asking:
+class _Probe:
     """One hub's two questions, and what their failures mean."""
 
     def __init__(
         self,
-        hub: HubToReach,
+        hub: RemoteHubName,
         endpoint: str,
         repository: str,
         token: str | None,
-        judge: Callable[[Exception], ReachState],
+        judge: Callable[[Exception], HubState],
     ) -> None:
-        self._hub: HubToReach = hub
+        self._hub: RemoteHubName = hub
         self._endpoint = endpoint
         self._repository = repository
         self._token = token
         self._judge = judge
 
-    def ask(self, *, who: Callable[[], object], repository: Callable[[], object]) -> Reach:
+    def ask(self, *, who: Callable[[], object], repository: Callable[[], object]) -> HubStatus:
         if self._token:
             try:
                 who()
@@ -153,8 +149,8 @@ class _Asking:
             return self._found(self._judge(error), self._line(error))
         return self._found("answers")
 
-    def _found(self, state: ReachState, reason: str = "") -> Reach:
-        return Reach(
+    def _found(self, state: HubState, reason: str = "") -> HubStatus:
+        return HubStatus(
             hub=self._hub,
             endpoint=self._endpoint,
             repository=self._repository,

@@ -1,4 +1,4 @@
-"""From a model's name to a snapshot on this machine: which hub, which manifest, who transfers, what if not."""
+"""From a model to a verified snapshot on this machine: chooses the hub, reuses manifests, locks, and downloads."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ import dataclasses
 import importlib
 import logging
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from emb_model_provider.errors import (
     CacheNotWritableError,
-    FetchCancelledError,
     HubError,
+    OperationCancelledError,
     RepositoryNotFoundError,
 )
-from emb_model_provider.hubs.base import HUBS, Hub, HubConfig, Progress
-from emb_model_provider.hubs.caches import cache_root, places
+from emb_model_provider.hubs.base import HUBS, Hub, HubConfig
+from emb_model_provider.hubs.caches import (
+    cache_root,
+    leftovers,
+    remove_leftovers,
+    repository_dirs,
+    snapshot_dirs,
+)
 from emb_model_provider.model_resolver import resolve_source
-from emb_model_provider.snapshots import manifest
-from emb_model_provider.snapshots.files import CACHE_SETTING, require_writable, storage_error
-from emb_model_provider.snapshots.journal import fetching
-from emb_model_provider.snapshots.locks import claim
+from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.snapshots import journal, manifest
+from emb_model_provider.snapshots.files import CACHE_SETTING, require_writable, translate_os_error
+from emb_model_provider.snapshots.locks import lock_exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,50 +48,60 @@ _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/-]*", re.ASCII)
 def fetch_snapshot(
     spec: ModelSpec,
     settings: HubSettings,
-    on_progress: Callable[[Progress], None] = lambda _: None,
+    on_progress: OnProgress = ignore_progress,
     *,
+    cancel: CancelToken | None = None,
     force: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     is_held: Callable[[Path], bool] = lambda _: False,
 ) -> Snapshot:
-    """Return a complete, verified snapshot of a model, fetching it where that is needed.
+    """Return a complete, verified snapshot of a model, downloading it if necessary.
 
-    A snapshot with a valid manifest is used as it is and no request is made; `force` asks the hub again,
-    and fetches what changed. Blocks for as long as the transfer takes: call it off the event loop.
+    A snapshot with a valid manifest is returned without a request to the hub. Blocks for as long as the download
+    takes: call it off the event loop.
 
-    `include` and `exclude` (patterns of `fnmatch`) choose among the files that serving needs; what they leave need
-    not be a model. `on_progress` may raise FetchCancelledError: then the fetch ends soon, with that error, and
-    leaves nothing of what it brought. `is_held` says whether a process uses the snapshot in a directory.
+    Args:
+        spec: The model.
+        settings: How the hubs are reached, and where files are kept.
+        on_progress: Called with the progress of the download.
+        cancel: Ends the download soon after it is cancelled. What was downloaded so far is removed.
+        force: Ask the hub even if there is a valid manifest, and download what changed.
+        include: Patterns (fnmatch) of the files to download, among those that serving needs. Empty: all of them. With
+            patterns the result need not be a complete model.
+        exclude: Patterns of files not to download.
+        is_held: Returns whether a process uses the snapshot in a directory.
 
-    Raises: a `HubError`, whose message says what happened and what to do; ModelInUseError where files that are in use
-    would be replaced by newer ones.
+    Raises:
+        HubError: The message says what happened and what to do.
+        ModelInUseError: Files that are in use would be replaced by newer ones.
+        OperationCancelledError: `cancel` was cancelled.
     """
     hub = resolve_source(spec)
-    given = partial(
+    fetch = partial(
         _fetch_from,
         settings=settings,
-        on_progress=on_progress,
         force=force,
         patterns=(tuple(include), tuple(exclude)),
         is_held=is_held,
+        on_progress=on_progress,
+        cancel=cancel or CancelToken(),
     )
     try:
-        return given(hub, spec)
+        return fetch(hub, spec)
     except HubError as error:
-        # A cache that cannot be written is this machine's trouble; another hub would hide it.
-        if hub != "modelscope" or not settings.fallback_to_huggingface:
+        if hub != "modelscope" or not settings.modelscope_fallback_to_huggingface:
             raise
-        if isinstance(error, CacheNotWritableError | FetchCancelledError):
+        if isinstance(error, CacheNotWritableError):  # a fault of this machine, which another hub would hide
             raise
         first = error
     log.warning(
-        "Model %s could not be had from ModelScope (%s) Trying Hugging Face under the same name, as "
-        "EMB_PROVIDER_MODELSCOPE_FALLBACK_TO_HUGGINGFACE asks.",
+        "Model %s could not be downloaded from ModelScope (%s) Trying Hugging Face under the same name, because "
+        "EMB_PROVIDER_MODELSCOPE_FALLBACK_TO_HUGGINGFACE is set.",
         spec.name,
         first,
     )
-    # The endpoint and the token were meant for ModelScope. Its default branch has another name elsewhere.
+    # The endpoint and the token are ModelScope's, and Hugging Face has another default branch.
     instead = dataclasses.replace(
         spec,
         source="huggingface",
@@ -93,26 +110,24 @@ def fetch_snapshot(
         revision=None if spec.revision == "master" else spec.revision,
     )
     try:
-        return given("huggingface", instead)
-    except FetchCancelledError:
-        raise
+        return fetch("huggingface", instead)
     except HubError as second:
         raise type(second)(f"From ModelScope: {first} And from Hugging Face: {second}") from second
 
 
-def question_of(
+def manifest_key(
     hub: HubName,
     spec: ModelSpec,
     settings: HubSettings,
     patterns: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
-) -> manifest.Question:
-    """What a fetch of a model from one hub asks, which is what its manifest is found by."""
+) -> manifest.ManifestKey:
+    """Return the key of the manifest of a model that is downloaded from one hub."""
     if hub == "local":
-        return manifest.Question("local", str((spec.path or Path(spec.name)).expanduser().absolute()))
+        return manifest.ManifestKey("local", str((spec.path or Path(spec.name)).expanduser().absolute()))
     if hub == "bundled":
-        return manifest.Question("bundled", spec.name)
+        return manifest.ManifestKey("bundled", spec.name)
     endpoint = _config(hub, spec, settings).endpoint
-    return manifest.Question(hub, settings.name_on(hub, spec.name), spec.revision, endpoint, *patterns)
+    return manifest.ManifestKey(hub, settings.name_on(hub, spec.name), spec.revision, endpoint, *patterns)
 
 
 def _fetch_from(
@@ -120,96 +135,110 @@ def _fetch_from(
     spec: ModelSpec,
     *,
     settings: HubSettings,
-    on_progress: Callable[[Progress], None],
     force: bool,
     patterns: tuple[tuple[str, ...], tuple[str, ...]],
     is_held: Callable[[Path], bool],
+    on_progress: OnProgress,
+    cancel: CancelToken,
 ) -> Snapshot:
     include, exclude = patterns
-    config = _config(hub, spec, settings)
-    config = dataclasses.replace(config, include=include, exclude=exclude, is_held=is_held)
-    question = question_of(hub, spec, settings, patterns)
+    config = dataclasses.replace(
+        _config(hub, spec, settings), include=include, exclude=exclude, is_held=is_held
+    )
+    key = manifest_key(hub, spec, settings, patterns)
     if hub in ("local", "bundled"):
-        in_place = _make(hub, config).fetch(question.repository, spec.revision, on_progress)
-        manifest.mark_used(question, config.manifest_dir)
+        in_place = _make(hub, config).fetch(key.repository, spec.revision, on_progress, cancel)
+        manifest.mark_used(key, config.manifest_dir)
         return in_place
-    name = question.repository
-    _require_sane(name, spec.revision)
+    name = key.repository
+    _validate_ids(name, spec.revision)
 
-    def known() -> Snapshot | None:
+    def load_known() -> Snapshot | None:
         snapshot = manifest.load_verified(
-            question,
-            config.manifest_dir,
-            lambda done, total: on_progress(Progress("verify", name, done, total)),
+            key, config.manifest_dir, lambda done, total: on_progress(Progress("verify", name, done, total))
         )
         if snapshot is not None:
-            manifest.mark_used(question, config.manifest_dir)
+            manifest.mark_used(key, config.manifest_dir)
         return snapshot
 
     force = force and not config.offline
-    if not force and (snapshot := known()) is not None:
+    if not force and (snapshot := load_known()) is not None:
         return snapshot
     if config.offline:
-        adopted = _make(hub, config).fetch(name, spec.revision, on_progress)
-        with contextlib.suppress(OSError):  # nothing was fetched: a manifest only makes the next start quick
-            manifest.save(question, adopted, config.manifest_dir)
+        adopted = _make(hub, config).fetch(name, spec.revision, on_progress, cancel)
+        with contextlib.suppress(OSError):  # the manifest only makes the next start faster
+            manifest.save(key, adopted, config.manifest_dir)
         return adopted
     require_writable(config.manifest_dir / hub, CACHE_SETTING)
-    with _locked(question.lock_path(config.manifest_dir), name, on_progress):
-        if not force and (snapshot := known()) is not None:
+    with _locked(key.lock_path(config.manifest_dir), name, on_progress, cancel):
+        if not force and (snapshot := load_known()) is not None:
             return snapshot
-        return _fetch_marked(question, config, on_progress)
+        return _download(key, config, on_progress, cancel)
 
 
-def _fetch_marked(
-    question: manifest.Question, config: HubConfig, on_progress: Callable[[Progress], None]
+def _download(
+    key: manifest.ManifestKey, config: HubConfig, on_progress: OnProgress, cancel: CancelToken
 ) -> Snapshot:
-    """Fetch, with a marker on the disk for as long as it takes, and write the manifest."""
-    where = places(question.hub, question.repository, cache_root(question.hub, config.cache_dir))
-    try:
-        with fetching(question, where, config.manifest_dir) as touch:
+    """Download with a journal on disk, and write the manifest at the end. The caller holds the repository's lock.
 
-            def told(progress: Progress) -> None:
-                touch()
+    A download that is cancelled leaves nothing. One that fails leaves what can be resumed, with its journal.
+    """
+    manifest_dir = config.manifest_dir
+    try:
+        written = _begin_journal(key, config)
+        try:
+
+            def report(progress: Progress) -> None:
+                written.touch(manifest_dir)
                 on_progress(progress)
 
-            snapshot = _make(question.hub, config).fetch(question.repository, question.revision, told)
-            manifest.save(question, snapshot, config.manifest_dir)
-            return snapshot
+            snapshot = _make(key.hub, config).fetch(key.repository, key.revision, report, cancel)
+            manifest.save(key, snapshot, manifest_dir)
+        except BaseException as error:
+            written.touched = time.time()
+            if isinstance(error, OperationCancelledError) or not any(leftovers(written, manifest_dir)):
+                remove_leftovers(written, manifest_dir)
+            raise
+        written.delete(manifest_dir)
     except OSError as error:
-        raise storage_error(error, config.manifest_dir, CACHE_SETTING) or HubError(
-            f"The manifest of {question.repository} could not be written to {config.manifest_dir}: {error}. "
+        raise translate_os_error(error, manifest_dir, CACHE_SETTING) or HubError(
+            f"The manifest of {key.repository} could not be written to {manifest_dir}: {error}. "
             f"Check {CACHE_SETTING}."
         ) from error
+    return snapshot
 
 
-def _require_sane(name: str, revision: str | None) -> None:
+def _begin_journal(key: manifest.ManifestKey, config: HubConfig) -> journal.Journal:
+    root = cache_root(key.hub, config.cache_dir)
+    before = set(snapshot_dirs(key.hub, key.repository, root))
+    earlier = journal.load(key.journal_path(config.manifest_dir))
+    if earlier is not None and earlier.operation == "fetch":
+        # What an interrupted download has left is this download's own.
+        before -= set(leftovers(earlier, config.manifest_dir)[0])
+    elif earlier is not None and earlier.path is not None and not earlier.changed_by_others(earlier.path):
+        before.discard(earlier.path)  # a removal was interrupted
+    locations = [(root, path) for path in repository_dirs(key.hub, key.repository, root)]
+    return journal.begin(key, "fetch", locations, config.manifest_dir, before=before)
+
+
+def _validate_ids(name: str, revision: str | None) -> None:
     if not _REPOSITORY.fullmatch(name) or ".." in name:
         raise RepositoryNotFoundError(
-            f"{name!r} is neither a directory here nor a repository's name (owner/name). "
+            f"{name!r} is neither a directory on this machine nor a repository id (owner/name). "
             "Check EMB_PROVIDER_MODEL_NAME."
         )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise HubError(
-            f"{revision!r} cannot be a branch, a tag or a commit. Check EMB_PROVIDER_MODEL_REVISION."
+            f"{revision!r} is not a valid branch, tag or commit. Check EMB_PROVIDER_MODEL_REVISION."
         )
 
 
 def _config(hub: HubName, spec: ModelSpec, settings: HubSettings) -> HubConfig:
-    """The model's own word over the settings'."""
-    endpoint, token, cache_dir = {
-        "modelscope": (
-            settings.modelscope_endpoint,
-            settings.modelscope_token,
-            settings.modelscope_cache_dir,
-        ),
-        "huggingface": (settings.hf_endpoint, settings.hf_token, settings.hf_cache_dir),
-    }.get(hub, (None, None, None))
     return HubConfig(
-        cache_dir=spec.cache_dir or cache_dir,
+        cache_dir=spec.cache_dir or settings.hub_cache_dir(hub),
         manifest_dir=settings.cache_dir / "snapshots",
-        endpoint=spec.endpoint or endpoint,
-        token=spec.token or token,
+        endpoint=spec.endpoint or settings.endpoint(hub),
+        token=spec.token or settings.token(hub),
         offline=settings.offline,
     )
 
@@ -220,27 +249,18 @@ def _make(hub: HubName, config: HubConfig) -> Hub:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, repository: str, on_progress: Callable[[Progress], None]) -> Iterator[None]:
-    """Hold the lock of one repository, across processes. One that is killed lets go of it."""
-    cancelled: list[FetchCancelledError] = []
+def _locked(path: Path, repository: str, on_progress: OnProgress, cancel: CancelToken) -> Iterator[None]:
+    """Hold the lock of one repository, across processes. It is released if its process is killed."""
 
-    def wanted_no_more() -> bool:
-        try:
-            on_progress(Progress("resolve", repository))
-        except FetchCancelledError as error:
-            cancelled.append(error)
-        return bool(cancelled)
-
-    def tell() -> None:
-        log.info("Another process or thread is fetching %s; waiting for it to finish.", repository)
+    def log_waiting() -> None:
+        on_progress(Progress("resolve", repository))
+        log.info("Another process or thread is downloading %s; waiting for it to finish.", repository)
 
     try:
-        held = claim(path, wait_s=None, on_wait=tell, stopped=wanted_no_more)
+        lock = lock_exclusive(path, on_wait=log_waiting, cancel=cancel)
     except OSError as error:  # such as another user's lock file in a shared cache
-        raise storage_error(error, path, CACHE_SETTING) or HubError(
+        raise translate_os_error(error, path, CACHE_SETTING) or HubError(
             f"The lock {path} cannot be taken: {error}. Set {CACHE_SETTING} to another directory."
         ) from error
-    if held is None:
-        raise cancelled[0]
-    with held:
+    with lock:
         yield

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from emb_model_provider.errors import (
     AccessDeniedError,
     CorruptSnapshotError,
-    FetchCancelledError,
     HubError,
     HubUnavailableError,
     OfflineError,
+    OperationCancelledError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.selection import chosen, require_all_parts
-from emb_model_provider.hubs.transfer import ByteCounter, bar_class, results
-from emb_model_provider.snapshots.files import storage_error
+from emb_model_provider.hubs.selection import require_all_parts, select_files
+from emb_model_provider.hubs.transfer import ByteCounter, bar_class, wait_all
+from emb_model_provider.progress import Progress
+from emb_model_provider.snapshots.files import translate_os_error
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from emb_model_provider.hubs.base import HubConfig
+    from emb_model_provider.progress import CancelToken, OnProgress
 
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,12 @@ class HuggingFaceHub:
         self._config = config
 
     def fetch(
-        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
     ) -> Snapshot:
         """List the repository, fetch what serving needs and is not cached, and hash all of it."""
         _quiet()
         if self._config.offline:
-            return self._adopt(repository, revision, on_progress)
+            return self._adopt(repository, revision, on_progress, cancel)
         from huggingface_hub import HfApi
 
         asked = revision or _DEFAULT_REVISION
@@ -86,11 +87,11 @@ class HuggingFaceHub:
         try:
             commit = _commit_of(api, repository, asked)
             tree = list(api.list_repo_tree(repository, recursive=True, revision=commit))
-            listed = self._selected(tree, repository, asked)
-            directory = self._download(repository, commit, listed, on_progress)
+            listing = self._selected(tree, repository, asked)
+            directory = self._download(repository, commit, listing, on_progress, cancel)
             again = functools.partial(self._again, repository, commit, directory)
-            files = _verify(repository, directory, listed, on_progress, again)
-        except HubError:
+            files = _verify(repository, directory, listing, on_progress, cancel, again)
+        except (HubError, OperationCancelledError):
             raise
         except Exception as error:  # noqa: BLE001 (the client raises from five libraries; all are translated)
             raise_translated(error, repository, asked, self._config, lambda: _revisions(api, repository))
@@ -103,7 +104,7 @@ class HuggingFaceHub:
         """The files of a listing that serving needs, or those of them that were asked for."""
         from huggingface_hub import RepoFile
 
-        listed = {
+        listing = {
             entry.path: _Listed(
                 entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
             )
@@ -111,36 +112,33 @@ class HuggingFaceHub:
             if isinstance(entry, RepoFile)
         }
         where = f"Repository {repository}@{revision} on Hugging Face"
-        return [listed[path] for path in chosen(listed, self._config, repository, where)]
+        return [listing[path] for path in select_files(listing, self._config, repository, where)]
 
     def _download(
         self,
         repository: str,
         commit: str,
-        listed: list[_Listed],
-        on_progress: Callable[[Progress], None],
+        listing: list[_Listed],
+        on_progress: OnProgress,
+        cancel: CancelToken,
     ) -> Path:
         """Let the client bring the files, and return the directory it put them in."""
-        total = sum(file.size for file in listed)
+        total = sum(file.size for file in listing)
         on_progress(Progress("download", repository, 0, total))
-        counter = ByteCounter(repository, total, on_progress)
+        counter = ByteCounter(repository, total, on_progress, cancel)
         bar = bar_class(counter)
         pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="huggingface")
         abandon = False
         try:
-            found = results(
-                [pool.submit(self._get, repository, commit, file.path, bar) for file in listed], counter
+            found = wait_all(
+                [pool.submit(self._get, repository, commit, file.path, bar) for file in listing], cancel
             )
-        except (FetchCancelledError, KeyboardInterrupt):
+        except (OperationCancelledError, KeyboardInterrupt):
             abandon = True
-            raise
-        except Exception:
-            counter.require_wanted()
             raise
         finally:
             pool.shutdown(wait=not abandon, cancel_futures=True)
-        counter.require_wanted()
-        return _directory_of(found[0], listed[0].path)
+        return _directory_of(found[0], listing[0].path)
 
     def _get(self, repository: str, commit: str, path: str, bar: Any, *, local: bool = False) -> Path:
         from huggingface_hub import hf_hub_download
@@ -173,7 +171,7 @@ class HuggingFaceHub:
         return checked
 
     def _adopt(
-        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
     ) -> Snapshot:
         """Take over what the client's own cache holds, where its listing lets every file be checked."""
         asked = revision or _DEFAULT_REVISION
@@ -182,11 +180,13 @@ class HuggingFaceHub:
             from huggingface_hub import get_cached_repo_tree
 
             tree = get_cached_repo_tree(repository, revision=asked, cache_dir=self._config.cache_dir)
-            listed = self._selected(tree, repository, asked)
-            found = [self._get(repository, asked, file.path, bar_class(None), local=True) for file in listed]
-            directory = _directory_of(found[0], listed[0].path)
-            files = _verify(repository, directory, listed, on_progress, _refuse(repository, directory))
-        except HubError:
+            listing = self._selected(tree, repository, asked)
+            found = [self._get(repository, asked, file.path, bar_class(None), local=True) for file in listing]
+            directory = _directory_of(found[0], listing[0].path)
+            files = _verify(
+                repository, directory, listing, on_progress, cancel, _refuse(repository, directory)
+            )
+        except (HubError, OperationCancelledError):
             raise
         except Exception as error:
             raise OfflineError(
@@ -221,14 +221,16 @@ def _commit_of(api: HfApi, repository: str, revision: str) -> str:
 def _verify(
     repository: str,
     directory: Path,
-    listed: list[_Listed],
-    on_progress: Callable[[Progress], None],
+    listing: list[_Listed],
+    on_progress: OnProgress,
+    cancel: CancelToken,
     on_wrong: Callable[[_Listed], SnapshotFile],
 ) -> list[SnapshotFile]:
     """Hash every file; `on_wrong` replaces one that has other bytes than announced, or raises."""
-    done, total = 0, sum(file.size for file in listed)
+    done, total = 0, sum(file.size for file in listing)
     files: list[SnapshotFile] = []
-    for file in listed:
+    for file in listing:
+        cancel.raise_if_cancelled()
         checked = file.check(directory) or on_wrong(file)
         files.append(checked)
         done += checked.size
@@ -299,7 +301,7 @@ def raise_translated(
             "Check EMB_PROVIDER_MODEL_NAME."
         ) from error
     if isinstance(cause, OSError):
-        refused = storage_error(cause, config.cache_dir or "the Hugging Face cache", _CACHE_SETTING)
+        refused = translate_os_error(cause, config.cache_dir or "the Hugging Face cache", _CACHE_SETTING)
         if refused is not None:
             raise refused from error
     if isinstance(cause, OSError) and "Consistency check failed" in str(cause):

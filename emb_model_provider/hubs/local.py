@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CorruptSnapshotError, HubError, RepositoryNotFoundError
-from emb_model_provider.hubs.base import Progress
 from emb_model_provider.hubs.selection import require_all_parts, require_model, select
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
+from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots import manifest
-from emb_model_provider.snapshots.files import CACHE_SETTING
-from emb_model_provider.snapshots.manifest import Question
+from emb_model_provider.snapshots.files import CACHE_SETTING, is_same_mtime
+from emb_model_provider.snapshots.manifest import ManifestKey
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from emb_model_provider.hubs.base import HubConfig
+    from emb_model_provider.progress import CancelToken, OnProgress
 
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,8 @@ class LocalHub:
         self,
         repository: str,
         revision: str | None,  # noqa: ARG002 (the Hub protocol's; a directory has one state)
-        on_progress: Callable[[Progress], None],
+        on_progress: OnProgress,
+        cancel: CancelToken,
     ) -> Snapshot:
         """Hash a directory's files, those that changed since the last time, and return them."""
         directory = Path(repository).expanduser().absolute()
@@ -47,13 +47,13 @@ class LocalHub:
                 "EMB_PROVIDER_MODEL_NAME."
             )
         try:
-            listed = _list_files(directory)
-            paths = select(listed, with_export=True)
-            require_model(paths, f"The directory {directory}", listed=listed)
+            listing = _list_files(directory)
+            paths = select(listing, with_export=True)
+            require_model(paths, f"The directory {directory}", listing=listing)
             require_all_parts(directory, paths, f"The directory {directory}")
-            question = manifest.Question("local", str(directory))
+            question = manifest.ManifestKey("local", str(directory))
             return snapshot_in_place(
-                question, directory, "local", paths, self._config.manifest_dir, on_progress
+                question, directory, "local", paths, self._config.manifest_dir, on_progress, cancel
             )
         except OSError as error:
             raise HubError(
@@ -62,12 +62,13 @@ class LocalHub:
 
 
 def snapshot_in_place(
-    question: manifest.Question,
+    question: manifest.ManifestKey,
     directory: Path,
     revision: str,
     paths: list[str],
     manifest_dir: Path,
-    on_progress: Callable[[Progress], None],
+    on_progress: OnProgress,
+    cancel: CancelToken,
 ) -> Snapshot:
     """Make a snapshot of files that stay where they are.
 
@@ -85,12 +86,13 @@ def snapshot_in_place(
     done, total = 0, sum(stat.st_size for stat in stats.values())
     hashed = False
     for path, stat in stats.items():
+        cancel.raise_if_cancelled()
         file = known.get(path)
         if (
             before is None
             or file is None
             or file.size != stat.st_size
-            or not manifest.same_mtime(stat.st_mtime_ns, before.mtimes[path])
+            or not is_same_mtime(stat.st_mtime_ns, before.mtimes[path])
         ):
             hashes = hash_file(directory / path)
             file = SnapshotFile(path, hashes.size, hashes.sha256)
@@ -145,7 +147,7 @@ class BundledHub:
         self._config = config
 
     def fetch(
-        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
     ) -> Snapshot:
         """Return the bundled model after comparing its files with the official ones."""
         if repository != BUNDLED_MODEL or revision not in {None, BUNDLED_REVISION}:
@@ -154,13 +156,19 @@ class BundledHub:
                 f"{f' at {revision}' if revision else ''}. Set EMB_PROVIDER_MODEL_SOURCE to a hub that has it."
             )
         directory = find_bundled()
-        question = Question("bundled", repository)
+        question = ManifestKey("bundled", repository)
         try:
             names = (
                 path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
             )
             snapshot = snapshot_in_place(
-                question, directory, BUNDLED_REVISION, select(names), self._config.manifest_dir, on_progress
+                question,
+                directory,
+                BUNDLED_REVISION,
+                select(names),
+                self._config.manifest_dir,
+                on_progress,
+                cancel,
             )
         except OSError as error:
             raise HubError(

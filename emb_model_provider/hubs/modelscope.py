@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from emb_model_provider.errors import (
     AccessDeniedError,
     CorruptSnapshotError,
-    FetchCancelledError,
     HubError,
     HubUnavailableError,
     IncompleteRepositoryError,
     ModelInUseError,
     OfflineError,
+    OperationCancelledError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from emb_model_provider.hubs.base import Progress
-from emb_model_provider.hubs.caches import cache_root, modelscope_older, places
-from emb_model_provider.hubs.selection import chosen, require_all_parts
-from emb_model_provider.hubs.transfer import ByteCounter, Stop, callback_class, results
-from emb_model_provider.snapshots.files import require_writable, storage_error
-from emb_model_provider.snapshots.manifest import manifest_files
+from emb_model_provider.hubs.caches import cache_root, modelscope_older, repository_dirs
+from emb_model_provider.hubs.selection import require_all_parts, select_files
+from emb_model_provider.hubs.transfer import ByteCounter, TransferCancelled, callback_class, wait_all
+from emb_model_provider.progress import Progress
+from emb_model_provider.snapshots import manifest
+from emb_model_provider.snapshots.files import require_writable, translate_os_error
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from modelscope_hub import FileInfo, HubApi
 
     from emb_model_provider.hubs.base import HubConfig
+    from emb_model_provider.progress import CancelToken, OnProgress
 
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class ModelScopeHub:
         self._config = config
 
     def fetch(
-        self, repository: str, revision: str | None, on_progress: Callable[[Progress], None]
+        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
     ) -> Snapshot:
         """Make sure the revision exists, list it, fetch what serving needs, and hash all of it."""
         if self._config.offline:
@@ -73,12 +74,12 @@ class ModelScopeHub:
         api = _client(self._config)
         try:
             asked = _resolve(api, repository, revision)
-            listed = self._selected(
+            listing = self._selected(
                 api.list_repo_files(repository, "model", revision=asked), repository, asked
             )
-            directory = self._download(api, repository, asked, listed, on_progress)
-            files = _verify(repository, directory, listed, on_progress)
-        except (HubError, ModelInUseError):
+            directory = self._download(api, repository, asked, listing, on_progress, cancel)
+            files = _verify(repository, directory, listing, on_progress, cancel)
+        except (HubError, ModelInUseError, OperationCancelledError):
             raise
         except Exception as error:  # noqa: BLE001 (the client raises from four libraries; all are translated)
             self._translate(error, repository)
@@ -92,25 +93,26 @@ class ModelScopeHub:
         api: HubApi,
         repository: str,
         revision: str,
-        listed: list[FileInfo],
-        on_progress: Callable[[Progress], None],
+        listing: list[FileInfo],
+        on_progress: OnProgress,
+        cancel: CancelToken,
     ) -> Path:
         """Let the client bring the files, and return the directory it put them in."""
         if self._config.cache_dir is not None:
             require_writable(self._config.cache_dir, _CACHE_SETTING)
-        moved = find_moved(
+        moved = find_update(
             self._config,
             repository,
             revision,
-            {file.path: file.sha256 for file in listed},
+            {file.path: file.sha256 for file in listing},
             cache_root("modelscope", self._config.cache_dir),
         )
         if moved is not None:
             moved.require_free()
-            listed = [file for file in listed if file.path in moved.changed]
-        total = sum(file.size for file in listed)
+            listing = [file for file in listing if file.path in moved.changed]
+        total = sum(file.size for file in listing)
         on_progress(Progress("download", repository, 0, total))
-        counter = ByteCounter(repository, total, on_progress)
+        counter = ByteCounter(repository, total, on_progress, cancel)
         pool = ThreadPoolExecutor(1, thread_name_prefix="modelscope")
         brought = pool.submit(
             api.download_repo,
@@ -118,29 +120,28 @@ class ModelScopeHub:
             "model",
             revision=revision,
             cache_dir=self._config.cache_dir,
-            local_dir=self._older_directory(repository, listed) if moved is None else moved.beside,
+            local_dir=self._older_directory(repository, listing) if moved is None else moved.beside,
             progress_callbacks=[callback_class(counter)],
-            file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in listed],
+            file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in listing],
         )
         abandon = False
         try:
-            (directory,) = results([brought], counter)
-        except (FetchCancelledError, KeyboardInterrupt):
+            (directory,) = wait_all([brought], cancel)
+        except (OperationCancelledError, KeyboardInterrupt):
             abandon = True
-            self._forget_locks(repository, listed)
+            self._forget_locks(repository, listing)
             raise
-        except (Exception, Stop):
-            counter.require_wanted()
+        except TransferCancelled:
+            cancel.raise_if_cancelled()
             raise
         finally:
             pool.shutdown(wait=not abandon)
-        counter.require_wanted()
         if moved is not None:
-            moved.put_in_place()
+            moved.commit()
             return moved.directory
         return directory
 
-    def _forget_locks(self, repository: str, listed: list[FileInfo]) -> None:
+    def _forget_locks(self, repository: str, listing: list[FileInfo]) -> None:
         """Remove the locks of threads that are left behind. They lie among those of other repositories."""
         from modelscope_hub import _download
 
@@ -148,19 +149,19 @@ class ModelScopeHub:
         with contextlib.suppress(AttributeError, TypeError, OSError):
             root = cache_root("modelscope", self._config.cache_dir)
             name_of: Any = _download.DownloadManager._lock_path
-            for file in listed:
+            for file in listing:
                 name_of(None, repository, "model", cache_dir=root, file_path=file.path).unlink(
                     missing_ok=True
                 )
 
-    def _older_directory(self, repository: str, listed: list[FileInfo]) -> Path | None:
+    def _older_directory(self, repository: str, listing: list[FileInfo]) -> Path | None:
         """Where an older client keeps this repository, as far as its files have the listed sizes.
 
         The client looks into such a directory, too, but not into all of those that there were.
         """
         root = cache_root("modelscope", self._config.cache_dir)
         for directory in modelscope_older(root, repository):
-            present = [file for file in listed if (directory / file.path).is_file()]
+            present = [file for file in listing if (directory / file.path).is_file()]
             if present and all((directory / file.path).stat().st_size == file.size for file in present):
                 return directory
         return None
@@ -183,8 +184,8 @@ class ModelScopeHub:
 
     def _selected(self, files: list[FileInfo], repository: str, revision: str) -> list[FileInfo]:
         """The files of a listing that serving needs, or those of them that were asked for."""
-        listed = {file.path: file for file in files if not file.is_dir}
-        if not listed:
+        listing = {file.path: file for file in files if not file.is_dir}
+        if not listing:
             if _COMMIT.fullmatch(revision):
                 raise RevisionNotFoundError(
                     f"{repository} on ModelScope has no commit {revision}. Check EMB_PROVIDER_MODEL_REVISION."
@@ -194,7 +195,7 @@ class ModelScopeHub:
                 "EMB_PROVIDER_MODEL_REVISION."
             )
         where = f"Repository {repository}@{revision} on ModelScope"
-        return [listed[path] for path in chosen(listed, self._config, repository, where)]
+        return [listing[path] for path in select_files(listing, self._config, repository, where)]
 
     def _translate(self, error: BaseException, repository: str) -> NoReturn:
         """Raise the client's error in our words."""
@@ -224,7 +225,9 @@ class ModelScopeHub:
                 f"removed ({self._line(cause)}). Try again later."
             ) from error
         if isinstance(cause, OSError):
-            refused = storage_error(cause, self._config.cache_dir or "the ModelScope cache", _CACHE_SETTING)
+            refused = translate_os_error(
+                cause, self._config.cache_dir or "the ModelScope cache", _CACHE_SETTING
+            )
             if refused is not None:
                 raise refused from error
         raise HubUnavailableError(
@@ -273,12 +276,17 @@ def _resolve(api: HubApi, repository: str, revision: str | None) -> str:
 
 
 def _verify(
-    repository: str, directory: Path, listed: list[FileInfo], on_progress: Callable[[Progress], None]
+    repository: str,
+    directory: Path,
+    listing: list[FileInfo],
+    on_progress: OnProgress,
+    cancel: CancelToken,
 ) -> list[SnapshotFile]:
     """Hash every file. The client has done so for those it fetched; not every listing has hashes."""
-    done, total = 0, sum(file.size for file in listed)
+    done, total = 0, sum(file.size for file in listing)
     files: list[SnapshotFile] = []
-    for file in listed:
+    for file in listing:
+        cancel.raise_if_cancelled()
         hashes = hash_file(directory / file.path)
         if hashes.size != file.size or (file.sha256 and hashes.sha256 != file.sha256.lower()):
             (directory / file.path).unlink(missing_ok=True)
@@ -293,7 +301,7 @@ def _verify(
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class StagedUpdate:
     """A snapshot that is here, of which the hub lists a newer state."""
 
     repository: str
@@ -316,7 +324,7 @@ class Moved:
                 "again."
             )
 
-    def put_in_place(self) -> None:
+    def commit(self) -> None:
         """Replace what changed with what was fetched beside it. Hold the repository's lock.
 
         Raises: ModelInUseError where somebody came to use the snapshot meanwhile; OSError.
@@ -338,32 +346,32 @@ class Moved:
         shutil.rmtree(self.beside, ignore_errors=True)
 
 
-def find_moved(
-    config: HubConfig, repository: str, revision: str, listed: Mapping[str, str | None], root: Path
-) -> Moved | None:
-    """Return the snapshot that fetching `listed` (path to sha256, where the hub says it) would change, if there is one.
+def find_update(
+    config: HubConfig, repository: str, revision: str, listing: Mapping[str, str | None], root: Path
+) -> StagedUpdate | None:
+    """Return the snapshot that fetching `listing` (path to sha256, where the hub says it) would change, if there is one.
 
     What only was damaged here has the same hash as before at the hub: it is not meant.
     """
-    newest = places("modelscope", repository, root)[0].path
+    newest = repository_dirs("modelscope", repository, root)[0]
     of_branch = {newest / "snapshots" / revision, *modelscope_older(root, repository)}
     here = [
         (question, found.snapshot)
-        for question, found in manifest_files(config.manifest_dir)
+        for question, found in manifest.load_all(config.manifest_dir)
         if question.hub == "modelscope"
         and question.repository == repository
         and found.snapshot.path in of_branch
         and found.snapshot.revision == revision
     ]
     known = {file.path: file.sha256 for _, snapshot in here for file in snapshot.files}
-    other = {path for path, sha256 in listed.items() if sha256 and known.get(path, sha256) != sha256.lower()}
+    other = {path for path, sha256 in listing.items() if sha256 and known.get(path, sha256) != sha256.lower()}
     if not other:
         return None
-    return Moved(
+    return StagedUpdate(
         repository,
         here[0][1].path,
         newest / ".newer",
-        frozenset(other | (listed.keys() - known.keys())),
+        frozenset(other | (listing.keys() - known.keys())),
         [
             question.manifest_path(config.manifest_dir)
             for question, snapshot in here

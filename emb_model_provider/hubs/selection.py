@@ -82,16 +82,16 @@ def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
     )
 
 
-def chosen(listed: Collection[str], config: HubConfig, repository: str, where: str) -> list[str]:
+def select_files(listing: Collection[str], config: HubConfig, repository: str, where: str) -> list[str]:
     """The files of a hub's listing that serving needs, or those of them that `config` asks for.
 
     Raises: IncompleteRepositoryError; CorruptSnapshotError where a name leads out of the snapshot's directory.
     """
-    require_safe_paths(listed, repository)
-    paths = select(listed)
+    require_safe_paths(listing, repository)
+    paths = select(listing)
     if config.partial:
         return _matching(paths, config.include, config.exclude, where)
-    require_model(paths, where, listed=listed)
+    require_model(paths, where, listing=listing)
     return paths
 
 
@@ -116,8 +116,8 @@ def _matching(
     return found
 
 
-def require_model(paths: Iterable[str], where: str, *, listed: Iterable[str] = ()) -> None:
-    """Refuse files that cannot be a model, before anything large is fetched. `listed`: all that there are.
+def require_model(paths: Iterable[str], where: str, *, listing: Iterable[str] = ()) -> None:
+    """Refuse files that cannot be a model, before anything large is fetched. `listing`: all that there are.
 
     Raises: IncompleteRepositoryError.
     """
@@ -128,7 +128,7 @@ def require_model(paths: Iterable[str], where: str, *, listed: Iterable[str] = (
             "Check EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_MODEL_REVISION."
         )
     if not any(fnmatchcase(_split(path)[1], pattern) for path in names for pattern in _WEIGHTS):
-        only_export = [path for path in listed if path.endswith((".onnx", "openvino_model.xml"))]
+        only_export = [path for path in listing if path.endswith((".onnx", "openvino_model.xml"))]
         if only_export:
             raise IncompleteRepositoryError(
                 f"{where} has no weights (*.safetensors or pytorch_model.bin), only an export ({min(only_export)}). "

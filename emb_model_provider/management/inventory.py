@@ -1,245 +1,284 @@
-"""What is on the disk: manifests, markers and artifacts, put together as the models that they are of."""
+"""A scan of the disk: manifests, journals and artifacts, put together as the models that they belong to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.artifacts.store import Stock
+from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.errors import NotCachedError
-from emb_model_provider.hubs.caches import all_in, cache_root
-from emb_model_provider.management.types import CachedSnapshot, DerivedArtifact
-from emb_model_provider.snapshots import journal as markers
-from emb_model_provider.snapshots.files import size_of
-from emb_model_provider.snapshots.locks import SnapshotHolds, is_held
-from emb_model_provider.snapshots.manifest import Manifest, Question, manifest_files
+from emb_model_provider.hubs.caches import (
+    REMOTE_HUBS,
+    cache_root,
+    leftover_size,
+    leftovers,
+    scan_cache,
+)
+from emb_model_provider.management.types import CachedArtifact, CachedModelRecord, FidelityObject, cache_id
+from emb_model_provider.model_spec import HubName
+from emb_model_provider.snapshots import journal, manifest
+from emb_model_provider.snapshots.files import has_sizes, size_of
+from emb_model_provider.snapshots.locks import SnapshotLocks, is_locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
-    from emb_model_provider.artifacts.store import StockedArtifact
-    from emb_model_provider.management.types import Completeness
-    from emb_model_provider.model_spec import HubName
+    from emb_model_provider.artifacts.manifest import ArtifactInfo
+    from emb_model_provider.management.types import State
     from emb_model_provider.settings import Settings
-    from emb_model_provider.snapshots.journal import Pending
+    from emb_model_provider.snapshots.journal import Journal
+    from emb_model_provider.snapshots.manifest import Manifest, ManifestKey
 
-CLIENTS: tuple[HubName, ...] = ("huggingface", "modelscope")
+
+Location = tuple[HubName, str, Path | None]
+"""Hub, name and directory of a model, which identify it on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """A model on disk, and what speaks for it."""
+class CacheEntry:
+    """A model on disk: the files in one directory, and everything that is recorded about them."""
 
-    entry: CachedSnapshot
-    manifests: Sequence[tuple[Question, Manifest]] = ()
-    """Every question that led to this directory, with its answer."""
-    pending: Sequence[Pending] = ()
+    hub: HubName
+    name: str
+    """The repository id on its hub, or a local directory."""
+    endpoint: str | None
+    asked_revision: str | None
+    revision: str | None
+    path: Path | None
+    """The directory of the files; None if a download has not created it yet."""
+    state: State
+    files_size: int
+    """Bytes, without artifacts."""
+    fetched: datetime | None
+    last_used: datetime | None
+    in_use: bool
+    manifests: Sequence[tuple[ManifestKey, Manifest]] = ()
+    """Every request that led to this directory, with its manifest."""
+    journals: Sequence[Journal] = ()
+    artifacts: Sequence[ArtifactInfo] = ()
+
+    @property
+    def id(self) -> str:
+        """The name as one part of a path: `Qwen_Qwen3-0.6B` for `Qwen/Qwen3-0.6B`."""
+        return cache_id(self.name)
+
+    @property
+    def keys(self) -> list[ManifestKey]:
+        return [key for key, _ in self.manifests] + [each.key for each in self.journals]
 
     @property
     def digests(self) -> set[str]:
+        """The digests of its snapshots, by which artifacts refer to it."""
         return {found.snapshot.digest for _, found in self.manifests}
 
     @property
-    def place(self) -> tuple[str, str, Path | None]:
-        return self.entry.hub, self.entry.name, self.entry.path
-
-    def is_same(self, other: Record) -> bool:
-        """Whether it is the same model at the same place, perhaps further on its way."""
-        if self.place[:2] != other.place[:2]:
-            return False
-        return self.entry.path == other.entry.path or not set(self.questions).isdisjoint(other.questions)
+    def owns_files(self) -> bool:
+        """Whether removing the model removes its files: directories and the bundled model are not ours."""
+        return self.hub in REMOTE_HUBS
 
     @property
-    def questions(self) -> list[Question]:
-        return [question for question, _ in self.manifests] + [each.question for each in self.pending]
+    def location(self) -> Location:
+        return self.hub, self.name, self.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files and artifacts."""
+        return self.files_size + sum(artifact.size for artifact in self.artifacts)
+
+    def is_same(self, other: CacheEntry) -> bool:
+        """Return whether it is the same model in the same place, possibly at a later stage of its download."""
+        if self.location[:2] != other.location[:2]:
+            return False
+        return self.path == other.path or not set(self.keys).isdisjoint(other.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """Everything that is on disk, as one scan has found it."""
+
+    entries: Sequence[CacheEntry]
+    """Models, sorted by name, hub and revision."""
+    artifacts: Sequence[ArtifactInfo]
+
+    @property
+    def digests(self) -> set[str]:
+        """The digests of all snapshots."""
+        return {digest for entry in self.entries for digest in entry.digests}
+
+    def entry_at(self, location: Location) -> CacheEntry:
+        """Return the model that an earlier scan has found.
+
+        Raises:
+            NotCachedError: It is no longer on disk.
+        """
+        for entry in self.entries:
+            if entry.location == location:
+                return entry
+        raise NotCachedError(f"{location[1]} is no longer on this machine (`emb-provider list`).")
 
 
 class Inventory:
-    """Looks at the disk anew each time it is asked. Changes nothing."""
+    """Scans the caches that the settings name. Changes nothing."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        hubs = settings.hubs()
-        self.manifest_dir = hubs.cache_dir / "snapshots"
-        self.stock = Stock(hubs.cache_dir)
-        self.holds = SnapshotHolds(hubs.cache_dir)
+        self._hubs = settings.hubs
+        self._models = settings.models
+        self.manifest_dir = self._hubs.cache_dir / "snapshots"
+        self.store = ArtifactStore(self._hubs.cache_dir, max_bytes=self._hubs.max_artifact_bytes)
+        self.locks = SnapshotLocks(self._hubs.cache_dir)
 
     def roots(self, hub: HubName) -> tuple[Path, ...]:
-        """The caches of a hub's client that the settings name."""
-        if hub not in CLIENTS:
-            return ()
-        hubs = self._settings.hubs()
-        common = hubs.hf_cache_dir if hub == "huggingface" else hubs.modelscope_cache_dir
-        own = [spec.cache_dir for spec in self._settings.models().specs if spec.cache_dir is not None]
-        return tuple(dict.fromkeys(cache_root(hub, directory) for directory in (common, *own)))
+        """Return the configured caches of a hub's client."""
+        return self._roots.get(hub, ())
 
-    def records(self, *, everything: bool = False) -> list[Record]:
-        """Return all models, by name, hub and revision; `everything`: those, too, that others left in the clients' caches."""
-        artifacts: dict[str, list[StockedArtifact]] = {}
-        for artifact in self.stock.artifacts():
-            artifacts.setdefault(artifact.snapshot, []).append(artifact)
-        answered: dict[tuple[str, str], list[tuple[Question, Manifest]]] = {}
-        for question, found in manifest_files(self.manifest_dir):
-            answered.setdefault((question.hub, str(found.snapshot.path)), []).append((question, found))
-        unfinished = self._markers()
-        records = [self._record(found, unfinished, artifacts) for found in answered.values()]
-        done = {question for record in records for question, _ in record.manifests}
-        records += [self._unfinished(each) for each in unfinished if each.question not in done]
+    @cached_property
+    def _roots(self) -> dict[HubName, tuple[Path, ...]]:
+        own = [spec.cache_dir for spec in self._models.specs() if spec.cache_dir is not None]
+        return {
+            hub: tuple(
+                dict.fromkeys(
+                    cache_root(hub, directory) for directory in (self._hubs.hub_cache_dir(hub), *own)
+                )
+            )
+            for hub in REMOTE_HUBS
+        }
+
+    def scan(self, *, everything: bool = False) -> CacheInfo:
+        """Read all manifests, journals and artifacts.
+
+        Args:
+            everything: Also look for models that other programs left in the hubs' caches.
+        """
+        artifacts = self.store.list()
+        by_directory: dict[tuple[str, str], list[tuple[ManifestKey, Manifest]]] = {}
+        for key, found in manifest.load_all(self.manifest_dir):
+            by_directory.setdefault((key.hub, str(found.snapshot.path)), []).append((key, found))
+        journals = self._journals()
+        entries = [self._downloaded(found, journals, artifacts) for found in by_directory.values()]
+        done = {key for entry in entries for key, _ in entry.manifests}
+        entries += [self._interrupted(each) for each in journals if each.key not in done]
         if everything:
-            known = {record.entry.path for record in records}
-            records += [Record(entry=entry) for entry in self._unverified() if entry.path not in known]
-        return sorted(
-            records, key=lambda r: (r.entry.name.lower(), r.entry.hub, r.entry.asked_revision or "")
+            known = {entry.path for entry in entries}
+            entries += [entry for entry in self._unverified() if entry.path not in known]
+        entries.sort(key=lambda entry: (entry.name.lower(), entry.hub, entry.asked_revision or ""))
+        return CacheInfo(tuple(entries), tuple(artifacts))
+
+    def record_of(self, entry: CacheEntry) -> CachedModelRecord:
+        """Return an entry as it is shown to users."""
+        return CachedModelRecord(
+            id=entry.id,
+            model_name=entry.name,
+            source=entry.hub,
+            asked_revision=entry.asked_revision,
+            revision=entry.revision,
+            path=str(entry.path) if entry.path is not None else None,
+            state=entry.state,
+            size=entry.size,
+            files_size=entry.files_size,
+            artifacts=[
+                CachedArtifact(
+                    key=artifact.key,
+                    precision=artifact.weights,
+                    computed=artifact.computed,
+                    size=artifact.size,
+                    last_used=datetime.fromtimestamp(artifact.last_used, UTC),
+                    fidelity=FidelityObject.of(artifact.fidelity),
+                    in_use=self.store.is_held(artifact.key),
+                )
+                for artifact in entry.artifacts
+            ],
+            fetched=entry.fetched,
+            last_used=entry.last_used,
+            in_use=entry.in_use,
         )
 
-    def record_of(self, entry: CachedSnapshot) -> Record:
-        """Return what speaks for a model now. Raises: NotCachedError where it is gone."""
-        place = (entry.hub, entry.name, entry.path)
-        everything = entry.state == "unverified"
-        for record in self.records(everything=everything):
-            if record.place == place:
-                return record
-        raise NotCachedError(f"{entry.name} is not on this machine any more (`emb-provider list`).")
-
-    # --- putting together -------------------------------------------------------------------------------
-
-    def _record(
+    def _downloaded(
         self,
-        found: Sequence[tuple[Question, Manifest]],
-        unfinished: Sequence[Pending],
-        artifacts: dict[str, list[StockedArtifact]],
-    ) -> Record:
-        # All that serving needs, at the default branch, stands for a directory that several questions led to.
-        found = sorted(found, key=lambda each: (_has_patterns(each[0]), each[0].revision or ""))
-        question, first = found[0]
+        found: list[tuple[ManifestKey, Manifest]],
+        journals: Sequence[Journal],
+        artifacts: Sequence[ArtifactInfo],
+    ) -> CacheEntry:
+        # Several requests can lead to one directory: show the one for the default branch without file patterns.
+        found.sort(key=lambda each: (each[0].has_patterns, each[0].revision or ""))
+        key, first = found[0]
         snapshot = first.snapshot
-        sizes = {file.path: file.size for _, each in found for file in each.snapshot.files}
-        derived = [
-            self._derived(artifact)
-            for digest in dict.fromkeys(each.snapshot.digest for _, each in found)
-            for artifact in artifacts.get(digest, [])
-        ]
-        path = snapshot.path
-        questions = {each for each, _ in found}
-        entry = CachedSnapshot(
-            name=question.repository,
-            hub=question.hub,
-            endpoint=question.endpoint,
-            asked_revision=question.revision,
-            revision=snapshot.revision,
-            path=path,
-            state=_state(path, sizes, [each for _, each in found]),
-            size=sum(sizes.values()),
-            fetched=_latest(each.fetched for _, each in found),
-            last_used=_latest(_mtime(each.manifest_path(self.manifest_dir)) for each in questions),
-            digest=snapshot.digest,
-            artifacts=tuple(derived),
-            in_use=self._in_use(question, path) or any(artifact.in_use for artifact in derived),
+        files = {file.path: file for _, each in found for file in each.snapshot.files}
+        digests = {each.snapshot.digest for _, each in found}
+        own = [artifact for artifact in artifacts if artifact.snapshot in digests]
+        keys = {each for each, _ in found}
+        is_damaged = any(each.is_invalidated for _, each in found) or not has_sizes(
+            snapshot.path, files.values()
         )
-        own = [each for each in unfinished if each.question in questions]
-        return Record(entry=entry, manifests=found, pending=own)
+        return CacheEntry(
+            hub=key.hub,
+            name=key.repository,
+            endpoint=key.endpoint,
+            asked_revision=key.revision,
+            revision=snapshot.revision,
+            path=snapshot.path,
+            state="damaged" if is_damaged else "complete",
+            files_size=sum(file.size for file in files.values()),
+            fetched=_latest(each.fetched for _, each in found),
+            last_used=_latest(_mtime(each.manifest_path(self.manifest_dir)) for each in keys),
+            in_use=self._in_use(key, snapshot.path) or any(self.store.is_held(each.key) for each in own),
+            manifests=tuple(found),
+            journals=tuple(each for each in journals if each.key in keys),
+            artifacts=tuple(own),
+        )
 
-    def _unfinished(self, pending: Pending) -> Record:
-        question = pending.question
-        left = markers.leftovers(pending, [])
-        path = pending.path or _common_snapshot(pending, left)
-        size = size_of(pending.path) if pending.path is not None else sum(map(_bytes, left))
-        entry = CachedSnapshot(
-            name=question.repository,
-            hub=question.hub,
-            endpoint=question.endpoint,
-            asked_revision=question.revision,
+    def _interrupted(self, found: Journal) -> CacheEntry:
+        begun, _ = leftovers(found, self.manifest_dir)
+        path = found.path or (begun[0] if begun else None)
+        return CacheEntry(
+            hub=found.key.hub,
+            name=found.key.repository,
+            endpoint=found.key.endpoint,
+            asked_revision=found.key.revision,
             revision=None,
             path=path,
             state="incomplete",
-            size=size,
+            files_size=(
+                size_of(found.path) if found.path is not None else leftover_size(found, self.manifest_dir)
+            ),
             fetched=None,
-            last_used=_latest([pending.touched]),
-            digest=None,
-            artifacts=(),
-            in_use=self._in_use(question, path),
+            last_used=_latest([found.touched]),
+            in_use=self._in_use(found.key, path),
+            journals=(found,),
         )
-        return Record(entry=entry, pending=[pending])
 
-    def _markers(self) -> list[Pending]:
-        """The markers of fetches and removals in caches that the settings name: no other place is looked into."""
+    def _journals(self) -> list[Journal]:
+        """Return the journals of work in configured caches; other directories are not looked at."""
         return [
-            pending
-            for pending in markers.load_all(self.manifest_dir)
-            if {place.root for place in pending.places} <= {*self.roots(pending.question.hub)}
+            each
+            for each in journal.load_all(self.manifest_dir)
+            if set(each.roots) <= set(self.roots(each.key.hub))
         ]
 
-    def _unverified(self) -> Iterable[CachedSnapshot]:
-        for hub in CLIENTS:
+    def _unverified(self) -> Iterable[CacheEntry]:
+        for hub in REMOTE_HUBS:
             for root in self.roots(hub):
-                for found in all_in(hub, root):
-                    yield CachedSnapshot(
-                        name=found.repository,
+                for found in scan_cache(hub, root):
+                    yield CacheEntry(
                         hub=hub,
+                        name=found.repository,
                         endpoint=None,
                         asked_revision=None,
                         revision=found.revision,
                         path=found.path,
                         state="unverified",
-                        size=size_of(found.path),
+                        files_size=size_of(found.path),
                         fetched=None,
                         last_used=None,
-                        digest=None,
-                        artifacts=(),
                         in_use=False,
                     )
 
-    def _derived(self, artifact: StockedArtifact) -> DerivedArtifact:
-        return DerivedArtifact(
-            key=artifact.key,
-            snapshot=artifact.snapshot,
-            precision=artifact.weights,
-            computed=artifact.computed,
-            size=artifact.size,
-            last_used=datetime.fromtimestamp(artifact.last_used, UTC),
-            fidelity=artifact.fidelity,
-            in_use=self.stock.is_held(artifact.key),
-        )
-
-    def _in_use(self, question: Question, path: Path | None) -> bool:
-        if is_held(question.lock_path(self.manifest_dir)):
+    def _in_use(self, key: ManifestKey, path: Path | None) -> bool:
+        if is_locked(key.lock_path(self.manifest_dir)):
             return True
-        return path is not None and self.holds.is_held(path)
-
-
-def _state(path: Path, sizes: dict[str, int], manifests: Sequence[Manifest]) -> Completeness:
-    if any(each.distrusted for each in manifests):
-        return "damaged"
-    try:
-        whole = all((path / name).stat().st_size == size for name, size in sizes.items())
-    except OSError:
-        return "damaged"
-    return "complete" if whole else "damaged"
-
-
-def _has_patterns(question: Question) -> bool:
-    return bool(question.include or question.exclude)
-
-
-def _common_snapshot(pending: Pending, left: Sequence[Path]) -> Path | None:
-    """The directory of the snapshot that a fetch had begun, where it got so far."""
-    for place in pending.places:
-        for file in left:
-            if file.is_relative_to(place.path) and not place.locks:
-                parts = file.relative_to(place.path).parts
-                if parts[0] == "snapshots" and len(parts) > 2:
-                    return place.path / "snapshots" / parts[1]
-    return None
-
-
-def _bytes(path: Path) -> int:
-    """Of a file, not of what it links to; nothing once it is gone: a fetch renames what it has brought."""
-    try:
-        return 0 if path.is_symlink() else path.lstat().st_size
-    except OSError:
-        return 0
+        return path is not None and self.locks.is_held(path)
 
 
 def _mtime(path: Path) -> float | None:

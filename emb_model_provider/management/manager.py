@@ -1,163 +1,172 @@
-"""The manager of models on disk: the one that the service, the shell, HTTP and Python programs use."""
+"""The model manager, through which the service, the command line, REST and Python programs use models on disk."""
 
 from __future__ import annotations
 
 import shutil
 import weakref
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.backends.pipeline_plan import plan_pipeline
-from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
-from emb_model_provider.backends.pytorch.import_guards import quiet_imports
 from emb_model_provider.errors import HubError, UnsupportedPrecisionError
-from emb_model_provider.hubs.fetch import fetch_snapshot, question_of
-from emb_model_provider.management.inspection import details_of, verify
+from emb_model_provider.hubs.fetch import fetch_snapshot, manifest_key
+from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
 from emb_model_provider.management.lookup import find
 from emb_model_provider.management.removal import Remover
-from emb_model_provider.management.types import CachedModelInfo, CompiledModel, info_of
-from emb_model_provider.model_resolver import PATHS, choose, resolve_source
+from emb_model_provider.management.types import CompiledModel
+from emb_model_provider.model_resolver import PATHS, resolve_model, resolve_source
+from emb_model_provider.progress import CancelToken, OnProgress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest
-from emb_model_provider.snapshots.snapshot import hash_file
+from emb_model_provider.snapshots.files import check_files, has_sizes
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Sequence
+    from collections.abc import Collection, Sequence
 
     from sentence_transformers import SentenceTransformer
 
-    from emb_model_provider.hubs.base import Progress
-    from emb_model_provider.management.types import CachedSnapshot, Removal, Verification
+    from emb_model_provider.artifacts.prepare import BackendPreparer
+    from emb_model_provider.management.inventory import CacheEntry, CacheInfo
+    from emb_model_provider.management.types import CachedModelRecord, Details, Removal, Verification
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
-    from emb_model_provider.snapshots.locks import SnapshotHold
+    from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-
-__all__ = ["CachedModelInfo", "CompiledModel", "ModelManager", "get_model_manager"]
-
 _TRIES = 5
-"""How often a snapshot is fetched that somebody removes each time before it can be held."""
+"""How often a snapshot is downloaded that another process removes each time before it can be locked."""
 
 
 class ModelManager:
-    """Models on disk, across hubs. Safe to use from several threads and processes at a time.
-
-    `settings` say where the hubs and the caches are; `source` is the hub of models for which nothing else says one.
-    """
+    """Models on disk, across hubs. Safe to use from several threads and processes."""
 
     def __init__(self, settings: Settings, *, source: Source | None = None) -> None:
+        """Create a manager.
+
+        Args:
+            settings: Where the hubs and the caches are.
+            source: Hub of models for which neither the caller nor the settings name one.
+        """
         self._settings = settings
         self._source = source
-        self._hubs = settings.hubs()
         self._inventory = Inventory(settings)
         self._remover = Remover(self._inventory)
 
-    # --- fetching -------------------------------------------------------------------------------------
+    # --- downloading and compiling --------------------------------------------------------------------
+
+    @cached_property
+    def preparer(self) -> BackendPreparer:
+        """Prepares backends from snapshots."""
+        from emb_model_provider.artifacts.prepare import BackendPreparer  # not needed to list models
+
+        return BackendPreparer(self._settings.hubs, self._settings.fidelity, self._settings.trust)
 
     def ensure(
         self,
         spec: ModelSpec,
         *,
         force: bool = False,
-        on_progress: Callable[[Progress], None] = lambda _: None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        on_progress: OnProgress = ignore_progress,
+        cancel: CancelToken | None = None,
     ) -> Snapshot:
-        """Return a model's snapshot, complete and verified, fetching it where that is needed.
+        """Return the complete, verified snapshot of a model, downloading it if necessary. Blocks.
 
-        `force` asks the hub again and fetches what changed. `include` and `exclude` are patterns (fnmatch) over the
-        files that serving needs. `on_progress` may raise FetchCancelledError, which ends the fetch. Blocks.
+        Args:
+            spec: The model.
+            force: Ask the hub even if the model is on disk, and download what changed.
+            include: Patterns (fnmatch) of the files to download, among those that serving needs.
+            exclude: Patterns of files not to download.
+            on_progress: Called with the progress of the download.
+            cancel: Ends the download.
 
-        Raises: a `HubError`, whose message says what to do; ModelInUseError where a newer state of a branch would
-        replace, in one directory, files that a process uses.
+        Raises:
+            HubError: The message says what to do.
+            ModelInUseError: A newer state of a branch would replace files that a process uses.
+            OperationCancelledError: `cancel` was cancelled.
         """
         return fetch_snapshot(
             spec,
-            self._hubs,
+            self._settings.hubs,
             on_progress,
+            cancel=cancel,
             force=force,
             include=include,
             exclude=exclude,
-            is_held=self._inventory.holds.is_held,
+            is_held=self._inventory.locks.is_held,
         )
 
     def acquire(
-        self, spec: ModelSpec, on_progress: Callable[[Progress], None] = lambda _: None
-    ) -> tuple[Snapshot, SnapshotHold]:
-        """Return a model's snapshot, fetched where that is needed, with a hold that keeps it on the disk.
+        self,
+        spec: ModelSpec,
+        *,
+        on_progress: OnProgress = ignore_progress,
+        cancel: CancelToken | None = None,
+    ) -> tuple[Snapshot, FileLock]:
+        """Return the snapshot of a model, downloading it if necessary, with a lock that keeps it on disk.
 
-        Nobody removes it, here or in another process, until the hold is released or the process ends.
+        Until the lock is released or the process ends, no process removes the snapshot. Blocks.
 
-        Raises: a `HubError`, whose message says what to do.
+        Args:
+            spec: The model.
+            on_progress: Called with the progress of the download.
+            cancel: Ends the download.
+
+        Raises:
+            HubError: The message says what to do.
+            OperationCancelledError: `cancel` was cancelled.
         """
-        held: Path | None = None
-        hold: SnapshotHold | None = None
+        lock: FileLock | None = None
+        locked: Path | None = None
         for _ in range(_TRIES):
-            snapshot = self.ensure(spec, on_progress=on_progress)
-            if hold is None or held != snapshot.path:
-                hold, held = self._inventory.holds.hold(snapshot.path), snapshot.path
-            if self._is_there(spec, snapshot):
-                return snapshot, hold
-            # Removed or replaced in between. The hold stays while it is fetched again: this time nobody can.
+            snapshot = self.ensure(spec, on_progress=on_progress, cancel=cancel)
+            if lock is None or locked != snapshot.path:
+                lock, locked = self._inventory.locks.hold(snapshot.path), snapshot.path
+            if self._is_current(spec, snapshot):
+                return snapshot, lock
+            # Removed or replaced before it was locked. The lock is kept while it is downloaded again.
         raise HubError(
-            f"{spec.name} was removed or replaced each time before it could be loaded. Let nothing else do so meanwhile "
-            "(`emb-provider rm`, `pull --force`, or another tool that changes the cache), then try again."
+            f"{spec.name} was removed or replaced each time before it could be loaded. Make sure that nothing else "
+            "changes the cache meanwhile (`emb-provider rm`, `pull --force`, another tool), then try again."
         )
 
-    def _is_there(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
-        """Whether a snapshot that is held by now is still the one that it was before."""
-        if not manifest.is_whole(snapshot):
+    def _is_current(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
+        """Return whether a snapshot that is locked now is unchanged since before."""
+        if not has_sizes(snapshot.path, snapshot.files):
             return False
         if snapshot.hub != "modelscope":
             return True
-        # A branch keeps its directory there. Who replaces what is in it takes the manifest away first.
-        found = manifest.load(question_of("modelscope", spec, self._hubs), self._inventory.manifest_dir)
+        # A branch keeps its directory there. A process that replaces its files removes the manifest first.
+        key = manifest_key("modelscope", spec, self._settings.hubs)
+        found = manifest.load(key, self._inventory.manifest_dir)
         return found is not None and found.snapshot == snapshot
-
-    def copy_to(self, snapshot: Snapshot, directory: Path) -> Path:
-        """Copy a snapshot's files into a directory, checking each against its hash; return the directory.
-
-        Files that are there already with the right bytes stay as they are; others of the same name are replaced.
-
-        Raises: HubError where the directory cannot be written or the snapshot changed meanwhile.
-        """
-        with self._inventory.holds.hold(snapshot.path):
-            return copy_snapshot(snapshot, directory.expanduser().absolute())
 
     def compile(
         self,
         spec: ModelSpec,
         *,
-        on_progress: Callable[[Progress], None] = lambda _: None,
-        on_compiling: Callable[[], None] = lambda: None,
-        stopped: Callable[[], bool] = lambda: False,
+        on_progress: OnProgress = ignore_progress,
+        cancel: CancelToken | None = None,
     ) -> CompiledModel:
-        """Make what a model is served from, fetching and compiling where that is needed.
+        """Prepare a model so that it can be loaded within seconds, downloading and compiling it if necessary. Blocks.
 
-        `on_compiling` is called before compiling, which takes seconds to minutes; it ends soon once `stopped`. Blocks.
+        Args:
+            spec: The model.
+            on_progress: Called with the progress of the download, then with the phases `compile` and `compare`.
+            cancel: Ends the download or the compiler.
 
-        Raises: HubError; LoadError where no backend can serve it, or it is below its floor; InterruptedError when
-        stopped.
+        Raises:
+            HubError: It cannot be downloaded.
+            LoadError: No backend can serve it, or its accuracy is below the floor.
+            OperationCancelledError: `cancel` was cancelled.
         """
-        # Imported only here: to list what is on the disk takes none of it.
-        from emb_model_provider.artifacts.prepare import prepare_backend
-
-        snapshot, hold = self.acquire(spec, on_progress)
-        with hold:
-            prepared = prepare_backend(
-                spec,
-                snapshot,
-                trust_remote_code=self._settings.trust().allows(spec, snapshot.hub),
-                cache_dir=self._hubs.cache_dir,
-                max_cache_bytes=int(self._settings.max_artifacts_gb * 1024**3),
-                on_compiling=on_compiling,
-                stopped=stopped,
-                fidelity=self._settings.fidelity(),
-            )
+        snapshot, lock = self.acquire(spec, on_progress=on_progress, cancel=cancel)
+        with lock:
+            prepared = self.preparer.prepare(spec, snapshot, on_progress=on_progress, cancel=cancel)
         return CompiledModel(
             snapshot=snapshot,
             backend=prepared.backend,
@@ -166,43 +175,118 @@ class ModelManager:
             notes=prepared.notes,
         )
 
-    # --- looking --------------------------------------------------------------------------------------
+    def copy_to(self, snapshot: Snapshot, directory: Path) -> Path:
+        """Copy the files of a snapshot into a directory, checking each against its hash.
 
-    def list(self, *, everything: bool = False) -> list[CachedSnapshot]:
-        """Return the models on disk, by name; `everything`: with what other programs left in the hubs' caches."""
-        return [record.entry for record in self._inventory.records(everything=everything)]
+        Files that exist already with the right bytes are left alone; others of the same name are replaced.
+
+        Returns:
+            The directory, as an absolute path.
+
+        Raises:
+            HubError: The directory is not writable, or the snapshot has changed.
+        """
+        directory = directory.expanduser().absolute()
+        with self._inventory.locks.hold(snapshot.path):
+            _copy_files(snapshot, directory)
+        return directory
+
+    # --- listing --------------------------------------------------------------------------------------
+
+    def list(self, *, everything: bool = False) -> list[CachedModelRecord]:
+        """Return the models on disk, by name.
+
+        Args:
+            everything: Include models that other programs left in the hubs' caches.
+        """
+        info = self._inventory.scan(everything=everything)
+        return [self._inventory.record_of(entry) for entry in info.entries]
 
     def find(
         self, name: str, *, source: Source | None = None, revision: str | None = None
-    ) -> builtins.list[CachedSnapshot]:
-        """Return the models on disk that a name means, at a hub or a revision where those are given.
+    ) -> builtins.list[CachedModelRecord]:
+        """Return the models on disk that a name refers to.
 
-        The name is a repository's, under whichever name its hub has it, a directory's, an alias of the settings, an
-        `id`, or the last part of a name that only one has.
+        Args:
+            name: A repository id under any of its hubs' names, a directory, an alias of the settings, an `id`, or the
+                last part of a name that only one model has.
+            source: Only models from this hub.
+            revision: Only this revision, as it was requested or as it was resolved.
 
-        Raises: NotCachedError, which names what is there.
+        Raises:
+            NotCachedError: There is none; the message names models that exist.
+            AmbiguousNameError: An `id` is that of several models.
         """
-        found = find(self._inventory, self._settings, name, source=source, revision=revision)
-        return [record.entry for record in found]
+        return [
+            self._inventory.record_of(entry)
+            for entry in self._find(self._inventory.scan(), name, source, revision)
+        ]
 
-    def inspect(self, snapshot: CachedSnapshot) -> dict[str, Any]:
-        """Return what a model's files and artifacts say of it, as plain JSON values (see `inspection.details_of`)."""
-        record = self._inventory.record_of(snapshot)
-        path = Path(snapshot.name) if snapshot.hub == "local" else None
-        spec = replace(choose(self._settings, snapshot.name, source=snapshot.hub), path=path)
-        trusted = self._settings.trust().allows(spec, snapshot.hub)
-        return details_of(record, spec, self._inventory.stock, trust_remote_code=trusted)
+    def inspect(self, model: CachedModelRecord) -> Details:
+        """Return what the files of a model, or its compiled form, say about it.
+
+        Raises:
+            NotCachedError: It is no longer on disk.
+        """
+        entry = self._entry(model)
+        spec = resolve_model(self._settings, entry.name, source=entry.hub)
+        spec = replace(spec, path=Path(entry.name) if entry.hub == "local" else None)
+        trusted = self._settings.trust.allows(spec, entry.hub)
+        return describe(entry, spec, trust_remote_code=trusted)
 
     def verify(
-        self, snapshot: CachedSnapshot, *, on_progress: Callable[[Progress], None] = lambda _: None
+        self,
+        model: CachedModelRecord,
+        *,
+        on_progress: OnProgress = ignore_progress,
+        cancel: CancelToken | None = None,
     ) -> Verification:
-        """Read all bytes of a model and of its artifacts again. Blocks.
+        """Hash all files of a model and of its compiled forms. Blocks.
 
-        What has other bytes is fetched, or compiled, again when it is next asked for.
+        Wrong files are downloaded again, and wrong artifacts compiled again, when they are next needed.
 
-        Raises: NotCachedError where it is gone.
+        Raises:
+            NotCachedError: It is no longer on disk.
+            OperationCancelledError: `cancel` was cancelled.
         """
-        return verify(snapshot, self._inventory, on_progress)
+        return verify(self._entry(model), self._inventory, on_progress, cancel)
+
+    def repair(
+        self, verification: Verification, *, on_progress: OnProgress = ignore_progress
+    ) -> tuple[Verification, builtins.list[str]]:
+        """Download the wrong files of a verified model again, and remove its damaged artifacts.
+
+        Returns:
+            Another verification, and notes on what was done and what could not be repaired.
+
+        Raises:
+            HubError: The files cannot be downloaded.
+            NotCachedError: The model is no longer on disk.
+        """
+        entry = self._entry(verification)
+        name = entry.name
+        if verification.findings and not entry.owns_files:
+            return verification, [
+                f"{name}: its files are your own and are not repaired. Restore them, or remove the model (rm)"
+            ]
+        if verification.findings or entry.state != "complete":
+            spec = resolve_model(self._settings, name, source=entry.hub, revision=entry.asked_revision)
+            self.ensure(
+                replace(spec, endpoint=entry.endpoint or spec.endpoint), force=True, on_progress=on_progress
+            )
+        notes = [self._remove_damaged(name, key) for key in verification.damaged_artifacts]
+        return verify(self._entry(verification), self._inventory, on_progress), notes
+
+    def _remove_damaged(self, name: str, key: str) -> str:
+        lock = self._inventory.store.try_lock(key)
+        if lock is None:
+            return f"{name}: a process serves its damaged compiled form: emb-provider unload {name}"
+        with lock:
+            self._inventory.store.remove(key)
+        return (
+            f"{name}: its damaged compiled form was removed. The next start compiles it again; to do it now: "
+            f"emb-provider pull {name}"
+        )
 
     # --- removing -------------------------------------------------------------------------------------
 
@@ -214,26 +298,46 @@ class ModelManager:
         revision: str | None = None,
         wait_s: float = 0.0,
         dry_run: bool = False,
+        released: Collection[Path] = (),
     ) -> Removal:
-        """Remove what `find` finds: files, manifests, and all that was derived from them. All of it or nothing.
+        """Remove the models that a name refers to: files, manifests, and everything derived from them, or nothing.
 
-        Files of a directory and of the bundled model stay; what was derived from them goes. A dry run raises what the
-        removal would raise now.
+        The files of a directory and of the bundled model are kept; what was derived from them is removed.
 
-        Raises: NotCachedError; ModelInUseError where it is in use for longer than `wait_s` seconds; ManagementError.
+        Args:
+            name: As for `find`.
+            source: Only models from this hub.
+            revision: Only this revision.
+            wait_s: How many seconds to wait for a model that is in use.
+            dry_run: Remove nothing, and return what would be removed.
+            released: Of a dry run, directories that their users will release before the removal.
+
+        Raises:
+            NotCachedError: There is no such model.
+            ModelInUseError: A model is in use for longer than `wait_s`.
+            ManagementError: Files cannot be removed.
         """
         return self._remover.remove(
-            lambda: find(self._inventory, self._settings, name, source=source, revision=revision),
+            lambda info: self._find(info, name, source, revision),
             wait_s=wait_s,
             dry_run=dry_run,
+            released=released,
         )
 
-    def remove_all(self, *, wait_s: float = 0.0, dry_run: bool = False) -> Removal:
-        """Remove every model that this package put on the disk; those in use are kept, with the reason."""
-        return self._remover.remove_all(wait_s=wait_s, dry_run=dry_run)
+    def remove_all(
+        self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()
+    ) -> Removal:
+        """Remove every model that this package put on disk. Models that are in use are kept, with the reason.
+
+        Args:
+            wait_s: How many seconds to wait for models that are in use.
+            dry_run: Remove nothing, and return what would be removed.
+            released: Of a dry run, directories that their users will release before the removal.
+        """
+        return self._remover.remove_all(wait_s=wait_s, dry_run=dry_run, released=released)
 
     def prune(self, *, dry_run: bool = False) -> Removal:
-        """Remove what nobody can use: what killed processes left, and artifacts whose snapshot is gone."""
+        """Remove leftovers: interrupted downloads, and compiled forms whose model no longer exists."""
         return self._remover.prune(dry_run=dry_run)
 
     # --- for Python programs --------------------------------------------------------------------------
@@ -249,22 +353,33 @@ class ModelManager:
         exclude: Sequence[str] = (),
         local_dir: Path | str | None = None,
     ) -> Path:
-        """Return the directory of a model's files, fetched where that is needed; `local_dir` is where to copy them.
+        """Return the directory of a model's files, downloading them if necessary.
 
-        Raises: a `HubError`, whose message says what to do.
+        Args:
+            name: A repository id, an alias of the settings, or a directory.
+            source: The hub; None: as configured.
+            revision: Branch, tag or commit; None: as configured, else the default branch.
+            force: Ask the hub even if the model is on disk, and download what changed.
+            include: Patterns (fnmatch) of the files to download, among those that serving needs.
+            exclude: Patterns of files not to download.
+            local_dir: Directory to copy the files to.
+
+        Raises:
+            HubError: The message says what to do.
         """
         spec = self._spec(name, source=source, revision=revision)
         snapshot = self.ensure(spec, force=force, include=include, exclude=exclude)
         return snapshot.path if local_dir is None else self.copy_to(snapshot, Path(local_dir))
 
-    def list_cached_models(self) -> builtins.list[CachedModelInfo]:
-        """Return the models on disk as plain values."""
-        return [info_of(entry) for entry in self.list()]
+    def list_cached_models(self) -> builtins.list[dict[str, Any]]:
+        """Return the models on disk as dictionaries, with the fields of `GET /api/models/cache/list`."""
+        return [model.model_dump(mode="json") for model in self.list()]
 
     def evict_model(self, name: str, *, wait_s: float = 0.0) -> Removal:
-        """Remove a model from the disk; of a manager that was made for one hub, from that one.
+        """Remove a model from disk; a manager that was created for one hub removes it from that hub only.
 
-        Raises: as `remove`.
+        Raises:
+            NotCachedError, ModelInUseError, ManagementError: As for `remove`.
         """
         source = resolve_source(self._spec(name)) if self._source is not None else None
         return self.remove(name, source=source, wait_s=wait_s)
@@ -272,38 +387,68 @@ class ModelManager:
     def load_model_and_tokenizer(
         self, name: str, *, precision: Precision | None = None, device: str | None = None
     ) -> tuple[SentenceTransformer, Any]:
-        """Return a model as sentence-transformers has it, and its tokenizer; fp32 unless said otherwise.
+        """Return a model as a SentenceTransformer, and its tokenizer.
 
         It is the pipeline that compiled models are compared with: a ModelScope repository without `modules.json` has
-        the pooling that its configuration declares. It stays on the disk for as long as the model is referred to.
+        the pooling that its configuration declares. Its files stay on disk until the model is garbage-collected.
 
-        Raises: HubError; LoadError; UnsupportedPrecisionError for int8 and int4; ImportError without torch.
+        Args:
+            name: A repository id, an alias of the settings, or a directory.
+            precision: fp32 (default), fp16, bf16 or auto.
+            device: auto, cpu, cuda, cuda:N or mps; None: as configured.
+
+        Raises:
+            HubError: It cannot be downloaded.
+            LoadError: It cannot be loaded.
+            UnsupportedPrecisionError: The precision is int8 or int4.
+            ImportError: torch is not installed.
         """
         spec = self._spec(name)
         if device is not None:
             spec = replace(spec, device=device)
-        snapshot, hold = self.acquire(spec)
+        if precision in ("int8", "int4"):
+            raise UnsupportedPrecisionError(
+                f"Precision {precision} is not available here: choose fp32, fp16, bf16 or auto. `Embedder` and the "
+                "service support it."
+            )
+        from emb_model_provider.backends.pytorch.import_guards import quiet_imports
+
+        with quiet_imports():
+            from emb_model_provider.backends.pytorch.pipeline import load_sentence_transformer
+
+        snapshot, lock = self.acquire(spec)
         try:
-            trusted = self._settings.trust().allows(spec, snapshot.hub)
-            model = load_reference(spec, snapshot, precision or "fp32", trust_remote_code=trusted)
+            trusted = self._settings.trust.allows(spec, snapshot.hub)
+            model = load_sentence_transformer(spec, snapshot, precision or "fp32", trust_remote_code=trusted)
         except BaseException:
-            hold.release()
+            lock.release()
             raise
-        weakref.finalize(model, hold.release)
+        weakref.finalize(model, lock.release)
         return model, model.tokenizer
 
-    def _spec(self, name: str, *, source: Source | None = None, revision: str | None = None) -> ModelSpec:
-        if source is None and not self._says_its_hub(name):
-            source = self._source
-        return choose(self._settings, name, source=source, revision=revision)
+    def _find(
+        self, info: CacheInfo, name: str, source: Source | None, revision: str | None
+    ) -> builtins.list[CacheEntry]:
+        return find(info, self._inventory, self._settings, name, source=source, revision=revision)
 
-    def _says_its_hub(self, name: str) -> bool:
-        """Whether a model is a directory, or the settings say a hub for this one alone."""
-        mapped = self._settings.model_mapping.items()
-        if any(entry.source for alias, entry in mapped if name in (alias, entry.name)):
+    def _entry(self, model: CachedModelRecord) -> CacheEntry:
+        info = self._inventory.scan(everything=model.state == "unverified")
+        path = Path(model.path) if model.path is not None else None
+        return info.entry_at((model.source, model.model_name, path))
+
+    def _spec(self, name: str, *, source: Source | None = None, revision: str | None = None) -> ModelSpec:
+        if source is None and not self._has_configured_hub(name):
+            source = self._source
+        return resolve_model(self._settings, name, source=source, revision=revision)
+
+    def _has_configured_hub(self, name: str) -> bool:
+        """Return whether a name is a directory, or the settings name a hub for this model alone."""
+        models = self._settings.models
+        if any(entry.source for alias, entry in models.model_mapping.items() if name in (alias, entry.name)):
             return True
-        specs = self._settings.models().specs
-        return name.startswith(PATHS) or any(spec.path for spec in specs if name in (spec.alias, spec.name))
+        return name.startswith(PATHS) or any(
+            spec.path for spec in models.specs() if name in (spec.alias, spec.name)
+        )
 
 
 def get_model_manager(
@@ -311,75 +456,40 @@ def get_model_manager(
 ) -> ModelManager:
     """Return a manager of the models on disk.
 
-    `use_modelscope` chooses ModelScope (true) or Hugging Face (false) for models for which nothing else says a hub, as
-    `source` does, which has more names; without either, the settings do. `settings` are those of the environment and
-    of `.env` unless they are given.
+    Args:
+        use_modelscope: True: ModelScope, False: Hugging Face, for models for which nothing else names a hub.
+        source: The same, for any hub.
+        settings: None: the settings of the environment and of `.env`.
 
-    Raises: SettingsError.
+    Raises:
+        SettingsError: A setting is wrong.
     """
     if source is None and use_modelscope is not None:
         source = "modelscope" if use_modelscope else "huggingface"
     return ModelManager(load_settings()[0] if settings is None else settings, source=source)
 
 
-def copy_snapshot(snapshot: Snapshot, directory: Path) -> Path:
-    """Copy a held snapshot's files into a directory, checking each against its hash; return the directory.
-
-    Files that are there already with the right bytes stay as they are; others of the same name are replaced.
-
-    Raises: HubError where the directory cannot be written, or the snapshot has other bytes than it had.
-    """
+def _copy_files(snapshot: Snapshot, directory: Path) -> None:
     try:
         for file in snapshot.files:
-            place = directory / file.path
-            if _has(place, file.sha256, file.size):
+            if check_files(directory, [file]).ok:
                 continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = place.with_name(f".{place.name}.incomplete")
+            target = directory / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.incomplete")
             try:
                 shutil.copyfile(snapshot.path / file.path, partial)
-                if not _has(partial, file.sha256, file.size):
+                copied = replace(file, path=str(partial.relative_to(directory)))
+                if not check_files(directory, [copied]).ok:
                     raise HubError(
-                        f"{file.path} of {snapshot.repository} in {snapshot.path} has other bytes than it had. "
-                        f"Fetch it again: `emb-provider pull --force {snapshot.repository}`."
+                        f"{file.path} of {snapshot.repository} in {snapshot.path} has changed. "
+                        f"Download it again: `emb-provider pull --force {snapshot.repository}`."
                     )
-                partial.replace(place)
+                partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise HubError(
-            f"{snapshot.repository} could not be copied to {directory}: {error}. Make room or make it writable, or "
+            f"{snapshot.repository} could not be copied to {directory}: {error}. Free space or make it writable, or "
             "choose another directory."
         ) from error
-    return directory
-
-
-def _has(path: Path, sha256: str, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size and hash_file(path).sha256 == sha256
-
-
-def load_reference(
-    spec: ModelSpec, snapshot: Snapshot, precision: Precision, *, trust_remote_code: bool
-) -> SentenceTransformer:
-    """Load a snapshot with sentence-transformers on the device of `spec`, with the pooling that it declares.
-
-    Raises: LoadError; UnsupportedPrecisionError for int8 and int4; ImportError without torch.
-    """
-    if precision in ("int8", "int4"):
-        raise UnsupportedPrecisionError(
-            f"Precision {precision} is not available here: choose fp32, fp16, bf16 or auto. `Embedder` and the "
-            "service have it."
-        )
-    # Imported only here: the service manages models without torch.
-    with quiet_imports():
-        from emb_model_provider.backends.pytorch.pipeline import load_pipeline, torch_device_facts
-
-    facts = torch_device_facts()
-    device = resolve_device(spec.device, facts)
-    plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
-    return load_pipeline(
-        plan,
-        precision=resolve_torch_precision(precision, device, facts),
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )

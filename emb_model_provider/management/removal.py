@@ -1,4 +1,8 @@
-"""Removing models from the disk: all that is theirs, nothing that is used, nothing that is somebody else's."""
+"""Removes models from disk: everything that belongs to them, nothing that is in use, nothing of other programs.
+
+A removal scans once to know which locks it needs, takes them, and scans once more to plan what it removes, because a
+download may have ended while it waited.
+"""
 
 from __future__ import annotations
 
@@ -6,355 +10,374 @@ import contextlib
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import ManagementError, ModelInUseError, NotCachedError
-from emb_model_provider.hubs.caches import files_of, places
-from emb_model_provider.management.types import Removal
-from emb_model_provider.snapshots import journal as markers
-from emb_model_provider.snapshots.files import CACHE_SETTING, listed, size_of, storage_error
-from emb_model_provider.snapshots.locks import claim, remove_stale
+from emb_model_provider.hubs.caches import files_of, leftover_size, remove_leftovers, repository_dirs
+from emb_model_provider.management.types import KeptModel, Removal
+from emb_model_provider.snapshots import journal
+from emb_model_provider.snapshots.files import CACHE_SETTING, list_dir, size_of, translate_os_error
+from emb_model_provider.snapshots.locks import is_locked, try_lock_exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from emb_model_provider.hubs.caches import SnapshotFiles
-    from emb_model_provider.management.inventory import Inventory, Record
-    from emb_model_provider.management.types import CachedSnapshot
-    from emb_model_provider.snapshots.locks import Held
-
+    from emb_model_provider.management.inventory import CacheEntry, CacheInfo, Inventory
+    from emb_model_provider.snapshots.locks import FileLock
 
 log = logging.getLogger(__name__)
 
-_WRITING_S = 3600.0
-"""From this age on a half-written file is what a killed process left: writing one takes milliseconds."""
+_STALE_FILE_S = 3600.0
+"""From this age on a temporary file was left by a killed process, because writing one takes milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalPlan:
+    """What removing models will remove."""
+
+    entries: Sequence[CacheEntry]
+    files: Sequence[SnapshotFiles | None]
+    """For each entry its files in a client's cache, or None if it has none of ours."""
+    artifacts: dict[str, int]
+    """Key and size of the artifacts that no remaining model shares."""
+    orphaned_digests: set[str]
+    """Digests of snapshots that no remaining model has."""
+
+    @property
+    def freed(self) -> int:
+        """Bytes."""
+        freed = sum(self.artifacts.values())
+        for entry, files in zip(self.entries, self.files, strict=True):
+            if files is not None:
+                freed += files.freed
+            elif entry.state == "incomplete":
+                freed += entry.files_size
+        return freed
 
 
 class Remover:
-    """Removes what an inventory finds."""
+    """Removes models that an inventory finds."""
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
+        self._manifest_dir = inventory.manifest_dir
 
-    def remove(self, find: Callable[[], list[Record]], *, wait_s: float, dry_run: bool) -> Removal:
-        """Remove what `find` finds, all or nothing.
-
-        Raises: ModelInUseError when any is in use for longer than `wait_s` seconds; ManagementError.
-        """
-        records = find()
-        if dry_run:
-            for record in records:
-                if record.entry.in_use:
-                    raise in_use(record.entry, "a process uses it now")
-            return self._remove_claimed(records, dry_run=True)
-        try:
-            return self._remove_alone(records, find, time.monotonic() + wait_s)
-        finally:
-            self._remove_empty_directories()
-
-    def _remove_alone(
-        self, records: Sequence[Record], find: Callable[[], list[Record]], deadline: float
+    def remove(
+        self,
+        find: Callable[[CacheInfo], list[CacheEntry]],
+        *,
+        wait_s: float,
+        dry_run: bool,
+        released: Collection[Path] = (),
     ) -> Removal:
-        with ExitStack() as stack:
-            claims = Claims(self._inventory, stack, deadline)
-            claimed: set[tuple[str, str, Path | None]] = set()
-            # What is there may change while there is something to wait for: a fetch comes to its end.
-            while {record.place for record in records} - claimed:
-                claims.take(records, self._digests_elsewhere(records))
-                claimed |= {record.place for record in records}
-                records = find()
-            claims.take(records, self._digests_elsewhere(records))
-            return self._remove_claimed(records, dry_run=False)
+        """Remove all models that `find` returns, or none of them.
 
-    def remove_all(self, *, wait_s: float, dry_run: bool) -> Removal:
-        """Remove everything that this package put on the disk; what is in use is kept, with the reason."""
+        Args:
+            find: Returns the models of a scan; raises NotCachedError if there are none.
+            wait_s: How many seconds to wait for models that are in use.
+            dry_run: Remove nothing, and return what would be removed.
+            released: Of a dry run, directories that their users will release before the removal.
+
+        Raises:
+            ModelInUseError: A model is in use for longer than `wait_s`.
+            ManagementError: Files cannot be removed, or may be another program's.
+        """
+        info = self._inventory.scan()
+        entries = find(info)
         if dry_run:
-            return self._would_remove_all()
+            for entry in entries:
+                if entry.in_use and entry.path not in released:
+                    raise _in_use(entry, "a process uses it now")
+            return self._removal(self._plan(entries, info))
         deadline = time.monotonic() + wait_s
-        snapshots: list[CachedSnapshot] = []
-        artifacts: list[str] = []
-        kept: list[tuple[CachedSnapshot, str]] = []
-        freed = 0
-        for record in self._inventory.records():
-            try:
-                one = self.remove(
-                    self._finding(record), wait_s=max(0.0, deadline - time.monotonic()), dry_run=False
-                )
-            except NotCachedError:  # somebody else removed it meanwhile
-                continue
-            except ManagementError as error:
-                kept.append((record.entry, error.message))
-                continue
-            snapshots += one.snapshots
-            artifacts += one.artifacts
-            freed += one.freed
-        rest = self.prune(dry_run=False)
-        artifacts = list(dict.fromkeys([*artifacts, *rest.artifacts]))
-        return Removal(snapshots=snapshots, artifacts=artifacts, freed=freed + rest.freed, kept=kept)
+        with ExitStack() as locks:
+            taken: set[object] = set()
+            while True:
+                before = len(taken)
+                self._lock(entries, info, locks, taken, deadline)
+                if len(taken) == before:
+                    break  # nothing new since the last scan: everything that is planned is locked
+                info = self._inventory.scan()
+                entries = find(info)
+            plan = self._plan(entries, info)
+            self._execute(plan)
+        return self._removal(plan)
 
-    def _would_remove_all(self) -> Removal:
-        """All at a time: what two of them share would go with the later one."""
-        removed: list[Record] = []
-        kept: list[tuple[CachedSnapshot, str]] = []
-        for record in self._inventory.records():
+    def remove_all(self, *, wait_s: float, dry_run: bool, released: Collection[Path] = ()) -> Removal:
+        """Remove everything that this package put on disk. What is in use is kept, with the reason.
+
+        Args:
+            wait_s: How many seconds to wait for models that are in use.
+            dry_run: Remove nothing, and return what would be removed.
+            released: Of a dry run, directories that their users will release before the removal.
+        """
+        info = self._inventory.scan()
+        if dry_run:
+            return self._would_remove_all(info, released)
+        deadline = time.monotonic() + wait_s
+        total = Removal(models=[], artifacts=[], freed=0, kept=[])
+        for entry in info.entries:
             try:
-                if record.entry.in_use:
-                    raise in_use(record.entry, "a process uses it now")
-                self._files(record)
+                removed = self.remove(
+                    partial(_still_there, entry), wait_s=max(0.0, deadline - time.monotonic()), dry_run=False
+                )
+            except NotCachedError:  # another process has removed it meanwhile
+                continue
             except ManagementError as error:
-                kept.append((record.entry, error.message))
-            else:
-                removed.append(record)
-        would = self._remove_claimed(removed, dry_run=True)
-        orphans, more = self._remove_orphans(dry_run=True)
-        return replace(would, artifacts=[*would.artifacts, *orphans], freed=would.freed + more, kept=kept)
+                total.kept.append(self._kept(entry, error))
+                continue
+            _add(total, removed)
+        _add(total, self.prune(dry_run=False))
+        total.artifacts = list(dict.fromkeys(total.artifacts))
+        return total
 
     def prune(self, *, dry_run: bool) -> Removal:
-        """Remove what nobody can use: what killed processes left, and what derives from snapshots that are gone."""
-        snapshots: list[CachedSnapshot] = []
-        kept: list[tuple[CachedSnapshot, str]] = []
-        freed = 0
-        for record in self._inventory.records():
-            if not record.pending:
+        """Remove leftovers: interrupted downloads and removals, and artifacts whose snapshot no longer exists."""
+        info = self._inventory.scan()
+        total = Removal(models=[], artifacts=[], freed=0, kept=[])
+        for entry in info.entries:
+            if not entry.journals:
                 continue
-            if record.entry.state == "incomplete":
-                try:
-                    find = self._finding(record, incomplete=True)
-                    one = self.remove(find, wait_s=0.0, dry_run=dry_run)
-                except NotCachedError:
-                    continue
-                except ManagementError as error:
-                    kept.append((record.entry, error.message))
-                    continue
-                snapshots += one.snapshots
-                freed += one.freed
-            else:
-                freed += self._clear_beside(record, dry_run=dry_run)
-        artifacts, more = self._remove_orphans(dry_run=dry_run)
-        if not dry_run:
-            self._sweep()
-        return Removal(snapshots=snapshots, artifacts=artifacts, freed=freed + more, kept=kept)
-
-    # --- one after the other ------------------------------------------------------------------------------
-
-    def _finding(self, record: Record, *, incomplete: bool = False) -> Callable[[], list[Record]]:
-        """Return what finds one model again, as it is then; `incomplete`: unless it is whole by then."""
-
-        def find() -> list[Record]:
-            found = [each for each in self._inventory.records() if each.is_same(record)]
-            if incomplete:
-                found = [each for each in found if each.entry.state == "incomplete"]
-            if not found:
-                raise NotCachedError(f"{record.entry.name} is not on this machine any more.")
-            return found
-
-        return find
-
-    def _remove_claimed(self, records: Sequence[Record], *, dry_run: bool) -> Removal:
-        # Whatever cannot be removed is found out before anything is.
-        files: list[tuple[Record, SnapshotFiles | None]] = []
-        for record in records:
-            files.append((record, self._files(record, [each.path for _, each in files if each is not None])))
-        elsewhere = self._digests_elsewhere(records)
-        freed = 0
-        artifacts: dict[str, int] = {}
-        for record, found in files:
-            own = artifacts_of(record, elsewhere)
-            artifacts |= own
-            if found is not None:
-                freed += found.freed
-            elif record.entry.state == "incomplete":
-                freed += record.entry.size
-            if dry_run:
+            if entry.state != "incomplete":
+                total.freed += self._remove_beside(entry, dry_run=dry_run)
                 continue
             try:
-                self._remove_one(record, found, list(own))
-            except OSError as error:
-                raise refused(error, self._inventory) from error
-            log.info("Removed %s (%s)", record.entry.name, record.entry.path)
+                find = partial(_still_there, entry, incomplete=True)
+                _add(total, self.remove(find, wait_s=0.0, dry_run=dry_run))
+            except NotCachedError:
+                continue
+            except ManagementError as error:
+                total.kept.append(self._kept(entry, error))
+        artifacts, freed = self._remove_orphans(self._inventory.scan(), dry_run=dry_run)
         if not dry_run:
-            digests = {digest for record in records for digest in record.digests}
-            for path in self._inventory.stock.notes_on(digests - elsewhere):
-                path.unlink(missing_ok=True)
-        return Removal(
-            snapshots=[replace(record.entry, in_use=False) for record in records],
-            artifacts=list(artifacts),
-            freed=freed + sum(artifacts.values()),
+            self._remove_stale_files()
+        return total.model_copy(
+            update={"artifacts": [*total.artifacts, *artifacts], "freed": total.freed + freed}
         )
 
-    def _remove_one(self, record: Record, found: SnapshotFiles | None, artifacts: Sequence[str]) -> None:
-        """Raises: OSError, ManagementError."""
-        directory = self._inventory.manifest_dir
-        marker: Path | None = None
-        if found is not None:
-            question = record.questions[0]
-            where = places(question.hub, question.repository, found.root)
-            marker = markers.removing(question, where, found.path, directory)
-        # From here on the snapshot does not exist for anybody, however this ends.
-        for question, _ in record.manifests:
-            question.manifest_path(directory).unlink(missing_ok=True)
-        for key in artifacts:
-            self._inventory.stock.remove(key)
-        if found is not None:
-            found.remove()
-        for pending in record.pending:
-            if pending.doing == "fetch":
-                markers.clear(pending, directory)
-            else:
-                markers.marker_path(pending.question, directory).unlink(missing_ok=True)
-        if marker is not None:
-            marker.unlink(missing_ok=True)
+    # --- planning -------------------------------------------------------------------------------------
 
-    def _files(self, record: Record, gone: Sequence[Path] = ()) -> SnapshotFiles | None:
-        """The files to remove once those of `gone` are; None where there are none of ours. Raises: ManagementError."""
-        entry = record.entry
+    def _plan(self, entries: Sequence[CacheEntry], info: CacheInfo) -> RemovalPlan:
+        removed = {entry.location for entry in entries}
+        remaining = {
+            digest for entry in info.entries if entry.location not in removed for digest in entry.digests
+        }
+        files: list[SnapshotFiles | None] = []
+        for entry in entries:
+            paths = [each.path for each in files if each is not None]
+            files.append(self._files(entry, paths))
+        artifacts = {
+            artifact.key: artifact.size
+            for entry in entries
+            for artifact in entry.artifacts
+            if artifact.snapshot not in remaining
+        }
+        digests = {digest for entry in entries for digest in entry.digests}
+        return RemovalPlan(entries, files, artifacts, digests - remaining)
+
+    def _files(self, entry: CacheEntry, removed_before: Sequence[Path] = ()) -> SnapshotFiles | None:
+        """Return the files to remove, or None if there are none of ours."""
         if not entry.owns_files or entry.path is None:
             return None
-        removals = [each for each in record.pending if each.doing == "remove"]
-        if not record.manifests and not removals:
-            return None  # a fetch that did not end: only what it brought is removed
-        if not record.manifests and any(markers.changed_since(each, entry.path) for each in removals):
-            return None  # removed by half, and then fetched again by another program
-        return files_of(entry.hub, entry.name, entry.path, self._inventory.roots(entry.hub), gone)
+        removals = [each for each in entry.journals if each.operation == "remove"]
+        if not entry.manifests and not removals:
+            return None  # an interrupted download: only its own files are removed
+        if not entry.manifests and any(each.changed_by_others(entry.path) for each in removals):
+            return None  # a removal was interrupted, and another program downloaded the snapshot again
+        roots = self._inventory.roots(entry.hub)
+        return files_of(entry.hub, entry.name, entry.path, roots, removed_before)
 
-    def _digests_elsewhere(self, removed: Sequence[Record]) -> set[str]:
-        """The digests of all models that stay: what was derived from them stays, too."""
-        gone = {record.place for record in removed}
-        return {d for record in self._inventory.records() if record.place not in gone for d in record.digests}
+    def _would_remove_all(self, info: CacheInfo, released: Collection[Path]) -> Removal:
+        removed: list[CacheEntry] = []
+        kept: list[KeptModel] = []
+        for entry in info.entries:
+            try:
+                if entry.in_use and entry.path not in released:
+                    raise _in_use(entry, "another process, or a download, uses it now")
+                self._files(entry)
+            except ManagementError as error:
+                kept.append(self._kept(entry, error))
+            else:
+                removed.append(entry)
+        result = self._removal(self._plan(removed, info))
+        orphans, freed = self._remove_orphans(info, dry_run=True)
+        result.artifacts += orphans
+        return result.model_copy(update={"freed": result.freed + freed, "kept": kept})
 
-    # --- leftovers ----------------------------------------------------------------------------------------
+    def _removal(self, plan: RemovalPlan) -> Removal:
+        return Removal(
+            models=[self._inventory.record_of(replace(entry, in_use=False)) for entry in plan.entries],
+            artifacts=list(plan.artifacts),
+            freed=plan.freed,
+            kept=[],
+        )
 
-    def _clear_beside(self, record: Record, *, dry_run: bool) -> int:
-        """Remove what a killed fetch left beside a snapshot that is whole; return how many bytes that were."""
-        if dry_run:
-            return sum(markers.size_left(each, self._inventory.manifest_dir) for each in record.pending)
-        directory = self._inventory.manifest_dir
+    def _kept(self, entry: CacheEntry, error: ManagementError) -> KeptModel:
+        record = self._inventory.record_of(entry)
+        return KeptModel(**record.model_dump(), reason=error.message)
+
+    # --- locking --------------------------------------------------------------------------------------
+
+    def _lock(
+        self,
+        entries: Sequence[CacheEntry],
+        info: CacheInfo,
+        locks: ExitStack,
+        taken: set[object],
+        deadline: float,
+    ) -> None:
+        """Lock everything that removing models changes, and that is not locked yet."""
+        artifacts = self._plan(entries, info).artifacts
+        for entry in entries:
+            for path in sorted({key.lock_path(self._manifest_dir) for key in entry.keys}):
+                self._lock_one(
+                    entry, path, partial(try_lock_exclusive, path), locks, taken, deadline,
+                    "it is being downloaded or removed",
+                )  # fmt: skip
+            if entry.path is not None:
+                self._lock_one(
+                    entry, entry.path, partial(self._inventory.locks.try_lock, entry.path), locks, taken,
+                    deadline, "a process has loaded it, or is loading it",
+                )  # fmt: skip
+            for artifact in entry.artifacts:
+                if artifact.key in artifacts:
+                    self._lock_one(
+                        entry, artifact.key, partial(self._inventory.store.try_lock, artifact.key), locks,
+                        taken, deadline, "a process serves its compiled form",
+                    )  # fmt: skip
+
+    def _lock_one(
+        self,
+        entry: CacheEntry,
+        what: object,
+        lock: Callable[..., FileLock | None],
+        locks: ExitStack,
+        taken: set[object],
+        deadline: float,
+        reason: str,
+    ) -> None:
+        if what in taken:
+            return
+        try:
+            held = lock(wait_s=max(0.0, deadline - time.monotonic()))
+        except OSError as error:
+            raise self._not_writable(error) from error
+        if held is None:
+            raise _in_use(entry, reason)
+        locks.enter_context(held)
+        taken.add(what)
+
+    # --- executing ------------------------------------------------------------------------------------
+
+    def _execute(self, plan: RemovalPlan) -> None:
+        for entry, files in zip(plan.entries, plan.files, strict=True):
+            own = [artifact.key for artifact in entry.artifacts if artifact.key in plan.artifacts]
+            try:
+                self._remove_one(entry, files, own)
+            except OSError as error:
+                raise self._not_writable(error) from error
+            log.info("Removed %s (%s)", entry.name, entry.path)
+        for path in self._inventory.store.records_of(plan.orphaned_digests):
+            path.unlink(missing_ok=True)
+
+    def _remove_one(self, entry: CacheEntry, files: SnapshotFiles | None, artifacts: Sequence[str]) -> None:
+        written = None
+        if files is not None:
+            key = entry.keys[0]
+            locations = [(files.root, path) for path in repository_dirs(key.hub, key.repository, files.root)]
+            written = journal.begin(key, "remove", locations, self._manifest_dir, path=files.path)
+        # From here on the snapshot does not exist for any process, however this ends.
+        for key, _ in entry.manifests:
+            key.manifest_path(self._manifest_dir).unlink(missing_ok=True)
+        for artifact in artifacts:
+            self._inventory.store.remove(artifact)
+        if files is not None:
+            files.remove()
+        for each in entry.journals:
+            if each.operation == "fetch":
+                remove_leftovers(each, self._manifest_dir)
+            each.delete(self._manifest_dir)
+        if written is not None:
+            written.delete(self._manifest_dir)
+
+    def _remove_beside(self, entry: CacheEntry, *, dry_run: bool) -> int:
+        """Remove what an interrupted download has left beside a complete snapshot; return the freed bytes."""
         freed = 0
-        for pending in record.pending:
+        for each in entry.journals:
+            path = each.key.lock_path(self._manifest_dir)
+            if dry_run:
+                freed += 0 if is_locked(path) else leftover_size(each, self._manifest_dir)
+                continue
             with contextlib.suppress(OSError):
-                lock = claim(pending.question.lock_path(directory))
-                if lock is None:
-                    continue
-                with lock:
-                    if pending.doing == "fetch":
-                        freed += markers.clear(pending, directory)
-                    else:
-                        markers.marker_path(pending.question, directory).unlink(missing_ok=True)
+                if (lock := try_lock_exclusive(path)) is not None:
+                    with lock:
+                        freed += remove_leftovers(each, self._manifest_dir)
         return freed
 
-    def _remove_orphans(self, *, dry_run: bool) -> tuple[list[str], int]:
-        """Remove artifacts and notes whose snapshot is gone; return the artifacts, and how many bytes they were.
-
-        Those that were never finished count, too: `_sweep` removes them.
-        """
-        stock = self._inventory.stock
-        digests = {digest for record in self._inventory.records() for digest in record.digests}
+    def _remove_orphans(self, info: CacheInfo, *, dry_run: bool) -> tuple[list[str], int]:
+        """Remove artifacts and records whose snapshot no longer exists; return their keys, and the freed bytes."""
+        store = self._inventory.store
+        digests = info.digests
+        freed = sum(size_of(path) for path in store.unfinished())
         removed: list[str] = []
-        freed = sum(size_of(path) for path in stock.unfinished())
-        for artifact in stock.artifacts():
+        for artifact in info.artifacts:
             if artifact.snapshot in digests:
                 continue
             if dry_run:
-                gone = not stock.is_held(artifact.key)
+                is_removed = not store.is_held(artifact.key)
             else:
-                held = stock.claim(artifact.key)
-                if held is None:
+                lock = store.try_lock(artifact.key)
+                if lock is None:
                     continue
-                with held:
-                    gone = stock.remove(artifact.key)
-            if gone:
+                with lock:
+                    is_removed = store.remove(artifact.key)
+            if is_removed:
                 removed.append(artifact.key)
                 freed += artifact.size
         if not dry_run:
-            for path in stock.notes_on(digests, others=True):
+            store.remove_unfinished()
+            for path in store.records_of(digests, others=True):
                 path.unlink(missing_ok=True)
         return removed, freed
 
-    def _sweep(self) -> None:
-        directory = self._inventory.manifest_dir
-        self._inventory.stock.sweep()
-        self._inventory.holds.sweep()
-        for each in listed(directory):
-            for path in listed(each, "*.lock"):
-                remove_stale(path)
-            for path in listed(each, ".*.tmp"):
+    def _remove_stale_files(self) -> None:
+        for directory in list_dir(self._manifest_dir):
+            for path in list_dir(directory, ".*.tmp"):
                 with contextlib.suppress(OSError):
-                    if time.time() - path.stat().st_mtime > _WRITING_S:
+                    if time.time() - path.stat().st_mtime > _STALE_FILE_S:
                         path.unlink()
-        self._remove_empty_directories()
 
-    def _remove_empty_directories(self) -> None:
-        directory = self._inventory.manifest_dir
-        self._inventory.stock.remove_empty_directories()
-        self._inventory.holds.remove_empty_directory()
-        for each in (*listed(directory), directory):
-            with contextlib.suppress(OSError):
-                each.rmdir()
+    def _not_writable(self, error: OSError) -> ManagementError:
+        directory = self._manifest_dir.parent
+        known = translate_os_error(error, directory, CACHE_SETTING)
+        return ManagementError(
+            known.message if known is not None else f"{directory} cannot be changed: {error}."
+        )
 
 
-class Claims:
-    """Has models and their artifacts alone, for as long as a stack stands."""
-
-    def __init__(self, inventory: Inventory, stack: ExitStack, deadline: float) -> None:
-        self._inventory = inventory
-        self._stack = stack
-        self._deadline = deadline
-        self._taken: set[object] = set()
-
-    def take(self, records: Sequence[Record], elsewhere: Collection[str]) -> None:
-        """Claim what is not claimed yet. Raises: ModelInUseError, ManagementError."""
-        inventory = self._inventory
-        try:
-            for record in records:
-                entry = record.entry
-                for lock in sorted({each.lock_path(inventory.manifest_dir) for each in record.questions}):
-                    self._one(
-                        entry, lock, partial(claim, lock),
-                        "it is being fetched, or removed",
-                    )  # fmt: skip
-                if (path := entry.path) is not None:
-                    self._one(
-                        entry, path, partial(inventory.holds.claim, path),
-                        "a process has loaded it, or is loading it",
-                    )  # fmt: skip
-                for key in artifacts_of(record, elsewhere):
-                    self._one(
-                        entry, key, partial(inventory.stock.claim, key),
-                        "a process serves from what was compiled from it",
-                    )  # fmt: skip
-        except OSError as error:
-            raise refused(error, inventory) from error
-
-    def _one(self, entry: CachedSnapshot, what: object, take: Callable[..., Held | None], else_: str) -> None:
-        if what in self._taken:
-            return
-        held = take(wait_s=max(0.0, self._deadline - time.monotonic()))
-        if held is None:
-            raise in_use(entry, else_)
-        self._stack.enter_context(held)
-        self._taken.add(what)
+def _still_there(entry: CacheEntry, info: CacheInfo, *, incomplete: bool = False) -> list[CacheEntry]:
+    """Return the present state of a model; with `incomplete`, only if it is incomplete."""
+    found = [each for each in info.entries if each.is_same(entry)]
+    if incomplete:
+        found = [each for each in found if each.state == "incomplete"]
+    if not found:
+        raise NotCachedError(f"{entry.name} is no longer on this machine.")
+    return found
 
 
-def artifacts_of(record: Record, elsewhere: Collection[str]) -> dict[str, int]:
-    """The artifacts of a model, each with its size, that are not those of a model that stays."""
-    return {
-        artifact.key: artifact.size
-        for artifact in record.entry.artifacts
-        if artifact.snapshot not in elsewhere
-    }
+def _add(total: Removal, removed: Removal) -> None:
+    total.models += removed.models
+    total.artifacts += removed.artifacts
+    total.freed += removed.freed
+    total.kept += removed.kept
 
 
-def in_use(entry: CachedSnapshot, how: str) -> ModelInUseError:
+def _in_use(entry: CacheEntry, how: str) -> ModelInUseError:
     return ModelInUseError(
         f"{entry.name} is in use: {how}. Nothing was removed. Unload it first (`emb-provider unload {entry.name}`), "
         "end the process that uses it, or wait for it (`--wait`)."
     )
-
-
-def refused(error: OSError, inventory: Inventory) -> ManagementError:
-    directory = inventory.manifest_dir.parent
-    known = storage_error(error, directory, CACHE_SETTING)
-    return ManagementError(known.message if known is not None else f"{directory} cannot be changed: {error}.")

@@ -1,116 +1,165 @@
-"""What is known of a model on disk."""
+"""What is known of models on disk, as REST, the command line and Python show it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from emb_model_provider.model_spec import HubName
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import datetime
-    from pathlib import Path
-
     from emb_model_provider.backends.base import Fidelity, ModelDescription
-    from emb_model_provider.model_spec import BackendName, HubName
+    from emb_model_provider.model_spec import BackendName
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-Completeness = Literal["complete", "incomplete", "damaged", "unverified"]
-"""complete: a manifest speaks for it, and its files are there at their sizes; incomplete: a fetch or a removal did not
-come to its end; damaged: files of a manifest are missing or have another size; unverified: it lies in a hub's cache, and
-no manifest of ours speaks for it (another program fetched it)."""
+State = Literal["complete", "incomplete", "damaged", "unverified"]
+"""complete: it has a manifest, and its files exist at their sizes. incomplete: a download or removal was interrupted.
+damaged: files are missing or have wrong bytes. unverified: it is in a hub's cache without a manifest of ours, because
+another program downloaded it."""
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+JobPhase = Literal["resolve", "download", "verify", "compile"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DerivedArtifact:
-    """What was compiled from a snapshot."""
+class Record(BaseModel):
+    """Base of all records that leave this package."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class FidelityObject(BaseModel):
+    """How near a model comes to itself at fp32, as it was measured before it was served."""
+
+    min_cosine: float = Field(description="Lowest cosine of a vector to that of the same text at fp32.")
+    mean_cosine: float
+    top10_overlap: float | None = Field(
+        description="Share of each text's ten nearest neighbours that stay its nearest, 0 to 1."
+    )
+    spearman: float | None = Field(description="Rank correlation of all pairs' similarities, -1 to 1.")
+    texts: int = Field(description="How many texts were compared.")
+
+    @classmethod
+    def of(cls, fidelity: Fidelity | None) -> FidelityObject | None:
+        return cls.model_validate(fidelity, from_attributes=True) if fidelity is not None else None
+
+
+class CachedArtifact(Record):
+    """A compiled form of a snapshot."""
 
     key: str
-    snapshot: str
-    """The digest of the snapshot."""
-    precision: str
-    """How the weights are stored: fp32, fp16, int8 or int4."""
-    computed: str
-    """What it computes in: fp32, bf16, int8."""
+    precision: str = Field(description="Precision of the stored weights.")
+    computed: str = Field(description="Precision of the computation.")
     size: int
-    """Bytes."""
     last_used: datetime
-    fidelity: Fidelity | None
+    fidelity: FidelityObject | None
     in_use: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedSnapshot:
-    """A model's files on disk, at one revision, from one hub."""
+class CachedModelRecord(Record):
+    """The files of a model on disk, at one revision, from one hub."""
 
-    name: str
-    """The repository's id on its hub, or a local directory's path."""
-    hub: HubName
-    endpoint: str | None
-    asked_revision: str | None
-    """Branch, tag or commit as it was asked for; None is the hub's default branch."""
-    revision: str | None
-    """Resolved; None where that is not known (an incomplete one)."""
-    path: Path | None
-    """The directory of its files, which is the hub's client's own; None where nothing is there yet."""
-    state: Completeness
-    size: int
-    """Bytes of its own files, artifacts not counted."""
+    id: str = Field(description="The name as one part of a path: `Qwen_Qwen3-0.6B` for `Qwen/Qwen3-0.6B`.")
+    model_name: str = Field(description="The repository id on its hub, or a directory.")
+    source: HubName
+    asked_revision: str | None = Field(description="As it was requested; null: the hub's default branch.")
+    revision: str | None = Field(description="Resolved; null if it is unknown.")
+    path: str | None = Field(description="Directory of the files; null if there are none.")
+    state: State
+    size: int = Field(description="Size of its files and compiled forms.")
+    files_size: int
+    artifacts: list[CachedArtifact]
     fetched: datetime | None
     last_used: datetime | None
-    digest: str | None
-    artifacts: tuple[DerivedArtifact, ...]
-    in_use: bool
-    """Whether a process holds it: it is loaded, being loaded, or being fetched."""
-
-    @property
-    def id(self) -> str:
-        """The name as one part of a path: `Qwen_Qwen3-0.6B` for `Qwen/Qwen3-0.6B`."""
-        return cache_id(self.name)
-
-    @property
-    def owns_files(self) -> bool:
-        """Whether removing it removes its files: those of a directory and of the bundled model are not ours."""
-        return self.hub in ("huggingface", "modelscope")
+    in_use: bool = Field(description="Loaded, being loaded or being downloaded, by this or another program.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileFinding:
-    """A file that is not as its manifest says."""
+class CachedFile(Record):
+    path: str
+    size: int
+    sha256: str
+
+
+class Details(BaseModel):
+    """What the files of a model, or its compiled form, say about it; null where they do not say."""
+
+    dimensions: int | None = None
+    max_tokens: int | None = Field(default=None, description="Longest input.")
+    pooling: str | None = None
+    normalized: bool | None = None
+    prompts: dict[str, str] | None = None
+    default_prompt: str | None = None
+    matryoshka: list[int] | Literal["any"] | None = Field(
+        default=None, description="Smaller sizes that vectors can be cut to."
+    )
+    license: str | None = None
+    notes: list[str] = []
+    files: list[CachedFile] = []
+
+
+class Finding(Record):
+    """A file that differs from its record."""
 
     path: str
     problem: Literal["missing", "size", "bytes", "unreadable"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """A snapshot whose bytes, and those of its artifacts, were all read again."""
+class Verification(CachedModelRecord):
+    """A model whose files and compiled forms were all read and hashed again."""
 
-    snapshot: CachedSnapshot
-    findings: tuple[FileFinding, ...]
-    damaged_artifacts: tuple[str, ...]
-    """Keys."""
+    ok: bool
+    findings: list[Finding]
+    damaged_artifacts: list[str] = Field(description="Keys of compiled forms whose files have changed.")
+
+
+class KeptModel(CachedModelRecord):
+    """A model that was not removed."""
+
+    reason: str
+
+
+class Removal(Record):
+    """What was removed; of a dry run, what would be."""
+
+    models: list[CachedModelRecord] = Field(description="As they were.")
+    artifacts: list[str] = Field(description="Keys of the compiled forms that were removed with them.")
+    freed: int = Field(description="Bytes.")
+    kept: list[KeptModel] = Field(description="Models that are in use.")
+
+
+class DownloadRecord(Record):
+    """A download at one moment."""
+
+    id: str
+    state: JobState
+    model_name: str
+    source: str = Field(
+        description="The hub that is asked; when it is done, the hub that the files came from."
+    )
+    asked_revision: str | None
+    revision: str | None = Field(description="Resolved; null until it is done.")
+    force: bool
+    compile: bool
+    precision: str | None = Field(description="Precision that it is compiled at; null if it is not compiled.")
+    phase: JobPhase | None = Field(description="What it does, or did when it ended. Null before it begins.")
+    done_bytes: int = Field(description="Of this phase. Decreases if a file is downloaded again.")
+    total_bytes: int | None
+    bytes_per_s: float | None = Field(
+        description="Over the last seconds; null while nothing is transferred or read."
+    )
+    cancelling: bool = Field(description="It was cancelled, and ends as soon as it can.")
+    error: str | None = Field(description="Why it failed, and what to do.")
+    error_code: str | None
+    created: datetime
+    started: datetime | None
+    ended: datetime | None
+    path: str | None = Field(description="Directory of the files, when it is done.")
+    notes: list[str] = Field(description="Notes on how it was compiled.")
 
     @property
-    def ok(self) -> bool:
-        return not self.findings and not self.damaged_artifacts and self.snapshot.state == "complete"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Removal:
-    """What was removed, or, of a dry run, what would be."""
-
-    snapshots: Sequence[CachedSnapshot]
-    artifacts: Sequence[str]
-    """Keys."""
-    freed: int
-    """Bytes."""
-    kept: Sequence[tuple[CachedSnapshot, str]] = ()
-    """Of `remove_all` and `prune`: what is in use, with the reason."""
-
-
-def cache_id(name: str) -> str:
-    """Return a model's name as one part of a path, slashes as underscores."""
-    return name.strip("/").replace("/", "_")
+    def is_over(self) -> bool:
+        return self.state in ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,41 +168,15 @@ class CompiledModel:
 
     snapshot: Snapshot
     backend: BackendName
-    """`openvino` serves from an artifact that is there now; `torch` serves the snapshot itself."""
+    """`openvino` serves from a compiled artifact, `torch` from the snapshot itself."""
     size: int
     """Bytes on disk of what it is loaded from."""
     description: ModelDescription | None
-    """What the artifact computes, with its fidelity; None with torch, which is measured when it is first loaded."""
+    """Description of the artifact, with its fidelity; None for torch, which is described when it is loaded."""
     notes: tuple[str, ...]
-    """Why it is not the backend that was expected; what concerns the precision stands in the description."""
+    """Why it is not the expected backend."""
 
 
-class CachedModelInfo(TypedDict):
-    """One line of `list_cached_models`."""
-
-    model_name: str
-    id: str
-    source: str
-    revision: str | None
-    path: str | None
-    size: int
-    """Bytes, artifacts included."""
-    state: str
-    last_used: str | None
-    """ISO 8601, UTC."""
-    in_use: bool
-
-
-def info_of(entry: CachedSnapshot) -> CachedModelInfo:
-    """Return an entry as plain values, as `list_cached_models` gives them."""
-    return {
-        "model_name": entry.name,
-        "id": entry.id,
-        "source": entry.hub,
-        "revision": entry.revision,
-        "path": str(entry.path) if entry.path is not None else None,
-        "size": entry.size + sum(artifact.size for artifact in entry.artifacts),
-        "state": entry.state,
-        "last_used": entry.last_used.isoformat() if entry.last_used is not None else None,
-        "in_use": entry.in_use,
-    }
+def cache_id(name: str) -> str:
+    """Return a model's name as one part of a path, with underscores for slashes."""
+    return name.strip("/").replace("/", "_")

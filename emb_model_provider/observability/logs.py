@@ -50,9 +50,9 @@ def start_logging(settings: LogSettings) -> LineWriter:
 
     Raises: SettingsError where the log file cannot be written.
     """
-    as_json = settings.format == "json" or (settings.format == "auto" and not sys.stderr.isatty())
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
     handlers: list[logging.StreamHandler[Any]] = [logging.StreamHandler(sys.stderr)]
-    if settings.to_file:
+    if settings.log_to_file:
         handlers.append(_file_handler(settings))
     for handler in handlers:
         handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
@@ -61,7 +61,7 @@ def start_logging(settings: LogSettings) -> LineWriter:
     root = logging.getLogger()
     root.handlers = [_Enqueue(writer)]  # type: ignore[arg-type]  # all that it asks of a queue is `put_nowait`
     root.setLevel(logging.WARNING)
-    logging.getLogger("emb_model_provider").setLevel(settings.level)
+    logging.getLogger("emb_model_provider").setLevel(settings.log_level)
     logging.captureWarnings(capture=True)
     # No line tells them, and looking them up for every access line costs as much as writing it.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -70,16 +70,16 @@ def start_logging(settings: LogSettings) -> LineWriter:
 
 def _file_handler(settings: LogSettings) -> _AgedRotatingFileHandler:
     try:
-        settings.directory.mkdir(parents=True, exist_ok=True)
+        settings.log_dir.mkdir(parents=True, exist_ok=True)
         return _AgedRotatingFileHandler(
-            settings.directory / LOG_FILE,
+            settings.log_dir / LOG_FILE,
             max_bytes=_MAX_FILE_BYTES,
             max_age_s=_MAX_FILE_AGE_S,
             kept=_KEPT_FILES,
         )
     except OSError as error:
         raise SettingsError(
-            f"EMB_PROVIDER_LOG_DIR={settings.directory}: cannot be written ({error.strerror}): "
+            f"EMB_PROVIDER_LOG_DIR={settings.log_dir}: cannot be written ({error.strerror}): "
             "choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
         ) from error
 

@@ -12,13 +12,13 @@ import uvicorn
 from emb_model_provider.api.app import create_app
 from emb_model_provider.api.http_protocol import HttpProtocol
 from emb_model_provider.process.supervisor import BEAT_EVERY_S
-from emb_model_provider.serving.memory_tuning import keep_memory_together
+from emb_model_provider.serving.memory_tuning import limit_malloc_arenas
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
-    from emb_model_provider.process.shutdown import Stop
+    from emb_model_provider.process.shutdown import ShutdownSignal
     from emb_model_provider.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _LAST_WORDS_S = 2.0
 def serve(
     settings: Settings,
     sockets: list[socket.socket],
-    stop: Stop,
+    stop: ShutdownSignal,
     *,
     on_hung: Callable[[str], None] | None = None,
     beat: Callable[[], None] | None = None,
@@ -44,7 +44,7 @@ def serve(
     `on_hung` is called with the reason when a model hangs for good, and `beat` every `BEAT_EVERY_S` seconds on the
     event loop, as long as that runs. Call this on the main thread.
     """
-    keep_memory_together()
+    limit_malloc_arenas()
     nothing_to_serve = False
 
     def give_up() -> None:
@@ -57,7 +57,7 @@ def serve(
             settings,
             on_nothing_to_serve=give_up,
             on_hung=on_hung,
-            is_stopping=lambda: server.should_exit,
+            is_shutting_down=lambda: server.should_exit,
         ),
         log_config=None,
         access_log=False,
@@ -68,10 +68,10 @@ def serve(
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
-    grace_s = max(_SHORTEST_GRACE_S, settings.lifecycle().shutdown_grace_s)
+    grace_s = max(_SHORTEST_GRACE_S, settings.lifecycle.shutdown_grace_s)
     config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # parts of a second work as well
     server = _Server(config, stop, beat)
-    stop.when_asked(server.leave)
+    stop.on_shutdown(server.leave)
     # Not `server.run()`, which in the end waits for all threads, even one in the middle of a download.
     new_loop = config.get_loop_factory() or asyncio.new_event_loop
     new_loop().run_until_complete(server.serve(sockets))
@@ -79,7 +79,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, stop: Stop, beat: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, stop: ShutdownSignal, beat: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._stop = stop
         self._beat = beat
@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `Stop`."""
+        """Leave the signals to `ShutdownSignal`."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

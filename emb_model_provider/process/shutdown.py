@@ -29,7 +29,7 @@ _SLACK_S = 30.0
 _FLUSH_S = 2.0
 
 
-class Stop:
+class ShutdownSignal:
     """Whether the process is to stop. The first signal asks for it, a second one ends the process at once."""
 
     def __init__(self, writer: LineWriter, grace_s: float, supervisor: socket.socket | None = None) -> None:
@@ -50,7 +50,7 @@ class Stop:
             signal.signal(number, self._ring)
         threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
-    def when_asked(self, act: Callable[[], None]) -> None:
+    def on_shutdown(self, act: Callable[[], None]) -> None:
         """Call `act` when the process is asked to stop, on another thread, or here and now if it has been already."""
         self._act = act
         if self.reason is not None:

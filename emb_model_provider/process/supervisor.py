@@ -50,10 +50,10 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class InheritedState:
     """What a supervisor hands to the service that it starts."""
 
-    lifeline: socket.socket
+    parent_pipe: socket.socket
     """A byte to the child is the number of a signal, one from it a sign of life; the end of it is the supervisor's."""
     sockets: list[socket.socket]
     """They listen already."""
@@ -62,20 +62,22 @@ class Handed:
 
     def beat(self) -> None:
         """Tell the supervisor that this process's event loop runs; call it every `BEAT_EVERY_S` seconds."""
-        with suppress(OSError):  # enough of them are waiting, or the supervisor is gone: `Stop` sees to that
-            self.lifeline.send(b"\0", socket.MSG_DONTWAIT)
+        with suppress(
+            OSError
+        ):  # enough of them are waiting, or the supervisor is gone: `ShutdownSignal` sees to that
+            self.parent_pipe.send(b"\0", socket.MSG_DONTWAIT)
 
 
-def handed_over() -> Handed | None:
+def take_inherited_state() -> InheritedState | None:
     """Take what a supervisor handed to this process; None where none started it. Nothing else inherits it from here."""
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
         return None
     told = json.loads(text)
-    lifeline, *sockets = (socket.socket(fileno=number) for number in (told["lifeline"], *told["sockets"]))
-    for one in (lifeline, *sockets):
+    parent_pipe, *sockets = (socket.socket(fileno=number) for number in (told["lifeline"], *told["sockets"]))
+    for one in (parent_pipe, *sockets):
         one.set_inheritable(False)
-    return Handed(lifeline, sockets, told["after"])
+    return InheritedState(parent_pipe, sockets, told["after"])
 
 
 class Supervisor:
@@ -127,18 +129,18 @@ class Supervisor:
 
     def _run_child(self, after: str) -> int:
         """Start the service and wait for its end; return its exit code, negative for a signal. Raises: OSError."""
-        lifeline, its_end = socket.socketpair()
-        with lifeline:
+        parent_pipe, its_end = socket.socketpair()
+        with parent_pipe:
             with its_end:
                 child = self._start(its_end, after)
             logger.info("the service is process %d", child.pid)
-            pulse = _Pulse(lifeline, self._silence_s)
+            pulse = _Heartbeat(parent_pipe, self._silence_s)
             kill_at: float | None = None
             while (code := child.poll()) is None:
                 left_s = pulse.look_again_s if kill_at is None else max(0.0, kill_at - time.monotonic())
                 for number in self._listen_for_signals(left_s, pulse):
                     with suppress(OSError):  # it has just ended
-                        lifeline.send(bytes([number]))
+                        parent_pipe.send(bytes([number]))
                 if kill_at is not None and time.monotonic() >= kill_at:
                     logger.error("the service did not end within %.0f s: it is killed", _KILL_AFTER_S)
                     child.kill()
@@ -153,18 +155,18 @@ class Supervisor:
                     kill_at = time.monotonic() + _KILL_AFTER_S
             return code
 
-    def _start(self, lifeline: socket.socket, after: str) -> subprocess.Popen[bytes]:
+    def _start(self, parent_pipe: socket.socket, after: str) -> subprocess.Popen[bytes]:
         numbers = [one.fileno() for one in self._sockets]
-        told = {"lifeline": lifeline.fileno(), "sockets": numbers, "after": after}
+        told = {"lifeline": parent_pipe.fileno(), "sockets": numbers, "after": after}
         return subprocess.Popen(  # noqa: S603 - ourselves once more
             [sys.executable, *sys.orig_argv[1:]],
             env=os.environ | {_VARIABLE: json.dumps(told)},
-            pass_fds=[lifeline.fileno(), *numbers],
+            pass_fds=[parent_pipe.fileno(), *numbers],
             # Ctrl-C is for us: before the service is ready for it, it would end it with a traceback.
             process_group=0,
         )
 
-    def _listen_for_signals(self, timeout_s: float | None, pulse: _Pulse | None = None) -> list[int]:
+    def _listen_for_signals(self, timeout_s: float | None, pulse: _Heartbeat | None = None) -> list[int]:
         """Wait for a signal, the end of the child among them; return those that are to be passed on."""
         ready, _, _ = select.select([self._bell, *(pulse.ends if pulse else ())], [], [], timeout_s)
         if pulse is not None:
@@ -195,14 +197,14 @@ class Supervisor:
         return 128 + (self._asked[1] if -code == signal.SIGKILL and len(self._asked) > 1 else -code)
 
 
-class _Pulse:
+class _Heartbeat:
     """A child's signs of life.
 
     Silence is counted in looks at it, each `BEAT_EVERY_S` seconds: while the whole machine sleeps, nobody looks.
     """
 
-    def __init__(self, lifeline: socket.socket, silence_s: float) -> None:
-        self.ends = [lifeline]
+    def __init__(self, parent_pipe: socket.socket, silence_s: float) -> None:
+        self.ends = [parent_pipe]
         """What to wait for."""
         self._most = silence_s / BEAT_EVERY_S
         self._silent: int | None = None

@@ -1,196 +1,167 @@
-"""From a model's slot to an engine: its files, its backend, room in memory, and a first answer."""
+"""Loads a model into memory: its files, its backend, room in the memory budget, and a first answer."""
 
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emb_model_provider.artifacts.prepare import PreparedBackend, prepare_backend
-from emb_model_provider.backends.memory_estimate import least_bytes, likely_bytes
-from emb_model_provider.concurrency import in_thread
+from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_bytes
+from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import LoadError
 from emb_model_provider.formatting import format_cosine, format_size
-from emb_model_provider.hubs.transfer import ProgressReporter
+from emb_model_provider.progress_reporter import ProgressReporter
 from emb_model_provider.registry.model_entry import State
 from emb_model_provider.serving.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Executor
 
+    from emb_model_provider.artifacts.prepare import BackendPreparer, PreparedBackend
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.model_spec import ModelSpec
-    from emb_model_provider.registry.memory_budget import Room
-    from emb_model_provider.registry.model_entry import Residence, Slot
-    from emb_model_provider.serving.jobs import BatchRecord
-    from emb_model_provider.serving.model_thread import Change
-    from emb_model_provider.settings import (
-        BatchSettings,
-        FidelitySettings,
-        HubSettings,
-        LimitSettings,
-        TrustSettings,
-    )
-    from emb_model_provider.snapshots.locks import SnapshotHold
+    from emb_model_provider.progress import CancelToken, Progress
+    from emb_model_provider.registry.memory_budget import MemoryBudget
+    from emb_model_provider.registry.model_entry import LoadedModel, ModelEntry
+    from emb_model_provider.serving.engine import EngineConfig
+    from emb_model_provider.serving.model_thread import StateChange
+    from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
-
 
 logger = logging.getLogger(__name__)
 
 
-class Loader:
-    """Loads models, any number side by side; of those that are compiled, one at a time."""
+@dataclass(slots=True)
+class ReloadableBackend:
+    """A backend that can be opened again after it has crashed."""
 
-    def __init__(
-        self,
-        *,
-        manager: ModelManager,
-        hubs: HubSettings,
-        trust: TrustSettings,
-        batching: BatchSettings,
-        limits: LimitSettings,
-        max_artifact_bytes: int,
-        fidelity: FidelitySettings | None,
-        watchdog_s: float,
-        executor: Executor,
-        on_batch: Callable[[BatchRecord], None],
-        stopping: Callable[[], bool],
-    ) -> None:
-        """`stopping` says whether the service is about to end, which ends compiling; it is asked on any thread."""
+    preparer: BackendPreparer
+    spec: ModelSpec
+    snapshot: Snapshot
+    cancel: CancelToken
+    prepared: PreparedBackend | None
+    """Used by the first `open`. Later ones prepare again, because an artifact may have been removed meanwhile."""
+
+    def open(self) -> Backend:
+        """Load the backend. Call it on the thread that will own it.
+
+        Raises:
+            LoadError: It cannot be loaded.
+        """
+        prepared, self.prepared = self.prepared, None
+        if prepared is None:
+            prepared = self.preparer.prepare(self.spec, self.snapshot, cancel=self.cancel)
+        return prepared.load()
+
+
+class Loader:
+    """Loads models, any number of them in parallel."""
+
+    def __init__(self, manager: ModelManager, config: EngineConfig, cancel: CancelToken) -> None:
+        """Create a loader.
+
+        Args:
+            manager: Provides the files and the backends.
+            config: Configuration of the engines.
+            cancel: Ends downloads and compiling when the service shuts down.
+        """
         self._manager = manager
-        self._hubs = hubs
-        self._trust = trust
-        self._batching = batching
-        self._limits = limits
-        self._max_artifact_bytes = max_artifact_bytes
-        self._fidelity = fidelity
-        self._watchdog_s = watchdog_s
-        self._executor = executor
-        self._on_batch = on_batch
-        self._stopping = stopping
-        self._compiling = threading.Lock()
+        self._config = config
+        self._cancel = cancel
 
     async def load(
-        self, residence: Residence, room: Room, on_change: Callable[[Change, str], None]
+        self, loaded_model: LoadedModel, budget: MemoryBudget, on_change: Callable[[StateChange, str], None]
     ) -> Engine:
-        """Load a model into memory once there is room, and set its slot's state on the way.
+        """Load a model as soon as there is room for it, and update the state of its entry.
 
-        `on_change` is called on the model's thread when it breaks down, comes back or is given up.
+        If this raises or is cancelled, the caller must release what `loaded_model` holds.
 
-        Where this raises or is cancelled, what `residence` took or held is the caller's to give back.
+        Args:
+            loaded_model: The model to load.
+            budget: Reserves memory for it.
+            on_change: Called on the model's thread when the model crashes, recovers or fails.
 
-        Raises: HubError, LoadError, InterruptedError when stopping; what a model's own code raises.
+        Raises:
+            HubError, LoadError: It cannot be loaded.
+            OperationCancelledError: The service shuts down.
         """
-        slot, started = residence.slot, time.monotonic()
-        alias = slot.spec.alias
-        slot.state = State.DOWNLOADING
+        entry, started = loaded_model.entry, time.monotonic()
+        alias = entry.spec.alias
+        entry.state = State.DOWNLOADING
         logger.info("loading model %s", alias)
-        snapshot, residence.hold = await in_thread(f"fetch-{alias}", lambda: self._acquire(slot.spec))
-        slot.snapshot = snapshot
-        slot.state = State.LOADING
-        first: PreparedBackend | None = await in_thread(
-            f"prepare-{alias}", lambda: self._prepare(slot, snapshot)
+        snapshot, loaded_model.hold = await run_in_daemon_thread(
+            f"fetch-{alias}", lambda: self._fetch(entry.spec)
         )
-        if first is None:
-            raise RuntimeError("a backend was prepared")
-        slot.state = State.LOADING
-        files = first.backend, first.size, slot.spec.precision
-        await room.admit(
-            residence, slot.known_bytes or least_bytes(*files), slot.known_bytes or likely_bytes(*files)
+        entry.snapshot = snapshot
+        entry.state = State.LOADING
+        prepared = await run_in_daemon_thread(f"prepare-{alias}", lambda: self._prepare(entry, snapshot))
+        entry.state = State.LOADING
+        files = prepared.backend, prepared.size, entry.spec.precision
+        await budget.reserve(
+            loaded_model,
+            entry.measured_bytes or minimum_bytes(*files),
+            entry.measured_bytes or expected_bytes(*files),
         )
-
-        def load() -> Backend:
-            nonlocal first
-            # Prepared again for every later load: an artifact may be gone by then.
-            ready = first or self._prepare(slot, snapshot)
-            first = None
-            return ready.load()
-
-        engine = await Engine.start(
-            slot.spec,
-            load,
-            batching=self._batching,
-            limits=self._limits,
-            executor=self._executor,
-            on_batch=self._on_batch,
-            watchdog_s=self._watchdog_s,
-            on_change=on_change,
-        )
-        slot.known_bytes = engine.memory_bytes
+        backend = ReloadableBackend(self._manager.preparer, entry.spec, snapshot, self._cancel, prepared)
+        engine = await Engine.start(entry.spec, backend.open, self._config, on_change)
+        entry.measured_bytes = engine.memory_bytes
         try:
-            room.require_fits(engine.memory_bytes)
+            budget.check_fits(engine.memory_bytes)
         except LoadError:
-            await in_thread(f"stop-{alias}", engine.stop)
+            await run_in_daemon_thread(f"stop-{alias}", engine.stop)
             raise
-        log_loaded(engine, snapshot, time.monotonic() - started)
+        _log_ready(engine, snapshot, time.monotonic() - started)
         return engine
 
-    def _acquire(self, spec: ModelSpec) -> tuple[Snapshot, SnapshotHold]:
-        with ProgressReporter(terminal=sys.stderr) as report:
-            return self._manager.acquire(spec, report)
+    def _fetch(self, spec: ModelSpec) -> tuple[Snapshot, FileLock]:
+        with ProgressReporter("log", every_s=30.0) as report:
+            return self._manager.acquire(spec, on_progress=report, cancel=self._cancel)
 
-    def _prepare(self, slot: Slot, snapshot: Snapshot) -> PreparedBackend:
-        """Choose the slot's backend, compiling where that is needed. Blocks; runs on a thread of its own."""
-        my_turn = False
-
-        def begin_compiling() -> None:
-            nonlocal my_turn
-            slot.state = State.COMPILING
-            # Compiling takes all processors: two at a time would each take more than twice as long.
-            while not (my_turn := self._compiling.acquire(timeout=0.2)):
-                if self._stopping():
-                    raise InterruptedError("stopped while waiting to compile")
-
-        try:
-            return prepare_backend(
-                slot.spec,
-                snapshot,
-                trust_remote_code=self._may_run_code(slot.spec, snapshot),
-                cache_dir=self._hubs.cache_dir,
-                max_cache_bytes=self._max_artifact_bytes,
-                on_compiling=begin_compiling,
-                stopped=self._stopping,
-                fidelity=self._fidelity,
-            )
-        finally:
-            if my_turn:
-                self._compiling.release()
-
-    def _may_run_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
-        trusted = self._trust.allows(spec, snapshot.hub)
-        if trusted:
+    def _prepare(self, entry: ModelEntry, snapshot: Snapshot) -> PreparedBackend:
+        """Prepare the backend, compiling it if necessary. Blocks."""
+        preparer = self._manager.preparer
+        if preparer.allows_code(entry.spec, snapshot):
             logger.warning(
                 "model %s: trust_remote_code is on: code from %s at revision %s may run in this process",
-                spec.alias, snapshot.repository, snapshot.revision,
+                entry.spec.alias, snapshot.repository, snapshot.revision,
             )  # fmt: skip
-        return trusted
+        with ProgressReporter("log", every_s=30.0) as report:
+
+            def on_progress(progress: Progress) -> None:
+                entry.state = State.COMPILING
+                report(progress)
+
+            return preparer.prepare(entry.spec, snapshot, on_progress=on_progress, cancel=self._cancel)
 
 
-def log_loaded(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
+def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
     description = engine.description
+    alias = engine.spec.alias
     for note in description.notes:
-        logger.warning("model %s: %s", engine.spec.alias, note)
+        logger.info("model %s: %s", alias, note)
+    logger.debug(
+        "model %s: %s at %s from %s, max %d tokens, %s pooling, %s",
+        alias, snapshot.repository, snapshot.revision, snapshot.hub, description.max_length,
+        description.pooling, _format_fidelity(description),
+    )  # fmt: skip
     logger.info(
-        "model %s is ready: %s at %s from %s, %d dimensions, %d tokens, %s pooling, %s on %s (%s), %s, %s, %.1f s",
-        engine.spec.alias, snapshot.repository, snapshot.revision[:12], snapshot.hub, description.dimension,
-        description.max_length, description.pooling, description.precision, description.device,
-        description.backend, _fidelity_words(description), format_size(engine.memory_bytes), took_s,
+        "model %s is ready: %d dimensions, %s on %s (%s), %s, %.1f s",
+        alias, description.dimension, description.precision, description.device, description.backend,
+        format_size(engine.memory_bytes), took_s,
     )  # fmt: skip
 
 
-def _fidelity_words(description: ModelDescription) -> str:
+def _format_fidelity(description: ModelDescription) -> str:
     fidelity = description.fidelity
     if fidelity is None:
         return "the reference itself" if description.precision == "fp32" else "fidelity not measured"
-    words = [
-        f"cosine to fp32 {format_cosine(fidelity.min_cosine)} or more, mean {format_cosine(fidelity.mean_cosine)}"
+    parts = [
+        f"cosine to fp32 min {format_cosine(fidelity.min_cosine)}, mean {format_cosine(fidelity.mean_cosine)}"
     ]
     if fidelity.top10_overlap is not None:
-        words.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbours kept")
+        parts.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbours kept")
     if fidelity.spearman is not None:
-        words.append(f"Spearman {format_cosine(fidelity.spearman)}")
-    return f"{', '.join(words)} over {fidelity.texts} texts"
+        parts.append(f"Spearman {format_cosine(fidelity.spearman)}")
+    return f"{', '.join(parts)} over {fidelity.texts} texts"

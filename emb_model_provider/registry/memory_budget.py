@@ -13,48 +13,48 @@ from emb_model_provider.formatting import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.registry.model_entry import Residence, Slot
-    from emb_model_provider.settings import ResidencySettings
+    from emb_model_provider.registry.model_entry import LoadedModel, ModelEntry
+    from emb_model_provider.settings import MemorySettings
 
 logger = logging.getLogger(__name__)
 
-MAKES_ROOM = "room for another model"
+EVICTED = "room for another model"
 
 
-class Room:
+class MemoryBudget:
     """Keeps the loaded models within MAX_LOADED_MODELS and MODEL_MEMORY_LIMIT. Used on one event loop."""
 
     def __init__(
-        self, limits: ResidencySettings, begin_unloading: Callable[[Slot, str], asyncio.Task[None]]
+        self, limits: MemorySettings, begin_unloading: Callable[[ModelEntry, str], asyncio.Task[None]]
     ) -> None:
-        self.residences: set[Residence] = set()
+        self.loaded: set[LoadedModel] = set()
         """Those that take memory: loading, loaded, and not quite gone."""
         self._most = limits.max_loaded_models
-        self._limit = limits.memory_limit_bytes
+        self._limit = limits.model_memory_limit
         self._begin_unloading = begin_unloading
         # Two that made room side by side would each count on the room that the other made.
         self._turn = asyncio.Lock()
 
-    async def admit(self, coming: Residence, least_bytes: int, likely_bytes: int) -> None:
+    async def reserve(self, coming: LoadedModel, minimum_bytes: int, likely_bytes: int) -> None:
         """Let a model into memory, once there is room for it: others leave, their requests answered first.
 
-        Raises: LoadError where not even `least_bytes` fit; that `likely_bytes` do not fit is seen when it is loaded.
+        Raises: LoadError where not even `minimum_bytes` fit; that `likely_bytes` do not fit is seen when it is loaded.
         """
-        self.require_fits(least_bytes)
+        self.check_fits(minimum_bytes)
         coming.expected_bytes = likely_bytes if self._limit is None else min(likely_bytes, self._limit)
-        coming.step_began, coming.waits_for = time.monotonic(), "others that wait for it come first"
+        coming.step_started_at, coming.waiting_for = time.monotonic(), "others that wait for it come first"
         async with self._turn:
-            await self._make_room(coming)
-            self.residences.add(coming)
-        coming.step_began = time.monotonic()
+            await self._evict_until_fits(coming)
+            self.loaded.add(coming)
+        coming.step_started_at = time.monotonic()
 
-    async def correct(self, residence: Residence) -> None:
+    async def rebalance(self, loaded_model: LoadedModel) -> None:
         """Make room once more for a model that takes more memory than was expected of it."""
         async with self._turn:
-            if residence in self.residences:
-                await self._make_room(residence)
+            if loaded_model in self.loaded:
+                await self._evict_until_fits(loaded_model)
 
-    def require_fits(self, needed_bytes: int) -> None:
+    def check_fits(self, needed_bytes: int) -> None:
         """Raises: LoadError where a model needs more memory than all models together may take."""
         if self._limit is not None and needed_bytes > self._limit:
             raise LoadError(
@@ -64,39 +64,39 @@ class Room:
             )
 
     @property
-    def is_over(self) -> bool:
+    def is_exceeded(self) -> bool:
         """Whether the models in memory take more than they may."""
-        total = sum(residence.memory_bytes for residence in self.residences)
+        total = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
         return self._limit is not None and total > self._limit
 
-    async def _make_room(self, coming: Residence) -> None:
-        while (leaving := self._next_to_leave(coming)) is not None:
+    async def _evict_until_fits(self, coming: LoadedModel) -> None:
+        while (leaving := self._next_eviction(coming)) is not None:
             logger.info(
                 "model %s makes room for %s%s",
-                leaving.slot.spec.alias,
-                coming.slot.spec.alias,
-                ", once its requests are answered" if leaving.users else "",
+                leaving.entry.spec.alias,
+                coming.entry.spec.alias,
+                ", once its requests are answered" if leaving.ref_count else "",
             )
-            coming.waits_for = f"`{leaving.slot.spec.alias}` is to be unloaded first, {_when(leaving)}"
+            coming.waiting_for = f"`{leaving.entry.spec.alias}` is to be unloaded first, {_when(leaving)}"
             # Neither raised nor cancelled with this wait: it is the unloading's own.
-            await asyncio.wait([self._begin_unloading(leaving.slot, MAKES_ROOM)])
-            self.residences.discard(leaving)
-        coming.waits_for = ""
+            await asyncio.wait([self._begin_unloading(leaving.entry, EVICTED)])
+            self.loaded.discard(leaving)
+        coming.waiting_for = ""
 
-    def _next_to_leave(self, coming: Residence) -> Residence | None:
-        others = [residence for residence in self.residences if residence is not coming]
-        taken = coming.memory_bytes + sum(residence.memory_bytes for residence in others)
+    def _next_eviction(self, coming: LoadedModel) -> LoadedModel | None:
+        others = [loaded_model for loaded_model in self.loaded if loaded_model is not coming]
+        taken = coming.memory_bytes + sum(loaded_model.memory_bytes for loaded_model in others)
         too_many = self._most is not None and len(others) >= self._most
         if not others or not (too_many or (self._limit is not None and taken > self._limit)):
             return None
-        return min(others, key=_reluctance)
+        return min(others, key=_eviction_key)
 
 
-def _when(leaving: Residence) -> str:
+def _when(leaving: LoadedModel) -> str:
     return "once its requests are answered" if leaving.engine is not None else "once it is loaded"
 
 
-def _reluctance(residence: Residence) -> tuple[bool, bool, bool, float]:
+def _eviction_key(loaded_model: LoadedModel) -> tuple[bool, bool, bool, float]:
     """Order models by how little they are missed: those that leave anyway, then idle ones, the longest first."""
-    stays = residence.slot.residence is residence
-    return stays, residence.engine is None, residence.users > 0, residence.last_needed
+    stays = loaded_model.entry.loaded_model is loaded_model
+    return stays, loaded_model.engine is None, loaded_model.ref_count > 0, loaded_model.last_used_at

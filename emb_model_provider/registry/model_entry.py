@@ -15,12 +15,8 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.serving.engine import Engine
-    from emb_model_provider.snapshots.locks import SnapshotHold
+    from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
-
-
-_LONG_S = 300.0
-"""From then on a load that is in memory, or waits for room there, is told of: it may never end."""
 
 
 class State(StrEnum):
@@ -65,7 +61,7 @@ class ModelStatus:
     """What 95 % of the requests of the last 60 seconds took at most, in seconds, once the model was there."""
     memory_bytes: int | None = None
     """What it takes in memory while it is there; see `backends.memory`."""
-    unloaded_because: str | None = None
+    unload_reason: str | None = None
     """Why it was taken out of memory, until it is back there."""
     unloads: Mapping[str, int] = field(default_factory=dict)
     """How often it was taken out of memory, by the reason."""
@@ -75,10 +71,10 @@ class ModelStatus:
         """Whether a request is answered: at once, or after a load that went well before."""
         if self.state in (State.FAILED, State.HUNG):
             return False
-        return self.state is State.READY or (self.unloaded_because is not None and self.error is None)
+        return self.state is State.READY or (self.unload_reason is not None and self.error is None)
 
 
-class Residence:
+class LoadedModel:
     """One stay of a model in memory, from the beginning of its loading to its end.
 
     Who waits for the load is a user of it already: else a model could be unloaded again, for others, before those
@@ -86,23 +82,23 @@ class Residence:
     """
 
     __slots__ = (
-        "_empty", "engine", "expected_bytes", "hold", "loading", "since", "slot", "step_began", "users", "waits_for",
+        "_empty", "engine", "entry", "expected_bytes", "hold", "loading", "ref_count", "since", "step_started_at", "waiting_for",
     )  # fmt: skip
 
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
+    def __init__(self, entry: ModelEntry) -> None:
+        self.entry = entry
         self.engine: Engine | None = None
         self.loading: asyncio.Task[None]
-        self.hold: SnapshotHold | None = None
+        self.hold: FileLock | None = None
         """Keeps the snapshot on the disk: a model that breaks down is loaded from it anew."""
-        self.users = 0
+        self.ref_count = 0
         """Requests that run on it, or wait for it."""
         self.since = time.monotonic()
         """When it was begun; when it could answer, from then on."""
         self.expected_bytes = 0
-        self.waits_for = ""
+        self.waiting_for = ""
         """What has to happen before there is room for it, for people."""
-        self.step_began: float | None = None
+        self.step_started_at: float | None = None
         """When it began to wait for room, or, from then on, was let in; None before."""
         self._empty: asyncio.Event | None = None
 
@@ -111,76 +107,78 @@ class Residence:
         """What it takes in memory; while it is loaded, what is known or expected of that."""
         return self.engine.memory_bytes if self.engine is not None else self.expected_bytes
 
-    def overdue(self) -> str:
+    def slow_load_warning(self) -> str:
         """Return what to say where its load takes suspiciously long; empty where it does not."""
-        if self.engine is not None or self.step_began is None:
+        if self.engine is not None or self.step_started_at is None:
             return ""
-        took_s = time.monotonic() - self.step_began
-        if took_s < _LONG_S:
+        took_s = time.monotonic() - self.step_started_at
+        if took_s < self.entry.slow_load_s:
             return ""
-        if self.waits_for:
-            return f"It has waited for room in memory for {took_s:.0f} s: {self.waits_for}."
+        if self.waiting_for:
+            return f"It has waited for room in memory for {took_s:.0f} s: {self.waiting_for}."
         return (
             f"It has been loading for {took_s:.0f} s, and keeps its room in memory. Nothing can end a load: if this one "
             "does not come to its end, start the service again."
         )
 
     @property
-    def last_needed(self) -> float:
+    def last_used_at(self) -> float:
         """When it was last of use to anybody, `time.monotonic()`."""
-        return max(self.since, self.slot.usage.last or 0.0)
+        return max(self.since, self.entry.stats.last or 0.0)
 
-    def leave(self) -> None:
+    def release_ref(self) -> None:
         """Count a user out."""
-        self.users -= 1
-        if not self.users and self._empty is not None:
+        self.ref_count -= 1
+        if not self.ref_count and self._empty is not None:
             self._empty.set()
 
-    async def emptied(self) -> None:
+    async def wait_idle(self) -> None:
         """Wait until there is no user. Only the one that unloads it waits, when no new ones come in."""
-        if self.users:
+        if self.ref_count:
             self._empty = asyncio.Event()
             await self._empty.wait()
 
-    def release(self) -> None:
+    def release_snapshot(self) -> None:
         """Let the snapshot go. Calling it again does nothing."""
         if self.hold is not None:
             self.hold.release()
 
 
-class Slot:
+class ModelEntry:
     """A model that is served, in memory or not."""
 
-    def __init__(self, spec: ModelSpec, *, preload: bool, configured: bool) -> None:
+    def __init__(self, spec: ModelSpec, *, preload: bool, configured: bool, slow_load_s: float) -> None:
         self.spec = spec
+        self.slow_load_s = slow_load_s
+        """After which a load that has not ended is reported, in seconds."""
         self.preload = preload
         self.configured = configured
         self.created = int(time.time())
         self.state = State.UNLOADED
-        self.residence: Residence | None = None
+        self.loaded_model: LoadedModel | None = None
         """The stay that new requests join."""
         self.unloading: asyncio.Task[None] | None = None
         self.snapshot: Snapshot | None = None
-        self.known_bytes: int | None = None
+        self.measured_bytes: int | None = None
         """What it took in memory last time."""
         self.error: str | None = None
         self.failed_at = 0.0
         self.restarts = 0
         self.loaded_at: float | None = None
-        self.unloaded_because: str | None = None
+        self.unload_reason: str | None = None
         self.unloads: Counter[str] = Counter()
-        self.forgotten = False
-        self.usage = Usage()
+        self.removed = False
+        self.stats = RequestStats()
 
     @property
     def engine(self) -> Engine | None:
-        return self.residence.engine if self.residence is not None else None
+        return self.loaded_model.engine if self.loaded_model is not None else None
 
     @property
-    def held_up_by(self) -> str:
+    def blocked_by(self) -> str:
         """What its load waits for before it begins, to be added to a sentence; empty where that is nothing."""
-        waits_for = self.residence.waits_for if self.residence is not None else ""
-        return f", waiting for room in memory ({waits_for})" if waits_for else ""
+        waiting_for = self.loaded_model.waiting_for if self.loaded_model is not None else ""
+        return f", waiting for room in memory ({waiting_for})" if waiting_for else ""
 
     @property
     def is_unloading(self) -> bool:
@@ -188,15 +186,15 @@ class Slot:
 
     def status(self) -> ModelStatus:
         engine = self.engine
-        hung = engine.hung if engine is not None and self.state is State.READY else ""
-        overdue = self.residence.overdue() if self.residence is not None else ""
-        requests_per_s, p95_s = self.usage.recent()
+        hang_report = engine.hang_report if engine is not None and self.state is State.READY else ""
+        slow_load_warning = self.loaded_model.slow_load_warning() if self.loaded_model is not None else ""
+        requests_per_s, p95_s = self.stats.recent()
         return ModelStatus(
             spec=self.spec,
-            state=State.HUNG if hung else self.state,
+            state=State.HUNG if hang_report else self.state,
             preload=self.preload,
             created=self.created,
-            error=hung or self.error or overdue or None,
+            error=hang_report or self.error or slow_load_warning or None,
             restarts=self.restarts,
             snapshot=self.snapshot,
             description=engine.description if engine is not None else None,
@@ -204,12 +202,12 @@ class Slot:
             waiting_tokens=engine.waiting_tokens if engine is not None else 0,
             configured=self.configured,
             loaded_at=self.loaded_at if engine is not None else None,
-            last_used=self.usage.last_unix,
-            requests_served=self.usage.served,
+            last_used=self.stats.last_unix,
+            requests_served=self.stats.served,
             requests_per_s=requests_per_s,
             p95_s=p95_s,
             memory_bytes=engine.memory_bytes if engine is not None else None,
-            unloaded_because=self.unloaded_because,
+            unload_reason=self.unload_reason,
             unloads=dict(self.unloads),
         )
 
@@ -220,8 +218,8 @@ _KEPT = 1024
 """Requests that are looked back at, at most; where more came within the window, the last of them speak for it."""
 
 
-class Usage:
-    """The requests of one model. Used on one event loop; `note` costs less than a microsecond."""
+class RequestStats:
+    """The requests of one model. Used on one event loop; `record` costs less than a microsecond."""
 
     def __init__(self) -> None:
         self.served = 0
@@ -230,7 +228,7 @@ class Usage:
         """When one last ended, `time.monotonic()`."""
         self._recent: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
-    def note(self, began: float, ended: float, *, answered: bool) -> None:
+    def record(self, began: float, ended: float, *, answered: bool) -> None:
         """Count a request, its times as `time.monotonic()` has them."""
         self.last = ended
         if answered:

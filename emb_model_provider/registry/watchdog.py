@@ -12,7 +12,7 @@ from emb_model_provider.registry.model_entry import State
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from emb_model_provider.registry.model_entry import Slot
+    from emb_model_provider.registry.model_entry import ModelEntry
     from emb_model_provider.serving.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -21,61 +21,65 @@ IDLE = "idle"
 _EVERY_S = 1.0
 
 
-class Watch:
+class Watchdog:
     """What is seen of the models of a registry, over time."""
 
     def __init__(
         self,
-        slots: Callable[[], Iterable[Slot]],
+        entries: Callable[[], Iterable[ModelEntry]],
         *,
         watchdog_s: float,
         idle_unload_s: float | None,
-        unload: Callable[[Slot, str], object],
+        unload: Callable[[ModelEntry, str], object],
     ) -> None:
         """`unload` begins to unload a model, for the reason that it is given."""
-        self._slots = slots
+        self._entries = entries
         self._watchdog_s = watchdog_s
         self._idle_unload_s = idle_unload_s
         self._unload = unload
         self._hung_since: dict[Engine, float] = {}
-        self._left_behind: dict[Engine, str] = {}
+        self._abandoned: dict[Engine, str] = {}
 
-    def keep_an_eye_on(self, alias: str, engine: Engine) -> None:
+    def track(self, alias: str, engine: Engine) -> None:
         """Go on looking at a model that was to end and hangs."""
-        self._left_behind[engine] = alias
+        self._abandoned[engine] = alias
 
     async def run(self, on_hung: Callable[[str], None] | None) -> None:
         """Look until cancelled; `on_hung` is called with what to say where a model has hung for long."""
         pause_s = min(_EVERY_S, self._watchdog_s / 2, (self._idle_unload_s or _EVERY_S) / 2)
         while True:
             await asyncio.sleep(pause_s)
-            present = {slot.engine: slot.spec.alias for slot in self._slots() if slot.engine is not None}
-            self._left_behind = {engine: alias for engine, alias in self._left_behind.items() if engine.hung}
-            seen = present | self._left_behind
+            present = {
+                entry.engine: entry.spec.alias for entry in self._entries() if entry.engine is not None
+            }
+            self._abandoned = {
+                engine: alias for engine, alias in self._abandoned.items() if engine.hang_report
+            }
+            seen = present | self._abandoned
             self._hung_since = {engine: since for engine, since in self._hung_since.items() if engine in seen}
             for engine, alias in seen.items():
-                self._look_for_hangs(engine, alias, on_hung)
+                self._check_for_hang(engine, alias, on_hung)
             if self._idle_unload_s is not None:
                 self._unload_idle(self._idle_unload_s)
 
-    def _look_for_hangs(self, engine: Engine, alias: str, on_hung: Callable[[str], None] | None) -> None:
-        hung = engine.hung
+    def _check_for_hang(self, engine: Engine, alias: str, on_hung: Callable[[str], None] | None) -> None:
+        hang_report = engine.hang_report
         now = time.monotonic()
-        if not hung:
+        if not hang_report:
             if self._hung_since.pop(engine, None) is not None:
                 logger.warning("model %s hangs no more", alias)
             return
         if engine not in self._hung_since:
             self._hung_since[engine] = now
-            logger.error("model %s hangs: %s", alias, hung)
+            logger.error("model %s hangs: %s", alias, hang_report)
         if on_hung is not None and now - self._hung_since[engine] >= self._watchdog_s:
-            on_hung(f"model {alias} hangs: {hung}")
+            on_hung(f"model {alias} hangs: {hang_report}")
 
     def _unload_idle(self, idle_s: float) -> None:
         now = time.monotonic()
-        for slot in list(self._slots()):
-            residence = slot.residence
-            if slot.state is not State.READY or residence is None or residence.users:
+        for entry in list(self._entries()):
+            loaded_model = entry.loaded_model
+            if entry.state is not State.READY or loaded_model is None or loaded_model.ref_count:
                 continue
-            if now - residence.last_needed >= idle_s:
-                self._unload(slot, IDLE)
+            if now - loaded_model.last_used_at >= idle_s:
+                self._unload(entry, IDLE)

@@ -32,7 +32,7 @@ _NO_MEMORY = (
 
 
 @dataclass(slots=True)
-class Outcome:
+class BatchResult:
     """What became of a batch beside the vectors that its jobs have now."""
 
     failures: list[tuple[EmbeddingJob, InferenceError]] = field(default_factory=list)
@@ -40,18 +40,18 @@ class Outcome:
     """Padded tokens of the smallest batch of several inputs that there was no memory for."""
 
 
-def run_isolated(model: str, backend: Backend, members: Sequence[Member]) -> Outcome:
+def run_batch(model: str, backend: Backend, members: Sequence[Member]) -> BatchResult:
     """Write each member's vector to its job.
 
     A batch that fails is halved until the inputs at fault stand alone: only their jobs fail. A vector that is not
     finite is computed once more, at fp32.
     """
-    outcome = Outcome()
-    _run(model, backend, members, outcome)
-    return outcome
+    result = BatchResult()
+    _run(model, backend, members, result)
+    return result
 
 
-def _run(model: str, backend: Backend, members: Sequence[Member], outcome: Outcome) -> bool:
+def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> bool:
     """Return whether there was no memory for an input by itself."""
     members = [member for member in members if not member[0].cancelled]
     if not members:
@@ -63,12 +63,12 @@ def _run(model: str, backend: Backend, members: Sequence[Member], outcome: Outco
         failure = error
     if failure is not None:
         # Outside the handler, so that the halves' failures do not drag this one's traceback along.
-        return _after_a_failure(model, backend, members, failure, outcome)
+        return _bisect(model, backend, members, failure, result)
     for vector, (job, row) in zip(vectors, members, strict=True):
         job.vectors[row] = vector
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
     if not finite.all():
-        _recompute(model, backend, [members[place] for place in np.flatnonzero(~finite)], outcome)
+        _recompute(model, backend, [members[place] for place in np.flatnonzero(~finite)], result)
     return False
 
 
@@ -87,14 +87,14 @@ def _batch(members: Sequence[Member]) -> TokenBatch:
     )
 
 
-def _after_a_failure(
-    model: str, backend: Backend, members: Sequence[Member], failure: BaseException, outcome: Outcome
+def _bisect(
+    model: str, backend: Backend, members: Sequence[Member], failure: BaseException, result: BatchResult
 ) -> bool:
     no_memory = is_out_of_memory(failure)
     if len(members) == 1:
         job, row = members[0]
         logger.error("model %s failed on an input of %d tokens", model, len(job.ids[row]), exc_info=failure)
-        outcome.failures.append(
+        result.failures.append(
             (job, InferenceError(f"The model failed on an input ({type(failure).__name__})."))
         )
         return no_memory
@@ -103,16 +103,16 @@ def _after_a_failure(
         model, len(members), type(failure).__name__,
     )  # fmt: skip
     middle = len(members) // 2
-    first = _run(model, backend, members[:middle], outcome)
-    alone = _run(model, backend, members[middle:], outcome) or first
+    first = _run(model, backend, members[:middle], result)
+    alone = _run(model, backend, members[middle:], result) or first
     # Where an input runs out of memory by itself, the batches that it was in tell nothing of what others may be.
     if no_memory and not alone:
         padded = len(members) * max(len(job.ids[row]) for job, row in members)
-        outcome.out_of_memory = min(padded, outcome.out_of_memory or padded)
+        result.out_of_memory = min(padded, result.out_of_memory or padded)
     return alone
 
 
-def _recompute(model: str, backend: Backend, members: Sequence[Member], outcome: Outcome) -> None:
+def _recompute(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> None:
     """Compute vectors that were not finite once more, at fp32, each by itself."""
     for job, row in members:
         tokens = len(job.ids[row])
@@ -133,7 +133,7 @@ def _recompute(model: str, backend: Backend, members: Sequence[Member], outcome:
             logger.exception(
                 "model %s gave a vector that is not finite for %d tokens, and failed at fp32", model, tokens
             )
-        outcome.failures.append(
+        result.failures.append(
             (job, InferenceError("The model gave a vector that is not finite for an input."))
         )
 

@@ -40,10 +40,10 @@ class BatchPolicy:
     """Share of padding up to which a larger batch is better than two smaller ones."""
 
 
-class Job:
+class BatchJob:
     """One request's inputs while they wait and run."""
 
-    __slots__ = ("_lengths", "_rows", "_tag", "alone", "arrived_at", "cancelled", "ids", "waiting_tokens")
+    __slots__ = ("_lengths", "_rows", "_tag", "arrived_at", "cancelled", "exclusive", "ids", "waiting_tokens")
 
     def __init__(self, ids: Sequence[Sequence[int]], *, arrived_at: float = 0.0) -> None:
         if not ids:
@@ -52,21 +52,21 @@ class Job:
         self.arrived_at = arrived_at
         """When it was submitted, on the caller's clock, in seconds."""
         self.cancelled = False
-        self.alone = False
+        self.exclusive = False
         """Whether its inputs share no batch with those of others; every other batch is then theirs."""
         self.waiting_tokens = 0
         """Tokens of the inputs that are not in a batch yet."""
         self._rows: list[int] = []
         self._lengths: list[int] = []
         self._tag = 0.0
-        self.begin_again()
+        self.reset()
 
     @property
     def waiting(self) -> int:
         """How many inputs are not in a batch yet."""
         return len(self._rows)
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """Let all inputs wait. The job must not be in a batcher."""
         ids = self.ids
         self.waiting_tokens = sum(map(len, ids))
@@ -87,7 +87,7 @@ class Job:
         return self._rows.pop(position)
 
 
-JobT = TypeVar("JobT", bound=Job)
+JobT = TypeVar("JobT", bound=BatchJob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,9 @@ class Batcher(Generic[JobT]):
     def __init__(self, policy: BatchPolicy) -> None:
         self._own_policy = self._policy = policy
         self._heap: list[tuple[float, int, int, JobT]] = []
-        self._alone: deque[JobT] = deque()
+        self._exclusive: deque[JobT] = deque()
         """Jobs that share no batch; the rest are in the heap."""
-        self._was_alone = False
+        self._last_was_exclusive = False
         self._sequence = count()
         self._virtual_time = 0.0
         self._jobs = 0
@@ -125,7 +125,7 @@ class Batcher(Generic[JobT]):
         self._policy = replace(self._policy, max_batch_tokens=budget)
         self._lowered_until = until
 
-    def emptied(self) -> Batcher[JobT]:
+    def drained(self) -> Batcher[JobT]:
         """Return a batcher of the same policy in which nothing waits."""
         return Batcher(self._own_policy)
 
@@ -151,14 +151,14 @@ class Batcher(Generic[JobT]):
             job.waiting_tokens = 0
         if not self._jobs:
             self._heap.clear()
-            self._alone.clear()
+            self._exclusive.clear()
 
     def next_batch(
-        self, now: float, *, idle_lanes: int = 1, may_wait: bool = True
+        self, now: float, *, idle_streams: int = 1, may_wait: bool = True
     ) -> Batch[JobT] | float | None:
         """Return the next batch; or, where it pays to wait for more, when to ask again; or None if nothing waits.
 
-        With several `idle_lanes`, the asking one included, what waits is dealt out among them. Where nobody else will
+        With several `idle_streams`, the asking one included, what waits is dealt out among them. Where nobody else will
         come, it `may_wait` no more.
         """
         if not self.waiting_inputs:
@@ -167,31 +167,31 @@ class Batcher(Generic[JobT]):
             self._policy = self._own_policy
         policy = self._policy
         if may_wait and policy.dynamic and self.waiting_inputs < policy.min_batch_size:
-            waiting = (*self._alone, *(job for *_, job in self._heap))
+            waiting = (*self._exclusive, *(job for *_, job in self._heap))
             wait_until = min(job.arrived_at for job in waiting if job.waiting) + policy.max_wait_s
             if now < wait_until:
                 return wait_until
-        return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_lanes)))
+        return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_streams)))
 
     def _push(self, job: JobT) -> None:
-        if job.alone:
-            self._alone.append(job)
+        if job.exclusive:
+            self._exclusive.append(job)
             return
         # Among equals the smaller goes first: it holds the other up for less.
         heapq.heappush(self._heap, (job._tag, job.waiting_tokens, next(self._sequence), job))
 
     def _form(self, most: int) -> Batch[JobT]:
         candidates = self._candidates(2 * most)
-        forming = _Forming(candidates[0], most, self._policy)
+        builder = _BatchBuilder(candidates[0], most, self._policy)
         if len(candidates) > 1:
             # A share for each first, so that a large request does not fill the batch before a small one's turn.
             share = max(1, most // len(candidates))
             for job in candidates:
-                forming.add_from(job, share)
+                builder.add_from(job, share)
         for job in candidates:
-            forming.add_from(job, most)
+            builder.add_from(job, most)
 
-        batch = Batch(members=forming.members, tokens=forming.tokens, longest=forming.longest)
+        batch = Batch(members=builder.members, tokens=builder.tokens, longest=builder.longest)
         self.waiting_inputs -= len(batch.members)
         self.waiting_tokens -= batch.tokens
         # Requests behind the candidates share in virtual time too, hence all jobs, not just these.
@@ -207,7 +207,7 @@ class Batcher(Generic[JobT]):
 
     def _candidates(self, most: int) -> list[JobT]:
         """Take the jobs that may join the next batch off the heap, the one whose turn it is first."""
-        if (job := self._alone_next()) is not None:
+        if (job := self._next_exclusive()) is not None:
             return [job]
         limit = most if self._policy.dynamic else 1
         candidates: list[JobT] = []
@@ -216,17 +216,17 @@ class Batcher(Generic[JobT]):
             if job.waiting:
                 candidates.append(job)
         # Those of the heap may all have been cancelled.
-        return candidates or [self._alone.popleft()]
+        return candidates or [self._exclusive.popleft()]
 
-    def _alone_next(self) -> JobT | None:
+    def _next_exclusive(self) -> JobT | None:
         """Take the job that has the next batch to itself, if it is such a one's turn."""
-        while self._alone and not self._alone[0].waiting:
-            self._alone.popleft()
-        self._was_alone = bool(self._alone) and (not self._was_alone or not self._heap)
-        return self._alone.popleft() if self._was_alone else None
+        while self._exclusive and not self._exclusive[0].waiting:
+            self._exclusive.popleft()
+        self._last_was_exclusive = bool(self._exclusive) and (not self._last_was_exclusive or not self._heap)
+        return self._exclusive.popleft() if self._last_was_exclusive else None
 
 
-class _Forming(Generic[JobT]):
+class _BatchBuilder(Generic[JobT]):
     """A batch in the making, led by the longest waiting input of the job whose turn it is."""
 
     def __init__(self, first: JobT, most: int, policy: BatchPolicy) -> None:

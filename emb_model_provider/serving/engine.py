@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,11 +20,12 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.jobs import EmbeddingJob, Timing
-from emb_model_provider.serving.memory_tuning import spare_what_stays
-from emb_model_provider.serving.model_thread import Worker
+from emb_model_provider.serving.memory_tuning import freeze_gc
+from emb_model_provider.serving.model_thread import ModelThread
 from emb_model_provider.serving.openai_tokens import decode_cl100k, load_cl100k
-from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, finished
-from emb_model_provider.serving.scheduler import Lanes
+from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, postprocess
+from emb_model_provider.serving.scheduler import BatchScheduler, Timings
+from emb_model_provider.settings import BatchSettings, LimitSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.tokenization import EncodedInputs
     from emb_model_provider.model_spec import ModelSpec, Truncate
     from emb_model_provider.serving.jobs import BatchRecord
-    from emb_model_provider.serving.model_thread import Change
-    from emb_model_provider.settings import BatchSettings, LimitSettings
+    from emb_model_provider.serving.model_thread import StateChange
 
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this much takes about as long as handing it to another thread."""
@@ -45,7 +45,22 @@ _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 131_072
 """On a CPU larger batches answer next to no more: 8 texts of 92 tokens at a time 172 a second, 32 of them 165. But all
 of a batch wait for its end, and whoever comes next waits for that too."""
 _CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
-_FIRST_TEXT = "Is anybody there?"
+_WARM_UP_TEXT = "Is anybody there?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Configuration that the engines of a service share."""
+
+    executor: Executor
+    """Tokenizes long inputs off the event loop."""
+    batching: BatchSettings = field(default_factory=BatchSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    watchdog_s: float = 60.0
+    """A batch that runs longer counts as hung, in seconds."""
+    on_batch: Callable[[BatchRecord], None] = lambda _: None
+    """Called on the model's thread after each batch."""
+    timings: Timings = field(default_factory=Timings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,110 +94,85 @@ class Engine:
     def __init__(
         self,
         spec: ModelSpec,
+        config: EngineConfig,
         description: ModelDescription,
-        tokenization: Tokenization,
-        lanes: Lanes,
-        worker: Worker,
-        limits: LimitSettings,
-        executor: Executor,
+        core: _Core,
         memory_bytes: int,
     ) -> None:
         self.spec = spec
         self.description = description
         self.memory_bytes = memory_bytes
-        """What the model takes in memory, as its backend says."""
-        self._tokenization = tokenization
-        self._lanes = lanes
-        self._worker = worker
-        self._limits = limits
-        self._executor = executor
+        """Memory that the model takes, as reported by its backend."""
+        self._config = config
+        self._tokenization, self._scheduler, self._thread = core
 
     @classmethod
     async def start(
         cls,
         spec: ModelSpec,
         load: Callable[[], Backend],
-        *,
-        batching: BatchSettings,
-        limits: LimitSettings,
-        executor: Executor,
-        on_batch: Callable[[BatchRecord], None],
-        watchdog_s: float = 60.0,
-        on_change: Callable[[Change, str], None] = lambda _change, _reason: None,
+        config: EngineConfig,
+        on_change: Callable[[StateChange, str], None] = lambda _change, _reason: None,
     ) -> Engine:
-        """Load the model on a thread of its own, and run it once to see that it answers.
+        """Load a model on a thread of its own, and run it once to check that it works.
 
-        `load` is called again where the model breaks down and is loaded anew; `on_change` is told of that, on the
-        model's thread. Where the call is cancelled, the thread frees the model as soon as it is loaded.
+        If the call is cancelled, the thread frees the model as soon as it is loaded.
 
-        Raises: whatever `load` raises, and LoadError where token_input needs something that is not here or
-        the model gives no vector.
+        Args:
+            spec: The model.
+            load: Loads the backend. Called again if the model has crashed.
+            config: Configuration of the engine.
+            on_change: Called on the model's thread when the model crashes, recovers or fails, with the reason.
+
+        Raises:
+            LoadError: `token_input` needs a package that is not installed, or the model returns no finite vector.
+            Exception: Whatever `load` raises.
         """
         if spec.token_input == "cl100k":
-            await asyncio.get_running_loop().run_in_executor(executor, load_cl100k)
-        tokenization: Tokenization | None = None
-        tokenizer_json = ""
-        memory_bytes = 0
-
-        def check(backend: Backend) -> None:
-            if tokenization is not None:
-                _try(backend, tokenization)
-
-        def load_and_try() -> Backend:
-            nonlocal tokenization, tokenizer_json, memory_bytes
-            backend = load()
-            try:
-                if tokenization is None:
-                    tokenizer_json = backend.description.tokenizer_json
-                    tokenization = Tokenization(backend.description)
-                _require_same(tokenizer_json, backend.description.tokenizer_json)
-                _try(backend, tokenization)
-                memory_bytes = backend.memory_bytes
-            except BaseException:
-                backend.close()
-                raise
-            spare_what_stays()
-            return backend
-
-        lanes = Lanes(
+            await asyncio.get_running_loop().run_in_executor(config.executor, load_cl100k)
+        loader = _BackendLoader(load)
+        scheduler = BatchScheduler(
             spec.alias,
-            check=check,
-            max_queue_tokens=batching.max_queue_tokens,
-            watchdog_s=watchdog_s,
-            on_batch=on_batch,
+            check=loader.check,
+            max_queue_tokens=config.batching.max_queue_tokens,
+            watchdog_s=config.watchdog_s,
+            on_batch=config.on_batch,
+            timings=config.timings,
         )
-        worker = Worker(
+        thread = ModelThread(
             spec.alias,
-            lanes,
-            load=load_and_try,
-            policy_for=lambda description: batch_policy(batching, description.device),
+            scheduler,
+            load=loader.load,
+            policy_for=lambda description: batch_policy(config.batching, description.device),
             on_change=on_change,
+            timings=config.timings,
         )
         try:
-            description = await asyncio.wrap_future(worker.start())
+            description = await asyncio.wrap_future(thread.start())
         except asyncio.CancelledError:
-            worker.leave()
+            thread.request_stop()
             raise
-        if tokenization is None:
-            raise RuntimeError("a loaded model has a tokenizer")
-        return cls(spec, description, tokenization, lanes, worker, limits, executor, memory_bytes)
+        if loader.tokenization is None:
+            raise AssertionError("a model that was loaded has a tokenizer")
+        core = _Core(loader.tokenization, scheduler, thread)
+        return cls(spec, config, description, core, loader.memory_bytes)
 
     @property
     def waiting_inputs(self) -> int:
-        return self._lanes.waiting_inputs
+        return self._scheduler.waiting_inputs
 
     @property
     def waiting_tokens(self) -> int:
-        return self._lanes.waiting_tokens
+        return self._scheduler.waiting_tokens
 
     @property
-    def hung(self) -> str:
+    def hang_report(self) -> str:
         """What hangs, for people; empty where nothing does."""
-        return self._lanes.hung
+        return self._scheduler.hang_report
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Finish what was accepted, then free the model. Blocks; returns False where `timeout_s` was not enough."""
-        return self._worker.stop(timeout_s)
+        return self._thread.stop(timeout_s)
 
     async def embed(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions
@@ -197,21 +187,21 @@ class Engine:
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         prompt = choose_prompt(options.input_type, self.description.prompts, self.description.default_prompt)
         try:
-            async with asyncio.timeout(self._limits.request_timeout_s):
+            async with asyncio.timeout(self._config.limits.request_timeout_s):
                 started = time.perf_counter()
                 encoded = await self._encode(inputs, prompt, options)
                 tokenize_s = time.perf_counter() - started
                 tokens = sum(map(len, encoded.ids))
-                if tokens > self._limits.max_request_tokens:
-                    raise TooManyTokensError(tokens, self._limits.max_request_tokens)
+                if tokens > self._config.limits.max_request_tokens:
+                    raise TooManyTokensError(tokens, self._config.limits.max_request_tokens)
                 vectors, timing = await self._run(encoded)
         except TimeoutError:
             raise DeadlineExceededError(
-                f"The request was not answered within {self._limits.request_timeout_s:g} seconds."
+                f"The request was not answered within {self._config.limits.request_timeout_s:g} seconds."
             ) from None
         normalize = self.description.normalize if options.normalize is None else options.normalize
         return Embeddings(
-            vectors=finished(vectors, dimensions=dimensions, normalize=normalize),
+            vectors=postprocess(vectors, dimensions=dimensions, normalize=normalize),
             tokens=tokens,
             truncated=encoded.truncated,
             tokenize_s=tokenize_s,
@@ -222,12 +212,12 @@ class Engine:
         job = EmbeddingJob(
             encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension
         )
-        self._lanes.submit(job)
+        self._scheduler.submit(job)
         try:
             return await job.result
         finally:
             if not job.result.done() or job.result.cancelled():
-                self._lanes.cancel(job)
+                self._scheduler.cancel(job)
 
     async def _encode(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], prompt: str, options: EmbedOptions
@@ -241,14 +231,14 @@ class Engine:
             texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API lets no mixture through
             if sum(map(len, texts)) <= _INLINE_CHARACTERS:
                 return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
-            return await self._elsewhere(
+            return await self._in_executor(
                 lambda: self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
             )
         rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
         if self.spec.token_input == "model":
             return self._tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
         if self.spec.token_input == "cl100k":
-            return await self._elsewhere(
+            return await self._in_executor(
                 lambda: self._tokenization.encode(
                     decode_cl100k(rows), prompt=prompt, truncate=truncate, max_tokens=limit
                 )
@@ -259,8 +249,8 @@ class Engine:
             "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or 'model' for the model's own."
         )
 
-    async def _elsewhere(self, encode: Callable[[], EncodedInputs]) -> EncodedInputs:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+    async def _in_executor(self, encode: Callable[[], EncodedInputs]) -> EncodedInputs:
+        return await asyncio.get_running_loop().run_in_executor(self._config.executor, encode)
 
     def _limit(self, requested: int | None) -> int:
         longest = self.description.max_length
@@ -274,18 +264,59 @@ class Engine:
         return requested
 
 
-def _require_same(before: str, now: str) -> None:
-    """Raises: LoadError where requests were tokenized for another model than the one that is here now."""
-    if now != before:
-        raise LoadError("it was loaded anew, and is another model now")
+class _BackendLoader:
+    """Loads the backend of one model, once or again after a crash, and checks it. Used on the model's thread."""
+
+    def __init__(self, load: Callable[[], Backend]) -> None:
+        self._load = load
+        self.tokenization: Tokenization | None = None
+        self.memory_bytes = 0
+        self._tokenizer_json = ""
+
+    def load(self) -> Backend:
+        backend = self._load()
+        try:
+            self._tokenize_for(backend.description)
+            self.check(backend)
+            self.memory_bytes = backend.memory_bytes
+        except BaseException:
+            backend.close()
+            raise
+        freeze_gc()
+        return backend
+
+    def _tokenize_for(self, description: ModelDescription) -> None:
+        if self.tokenization is None:
+            self.tokenization = Tokenization(description)
+            self._tokenizer_json = description.tokenizer_json
+        if description.tokenizer_json != self._tokenizer_json:
+            # Waiting requests were tokenized for the model that was here before.
+            raise LoadError("it was reloaded, and its files are those of another model now")
+
+    def check(self, backend: Backend) -> None:
+        """Run the model once on a short text.
+
+        Raises:
+            LoadError: It returns no vector, or one that is not finite.
+        """
+        if self.tokenization is not None:
+            _warm_up(backend, self.tokenization)
 
 
-def _try(backend: Backend, tokenization: Tokenization) -> None:
+class _Core(NamedTuple):
+    """The parts of a started engine."""
+
+    tokenization: Tokenization
+    scheduler: BatchScheduler
+    thread: ModelThread
+
+
+def _warm_up(backend: Backend, tokenization: Tokenization) -> None:
     """Run the model once on a short text, on its own thread.
 
     Raises: LoadError where it gives no vector, or one that is not finite.
     """
-    encoded = tokenization.encode([_FIRST_TEXT], truncate="END")
+    encoded = tokenization.encode([_WARM_UP_TEXT], truncate="END")
     try:
         vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
     except Exception as error:
@@ -303,7 +334,7 @@ def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:
         max_batch_size=settings.max_batch_size,
         max_batch_tokens=settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS),
         min_batch_size=settings.min_batch_size,
-        max_wait_s=settings.max_wait_s,
-        dynamic=settings.dynamic,
+        max_wait_s=settings.max_wait_time_ms / 1000,
+        dynamic=settings.enable_dynamic_batching,
         free_padded_tokens=_CPU_FREE_TOKENS if on_cpu else _GPU_FREE_TOKENS,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.serving.batcher import Job
+from emb_model_provider.serving.batcher import BatchJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class Timing:
     inference_s: float
 
 
-class EmbeddingJob(Job):
+class EmbeddingJob(BatchJob):
     """A job whose vectors are awaited on an event loop."""
 
     __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "vectors")
@@ -61,9 +61,9 @@ class EmbeddingJob(Job):
         self.attempts = 0
         """How often the model broke down while it ran a batch with inputs of this job."""
 
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """Let all inputs wait once more, as if none had run."""
-        super().begin_again()
+        super().reset()
         self.remaining = len(self.ids)
 
 
@@ -71,21 +71,21 @@ Member = tuple[EmbeddingJob, int]
 """A job and the row of its `ids` that is meant."""
 
 
-def answer(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
+def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
     """Hand over the vectors of jobs that have them all, with one wake-up for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EmbeddingJob, Timing]]] = {}
     for job, timing in done:
         by_loop.setdefault(job.loop, []).append((job, timing))
     for loop, jobs in by_loop.items():
-        _tell(loop, _set_results, jobs)
+        _call_on_loop(loop, _set_results, jobs)
 
 
-def refuse(job: EmbeddingJob, error: ProviderError) -> None:
+def set_exception(job: EmbeddingJob, error: ProviderError) -> None:
     """Let a job's caller have an error instead of vectors."""
-    _tell(job.loop, _set_exception, job, error)
+    _call_on_loop(job.loop, _set_exception, job, error)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
+def _call_on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
     # A loop that is closed has nobody left who waits; that must not end the thread for the others.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *args)

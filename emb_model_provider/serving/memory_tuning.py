@@ -20,7 +20,7 @@ _NEW_OBJECTS = 20_000
 """Between two collections. Requests leave next to no cycles: counting references frees what they made."""
 
 
-def spare_what_stays() -> None:
+def freeze_gc() -> None:
     """Take all objects of now out of later collections. Call it when a model has been loaded; takes tenths of a second."""
     # What an earlier call set aside may belong to a model that is gone: everything is looked at once more.
     gc.unfreeze()
@@ -29,7 +29,7 @@ def spare_what_stays() -> None:
     gc.set_threshold(_NEW_OBJECTS, 10, 10)
 
 
-def give_back_memory() -> None:
+def trim_malloc() -> None:
     """Let the system have what a model held that was closed; glibc keeps it for later, in pieces. Takes tenths of a second."""
     gc.unfreeze()
     gc.collect()
@@ -38,7 +38,7 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_memory_together() -> None:
+def limit_malloc_arenas() -> None:
     """Have glibc allocate from one arena for each thread that works at a time. Call it before threads are started.
 
     It gives every thread an arena of its own, up to eight a processor, and what is free in one is of no use to the others.

@@ -17,23 +17,23 @@ _MOST_ATTEMPTS = 2
 """A job that was in a batch whose lane ended is tried once more; it may be what ends them."""
 
 
-class Accepted:
+class PendingJobs:
     """Jobs by what becomes of them next. Not for several threads: the lanes' lock guards it."""
 
     def __init__(self) -> None:
         self.waiting: set[EmbeddingJob] = set()
         """Those that the present queue has, or that lanes have in hand."""
-        self._stranded: set[EmbeddingJob] = set()
+        self._detached: set[EmbeddingJob] = set()
         """Those of a queue whose lanes ended."""
         self._suspects: set[EmbeddingJob] = set()
         """Stranded ones that a lane had in hand when the lanes ended: one of them may be the reason."""
-        self._quarantine: set[EmbeddingJob] = set()
+        self._isolated: set[EmbeddingJob] = set()
         """Suspects of last time, each in batches of its own."""
 
     @property
-    def quarantine(self) -> bool:
+    def isolating(self) -> bool:
         """Whether suspects of the last breakdown run: one lane at a time then, so that it is known whose fault it is."""
-        return bool(self._quarantine)
+        return bool(self._isolated)
 
     def add(self, job: EmbeddingJob) -> None:
         """Keep a job that the queue takes."""
@@ -42,46 +42,46 @@ class Accepted:
     def forget(self, job: EmbeddingJob) -> bool:
         """Let go of a job that is answered, or that nobody awaits; return whether that ends the quarantine."""
         self.waiting.discard(job)
-        self._stranded.discard(job)
-        if job not in self._quarantine:
+        self._detached.discard(job)
+        if job not in self._isolated:
             return False
-        self._quarantine.discard(job)
-        return not self._quarantine
+        self._isolated.discard(job)
+        return not self._isolated
 
-    def is_stranded(self, job: EmbeddingJob) -> bool:
+    def is_detached(self, job: EmbeddingJob) -> bool:
         """Whether no queue has the job."""
-        return job in self._stranded
+        return job in self._detached
 
-    def suspect(self, jobs: Iterable[EmbeddingJob]) -> None:
+    def mark_suspect(self, jobs: Iterable[EmbeddingJob]) -> None:
         """Note whose inputs a lane had in hand when it ended."""
         self._suspects.update(jobs)
 
-    def strand(self) -> None:
+    def on_crash(self) -> None:
         """The queue is gone: keep its jobs for the next one."""
-        self._stranded, self.waiting = self.waiting, set()
+        self._detached, self.waiting = self.waiting, set()
 
     def resume(self) -> tuple[list[EmbeddingJob], list[EmbeddingJob]]:
         """Return the stranded jobs that the next queue shall have, oldest first, and those that had their chances."""
         again: list[EmbeddingJob] = []
         refused: list[EmbeddingJob] = []
-        self._quarantine = set()
-        for job in sorted(self._stranded, key=lambda job: job.arrived_at):
+        self._isolated = set()
+        for job in sorted(self._detached, key=lambda job: job.arrived_at):
             if job in self._suspects:
                 job.attempts += 1
-                job.alone = True
+                job.exclusive = True
             if job.attempts >= _MOST_ATTEMPTS:
                 refused.append(job)
                 continue
-            if job.alone:
-                self._quarantine.add(job)
-            job.begin_again()
+            if job.exclusive:
+                self._isolated.add(job)
+            job.reset()
             again.append(job)
-        self._stranded, self._suspects = set(), set()
+        self._detached, self._suspects = set(), set()
         self.waiting.update(again)
         return again, refused
 
-    def all_gone(self) -> set[EmbeddingJob]:
+    def drain(self) -> set[EmbeddingJob]:
         """Keep none, and return all there were."""
-        left = self._stranded | self.waiting
-        self._stranded, self.waiting = set(), set()
+        left = self._detached | self.waiting
+        self._detached, self.waiting = set(), set()
         return left

@@ -21,7 +21,7 @@ _SMALLEST_NORM = np.float32(1e-12)
 """As in torch.nn.functional.normalize: a zero vector stays zero."""
 
 
-def normalized(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def l2_normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the rows of `vectors`, float32 of shape (inputs, dimension), at length 1; zero rows stay zero."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     np.maximum(norms, _SMALLEST_NORM, out=norms)
@@ -50,11 +50,13 @@ def check_dimensions(requested: int | None, description: ModelDescription, spec:
     raise DimensionsError(", ".join(str(size) for size in sorted({*sizes, native})))
 
 
-def finished(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
+def postprocess(
+    vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool
+) -> NDArray[np.float32]:
     """Cut vectors to `dimensions` and bring them to length 1 where asked; a cut vector always is."""
     if dimensions is not None:
         vectors = vectors[:, :dimensions]
-    return normalized(vectors) if normalize or dimensions is not None else vectors
+    return l2_normalize(vectors) if normalize or dimensions is not None else vectors
 
 
 _SYNONYMS = (

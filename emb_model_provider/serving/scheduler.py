@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError
-from emb_model_provider.serving.batch_runner import run_isolated
+from emb_model_provider.serving.batch_runner import run_batch
 from emb_model_provider.serving.batcher import Batch, Batcher
-from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, Timing, answer, refuse
-from emb_model_provider.serving.pending_jobs import Accepted
+from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, Timing, set_exception, set_results
+from emb_model_provider.serving.pending_jobs import PendingJobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,17 +27,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER_A_FAILURE_S = 30.0
-
 _QUEUE_SECONDS = 20.0
 _ASSUMED_TOKENS_PER_S = 5_000.0
 """Until the first batches have been measured."""
 _RATE_SMOOTHING = 0.1
 _DRAIN_RETRY_AFTER_S = 5.0
-_LOWERED_BUDGET_S = 60.0
-"""How long batches stay small after one was too large for the memory."""
 _SLOWER_THAN_EXPECTED = 10.0
 """A batch that takes this many times as long as its tokens should, and the watchdog's limit, counts as hung."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """How long the service waits in unusual situations, in seconds."""
+
+    restart_pauses_s: tuple[float, ...] = (0.0, 1.0, 4.0)
+    """Before each restart of a crashed model. After as many restarts within ten minutes the model has failed."""
+    retry_after_failure_s: float = 30.0
+    """Until a model that failed may be loaded again."""
+    lowered_budget_s: float = 60.0
+    """How long batches stay small after one was too large for the memory."""
+    stop_s: float = 5.0
+    """How long a model may take to stop when all its requests are answered or cancelled."""
+    slow_load_s: float = 300.0
+    """After which a load that has not ended is reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class _Running:
     batch: Batch[EmbeddingJob]
 
 
-class Lanes:
+class BatchScheduler:
     """The queue of one model and the threads that work it off."""
 
     def __init__(
@@ -59,6 +71,7 @@ class Lanes:
         max_queue_tokens: int | None,
         watchdog_s: float,
         on_batch: Callable[[BatchRecord], None],
+        timings: Timings,
     ) -> None:
         """Prepare the queue; `open` lets jobs in. `check` raises where a backend cannot answer at all."""
         self._model = model
@@ -66,10 +79,11 @@ class Lanes:
         self._max_queue_tokens = max_queue_tokens
         self._watchdog_s = watchdog_s
         self._on_batch = on_batch
+        self._timings = timings
         self._wake = threading.Condition()
         """Guards all that follows, and the jobs' counts; idle lanes wait on it."""
         self._batcher: Batcher[EmbeddingJob] | None = None
-        self._accepted = Accepted()
+        self._pending = PendingJobs()
         self._idle = 0
         self._running: list[_Running | None] = [None]
         """What each lane has in hand."""
@@ -81,20 +95,23 @@ class Lanes:
     def open(self, backend: Backend, policy: BatchPolicy) -> None:
         """Let jobs in; they wait until `run`."""
         with self._wake:
-            self._running = [None] * backend.lanes
+            self._running = [None] * backend.streams
             self._batcher = Batcher(policy)
 
     def run(self, backend: Backend) -> BaseException | None:
         """Run batches on all lanes, this thread's included, until told to stop or one of them ends; return why."""
         others = [
             threading.Thread(
-                target=self._lane, args=(backend, lane), name=f"model-{self._model}-{lane}", daemon=True
+                target=self._run_stream,
+                args=(backend, stream),
+                name=f"model-{self._model}-{stream}",
+                daemon=True,
             )
-            for lane in range(1, backend.lanes)
+            for stream in range(1, backend.streams)
         ]
         for thread in others:
             thread.start()
-        self._lane(backend, 0)
+        self._run_stream(backend, 0)
         for thread in others:
             thread.join()
         return self._crash
@@ -102,7 +119,7 @@ class Lanes:
     def submit(self, job: EmbeddingJob) -> None:
         """Queue a job; its `result` will be set. Called on the job's event loop.
 
-        Raises: QueueFullError; ModelNotReadyError once `stop` was called, while all lanes hang, or after `give_up`.
+        Raises: QueueFullError; ModelNotReadyError once `stop` was called, while all lanes hang, or after `fail_all`.
         """
         with self._wake:
             if self._failed is not None:
@@ -113,16 +130,16 @@ class Lanes:
                     retry_after_s=_DRAIN_RETRY_AFTER_S,
                 )
             now = time.monotonic()
-            hanging = [running is not None and self._hangs(running, now) for running in self._running]
+            hanging = [running is not None and self._is_hanging(running, now) for running in self._running]
             # Where the lanes are ending, the model comes back once the last of them has ended.
             if any(hanging) if self._crash is not None else all(hanging):
                 raise ModelNotReadyError(
-                    f"The model `{self._model}` hangs: {self.hung}. Ask again later.",
-                    retry_after_s=RETRY_AFTER_A_FAILURE_S,
+                    f"The model `{self._model}` hangs: {self.hang_report}. Ask again later.",
+                    retry_after_s=self._timings.retry_after_failure_s,
                 )
             self._require_room(job, self._batcher.waiting_tokens)
             job.arrived_at = now
-            self._accepted.add(job)
+            self._pending.add(job)
             self._batcher.submit(job)
             if self._idle:
                 self._wake.notify(len(job.ids))
@@ -136,7 +153,7 @@ class Lanes:
         limit = self.max_queue_tokens
         if waiting + job.waiting_tokens <= limit:
             return
-        others = waiting - max((other.waiting_tokens for other in self._accepted.waiting), default=0)
+        others = waiting - max((other.waiting_tokens for other in self._pending.waiting), default=0)
         if waiting and others + job.waiting_tokens > limit:
             too_many = waiting if job.waiting_tokens > limit else others + job.waiting_tokens - limit
             raise QueueFullError(
@@ -147,13 +164,13 @@ class Lanes:
     def cancel(self, job: EmbeddingJob) -> None:
         """Drop what still waits of a job that nobody awaits any more."""
         with self._wake:
-            if self._accepted.is_stranded(job):
+            if self._pending.is_detached(job):
                 job.cancelled = True
             elif self._batcher is not None:
                 self._batcher.cancel(job)
             self._forget(job)
 
-    def take_up(self, backend: Backend) -> None:
+    def resume(self, backend: Backend) -> None:
         """Let the next `run` have what the last one left unanswered."""
         with self._wake:
             batcher = self._batcher
@@ -161,20 +178,22 @@ class Lanes:
                 raise RuntimeError("a model that was loaded has a queue")
             self._crash = None
             self._idle = 0
-            self._running = [None] * backend.lanes
-            again, refused = self._accepted.resume()
+            self._running = [None] * backend.streams
+            again, refused = self._pending.resume()
             for job in again:
                 batcher.submit(job)
         for job in refused:
-            refuse(job, InferenceError("The model broke down each time it ran inputs of this request."))
+            set_exception(
+                job, InferenceError("The model broke down each time it ran inputs of this request.")
+            )
 
-    def give_up(self, error: ModelNotReadyError) -> None:
+    def fail_all(self, error: ModelNotReadyError) -> None:
         """Let in no more, and let all who wait have the error."""
         with self._wake:
             self._failed = error
-            left = self._accepted.all_gone()
+            left = self._pending.drain()
         for job in left:
-            refuse(job, error)
+            set_exception(job, error)
 
     def stop(self) -> None:
         """Let in no more; `run` returns when all that was accepted is answered."""
@@ -196,11 +215,11 @@ class Lanes:
         return self._batcher.waiting_tokens if self._batcher is not None else 0
 
     @property
-    def hung(self) -> str:
+    def hang_report(self) -> str:
         """What hangs, for people; empty where nothing does."""
         now = time.monotonic()
         for running in self._running:
-            if running is not None and self._hangs(running, now):
+            if running is not None and self._is_hanging(running, now):
                 inputs = len(running.batch.members)
                 return f"a batch of {inputs} inputs has been running for {now - running.since:.0f} s"
         return ""
@@ -209,44 +228,44 @@ class Lanes:
     def _tokens_per_s(self) -> float:
         return self._lane_tokens_per_s * len(self._running)
 
-    def _hangs(self, running: _Running, now: float) -> bool:
+    def _is_hanging(self, running: _Running, now: float) -> bool:
         expected = running.batch.padded_tokens / self._lane_tokens_per_s
         return now - running.since > max(self._watchdog_s, _SLOWER_THAN_EXPECTED * expected)
 
     # --- the lanes --------------------------------------------------------------------------------------
 
-    def _lane(self, backend: Backend, lane: int) -> None:
+    def _run_stream(self, backend: Backend, stream: int) -> None:
         try:
-            while (batch := self._next_batch(lane)) is not None:
-                self._run(backend, batch, lane)
+            while (batch := self._next_batch(stream)) is not None:
+                self._run(backend, batch, stream)
         except BaseException as error:  # whatever it is, it ends this model's lanes and nothing else
-            self._end_lanes(lane, error)
-            logger.exception("model %s: its thread %d ended", self._model, lane)
+            self._end_streams(stream, error)
+            logger.exception("model %s: its thread %d ended", self._model, stream)
         finally:
-            self._running[lane] = None
+            self._running[stream] = None
 
-    def _end_lanes(self, lane: int, error: BaseException) -> None:
+    def _end_streams(self, stream: int, error: BaseException) -> None:
         with self._wake:
-            running = self._running[lane]
+            running = self._running[stream]
             if running is not None:
-                self._accepted.suspect(job for job, _ in running.batch.members)
+                self._pending.mark_suspect(job for job, _ in running.batch.members)
             if self._crash is None:
                 self._crash = error
-                self._accepted.strand()
+                self._pending.on_crash()
                 if self._batcher is not None:
-                    self._batcher = self._batcher.emptied()
+                    self._batcher = self._batcher.drained()
             self._wake.notify_all()
 
-    def _next_batch(self, lane: int) -> Batch[EmbeddingJob] | None:
+    def _next_batch(self, stream: int) -> Batch[EmbeddingJob] | None:
         with self._wake:
-            while lane and self._accepted.quarantine and self._crash is None:
+            while stream and self._pending.isolating and self._crash is None:
                 self._wake.wait()
             self._idle += 1
             while True:
                 if self._crash is not None or self._batcher is None:
                     return None
                 now = time.monotonic()
-                decision = self._batcher.next_batch(now, idle_lanes=self._idle, may_wait=not self._stopping)
+                decision = self._batcher.next_batch(now, idle_streams=self._idle, may_wait=not self._stopping)
                 if isinstance(decision, Batch):
                     break
                 if decision is None and self._stopping:
@@ -254,21 +273,21 @@ class Lanes:
                     return None
                 self._wake.wait(None if decision is None else decision - now)
             self._idle -= 1
-            self._running[lane] = _Running(now, decision)
+            self._running[stream] = _Running(now, decision)
             for job, _ in decision.members:
                 if job.started_at is None:
                     job.started_at = now
             return decision
 
-    def _run(self, backend: Backend, batch: Batch[EmbeddingJob], lane: int) -> None:
+    def _run(self, backend: Backend, batch: Batch[EmbeddingJob], stream: int) -> None:
         started = time.monotonic()
-        outcome = run_isolated(self._model, backend, batch.members)
-        if outcome.failures:
+        result = run_batch(self._model, backend, batch.members)
+        if result.failures:
             # Is it the inputs, or can the model do nothing any more? Then they are no more at fault than others.
             self._check(backend)
         ended = time.monotonic()
-        if outcome.out_of_memory is not None:
-            self._lower_budget(outcome.out_of_memory // 2, until=ended + _LOWERED_BUDGET_S)
+        if result.out_of_memory is not None:
+            self._lower_budget(result.out_of_memory // 2, until=ended + self._timings.lowered_budget_s)
         # Counted before it is answered: whoever has an answer finds it in the figures.
         self._count(
             BatchRecord(
@@ -278,14 +297,14 @@ class Lanes:
                 padded_tokens=batch.padded_tokens,
                 inference_s=ended - started,
                 queue_s=started - min(job.arrived_at for job, _ in batch.members),
-                failed=bool(outcome.failures),
+                failed=bool(result.failures),
             )
         )
-        for job, _ in outcome.failures:
+        for job, _ in result.failures:
             self.cancel(job)
-        self._finish(lane, batch, ended, took=ended - started)
-        for job, error in outcome.failures:
-            refuse(job, error)
+        self._finish(stream, batch, ended, took=ended - started)
+        for job, error in result.failures:
+            set_exception(job, error)
 
     def _count(self, record: BatchRecord) -> None:
         try:
@@ -299,10 +318,10 @@ class Lanes:
                 self._batcher.lower_budget(padded_tokens, until=until)
         logger.warning(
             "model %s: out of memory; batches of %d padded tokens at most for %d s",
-            self._model, padded_tokens, _LOWERED_BUDGET_S,
+            self._model, padded_tokens, self._timings.lowered_budget_s,
         )  # fmt: skip
 
-    def _finish(self, lane: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
+    def _finish(self, stream: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
         """Hand over the vectors of every request that has them all."""
         done: list[tuple[EmbeddingJob, Timing]] = []
         with self._wake:
@@ -315,10 +334,10 @@ class Lanes:
                     self._forget(job)
                     started = job.started_at if job.started_at is not None else job.arrived_at
                     done.append((job, Timing(queue_s=started - job.arrived_at, inference_s=ended - started)))
-            self._running[lane] = None
-        answer(done)
+            self._running[stream] = None
+        set_results(done)
 
     def _forget(self, job: EmbeddingJob) -> None:
         """Let go of a job that is answered, or that nobody awaits; with the last suspect the other lanes go on."""
-        if self._accepted.forget(job):
+        if self._pending.forget(job):
             self._wake.notify_all()

@@ -1,24 +1,21 @@
-"""Every setting: the table that users write (`table.py`), and the groups that the parts of the service get (`groups.py`).
-
-A setting documents itself: its description and what it allows are what `.env.example` and
-`docs/configuration.md` show, and what an error quotes.
-"""
+"""The settings: read from the environment and `.env`, checked, and handed to each part in groups."""
 
 from emb_model_provider.settings.fields import Lowered, MappingEntry, allowed_values
 from emb_model_provider.settings.groups import (
     FIDELITY_FLOORS,
+    PREFIX,
     BatchSettings,
     FidelitySettings,
     HubSettings,
     LifecycleSettings,
     LimitSettings,
     LogSettings,
+    MemorySettings,
     ModelSettings,
-    ResidencySettings,
     ServerSettings,
     TrustSettings,
 )
-from emb_model_provider.settings.settings import PREFIX, Settings
+from emb_model_provider.settings.settings import ServedModels, Settings
 
 __all__ = [
     "FIDELITY_FLOORS",
@@ -31,8 +28,9 @@ __all__ = [
     "LogSettings",
     "Lowered",
     "MappingEntry",
+    "MemorySettings",
     "ModelSettings",
-    "ResidencySettings",
+    "ServedModels",
     "ServerSettings",
     "Settings",
     "TrustSettings",

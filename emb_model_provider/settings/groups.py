@@ -1,147 +1,565 @@
-"""The settings as the parts of the service get them: one group a part, in seconds and bytes, nothing left to choose."""
+"""The settings, in groups.
+
+The name of a field is the name of its variable in lower case, without the prefix `EMB_PROVIDER_`. A setting is
+written once, here: `.env.example` and the table in docs/configuration.md are generated from its description,
+default and allowed values, and error messages quote them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping  # noqa: TC003 - pydantic reads it
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+import platformdirs
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
-    from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.errors import SettingsError
+from emb_model_provider.model_spec import BUNDLED_MODEL, BackendName, ModelSpec, Precision, Source
+from emb_model_provider.settings.fields import (
+    DEVICE_PATTERN,
+    Directory,
+    FidelityPrecision,
+    Lowered,
+    MappingEntry,
+    Names,
+    RemoteHubName,
+    Uppered,
+    setting,
+)
+
+PREFIX = "EMB_PROVIDER_"
 
 FIDELITY_FLOORS: Mapping[str, float] = MappingProxyType(
     {"fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9}
 )
-"""The lowest cosine to fp32 at which a model is served, by precision, where the operator sets no other."""
+"""Default lowest cosine to fp32 at which a model is served, by precision."""
+
+_MIB = 1024**2
+_GIB = 1024**3
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubSettings:
-    """How to reach the hubs, where a model does not say otherwise."""
+class SettingsGroup(BaseModel):
+    """Settings that belong together. Each field is one variable."""
 
-    cache_dir: Path
-    """This package's own cache: manifests and artifacts."""
-    modelscope_cache_dir: Path | None = None
-    modelscope_endpoint: str | None = None
-    modelscope_token: str | None = field(default=None, repr=False)
-    hf_cache_dir: Path | None = None
-    hf_endpoint: str | None = None
-    hf_token: str | None = field(default=None, repr=False)
-    fallback_to_huggingface: bool = False
-    offline: bool = False
-    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """A model's name to what each hub calls it, where that differs."""
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    title: ClassVar[str]
+    """Heading of the group in `.env.example` and in docs/configuration.md."""
+
+
+class ModelSettings(SettingsGroup):
+    """Which models are served, and how they compute by default."""
+
+    title = "Models"
+
+    model_name: str | None = setting(
+        None,
+        "Model to serve: a repository id on a hub, or a directory. "
+        f"Unset: the first entry of MODEL_MAPPING, or the bundled `{BUNDLED_MODEL}`.",
+    )
+    model_path: Directory | None = setting(
+        None,
+        "Local directory that holds MODEL_NAME. It takes precedence over any hub.",
+        allowed="a directory",
+    )
+    model_source: Annotated[Source, Lowered] = setting(
+        "auto",
+        "Hub to load from. auto: an existing directory is local; the bundled name is bundled; `damo/…` and `iic/…` "
+        "come from ModelScope; everything else comes from Hugging Face. If unset, "
+        "`MODEL_HUB=modelscope|huggingface` and `USE_MODELSCOPE=true|false` are read.",
+    )
+    model_revision: str | None = setting(None, "Branch, tag or commit. Unset: the hub's default branch.")
+    model_mapping: dict[str, MappingEntry] = setting(
+        {},
+        "JSON object, possibly over several lines: alias → model. Only `name` is required; the other keys are "
+        "`source`, `precision`, `revision`, `path`, `device`, `backend`, `pooling`, `normalize`, `max_length`, "
+        "`trust_remote_code`, `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`. "
+        "The first entry is the default model if MODEL_NAME is unset; if both are set, both are served.",
+        allowed='JSON like {"alias": {"name": "owner/model"}}',
+    )
+    preload_models: Names | None = setting(
+        None,
+        "Aliases to load at startup, separated by commas; the others are loaded at their first request. "
+        "`none` loads nothing. Unset: all, or the first MAX_LOADED_MODELS of them.",
+        allowed="aliases separated by commas, or none",
+    )
+    model_precision: Annotated[Precision, Lowered] = setting(
+        "auto",
+        "Precision of the computation. auto: for a model compiled on a CPU, bf16 if the processor supports it (and the "
+        "vectors stay within 0.999 of fp32), else fp32; for torch on a CPU, fp32; on a CUDA device, bf16 if it is "
+        "supported, else fp16. int8 and int4 store the weights in fewer bits: see docs/precision.md.",
+    )
+    enable_quantization: bool | None = setting(
+        None, "true with precision auto means int8; false together with int8 or int4 is an error."
+    )
+    device: Annotated[str, Lowered] = setting(
+        "auto",
+        "Device the model runs on. auto: CUDA if a device is present, else the CPU.",
+        allowed="auto, cpu, cuda, cuda:N, mps",
+        pattern=DEVICE_PATTERN,
+    )
+    backend: Annotated[BackendName, Lowered] = setting(
+        "auto",
+        "Runtime of the model. auto: on a CPU openvino, compiled once and checked against sentence-transformers, or "
+        "torch if the model cannot be compiled; torch on any other device.",
+    )
+
+    @model_validator(mode="after")
+    def _check_aliases(self) -> Self:
+        for alias in self.model_mapping:
+            if not alias.strip() or alias != alias.strip() or not alias.isprintable():
+                raise SettingsError(
+                    f"{PREFIX}MODEL_MAPPING: {alias!r} is not a valid alias: use printable text without "
+                    "surrounding spaces."
+                )
+        aliases = [spec.alias for spec in self.specs()]
+        if len(set(aliases)) < len(aliases):
+            raise SettingsError(
+                f"{PREFIX}MODEL_NAME={aliases[0]} is also an alias in {PREFIX}MODEL_MAPPING: rename one of them."
+            )
+        return self
+
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """Return the configured models in the order of the settings; the first is the default model.
+
+        Raises:
+            SettingsError: A precision contradicts ENABLE_QUANTIZATION.
+        """
+        mapped = (self.spec_for(alias, entry) for alias, entry in self.model_mapping.items())
+        main = self._main_model()
+        return (*((main,) if main is not None else ()), *mapped)
+
+    def spec_for(self, alias: str, entry: MappingEntry) -> ModelSpec:
+        """Return the model that a mapping entry describes, with the service-wide defaults applied.
+
+        Raises:
+            SettingsError: Its precision contradicts ENABLE_QUANTIZATION.
+        """
+        return ModelSpec(
+            alias=alias,
+            name=entry.name,
+            source=entry.source or self.model_source,
+            path=entry.path,
+            revision=entry.revision,
+            endpoint=entry.endpoint,
+            token=_reveal(entry.token),
+            cache_dir=entry.cache_dir,
+            trust_remote_code=entry.trust_remote_code,
+            precision=self._effective_precision(
+                entry.precision or self.model_precision,
+                f"the precision of {alias!r} in {PREFIX}MODEL_MAPPING",
+            ),
+            device=entry.device or self.device,
+            backend=entry.backend or self.backend,
+            pooling=entry.pooling,
+            normalize=entry.normalize,
+            max_length=entry.max_length,
+            prompts=entry.prompts,
+            dimensions=entry.dimensions,
+            token_input=entry.token_input,
+            truncate=entry.truncate,
+        )
+
+    def _main_model(self) -> ModelSpec | None:
+        name, source = self.model_name, self.model_source
+        if name is None and self.model_path is not None:
+            name = self.model_path.resolve().name
+        if name is None and self.model_mapping:
+            return None
+        if name is None:
+            # MODEL_HUB or USE_MODELSCOPE alone must not turn the bundled model into a download.
+            name, source = BUNDLED_MODEL, "bundled"
+        return ModelSpec(
+            alias=name,
+            name=name,
+            source=source,
+            path=self.model_path,
+            revision=self.model_revision,
+            precision=self._effective_precision(self.model_precision, f"{PREFIX}MODEL_PRECISION"),
+            device=self.device,
+            backend=self.backend,
+        )
+
+    def _effective_precision(self, precision: Precision, where: str) -> Precision:
+        if precision in ("int8", "int4") and self.enable_quantization is False:
+            raise SettingsError(
+                f"{PREFIX}ENABLE_QUANTIZATION=false contradicts {where}={precision}: "
+                "set it to true, remove it, or choose fp32, fp16 or bf16."
+            )
+        return "int8" if precision == "auto" and self.enable_quantization else precision
+
+
+class FidelitySettings(SettingsGroup):
+    """How close to fp32 a model must be, and whether that is measured."""
+
+    title = "Accuracy"
+
+    fidelity_floors: dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = (
+        setting(
+            dict(FIDELITY_FLOORS),
+            "A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not "
+            "served. Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses "
+            "fp32 instead. A model compiled at fp32, bf16 or fp16 is never served below 0.999.",
+            allowed='JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}',
+        )
+    )
+    measure_fidelity: bool = setting(
+        True,
+        "Measure how close a model that torch serves below fp32 comes to itself at fp32. The model is loaded at fp32 "
+        "once for this, and the result is kept. false: it is not measured, and FIDELITY_FLOORS applies only where a "
+        "result is known.",
+    )
+
+    @property
+    def floors(self) -> Mapping[str, float]:
+        """The floor of every precision: FIDELITY_FLOORS, with the defaults for precisions that it leaves out."""
+        return {**FIDELITY_FLOORS, **{str(name): floor for name, floor in self.fidelity_floors.items()}}
+
+
+def _default_cache_dir() -> Path:
+    try:
+        return Path(platformdirs.user_cache_dir("emb_model_provider", appauthor=False))
+    except RuntimeError as error:
+        raise SettingsError(
+            "This user has no home directory for the default cache. Set EMB_PROVIDER_CACHE_DIR or HOME."
+        ) from error
+
+
+class HubSettings(SettingsGroup):
+    """How the hubs are reached, and where files are kept. A model's own values take precedence."""
+
+    title = "Downloads and caches"
+
+    modelscope_cache_dir: Directory | None = setting(
+        None,
+        "Directory for ModelScope downloads. Unset: MODELSCOPE_CACHE, MODEL_CACHE_DIR, or `~/.cache/modelscope`.",
+        allowed="a directory",
+    )
+    hf_cache_dir: Directory | None = setting(
+        None,
+        "Directory for Hugging Face downloads. Unset: HF_HUB_CACHE, HF_HOME/hub, MODEL_CACHE_DIR, or "
+        "`~/.cache/huggingface/hub`. Both hubs can share one directory: their layouts do not overlap.",
+        allowed="a directory",
+    )
+    cache_dir: Directory = Field(
+        default_factory=_default_cache_dir,
+        description="Directory for the service's own files: manifests of snapshots, and compiled models. "
+        "Default: the platform's user cache directory.",
+        json_schema_extra={"allowed": "a directory"},
+    )
+    max_artifacts_gb: float = setting(
+        20,
+        "Disk limit for compiled models in CACHE_DIR, in GiB; the least recently used are removed first.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    modelscope_endpoint: str | None = setting(
+        None,
+        "URL of a ModelScope mirror. Unset: the client's own (MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN).",
+        allowed="a URL",
+    )
+    hf_endpoint: str | None = setting(
+        None, "URL of a Hugging Face mirror. Unset: the client's own (HF_ENDPOINT).", allowed="a URL"
+    )
+    modelscope_token: SecretStr | None = setting(
+        None, "Access token for private ModelScope models. Unset: MODELSCOPE_API_TOKEN. Never shown."
+    )
+    hf_token: SecretStr | None = setting(
+        None, "Access token for private or gated Hugging Face models. Unset: HF_TOKEN. Never shown."
+    )
+    modelscope_fallback_to_huggingface: bool = setting(
+        False,
+        "Load a model that ModelScope does not have, or that cannot be downloaded there, from Hugging Face under the "
+        "same name. This is logged, and shown in `/v1/models`.",
+    )
+    hub_names: dict[str, dict[RemoteHubName, Annotated[str, Field(min_length=1)]]] = setting(
+        {},
+        "JSON object from a model's requested name to its name on each hub, where they differ. It applies to whichever "
+        "hub the model comes from, including MODELSCOPE_FALLBACK_TO_HUGGINGFACE.",
+        allowed='JSON like {"acme/model": {"modelscope": "other/model"}}',
+    )
+    offline: bool = setting(
+        False, "Send no request to any hub; serve only what is already on disk. Unset: HF_HUB_OFFLINE."
+    )
 
     def name_on(self, hub: str, name: str) -> str:
-        """Return what `hub` calls the model that is asked for as `name`."""
-        return self.names.get(name, {}).get(hub, name)
+        """Return the name that `hub` uses for the model that is requested as `name`."""
+        names: Mapping[str, str] = {str(key): value for key, value in self.hub_names.get(name, {}).items()}
+        return names.get(hub, name)
+
+    def endpoint(self, hub: str) -> str | None:
+        """Return the mirror of a hub, or None for the client's own endpoint."""
+        return {"modelscope": self.modelscope_endpoint, "huggingface": self.hf_endpoint}.get(hub)
+
+    def token(self, hub: str) -> str | None:
+        """Return the access token for a hub, or None for the client's own."""
+        return _reveal({"modelscope": self.modelscope_token, "huggingface": self.hf_token}.get(hub))
+
+    def hub_cache_dir(self, hub: str) -> Path | None:
+        """Return the download directory of a hub, or None for the client's own."""
+        return {"modelscope": self.modelscope_cache_dir, "huggingface": self.hf_cache_dir}.get(hub)
+
+    @property
+    def max_artifact_bytes(self) -> int:
+        return int(self.max_artifacts_gb * _GIB)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrustSettings:
-    """Whether code from a repository may run, by the hub it came from; a model's own word wins."""
+class TrustSettings(SettingsGroup):
+    """Whether code from a repository may run, by the hub that the model comes from."""
 
-    modelscope: bool = False
-    others: bool = False
+    title = "Code from repositories"
+
+    modelscope_trust_remote_code: bool = setting(
+        False,
+        "Allow code from ModelScope repositories to run in this process. Only for repositories you trust.",
+    )
+    trust_remote_code: bool = setting(
+        False, "The same for models from Hugging Face and from directories. Only for repositories you trust."
+    )
 
     def allows(self, spec: ModelSpec, hub: str) -> bool:
-        """Whether code of a model that came from `hub` may run."""
-        by_hub = self.modelscope if hub == "modelscope" else self.others
+        """Return whether code of a model that came from `hub` may run. The model's own setting takes precedence."""
+        by_hub = self.modelscope_trust_remote_code if hub == "modelscope" else self.trust_remote_code
         return by_hub if spec.trust_remote_code is None else spec.trust_remote_code
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FidelitySettings:
-    """How true to fp32 a model must be, and whether that is measured."""
-
-    floors: Mapping[str, float] = field(default_factory=lambda: dict(FIDELITY_FLOORS))
-    """Precision to the lowest cosine that is served, 0 to 1; every precision has one."""
-    measure: bool = True
-    """Whether a model that torch serves is measured. A compiled one always is: that is how it is verified."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSettings:
-    """How inputs become batches. Times in seconds; None is a default by device or by measurement."""
-
-    max_batch_size: int = 64
-    max_batch_tokens: int | None = None
-    dynamic: bool = True
-    min_batch_size: int = 1
-    max_wait_s: float = 0.05
-    max_queue_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitSettings:
-    """What one request may ask for."""
-
-    request_timeout_s: float = 60.0
-    max_inputs: int = 2048
-    max_request_tokens: int = 300_000
-    max_body_bytes: int = 32 * 1024 * 1024
-    strict_input: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    """Where the service listens and whom it answers."""
-
-    host: str = "localhost"
-    port: int = 9000
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    admin_api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Keys for routes that change something; without any, only a direct local caller may use those."""
-    allowed_hosts: tuple[str, ...] | None = None
-    """Host header values that are answered; None is any."""
-    cors_origins: tuple[str, ...] = ()
-    receive_timeout_s: float = 60.0
-    """How long a client may take to send a request, head and body, from its first byte; for a new connection, from
-    the moment it is open."""
-    max_pending_body_bytes: int = 256 * 1024 * 1024
-    """Of all requests together that are being read or answered."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LifecycleSettings:
-    """How the service notices what is broken, comes back, and ends. Times in seconds."""
-
-    watchdog_s: float = 60.0
-    """How long one model batch may run before its model counts as hung."""
-    supervise: bool = False
-    shutdown_grace_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidencySettings:
+class MemorySettings(SettingsGroup):
     """Which models stay in memory, and for how long."""
 
-    max_loaded_models: int | None = None
-    memory_limit_bytes: int | None = None
-    """Of all loaded models together."""
-    idle_unload_s: float | None = None
-    load_wait_s: float = 60.0
-    """How long a request waits for its model to be loaded."""
+    title = "Models in memory"
+
+    max_loaded_models: int | None = setting(
+        None,
+        "Maximum number of models in memory. A further model replaces the least recently used one, after that one's "
+        "requests have been answered. Unset: no limit.",
+        allowed="1 or more",
+        ge=1,
+    )
+    model_memory_limit: ByteSize | None = setting(
+        None,
+        "Memory limit for all loaded models together, applied in the same way; a plain number is bytes. "
+        "`emb-provider ps` shows what each model takes; the process itself takes about 100 MiB more, or several hundred "
+        "with torch. Unset: no limit.",
+        allowed="bytes, or a size like 4GiB or 500MB",
+        gt=0,
+    )
+    idle_unload_s: float | None = setting(
+        None,
+        "Unload a model that has had no request for this many seconds; its next request loads it again. Unset: never.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    load_wait_s: float | None = setting(
+        None,
+        "How many seconds a request waits for its model to be downloaded, compiled and loaded. After that it gets 503 "
+        "with `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S.",
+        allowed="0 or more",
+        ge=0,
+        allow_inf_nan=False,
+    )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogSettings:
-    """Where log lines go and how they look."""
+class BatchSettings(SettingsGroup):
+    """How inputs are grouped into batches."""
 
-    level: str = "INFO"
-    format: Literal["auto", "text", "json"] = "auto"
-    to_file: bool = True
-    directory: Path = Path("logs")
+    title = "Batching"
+
+    max_batch_size: int = setting(64, "Maximum number of sequences in one batch.", allowed="1 or more", ge=1)
+    max_batch_tokens: int | None = setting(
+        None,
+        "Maximum number of padded tokens in one batch; bounds memory. Unset: by device (512 on a CPU, where larger "
+        "batches gain nothing and delay other requests; 131072 on CUDA).",
+        allowed="1 or more",
+        ge=1,
+    )
+    enable_dynamic_batching: bool = setting(True, "Group inputs of different requests into one batch.")
+    min_batch_size: int = setting(
+        1,
+        "Wait for at least this many inputs before running a batch, at most MAX_WAIT_TIME_MS. 1: never wait.",
+        allowed="1 or more, at most MAX_BATCH_SIZE",
+        ge=1,
+    )
+    max_wait_time_ms: float = setting(
+        50,
+        "Longest wait for MIN_BATCH_SIZE inputs, in milliseconds.",
+        allowed="0 to 60000",
+        ge=0,
+        le=60_000,
+    )
+    max_queue_tokens: int | None = setting(
+        None,
+        "Maximum number of tokens that wait for one model; beyond it, new requests get 429. "
+        "Unset: about 20 seconds of work at the measured speed.",
+        allowed="1 or more",
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.min_batch_size > self.max_batch_size:
+            raise SettingsError(
+                f"{PREFIX}MIN_BATCH_SIZE={self.min_batch_size}: must not be more than "
+                f"{PREFIX}MAX_BATCH_SIZE={self.max_batch_size}."
+            )
+        return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
-    """What is served."""
+class LimitSettings(SettingsGroup):
+    """What requests may take."""
 
-    specs: tuple[ModelSpec, ...]
-    """In the order of the settings; the first is the default model."""
-    preload: tuple[str, ...]
-    """Aliases that are loaded at the start."""
+    title = "Limits of requests"
+
+    request_timeout_s: float = setting(
+        60,
+        "A request that is not answered after this many seconds gets 504, and its work is dropped.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    max_inputs: int = setting(2048, "Maximum number of inputs in one request.", allowed="1 or more", ge=1)
+    max_request_tokens: int = setting(
+        300_000, "Maximum number of tokens in all inputs of one request together.", allowed="1 or more", ge=1
+    )
+    max_body_mb: float = setting(
+        32, "Largest request body, in MiB.", allowed="more than 0", gt=0, allow_inf_nan=False
+    )
+    max_pending_body_mb: float | None = setting(
+        None,
+        "Maximum size of the bodies of all requests that are being read or answered, in MiB; beyond it a request gets "
+        "429. Bounds memory. Unset: eight times MAX_BODY_MB.",
+        allowed="MAX_BODY_MB or more",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    receive_timeout_s: float = setting(
+        60,
+        "A client that has not sent its whole request after this many seconds gets 408, and its connection is closed.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    strict_input: bool = setting(
+        False, "Reject empty strings with 400, as api.openai.com does. false: an empty string gets a vector."
+    )
+
+    @model_validator(mode="after")
+    def _check_body_sizes(self) -> Self:
+        if self.max_pending_body_mb is not None and self.max_pending_body_mb < self.max_body_mb:
+            raise SettingsError(
+                f"{PREFIX}MAX_PENDING_BODY_MB={self.max_pending_body_mb:g}: must not be less than "
+                f"{PREFIX}MAX_BODY_MB={self.max_body_mb:g}."
+            )
+        return self
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * _MIB)
+
+    @property
+    def max_pending_body_bytes(self) -> int:
+        return int((self.max_pending_body_mb or 8 * self.max_body_mb) * _MIB)
+
+
+class ServerSettings(SettingsGroup):
+    """Where the service listens, and which clients it answers."""
+
+    title = "Server"
+
+    host: str = setting("localhost", "Address to listen on. The container sets 0.0.0.0.")
+    port: int = setting(9000, "Port to listen on.", allowed="1 to 65535", ge=1, le=65_535)
+    api_keys: SecretStr | None = setting(
+        None,
+        "Keys, separated by commas. If set, every `/v1` route requires one of them as a Bearer token. Never shown.",
+    )
+    admin_api_keys: SecretStr | None = setting(
+        None,
+        "Keys, separated by commas, for routes that change something (`/api/…`). Unset: those routes answer only direct "
+        "clients on the same machine, not through a proxy and not from a page of another site. Never shown.",
+    )
+    allowed_hosts: Names | None = setting(
+        None,
+        "Accepted Host header values, separated by commas; `*` accepts any. "
+        "Unset: the loopback names if the service listens on loopback, else any.",
+        allowed="host names separated by commas",
+    )
+    cors_origins: Names = setting(
+        (),
+        "Browser origins that may call the API, separated by commas; `*` accepts any. Unset: none.",
+        allowed="origins separated by commas",
+    )
+
+    @property
+    def accepted_keys(self) -> tuple[str, ...]:
+        return _split_keys(self.api_keys)
+
+    @property
+    def accepted_admin_keys(self) -> tuple[str, ...]:
+        """Keys of the management routes; without any, only a direct local client may use those routes."""
+        return _split_keys(self.admin_api_keys)
+
+    @property
+    def accepted_hosts(self) -> tuple[str, ...] | None:
+        """Host header values that are answered, or None for any."""
+        if self.allowed_hosts is None:
+            return _LOOPBACK_NAMES if self.host in _LOOPBACK_NAMES else None
+        return None if "*" in self.allowed_hosts else self.allowed_hosts
+
+
+class LifecycleSettings(SettingsGroup):
+    """How the service notices faults, recovers from them, and shuts down."""
+
+    title = "Faults and shutdown"
+
+    watchdog_s: float = setting(
+        60,
+        "A batch that runs longer than this many seconds (or ten times as long as its tokens should take, if that "
+        "is more) counts as hung, and `/ready` reports it. While every stream of a model hangs, the model accepts no "
+        "requests.",
+        allowed="more than 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    supervise: bool = setting(
+        False,
+        "Run the service as a child of a small process that keeps the port open and restarts the service if it crashes "
+        "or hangs. For bare machines; in a container the restart policy does this.",
+    )
+    shutdown_grace_s: float = setting(
+        60,
+        "How many seconds accepted requests have to finish after SIGTERM or Ctrl-C. A second signal ends the service at "
+        "once.",
+        allowed="0 or more",
+        ge=0,
+        allow_inf_nan=False,
+    )
+
+
+class LogSettings(SettingsGroup):
+    """Where log lines go, and in which format."""
+
+    title = "Logs"
+
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Uppered] = setting(
+        "INFO", "Lowest level of log lines to write."
+    )
+    log_format: Annotated[Literal["auto", "text", "json"], Lowered] = setting(
+        "auto", "Format of log lines. auto: text on a terminal, else json."
+    )
+    log_to_file: bool = setting(
+        True, "Also write `emb_model_provider.log` in LOG_DIR, rotated by size and age."
+    )
+    log_dir: Directory = setting(Path("logs"), "Directory of the log file.", allowed="a directory")
+
+
+def _reveal(secret: SecretStr | None) -> str | None:
+    return secret.get_secret_value() if secret is not None else None
+
+
+def _split_keys(secret: SecretStr | None) -> tuple[str, ...]:
+    keys = _reveal(secret) or ""
+    return tuple(key.strip() for key in keys.split(",") if key.strip())

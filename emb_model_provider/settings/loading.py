@@ -1,4 +1,4 @@
-"""Read the settings: variables to values, and every mistake to one line that says what is allowed."""
+"""Reads the settings from the process environment and from `.env`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from emb_model_provider.settings import PREFIX, MappingEntry, Settings, allowed_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
 _JSON_SETTINGS: Mapping[str, str] = {
     "model_mapping": '{"alias": {"name": "owner/model"}}',
     "fidelity_floors": '{"int8": 0.99}',
     "hub_names": '{"acme/model": {"modelscope": "other/model"}}',
 }
-"""Fields of Settings that are written as JSON objects, each with an example."""
+"""Settings whose value is a JSON object, with an example of each."""
 
 OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "MODEL_SOURCE": ("MODEL_HUB", "USE_MODELSCOPE"),
@@ -37,50 +36,76 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "HF_TOKEN": ("HF_TOKEN",),
     "OFFLINE": ("HF_HUB_OFFLINE",),
 }
-"""Setting to variables that users of the hubs already have; read where the setting itself is unset."""
+"""Variables of other tools that are read if the setting itself is unset."""
+
+_USE_MODELSCOPE = {
+    **dict.fromkeys(("true", "1", "yes", "on"), "modelscope"),
+    **dict.fromkeys(("false", "0", "no", "off"), "huggingface"),
+}
+_JSON_ASSIGNMENT = re.compile(
+    r"^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?=[{\[])", re.MULTILINE
+)
+_REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def load_settings(
     env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ
 ) -> tuple[Settings, list[str]]:
-    """Read the settings, and what to warn about: names that look like settings and are none.
+    """Read the settings.
 
-    Raises: SettingsError with one line that names the variable, its value and what is allowed.
+    Args:
+        env_file: File with further variables; variables of `environ` take precedence.
+        environ: Variables of the process.
+
+    Returns:
+        The settings, and warnings about names that look like settings but are unknown.
+
+    Raises:
+        SettingsError: A value is wrong. The message is one line with the variable, its value and what is allowed.
     """
     variables = read_environment(env_file, environ)
     warnings = _unknown_names(variables)
-    values = _values(variables)
+    values = _collect_values(variables)
     try:
-        return Settings(**values), warnings
+        return Settings.from_values(**values), warnings
     except ValidationError as error:
-        raise SettingsError(_one_line(error, values)) from None
+        raise SettingsError(_describe(error, values)) from None
 
 
-def _values(variables: Mapping[str, str]) -> dict[str, Any]:
+def read_environment(env_file: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return every variable that has a value. An empty value means unset, in the file and in the environment.
+
+    Raises:
+        SettingsError: `env_file` cannot be read, or contains invalid JSON.
+    """
+    variables = _read_env_file(env_file)
+    variables.update(environ)
+    return {name: value.strip() for name, value in variables.items() if value.strip()}
+
+
+def _collect_values(variables: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for field_name in Settings.model_fields:
-        setting = field_name.upper()
-        if PREFIX + setting in variables:
-            values[field_name] = variables[PREFIX + setting]
+    for setting in Settings.variables():
+        variable = setting.upper()
+        if PREFIX + variable in variables:
+            values[setting] = variables[PREFIX + variable]
             continue
-        for name in OTHER_NAMES.get(setting, ()):
+        for name in OTHER_NAMES.get(variable, ()):
             if name in variables:
-                values[field_name] = _translated(name, variables[name])
+                values[setting] = _translate(name, variables[name])
                 break
-    for field_name, example in _JSON_SETTINGS.items():
-        if field_name in values:
-            values[field_name] = _parsed_object(PREFIX + field_name.upper(), values[field_name], example)
+    for setting, example in _JSON_SETTINGS.items():
+        if setting in values:
+            values[setting] = _parse_object(PREFIX + setting.upper(), values[setting], example)
     return values
 
 
-def _translated(name: str, value: str) -> str:
-    """Return what a variable of another tool means as the value of a setting of ours."""
+def _translate(name: str, value: str) -> str:
+    """Translate the value of another tool's variable into a value of our setting."""
     if name == "USE_MODELSCOPE":
-        meaning = {"true": "modelscope", "1": "modelscope", "yes": "modelscope", "on": "modelscope"}
-        off = {"false": "huggingface", "0": "huggingface", "no": "huggingface", "off": "huggingface"}
-        if value.lower() not in meaning | off:
+        if value.lower() not in _USE_MODELSCOPE:
             raise SettingsError(f"USE_MODELSCOPE={value}: must be true or false.")
-        return (meaning | off)[value.lower()]
+        return _USE_MODELSCOPE[value.lower()]
     if name == "MODEL_HUB" and value.lower() not in ("modelscope", "huggingface"):
         raise SettingsError(f"MODEL_HUB={value}: must be modelscope or huggingface.")
     if name == "HF_HOME":
@@ -90,29 +115,25 @@ def _translated(name: str, value: str) -> str:
     return value
 
 
-def _parsed_object(variable: str, text: str, example: str) -> Any:
+def _parse_object(variable: str, text: str, example: str) -> Any:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise SettingsError(
-                f"{variable} says {', '.join(sorted(map(repr, twice)))} more than once: keep one."
-            )
+        duplicates = sorted({repr(key) for key in keys if keys.count(key) > 1})
+        if duplicates:
+            raise SettingsError(f"{variable} contains {', '.join(duplicates)} more than once: keep one.")
         return dict(pairs)
 
     try:
-        mapping = json.loads(text, object_pairs_hook=without_duplicates)
+        value = json.loads(text, object_pairs_hook=without_duplicates)
     except json.JSONDecodeError as error:
-        raise SettingsError(
-            f"{variable} is not valid JSON, line {error.lineno} column {error.colno}: {error.msg}."
-        ) from None
-    if not isinstance(mapping, dict):
+        raise SettingsError(f"{variable} is not valid JSON, {_position(error)}.") from None
+    if not isinstance(value, dict):
         raise SettingsError(f"{variable}: must be a JSON object like {example}.")
-    return mapping
+    return value
 
 
 def _unknown_names(variables: Mapping[str, str]) -> list[str]:
-    known = [name.upper() for name in Settings.model_fields]
+    known = [name.upper() for name in Settings.variables()]
     warnings = []
     for name in sorted(variables):
         setting = name.upper().removeprefix(PREFIX)
@@ -120,58 +141,39 @@ def _unknown_names(variables: Mapping[str, str]) -> list[str]:
             continue
         near = difflib.get_close_matches(setting, known, n=1)
         hint = f"did you mean {PREFIX}{near[0]}?" if near else "see docs/configuration.md."
-        warnings.append(f"{name} is no setting and is ignored: {hint}")
+        warnings.append(f"{name} is an unknown setting and is ignored: {hint}")
     return warnings
 
 
-def _one_line(error: ValidationError, values: Mapping[str, Any]) -> str:
+def _describe(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Return one line about the first wrong value."""
     first = error.errors(include_url=False, include_input=False)[0]
-    path = [str(part) for part in first["loc"]]
-    info = Settings.model_fields[path[0]]
-    variable = PREFIX + path[0].upper()
-    if path[0] == "model_mapping":
-        return _mapping_line(variable, path[1:], first)
-    allowed = allowed_values(info)
-    shown = "(hidden)" if "SecretStr" in str(info.annotation) else values[path[0]]
-    if path[0] in _JSON_SETTINGS:
+    _, setting, *path = (str(part) for part in first["loc"])
+    variable = PREFIX + setting.upper()
+    if setting == "model_mapping":
+        return _describe_mapping(variable, path, first)
+    info = Settings.variables()[setting]
+    shown = "(hidden)" if "SecretStr" in str(info.annotation) else values[setting]
+    if setting in _JSON_SETTINGS:
         shown = json.dumps(shown)
-    return (
-        f"{variable}={shown}: must be {_one_of(allowed)}."
-        if allowed
-        else f"{variable}={shown}: {first['msg']}."
-    )
+    allowed = allowed_values(info)
+    if not allowed:
+        return f"{variable}={shown}: {first['msg']}."
+    is_list = ", " in allowed and " or " not in allowed
+    return f"{variable}={shown}: must be {'one of ' if is_list else ''}{allowed}."
 
 
-def _one_of(allowed: str) -> str:
-    return f"one of {allowed}" if ", " in allowed and " or " not in allowed else allowed
-
-
-def _mapping_line(variable: str, path: list[str], error: Any) -> str:
+def _describe_mapping(variable: str, path: list[str], error: Any) -> str:
+    example = '{"name": "owner/model"}'
     if error["type"] == "extra_forbidden":
         return f"{variable}: {path[0]!r} has no key {path[1]!r}: must be one of {', '.join(MappingEntry.model_fields)}."
     if error["type"] == "missing":
-        return f'{variable}: {path[0]!r} lacks "{path[1]}": say which model it is, like {{"name": "owner/model"}}.'
+        return f'{variable}: {path[0]!r} lacks "{path[1]}": name the model, like {example}.'
     if len(path) == 1:
-        return f'{variable}: {path[0]}: must be an object like {{"name": "owner/model"}}.'
+        return f"{variable}: {path[0]}: must be an object like {example}."
     allowed = allowed_values(MappingEntry.model_fields[path[1]])
     wanted = f"must be one of {allowed}" if allowed else error["msg"]
     return f"{variable}: {path[0]}.{path[1]}: {wanted}."
-
-
-_JSON_ASSIGNMENT = re.compile(
-    r"^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?=[{\[])", re.MULTILINE
-)
-_REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
-
-
-def read_environment(env_file: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return every variable that has a value. An empty value means unset, in either place.
-
-    Raises: SettingsError if `env_file` is there but cannot be read, or holds JSON that does not end.
-    """
-    values = _read_env_file(env_file)
-    values.update(environ)
-    return {name: value.strip() for name, value in values.items() if value.strip()}
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -183,35 +185,33 @@ def _read_env_file(path: Path) -> dict[str, str]:
         raise SettingsError(
             f"{path} cannot be read ({error}): make it a readable UTF-8 text file."
         ) from error
-    rest, json_values = _take_json_values(text.replace("\r\n", "\n"), path)
+    rest, json_values = _extract_json_values(text.replace("\r\n", "\n"), path)
     plain = dotenv_values(stream=io.StringIO(rest), interpolate=False)
     return {**{name: value for name, value in plain.items() if value is not None}, **json_values}
 
 
-def _take_json_values(text: str, path: Path) -> tuple[str, dict[str, str]]:
-    """Cut unquoted JSON values, which may span lines, out of `text`: dotenv parsers end them at the first line."""
+def _extract_json_values(text: str, path: Path) -> tuple[str, dict[str, str]]:
+    """Split unquoted JSON values off `text`, because dotenv parsers end a value at the first line break."""
     decoder = json.JSONDecoder()
     values: dict[str, str] = {}
-    kept: list[str] = []
+    rest: list[str] = []
     position = 0
     while match := _JSON_ASSIGNMENT.search(text, position):
         name, start = match.group(1), match.end()
         try:
             _, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise SettingsError(f"{path}: {name} is not valid JSON, {_where(error)}.") from error
+            raise SettingsError(f"{path}: {name} is not valid JSON, {_position(error)}.") from error
         trailing = _REST_OF_LINE.match(text, end)
         if trailing is None:
             line = text.count("\n", 0, end) + 1
-            raise SettingsError(
-                f"{path}: {name}: something stands behind its JSON in line {line}: remove it."
-            )
-        kept.append(text[position : match.start()])
+            raise SettingsError(f"{path}: {name}: unexpected text after its JSON in line {line}: remove it.")
+        rest.append(text[position : match.start()])
         values[name] = text[start:end]
         position = trailing.end()
-    kept.append(text[position:])
-    return "".join(kept), values
+    rest.append(text[position:])
+    return "".join(rest), values
 
 
-def _where(error: json.JSONDecodeError) -> str:
+def _position(error: json.JSONDecodeError) -> str:
     return f"line {error.lineno} column {error.colno}: {error.msg}"

@@ -1,82 +1,166 @@
-"""What the disk refuses, said in the words of whoever must do something about it."""
+"""File operations of the caches: checks against recorded hashes, atomic writes, and errors that say what to do."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import tempfile
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from emb_model_provider.errors import CacheNotWritableError, HubError
+from emb_model_provider.snapshots.snapshot import hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from emb_model_provider.snapshots.snapshot import SnapshotFile
+
+log = logging.getLogger(__name__)
 
 CACHE_SETTING = "EMB_PROVIDER_CACHE_DIR"
+MUST_HASH = -1
+"""A time stamp that no file has: a file that is recorded with it is hashed before it is used again."""
 
+_CACHE_TAGS = {"CACHEDIR.TAG"}
+"""Files that the Hugging Face client writes into its cache beside the repositories."""
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_SECOND = 10**9
 
 
-def storage_error(error: OSError, directory: Path | str, setting: str) -> HubError | None:
-    """The error to raise when `directory`, which `setting` chooses, refuses a write.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileProblem:
+    """A file that differs from its record."""
 
-    None where the operating system's error is about something else.
+    path: str
+    problem: Literal["missing", "size", "bytes", "unreadable"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileCheck:
+    """The result of comparing files with their records."""
+
+    problems: tuple[FileProblem, ...]
+    hashed: frozenset[str]
+    """Paths of the files that were hashed, because their time stamp had changed or was not recorded."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def check_files(
+    root: Path,
+    files: Iterable[SnapshotFile],
+    mtimes: Mapping[str, int] | None = None,
+    on_file: Callable[[SnapshotFile], None] = lambda _: None,
+) -> FileCheck:
+    """Compare files with their recorded sizes and hashes.
+
+    Args:
+        root: The directory of the files.
+        files: The records.
+        mtimes: Time stamps of the files when they were hashed, in nanoseconds: a file whose size and time stamp are
+            unchanged is not hashed again. None: hash every file.
+        on_file: Called after each file that was hashed.
+    """
+    problems: list[FileProblem] = []
+    hashed: set[str] = set()
+    for file in files:
+        path = root / file.path
+        try:
+            stat = path.stat()
+            if stat.st_size != file.size:
+                problems.append(FileProblem(path=file.path, problem="size"))
+            elif mtimes is None or not is_same_mtime(stat.st_mtime_ns, mtimes[file.path]):
+                hashed.add(file.path)
+                if hash_file(path).sha256 != file.sha256:
+                    problems.append(FileProblem(path=file.path, problem="bytes"))
+                on_file(file)
+        except FileNotFoundError:
+            problems.append(FileProblem(path=file.path, problem="missing"))
+        except OSError as error:
+            log.warning("%s cannot be read: %s", path, error)
+            problems.append(FileProblem(path=file.path, problem="unreadable"))
+    return FileCheck(tuple(problems), frozenset(hashed))
+
+
+def has_sizes(root: Path, files: Iterable[SnapshotFile]) -> bool:
+    """Return whether all files exist and have their recorded size. Reads none of them."""
+    try:
+        return all((root / file.path).stat().st_size == file.size for file in files)
+    except OSError:
+        return False
+
+
+def is_same_mtime(now: int, then: int) -> bool:
+    """Return whether two time stamps are equal, or equal in seconds where a copy (a container layer) kept only those."""
+    return now == then or (now % _SECOND == 0 and now // _SECOND == then // _SECOND)
+
+
+def translate_os_error(error: OSError, directory: Path | str, setting: str) -> HubError | None:
+    """Return the error to raise when `directory`, which `setting` chooses, cannot be written.
+
+    Returns None if the operating system's error has another cause.
     """
     if error.errno in _NOT_WRITABLE:
         return CacheNotWritableError(
             f"Cannot write to {directory} ({error.strerror}). Make it writable for this user, or set {setting} "
-            "to a directory that is."
+            "to a writable directory."
         )
     if error.errno in _FULL:
         return HubError(
             f"No space left in {directory} ({error.strerror}). Free some, or set {setting} to a directory on "
-            "a larger disk; what was fetched so far is kept."
+            "a larger disk. What was downloaded so far is kept."
         )
     return None
 
 
 def require_writable(directory: Path, setting: str) -> None:
-    """Create `directory` and make sure that it can be written, before anything is fetched.
+    """Create `directory` and check that it is writable, before anything is downloaded.
 
-    Raises: HubError, most often CacheNotWritableError, which names `setting`.
+    Raises:
+        HubError: It is not; most often a CacheNotWritableError, which names `setting`.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # os.access() answers for the real user id and knows nothing of a file system mounted read-only.
+        # os.access() answers for the real user id, and does not detect a file system that is mounted read-only.
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise storage_error(error, directory, setting) or CacheNotWritableError(
-            f"Cannot write to {directory} ({error.strerror}). Set {setting} to a directory that can be written."
+        raise translate_os_error(error, directory, setting) or CacheNotWritableError(
+            f"Cannot write to {directory} ({error.strerror}). Set {setting} to a writable directory."
         ) from error
 
 
-def listed(directory: Path, pattern: str = "*") -> list[Path]:
-    """What a directory holds that matches a pattern (fnmatch), sorted; nothing where it is not there.
+def list_dir(directory: Path, pattern: str = "*") -> list[Path]:
+    """Return the entries of a directory that match a pattern (fnmatch), sorted; none if it does not exist.
 
-    Unlike `Path.glob` it bears that others remove the directory at the same moment.
+    Unlike `Path.glob` it tolerates that the directory is removed meanwhile.
     """
     try:
-        names = os.listdir(directory)  # noqa: PTH208 (names are what is matched)
+        names = os.listdir(directory)  # noqa: PTH208 - names are matched
     except OSError:
         return []
     return [directory / name for name in sorted(names) if fnmatchcase(name, pattern)]
 
 
-def everything_below(directory: Path) -> Iterator[Path]:
-    """All files, directories and links below a directory; goes into no link. Bears removal, as `listed` does."""
+def walk(directory: Path) -> Iterator[Path]:
+    """Yield all files, directories and links below a directory, without following links."""
     for parent, directories, files in os.walk(directory):
         yield from (Path(parent) / name for name in (*directories, *files))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a reader, or a crash, sees the old content or the new, never a part.
+    """Replace a file in one step, so that readers see either the old content or the new.
 
-    Raises: OSError.
+    Raises:
+        OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
@@ -85,24 +169,48 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files for the owner only; a cache may be shared, as the other files in it are.
-        os.chmod(name, 0o644)  # noqa: PTH101 (a name, not a Path, from mkstemp)
-        os.replace(name, path)  # noqa: PTH105 (the same)
+        # mkstemp creates files for the owner only, but a cache can be shared.
+        os.chmod(name, 0o644)  # noqa: PTH101 - mkstemp returns a name, not a Path
+        os.replace(name, path)  # noqa: PTH105 - likewise
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)  # noqa: PTH108 (the same)
+            os.unlink(name)  # noqa: PTH108 - likewise
         raise
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files below a directory, each counted once; of a link, those of what it points to.
+    """Return the size of all files below a directory in bytes, counting hard links and link targets once.
 
-    Goes into no linked directory.
+    Links to directories are not followed.
     """
     sizes: dict[tuple[int, int], int] = {}
-    for file in everything_below(path):
+    for file in walk(path):
         with contextlib.suppress(OSError):
             if file.is_file():
-                found = file.stat()
-                sizes[found.st_dev, found.st_ino] = found.st_size
+                stat = file.stat()
+                sizes[stat.st_dev, stat.st_ino] = stat.st_size
     return sum(sizes.values())
+
+
+def remove_empty_parents(path: Path, root: Path) -> None:
+    """Remove a directory and its parents below `root`, as long as they are empty.
+
+    `root`, the cache itself, stays; if it is left without repositories, the client's tag file is removed from it.
+    """
+    while path != root and is_below(path, root):
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return
+        path = path.parent
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in root.iterdir()} <= _CACHE_TAGS:
+            for name in _CACHE_TAGS:
+                (root / name).unlink(missing_ok=True)
+
+
+def is_below(path: Path, directory: Path) -> bool:
+    """Return whether an absolute path is lexically at or below a directory."""
+    return path.is_absolute() and ".." not in path.parts and path.is_relative_to(directory)

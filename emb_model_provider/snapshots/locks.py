@@ -1,27 +1,26 @@
-"""Locks between processes and threads that leave no file behind.
+"""File locks between threads and processes, and the locks that keep snapshots on disk while they are used.
 
-A lock is a file that is locked with flock: exclusively by who changes something, shared by who uses it. It ends with
-its process, however that ends. Whoever lets go last removes the file; that is safe because everybody, once it has the
-lock, makes sure that the file it locked is still the one of that name, and else begins again.
+A lock is a file that is locked with flock: exclusively to change something, shared to use it. It is released when its
+process ends, however that ends. The files stay on disk, because removing one while another process waits for it would
+let two processes hold the same lock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import hashlib
 import os
+import re
 import sys
 import time
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING
 
+from emb_model_provider.progress import CancelToken
+
 if sys.platform != "win32":
     import fcntl
-import hashlib
-import re
-
-from emb_model_provider.snapshots.files import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,28 +28,32 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-
 _POLL_S = 0.2
-_PATIENCE_S = 0.25
-"""How long a lock that is asked for without waiting is tried: whoever only looks whether it is held has it for less."""
-_LOOK_TRIES = 4
-_LOOK_EVERY_S = 0.005
+_MIN_WAIT_S = 0.25
+"""How long a lock is tried even without waiting, because a process that only checks a lock holds it for less."""
+_CHECK_TRIES = 4
+_CHECK_EVERY_S = 0.005
 _BUSY = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class Held:
-    """A lock that is held until it is released, or forgotten, or the process ends."""
+class FileLock:
+    """A lock that is held until it is released, garbage-collected, or its process ends."""
 
-    def __init__(self, let_go: Callable[[], None] | None) -> None:
-        """`let_go` must not refer to this object; None is a lock that nobody needs, where nothing can be changed."""
-        self._let_go = weakref.finalize(self, let_go) if let_go is not None else None
+    def __init__(self, release: Callable[[], None] | None) -> None:
+        """Wrap a lock.
+
+        Args:
+            release: Releases the lock; must not refer to this object. None is a lock without a file, for a cache
+                that cannot be written.
+        """
+        self._release = weakref.finalize(self, release) if release is not None else None
 
     def release(self) -> None:
-        """Let go. Calling it again does nothing."""
-        if self._let_go is not None:
-            self._let_go()
+        """Release the lock. Releasing it again does nothing."""
+        if self._release is not None:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -61,77 +64,84 @@ class Held:
         self.release()
 
 
-def share(path: Path) -> Held:
-    """Hold a lock together with others; waits while somebody holds it exclusively.
+def lock_shared(path: Path) -> FileLock:
+    """Lock a file together with others. Waits while a process holds it exclusively.
 
-    Holds nothing where the lock's directory cannot be written: nothing is removed there either.
+    In a directory that cannot be written nothing is locked, because nothing can be removed there either.
     """
     if sys.platform == "win32":
-        return Held(None)  # a file in use cannot be removed there
+        return FileLock(None)  # Windows does not remove files that are open
     try:
         descriptor = _lock(path, fcntl.LOCK_SH, lambda: True)
     except OSError:
-        return Held(None)
-    return Held(None if descriptor is None else partial(_let_go, descriptor, path, os.getpid()))
+        return FileLock(None)
+    return FileLock(None if descriptor is None else partial(_unlock, descriptor, os.getpid()))
 
 
-def claim(
-    path: Path,
-    *,
-    wait_s: float | None = 0.0,
-    on_wait: Callable[[], None] = lambda: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Held | None:
-    """Hold a lock alone; None where others still hold it after `wait_s` seconds. None waits for as long as it takes.
+def lock_exclusive(
+    path: Path, *, on_wait: Callable[[], None] = lambda: None, cancel: CancelToken | None = None
+) -> FileLock:
+    """Lock a file alone, waiting for as long as it takes.
 
-    `on_wait` is called once, when there is something to wait for; `stopped` is asked a few times a second, and ends
-    the wait.
+    Args:
+        path: The file; it is created if necessary.
+        on_wait: Called once, if another process holds the lock.
+        cancel: Ends the wait.
 
-    Raises: OSError where the lock's file cannot be made.
-    """  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    told = False
+    Raises:
+        OSError: The file cannot be created.
+        OperationCancelledError: `cancel` was cancelled.
+    """
+    token = cancel or CancelToken()
+    waiting = False
 
-    def go_on() -> bool:
-        nonlocal told
-        waited_s = time.monotonic() - began
-        if stopped() or (wait_s is not None and waited_s >= max(wait_s, _PATIENCE_S)):
-            return False
-        if not told and (wait_s is None or wait_s > 0):
-            told = True
+    def keep_waiting() -> bool:
+        nonlocal waiting
+        token.raise_if_cancelled()
+        if not waiting:
+            waiting = True
             on_wait()
-        time.sleep(_POLL_S if told else _POLL_S / 10)
+        time.sleep(_POLL_S)
         return True
 
-    if sys.platform == "win32":
-        return _claim_portable(path, go_on)
-    try:
-        descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, go_on)
-    except OSError as error:
-        if error.errno in _NO_FLOCK:
-            return _claim_portable(path, go_on)
-        raise
-    return None if descriptor is None else Held(partial(_let_go, descriptor, path, os.getpid()))
+    lock = _lock_exclusive(path, keep_waiting)
+    if lock is None:
+        raise AssertionError("a wait without a limit ends only with the lock")
+    return lock
 
 
-def is_held(path: Path) -> bool:
-    """Whether anybody holds a lock, shared or alone. Waits for nobody and makes no file."""
+def try_lock_exclusive(path: Path, *, wait_s: float = 0.0) -> FileLock | None:
+    """Lock a file alone, or return None if others still hold it after `wait_s` seconds.
+
+    Raises:
+        OSError: The file cannot be created.
+    """
+    give_up_at = time.monotonic() + max(wait_s, _MIN_WAIT_S)
+
+    def keep_waiting() -> bool:
+        time.sleep(_POLL_S if wait_s else _POLL_S / 10)
+        return time.monotonic() < give_up_at
+
+    return _lock_exclusive(path, keep_waiting)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether any process holds a lock, shared or exclusively. Does not wait, and creates no file."""
     if sys.platform == "win32":
         return False
     try:
-        descriptor = _open(path, make=False)
+        descriptor = _open(path, create=False)
     except OSError:
         return False
     try:
-        # Others who look at the same moment have it for microseconds.
-        for _ in range(_LOOK_TRIES):
+        # Other processes that check at the same moment hold it for microseconds.
+        for _ in range(_CHECK_TRIES):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in _BUSY:
                     return False
-                time.sleep(_LOOK_EVERY_S)
+                time.sleep(_CHECK_EVERY_S)
             else:
                 return False
         return True
@@ -139,133 +149,122 @@ def is_held(path: Path) -> bool:
         os.close(descriptor)
 
 
-def remove_stale(path: Path) -> bool:
-    """Remove the file of a lock that nobody holds, such as a killed process left; return whether it is gone."""
+class SnapshotLocks:
+    """Locks that keep snapshots on disk while processes use them.
+
+    Processes that use a snapshot share its lock; a process that removes or replaces the snapshot needs it exclusively.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._directory = cache_dir / "holds"
+
+    def hold(self, snapshot: Path) -> FileLock:
+        """Keep the snapshot in a directory on disk until the lock is released.
+
+        Waits while the snapshot is being removed: check afterwards whether it still exists.
+        """
+        return lock_shared(self._path(snapshot))
+
+    def try_lock(self, snapshot: Path, *, wait_s: float = 0.0) -> FileLock | None:
+        """Lock a snapshot in order to remove it, or return None if it is still in use after `wait_s` seconds.
+
+        Raises:
+            OSError: The cache directory is not writable.
+        """
+        return try_lock_exclusive(self._path(snapshot), wait_s=wait_s)
+
+    def is_held(self, snapshot: Path) -> bool:
+        """Return whether any process uses a snapshot now."""
+        return is_locked(self._path(snapshot))
+
+    def _path(self, snapshot: Path) -> Path:
+        real = os.path.realpath(snapshot)
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "--", real)[-60:].strip("-.")
+        return self._directory / f"{readable}--{hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}.hold"
+
+
+def _lock_exclusive(path: Path, keep_waiting: Callable[[], bool]) -> FileLock | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        return _lock_portable(path, keep_waiting)
     try:
-        held = claim(path) if path.exists() and not is_held(path) else None
-    except OSError:
-        return False
-    if held is None:
-        return not path.exists()
-    held.release()
-    return True
+        descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, keep_waiting)
+    except OSError as error:
+        if error.errno in _NO_FLOCK:
+            return _lock_portable(path, keep_waiting)
+        raise
+    return None if descriptor is None else FileLock(partial(_unlock, descriptor, os.getpid()))
 
 
-def _lock(path: Path, how: int, go_on: Callable[[], bool]) -> int | None:
-    """Return a descriptor of the locked file, or None once `go_on` says to stop. Raises: OSError."""
+def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> int | None:
+    """Return a descriptor of the locked file, or None when `keep_waiting` returns False."""
     while True:
         try:
             descriptor = _open(path)
-        except FileNotFoundError:  # its directory: never made, or removed with what was last in it
+        except FileNotFoundError:  # its directory does not exist, or was removed
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
-            fcntl.flock(descriptor, how)
-            if _is_at(descriptor, path):
+            fcntl.flock(descriptor, operation)
+            if _is_same_file(descriptor, path):
                 return descriptor
         except OSError as error:
             if error.errno in _NO_FLOCK and os.fstat(descriptor).st_size == 0:
-                path.unlink(missing_ok=True)  # ours: who locks without flock writes down who it is
+                path.unlink(missing_ok=True)  # created above; a portable lock contains its owner
             os.close(descriptor)
             if error.errno not in _BUSY:
                 raise
-            if not go_on():
+            if not keep_waiting():
                 return None
         except BaseException:
             os.close(descriptor)
             raise
         else:
-            os.close(descriptor)  # removed by who had it before: somebody may hold the new one
+            os.close(descriptor)  # the file was removed or replaced meanwhile: lock the new one
 
 
-def _open(path: Path, *, make: bool = True) -> int:
-    """Raises: FileNotFoundError where it, or with `make` its directory, is not there; other OSErrors."""
+def _open(path: Path, *, create: bool = True) -> int:
     try:
-        # For writing, whoever locks: network file systems lock nothing exclusively that is open for reading only.
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o644)
+        # Writable even to lock, because network file systems lock exclusively only files that are open for writing.
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
-        try:  # another user's, in a cache that several share
+        try:  # another user's file, in a shared cache
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise error from None  # it is not there, and cannot be made
+            raise error from None  # it does not exist and cannot be created
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
-        there = path.stat()
+        at_path = path.stat()
     except FileNotFoundError:
         return False
-    own = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+    locked = os.fstat(descriptor)
+    return (at_path.st_dev, at_path.st_ino) == (locked.st_dev, locked.st_ino)
 
 
-def _let_go(descriptor: int, path: Path, owner: int) -> None:
-    """`owner`: the process that took the lock. A fork of it has the descriptor, too, but not the say."""
+def _unlock(descriptor: int, owner: int) -> None:
+    """Release a lock. In a fork of its owner only the descriptor is closed, so that the owner keeps the lock."""
     try:
-        if os.getpid() != owner:
-            return
-        # Of several that share it only the last one gets it alone.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                path.unlink()
+        if os.getpid() == owner:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
 
-def _claim_portable(path: Path, go_on: Callable[[], bool]) -> Held | None:
-    import filelock  # with asyncio behind it: only where it is needed
+def _lock_portable(path: Path, keep_waiting: Callable[[], bool]) -> FileLock | None:
+    import filelock  # imports asyncio, so only where it is needed
 
-    # Without flock the file itself is the lock, with its owner's name in it; one whose owner is gone is taken over.
+    # Without flock the file itself is the lock and contains its owner; a lock whose owner is gone is taken over.
     kind = filelock.FileLock if sys.platform == "win32" else filelock.SoftFileLock
     lock = kind(path, thread_local=False)
     while True:
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            if not go_on():
+            if not keep_waiting():
                 return None
         else:
-            return Held(lock.release)
-
-
-SnapshotHold = Held
-"""Keeps a snapshot from being removed until `release()`, which may be called again, or until the process ends."""
-
-
-class SnapshotHolds:
-    """The holds of one cache directory, by the directory of the snapshot."""
-
-    def __init__(self, cache_dir: Path) -> None:
-        self._directory = cache_dir / "holds"
-
-    def hold(self, snapshot: Path) -> SnapshotHold:
-        """Hold a snapshot together with others. Waits while it is being removed: look afterwards whether it is there."""
-        return share(self._path(snapshot))
-
-    def claim(self, snapshot: Path, *, wait_s: float = 0.0) -> SnapshotHold | None:
-        """Have a snapshot alone, to remove it; None where it is in use for longer than `wait_s` seconds.
-
-        Raises: OSError where the cache directory cannot be written.
-        """
-        return claim(self._path(snapshot), wait_s=wait_s)
-
-    def is_held(self, snapshot: Path) -> bool:
-        """Whether any process uses a snapshot now."""
-        return is_held(self._path(snapshot))
-
-    def sweep(self) -> None:
-        """Remove what killed processes left."""
-        for path in listed(self._directory, "*.hold"):
-            remove_stale(path)
-
-    def remove_empty_directory(self) -> None:
-        with contextlib.suppress(OSError):
-            self._directory.rmdir()
-
-    def _path(self, snapshot: Path) -> Path:
-        place = os.path.realpath(snapshot)
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "--", place)[-60:].strip("-.")
-        return self._directory / f"{readable}--{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}.hold"
+            return FileLock(lock.release)

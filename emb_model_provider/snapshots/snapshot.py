@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.model_spec import HubName
 
-_BLOCK = 1 << 20
+_BLOCK_SIZE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,54 +32,59 @@ class SnapshotFile:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A complete, verified directory of model files. Loading reads only the files named here."""
+    """A complete, verified directory of model files. Loading reads only the files that are listed here."""
 
     hub: HubName
-    """Where the files came from, which after a fallback is not the hub that was asked first."""
+    """The hub that the files came from; after a fallback not the one that was asked first."""
     repository: str
     revision: str
-    """Resolved: a commit where the hub tells one, else the branch or tag; `local` for a directory."""
+    """Resolved: a commit if the hub reports one, else the branch or tag; `local` for a directory."""
     path: Path
     files: tuple[SnapshotFile, ...]
     digest: str
-    """sha256 over the sorted paths, sizes and hashes of all files: the same files, the same digest."""
+    """sha256 over the sorted paths, sizes and hashes of all files: equal files, equal digest."""
 
     @classmethod
     def of(
         cls, hub: HubName, repository: str, revision: str, path: Path, files: Iterable[SnapshotFile]
     ) -> Snapshot:
-        """Make a snapshot of files whose bytes the caller has just checked."""
+        """Create a snapshot of files that the caller has just hashed."""
         ordered = tuple(sorted(files, key=lambda file: file.path))
         return cls(hub, repository, revision, path, ordered, digest_of(ordered))
 
 
 @dataclass(frozen=True, slots=True)
 class Hashes:
-    """What one reading of a file gives."""
+    """Size and hashes of a file."""
 
     size: int
     sha256: str
     git_sha1: str | None
-    """The id that git gives a blob of these bytes, where it was asked for."""
+    """The id of the file as a git blob, if it was requested."""
 
 
 def digest_of(files: Iterable[SnapshotFile]) -> str:
-    """The digest of a set of files, whatever their order and wherever they lie."""
+    """Return the digest of a set of files, independent of their order and directory."""
     lines = sorted(f"{file.path}\0{file.size}\0{file.sha256}\n" for file in files)
-    # A name that is not UTF-8 on the disk, of a directory of one's own, counts as the bytes that it is there.
+    # A name in a local directory may not be valid UTF-8: it counts as the bytes that it has on disk.
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def hash_file(path: Path, *, git: bool = False) -> Hashes:
-    """Read a file once and hash it, the way git does too if asked to.
+    """Read a file once and hash it.
 
-    Raises: OSError.
+    Args:
+        path: The file.
+        git: Also compute the id of the file as a git blob.
+
+    Raises:
+        OSError: It cannot be read.
     """
     sha256 = hashlib.sha256()
     git_sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if git else None
     size = 0
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
+        while block := stream.read(_BLOCK_SIZE):
             size += len(block)
             sha256.update(block)
             if git_sha1 is not None:
@@ -88,7 +93,7 @@ def hash_file(path: Path, *, git: bool = False) -> Hashes:
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether a file of this name stays inside the directory it is put in, on any platform."""
+    """Return whether a file of this name stays inside the directory it is written to, on every platform."""
     if not path or path.endswith("/") or any(char in path for char in "\\\0:"):
         return False
     parts = path.split("/")
@@ -96,13 +101,14 @@ def is_safe_path(path: str) -> bool:
 
 
 def require_safe_paths(paths: Iterable[str], repository: str) -> None:
-    """Refuse a repository that would write outside its own directory.
+    """Reject a repository that would write outside its own directory.
 
-    Raises: CorruptSnapshotError.
+    Raises:
+        CorruptSnapshotError: A path leads outside.
     """
     for path in paths:
         if not is_safe_path(path):
             raise CorruptSnapshotError(
                 f"Repository {repository} lists a file named {path!r}, which would lie outside its directory: "
-                "nothing was downloaded. Do not use this repository; tell its owner."
+                "nothing was downloaded. Do not use this repository, and tell its owner."
             )

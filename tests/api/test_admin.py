@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
-from emb_model_provider.api.auth import Doorkeeper
+from emb_model_provider.api.auth import AccessPolicy
 from emb_model_provider.settings import ServerSettings
 from tests.api.models import KEYS, ORIGIN, SECRETS
 from tests.service import assert_error
@@ -121,5 +121,5 @@ def test_admin_key_is_what_counts_where_there_is_one(edge: Service, headers: dic
 def test_peer_must_be_this_machine(peer: str | None, status: int | None) -> None:
     """What counts is the socket's other end: a container's bridge is not this machine, and no peer is no proof."""
     scope = {"path": "/api/x", "client": (peer, 1234) if peer is not None else None}
-    refusal = Doorkeeper(ServerSettings()).refusal(scope, Headers({"host": "localhost"}))
+    refusal = AccessPolicy(ServerSettings()).refusal(scope, Headers({"host": "localhost"}))
     assert (refusal.status_code if refusal is not None else None) == status

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.snapshots.locks import SnapshotHolds
-from emb_model_provider.snapshots.manifest import Question
+from emb_model_provider.snapshots.manifest import ManifestKey
 from tests.api.managing import any_files, cached, downloaded, files_in, served, unreadable, written
 from tests.api.models import KEYS, SECRETS
 from tests.hubs.servers import HuggingFaceServer
@@ -297,7 +297,7 @@ def test_disk_that_refuses_a_removal_is_told_of(managed: Service) -> None:
     """What the system said of it is the answer: who removes models can do something about it."""
     downloaded(managed, "acme/damaged")
     # Where the lock of a repository is to be, nothing can be locked.
-    lock = Question("huggingface", "acme/damaged").lock_path(managed.directory / "own" / "snapshots")
+    lock = ManifestKey("huggingface", "acme/damaged").lock_path(managed.directory / "own" / "snapshots")
     lock.mkdir()
     try:
         response = remove(managed, "acme/damaged")

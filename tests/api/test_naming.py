@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.api.routes.loaded_models import spec_named
+from emb_model_provider.api.routes.loaded_models import resolve_requested_model
 from emb_model_provider.api.schemas.management import LoadQuery
 from emb_model_provider.errors import NotAllowedError
 from emb_model_provider.settings import MappingEntry, Settings, TrustSettings
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def settings(**mapping: MappingEntry) -> Settings:
-    return Settings(model_mapping=mapping, trust_remote_code=True, modelscope_trust_remote_code=True)
+    return Settings.from_values(
+        model_mapping=mapping, trust_remote_code=True, modelscope_trust_remote_code=True
+    )
 
 
 def test_directory_is_one_of_the_settings_or_none(tmp_path: Path) -> None:
@@ -25,10 +27,10 @@ def test_directory_is_one_of_the_settings_or_none(tmp_path: Path) -> None:
     ours.mkdir()
     other.mkdir()
     known = settings(ours=MappingEntry(name="ours", path=ours))
-    assert spec_named(known, LoadQuery(model_name="ours", precision="int8"), "x").path == ours
+    assert resolve_requested_model(known, LoadQuery(model_name="ours", precision="int8"), "x").path == ours
     for name in (str(other), f"{ours}/../other", "/nowhere/at/all"):
         with pytest.raises(NotAllowedError):
-            spec_named(known, LoadQuery(model_name=name))
+            resolve_requested_model(known, LoadQuery(model_name=name))
 
 
 @pytest.mark.parametrize(
@@ -43,12 +45,17 @@ def test_directory_is_one_of_the_settings_or_none(tmp_path: Path) -> None:
 )
 def test_code_never_runs_for_what_the_settings_do_not_name(query: LoadQuery) -> None:
     """However much the settings trust: another repository, revision or hub is not what they were written for."""
-    spec = spec_named(settings(b=MappingEntry(name="a/b")), query)
-    assert not TrustSettings(modelscope=True, others=True).allows(spec, "huggingface")
+    spec = resolve_requested_model(settings(b=MappingEntry(name="a/b")), query)
+    assert not TrustSettings(modelscope_trust_remote_code=True, trust_remote_code=True).allows(
+        spec, "huggingface"
+    )
 
 
 def test_trust_of_the_settings_stays_theirs() -> None:
     """A model of the settings is trusted as they say, under another alias or precision too."""
     known = settings(b=MappingEntry(name="a/b", trust_remote_code=True), c=MappingEntry(name="a/c"))
-    assert spec_named(known, LoadQuery(model_name="b", precision="fp32"), "other").trust_remote_code is True
-    assert spec_named(known, LoadQuery(model_name="a/c")).trust_remote_code is None
+    assert (
+        resolve_requested_model(known, LoadQuery(model_name="b", precision="fp32"), "other").trust_remote_code
+        is True
+    )
+    assert resolve_requested_model(known, LoadQuery(model_name="a/c")).trust_remote_code is None

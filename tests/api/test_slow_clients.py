@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from emb_model_provider.api.limits import Connections
-from emb_model_provider.settings import ServerSettings
+from emb_model_provider.api.limits import ConnectionLimiter
+from emb_model_provider.settings import LimitSettings
 from tests.api.models import KEYS
 from tests.service import Service, assert_error, wait_until
 
@@ -350,10 +350,10 @@ class Reader:
 
 def test_unread_answers_of_all_clients_are_bounded() -> None:
     """Where they hold too much together, those that have not read for longest are given up, never the last one."""
-    connections = Connections(ServerSettings(max_pending_body_bytes=100))
+    connections = ConnectionLimiter(LimitSettings(max_body_mb=100 / 2**20, max_pending_body_mb=100 / 2**20))
     first, second, third, quick, huge = (Reader(unsent) for unsent in (40, 40, 30, 500, 1000))
     connections.slow(quick)
-    connections.quick_again(quick)
+    connections.on_resumed(quick)
     connections.slow(first)
     connections.slow(second)
     assert not first.aborted

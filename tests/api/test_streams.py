@@ -9,8 +9,8 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from emb_model_provider.api.http_protocol import HttpProtocol
-from emb_model_provider.api.limits import CONNECTIONS, Connections
-from emb_model_provider.settings import ServerSettings
+from emb_model_provider.api.limits import CONNECTIONS, ConnectionLimiter
+from emb_model_provider.settings import LimitSettings
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -30,7 +30,7 @@ async def test_last_piece_is_sent_though_the_service_stops_at_that_moment() -> N
 
     config = uvicorn.Config(app, http=HttpProtocol, log_config=None, lifespan="off")
     config.load()
-    shared = {CONNECTIONS: Connections(ServerSettings())}
+    shared = {CONNECTIONS: ConnectionLimiter(LimitSettings())}
     server = await asyncio.get_running_loop().create_server(
         lambda: HttpProtocol(config=config, server_state=state, app_state=shared), "127.0.0.1", 0
     )

@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from emb_model_provider.backends.memory_estimate import least_bytes, likely_bytes, openvino_bytes
+from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_bytes, openvino_bytes
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.pytorch.backend import TorchBackend
 from tests.models import bundled_directory, snapshot_of, spec_of
@@ -80,6 +80,6 @@ def test_least_is_no_more_than_what_is_held() -> None:
     size = sum(file.size for file in snapshot_of(bundled_directory()).files)
     held = {"fp32": 4, "bf16": 2, "auto": 2, "fp16": 2, "int8": 1, "int4": 0.5}
     for precision, item in held.items():
-        assert least_bytes("torch", size, precision) <= 22_713_216 * item + 2 * MIB  # type: ignore[arg-type]  # Precision
-        assert least_bytes("torch", size, precision) < likely_bytes("torch", size, precision)  # type: ignore[arg-type]  # likewise
-    assert least_bytes("openvino", 10, "int4") == 10 < likely_bytes("openvino", 10, "int4")
+        assert minimum_bytes("torch", size, precision) <= 22_713_216 * item + 2 * MIB  # type: ignore[arg-type]  # Precision
+        assert minimum_bytes("torch", size, precision) < expected_bytes("torch", size, precision)  # type: ignore[arg-type]  # likewise
+    assert minimum_bytes("openvino", 10, "int4") == 10 < expected_bytes("openvino", 10, "int4")

@@ -15,9 +15,9 @@ import pytest
 
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.hardware import cgroup_cpu_limit, native_bf16, usable_cpus
-from emb_model_provider.backends.openvino_cpu import backend as parts
+from emb_model_provider.backends.openvino_cpu import backend as split_batch
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_cpu.runtime import layout_for
+from emb_model_provider.backends.openvino_cpu.runtime import stream_layout
 from emb_model_provider.errors import InferenceError, LoadError
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ def test_a_lone_batch_gets_all_threads_and_others_a_lane(graph: Path) -> None:
     backend = OpenVinoBackend(graph, description(), cpus=2)
     notes: list[Any] = []
     gate = threading.Event()
-    backend._wide = Recorded(backend._wide, notes, "wide", gate)
-    lanes = [backend._requests.get() for _ in range(backend.lanes)]
-    for lane in lanes:
-        backend._requests.put(Recorded(lane, notes, "lane"))
+    backend._latency_request = Recorded(backend._latency_request, notes, "wide", gate)
+    streams = [backend._requests.get() for _ in range(backend.streams)]
+    for stream in streams:
+        backend._requests.put(Recorded(stream, notes, "lane"))
     batch = TokenBatch(ids=[[1, 2]], prompt_lengths=[0])
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(backend.embed, batch)
@@ -182,7 +182,7 @@ def test_a_lone_batch_gets_all_threads_and_others_a_lane(graph: Path) -> None:
 
 def test_no_part_holds_more_tokens_than_the_budget(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch is run in parts of neighbours in length; a single input that is longer runs alone."""
-    monkeypatch.setattr(parts, "PART_TOKENS", 128)
+    monkeypatch.setattr(split_batch, "MICRO_BATCH_TOKENS", 128)
     backend = OpenVinoBackend(graph, description(max_length=300), cpus=1)
     notes: list[Any] = []
     backend._requests.put(Recorded(backend._requests.get(), notes, "lane"))
@@ -205,12 +205,12 @@ def test_a_length_is_never_rounded_beyond_what_the_model_reads(graph: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("cpus", "lanes", "wide"), [(1, 1, False), (2, 2, True), (4, 4, True), (16, 4, True)]
+    ("cpus", "streams", "wide"), [(1, 1, False), (2, 2, True), (4, 4, True), (16, 4, True)]
 )
-def test_lanes_follow_the_processors(cpus: int, lanes: int, wide: bool) -> None:
+def test_lanes_follow_the_processors(cpus: int, streams: int, wide: bool) -> None:
     """A lane for each processor, up to four; with one there is nothing to widen."""
-    layout = layout_for(cpus)
-    assert (layout.lanes, layout.threads, layout.has_wide_lane) == (lanes, cpus, wide)
+    layout = stream_layout(cpus)
+    assert (layout.streams, layout.threads, layout.has_latency_request) == (streams, cpus, wide)
 
 
 # --- refusing -----------------------------------------------------------------------------------------------------
@@ -243,11 +243,11 @@ def test_fp32_is_had_whatever_the_model_computes_in(tmp_path: Path) -> None:
     backend = OpenVinoBackend(path, description(precision="bf16", excludes_prompt=False), cpus=2)
     batch = TokenBatch(ids=[[1, 2, 3], [4] * 70, [5]], prompt_lengths=[0, 0, 0])
     exact = np.stack([(table[row] @ matrix).sum(axis=0) for row in batch.ids])
-    rounded = backend.embed(batch)
+    bucket_length = backend.embed(batch)
     np.testing.assert_allclose(backend.embed_fp32(batch), exact, rtol=1e-4, atol=1e-3)
-    np.testing.assert_array_equal(backend.embed(batch), rounded)
+    np.testing.assert_array_equal(backend.embed(batch), bucket_length)
     if native_bf16():
-        assert np.abs(rounded - exact).max() > 1e-3
+        assert np.abs(bucket_length - exact).max() > 1e-3
     with pytest.raises(InferenceError):
         backend.embed_fp32(TokenBatch(ids=[[WORDS]], prompt_lengths=[0]))
 

@@ -206,9 +206,9 @@ def test_the_kernel_attends_within_each_input(
     starts = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
     query, key, value = (torch.randn(sum(lengths), count, width) for count in (heads, shared, shared))
     # On the CPU, in fp32, from the same rounded numbers.
-    rounded = [x.to(dtype) for x in (query, key, value)]
-    expected = one_by_one(*(x.float() for x in rounded), starts, 200, scale=0.2, window=window)
-    found = varlen_kernel(*(x.cuda() for x in rounded), starts.cuda(), 200, scale=0.2, window=window)
+    bucket_length = [x.to(dtype) for x in (query, key, value)]
+    expected = one_by_one(*(x.float() for x in bucket_length), starts, 200, scale=0.2, window=window)
+    found = varlen_kernel(*(x.cuda() for x in bucket_length), starts.cuda(), 200, scale=0.2, window=window)
     assert found.shape == expected.shape
     torch.testing.assert_close(found.float().cpu(), expected, atol=2e-2, rtol=2e-2)
 

@@ -54,8 +54,8 @@ def one_by_one(
     rows = []
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         assert end - start <= longest
-        places = torch.arange(end - start)
-        back = places[:, None] - places[None, :]
+        cache_locations = torch.arange(end - start)
+        back = cache_locations[:, None] - cache_locations[None, :]
         left, right = (float("inf") if side < 0 else side for side in window)
         q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         attended = torch.nn.functional.scaled_dot_product_attention(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import pytest
 
-from emb_model_provider.cli import fidelity as measuring_child
+from emb_model_provider.cli import fidelity as start_fidelity_worker
 from emb_model_provider.cli.fidelity import _cells, _notes
 from emb_model_provider.cli.main import COMMANDS, OF_MODELS
 from tests.cli.running import SCRIPT, invoke
@@ -249,9 +249,9 @@ def test_a_row_below_its_floor_says_that_it_would_not_be_served() -> None:
 def test_a_process_that_dies_has_its_reason_for_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that memory was too short for does not take the other rows along."""
     monkeypatch.setattr(
-        measuring_child, "COMMAND", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+        start_fidelity_worker, "COMMAND", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
     )
-    with measuring_child.measuring_child({"model": "x"}) as died:
+    with start_fidelity_worker.start_fidelity_worker({"model": "x"}) as died:
         assert "memory was short" in died.loaded["error"]
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from emb_model_provider.cli.doctor import machine
-from emb_model_provider.hubs.connectivity import reach
+from emb_model_provider.hubs.connectivity import check_hub
 from emb_model_provider.settings.loading import load_settings
 from tests.cli.running import asked, invoke
 from tests.hubs.conftest import HF_REPO, MS_REPO
@@ -99,7 +99,7 @@ def test_a_hub_that_never_answers_is_given_up(huggingface: HuggingFaceServer) ->
         settings = load_settings(
             environ={"EMB_PROVIDER_HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         )[0]
-        found = reach("huggingface", settings.hubs(), timeout_s=0.2)
+        found = check_hub("huggingface", settings.hubs, timeout_s=0.2)
     assert (found.state, found.token) == ("silent", False)
     assert found.reason
 

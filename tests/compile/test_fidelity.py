@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from emb_model_provider.fidelity.metrics import NEIGHBOURS, cosines, neighbour_overlap, similarities, spearman
 from emb_model_provider.fidelity.texts import (
     CALIBRATION,
-    LEAST_TOPICS,
+    MIN_TOPICS,
     PROBES,
     corpus,
     corpus_digest,
@@ -30,9 +30,11 @@ def some_vectors(texts: int = 40, dimension: int = 6, *, seed: int = 1) -> NDArr
     return np.random.default_rng(seed).normal(size=(texts, dimension))
 
 
-def line(*places: float) -> NDArray[np.float64]:
+def line(*cache_locations: float) -> NDArray[np.float64]:
     """Return similarities of texts that lie on a line: the nearer their places, the more alike."""
-    found: NDArray[np.float64] = -np.abs(np.subtract.outer(places, places)).astype(np.float64)
+    found: NDArray[np.float64] = -np.abs(np.subtract.outer(cache_locations, cache_locations)).astype(
+        np.float64
+    )
     return found
 
 
@@ -195,13 +197,13 @@ def test_the_corpus_is_in_many_scripts() -> None:
 def test_a_part_of_the_corpus_is_whole_topics() -> None:
     """A share keeps each of its texts among the ten of its topic, and is never less than a few topics."""
     whole = [set(texts) for texts in topics().values()]
-    for share, least in ((0.0, 10 * LEAST_TOPICS), (0.3, 100), (1.0, 300), (7.0, 300)):
+    for share, least in ((0.0, 10 * MIN_TOPICS), (0.3, 100), (1.0, 300), (7.0, 300)):
         part = set(corpus(share))
         assert len(part) >= least
         assert len(part) == len(corpus(share))
         assert all(topic <= part or topic.isdisjoint(part) for topic in whole)
     assert corpus(7.0) == corpus()
-    assert len(corpus(0.0)) == 10 * LEAST_TOPICS
+    assert len(corpus(0.0)) == 10 * MIN_TOPICS
     assert len(corpus(0.3)) < len(corpus())
 
 

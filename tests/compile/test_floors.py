@@ -11,7 +11,7 @@ import pytest
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.prepare import PreparedBackend, prepare_backend
 from emb_model_provider.backends.hardware import native_bf16
-from emb_model_provider.fidelity.thresholds import SETTING, UntrueModelError
+from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError
 from emb_model_provider.formatting import format_cosine
 from emb_model_provider.settings import FIDELITY_FLOORS, FidelitySettings
 from tests.compile.service import FAMILY, ONE_TOKEN, Service
@@ -40,7 +40,7 @@ def prepare(
         cache_dir=service.cache,
         max_cache_bytes=service.max_bytes,
         on_compiling=announce,
-        fidelity=FidelitySettings(floors={**FIDELITY_FLOORS, **(floors or {})}, measure=measure),
+        fidelity=FidelitySettings(fidelity_floors=floors or {}, measure_fidelity=measure),
     )
 
 
@@ -60,7 +60,7 @@ def measured(description: ModelDescription) -> Fidelity:
 
 
 def refused(prepare_it: Callable[[], object]) -> str:
-    with pytest.raises(UntrueModelError) as caught:
+    with pytest.raises(AccuracyError) as caught:
         prepare_it()
     assert "\n" not in caught.value.message
     return caught.value.message

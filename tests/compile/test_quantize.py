@@ -23,7 +23,7 @@ from emb_model_provider.compiler import build as making
 from emb_model_provider.compiler import quantize as quantizing
 from emb_model_provider.compiler.export import quietly
 from emb_model_provider.compiler.quantize import QuantizeError
-from emb_model_provider.fidelity.compare import UntrueError, reference_cases
+from emb_model_provider.fidelity.compare import MismatchError, reference_cases
 from emb_model_provider.fidelity.texts import CALIBRATION, PROBES, corpus
 from tests.backends.comparison import TEXTS, cosines, embed_texts, reference
 from tests.compile.conftest import compile_here
@@ -72,7 +72,7 @@ def test_every_family_is_near_its_reference(
     description = replace(exact.artifact.description, precision=precision)
     whole = openvino().Core().read_model(exact.artifact.directory / GRAPH)
     with quietly():
-        graph = quantizing.quantized(whole, precision, description)
+        graph = quantizing.quantize(whole, precision, description)
     openvino().save_model(graph, tmp_path / GRAPH, compress_to_fp16=False)
     assert (tmp_path / WEIGHTS).stat().st_size < 0.4 * size_of(exact)
     computations: list[ComputePrecision] = ["fp32", "bf16", "int8"]
@@ -255,7 +255,7 @@ def test_a_wrong_conversion_is_refused_before_it_is_quantized(
 
     def untrue(*_: object, **options: object) -> Any:
         assert options["exact"]
-        raise UntrueError("cosine 0.5")
+        raise MismatchError("cosine 0.5")
 
     directory = compiled(FAMILY, precision="fp32").directory
     monkeypatch.setattr(making, "compare", untrue)
@@ -269,7 +269,7 @@ def test_activations_become_integers_only_where_that_is_true_enough(
 ) -> None:
     """Small random models are not: the weights' integers are computed in bf16 or fp32, and a note says why."""
     monkeypatch.setattr("tests.compile.conftest.fast_int8", lambda: True)
-    monkeypatch.setattr(making, "_AIMS", {"int8": (0.9, 1.1)})
+    monkeypatch.setattr(making, "ACCURACY_TARGETS", {"int8": (0.9, 1.1)})
     result, _ = compile_here(compiled(FAMILY, precision="fp32").directory, tmp_path, precision="int8")
     assert result.outcome == "done"
     description = json.loads((tmp_path / "manifest.json").read_text())["description"]
@@ -285,7 +285,7 @@ def test_a_graph_without_weights_is_left_as_it_is(compiled: Callable[..., Compil
     ids = ops.parameter([-1, -1], dtype=np.int64, name="input_ids")
     graph = openvino.Model([ops.convert(ids, "f32")], [ids], "plain")
     description = compiled(FAMILY, precision="fp32").artifact.description
-    assert quantizing.quantized(graph, "int4", description) is graph
+    assert quantizing.quantize(graph, "int4", description) is graph
 
 
 def test_nncf_reports_nothing_and_is_not_imported_by_serving() -> None:

@@ -15,7 +15,7 @@ from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.compiler import export as graphs
-from emb_model_provider.compiler.export import ways_shipped
+from emb_model_provider.compiler.export import prebuilt_exports
 from emb_model_provider.errors import IncompleteRepositoryError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_spec import ModelSpec
@@ -78,7 +78,7 @@ def nothing_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> Any:
         raise RuntimeError("cannot be exported")
 
-    monkeypatch.setattr(graphs, "WAYS", {"torch.export": fails})
+    monkeypatch.setattr(graphs, "EXPORTERS", {"torch.export": fails})
 
 
 @pytest.mark.parametrize(
@@ -122,10 +122,10 @@ def test_an_export_in_a_directory_is_part_of_its_snapshot(
     directory = Path(shutil.copytree(compiled("bert-cls", precision="fp32").directory, tmp_path / "model"))
     spec, settings = ModelSpec(alias="a", name="a", path=directory), HubSettings(cache_dir=tmp_path / "cache")
     before = fetch_snapshot(spec, settings)
-    assert ways_shipped(before) == {}
+    assert prebuilt_exports(before) == {}
     ship(directory, name)
     after = fetch_snapshot(spec, settings)
-    assert list(ways_shipped(after)) == [name]
+    assert list(prebuilt_exports(after)) == [name]
     assert after.digest != before.digest
     assert {file.path for file in after.files} >= {name, name.replace(".xml", ".bin")}
 

@@ -11,7 +11,7 @@ import pytest
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.compiler import build as making
 from emb_model_provider.compiler import export as graphs
-from emb_model_provider.fidelity.compare import Case, UntrueError, compare
+from emb_model_provider.fidelity.compare import Case, MismatchError, compare
 from emb_model_provider.fidelity.texts import PROBES, long_probes
 from tests.compile.conftest import compile_here
 
@@ -31,7 +31,7 @@ class Spoiled:
     """A backend whose vectors a test changes."""
 
     def __init__(self, real: Any, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> None:
-        self._real, self._change, self.lanes = real, change, 1
+        self._real, self._change, self.streams = real, change, 1
         self.description: ModelDescription = real.description
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
@@ -70,7 +70,7 @@ def test_wrong_vectors_are_refused(
     expected = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
     cases = [Case(texts, "", expected)]
     assert compare(backend, cases).min_cosine > 0.99999
-    with pytest.raises(UntrueError, match=words):
+    with pytest.raises(MismatchError, match=words):
         compare(Spoiled(backend, change), cases)
 
 
@@ -96,7 +96,7 @@ def test_a_graph_that_is_wrong_is_tried_another_way(
         raise RuntimeError("cannot be exported")
 
     ways = {"first": fails, "second": _with_other_weights, "third": graphs.traced}
-    monkeypatch.setattr(graphs, "WAYS", ways)
+    monkeypatch.setattr(graphs, "EXPORTERS", ways)
     result, _ = compile_here(directory, tmp_path, precision="fp32")
     assert result.outcome == "done"
     assert '"made_by": "third"' in (tmp_path / "manifest.json").read_text()
@@ -107,7 +107,7 @@ def test_a_model_that_no_way_gets_right_is_refused(
 ) -> None:
     """Every way is named with its reason, and there is no manifest."""
     directory = compiled(FAMILY, precision="fp32").directory
-    monkeypatch.setattr(graphs, "WAYS", {"spoiled": _with_other_weights})
+    monkeypatch.setattr(graphs, "EXPORTERS", {"spoiled": _with_other_weights})
     result, _ = compile_here(directory, tmp_path, precision="fp32")
     assert result.outcome == "refused"
     assert "spoiled: at fp32, cosine" in result.reason
@@ -122,7 +122,7 @@ def test_each_way_gives_the_same_model(
 ) -> None:
     """What tracing gives verifies as well."""
     directory = compiled(family, precision="fp32").directory
-    monkeypatch.setattr(graphs, "WAYS", {way: graphs.WAYS[way]})
+    monkeypatch.setattr(graphs, "EXPORTERS", {way: graphs.EXPORTERS[way]})
     result, _ = compile_here(directory, tmp_path, precision="fp32")
     assert result.outcome == "done"
 
@@ -136,7 +136,7 @@ def test_auto_falls_back_to_fp32_where_bf16_is_not_true(
 
     def only_fp32(backend: Any, cases: Any, **options: Any) -> Any:
         if backend.description.precision != "fp32":
-            raise UntrueError("cosine 0.5")
+            raise MismatchError("cosine 0.5")
         return real(backend, cases, **options)
 
     monkeypatch.setattr(making, "compare", only_fp32)

@@ -80,9 +80,9 @@ class FaultyService(Service):
         state: str = self.http.get("/ready").json()["models"][alias]["state"]
         return state
 
-    def lanes(self, alias: str) -> int:
-        lanes: int = self.control.events("loaded", alias=alias)[-1]["lanes"]
-        return lanes
+    def streams(self, alias: str) -> int:
+        streams: int = self.control.events("loaded", alias=alias)[-1]["streams"]
+        return streams
 
     def waiting(self, alias: str) -> float:
         return self.figure("emb_provider_queue_inputs", model=alias)
@@ -94,10 +94,10 @@ class FaultyService(Service):
         Yields the answers, to come, of the requests that do it.
         """
         self.control.arm("hang", alias)
-        lanes, before = self.lanes(alias), len(self._hangs(alias))
-        texts = self.texts(lanes, "hang")
+        streams, before = self.streams(alias), len(self._hangs(alias))
+        texts = self.texts(streams, "hang")
         asked = []
-        with ThreadPoolExecutor(lanes) as pool:
+        with ThreadPoolExecutor(streams) as pool:
             try:
                 for number, text in enumerate(texts, before + 1):
                     asked.append(pool.submit(self.embed, text, model=alias))

@@ -106,7 +106,7 @@ class FaultyBackend:
 
     def __init__(self, backend: Backend, alias: str, control: Control) -> None:
         self.description = backend.description
-        self.lanes = backend.lanes
+        self.streams = backend.streams
         self._backend = backend
         self._alias = alias
         self._control = control

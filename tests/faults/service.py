@@ -38,7 +38,7 @@ def plant(control: Control) -> None:
             if control.value("no-load", spec.alias) is not None:
                 raise RuntimeError("planted: it cannot be loaded")
             backend = FaultyBackend(prepared.load(), spec.alias, control)
-            control.record("loaded", alias=spec.alias, lanes=backend.lanes)
+            control.record("loaded", alias=spec.alias, streams=backend.streams)
             return backend
 
         return dataclasses.replace(prepared, load=load)

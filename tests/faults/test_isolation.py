@@ -47,10 +47,10 @@ def assert_failed(response: httpx.Response) -> None:
 
 def test_out_of_memory_splits_and_lowers_the_budget(faulty: FaultyService) -> None:
     """A batch too large for the memory runs in parts, later ones are smaller from the start, and then large again."""
-    limit, lanes = 100, faulty.lanes(SHAKY)
+    limit, streams = 100, faulty.streams(SHAKY)
     # No half of a batch is larger than that: it is what a lane begins with before it knows.
     large = 2 * limit + 60
-    requests = [faulty.texts(3) for _ in range(40 * lanes)]
+    requests = [faulty.texts(3) for _ in range(40 * streams)]
     faulty.control.arm("watch", SHAKY)
 
     def larges() -> int:
@@ -63,11 +63,11 @@ def test_out_of_memory_splits_and_lowers_the_budget(faulty: FaultyService) -> No
     def count() -> int:
         return sum(event["padded"] > large for event in faulty.control.events("batch", alias=SHAKY))
 
-    wait_until(lambda: larges() > lanes)
+    wait_until(lambda: larges() > streams)
     faulty.control.arm("memory", SHAKY, str(limit))
-    assert 1 <= larges() <= lanes
+    assert 1 <= larges() <= streams
     faulty.control.disarm("memory", SHAKY)
-    wait_until(lambda: larges() > lanes)
+    wait_until(lambda: larges() > streams)
     faulty.control.disarm("watch", SHAKY)
 
 

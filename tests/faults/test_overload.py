@@ -31,7 +31,7 @@ def faulty(start: Start) -> FaultyService:
 
 def test_deadline_ends_the_work(faulty: FaultyService) -> None:
     """A request that takes too long gets 504, and what is left of it is not run."""
-    batches = 4 * TIMEOUT_S / SLOW_S * faulty.lanes(SHAKY)
+    batches = 4 * TIMEOUT_S / SLOW_S * faulty.streams(SHAKY)
     text = f"{WORDS['slow']} " * (BATCH_TOKENS // 2 - 10)  # two fill a batch
     with faulty.undisturbed():
         answer = faulty.embed([text] * int(2 * batches), model=SHAKY)

@@ -63,13 +63,13 @@ async def _answers(
 def _shuffled_requests() -> list[list[int]]:
     """Return requests of one to four texts, by number, 10,000 texts in all."""
     draw = random.Random(10_000)  # noqa: S311 - the same ones each time
-    places = [place % len(_TEXTS) for place in range(_ANSWERS)]
-    draw.shuffle(places)
+    cache_locations = [place % len(_TEXTS) for place in range(_ANSWERS)]
+    draw.shuffle(cache_locations)
     requests = []
-    while places:
+    while cache_locations:
         size = draw.choice((1, 1, 2, 4))
-        requests.append(places[:size])
-        del places[:size]
+        requests.append(cache_locations[:size])
+        del cache_locations[:size]
     return requests
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from emb_model_provider.backends import tokenization as shortening
-from emb_model_provider.backends.tokenization import Shortening
+from emb_model_provider.backends.tokenization import TextPreTruncator
 from tests.backends.small_tokenizers import byte_bpe, unigram, wordpiece
 from tests.backends.test_tokenization import tokenization_of
 from tests.fuzz.bodies import texts
@@ -43,7 +43,7 @@ def test_kept_ids_are_those_of_the_whole_text(
     # Pieces as short as they can be, so that nearly every text is cut, most of them several times.
     monkeypatch.setattr(shortening, "_CHARACTERS_PER_TOKEN", 1)
     monkeypatch.setattr(shortening, "_GROWTH", 2)
-    shorten = Shortening.of(json.loads(tokenizer.to_str()))
+    shorten = TextPreTruncator.of(json.loads(tokenizer.to_str()))
     assert shorten is not None
     assert shorten.from_end
 
@@ -90,7 +90,7 @@ def test_little_of_a_long_text_is_read(truncate: Any) -> None:
 @pytest.mark.parametrize("tokenizer", [unigram, byte_bpe])
 def test_other_tokenizers_read_whole_texts(tokenizer: Any) -> None:
     """Where one character can change tokens far away, nothing is cut beforehand."""
-    assert Shortening.of(json.loads(tokenizer().backend_tokenizer.to_str())) is None
+    assert TextPreTruncator.of(json.loads(tokenizer().backend_tokenizer.to_str())) is None
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,6 @@ def test_special_tokens_that_overlap_are_read_from_the_start(contents: list[str]
     """From the middle of a text one could be found where the whole text has another."""
     tokenizer = json.loads(Tokenizer.from_str(wordpiece().backend_tokenizer.to_str()).to_str())
     tokenizer["added_tokens"] = [{"content": content, "normalized": False} for content in contents]
-    found = Shortening.of(tokenizer)
+    found = TextPreTruncator.of(tokenizer)
     assert found is not None
     assert found.from_end == from_end

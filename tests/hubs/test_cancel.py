@@ -42,7 +42,7 @@ def test_a_cancelled_fetch_ends_and_leaves_nothing(
         if progress.phase == phase and (phase != "download" or progress.done_bytes > 1_000):
             raise FetchCancelledError("wanted no more")
 
-    config = settings(fallback_to_huggingface=True)
+    config = settings(modelscope_fallback_to_huggingface=True)
     with pytest.raises(FetchCancelledError, match=r"^wanted no more$"):
         fetch_snapshot(spec(repo), config, cancel)
     left = files_in(config.hf_cache_dir, config.modelscope_cache_dir, config.cache_dir / "snapshots")

@@ -34,7 +34,7 @@ def test_the_fallback_asks_under_the_other_hubs_name(
 ) -> None:
     """Where ModelScope has no such repository, Hugging Face is asked for what it calls the model."""
     modelscope.repos.clear()
-    config = settings(names=NAMES, fallback_to_huggingface=True)
+    config = settings(names=NAMES, modelscope_fallback_to_huggingface=True)
     snapshot = fetch_snapshot(spec("acme/model", source="modelscope"), config)
     assert (snapshot.hub, snapshot.repository) == ("huggingface", HF_REPO)
 

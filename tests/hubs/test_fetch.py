@@ -126,7 +126,9 @@ def test_offline_uses_a_verified_snapshot_and_makes_no_request(
     modelscope.forget()
     assert fetch_snapshot(spec(repo), settings(offline=True)) == first
     with pytest.raises(OfflineError, match="EMB_PROVIDER_OFFLINE"):
-        fetch_snapshot(spec(repo, revision="other"), settings(offline=True, fallback_to_huggingface=True))
+        fetch_snapshot(
+            spec(repo, revision="other"), settings(offline=True, modelscope_fallback_to_huggingface=True)
+        )
     assert not huggingface.requests
     assert not modelscope.requests
 
@@ -291,7 +293,8 @@ def test_falls_back_to_hugging_face_when_asked_to(
         fetch_snapshot(spec("iic/other"), settings())
     with caplog.at_level(logging.WARNING):
         snapshot = fetch_snapshot(
-            spec("iic/other", revision="master", token="ms_secret"), settings(fallback_to_huggingface=True)
+            spec("iic/other", revision="master", token="ms_secret"),
+            settings(modelscope_fallback_to_huggingface=True),
         )
     assert snapshot.hub == "huggingface"
     assert "ModelScope has no repository iic/other" in caplog.text
@@ -309,7 +312,9 @@ def test_falls_back_when_modelscope_refuses_or_is_down(
     """Whatever keeps ModelScope from giving the model, the other hub is tried."""
     huggingface.repos[MS_REPO] = model_files()
     modelscope.faults.status = status
-    assert fetch_snapshot(spec(MS_REPO), settings(fallback_to_huggingface=True)).hub == "huggingface"
+    assert (
+        fetch_snapshot(spec(MS_REPO), settings(modelscope_fallback_to_huggingface=True)).hub == "huggingface"
+    )
 
 
 def test_offline_falls_back_to_what_was_taken_from_hugging_face(
@@ -317,10 +322,13 @@ def test_offline_falls_back_to_what_was_taken_from_hugging_face(
 ) -> None:
     """A snapshot that came by the fallback is found again without a request."""
     huggingface.repos["iic/other"] = model_files()
-    first = fetch_snapshot(spec("iic/other"), settings(fallback_to_huggingface=True))
+    first = fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True))
     huggingface.forget()
     modelscope.forget()
-    assert fetch_snapshot(spec("iic/other"), settings(fallback_to_huggingface=True, offline=True)) == first
+    assert (
+        fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True, offline=True))
+        == first
+    )
     assert not huggingface.requests + modelscope.requests
 
 
@@ -330,7 +338,7 @@ def test_when_both_hubs_fail_the_error_has_both_reasons(
     """Neither reason hides the other."""
     huggingface.faults.status = 503
     with pytest.raises(HubUnavailableError) as caught:
-        fetch_snapshot(spec("iic/other"), settings(fallback_to_huggingface=True))
+        fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True))
     assert "ModelScope has no repository iic/other" in str(caught.value)
     assert "Hugging Face answered HTTP 503" in str(caught.value)
 
@@ -340,7 +348,7 @@ def test_hugging_face_never_falls_back(
 ) -> None:
     """The fallback goes one way."""
     with pytest.raises(RevisionNotFoundError):
-        fetch_snapshot(spec(HF_REPO, revision="none"), settings(fallback_to_huggingface=True))
+        fetch_snapshot(spec(HF_REPO, revision="none"), settings(modelscope_fallback_to_huggingface=True))
     assert not modelscope.requests
 
 
@@ -350,7 +358,9 @@ def test_a_cache_that_is_a_file_is_said_not_to_be_writable(
     """A manifest that could not be written is noticed before anything is fetched; no fallback hides it."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheNotWritableError, match="EMB_PROVIDER_CACHE_DIR"):
-        fetch_snapshot(spec(MS_REPO), settings(cache_dir=tmp_path / "file", fallback_to_huggingface=True))
+        fetch_snapshot(
+            spec(MS_REPO), settings(cache_dir=tmp_path / "file", modelscope_fallback_to_huggingface=True)
+        )
     assert not modelscope.requests
 
 

@@ -162,9 +162,9 @@ def test_two_processes_at_once_transfer_each_file_once(
     finally:
         server.faults.release.set()
         outputs = [child.communicate(timeout=240)[0] for child in children]
-    results = {output.splitlines()[-1] for output in outputs}
-    assert len(results) == 1
-    assert results.pop().startswith("SNAPSHOT")
+    wait_all = {output.splitlines()[-1] for output in outputs}
+    assert len(wait_all) == 1
+    assert wait_all.pop().startswith("SNAPSHOT")
     assert set(server.bodies().values()) == {1}
     assert server.asked("/revisions" if repo == MS_REPO else "/revision/main") == 1
     assert waiting() == 1

@@ -76,9 +76,9 @@ def test_one_export_is_kept_where_it_is_at_hand(exports: list[str], kept: list[s
 def test_a_repository_of_exports_is_told_what_it_lacks(export: str) -> None:
     """It is not just `no weights`: the error says what there is, and why it will not do."""
     with pytest.raises(IncompleteRepositoryError, match=rf"no weights.*only an export \({export}\)"):
-        require_model(["config.json"], "Repository a/b", listed=["config.json", export])
+        require_model(["config.json"], "Repository a/b", list_dir=["config.json", export])
     with pytest.raises(IncompleteRepositoryError, match=r"no weights .*\. Choose a repository or a revision"):
-        require_model(["config.json"], "Repository a/b", listed=["config.json"])
+        require_model(["config.json"], "Repository a/b", list_dir=["config.json"])
 
 
 @pytest.mark.parametrize(

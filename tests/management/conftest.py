@@ -34,7 +34,7 @@ def configured(
             "modelscope_cache_dir": tmp_path / "ms",
             "modelscope_endpoint": modelscope.url,
         }
-        return Settings(**values | changes)
+        return Settings.from_values(**values | changes)
 
     return make
 

@@ -15,7 +15,7 @@ from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.backends.base import ModelDescription
 from emb_model_provider.errors import ModelInUseError
 from emb_model_provider.management.manager import ModelManager
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO
 from tests.management.conftest import on_disk
 
@@ -191,7 +191,7 @@ def test_a_compiled_model_is_described_and_held_no_longer(
     settings = configured(device="cpu")
     manager = ModelManager(settings)
     compiling: list[int] = []
-    spec = choose(settings, MS_REPO, precision="fp32")
+    spec = resolve_model(settings, MS_REPO, precision="fp32")
     for _ in range(2):
         compiled = manager.compile(spec, on_compiling=lambda: compiling.append(1))
         assert compiled.backend == "openvino"
@@ -203,5 +203,5 @@ def test_a_compiled_model_is_described_and_held_no_longer(
     assert entry.artifacts[0].size == compiled.size
     assert manager.remove(MS_REPO).artifacts == [entry.artifacts[0].key]
     assert not list((tmp_path / "cache").iterdir())
-    served = manager.compile(choose(configured(backend="torch"), MS_REPO))
+    served = manager.compile(resolve_model(configured(backend="torch"), MS_REPO))
     assert (served.backend, served.description) == ("torch", None)

@@ -11,7 +11,7 @@ import pytest
 
 from emb_model_provider.errors import HubError, ManagementError, ModelInUseError, NotCachedError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.model_spec import BUNDLED_MODEL
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, modelscope_files
 from tests.hubs.test_existing_caches import write
@@ -43,7 +43,7 @@ def test_after_removal_the_disk_is_as_it_was(
     make_empty(configured)
     before = on_disk(tmp_path)
     for name in (HF_REPO, MS_REPO):
-        _, hold = manager.acquire(choose(configured(), name))
+        _, hold = manager.acquire(resolve_model(configured(), name))
         hold.release()
     assert [entry.name for entry in manager.list()] == [HF_REPO, MS_REPO]
     freed = sum(manager.evict_model(name).freed for name in (HF_REPO, MS_REPO))
@@ -174,7 +174,7 @@ def test_a_held_model_is_not_removed(
     configured: Callable[..., Settings], manager: ModelManager, tmp_path: Path
 ) -> None:
     """While somebody uses it, removal is an error and changes nothing; one that waits goes on when it is let go."""
-    _, hold = manager.acquire(choose(configured(), MS_REPO))
+    _, hold = manager.acquire(resolve_model(configured(), MS_REPO))
     before = on_disk(tmp_path)
     assert manager.list()[0].in_use
     for dry_run in (False, True):
@@ -196,7 +196,7 @@ def test_several_models_of_a_name_are_removed_all_or_none(
     manager = ModelManager(configured())
     for source in ("huggingface", "modelscope"):
         manager.ensure_model_cached(MS_REPO, source=source)
-    _, hold = manager.acquire(choose(configured(), MS_REPO, source="modelscope"))
+    _, hold = manager.acquire(resolve_model(configured(), MS_REPO, source="modelscope"))
     with pytest.raises(ModelInUseError):
         manager.remove(MS_REPO)
     assert len(manager.list()) == 2
@@ -390,7 +390,7 @@ def test_a_model_removed_before_it_is_held_is_fetched_again(
                 manager.remove(MS_REPO)
             return snapshot
 
-    snapshot, hold = Unlucky(configured()).acquire(choose(configured(), MS_REPO))
+    snapshot, hold = Unlucky(configured()).acquire(resolve_model(configured(), MS_REPO))
     assert (snapshot.path / "pytorch_model.bin").read_bytes() == WEIGHTS
     with pytest.raises(ModelInUseError):
         manager.remove(MS_REPO)
@@ -402,7 +402,7 @@ def test_whoever_holds_a_model_has_all_of_it(
     configured: Callable[..., Settings], manager: ModelManager, modelscope: ModelScopeServer
 ) -> None:
     """Threads that acquire and release, one that removes and one that looks on: whoever holds it has all of its files."""
-    spec = choose(configured(), MS_REPO)
+    spec = resolve_model(configured(), MS_REPO)
     stop = threading.Event()
     failures: list[BaseException] = []
 

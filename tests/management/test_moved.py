@@ -9,7 +9,7 @@ import pytest
 from emb_model_provider.errors import CorruptSnapshotError, ModelInUseError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.manager import ModelManager
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import MS_REPO, WEIGHTS
 from tests.management.conftest import on_disk
 
@@ -54,7 +54,7 @@ def test_a_model_in_use_is_not_replaced(
     configured: Callable[..., Settings], manager: ModelManager, older: Path, tmp_path: Path
 ) -> None:
     """While a process has loaded the older state, fetching the newer one is refused, and changes nothing."""
-    _, hold = manager.acquire(choose(configured(), MS_REPO))
+    _, hold = manager.acquire(resolve_model(configured(), MS_REPO))
     before = on_disk(tmp_path)
     with pytest.raises(ModelInUseError, match=r"nothing was replaced.*emb-provider unload iic/tiny"):
         manager.ensure_model_cached(MS_REPO, force=True)
@@ -74,7 +74,7 @@ def test_a_model_that_comes_into_use_meanwhile_is_not_replaced(
     settings = configured()
     with pytest.raises(ModelInUseError):
         fetch_snapshot(
-            choose(settings, MS_REPO), settings.hubs(), force=True, is_held=lambda _: answers.pop(0)
+            resolve_model(settings, MS_REPO), settings.hubs, force=True, is_held=lambda _: answers.pop(0)
         )
     assert not answers
     assert manager.verify(manager.list()[0]).ok
@@ -112,7 +112,7 @@ def test_a_model_replaced_before_it_is_held_is_the_newer_one(
                 manager.ensure_model_cached(MS_REPO, force=True)
             return snapshot
 
-    snapshot, hold = Unlucky(configured()).acquire(choose(configured(), MS_REPO))
+    snapshot, hold = Unlucky(configured()).acquire(resolve_model(configured(), MS_REPO))
     with hold:
         assert snapshot.digest == manager.list()[0].digest
         assert "added.json" in {file.path for file in snapshot.files}

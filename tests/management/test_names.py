@@ -8,7 +8,7 @@ import pytest
 
 from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO, model_files
 from tests.hubs.test_existing_caches import write
 
@@ -83,8 +83,8 @@ def test_what_the_settings_say_of_a_model_holds_where_its_own_hub_is_named(
         ("small", {"source": "modelscope"}),
         ("small", {"revision": "v1"}),
     ):
-        spec = choose(settings, name, **options)  # type: ignore[arg-type]
+        spec = resolve_model(settings, name, **options)  # type: ignore[arg-type]
         assert (spec.name, spec.pooling, spec.cache_dir) == (MS_REPO, "cls", tmp_path / "own")
         assert spec.revision == options.get("revision")
-    elsewhere = choose(settings, "small", source="huggingface")
+    elsewhere = resolve_model(settings, "small", source="huggingface")
     assert (elsewhere.name, elsewhere.source, elsewhere.token) == (MS_REPO, "huggingface", None)

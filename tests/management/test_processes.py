@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.errors import ModelInUseError
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 from tests.hubs.test_processes import both
 from tests.management.conftest import on_disk
@@ -69,7 +69,7 @@ class Children:
     """Processes that do one thing with the manager, and end with the test."""
 
     def __init__(self, settings: Settings) -> None:
-        hubs = settings.hubs()
+        hubs = settings.hubs
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith("EMB_PROVIDER_")
         }
@@ -255,7 +255,7 @@ def test_of_two_processes_that_remove_one_does(
     tmp_path: Path,
 ) -> None:
     """Both end well or with a plain word, and the disk is as it was."""
-    manager.ensure_model_cached(choose(configured(), HF_REPO).name)
+    manager.ensure_model_cached(resolve_model(configured(), HF_REPO).name)
     both_of_them = [children.start("remove", HF_REPO) for _ in range(2)]
     for child in both_of_them:
         says(child, "ready")

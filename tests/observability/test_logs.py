@@ -38,7 +38,7 @@ def pytests_own_logging() -> Iterator[None]:
 def written(directory: Path, as_json: bool, *messages: str, **settings: str) -> list[str]:
     """Log messages as a service with these settings does, and return the lines of its file."""
     listener = start_logging(
-        LogSettings(format="json" if as_json else "text", directory=directory, **settings)
+        LogSettings(log_format="json" if as_json else "text", log_dir=directory, **settings)
     )
     for message in messages:
         logger.info("%s", message)
@@ -69,7 +69,7 @@ def test_text_of_all_languages_stays_readable(tmp_path: Path, as_json: bool) -> 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_traceback_cannot_pass_for_other_lines(tmp_path: Path, as_json: bool) -> None:
     """A traceback is kept whole: indented below its line in text, one field of it in JSON."""
-    listener = start_logging(LogSettings(format="json" if as_json else "text", directory=tmp_path))
+    listener = start_logging(LogSettings(log_format="json" if as_json else "text", log_dir=tmp_path))
     try:
         int("first\n2026-01-01 00:00:00.000 INFO    forged")
     except ValueError:
@@ -88,7 +88,7 @@ def test_traceback_cannot_pass_for_other_lines(tmp_path: Path, as_json: bool) ->
 
 def test_request_id_is_that_of_the_moment_of_logging(tmp_path: Path) -> None:
     """Though another thread writes the line, it has the id of the request that logged it."""
-    listener = start_logging(LogSettings(format="json", directory=tmp_path))
+    listener = start_logging(LogSettings(log_format="json", log_dir=tmp_path))
     token = request_id.set("mine")
     logger.info("during")
     request_id.reset(token)
@@ -103,7 +103,7 @@ def test_request_id_is_that_of_the_moment_of_logging(tmp_path: Path) -> None:
 
 def test_level_is_ours_alone(tmp_path: Path) -> None:
     """LOG_LEVEL is for this package; libraries are heard from WARNING on."""
-    listener = start_logging(LogSettings(format="json", directory=tmp_path, level="DEBUG"))
+    listener = start_logging(LogSettings(log_format="json", log_dir=tmp_path, log_level="DEBUG"))
     logger.debug("ours")
     logging.getLogger("some.library").info("not this")
     logging.getLogger("some.library").warning("but this")
@@ -125,7 +125,7 @@ def test_file_is_rotated_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_file_is_rotated_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is too old is put aside at the next line, however small it is."""
     monkeypatch.setattr(logs, "_MAX_FILE_AGE_S", 0.05)
-    listener = start_logging(LogSettings(format="json", directory=tmp_path))
+    listener = start_logging(LogSettings(log_format="json", log_dir=tmp_path))
     logger.info("old")
     wait_until(lambda: "old" in (tmp_path / LOG_FILE).read_text(encoding="utf-8"))
     time.sleep(0.1)
@@ -149,10 +149,10 @@ def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
     """The error names the setting, the directory, and the way to do without a file."""
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"EMB_PROVIDER_LOG_DIR=.*EMB_PROVIDER_LOG_TO_FILE=false"):
-        start_logging(LogSettings(directory=tmp_path / "file" / "logs"))
+        start_logging(LogSettings(log_dir=tmp_path / "file" / "logs"))
 
 
 def test_no_file_where_none_is_wanted(tmp_path: Path) -> None:
     """LOG_TO_FILE=false makes neither file nor directory."""
-    start_logging(LogSettings(to_file=False, directory=tmp_path / "logs")).stop()
+    start_logging(LogSettings(log_to_file=False, log_dir=tmp_path / "logs")).stop()
     assert list(tmp_path.iterdir()) == []

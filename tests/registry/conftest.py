@@ -19,8 +19,8 @@ from emb_model_provider.settings import (
     BatchSettings,
     HubSettings,
     LimitSettings,
-    ModelSettings,
-    ResidencySettings,
+    MemorySettings,
+    ServedModels,
     TrustSettings,
 )
 from emb_model_provider.snapshots.snapshot import Snapshot
@@ -41,8 +41,8 @@ PATIENCE_S = 60.0
 @pytest.fixture(autouse=True)
 def quick_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave Python's garbage alone: it is all that a load of these models takes time for."""
-    monkeypatch.setattr("emb_model_provider.serving.engine.spare_what_stays", lambda: None)
-    monkeypatch.setattr("emb_model_provider.serving.model_thread.give_back_memory", lambda: None)
+    monkeypatch.setattr("emb_model_provider.serving.engine.freeze_gc", lambda: None)
+    monkeypatch.setattr("emb_model_provider.serving.model_thread.trim_malloc", lambda: None)
 
 
 class FakeHold:
@@ -120,7 +120,7 @@ class Fleet:
     # --- asking -----------------------------------------------------------------------------------------
 
     async def embed(self, alias: str) -> np.ndarray:
-        async with self.registry.using(alias) as engine:
+        async with self.registry.lease(alias) as engine:
             return (await engine.embed(["w1 w2"], EmbedOptions())).vectors
 
     async def held(self, alias: str) -> asyncio.Task[np.ndarray]:
@@ -167,7 +167,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         # What hangs here does so until the test says otherwise.
         monkeypatch.setattr(lifecycle, "_STOP_S", 0.05)
         made.registry = Registry(
-            ModelSettings(
+            ServedModels(
                 specs=tuple(ModelSpec(alias=alias, name=alias) for alias in aliases), preload=preload
             ),
             manager=cast("ModelManager", made),
@@ -175,7 +175,7 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             trust=TrustSettings(),
             batching=BatchSettings(),
             limits=LimitSettings(request_timeout_s=request_timeout_s),
-            residency=ResidencySettings(**residency),
+            residency=MemorySettings(**residency),
             watchdog_s=watchdog_s,
             max_artifact_bytes=1,
             on_batch=lambda _: None,

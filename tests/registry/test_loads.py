@@ -90,7 +90,7 @@ async def test_added_model_is_served_under_all_its_names_until_it_is_forgotten(
 ) -> None:
     """A model that is added is one like any other; forgotten, no name means it any more."""
     async with fleet("a", "b") as models:
-        await models.registry.forget(models.registry.add(ModelSpec(alias="b2", name="b2")))
+        await models.registry.remove(models.registry.add(ModelSpec(alias="b2", name="b2")))
         registry = models.registry
         models.models["new"] = models["b"]
         spec = ModelSpec(alias="new", name="acme/new-one")
@@ -99,10 +99,10 @@ async def test_added_model_is_served_under_all_its_names_until_it_is_forgotten(
         assert len(await models.embed("acme/new-one")) == 1
         with pytest.raises(ModelInUseError, match="taken"):
             registry.add(ModelSpec(alias="new", name="acme/another"))
-        await registry.forget("new")
+        await registry.remove("new")
         for name in ("new", "acme/new-one", "new-one"):
             with pytest.raises(ModelNotFoundError):
-                registry.using(name)
+                registry.lease(name)
         assert [status.spec.alias for status in registry.statuses()] == ["a", "b"]
         assert models["b"].in_memory == 0
 
@@ -115,10 +115,10 @@ async def test_forgetting_means_one_model_only(fleet: Callable[..., Any]) -> Non
             models.models[alias] = FakeModel()
             registry.add(ModelSpec(alias=alias, name=name))
         held = await models.held("new")
-        forgetting = asyncio.create_task(registry.forget("new"))
+        forgetting = asyncio.create_task(registry.remove("new"))
         await until(lambda: registry.alias_of("new") == "acme/new")
         with pytest.raises(ModelNotFoundError):
-            await registry.forget("new")
+            await registry.remove("new")
         models["new"].backend.gate.set()
         await held
         assert (await forgetting).state is State.UNLOADED
@@ -129,7 +129,7 @@ async def test_model_of_the_settings_is_not_forgotten(fleet: Callable[..., Any])
     """What the settings name stays served: the refusal says what to do instead."""
     async with fleet("a") as models:
         with pytest.raises(NotAllowedError, match="MODEL_MAPPING"):
-            await models.registry.forget("a")
+            await models.registry.remove("a")
         assert len(await models.embed("a")) == 1
 
 
@@ -139,15 +139,15 @@ async def test_model_forgotten_while_it_is_loaded_answers_those_who_wait_and_is_
     """Requests that wait for the load are answered; then nothing of the model is in memory."""
     async with fleet("a", "new") as models:
         registry = models.registry
-        del registry._slots["new"]
+        del registry._entries["new"]
         registry.add(ModelSpec(alias="new", name="new"))
         models["new"].may_load.clear()
         asked = asyncio.create_task(models.embed("new"))
         await until(models["new"].loading.is_set)
-        forgetting = asyncio.create_task(registry.forget("new"))
+        forgetting = asyncio.create_task(registry.remove("new"))
         await asyncio.sleep(0)
         with pytest.raises(ModelNotFoundError):
-            registry.using("new")
+            registry.lease("new")
         models["new"].may_load.set()
         assert len(await asked) == 1
         await forgetting

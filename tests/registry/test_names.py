@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emb_model_provider.model_resolver import other_names
+from emb_model_provider.model_resolver import build_alias_index
 from emb_model_provider.model_spec import ModelSpec
 
 
@@ -20,9 +20,9 @@ def test_model_that_is_added_takes_no_name_away() -> None:
         spec("p/new"),
         spec("q/new"),
     ]
-    names = other_names(configured, added)
+    names = build_alias_index(configured, added)
     assert names["small"] == names["acme/small"] == "acme/small"
     assert "twin" not in names
     assert names["new"] == "p/new"
     assert (names["q/new"], names["small-int8"]) == ("q/new", "small-int8")
-    assert other_names(configured, added[4:])["new"] == "q/new"
+    assert build_alias_index(configured, added[4:])["new"] == "q/new"

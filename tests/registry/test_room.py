@@ -23,7 +23,7 @@ async def test_least_recently_used_model_leaves(fleet: Callable[..., Any]) -> No
         for alias in ("a", "b", "a", "c"):
             await models.embed(alias)
         assert models.unloads() == {"b": {ROOM: 1}}
-        assert models.registry.status("b").unloaded_because == ROOM
+        assert models.registry.status("b").unload_reason == ROOM
         assert {alias: models[alias].in_memory for alias in "abc"} == {"a": 1, "b": 0, "c": 1}
 
 

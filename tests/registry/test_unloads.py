@@ -33,7 +33,7 @@ async def test_requests_in_flight_are_answered_before_a_model_leaves(fleet: Call
         first, second = models["a"].backends
         assert (first.closed, second.closed) == (True, False)
         status = models.registry.status("a")
-        assert (status.state, status.unloaded_because) == (State.READY, None)
+        assert (status.state, status.unload_reason) == (State.READY, None)
         assert status.unloads == {"asked to": 1}
 
 
@@ -110,7 +110,7 @@ async def test_unloading_what_is_not_there_changes_nothing(fleet: Callable[..., 
     """It is no error, and nothing is counted."""
     async with fleet("a") as models:
         assert (await models.registry.unload("a")).state is State.UNLOADED
-        assert models.registry.status("a").unloaded_because is None
+        assert models.registry.status("a").unload_reason is None
         assert models.unloads() == {}
 
 
@@ -177,11 +177,11 @@ async def test_what_a_left_behind_model_says_is_not_said_of_the_new_one(fleet: C
         await models.embed("a")
         await models.registry.unload("a")
         await models.embed("a")
-        slot = models.registry._slots["a"]
-        old, tell = slot.residence, models.registry._lifecycle._telling(slot.residence)
+        entry = models.registry._entries["a"]
+        old, tell = entry.loaded_model, models.registry._lifecycle._state_callback(entry.loaded_model)
         await models.registry.unload("a")
         await models.embed("a")
-        assert slot.residence is not old
+        assert entry.loaded_model is not old
         tell("failed", "the old one")
         await asyncio.sleep(0.01)
         assert models.state("a") is State.READY

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.registry import State
-from emb_model_provider.registry.model_entry import WINDOW_S, Usage
+from emb_model_provider.registry.model_entry import WINDOW_S, RequestStats
 from tests.registry.conftest import until
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ async def test_idle_model_is_unloaded_and_comes_back(fleet: Callable[..., Any]) 
             held = await models.held("b")
             await models.embed("a")
             await until(lambda: models.state("a") is State.UNLOADED)
-            assert models.registry.status("a").unloaded_because == "idle"
+            assert models.registry.status("a").unload_reason == "idle"
             assert models.state("b") is State.READY
             assert len(await models.embed("a")) == 1
             models["b"].backend.gate.set()
@@ -61,7 +61,7 @@ async def test_requests_are_counted_when_they_end(fleet: Callable[..., Any]) -> 
         assert first.p95_s is not None
         assert first.last_used is not None
         with suppress(ZeroDivisionError):
-            async with models.registry.using("a"):
+            async with models.registry.lease("a"):
                 raise ZeroDivisionError
         second = models.registry.status("a")
         assert second.requests_served == 2
@@ -71,18 +71,18 @@ async def test_requests_are_counted_when_they_end(fleet: Callable[..., Any]) -> 
 
 def test_only_the_last_minute_is_summed_up() -> None:
     """Requests a second and the 95th percentile are those of the window, also where more came than are kept."""
-    usage = Usage()
-    assert usage.recent() == (0.0, None)
+    stats = RequestStats()
+    assert stats.recent() == (0.0, None)
     now = 1000.0
-    usage.note(0.0, now - WINDOW_S - 1, answered=True)
+    stats.record(0.0, now - WINDOW_S - 1, answered=True)
     for took in range(1, 101):
-        usage.note(now - took, now, answered=True)
-    rate, p95_s = usage.recent(now)
+        stats.record(now - took, now, answered=True)
+    rate, p95_s = stats.recent(now)
     assert rate == 100 / WINDOW_S
     assert p95_s == 96
     for _ in range(5000):
-        usage.note(now, now + 10, answered=True)
-    rate, p95_s = usage.recent(now + 20)
+        stats.record(now, now + 10, answered=True)
+    rate, p95_s = stats.recent(now + 20)
     assert p95_s == 10
     assert 1024 / WINDOW_S < rate <= 5000 / 10
-    assert usage.served == 5101
+    assert stats.served == 5101

@@ -58,9 +58,9 @@ class FakeBackend:
     """Computes `expected`, keeps what it was given, and waits while `gate` is closed."""
 
     def __init__(
-        self, description: ModelDescription | None = None, lanes: int = 1, memory_bytes: int = 1000
+        self, description: ModelDescription | None = None, streams: int = 1, memory_bytes: int = 1000
     ) -> None:
-        self.lanes = lanes
+        self.streams = streams
         self.memory_bytes = memory_bytes
         self.description = description or describe()
         self.batches: list[list[list[int]]] = []

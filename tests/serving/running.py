@@ -42,8 +42,8 @@ class Running:
         return self.made[-1]
 
     async def embed(self, *texts: str, **options: object) -> np.ndarray:
-        answer = await self.engine.embed(texts, EmbedOptions(**options))  # type: ignore[arg-type]
-        return answer.vectors
+        set_results = await self.engine.embed(texts, EmbedOptions(**options))  # type: ignore[arg-type]
+        return set_results.vectors
 
     async def hold(self) -> asyncio.Task[np.ndarray]:
         """Start a request that keeps the model busy until the gate opens."""
@@ -63,7 +63,7 @@ class Running:
 async def running(
     description: ModelDescription | None = None,
     *,
-    lanes: int = 1,
+    streams: int = 1,
     batching: BatchSettings | None = None,
     limits: LimitSettings | None = None,
     watchdog_s: float = 60.0,
@@ -78,7 +78,7 @@ async def running(
     def load() -> FakeBackend:
         if not may_load(len(made)):
             raise LoadError("no weights any more")
-        made.append(FakeBackend(description, lanes))
+        made.append(FakeBackend(description, streams))
         return made[-1]
 
     with ThreadPoolExecutor(1) as executor:

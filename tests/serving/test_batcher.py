@@ -6,24 +6,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emb_model_provider.serving.batcher import Batch, Batcher, BatchPolicy, Job
+from emb_model_provider.serving.batcher import Batch, Batcher, BatchJob, BatchPolicy
 
 
 def policy(**changes: object) -> BatchPolicy:
     return BatchPolicy(**{"max_batch_size": 8, "max_batch_tokens": 1000, **changes})  # type: ignore[arg-type]
 
 
-def job(*lengths: int, at: float = 0.0) -> Job:
-    return Job([[1] * length for length in lengths], arrived_at=at)
+def job(*lengths: int, at: float = 0.0) -> BatchJob:
+    return BatchJob([[1] * length for length in lengths], arrived_at=at)
 
 
-def take(batcher: Batcher[Job], now: float = 0.0) -> Batch[Job]:
+def take(batcher: Batcher[BatchJob], now: float = 0.0) -> Batch[BatchJob]:
     batch = batcher.next_batch(now)
     assert isinstance(batch, Batch)
     return batch
 
 
-def drain(batcher: Batcher[Job]) -> list[Batch[Job]]:
+def drain(batcher: Batcher[BatchJob]) -> list[Batch[BatchJob]]:
     batches = []
     while isinstance(batch := batcher.next_batch(float("inf")), Batch):
         batches.append(batch)
@@ -32,7 +32,7 @@ def drain(batcher: Batcher[Job]) -> list[Batch[Job]]:
 
 def test_inputs_of_different_requests_share_a_batch() -> None:
     """Requests that wait together run together."""
-    batcher: Batcher[Job] = Batcher(policy())
+    batcher: Batcher[BatchJob] = Batcher(policy())
     jobs = [job(5), job(5), job(5, 5)]
     for each in jobs:
         batcher.submit(each)
@@ -44,7 +44,7 @@ def test_inputs_of_different_requests_share_a_batch() -> None:
 
 def test_without_dynamic_batching_requests_never_share_a_batch() -> None:
     """The off switch keeps each request's inputs to themselves, and still batches within a request."""
-    batcher: Batcher[Job] = Batcher(policy(dynamic=False))
+    batcher: Batcher[BatchJob] = Batcher(policy(dynamic=False))
     for each in (job(5, 5, 5), job(5), job(5, 5)):
         batcher.submit(each)
     batches = drain(batcher)
@@ -54,7 +54,7 @@ def test_without_dynamic_batching_requests_never_share_a_batch() -> None:
 
 def test_a_batch_keeps_to_its_size_and_its_padded_tokens() -> None:
     """Neither limit is exceeded, padding counted."""
-    batcher: Batcher[Job] = Batcher(policy(max_batch_size=8, max_batch_tokens=100))
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_size=8, max_batch_tokens=100))
     batcher.submit(job(*[30] * 20))
     sizes = [len(batch.members) for batch in drain(batcher)]
     assert sizes == [3] * 6 + [2]
@@ -64,14 +64,14 @@ def test_a_batch_keeps_to_its_size_and_its_padded_tokens() -> None:
 
 def test_an_input_larger_than_the_token_budget_runs_alone() -> None:
     """An input over the budget is still served."""
-    batcher: Batcher[Job] = Batcher(policy(max_batch_tokens=100))
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_tokens=100))
     batcher.submit(job(500, 10, 10))
     assert sorted(batch.longest for batch in drain(batcher)) == [10, 500]
 
 
 def test_neighbours_in_length_run_together() -> None:
     """Short and long inputs do not pad each other."""
-    batcher: Batcher[Job] = Batcher(policy(max_batch_tokens=10_000))
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_tokens=10_000))
     batcher.submit(job(*[10, 400] * 8))
     for batch in drain(batcher):
         assert batch.padded_tokens == batch.tokens
@@ -79,7 +79,7 @@ def test_neighbours_in_length_run_together() -> None:
 
 def test_a_small_batch_may_be_mostly_padding() -> None:
     """Two short inputs of different length are cheaper together than one after the other."""
-    batcher: Batcher[Job] = Batcher(policy(free_padded_tokens=256))
+    batcher: Batcher[BatchJob] = Batcher(policy(free_padded_tokens=256))
     batcher.submit(job(3))
     batcher.submit(job(60))
     assert len(take(batcher).members) == 2
@@ -87,7 +87,7 @@ def test_a_small_batch_may_be_mostly_padding() -> None:
 
 def test_a_small_request_passes_between_the_batches_of_a_large_one() -> None:
     """A request of one text waits for one batch at most, not for the whole large request."""
-    batcher: Batcher[Job] = Batcher(policy())
+    batcher: Batcher[BatchJob] = Batcher(policy())
     large, small = job(*[20] * 2048), job(20)
     batcher.submit(large)
     take(batcher)
@@ -97,7 +97,7 @@ def test_a_small_request_passes_between_the_batches_of_a_large_one() -> None:
 
 def test_a_small_request_of_another_length_passes_too() -> None:
     """A short text gets its turn though it cannot share a batch with the large request's documents."""
-    batcher: Batcher[Job] = Batcher(policy(max_batch_tokens=100_000))
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_tokens=100_000))
     large, small = job(*[500] * 2048), job(5)
     batcher.submit(large)
     take(batcher)
@@ -108,7 +108,7 @@ def test_a_small_request_of_another_length_passes_too() -> None:
 
 def test_two_large_requests_are_served_side_by_side() -> None:
     """Neither of two large requests waits for the other's end."""
-    batcher: Batcher[Job] = Batcher(policy())
+    batcher: Batcher[BatchJob] = Batcher(policy())
     first, second = job(*[20] * 400), job(*[20] * 400)
     batcher.submit(first)
     batcher.submit(second)
@@ -119,7 +119,7 @@ def test_two_large_requests_are_served_side_by_side() -> None:
 
 def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     """Newcomers cannot pass a request forever: it gets its share under steady overload."""
-    batcher: Batcher[Job] = Batcher(policy(max_batch_tokens=1_000))
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_tokens=1_000))
     large = job(*[500] * 20)
     batcher.submit(large)
     small_turns = 0
@@ -135,10 +135,10 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
 
 def test_what_waits_is_dealt_out_among_idle_lanes() -> None:
     """Two idle lanes get half each, instead of one getting all while the other looks on."""
-    batcher: Batcher[Job] = Batcher(policy(max_batch_size=64))
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_size=64))
     for _ in range(10):
         batcher.submit(job(5))
-    first = batcher.next_batch(0.0, idle_lanes=2)
+    first = batcher.next_batch(0.0, idle_streams=2)
     assert isinstance(first, Batch)
     assert len(first.members) == 5
     assert len(take(batcher).members) == 5
@@ -146,14 +146,14 @@ def test_what_waits_is_dealt_out_among_idle_lanes() -> None:
 
 def test_nobody_waits_with_the_default_minimum() -> None:
     """A single input runs at once when MIN_BATCH_SIZE is 1."""
-    batcher: Batcher[Job] = Batcher(policy(min_batch_size=1, max_wait_s=10))
+    batcher: Batcher[BatchJob] = Batcher(policy(min_batch_size=1, max_wait_s=10))
     batcher.submit(job(5, at=100.0))
     assert isinstance(batcher.next_batch(100.0), Batch)
 
 
 def test_fewer_inputs_than_the_minimum_wait_until_the_oldest_has_waited_enough() -> None:
     """With fewer than MIN waiting, the batch starts MAX_WAIT after the oldest arrived."""
-    batcher: Batcher[Job] = Batcher(policy(min_batch_size=4, max_wait_s=0.05))
+    batcher: Batcher[BatchJob] = Batcher(policy(min_batch_size=4, max_wait_s=0.05))
     batcher.submit(job(5, at=100.0))
     batcher.submit(job(5, at=100.03))
     assert batcher.next_batch(100.04) == pytest.approx(100.05)
@@ -162,7 +162,7 @@ def test_fewer_inputs_than_the_minimum_wait_until_the_oldest_has_waited_enough()
 
 def test_the_wait_ends_when_the_minimum_is_there() -> None:
     """MIN inputs start a batch at once, whichever requests they belong to."""
-    batcher: Batcher[Job] = Batcher(policy(min_batch_size=4, max_wait_s=10))
+    batcher: Batcher[BatchJob] = Batcher(policy(min_batch_size=4, max_wait_s=10))
     batcher.submit(job(5, 5, 5, at=100.0))
     assert batcher.next_batch(100.0) == pytest.approx(110.0)
     batcher.submit(job(5, at=101.0))
@@ -171,7 +171,7 @@ def test_the_wait_ends_when_the_minimum_is_there() -> None:
 
 def test_a_cancelled_request_leaves_the_queue() -> None:
     """What was cancelled counts no more and never runs; the others do."""
-    batcher: Batcher[Job] = Batcher(policy())
+    batcher: Batcher[BatchJob] = Batcher(policy())
     gone, stays = job(*[10] * 100), job(7, 7)
     batcher.submit(gone)
     batcher.submit(stays)
@@ -182,7 +182,7 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
 
 def test_a_request_that_is_half_done_can_be_cancelled() -> None:
     """Cancelling twice, or after the first batch, keeps the counts right."""
-    batcher: Batcher[Job] = Batcher(policy())
+    batcher: Batcher[BatchJob] = Batcher(policy())
     half = job(*[10] * 20)
     batcher.submit(half)
     take(batcher)
@@ -195,7 +195,7 @@ def test_a_request_that_is_half_done_can_be_cancelled() -> None:
 def test_an_empty_job_is_refused() -> None:
     """A job without inputs would never be done."""
     with pytest.raises(ValueError, match="at least one"):
-        Job([])
+        BatchJob([])
 
 
 @given(
@@ -215,7 +215,7 @@ def test_every_input_runs_exactly_once(
     between: int,
 ) -> None:
     """Whatever arrives, is cancelled and runs in between: each input runs once, within the limits, and counts agree."""
-    batcher: Batcher[Job] = Batcher(
+    batcher: Batcher[BatchJob] = Batcher(
         policy(max_batch_size=batch_size, max_batch_tokens=batch_tokens, dynamic=dynamic)
     )
     jobs, batches = [job(*lengths) for lengths in requests], []
@@ -246,26 +246,26 @@ def test_every_input_runs_exactly_once(
 
 def test_a_job_that_is_alone_shares_no_batch_and_has_every_other_one() -> None:
     """It is through soon, however many wait, and they do not wait for all of it."""
-    batcher: Batcher[Job] = Batcher(policy())
-    suspect = job(*[5] * 24)
-    suspect.alone = True
+    batcher: Batcher[BatchJob] = Batcher(policy())
+    mark_suspect = job(*[5] * 24)
+    mark_suspect.exclusive = True
     others = [job(5) for _ in range(40)]
-    for each in (*others, suspect):
+    for each in (*others, mark_suspect):
         batcher.submit(each)
     batches = drain(batcher)
     owners = [{id(member) for member, _ in batch.members} for batch in batches]
-    assert [owner == {id(suspect)} for owner in owners[:6]] == [True, False] * 3
-    assert not any(id(suspect) in owner for owner in owners[6:])
+    assert [owner == {id(mark_suspect)} for owner in owners[:6]] == [True, False] * 3
+    assert not any(id(mark_suspect) in owner for owner in owners[6:])
     assert sum(len(batch.members) for batch in batches) == 64
     assert (batcher.waiting_inputs, batcher.waiting_tokens) == (0, 0)
 
 
 def test_jobs_that_are_alone_can_be_all_there_is_or_be_cancelled() -> None:
     """Whatever is left, in whatever order it goes, each of its inputs runs once."""
-    batcher: Batcher[Job] = Batcher(policy())
+    batcher: Batcher[BatchJob] = Batcher(policy())
     first, second, third, normal = job(5, 5), job(5), job(5, 5), job(5)
     for each in (first, second, third):
-        each.alone = True
+        each.exclusive = True
     for each in (first, normal, second, third):
         batcher.submit(each)
     batcher.cancel(first)

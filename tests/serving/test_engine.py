@@ -49,7 +49,7 @@ async def test_one_thread_creates_uses_and_closes_the_backend() -> None:
 
 async def test_lanes_run_batches_side_by_side() -> None:
     """A backend with two lanes is called by two threads at a time, and every caller gets its own vectors."""
-    async with running(lanes=2) as run:
+    async with running(streams=2) as run:
         run.backend.gate.clear()
         tasks = [asyncio.create_task(run.embed(*(f"w{n} w{m}" for m in range(30)))) for n in range(30)]
         async with asyncio.timeout(60):
@@ -164,7 +164,7 @@ async def test_a_request_larger_than_the_queue_keeps_no_small_one_out() -> None:
 
 async def test_stopping_finishes_what_was_accepted_and_takes_no_more() -> None:
     """`stop` answers the queue, then closes the backend."""
-    async with running(batching=BatchSettings(min_batch_size=64, max_wait_s=30)) as run:
+    async with running(batching=BatchSettings(min_batch_size=64, max_wait_time_ms=30_000)) as run:
         accepted = asyncio.create_task(run.embed(*(["w1"] * 20)))
         await run.until_waiting(20)
         await asyncio.to_thread(run.engine.stop)
@@ -176,10 +176,10 @@ async def test_stopping_finishes_what_was_accepted_and_takes_no_more() -> None:
 
 async def test_a_few_inputs_wait_for_more_up_to_the_limit() -> None:
     """MIN_BATCH_SIZE holds a lone input back, MAX_WAIT_TIME_MS lets it go."""
-    async with running(batching=BatchSettings(min_batch_size=8, max_wait_s=0.2)) as run:
-        answer = await run.engine.embed(["w1"], PLAIN)
-        assert answer.timing.queue_s >= 0.2
-    async with running(batching=BatchSettings(min_batch_size=8, max_wait_s=60)) as run:
+    async with running(batching=BatchSettings(min_batch_size=8, max_wait_time_ms=200)) as run:
+        set_results = await run.engine.embed(["w1"], PLAIN)
+        assert set_results.timing.queue_s >= 0.2
+    async with running(batching=BatchSettings(min_batch_size=8, max_wait_time_ms=60_000)) as run:
         answers = await asyncio.gather(*(run.engine.embed(["w1"], PLAIN) for _ in range(8)))
         assert max(a.timing.queue_s for a in answers) < 60
         assert [len(batch) for batch in run.backend.batches] == [8]
@@ -312,8 +312,8 @@ async def test_token_ids_are_refused_unless_the_model_is_set_up_for_them() -> No
 async def test_the_models_own_token_ids_are_taken_verbatim() -> None:
     """`token_input: model` adds nothing, and checks the range."""
     async with running(token_input="model") as run:
-        answer = await run.engine.embed([[5, 6, 7], [8]], PLAIN)
-        assert answer.vectors.tolist() == [expected([5, 6, 7]), expected([8])]
+        set_results = await run.engine.embed([[5, 6, 7], [8]], PLAIN)
+        assert set_results.vectors.tolist() == [expected([5, 6, 7]), expected([8])]
         with pytest.raises(TokenInputError, match=r"input\[1\]") as caught:
             await run.engine.embed([[5], [104]], PLAIN)
         assert caught.value.code == "invalid_value"

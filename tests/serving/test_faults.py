@@ -10,7 +10,7 @@ import pytest
 
 from emb_model_provider.errors import InferenceError, ModelNotReadyError
 from emb_model_provider.serving import model_thread as worker
-from emb_model_provider.serving.scheduler import Lanes
+from emb_model_provider.serving.scheduler import BatchScheduler
 from emb_model_provider.settings import BatchSettings
 from tests.serving.fakes import BREAKS, NEVER_FINITE, NOT_FINITE, expected
 from tests.serving.running import ids, running
@@ -34,7 +34,7 @@ async def ask(run: Running, count: int, *also: str) -> list[asyncio.Task[np.ndar
     asked = [asyncio.create_task(run.embed(f"w{n} w{n}")) for n in range(count)]
     asked += [asyncio.create_task(run.embed(text)) for text in also]
     async with asyncio.timeout(60):
-        while len(run.engine._lanes._accepted.waiting) != 1 + len(asked):
+        while len(run.engine._scheduler._pending.waiting) != 1 + len(asked):
             await asyncio.sleep(0.001)
     run.backend.gate.set()
     await holding
@@ -116,10 +116,10 @@ async def test_a_model_that_answers_nothing_any_more_is_loaded_anew() -> None:
         assert "RuntimeError: planted" in run.changes[0][1]
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-async def test_an_input_that_breaks_the_model_each_time_fails_alone(lanes: int) -> None:
+@pytest.mark.parametrize("streams", [1, 2])
+async def test_an_input_that_breaks_the_model_each_time_fails_alone(streams: int) -> None:
     """It is tried once more, by itself; whoever shared its batch, or ran beside it, is answered."""
-    async with running(lanes=lanes, batching=BatchSettings(max_batch_size=8)) as run:
+    async with running(streams=streams, batching=BatchSettings(max_batch_size=8)) as run:
         *good, bad = await ask(run, 20, f"w5 {BREAKS}")
         with pytest.raises(InferenceError, match="broke down each time"):
             await bad
@@ -130,15 +130,17 @@ async def test_an_input_that_breaks_the_model_each_time_fails_alone(lanes: int) 
 
 async def test_a_thread_that_ends_brings_its_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in a lane's own code costs nobody an answer, whichever lane it is."""
-    own, ends = Lanes._finish, threading.Semaphore(1)
+    own, ends = BatchScheduler._finish, threading.Semaphore(1)
 
-    def finish(self: Lanes, lane: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
+    def finish(
+        self: BatchScheduler, stream: int, batch: Batch[EmbeddingJob], ended: float, *, took: float
+    ) -> None:
         if len(batch.members) > 1 and ends.acquire(blocking=False):
             raise SystemExit(1)
-        own(self, lane, batch, ended, took=took)
+        own(self, stream, batch, ended, took=took)
 
-    monkeypatch.setattr(Lanes, "_finish", finish)
-    async with running(lanes=2) as run:
+    monkeypatch.setattr(BatchScheduler, "_finish", finish)
+    async with running(streams=2) as run:
         asked = [asyncio.create_task(run.embed(*(f"w{n} w{n}" for n in range(20)))) for _ in range(20)]
         for task in asked:
             assert (await task).tolist() == right(20)
@@ -161,9 +163,9 @@ async def test_a_model_that_cannot_be_loaded_anew_is_given_up() -> None:
     async with running(may_load=lambda loads: loads == 0) as run:
         run.backend.broken = True
         asked = await asyncio.gather(run.embed("w1"), run.embed("w2"), return_exceptions=True)
-        for answer in asked:
-            assert isinstance(answer, ModelNotReadyError)
-            assert "no weights any more. It was loaded anew 3 times" in str(answer)
+        for set_results in asked:
+            assert isinstance(set_results, ModelNotReadyError)
+            assert "no weights any more. It was loaded anew 3 times" in str(set_results)
         with pytest.raises(ModelNotReadyError, match="no weights any more") as caught:
             await run.embed("w3")
         assert caught.value.retry_after_s > 0
@@ -197,26 +199,26 @@ async def test_requests_that_come_while_a_model_is_loaded_anew_wait_for_it() -> 
 async def test_a_batch_that_does_not_end_is_noticed() -> None:
     """The model says so, takes no more, and goes on where it was once the batch ends."""
     async with running(watchdog_s=0.05) as run:
-        assert run.engine.hung == ""
+        assert run.engine.hang_report == ""
         holding = await run.hold()
         async with asyncio.timeout(60):
-            while not run.engine.hung:
+            while not run.engine.hang_report:
                 await asyncio.sleep(0.01)
-        assert "a batch of 1 inputs has been running for" in run.engine.hung
+        assert "a batch of 1 inputs has been running for" in run.engine.hang_report
         with pytest.raises(ModelNotReadyError, match="hangs"):
             await run.embed("w2")
         run.backend.gate.set()
         assert (await holding).tolist() == [expected(ids("w1"))]
-        assert run.engine.hung == ""
+        assert run.engine.hang_report == ""
         assert (await run.embed("w2")).tolist() == [expected(ids("w2"))]
 
 
 async def test_another_lane_goes_on_where_one_hangs() -> None:
     """Half a model is better than none."""
-    async with running(lanes=2, watchdog_s=0.05) as run:
+    async with running(streams=2, watchdog_s=0.05) as run:
         holding = await run.hold()
         async with asyncio.timeout(60):
-            while not run.engine.hung:
+            while not run.engine.hang_report:
                 await asyncio.sleep(0.01)
         second = asyncio.create_task(run.embed("w2"))
         async with asyncio.timeout(60):
@@ -230,21 +232,23 @@ async def test_a_model_whose_lane_hangs_while_another_ends_takes_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It cannot come back before the lane that hangs does; then it does, and answers what it had accepted."""
-    own, ends = Lanes._finish, threading.Semaphore(1)
+    own, ends = BatchScheduler._finish, threading.Semaphore(1)
 
-    def finish(self: Lanes, lane: int, batch: Batch[EmbeddingJob], ended: float, *, took: float) -> None:
+    def finish(
+        self: BatchScheduler, stream: int, batch: Batch[EmbeddingJob], ended: float, *, took: float
+    ) -> None:
         if ends.acquire(blocking=False):
             raise SystemExit(1)
-        own(self, lane, batch, ended, took=took)
+        own(self, stream, batch, ended, took=took)
 
-    async with running(lanes=2, watchdog_s=0.05) as run:
+    async with running(streams=2, watchdog_s=0.05) as run:
         holding = await run.hold()
-        monkeypatch.setattr(Lanes, "_finish", finish)
+        monkeypatch.setattr(BatchScheduler, "_finish", finish)
         # This one's lane ends as soon as it has run: let it through, and keep the other where it is.
         run.backend.let_through.set()
         other = asyncio.create_task(run.embed("w2"))
         async with asyncio.timeout(60):
-            while run.engine._lanes._crash is None or not run.engine.hung:
+            while run.engine._scheduler._crash is None or not run.engine.hang_report:
                 await asyncio.sleep(0.01)
         with pytest.raises(ModelNotReadyError, match="hangs"):
             await run.embed("w3")

@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from emb_model_provider.backends.hardware import usable_cpus
-from emb_model_provider.serving.memory_tuning import spare_what_stays
+from emb_model_provider.serving.memory_tuning import freeze_gc
 
 
 class _Node:
@@ -26,10 +26,10 @@ def test_a_model_that_is_gone_is_freed_when_the_next_is_loaded() -> None:
     try:
         node = _Node()
         gone = weakref.ref(node)
-        spare_what_stays()
+        freeze_gc()
         assert gc.get_freeze_count() > 0
         del node
-        spare_what_stays()
+        freeze_gc()
         assert gone() is None
     finally:
         gc.unfreeze()

@@ -6,7 +6,6 @@ import asyncio
 import json
 import math
 from binascii import b2a_base64
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from emb_model_provider.api.dependencies import Services, ServicesDep
     from emb_model_provider.model_spec import Truncate
     from emb_model_provider.observability.metrics import RequestRecord
-    from emb_model_provider.registry import Registry
     from emb_model_provider.serving.engine import Embeddings
     from emb_model_provider.settings import LimitSettings
 
@@ -40,85 +39,65 @@ _INLINE_BODY_BYTES = 256 * 1024
 
 PATH = "/v1/embeddings"
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+router = APIRouter(tags=["embeddings"])
 
 
-class DirectEmbeddings:
-    """Hands POST /v1/embeddings to an application of its own, and all else to `app`.
+class EmbeddingsFastPath:
+    """Middleware that answers `POST /v1/embeddings` itself.
 
-    FastAPI's layers, routing and dependency injection, none of which it uses, cost more than all else that is done
-    for a short text (see docs/performance.md). The route is declared there all the same, for its description.
+    FastAPI's routing and dependency injection, which that route does not need, take longer than everything else that
+    is done for a short text (see docs/performance.md). The route is declared below for the OpenAPI document.
     """
 
-    def __init__(self, app: ASGIApp, embeddings: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
-        self._embeddings = embeddings
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
-            await self._embeddings(scope, receive, send)
+            response = await create_embeddings(Request(scope, receive), self._services)
+            await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
 
-def as_asgi(endpoint: Endpoint) -> ASGIApp:
-    """Return the endpoint as an application, without a router around it."""
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        response = await endpoint(Request(scope, receive))
-        await response(scope, receive, send)
-
-    return app
-
-
-def router(endpoint: Endpoint) -> APIRouter:
-    routes = APIRouter(tags=["embeddings"])
-    routes.post(
-        PATH,
-        summary="Turn texts into vectors",
-        response_model=EmbeddingResponse,
-        responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {
-                        "schema": {"$ref": f"#/components/schemas/{EmbeddingRequest.__name__}"}
-                    }
-                },
-            }
-        },
-    )(endpoint)
-    return routes
-
-
-def embeddings_endpoint(registry: Registry, limits: LimitSettings) -> Endpoint:
-    """Return what answers POST /v1/embeddings."""
-
-    async def create_embeddings(request: Request) -> Response:
-        body = await request.body()
-        record: RequestRecord = request.scope["emb_provider.record"]
-        async with cancelled_on_disconnect(request):
-            if len(body) > _INLINE_BODY_BYTES:
-                call = await asyncio.to_thread(parse_embedding_call, body, limits)
-            else:
-                call = parse_embedding_call(body, limits)
-            model = call.model if call.model is not None else registry.default_alias
-            record.model = registry.alias_of(model)
-            async with registry.using(record.model) as engine:
-                embeddings = await engine.embed(call.inputs, call.options)
-        _note(record, embeddings)
-        if embeddings.vectors.size > _INLINE_NUMBERS:
-            content = await asyncio.to_thread(rendered, embeddings, call.encoding, model)
+@router.post(
+    PATH,
+    summary="Turn texts into vectors",
+    response_model=EmbeddingResponse,
+    responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": f"#/components/schemas/{EmbeddingRequest.__name__}"}}
+            },
+        }
+    },
+)
+async def create_embeddings(request: Request, services: ServicesDep) -> Response:
+    registry, limits = services.registry, services.settings.limits
+    body = await request.body()
+    record: RequestRecord = request.scope["emb_provider.record"]
+    async with cancelled_on_disconnect(request):
+        if len(body) > _INLINE_BODY_BYTES:
+            call = await asyncio.to_thread(parse_embedding_call, body, limits)
         else:
-            content = rendered(embeddings, call.encoding, model)
-        headers = {"x-truncated-inputs": str(embeddings.truncated)} if embeddings.truncated else None
-        return Response(content, media_type="application/json", headers=headers)
+            call = parse_embedding_call(body, limits)
+        model = call.model if call.model is not None else registry.default_alias
+        record.model = registry.alias_of(model)
+        async with registry.lease(record.model) as engine:
+            embeddings = await engine.embed(call.inputs, call.options)
+    _fill_record(record, embeddings)
+    if embeddings.vectors.size > _INLINE_NUMBERS:
+        content = await asyncio.to_thread(render_response, embeddings, call.encoding, model)
+    else:
+        content = render_response(embeddings, call.encoding, model)
+    headers = {"x-truncated-inputs": str(embeddings.truncated)} if embeddings.truncated else None
+    return Response(content, media_type="application/json", headers=headers)
 
-    return create_embeddings
 
-
-def rendered(embeddings: Embeddings, encoding: Literal["float", "base64"], model: str) -> bytes:
+def render_response(embeddings: Embeddings, encoding: Literal["float", "base64"], model: str) -> bytes:
     """Return the response's body."""
     vectors = np.ascontiguousarray(embeddings.vectors, dtype="<f4")
     data = [
@@ -134,7 +113,7 @@ def rendered(embeddings: Embeddings, encoding: Literal["float", "base64"], model
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _note(record: RequestRecord, embeddings: Embeddings) -> None:
+def _fill_record(record: RequestRecord, embeddings: Embeddings) -> None:
     record.inputs = len(embeddings.vectors)
     record.tokens = embeddings.tokens
     record.tokenize_s = embeddings.tokenize_s

@@ -10,106 +10,104 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
+import psutil
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
-from emb_model_provider.api.background_tasks import GoingOn
-from emb_model_provider.api.errors import AliasInUseError
 from emb_model_provider.api.schemas.management import (
     LoadQuery,
     Process,
     ServedModel,
     ServedModels,
     UnloadQuery,
-    fidelity_object,
 )
 from emb_model_provider.api.schemas.openai import error_responses
-from emb_model_provider.errors import ModelNotFoundError, NotAllowedError, RequestError
-from emb_model_provider.model_resolver import choose, resolve_source
+from emb_model_provider.errors import AliasInUseError, ModelNotFoundError, NotAllowedError, RequestError
+from emb_model_provider.management.types import FidelityObject
+from emb_model_provider.model_resolver import resolve_model, resolve_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from emb_model_provider.api.schemas.management import Which
+    from emb_model_provider.api.dependencies import ServicesDep
+    from emb_model_provider.api.schemas.management import ModelQuery
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.registry import ModelStatus, Registry
     from emb_model_provider.settings import Settings
 
 
-def router(settings: Settings, registry: Registry, is_stopping: Callable[[], bool]) -> APIRouter:
-    routes = APIRouter(tags=["management"])
-    going_on = GoingOn(is_stopping)
+router = APIRouter(tags=["management"])
 
-    @routes.get(
-        "/api/models",
-        summary="List the served models and what they take",
-        responses=error_responses(401, 403),
+
+@router.get(
+    "/api/models",
+    summary="List the served models and their memory",
+    responses=error_responses(401, 403),
+)
+async def list_served(services: ServicesDep) -> ServedModels:
+    statuses = services.registry.statuses()
+    memory = services.settings.memory
+    return ServedModels(
+        models=[_served(status) for status in statuses],
+        process=Process(
+            pid=os.getpid(),
+            version=version("emb-model-provider"),
+            resident_bytes=psutil.Process().memory_info().rss,
+            models_memory_bytes=sum(status.memory_bytes or 0 for status in statuses),
+            memory_limit_bytes=memory.model_memory_limit,
+            max_loaded_models=memory.max_loaded_models,
+        ),
     )
-    async def list_served() -> ServedModels:
-        statuses = registry.statuses()
-        residency = settings.residency()
-        return ServedModels(
-            models=[described(status) for status in statuses],
-            process=Process(
-                pid=os.getpid(),
-                version=version("emb-model-provider"),
-                resident_bytes=_resident_bytes(),
-                models_memory_bytes=sum(status.memory_bytes or 0 for status in statuses),
-                memory_limit_bytes=residency.memory_limit_bytes,
-                max_loaded_models=residency.max_loaded_models,
-            ),
-        )
 
-    @routes.post(
-        "/api/models/load",
-        summary="Load a model",
-        description="One that is not in the settings is served from now on, until it is forgotten or the service stops; "
-        "it is forgotten at once where loading it fails, unless nobody waits for that.",
-        response_model=ServedModel,
-        responses={
-            202: {"model": ServedModel, "description": "With `wait=false`: it is being loaded."},
-            **error_responses(400, 401, 403, 404, 409, 500, 502, 503),
-        },
-    )
-    async def load(query: Annotated[LoadQuery, Query()]) -> Response:
-        alias = _known(registry, query)
-        is_new = alias is None
-        if alias is None:
-            # Choosing looks at the disk for directories.
-            spec = await asyncio.to_thread(spec_named, settings, query, query.alias)
-            present = _meant_by(registry, spec.alias)
-            if present is not None and not is_same(present.spec, spec):
-                raise AliasInUseError(_in_use(spec.alias, present))
-            is_new = present is None
-            alias = registry.add(spec) if present is None else spec.alias
-        if not query.wait:
-            going_on.begin(registry.load(alias))
-            await asyncio.sleep(0)  # so that its state is that of a model being loaded
-            return _answer(registry.status(alias), 202)
 
-        async def loaded() -> ModelStatus:
-            try:
-                return await registry.load(alias)
-            except Exception:
-                if is_new and not is_stopping():
-                    with suppress(ModelNotFoundError):  # somebody forgot it meanwhile
-                        await registry.forget(alias)
-                raise
+@router.post(
+    "/api/models/load",
+    summary="Load a model",
+    description="A model that is not in the settings is served from now on, until it is forgotten or the service stops. "
+    "It is forgotten at once if it cannot be loaded, unless `wait=false`.",
+    response_model=ServedModel,
+    responses={
+        202: {"model": ServedModel, "description": "With `wait=false`: it is being loaded."},
+        **error_responses(400, 401, 403, 404, 409, 500, 502, 503),
+    },
+)
+async def load(services: ServicesDep, query: Annotated[LoadQuery, Query()]) -> Response:
+    registry = services.registry
+    alias = _known(registry, query)
+    is_new = alias is None
+    if alias is None:
+        # On a thread, because it looks for directories of that name.
+        spec = await asyncio.to_thread(resolve_requested_model, services.settings, query, query.alias)
+        present = _status_of(registry, spec.alias)
+        if present is not None and not is_same(present.spec, spec):
+            raise AliasInUseError(_alias_in_use(spec.alias, present))
+        is_new = present is None
+        alias = registry.add(spec) if present is None else spec.alias
+    if not query.wait:
+        services.background.start(registry.load(alias))
+        await asyncio.sleep(0)  # so that its state is that of a model being loaded
+        return _response(registry.status(alias), 202)
 
-        return _answer(await going_on.finished(loaded()), 200)
+    async def load_or_remove() -> ModelStatus:
+        try:
+            return await registry.load(alias)
+        except Exception:
+            if is_new and not services.background.is_shutting_down():
+                with suppress(ModelNotFoundError):  # it was removed meanwhile
+                    await registry.remove(alias)
+            raise
 
-    @routes.post(
-        "/api/models/unload",
-        summary="Unload a model",
-        description="Its requests are answered first. The next request for it loads it again.",
-        responses=error_responses(400, 401, 403, 404, 503),
-    )
-    async def unload(query: Annotated[UnloadQuery, Query()]) -> ServedModel:
-        alias = registry.alias_of(query.model_name)
-        leave = registry.forget if query.forget else registry.unload
-        return described(await going_on.finished(leave(alias)))
+    return _response(await services.background.wait(load_or_remove()), 200)
 
-    return routes
+
+@router.post(
+    "/api/models/unload",
+    summary="Unload a model",
+    description="Its requests are answered first. The next request for it loads it again.",
+    responses=error_responses(400, 401, 403, 404, 503),
+)
+async def unload(services: ServicesDep, query: Annotated[UnloadQuery, Query()]) -> ServedModel:
+    alias = services.registry.alias_of(query.model_name)
+    unload_model = services.registry.remove if query.forget else services.registry.unload
+    return _served(await services.background.wait(unload_model(alias)))
 
 
 def _known(registry: Registry, query: LoadQuery) -> str | None:
@@ -122,7 +120,7 @@ def _known(registry: Registry, query: LoadQuery) -> str | None:
         return None
 
 
-def _meant_by(registry: Registry, name: str) -> ModelStatus | None:
+def _status_of(registry: Registry, name: str) -> ModelStatus | None:
     """Return the served model that requests mean by a name, if there is one."""
     try:
         return registry.status(name)
@@ -130,7 +128,7 @@ def _meant_by(registry: Registry, name: str) -> ModelStatus | None:
         return None
 
 
-def _in_use(name: str, present: ModelStatus) -> str:
+def _alias_in_use(name: str, present: ModelStatus) -> str:
     spec = present.spec
     how = f"{spec.name} (source {spec.source}, revision {spec.revision or 'default'}, precision {spec.precision})"
     served = "" if name == spec.alias else f", served as `{spec.alias}`"
@@ -140,11 +138,11 @@ def _in_use(name: str, present: ModelStatus) -> str:
     return f"`{name}` means {how}{served}: {ways}."
 
 
-def _answer(status: ModelStatus, code: int) -> Response:
-    return JSONResponse(described(status).model_dump(mode="json"), code)
+def _response(status: ModelStatus, code: int) -> Response:
+    return JSONResponse(_served(status).model_dump(mode="json"), code)
 
 
-def described(status: ModelStatus) -> ServedModel:
+def _served(status: ModelStatus) -> ServedModel:
     spec, snapshot, description = status.spec, status.snapshot, status.description
     return ServedModel(
         alias=spec.alias,
@@ -156,7 +154,7 @@ def described(status: ModelStatus) -> ServedModel:
         preload=status.preload,
         state=status.state.value,
         error=status.error,
-        unloaded_because=status.unloaded_because,
+        unload_reason=status.unload_reason,
         loaded_at=_time(status.loaded_at),
         last_used=_time(status.last_used),
         requests_served=status.requests_served,
@@ -173,7 +171,7 @@ def described(status: ModelStatus) -> ServedModel:
         dimensions=description.dimension if description is not None else None,
         max_input_tokens=description.max_length if description is not None else None,
         notes=list(description.notes) if description is not None else None,
-        fidelity=fidelity_object(description.fidelity) if description is not None else None,
+        fidelity=FidelityObject.of(description.fidelity) if description is not None else None,
     )
 
 
@@ -181,15 +179,7 @@ def _time(unix_s: float | None) -> datetime | None:
     return datetime.fromtimestamp(unix_s, UTC) if unix_s is not None else None
 
 
-def _resident_bytes() -> int | None:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - quicker, and always there or never
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def spec_named(settings: Settings, asked: Which, alias: str | None = None) -> ModelSpec:
+def resolve_requested_model(settings: Settings, asked: ModelQuery, alias: str | None = None) -> ModelSpec:
     """Return the model that a query means.
 
     A directory is one only where the settings name it: else a caller could have any directory of this machine read.
@@ -206,7 +196,7 @@ def spec_named(settings: Settings, asked: Which, alias: str | None = None) -> Mo
                 param=param,
             )
     try:
-        spec = choose(
+        spec = resolve_model(
             settings,
             name,
             alias=alias,
@@ -220,7 +210,7 @@ def spec_named(settings: Settings, asked: Which, alias: str | None = None) -> Mo
             f"Invalid value for 'model_name' = {name!r}: give an alias, or a repository's id (owner/name).",
             param="model_name",
         ) from None
-    if any(_same_files(spec, own) for own in settings.models().specs):
+    if any(_same_files(spec, own) for own in settings.models.specs()):
         return spec
     if is_directory:
         raise NotAllowedError(

@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
-from emb_model_provider.api.schemas.openai import FidelityObject, ModelList, ModelObject, error_responses
+from emb_model_provider.api.schemas.openai import ModelList, ModelObject, error_responses
+from emb_model_provider.management.types import FidelityObject
 
 if TYPE_CHECKING:
-    from emb_model_provider.backends.base import ModelDescription
-    from emb_model_provider.registry import ModelStatus, Registry
+    from emb_model_provider.api.dependencies import ServicesDep
+    from emb_model_provider.registry import ModelStatus
 
 
-def router(registry: Registry) -> APIRouter:
-    routes = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"])
 
-    @routes.get("/v1/models", summary="List the served models", responses=error_responses(401))
-    async def list_models() -> ModelList:
-        return ModelList(object="list", data=[_described(status) for status in registry.statuses()])
 
-    @routes.get("/v1/models/{model:path}", summary="Describe one model", responses=error_responses(401, 404))
-    async def retrieve_model(model: str) -> ModelObject:
-        if not model:
-            raise HTTPException(404)
-        return _described(registry.status(model))
+@router.get("/v1/models", summary="List the served models", responses=error_responses(401))
+async def list_models(services: ServicesDep) -> ModelList:
+    return ModelList(object="list", data=[_described(status) for status in services.registry.statuses()])
 
-    return routes
+
+@router.get("/v1/models/{model:path}", summary="Describe one model", responses=error_responses(401, 404))
+async def retrieve_model(services: ServicesDep, model: str) -> ModelObject:
+    if not model:
+        raise HTTPException(404)
+    return _described(services.registry.status(model))
 
 
 def _described(status: ModelStatus) -> ModelObject:
@@ -54,19 +54,7 @@ def _described(status: ModelStatus) -> ModelObject:
         backend=description.backend if description is not None else None,
         notes=list(description.notes) if description is not None else None,
         memory_bytes=status.memory_bytes,
-        fidelity=_fidelity(description),
-    )
-
-
-def _fidelity(description: ModelDescription | None) -> FidelityObject | None:
-    if description is None or description.fidelity is None:
-        return None
-    return FidelityObject(
-        min_cosine=description.fidelity.min_cosine,
-        mean_cosine=description.fidelity.mean_cosine,
-        top10_overlap=description.fidelity.top10_overlap,
-        spearman=description.fidelity.spearman,
-        texts=description.fidelity.texts,
+        fidelity=FidelityObject.of(description.fidelity) if description is not None else None,
     )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from emb_model_provider.api.schemas.openai import FidelityObject
+from emb_model_provider.management.types import (
+    CachedModelRecord,
+    Details,
+    DownloadRecord,
+    FidelityObject,
+    Verification,
+)
 from emb_model_provider.model_spec import Precision, Source
 from emb_model_provider.settings import Lowered
-
-if TYPE_CHECKING:
-    from emb_model_provider.backends.base import Fidelity
 
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
@@ -25,7 +28,7 @@ class _Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Which(_Query):
+class ModelQuery(_Query):
     """Which model is meant, of those there are anywhere."""
 
     model_name: Name = Field(
@@ -44,7 +47,7 @@ class Which(_Query):
     )
 
 
-class LoadQuery(Which):
+class LoadQuery(ModelQuery):
     alias: Name | None = Field(
         None,
         description="The name that requests will use. Absent: the alias of the settings, or `model_name`.",
@@ -59,7 +62,7 @@ class UnloadQuery(_Query):
     )
 
 
-class DownloadQuery(Which):
+class DownloadQuery(ModelQuery):
     force: bool = Field(False, description="Ask the hub again though it is here, and fetch what differs.")
     compile: bool = Field(
         False, description="Compile it too (at `precision`), so that its first load is quick."
@@ -112,7 +115,7 @@ class ServedModel(_Answer):
         description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
     )
     error: str | None = Field(description="Why it failed, hangs, is loaded anew or takes long to load.")
-    unloaded_because: str | None
+    unload_reason: str | None
     loaded_at: datetime | None
     last_used: datetime | None = Field(description="When a request was last answered.")
     requests_served: int = Field(description="Since the service started.")
@@ -151,35 +154,8 @@ class ServedModels(_Answer):
 # --- downloads ----------------------------------------------------------------------------------------
 
 
-class DownloadJob(_Answer):
-    id: str
-    state: Literal["queued", "running", "done", "failed", "cancelled"]
-    model_name: str
-    source: str = Field(
-        description="The hub that is asked; once it is done, the one that the files came from."
-    )
-    asked_revision: str | None
-    revision: str | None = Field(description="Resolved; null until it is done.")
-    force: bool
-    compile: bool
-    precision: str | None = Field(description="What it is compiled at; null where it is not.")
-    phase: Literal["resolve", "download", "verify", "compile"] | None = Field(
-        description="What it does, or was doing when it ended. Null before it begins."
-    )
-    done_bytes: int = Field(description="Of this phase. Steps back where a file is started again.")
-    total_bytes: int | None
-    bytes_per_s: float | None = Field(
-        description="Over the last seconds; null while nothing is transferred or read."
-    )
-    cancelling: bool = Field(description="It was cancelled, and ends as soon as it can.")
-    error: str | None = Field(description="Why it failed, and what to do.")
-    error_code: str | None
-    created: datetime
-    started: datetime | None
-    ended: datetime | None
-    path: str | None = Field(description="The directory of the files, once it is done.")
-    notes: list[str] = Field(description="What to know of how it was compiled.")
-    url: str = Field(description="Of this job. `/events` behind it are its events; DELETE cancels it.")
+class DownloadJob(DownloadRecord):
+    url: str = Field(description="Of this job. `/events` below it streams its events; DELETE cancels it.")
 
 
 class DownloadJobList(_Answer):
@@ -191,63 +167,13 @@ class DownloadJobList(_Answer):
 # --- models on disk -----------------------------------------------------------------------------------
 
 
-class CachedArtifact(_Answer):
-    """What was compiled from a snapshot."""
-
-    key: str
-    precision: str = Field(description="How the weights are stored.")
-    computed: str = Field(description="What it computes in.")
-    size: int
-    last_used: datetime
-    fidelity: FidelityObject | None
-    in_use: bool
-
-
-class CachedModel(_Answer):
-    """A model's files on disk, at one revision, from one hub."""
-
-    id: str = Field(description="The name as one part of a path: `Qwen_Qwen3-0.6B` for `Qwen/Qwen3-0.6B`.")
-    model_name: str = Field(description="The repository's id on its hub, or a directory.")
-    source: Literal["huggingface", "modelscope", "local", "bundled"]
-    asked_revision: str | None = Field(description="As it was asked for; null: the hub's default branch.")
-    revision: str | None = Field(description="Resolved; null where that is not known.")
-    path: str | None = Field(description="The directory of the files; null where none is there.")
-    state: Literal["complete", "incomplete", "damaged", "unverified"]
-    size: int = Field(description="Of its files and of what was compiled from them.")
-    files_size: int
-    artifacts: list[CachedArtifact]
-    fetched: datetime | None
-    last_used: datetime | None
-    in_use: bool = Field(description="Loaded, being loaded or being fetched, here or by another program.")
+class CachedModel(CachedModelRecord):
     served_as: list[str] = Field(description="Aliases of this service that are loaded from it.")
 
 
 class CachedModels(_Answer):
     models: list[CachedModel]
-    total_size: int = Field(description="What two models share counts once.")
-
-
-class CachedFile(_Answer):
-    path: str
-    size: int
-    sha256: str
-
-
-class Details(BaseModel):
-    """What a model's files, or what was compiled from them, say of it; null is what they do not say."""
-
-    dimensions: int | None
-    max_tokens: int | None = Field(description="Longest input.")
-    pooling: str | None
-    normalized: bool | None
-    prompts: dict[str, str] | None
-    default_prompt: str | None
-    matryoshka: list[int] | Literal["any"] | None = Field(
-        description="Smaller sizes that vectors can be cut to."
-    )
-    license: str | None
-    notes: list[str]
-    files: list[CachedFile]
+    total_size: int = Field(description="Files that two models share count once.")
 
 
 class CachedModelDetails(CachedModel):
@@ -258,17 +184,8 @@ class CachedModelsDetails(_Answer):
     models: list[CachedModelDetails]
 
 
-class Finding(_Answer):
-    """A file that is not as it was when it was fetched."""
-
-    path: str
-    problem: Literal["missing", "size", "bytes", "unreadable"]
-
-
-class VerifiedModel(CachedModel):
-    ok: bool
-    findings: list[Finding]
-    damaged_artifacts: list[str] = Field(description="Keys of compiled models whose files changed.")
+class VerifiedModel(Verification):
+    served_as: list[str] = Field(description="Aliases of this service that are loaded from it.")
 
 
 class VerifiedModels(_Answer):
@@ -287,7 +204,3 @@ class Removed(_Answer):
     freed: int
     kept: list[KeptModel] = Field(description="What is in use.")
     unloaded: list[str] = Field(description="Aliases that were unloaded for it.")
-
-
-def fidelity_object(fidelity: Fidelity | None) -> FidelityObject | None:
-    return FidelityObject.model_validate(fidelity, from_attributes=True) if fidelity is not None else None

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from emb_model_provider.management.types import FidelityObject
+
 Dimension = Annotated[int, Field(ge=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -76,20 +78,6 @@ class EmbeddingResponse(BaseModel):
     data: list[EmbeddingObject] = Field(description="One for each input, in the order of the inputs.")
     model: str = Field(description="The name that was asked for.")
     usage: Usage
-
-
-class FidelityObject(BaseModel):
-    """How near the vectors come to the model's at fp32, measured before it was let serve."""
-
-    min_cosine: float = Field(description="Of all texts, the lowest cosine between the two vectors.")
-    mean_cosine: float
-    top10_overlap: float | None = Field(
-        description="Of each text's ten nearest neighbours at fp32, the share that stays its ten nearest; the mean."
-    )
-    spearman: float | None = Field(
-        description="Rank correlation (Spearman's) of the similarities of all pairs of texts with those at fp32."
-    )
-    texts: int = Field(description="How many texts were compared.")
 
 
 class ModelObject(BaseModel):

@@ -3,7 +3,7 @@
 Memory is bounded whatever comes in. A batch is run in parts of at most 2,048 padded tokens, which is no slower
 than larger ones (7,430 tokens a second against 7,400 at 4,096 and 7,470 at 16,384) and needs a fraction of the
 memory (390, 600 and 950 MB in the whole process); parts hold neighbours in length, and are as many as pays (see
-`parts.py`): 64 short texts are answered a tenth quicker than in one piece. Lengths beyond 64 are rounded up to a multiple of 8: that costs nothing measurable, and there are fewer
+`split_batch.py`): 64 short texts are answered a tenth quicker than in one piece. Lengths beyond 64 are rounded up to a multiple of 8: that costs nothing measurable, and there are fewer
 shapes, for each of which the runtime keeps kernels. Shorter ones are not: 13 tokens as 16 are 13 % slower.
 """
 
@@ -22,9 +22,9 @@ from emb_model_provider.backends.openvino_cpu.runtime import (
     ATTENTION_MASK,
     INPUT_IDS,
     POOLING_MASK,
-    Layout,
-    compile_lanes,
-    layout_for,
+    StreamLayout,
+    compile_streams,
+    stream_layout,
 )
 from emb_model_provider.errors import InferenceError
 
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 
 class OpenVinoBackend:
-    """A compiled graph. Up to `lanes` threads may call `embed` at a time; more of them wait."""
+    """A compiled graph. Up to `streams` threads may call `embed` at a time; more of them wait."""
 
     description: ModelDescription
-    lanes: int
+    streams: int
     memory_bytes: int
 
     def __init__(
@@ -62,10 +62,10 @@ class OpenVinoBackend:
         Raises: LoadError.
         """
         self.description = description
-        layout = layout_for(usable_cpus() if cpus is None else cpus)
-        self.lanes = layout.lanes
+        layout = stream_layout(usable_cpus() if cpus is None else cpus)
+        self.streams = layout.streams
         computes = description.compute or description.precision
-        compiled = compile_lanes(graph, computes, layout)
+        compiled = compile_streams(graph, computes, layout)
         self.memory_bytes = openvino_bytes(
             graph.with_suffix(".bin").stat().st_size,
             compiled.matrix_items,
@@ -75,10 +75,12 @@ class OpenVinoBackend:
         )
         # The last one given back is taken first: its buffers are the warmest, and unused ones are never allocated.
         self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
-        for _ in range(layout.lanes):
-            self._requests.put(compiled.lanes.create_infer_request())
-        self._wide = compiled.wide.create_infer_request() if compiled.wide is not None else None
-        self._wide_is_free = compiled.wide is not None
+        for _ in range(layout.streams):
+            self._requests.put(compiled.streams.create_infer_request())
+        self._latency_request = (
+            compiled.latency_model.create_infer_request() if compiled.latency_model is not None else None
+        )
+        self._wide_is_free = compiled.latency_model is not None
         self._running = 0
         self._state = threading.Lock()
         self._graph = graph
@@ -107,7 +109,7 @@ class OpenVinoBackend:
         if not self._closed:
             self._closed = True
             self._requests = queue.LifoQueue()
-            self._wide, self._wide_is_free = None, False
+            self._latency_request, self._wide_is_free = None, False
             self._fp32 = None
             self._on_close()
 
@@ -118,7 +120,7 @@ class OpenVinoBackend:
             raise RuntimeError("the backend is closed")
         self._check(batch)
         vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
-        for rows, length in parts([len(row) for row in batch.ids], self.description.max_length):
+        for rows, length in split_batch([len(row) for row in batch.ids], self.description.max_length):
             inputs = self._inputs(batch, rows, length)
             with lend() as request:
                 # The result lies in the request's own memory, so it is copied before anybody else runs it.
@@ -161,8 +163,8 @@ class OpenVinoBackend:
         """Lend the one request that computes at fp32, made when it is first wanted."""
         with self._fp32_lock:
             if self._fp32 is None:
-                compiled = compile_lanes(self._graph, "fp32", Layout(lanes=1, threads=1))
-                self._fp32 = compiled.lanes.create_infer_request()
+                compiled = compile_streams(self._graph, "fp32", StreamLayout(streams=1, threads=1))
+                self._fp32 = compiled.streams.create_infer_request()
             yield self._fp32
 
     @contextmanager
@@ -174,7 +176,7 @@ class OpenVinoBackend:
             self._wide_is_free &= not wide
         try:
             if wide:
-                yield self._wide
+                yield self._latency_request
                 return
             requests = self._requests
             request = requests.get()
@@ -188,24 +190,24 @@ class OpenVinoBackend:
                 self._wide_is_free |= wide and not self._closed
 
 
-PART_TOKENS = 2048
+MICRO_BATCH_TOKENS = 2048
 """Padded tokens of a part at most: no slower than larger parts, and a fraction of their memory."""
-_PART_ROWS = 64
+_MICRO_BATCH_ROWS = 64
 """Rows of a part at most: from 32 on, more of them answer no more texts a second."""
-_PART_COST = 24
+_MICRO_BATCH_COST = 24
 """What it costs to run one more part, in padded tokens."""
 _EXACT_LENGTHS = 64
 _LENGTH_STEP = 8
 
 
-def parts(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int], int]]:
+def split_batch(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int], int]]:
     """Yield the rows of each part and the length that they are padded to, the longest rows first.
 
     `lengths` are the tokens of each row and `longest` the most that the model reads. The parts are those that
     cost least in all: their padded tokens and their number are weighed against each other.
     """
     rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    padded = [rounded(lengths[row], longest) for row in rows]
+    padded = [bucket_length(lengths[row], longest) for row in rows]
     sizes = _sizes(padded)
     start = 0
     while start < len(rows):
@@ -213,7 +215,7 @@ def parts(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int], int
         start += sizes[start]
 
 
-def rounded(length: int, longest: int) -> int:
+def bucket_length(length: int, longest: int) -> int:
     """Return the length that a part is padded to, so that there are not too many shapes."""
     if length <= _EXACT_LENGTHS:
         return length
@@ -227,11 +229,11 @@ def _sizes(padded: Sequence[int]) -> list[int]:
     sizes = [1] * total
     for start in range(total - 1, -1, -1):
         length = padded[start]
-        most = min(total - start, _PART_ROWS, max(1, PART_TOKENS // length))
+        most = min(total - start, _MICRO_BATCH_ROWS, max(1, MICRO_BATCH_TOKENS // length))
         best = cost[start + 1] + length
         for size in range(2, most + 1):
             candidate = cost[start + size] + size * length
             if candidate < best:
                 best, sizes[start] = candidate, size
-        cost[start] = best + _PART_COST
+        cost[start] = best + _MICRO_BATCH_COST
     return sizes

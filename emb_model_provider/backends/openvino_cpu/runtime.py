@@ -63,7 +63,7 @@ ATTENTION_MASK = "attention_mask"
 POOLING_MASK = "pooling_mask"
 """Names of a graph's inputs, each int64 of shape (batch, length). The last is there where prompts are left out."""
 
-_MOST_LANES = 4
+_MAX_STREAMS = 4
 """With more processors than this a lane gets several: a stream of one thread would be slow for a long text.
 Not measured beyond two processors."""
 _ACTIVATION_GROUP = 32
@@ -78,22 +78,22 @@ process to 590 MB within 400 shapes; with 64 it was at 420 MB then, no slower, a
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class StreamLayout:
     """How a processor is shared among batches."""
 
-    lanes: int
+    streams: int
     """Batches side by side."""
     threads: int
     """Of all lanes together, and of the one wide lane that a lone batch gets."""
 
     @property
-    def has_wide_lane(self) -> bool:
-        return self.lanes > 1
+    def has_latency_request(self) -> bool:
+        return self.streams > 1
 
 
-def layout_for(cpus: int) -> Layout:
+def stream_layout(cpus: int) -> StreamLayout:
     """Return the layout for a number of processors: a lane each, up to four lanes."""
-    return Layout(lanes=max(1, min(cpus, _MOST_LANES)), threads=max(1, cpus))
+    return StreamLayout(streams=max(1, min(cpus, _MAX_STREAMS)), threads=max(1, cpus))
 
 
 def openvino() -> Any:
@@ -123,15 +123,15 @@ def openvino() -> Any:
 class Compiled(NamedTuple):
     """A graph that is ready to run."""
 
-    lanes: Any
-    wide: Any | None
+    streams: Any
+    latency_model: Any | None
     matrix_items: int
     """Numbers that its matrices hold."""
     unpacked_bytes: int
     """Of those, the bytes of what was stored as integers and was made numbers of."""
 
 
-def compile_lanes(path: Path, precision: ComputePrecision, layout: Layout) -> Compiled:
+def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayout) -> Compiled:
     """Compile a graph for all lanes, and for the wide lane if there is one. They share their weights.
 
     Raises: LoadError where the graph cannot be read or compiled.
@@ -141,16 +141,16 @@ def compile_lanes(path: Path, precision: ComputePrecision, layout: Layout) -> Co
         graph = core.read_model(path)
         matrix_items = sum(math.prod(value.get_shape()) for value in _matrices(graph))
         unpacked_bytes = _unpack_matrices(graph) if precision == "bf16" else 0
-        lanes = core.compile_model(graph, "CPU", _options(precision, layout.lanes, layout.threads))
-        wide = None
-        if layout.has_wide_lane:
-            wide = core.compile_model(graph, "CPU", _options(precision, 1, layout.threads))
+        streams = core.compile_model(graph, "CPU", _options(precision, layout.streams, layout.threads))
+        latency_model = None
+        if layout.has_latency_request:
+            latency_model = core.compile_model(graph, "CPU", _options(precision, 1, layout.threads))
     except RuntimeError as error:
         raise LoadError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
             "is made again, or set EMB_PROVIDER_BACKEND=torch."
         ) from error
-    return Compiled(lanes, wide, matrix_items, unpacked_bytes)
+    return Compiled(streams, latency_model, matrix_items, unpacked_bytes)
 
 
 def _matrices(graph: Graph) -> Iterator[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,7 +20,6 @@ from emb_model_provider.backends.precision import (
     resolve_torch_precision,
 )
 from emb_model_provider.backends.pytorch.description import describe
-from emb_model_provider.backends.pytorch.import_guards import quiet_imports
 from emb_model_provider.backends.pytorch.packing import (
     PROBES,
     Packing,
@@ -46,11 +44,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-    from emb_model_provider.backends.base import Backend, ComputePrecision
+    from emb_model_provider.backends.base import ComputePrecision
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
     from emb_model_provider.backends.precision import DeviceFacts
     from emb_model_provider.backends.pytorch.packing import Kernel
-    from emb_model_provider.model_spec import BackendName, ModelSpec
+    from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 
@@ -59,7 +57,7 @@ class TorchBackend:
 
     description: ModelDescription
     memory_bytes: int
-    lanes = 1
+    streams = 1
     """PyTorch spreads one batch over all cores, or the GPU runs them in turn: two at a time gain nothing."""
 
     def __init__(self, spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> None:
@@ -264,27 +262,3 @@ def _held_bytes(tensor: torch.Tensor) -> int:
 
 def _end_to_end(ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return np.concatenate([np.asarray(row, dtype=np.int64) for row in ids])
-
-
-BACKENDS: dict[BackendName, str] = {
-    "torch": "emb_model_provider.backends.pytorch.backend:TorchBackend",
-}
-"""Name of a backend to its class, imported only when chosen: torch alone takes seconds to import."""
-
-
-def load_backend(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> Backend:
-    """Load a snapshot as `spec` asks. Call it on the thread that will own the backend.
-
-    Raises: a `LoadError` of `emb_model_provider.errors`, whose message says what to do.
-    """
-    name: BackendName = "torch" if spec.backend == "auto" else spec.backend
-    if name not in BACKENDS:
-        raise LoadError(
-            f"EMB_PROVIDER_BACKEND={name} is not there yet (model {spec.alias!r}). "
-            f"Use one of: auto, {', '.join(BACKENDS)}."
-        )
-    module, _, attribute = BACKENDS[name].partition(":")
-    with quiet_imports():
-        backend_class = getattr(import_module(module), attribute)
-    backend: Backend = backend_class(spec, snapshot, trust_remote_code=trust_remote_code)
-    return backend

@@ -15,7 +15,8 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from transformers.utils import logging as transformers_logging
 
-from emb_model_provider.backends.precision import DeviceFacts
+from emb_model_provider.backends.pipeline_plan import plan_pipeline
+from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.base import ComputePrecision
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
+    from emb_model_provider.model_spec import ModelSpec, Precision
+    from emb_model_provider.snapshots.snapshot import Snapshot
 
 DTYPES: dict[ComputePrecision, torch.dtype] = {
     "fp32": torch.float32,
@@ -45,6 +48,31 @@ def torch_device_facts() -> DeviceFacts:
     return DeviceFacts(
         cuda_capabilities=tuple(torch.cuda.get_device_capability(index) for index in range(count)),
         mps=torch.backends.mps.is_available(),
+    )
+
+
+def load_sentence_transformer(
+    spec: ModelSpec, snapshot: Snapshot, precision: Precision, *, trust_remote_code: bool
+) -> SentenceTransformer:
+    """Load a snapshot on the device of `spec`, with the pipeline that its files declare.
+
+    Args:
+        spec: The model.
+        snapshot: Its files.
+        precision: fp32, fp16, bf16 or auto.
+        trust_remote_code: Whether code from the repository may run.
+
+    Raises:
+        LoadError: It cannot be loaded.
+    """
+    facts = torch_device_facts()
+    device = resolve_device(spec.device, facts)
+    plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
+    return load_pipeline(
+        plan,
+        precision=resolve_torch_precision(precision, device, facts),
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -79,7 +107,7 @@ def load_pipeline(
     except Exception as error:
         raise explained(error, plan) from error
     _check(pipeline, plan)
-    _apply_operators_word(pipeline, plan)
+    _apply_overrides(pipeline, plan)
     pipeline.truncate_dim = plan.truncate_dim
     if isinstance(pipeline[0], StaticEmbedding):
         pipeline.to(dtype=DTYPES[precision])
@@ -137,7 +165,7 @@ def _guessed_pooling(transformer: Transformer) -> Any:
     return "lasttoken" if causal else "mean"
 
 
-def _apply_operators_word(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
+def _apply_overrides(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
     """Put the plan's pooling and normalization over those of `modules.json`."""
     if plan.layout == "sentence-transformers" and plan.pooling is not None:
         _replace_pooling(pipeline, plan)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from emb_model_provider.cli.options import json_option
-from emb_model_provider.cli.output import FAILED, out, print_json, say, styled
+from emb_model_provider.cli.output import out, print_json, say, styled
+from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def doctor(*, as_json: bool) -> None:
 
     JSON: {"ok", "checks": [{check, level: ok, warn or fail, found, advice}]}.
     """
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     for finding in _findings():
         findings.append(finding)
         if not as_json:
@@ -45,14 +46,14 @@ def doctor(*, as_json: bool) -> None:
         raise SystemExit(FAILED)
 
 
-def _findings() -> Iterator[Finding]:
+def _findings() -> Iterator[CheckResult]:
     """Check one thing after the other; those that need settings only where these can be read."""
     # The client's own setting, read when it is first imported: five tries take longer than anybody waits for this.
     os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
     from emb_model_provider.cli.doctor import disk, machine, service
     from emb_model_provider.settings.loading import load_settings
 
-    plain: tuple[Callable[[], Iterable[Finding]], ...] = (
+    plain: tuple[Callable[[], Iterable[CheckResult]], ...] = (
         machine.check_python,
         machine.check_packages,
         machine.check_processor,
@@ -63,11 +64,13 @@ def _findings() -> Iterator[Finding]:
     try:
         settings, warnings = load_settings()
     except SettingsError as error:
-        yield Finding("settings", "fail", error.message, "Mend it, and ask again: the other checks need it.")
+        yield CheckResult(
+            "settings", "fail", error.message, "Mend it, and ask again: the other checks need it."
+        )
         return
-    yield Finding("settings", "ok", _told(settings))
+    yield CheckResult("settings", "ok", _told(settings))
     for warning in warnings:
-        yield Finding("settings", "warn", warning, "Rename or remove it.")
+        yield CheckResult("settings", "warn", warning, "Rename or remove it.")
     for on_settings in (
         machine.check_cuda,
         disk.check_directories,
@@ -79,11 +82,11 @@ def _findings() -> Iterator[Finding]:
 
 
 def _told(settings: Settings) -> str:
-    aliases = [spec.alias for spec in settings.models().specs]
+    aliases = [spec.alias for spec in settings.models.specs()]
     return f"valid; {'a model' if len(aliases) == 1 else f'{len(aliases)} models'}: {', '.join(aliases)}"
 
 
-def _print(finding: Finding) -> None:
+def _print(finding: CheckResult) -> None:
     label, color = _SHOWN[finding.level]
     out(f"{styled(label, fg=color)}  {finding.check}: {finding.found}")
     if finding.advice:
@@ -94,7 +97,7 @@ Level = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One line of the doctor's."""
 
     check: str

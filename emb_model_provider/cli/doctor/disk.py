@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
-from emb_model_provider.cli.doctor import Finding
+from emb_model_provider.cli.doctor import CheckResult
 from emb_model_provider.errors import HubError
 from emb_model_provider.formatting import format_size
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 _SHORT, _FULL = 5_000_000_000, 500_000_000
 
 
-def check_directories(settings: Settings) -> Iterator[Finding]:
+def check_directories(settings: Settings) -> Iterator[CheckResult]:
     """Look at every directory that is written to: models' files, what is compiled of them, the log."""
     from emb_model_provider.hubs.caches import cache_root
 
-    yield from _check("cache", settings.cache_dir, "EMB_PROVIDER_CACHE_DIR")
+    yield from _check("cache", settings.hubs.cache_dir, "EMB_PROVIDER_CACHE_DIR")
     for hub, own, setting in (
-        ("huggingface", settings.hf_cache_dir, "EMB_PROVIDER_HF_CACHE_DIR"),
-        ("modelscope", settings.modelscope_cache_dir, "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"),
+        ("huggingface", settings.hubs.hf_cache_dir, "EMB_PROVIDER_HF_CACHE_DIR"),
+        ("modelscope", settings.hubs.modelscope_cache_dir, "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"),
     ):
         yield from _check(f"cache of {hub}", cache_root(hub, own), setting)  # type: ignore[arg-type]  # the two are hubs
-    logs = settings.logs()
-    if logs.to_file:
-        yield from _check("log", logs.directory, "EMB_PROVIDER_LOG_DIR", small=True)
+    logs = settings.logs
+    if logs.log_to_file:
+        yield from _check("log", logs.log_dir, "EMB_PROVIDER_LOG_DIR", small=True)
 
 
-def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> Iterator[Finding]:
+def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> Iterator[CheckResult]:
     from emb_model_provider.snapshots.files import require_writable
 
     directory = directory.expanduser().absolute()
@@ -43,7 +43,7 @@ def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> 
     try:
         require_writable(directory, setting)
     except HubError as error:
-        yield Finding(name, "fail", f"{directory} cannot be written", error.message)
+        yield CheckResult(name, "fail", f"{directory} cannot be written", error.message)
         return
     finally:
         # Looking leaves nothing behind.
@@ -56,12 +56,12 @@ def _check(name: str, directory: Path, setting: str, *, small: bool = False) -> 
         advice = (
             f"Free some, or set {setting} to a directory on a larger disk. What can go: emb-provider list"
         )
-        yield Finding(name, "warn" if small else "fail", found, advice)
+        yield CheckResult(name, "warn" if small else "fail", found, advice)
     elif free < _SHORT and not small:
         advice = f"A large model may not fit: free some (emb-provider prune), or set {setting}."
-        yield Finding(name, "warn", found, advice)
+        yield CheckResult(name, "warn", found, advice)
     else:
-        yield Finding(name, "ok", found)
+        yield CheckResult(name, "ok", found)
 
 
 def _missing(directory: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.cli.doctor import Finding
+from emb_model_provider.cli.doctor import CheckResult
 from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ _TORCH_S = 120.0
 _ASK_TORCH = "import torch; print(torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
 
 
-def check_python() -> Iterator[Finding]:
+def check_python() -> Iterator[CheckResult]:
     found = f"{platform.python_version()} ({sys.executable}), {platform.system()} {platform.machine()}"
-    yield Finding("python", "ok", found)
+    yield CheckResult("python", "ok", found)
 
 
-def check_packages() -> Iterator[Finding]:
+def check_packages() -> Iterator[CheckResult]:
     """Look for what serves, what compiles and what fetches."""
     from emb_model_provider.artifacts.recipe import (
         QUANTIZER,
@@ -55,7 +55,7 @@ def check_packages() -> Iterator[Finding]:
     names = ("emb-model-provider", *RUNTIME_PACKAGES, *TOOL_PACKAGES, QUANTIZER, *hubs)
     versions = {name: installed_version(name) for name in names}
     here = ", ".join(f"{name} {found}" for name, found in versions.items() if found is not None)
-    yield Finding("packages", "ok", here)
+    yield CheckResult("packages", "ok", here)
     consequences: dict[str, tuple[Level, str]] = {
         **dict.fromkeys(RUNTIME_PACKAGES, ("fail", "the compiled engine cannot run")),
         **dict.fromkeys(TOOL_PACKAGES, ("warn", "nothing can be compiled here, and torch cannot serve")),
@@ -64,10 +64,10 @@ def check_packages() -> Iterator[Finding]:
     }
     for name, (level, what) in consequences.items():
         if versions[name] is None:
-            yield Finding(name, level, f"not installed: {what}", f"pip install {name}")
+            yield CheckResult(name, level, f"not installed: {what}", f"pip install {name}")
 
 
-def check_processor(root: Path = _ROOT) -> Iterator[Finding]:
+def check_processor(root: Path = _ROOT) -> Iterator[CheckResult]:
     """Look at what may be used of it, and at what makes models quick."""
     from emb_model_provider.backends.hardware import cgroup_cpu_limit, usable_cpus
 
@@ -87,21 +87,21 @@ def check_processor(root: Path = _ROOT) -> Iterator[Finding]:
         found += f", {', '.join(features)}"
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if known and is_x86 and "avx2" not in known:
-        yield Finding(
+        yield CheckResult(
             "processor", "warn", f"{found}; no AVX2", "Models run, but slowly: take a machine with AVX2."
         )
     elif limit is not None and limit < 1:
         advice = "Give the container a whole CPU at least (docker run --cpus 1)."
-        yield Finding("processor", "warn", found, advice)
+        yield CheckResult("processor", "warn", found, advice)
     else:
-        yield Finding("processor", "ok", found)
+        yield CheckResult("processor", "ok", found)
 
 
-def check_memory(root: Path = _ROOT) -> Iterator[Finding]:
+def check_memory(root: Path = _ROOT) -> Iterator[CheckResult]:
     """Look at what is free, of the machine and of the control group."""
     available, total = _meminfo(root, "MemAvailable"), _meminfo(root, "MemTotal")
     if available is None or total is None:
-        yield Finding("memory", "ok", "this system does not tell")
+        yield CheckResult("memory", "ok", "this system does not tell")
         return
     limit = _memory_limit(root)
     found = f"{format_size(available)} of {format_size(total)} free"
@@ -112,16 +112,16 @@ def check_memory(root: Path = _ROOT) -> Iterator[Finding]:
         advice = (
             "A small model needs about 0.5 GB to serve and 2 GB to compile: free some, or raise the limit."
         )
-        yield Finding("memory", "warn", found, advice)
+        yield CheckResult("memory", "warn", found, advice)
     else:
-        yield Finding("memory", "ok", found)
+        yield CheckResult("memory", "ok", found)
 
 
-def check_cuda(settings: Settings) -> Iterator[Finding]:
+def check_cuda(settings: Settings) -> Iterator[CheckResult]:
     """Look for a device: by the driver, which is quick, and only where there is one through torch, which is not."""
     from emb_model_provider.backends.hardware import cuda_devices, torch_is_cuda_build
 
-    wanted = sorted({spec.device for spec in settings.models().specs if spec.device.startswith("cuda")})
+    wanted = sorted({spec.device for spec in settings.models.specs() if spec.device.startswith("cuda")})
     devices = cuda_devices()
     if not devices:
         yield _no_device(wanted)
@@ -130,26 +130,26 @@ def check_cuda(settings: Settings) -> Iterator[Finding]:
     if not torch_is_cuda_build():
         level: Level = "fail" if wanted else "warn"
         advice = "Install a CUDA build of PyTorch, or set EMB_PROVIDER_DEVICE=cpu."
-        yield Finding("cuda", level, f"{found}, but this PyTorch is built for CPUs only", advice)
+        yield CheckResult("cuda", level, f"{found}, but this PyTorch is built for CPUs only", advice)
         return
     name, trouble = _ask_torch()
     if name:
-        yield Finding("cuda", "ok", f"{found}; PyTorch sees {name}")
+        yield CheckResult("cuda", "ok", f"{found}; PyTorch sees {name}")
     else:
         advice = "Update the driver (nvidia-smi shows its version) or set EMB_PROVIDER_DEVICE=cpu."
-        yield Finding("cuda", "fail", f"{found}, but PyTorch sees none{trouble}", advice)
+        yield CheckResult("cuda", "fail", f"{found}, but PyTorch sees none{trouble}", advice)
 
 
-def _no_device(wanted: list[str]) -> Finding:
+def _no_device(wanted: list[str]) -> CheckResult:
     if wanted:
         advice = "Set EMB_PROVIDER_DEVICE=auto or cpu, or give this process a device (docker run --gpus all)."
-        return Finding("cuda", "fail", f"no device, and {', '.join(wanted)} is configured", advice)
+        return CheckResult("cuda", "fail", f"no device, and {', '.join(wanted)} is configured", advice)
     if Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia").exists():
         advice = "In a container: docker run --gpus all, and NVIDIA_DRIVER_CAPABILITIES=compute,utility."
-        return Finding(
+        return CheckResult(
             "cuda", "warn", "this machine has an NVIDIA device, and this process cannot use it", advice
         )
-    return Finding("cuda", "ok", "no device: models run on the processor")
+    return CheckResult("cuda", "ok", "no device: models run on the processor")
 
 
 def _ask_torch() -> tuple[str, str]:
