@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads it
+from starlette.requests import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -85,9 +85,9 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
     found = _find(settings, manager, model, source, revision)
     told = []
     for model_record in found:
-        record = model_record.model_dump()
         details = manager.inspect(model_record).model_dump()
-        told.append({**record, "details": {**details, "artifacts": record["artifacts"]}})
+        artifacts = [{**each.model_dump(), "snapshot": each.snapshot} for each in model_record.artifacts]
+        told.append({**model_record.model_dump(), "details": {**details, "artifacts": artifacts}})
     if as_json:
         print_json({"models": told})
         return

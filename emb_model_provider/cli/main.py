@@ -20,19 +20,19 @@ _CLI = "emb_model_provider.cli"
 COMMANDS = {
     "serve": f"{_CLI}.serve:serve",
     "pull": f"{_CLI}.pull:pull",
-    "list": f"{_CLI}.look:list_models",
-    "show": f"{_CLI}.look:show",
-    "verify": f"{_CLI}.look:verify",
+    "list": f"{_CLI}.cached:list_models",
+    "show": f"{_CLI}.cached:show",
+    "verify": f"{_CLI}.cached:verify",
     "rm": f"{_CLI}.remove:rm",
     "prune": f"{_CLI}.remove:prune",
-    "ps": f"{_CLI}.running:ps",
-    "load": f"{_CLI}.running:load",
-    "unload": f"{_CLI}.running:unload",
+    "ps": f"{_CLI}.server:ps",
+    "load": f"{_CLI}.server:load",
+    "unload": f"{_CLI}.server:unload",
     "embed": f"{_CLI}.embed:embed",
     "fidelity": f"{_CLI}.fidelity:fidelity",
     "doctor": f"{_CLI}.doctor:doctor",
     "models": f"{_CLI}.main:models",
-    "completion": f"{_CLI}.completion:completion",
+    "completion": f"{_CLI}.serve:completion",
 }
 """Name of a command to the function that is one."""
 OF_MODELS = ("pull", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")

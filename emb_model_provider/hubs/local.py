@@ -83,25 +83,26 @@ def snapshot_in_place(
         known = {file.path: file for file in before.snapshot.files}
     files: list[SnapshotFile] = []
     stats = {path: (directory / path).stat() for path in paths}
-    done, total = 0, sum(stat.st_size for stat in stats.values())
-    hashed = False
-    for path, stat in stats.items():
+    changed = {
+        path
+        for path, stat in stats.items()
+        if before is None
+        or (file := known.get(path)) is None
+        or file.size != stat.st_size
+        or not is_same_mtime(stat.st_mtime_ns, before.mtimes[path])
+    }
+    done, total = 0, sum(stats[path].st_size for path in changed)
+    for path in paths:
         cancel.raise_if_cancelled()
-        file = known.get(path)
-        if (
-            before is None
-            or file is None
-            or file.size != stat.st_size
-            or not is_same_mtime(stat.st_mtime_ns, before.mtimes[path])
-        ):
-            hashes = hash_file(directory / path)
-            file = SnapshotFile(path, hashes.size, hashes.sha256)
-            hashed = True
-        files.append(file)
-        done += stat.st_size
+        if path not in changed:
+            files.append(known[path])
+            continue
+        hashes = hash_file(directory / path)
+        files.append(SnapshotFile(path, hashes.size, hashes.sha256))
+        done += hashes.size
         on_progress(Progress("verify", question.repository, done, total))
     snapshot = Snapshot.of(question.hub, question.repository, revision, directory, files)
-    if hashed or before is None or before.snapshot.digest != snapshot.digest:
+    if changed or before is None or before.snapshot.digest != snapshot.digest:
         try:
             manifest.save(question, snapshot, manifest_dir)
         except OSError as error:

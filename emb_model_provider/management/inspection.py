@@ -26,16 +26,20 @@ _LICENSE = re.compile(r"^license:\s*[\"']?([^\"'#\n]+)", re.MULTILINE)
 
 def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> Details:
     """Return what the files of a model, or its compiled form, say about it."""
+    values: dict[str, Any] = {**dict.fromkeys(Details.model_fields), "notes": [], "files": []}
     if not entry.manifests:
-        return Details()
+        return Details(**values)
     snapshot = entry.manifests[0][1].snapshot
     compiled = [each for each in entry.artifacts if each.snapshot == snapshot.digest]
     if compiled:
-        values = _from_artifact(compiled[-1])
+        values |= _from_artifact(compiled[-1])
     else:
-        values = _from_files(spec, snapshot, trust_remote_code=trust_remote_code)
-    files = [CachedFile(path=file.path, size=file.size, sha256=file.sha256) for file in snapshot.files]
-    return Details(**values, files=files, license=_license(snapshot.path))
+        values |= _from_files(spec, snapshot, trust_remote_code=trust_remote_code)
+    values["files"] = [
+        CachedFile(path=file.path, size=file.size, sha256=file.sha256) for file in snapshot.files
+    ]
+    values["license"] = _license(snapshot.path)
+    return Details(**values)
 
 
 def verify(
@@ -64,7 +68,7 @@ def verify(
         entry = inventory.scan().entry_at(entry.location)
     record = inventory.record_of(entry)
     ok = not findings and not damaged and record.state == "complete"
-    return Verification(**record.model_dump(), ok=ok, findings=findings, damaged_artifacts=damaged)
+    return Verification(**dict(record), ok=ok, findings=findings, damaged_artifacts=damaged)
 
 
 def _check(entry: CacheEntry, on_progress: OnProgress, cancel: CancelToken) -> list[Finding]:

@@ -181,6 +181,7 @@ class Inventory:
             artifacts=[
                 CachedArtifact(
                     key=artifact.key,
+                    snapshot=artifact.snapshot,
                     precision=artifact.weights,
                     computed=artifact.computed,
                     size=artifact.size,

@@ -218,7 +218,7 @@ class Remover:
 
     def _kept(self, entry: CacheEntry, error: ManagementError) -> KeptModel:
         record = self._inventory.record_of(entry)
-        return KeptModel(**record.model_dump(), reason=error.message)
+        return KeptModel(**dict(record), reason=error.message)
 
     # --- locking --------------------------------------------------------------------------------------
 

@@ -49,6 +49,8 @@ class CachedArtifact(Record):
     """A compiled form of a snapshot."""
 
     key: str
+    snapshot: str = Field(exclude=True)
+    """Digest of the snapshot that it was compiled from."""
     precision: str = Field(description="Precision of the stored weights.")
     computed: str = Field(description="Precision of the computation.")
     size: int
@@ -84,18 +86,18 @@ class CachedFile(Record):
 class Details(BaseModel):
     """What the files of a model, or its compiled form, say about it; null where they do not say."""
 
-    dimensions: int | None = None
-    max_tokens: int | None = Field(default=None, description="Longest input.")
-    pooling: str | None = None
-    normalized: bool | None = None
-    prompts: dict[str, str] | None = None
-    default_prompt: str | None = None
+    dimensions: int | None
+    max_tokens: int | None = Field(description="Longest input.")
+    pooling: str | None
+    normalized: bool | None
+    prompts: dict[str, str] | None
+    default_prompt: str | None
     matryoshka: list[int] | Literal["any"] | None = Field(
-        default=None, description="Smaller sizes that vectors can be cut to."
+        description="Smaller sizes that vectors can be cut to."
     )
-    license: str | None = None
-    notes: list[str] = []
-    files: list[CachedFile] = []
+    license: str | None
+    notes: list[str]
+    files: list[CachedFile]
 
 
 class Finding(Record):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 from starlette.exceptions import HTTPException
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads it
+from starlette.requests import Request
 
 from emb_model_provider.api.cache_removal import CacheRemoval, models_using
+from emb_model_provider.api.dependencies import Services, ServicesDep
 from emb_model_provider.api.middleware import ClientDisconnectedError, cancelled_on_disconnect
 from emb_model_provider.api.schemas.management import (
     CachedModel,
@@ -32,7 +33,6 @@ from emb_model_provider.progress import CancelToken
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emb_model_provider.api.dependencies import Services, ServicesDep
     from emb_model_provider.management.types import CachedModelRecord, Removal
     from emb_model_provider.progress import Progress
     from emb_model_provider.registry import ModelStatus
@@ -77,7 +77,7 @@ async def remove_all(
     description="By its id or its name, with slashes or `%2F`: each revision of it, from each hub.",
     responses=error_responses(400, 401, 403, 404),
 )
-async def describe_cached(
+async def look(
     services: ServicesDep, model_id: str, query: Annotated[CachedQuery, Query()]
 ) -> CachedModelsDetails:
     models = await _find(services, model_id, query)
@@ -96,7 +96,7 @@ async def describe_cached(
     summary="Read all files of a model again, and compare them with their hashes",
     responses=error_responses(400, 401, 403, 404, 503),
 )
-async def verify_cached(
+async def verify(
     services: ServicesDep, request: Request, model_id: str, query: Annotated[CachedQuery, Query()]
 ) -> VerifiedModels:
     models = await _find(services, model_id, query)
@@ -132,13 +132,13 @@ async def verify_cached(
     "A model in use is never removed.",
     responses=error_responses(400, 401, 403, 404, 409, 500, 503),
 )
-async def remove_cached(
+async def remove(
     services: ServicesDep, request: Request, model_id: str, query: Annotated[RemoveQuery, Query()]
 ) -> Removed:
     models = await _find(services, model_id, query)
     before = services.registry.statuses()
-    remove = partial(services.manager.remove, model_id, source=query.source, revision=query.revision)
-    removal, unloaded = await CacheRemoval(services, request, query).run(models, remove)
+    remove_models = partial(services.manager.remove, model_id, source=query.source, revision=query.revision)
+    removal, unloaded = await CacheRemoval(services, request, query).run(models, remove_models)
     return _removed(removal, unloaded, before, dry_run=query.dry_run)
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads it
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from emb_model_provider.api.dependencies import ServicesDep
 from emb_model_provider.api.routes.loaded_models import resolve_requested_model
 from emb_model_provider.api.schemas.management import DownloadJob, DownloadJobList, DownloadQuery
 from emb_model_provider.api.schemas.openai import error_responses
@@ -19,7 +20,6 @@ from emb_model_provider.errors import JobNotFoundError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from emb_model_provider.api.dependencies import ServicesDep
     from emb_model_provider.management.downloads import DownloadJobs
     from emb_model_provider.management.types import DownloadRecord
 
@@ -42,7 +42,7 @@ router = APIRouter(tags=["management"])
     status_code=202,
     responses=error_responses(400, 401, 403, 429),
 )
-async def start_download(services: ServicesDep, query: Annotated[DownloadQuery, Query()]) -> Response:
+async def download(services: ServicesDep, query: Annotated[DownloadQuery, Query()]) -> Response:
     # On a thread, because it looks for directories of that name.
     spec = await asyncio.to_thread(resolve_requested_model, services.settings, query)
     job = _with_url(services.jobs.start(spec, force=query.force, compiling=query.compile))
@@ -50,12 +50,12 @@ async def start_download(services: ServicesDep, query: Annotated[DownloadQuery, 
 
 
 @router.get(JOBS, summary="List the downloads", responses=error_responses(401, 403))
-async def list_downloads(services: ServicesDep) -> DownloadJobList:
+async def list_jobs(services: ServicesDep) -> DownloadJobList:
     return DownloadJobList(jobs=[_with_url(job) for job in services.jobs.list()])
 
 
 @router.get(f"{JOBS}/{{job_id}}", summary="Describe a download", responses=error_responses(401, 403, 404))
-async def describe_download(services: ServicesDep, job_id: str) -> DownloadJob:
+async def look(services: ServicesDep, job_id: str) -> DownloadJob:
     return _with_url(services.jobs.get(job_id))
 
 
@@ -66,7 +66,7 @@ async def describe_download(services: ServicesDep, job_id: str) -> DownloadJob:
     "does not change.",
     responses=error_responses(401, 403, 404),
 )
-async def cancel_download(services: ServicesDep, job_id: str) -> DownloadJob:
+async def cancel(services: ServicesDep, job_id: str) -> DownloadJob:
     return _with_url(services.jobs.cancel(job_id))
 
 
@@ -81,7 +81,7 @@ async def cancel_download(services: ServicesDep, job_id: str) -> DownloadJob:
         **error_responses(401, 403, 404),
     },
 )
-async def watch_download(services: ServicesDep, request: Request, job_id: str) -> Response:
+async def watch(services: ServicesDep, request: Request, job_id: str) -> Response:
     services.jobs.get(job_id)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
     if request.scope["emb_provider.record"].method == "HEAD":

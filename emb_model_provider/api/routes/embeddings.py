@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from emb_model_provider.api.dependencies import Services, ServicesDep
 from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.schemas.openai import EmbeddingRequest, EmbeddingResponse, error_responses
 from emb_model_provider.errors import RequestError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from emb_model_provider.api.dependencies import Services, ServicesDep
     from emb_model_provider.model_spec import Truncate
     from emb_model_provider.observability.metrics import RequestRecord
     from emb_model_provider.serving.engine import Embeddings

@@ -14,6 +14,7 @@ import psutil
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
+from emb_model_provider.api.dependencies import ServicesDep
 from emb_model_provider.api.schemas.management import (
     LoadQuery,
     Process,
@@ -27,7 +28,6 @@ from emb_model_provider.management.types import FidelityObject
 from emb_model_provider.model_resolver import resolve_model, resolve_source
 
 if TYPE_CHECKING:
-    from emb_model_provider.api.dependencies import ServicesDep
     from emb_model_provider.api.schemas.management import ModelQuery
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.registry import ModelStatus, Registry
@@ -154,7 +154,7 @@ def _served(status: ModelStatus) -> ServedModel:
         preload=status.preload,
         state=status.state.value,
         error=status.error,
-        unload_reason=status.unload_reason,
+        unloaded_because=status.unload_reason,
         loaded_at=_time(status.loaded_at),
         last_used=_time(status.last_used),
         requests_served=status.requests_served,

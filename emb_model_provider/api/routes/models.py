@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
+from emb_model_provider.api.dependencies import ServicesDep
 from emb_model_provider.api.schemas.openai import ModelList, ModelObject, error_responses
 from emb_model_provider.management.types import FidelityObject
 
 if TYPE_CHECKING:
-    from emb_model_provider.api.dependencies import ServicesDep
     from emb_model_provider.registry import ModelStatus
 
 

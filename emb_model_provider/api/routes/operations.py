@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
-from starlette.requests import Request  # noqa: TC002 - FastAPI reads it
+from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
+from emb_model_provider.api.dependencies import ServicesDep
 from emb_model_provider.api.schemas.openai import Health, ModelReadiness, Readiness
 
 if TYPE_CHECKING:
-    from emb_model_provider.api.dependencies import ServicesDep
     from emb_model_provider.registry import ModelStatus
 
 

@@ -115,7 +115,7 @@ class ServedModel(_Answer):
         description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
     )
     error: str | None = Field(description="Why it failed, hangs, is loaded anew or takes long to load.")
-    unload_reason: str | None
+    unloaded_because: str | None
     loaded_at: datetime | None
     last_used: datetime | None = Field(description="When a request was last answered.")
     requests_served: int = Field(description="Since the service started.")
