@@ -1,0 +1,1 @@
+"""Compiled models: found, made, stored, and prepared for loading."""

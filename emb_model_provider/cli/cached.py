@@ -80,7 +80,6 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
 
     JSON: {"models": [...]}: what `list` has of each, with `details`.
     """
-
     settings, manager = open_manager()
     found = _find(settings, manager, model, source, revision)
     told = []

@@ -169,7 +169,6 @@ def short_revision(revision: str | None) -> str:
 
 def model_row(model: CachedModelRecord) -> Sequence[str]:
     """Return a model's cells for `list`."""
-
     artifacts = model.artifacts
     labels = [precision_label(artifact.precision, artifact.computed) for artifact in artifacts]
     cosines = [format_cosine(a.fidelity.min_cosine) if a.fidelity is not None else "-" for a in artifacts]

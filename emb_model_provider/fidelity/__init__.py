@@ -1,0 +1,1 @@
+"""How close a model's vectors are to those at fp32, and whether that is close enough."""

@@ -1,0 +1,1 @@
+"""From a model's name to complete, verified files: one module for each hub."""

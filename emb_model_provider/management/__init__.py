@@ -1,1 +1,1 @@
-"""Models on disk: fetched, listed, checked and removed by one manager, which everything else asks."""
+"""Models on disk: downloaded, listed, verified and removed, for the service, the command line and Python."""

@@ -1,0 +1,1 @@
+"""The process: sockets, signals, supervision, and the application under uvicorn."""

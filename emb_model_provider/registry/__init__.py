@@ -1,4 +1,4 @@
-"""Which models are served, under which names, and in which state: in memory, or loaded when they are wanted."""
+"""The served models in memory: names, states, loading and unloading."""
 
 from emb_model_provider.registry.model_entry import ModelStatus, State
 from emb_model_provider.registry.registry import Registry, RegistryConfig

@@ -1,0 +1,1 @@
+"""One model at work: tokenizing, batching, its threads and their faults, finishing vectors."""

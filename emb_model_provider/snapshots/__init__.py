@@ -1,0 +1,1 @@
+"""Complete, verified files on disk: snapshots, manifests, journals, locks."""

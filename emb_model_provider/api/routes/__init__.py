@@ -1,0 +1,1 @@
+"""One module for each topic. A route translates HTTP and delegates."""

@@ -1,0 +1,1 @@
+"""The torch backend. Imported only if torch serves a model."""

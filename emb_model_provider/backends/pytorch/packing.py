@@ -242,7 +242,7 @@ def _interface(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
         max_length_q: int | None = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention function: (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
+        """Transformers' attention function: (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
         if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None or softcap is not None:
             raise ValueError("packed attention needs packed rows, and takes neither a mask nor a soft cap")
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
