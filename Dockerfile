@@ -4,9 +4,9 @@
 
 FROM python:3.11-slim AS build
 
-# Which PyTorch: `cpu`, or `cuda`, which is what a package index has for Linux.
+# The build of PyTorch: `cpu`, or `cuda`, the default build of the package index for Linux.
 ARG TORCH=cpu
-# A package index to use in place of the default one, for pip and uv.
+# The package index for pip and uv, if not the default one.
 ARG UV_DEFAULT_INDEX
 
 ENV UV_NO_CACHE=1 \
@@ -17,7 +17,8 @@ WORKDIR /src
 RUN pip install --no-cache-dir ${UV_DEFAULT_INDEX:+--index-url "$UV_DEFAULT_INDEX"} uv
 RUN uv venv /opt/venv
 
-# The dependencies change less often than the code: a layer of their own. uv reads the pinned versions in [tool.uv].
+# The dependencies have their own layer, because they change less often than the code. uv reads the pinned versions in
+# [tool.uv].
 COPY pyproject.toml ./
 RUN uv pip install $(test "$TORCH" = cuda || echo "--torch-backend=$TORCH") --extra cl100k -r pyproject.toml
 
@@ -28,11 +29,11 @@ RUN uv pip install --no-deps .
 FROM python:3.11-slim
 
 COPY --from=build /opt/venv /opt/venv
-# The one directory that the service writes to.
+# The only directory that the service writes to.
 RUN install -d -o 10001 -g 10001 /data
 
-# All that is downloaded or compiled goes below HOME, which is the volume. No cache is named here: a value of the image
-# would win over the MODELSCOPE_CACHE, HF_HOME or MODEL_CACHE_DIR that a user gives with -e or in .env.
+# Downloads and compiled models are stored below HOME, which is the volume. No cache directory is set here, because a value
+# of the image would take precedence over MODELSCOPE_CACHE, HF_HOME or MODEL_CACHE_DIR of the user.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/data \
@@ -46,11 +47,11 @@ USER 10001:10001
 VOLUME /data
 EXPOSE 9000
 
-# Any answer will do: one that refuses the Host header comes from a live process.
+# Any response below 500 shows that the process works, also one that rejects the Host header.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['EMB_PROVIDER_PORT']), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status >= 500)"]
 
-# Requests that were accepted have 60 s to finish: docker stop -t 75. After a crash the restart policy starts it again
-# (docker run --restart unless-stopped), so nothing here supervises it.
+# Accepted requests have 60 s to finish: docker stop -t 75. After a crash the restart policy restarts the container
+# (docker run --restart unless-stopped), so that no supervisor is needed.
 STOPSIGNAL SIGTERM
 CMD ["python", "-m", "emb_model_provider.main"]

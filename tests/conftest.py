@@ -1,27 +1,26 @@
-"""What the tests of several packages share."""
+"""Options, fixtures and scheduling for all tests."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Read when torch is imported. Threads that spin while they wait would take the processor from the other workers.
+# Torch reads this at import. Threads that spin while they wait would take CPU time from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TESTS = Path(__file__).parent
 LONGEST = (
     "compile", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
 )  # fmt: skip
-"""Directories, those first whose tests take longest."""
+"""Directories, the longest running first, so that both workers finish at about the same time."""
 CONTRACT = frozenset(
     TESTS / "api" / f"test_{name}.py"
     for name in ("fields", "inputs", "langchain", "models_routes", "openai_sdk", "values")
@@ -60,40 +59,28 @@ def backend(request: pytest.FixtureRequest) -> str:
     return asked
 
 
-class _ByDirectory(LoadScopeScheduling):
-    """Keeps the tests of a directory, or of a file beside the directories, on one worker: they share services."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return "/".join(nodeid.partition("::")[0].split("/")[:2])
-
-
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no worker is left alone with it in the end."""
+    """Run the tests of a directory in one worker, because they share services; start with the longest."""
 
-    def place(item: pytest.Item) -> int:
-        directory = item.path.relative_to(TESTS).parts[0]
-        return LONGEST.index(directory) if directory in LONGEST else len(LONGEST)
+    def directory(item: pytest.Item) -> str:
+        return item.path.relative_to(TESTS).parts[0]
 
-    items.sort(key=place)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByDirectory:
-    return _ByDirectory(config, log)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(directory(item)))
+    items.sort(key=lambda item: LONGEST.index(directory(item)) if directory(item) in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
 def service_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> str:
-    """Return a cache directory, empty at first, that services share: compiling a model takes tens of seconds."""
-    own = tmp_path_factory.getbasetemp()
-    # Of several workers each has a directory of its own in the run's; the cache is for all of them.
-    shared = (own if worker_id == "master" else own.parent) / "service-cache"
+    """Return a cache directory that all services share, because compiling a model takes tens of seconds."""
+    base = tmp_path_factory.getbasetemp()  # of this worker; its parent belongs to all workers
+    shared = (base if worker_id == "master" else base.parent) / "service-cache"
     shared.mkdir(exist_ok=True)
     return str(shared)
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
-    """Yield the service as it comes: no setting but a port, a cache of its own, and the backend."""
+    """Yield a service with default settings, except for the port, the cache directory and the backend."""
     with Service(tmp_path_factory.mktemp("service"), CACHE_DIR=service_cache, BACKEND=backend) as started:
         yield started.wait()

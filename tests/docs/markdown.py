@@ -1,4 +1,4 @@
-"""What tests read in the documentation: fenced blocks and what marks them, links, headings, tables."""
+"""A parser for the documents: fenced code blocks with their marks, links, headings and table rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block."""
+    """A fenced code block."""
 
     document: str
     line: int
     mark: str
-    """The comment on the line before it: `run`, `output` (of the block before), `env`, or nothing."""
+    """The comment on the line before the block: `run`, `output` (of the previous block), `env`, or empty."""
     language: str
     text: str
 
@@ -46,12 +46,12 @@ def blocks(document: Path) -> list[Block]:
 
 
 def prose(document: Path) -> str:
-    """Return a document without its fenced blocks."""
+    """Return a document without its code blocks."""
     return _BLOCK.sub("", document.read_text(encoding="utf-8"))
 
 
 def anchors(document: Path) -> set[str]:
-    """Return the names under which a document's headings are linked, as GitHub makes them."""
+    """Return the anchors of the headings of a document, as GitHub generates them."""
     names = set()
     for heading in _HEADING.findall(prose(document)):
         kept = re.sub(r"[^\w\- ]", "", heading.lower())
@@ -60,7 +60,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def sections(document: Path) -> list[str]:
-    """Return a document's sections, each with its heading, without fenced blocks."""
+    """Return the sections of a document with their headings, without code blocks."""
     return re.split(r"^(?=#+ )", prose(document), flags=re.MULTILINE)
 
 
@@ -69,10 +69,10 @@ def links(document: Path) -> list[str]:
 
 
 def rows(text: str) -> list[list[str]]:
-    """Return the cells of a Markdown text's table rows."""
-    found = []
+    """Return the cells of the table rows in a Markdown text."""
+    cells_of_rows = []
     for line in text.splitlines():
         if line.startswith("| "):
             cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
-            found.append([cell.strip().replace("\\|", "|") for cell in cells])
-    return found
+            cells_of_rows.append([cell.strip().replace("\\|", "|") for cell in cells])
+    return cells_of_rows

@@ -1,4 +1,4 @@
-"""Examples marked `<!-- run -->` are run against the real service, and those marked `<!-- env -->` are read."""
+"""Run the examples marked `<!-- run -->` against the real service, and read those marked `<!-- env -->`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ COMMANDS = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executabl
 
 
 def runnable() -> list[tuple[Block, Block | None]]:
-    """Return each distinct example to run, and the output that a document shows for it, if it does."""
-    found: dict[str, tuple[Block, Block | None]] = {}
+    examples: dict[str, tuple[Block, Block | None]] = {}
     for document in DOCUMENTS:
         all_blocks = [*blocks(document), None]
         for block, following in itertools.pairwise(all_blocks):
             if block is not None and block.mark == "run":
                 output = following if following is not None and following.mark == "output" else None
-                found.setdefault(block.text + (output.text if output else ""), (block, output))
-    return list(found.values())
+                examples.setdefault(block.text + (output.text if output else ""), (block, output))
+    return list(examples.values())
 
 
 def env_blocks() -> list[Block]:
@@ -41,7 +40,7 @@ def env_blocks() -> list[Block]:
 def test_example_runs(
     example: Block, shown: Block | None, service: Service, service_cache: str, tmp_path: Path
 ) -> None:
-    """It ends well, and prints what the document shows; `…` there stands for anything."""
+    """The exit code is 0 and the output is the one in the document, where `…` matches any text."""
     if example.language == "bash" and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     text = example.text.replace("localhost:9000", f"localhost:{service.port}")
@@ -67,16 +66,18 @@ def pattern(shown: str) -> str:
 
 @pytest.mark.parametrize("block", env_blocks(), ids=str)
 def test_settings_example_is_read(block: Block, tmp_path: Path) -> None:
-    """Pasted into `.env` as it stands, it is understood without an error or a warning."""
+    """As the content of `.env`, the example causes no error and no warning."""
     (tmp_path / ".env").write_text(block.text, encoding="utf-8")
     settings, warnings = load_settings(tmp_path / ".env", {})
     assert warnings == []
     assert settings.model_fields_set
 
 
-def test_there_are_examples_to_run() -> None:
-    """The clients that the README shows are among the examples: curl, OpenAI's and LangChain's."""
+def test_examples_are_found() -> None:
+    """The examples include those of the README: curl, OpenAI's client, LangChain and `.env`."""
     texts = [block.text for block, _ in runnable() if block.document == "README.md"]
     assert any(text.startswith("curl ") for text in texts)
     assert any("from openai import" in text for text in texts)
     assert any("check_embedding_ctx_length=False" in text for text in texts)
+    assert len(runnable()) >= 10
+    assert len(env_blocks()) >= 10

@@ -1,4 +1,4 @@
-"""The script in docs/managing.md, run as a user would run it, against hubs on this machine."""
+"""Run the script of docs/managing.md as a user would, against local hub servers."""
 
 from __future__ import annotations
 
@@ -33,28 +33,29 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def tree(directory: Path) -> Mapping[str, str]:
-    """Return what lies below a directory: every path, and of files what they hold."""
-    found = {}
+    """Return every path below a directory, with the hash of a file or the target of a link."""
+    content = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
+            content[name] = f"-> {path.readlink()}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = "directory"
-    return found
+            content[name] = "directory"
+    return content
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_script_leaves_the_disk_as_it_was(tmp_path: Path) -> None:
-    """Two hubs' models are pulled, served, loaded and unloaded under load, and removed; another model stays."""
+def test_script_restores_the_caches(tmp_path: Path) -> None:
+    """The script removes all files of the two models that it downloads, and no file of another model."""
     (script,) = (block for block in blocks(ROOT / "docs" / "managing.md") if block.mark == "script")
     gte = files_of(save_modelscope(tmp_path / "made" / "gte", gte_configuration()))
     bge = files_of(save_st(tmp_path / "made" / "bge", bert, wordpiece(), pooling="cls"))
-    other = {**bge, "README.md": b"# Not the same files, so not the same artifact\n"}
+    other = {**bge, "README.md": b"# Another digest, therefore another artifact\n"}
     caches = tmp_path / "caches"
-    for name in ("own", "modelscope", "huggingface"):  # the caches themselves stay
+    for name in ("own", "modelscope", "huggingface"):  # the script does not remove the directories themselves
         (caches / name).mkdir(parents=True)
     port = free_port()
     with (
@@ -93,12 +94,12 @@ def test_the_script_leaves_the_disk_as_it_was(tmp_path: Path) -> None:
             start_new_session=True,
         ) as running:
             try:
-                said, _ = running.communicate(timeout=500)
+                output, _ = running.communicate(timeout=500)
             finally:
-                # A script that ends early leaves its service behind.
+                # If the script fails, its service is still running.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == 0, said
-    assert GTE in said
-    assert BGE in said
+    assert running.returncode == 0, output
+    assert GTE in output
+    assert BGE in output
     assert tree(caches) == before

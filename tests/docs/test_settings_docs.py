@@ -1,4 +1,4 @@
-"""The settings as documents show them are the settings as the code has them."""
+"""The documents show the settings of the code."""
 
 from __future__ import annotations
 
@@ -38,22 +38,19 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-# --- generated ----------------------------------------------------------------------------------------
-
-
 def test_env_example_is_up_to_date() -> None:
-    """`.env.example` is what the generator writes for the present settings."""
+    """`.env.example` is the output of the generator for the current settings."""
     assert read(".env.example") == render.env_example(), COMMAND
 
 
 def test_settings_table_is_up_to_date() -> None:
-    """So is the table in docs/configuration.md."""
+    """The table in docs/configuration.md is the output of the generator for the current settings."""
     document = read("docs/configuration.md")
     assert document == render.with_settings_table(document), COMMAND
 
 
-def test_env_example_changes_nothing(tmp_path: Path) -> None:
-    """With every line of it in force, the settings are the defaults, and nothing is warned about."""
+def test_env_example_contains_the_defaults(tmp_path: Path) -> None:
+    """With all lines uncommented, the settings are the defaults, and there are no warnings."""
     (tmp_path / ".env").write_text(
         re.sub(r"^#(?=EMB_PROVIDER_)", "", read(".env.example"), flags=re.MULTILINE)
     )
@@ -63,16 +60,13 @@ def test_env_example_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_in_env_example() -> None:
-    """Each has a line of its own, whatever the generator's groups are."""
+    """Every setting has one line in `.env.example`."""
     names = re.findall(r"^#EMB_PROVIDER_(\w+)=", read(".env.example"), re.MULTILINE)
     assert sorted(names) == sorted(name.upper() for name in Settings.variables())
 
 
-# --- written by hand ----------------------------------------------------------------------------------
-
-
 def test_chinese_settings_table_has_every_setting() -> None:
-    """Variables in the code's order; the values they take and their defaults as the code has them."""
+    """The Chinese table has the variables in the order of the code, with their allowed values and defaults."""
     table = [row for row in rows(read("docs/configuration.zh-CN.md")) if len(row) == 4 and "`EMB_" in row[0]]
     expected = [item for group in render.settings_in_groups().values() for item in group.items()]
     assert [row[0] for row in table] == [f"`{variable}`" for variable, _ in expected]
@@ -83,14 +77,14 @@ def test_chinese_settings_table_has_every_setting() -> None:
 
 
 def literals(text: str) -> list[str]:
-    """Return what is no prose in a description of values: numbers, names of settings, values to choose from."""
+    """Return the parts of a description that are not translated: numbers, names of settings, choices."""
     choices = re.fullmatch(r"\w+(:\w+)?(, \w+(:\w+)?)+", text, re.ASCII)
     return [text] if choices else re.findall(r"\d+|[A-Z]+(?:_[A-Z]+)+|\{.*\}|\bnone\b", text, re.ASCII)
 
 
 @pytest.mark.parametrize("document", MODELS)
 def test_mapping_keys_table_has_every_key(document: str) -> None:
-    """Keys in the code's order, each with all values that it may have."""
+    """The table has the keys in the order of the code, each with all allowed values."""
     _, _, table = read(document).partition("<!-- mapping keys -->\n")
     found = {row[0].strip("`"): row[1] for row in rows(table.partition("\n\n")[0]) if row[0].startswith("`")}
     assert list(found) == list(MappingEntry.model_fields)
@@ -101,7 +95,7 @@ def test_mapping_keys_table_has_every_key(document: str) -> None:
 
 @pytest.mark.parametrize("document", CONFIGURATIONS)
 def test_variables_of_other_tools_are_listed(document: str) -> None:
-    """Each setting with the variables that are read in its place, in their order."""
+    """The table lists the variables that are read if a setting is unset, in their order."""
     table = [row for row in rows(read(document)) if len(row) == 2 and row[0].startswith("`EMB_")]
     found = {
         row[0].strip("`").removeprefix("EMB_PROVIDER_"): tuple(re.findall(r"`([A-Z_]+)`", row[1]))
