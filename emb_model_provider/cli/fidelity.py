@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import RESUME_HINT, run_until_interrupted
+from emb_model_provider.cli.interrupt import RESUME_HINT, delayed_interrupts, run_until_interrupted
 from emb_model_provider.cli.options import ModelId, json_option, open_manager, source_option
 from emb_model_provider.cli.output import out, print_json, say
 from emb_model_provider.error_table import FAILED
@@ -150,7 +150,7 @@ def start_fidelity_worker(
         command: The command of the child process.
     """
     with contextlib.ExitStack() as stack:
-        with _delayed_interrupts():
+        with delayed_interrupts():
             process = stack.enter_context(
                 subprocess.Popen(  # noqa: S603 - our own module, run by our own interpreter
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
@@ -159,29 +159,6 @@ def start_fidelity_worker(
             stack.callback(_close, process.stdin)
             stack.push(lambda failed, _error, _trace: process.kill() if failed else None)
         yield FidelityWorker(process, job)
-
-
-@contextlib.contextmanager
-def _delayed_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C until the child process that is started here is registered to be ended with this process.
-
-    The child inherits the blocked signal. So only this process ends it, and it prints no traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    received: list[int] = []
-    # Blocking is for the child. In this process another thread, such as one of numpy, may receive the signal, whose
-    # handler then runs on the main thread all the same.
-    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if received:
-        raise KeyboardInterrupt
 
 
 def _close(pipe: IO[str] | None) -> None:

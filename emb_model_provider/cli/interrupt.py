@@ -1,9 +1,10 @@
-"""Ctrl-C while threads of the hub clients transfer files, which nothing can interrupt."""
+"""Handles Ctrl-C in commands whose threads or child processes do not end by themselves."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from concurrent.futures import Future, wait
@@ -13,7 +14,7 @@ from emb_model_provider.cli.output import say
 from emb_model_provider.error_table import INTERRUPTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -26,8 +27,8 @@ def run_until_interrupted(
 ) -> T:
     """Run `work` on a thread; on Ctrl-C print a message and end this process.
 
-    The process does not wait for its threads, because a transfer could take minutes. Its locks end with it, and the
-    files that are complete stay.
+    The process does not wait for its threads, because nothing can interrupt a transfer of a hub client, which could
+    take minutes. Its locks end with it, and what was downloaded stays.
 
     Args:
         work: What to run.
@@ -59,6 +60,32 @@ def run_until_interrupted(
             wait([done], stop())
         _end(message)
     return done.result()
+
+
+@contextlib.contextmanager
+def delayed_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C while a child process is started and registered to be ended with this process.
+
+    The child inherits the blocked signal. So only this process ends it, and it prints no traceback.
+
+    Raises:
+        KeyboardInterrupt: At the end of the context, if Ctrl-C was pressed meanwhile.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    received: list[int] = []
+    # Blocking is for the child. In this process another thread, such as one of numpy, may receive the signal, whose
+    # handler then runs on the main thread all the same.
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def _end(message: str) -> NoReturn:

@@ -85,7 +85,7 @@ class CommandGroup(click.Group):
 
 @click.group(cls=CommandGroup, names=MODEL_COMMANDS)
 def models() -> None:
-    """Group of the model commands: `models COMMAND`."""
+    """Run a model command, as `models COMMAND`."""
 
 
 @click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
