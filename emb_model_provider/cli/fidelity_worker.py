@@ -1,9 +1,9 @@
 """Loads and measures a model at one precision: `python -m emb_model_provider.cli.fidelity_worker`.
 
-It runs in a process of its own, so that memory and load time are those of this model alone. It reads a job from the
-first line of stdin, and then for each line (`short` or `doc`) embeds texts of that kind. It answers each line with a
-JSON object on one line: the figures of the loaded model, then the number of texts per second. Output of libraries goes
-to stderr.
+It runs in its own process, so that memory and load time are those of this model alone. It reads a job from the first
+line of stdin, and then for each line (`short` or `doc`) embeds texts of that kind. It answers each line with a JSON
+object on one line: the figures of the loaded model, then the number of texts per second. Output of libraries goes to
+stderr.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def run_until_interrupted(
     """Run `work` on a thread; on Ctrl-C print a message and end this process.
 
     The process does not wait for its threads, because nothing can interrupt a transfer of a hub client, which could
-    take minutes. Its locks end with it, and what was downloaded stays.
+    take minutes. Its locks end with it, and what was downloaded is kept.
 
     Args:
         work: What to run.
@@ -75,8 +75,8 @@ def delayed_interrupts() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    # Blocking is for the child. In this process another thread, such as one of numpy, may receive the signal, whose
-    # handler then runs on the main thread all the same.
+    # Blocking is for the child. In this process another thread, such as one of numpy, can still receive the signal,
+    # and then the handler runs on the main thread.
     handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -1,4 +1,4 @@
-"""Runs `emb-provider` as a user does: in a process of its own, or in this one if a process makes no difference."""
+"""Runs `emb-provider` as a user does: in a separate process, or in this one if that makes no difference."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def pull_files(*arguments: str) -> Path:
 
 
 def cache_content(directory: Path) -> set[str]:
-    """Return all files and empty directories in the caches of `directory`, except lock files, which stay."""
+    """Return all files and empty directories in the caches of `directory`, except lock files, which are never removed."""
     paths = [path for name in ("cache", "hf", "ms") for path in (directory / name).rglob("*")]
     return {
         path.as_posix()

@@ -1,4 +1,4 @@
-"""`fidelity`: a model measured at several precisions, in processes of their own."""
+"""`fidelity`: a model measured at several precisions, in separate processes."""
 
 from __future__ import annotations
 

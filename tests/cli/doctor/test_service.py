@@ -32,7 +32,7 @@ def test_a_port_in_use_by_another_program_fails(
     monkeypatch.setenv("EMB_PROVIDER_PORT", port)
     result = run_doctor(status=1)["port"]
     assert result["found"] == f"127.0.0.1:{port} is not available"
-    assert "another port" in result["advice"]
+    assert f"EMB_PROVIDER_PORT={port}" in result["advice"]
 
 
 # --- hubs ---------------------------------------------------------------------------------------------
