@@ -1,4 +1,4 @@
-"""`emb-provider list`, `show` and `verify`: what is on disk, and whether it is as it was fetched."""
+"""`emb-provider list`, `show` and `verify`: the models on disk."""
 
 from __future__ import annotations
 
@@ -18,54 +18,63 @@ from emb_model_provider.cli.options import (
     source_option,
     split_revision,
 )
-from emb_model_provider.cli.output import out, pairs, print_json, say, table
+from emb_model_provider.cli.output import out, pairs, precision_label, print_json, say, table
 from emb_model_provider.error_table import FAILED
-from emb_model_provider.formatting import format_age, format_size
+from emb_model_provider.errors import ProviderError
+from emb_model_provider.formatting import format_age, format_cosine, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emb_model_provider.cli.progress import CommandProgress, Mode
+    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.management.types import CachedModelRecord, Verification
+    from emb_model_provider.management.types import CachedModelRecord, Details, Verification
     from emb_model_provider.model_spec import Source
+    from emb_model_provider.progress_reporter import Mode
     from emb_model_provider.settings import Settings
+
+_HEAD = ("ID", "SOURCE", "REVISION", "SIZE", "PRECISION", "STATE", "FIDELITY", "LAST USED")
+_PROBLEMS = {
+    "missing": "is missing",
+    "size": "has the wrong size",
+    "bytes": "has the wrong content",
+    "unreadable": "cannot be read",
+}
 
 
 @click.command("list")
-@click.option("--all", "everything", is_flag=True, help="Also what other programs left in the hubs' caches.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Include models that other programs left in the hubs' caches."
+)
 @quiet_option("ids")
 @json_option
 def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
-    """List models on disk.
+    """List the models on disk.
 
-    SIZE is that of a model's files and of what was compiled from them; FIDELITY is the lowest cosine to fp32, for each
-    PRECISION that is compiled. STATE is complete, incomplete (a fetch that was broken off: pull it again), damaged
-    (verify --repair) or unverified (another program fetched it: pull checks it).
+    SIZE includes the files of a model and its compiled forms. PRECISION lists the compiled forms, and FIDELITY the
+    lowest cosine of each to fp32. STATE is complete, incomplete (a download was interrupted: run pull again), damaged
+    (run verify --repair) or unverified (another program downloaded it: pull checks it).
 
     JSON: {"models": [{id, model_name, source, revision, asked_revision, path, state, size, files_size, artifacts:
     [{key, precision, computed, size, last_used, fidelity, in_use}], fetched, last_used, in_use}], "total_size"}.
     """
-    from emb_model_provider.cli.output import MODEL_HEAD, model_row
-
     _, manager = open_manager()
-    entries = manager.list(everything=everything)
+    models = manager.list(everything=everything)
     if as_json:
-        print_json({"models": [entry.model_dump() for entry in entries], "total_size": _total(entries)})
+        print_json(
+            {
+                "models": [model.model_dump(mode="json") for model in models],
+                "total_size": _total_size(models),
+            }
+        )
         return
     if quiet:
-        for name in dict.fromkeys(entry.model_name for entry in entries):
+        for name in dict.fromkeys(model.model_name for model in models):
             out(name)
         return
-    out(table(MODEL_HEAD, [model_row(entry) for entry in entries]))
-    if not entries:
-        say("No model is here yet. To fetch one: emb-provider pull ID")
-
-
-def _total(entries: Sequence[CachedModelRecord]) -> int:
-    """Return the bytes of all models together; an artifact that serves two of them counts once."""
-    artifacts = {artifact.key: artifact.size for entry in entries for artifact in entry.artifacts}
-    return sum(entry.files_size for entry in entries) + sum(artifacts.values())
+    out(table(_HEAD, [_row(model) for model in models]))
+    if not models:
+        say("There are no models on disk. To download one: emb-provider pull ID")
 
 
 @click.command()
@@ -74,64 +83,161 @@ def _total(entries: Sequence[CachedModelRecord]) -> int:
 @revision_option
 @json_option
 def show(model: str, source: Source | None, revision: str | None, *, as_json: bool) -> None:
-    """Show a model on disk in detail.
+    """Show details of a model on disk.
 
-    Dimensions, tokens, pooling, license, files with their hashes, compiled forms and how true to fp32 they are.
+    Dimensions, maximum length, pooling, license, files with their hashes, and compiled forms with their fidelity.
 
-    JSON: {"models": [...]}: what `list` has of each, with `details`.
+    JSON: {"models": [...]}: each as in `list`, with `details`.
     """
     settings, manager = open_manager()
-    found = _find(settings, manager, model, source, revision)
-    told = []
-    for model_record in found:
-        details = manager.inspect(model_record).model_dump()
-        artifacts = [{**each.model_dump(), "snapshot": each.snapshot} for each in model_record.artifacts]
-        told.append({**model_record.model_dump(), "details": {**details, "artifacts": artifacts}})
+    models = [(found, manager.inspect(found)) for found in _find(settings, manager, model, source, revision)]
     if as_json:
-        print_json({"models": told})
+        print_json({"models": [_to_json(record, details) for record, details in models]})
         return
-    for place, one in enumerate(told):
-        out(("\n" if place else "") + str(one["model_name"]))
-        out(_shown(one))
+    for index, (record, details) in enumerate(models):
+        out(("\n" if index else "") + record.model_name)
+        out(_describe(record, details))
 
 
-def _shown(one: dict[str, Any]) -> str:
-    """Return a model's figures, then its files and compiled forms, for people."""
-    from emb_model_provider.cli.output import precision_label
-    from emb_model_provider.formatting import format_cosine
+@click.command()
+@click.argument("models", nargs=-1, type=ModelId(), metavar="[ID]...")
+@click.option("--repair", is_flag=True, help="Download wrong files again, and remove damaged compiled forms.")
+@source_option
+@revision_option
+@progress_option
+@json_option
+def verify(
+    models: tuple[str, ...],
+    source: Source | None,
+    revision: str | None,
+    progress: Mode,
+    *,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Compare models with what was downloaded.
 
-    details = dict(one["details"])
-    files = details.get("files") or []
-    lines = [
-        (name.replace("_", " "), _value(one[name]))
-        for name in ("source", "revision", "state", "path", "fetched", "last_used")
+    Hashes every file again; without ID, those of all models. The exit code is 1 if a model differs; with --repair, if it
+    still differs afterwards.
+
+    JSON: {"ok", "models": [...]}: each as in `list`, with `ok`, `findings` [{path, problem}] and `damaged_artifacts`.
+    """
+    from emb_model_provider.cli.progress import CommandProgress
+
+    settings, manager = open_manager()
+    if models:
+        records = [record for name in models for record in _find(settings, manager, name, source, revision)]
+    else:
+        records = [record for record in manager.list() if source in (None, "auto", record.source)]
+
+    def work() -> list[Verification]:
+        with CommandProgress(progress) as report:
+            return [_verify(manager, record, report, repair=repair) for record in records]
+
+    results = run_until_interrupted(
+        work, "nothing was changed, except for files that were repaired completely."
+    )
+    if as_json:
+        print_json(
+            {
+                "ok": all(result.ok for result in results),
+                "models": [result.model_dump(mode="json") for result in results],
+            }
+        )
+    else:
+        for result in results:
+            _print_verification(result)
+        if not results:
+            say("There are no models on disk to verify.")
+    if not all(result.ok for result in results):
+        if not repair:
+            say("To download wrong files again: emb-provider verify --repair")
+        raise SystemExit(FAILED)
+
+
+# --- list ---------------------------------------------------------------------------------------------
+
+
+def _total_size(models: Sequence[CachedModelRecord]) -> int:
+    """Return the size of all models together, in which an artifact that several of them share counts once."""
+    artifacts = {artifact.key: artifact.size for model in models for artifact in model.artifacts}
+    return sum(model.files_size for model in models) + sum(artifacts.values())
+
+
+def _row(model: CachedModelRecord) -> Sequence[str]:
+    artifacts = model.artifacts
+    labels = [precision_label(artifact.precision, artifact.computed) for artifact in artifacts]
+    cosines = [format_cosine(a.fidelity.min_cosine) if a.fidelity is not None else "-" for a in artifacts]
+    return (
+        model.model_name,
+        model.source,
+        _short_revision(model.revision or model.asked_revision),
+        format_size(model.size),
+        ", ".join(labels) or "-",
+        model.state + (", in use" if model.in_use else ""),
+        ", ".join(cosines) or "-",
+        format_age(model.last_used),
+    )
+
+
+def _short_revision(revision: str | None) -> str:
+    """Return a branch or tag as it is, and the beginning of a commit."""
+    if revision is None:
+        return "-"
+    is_commit = len(revision) == 40 and all(char in "0123456789abcdef" for char in revision)
+    return revision[:8] if is_commit else revision
+
+
+# --- show ---------------------------------------------------------------------------------------------
+
+
+def _find(
+    settings: Settings, manager: ModelManager, argument: str, source: Source | None, revision: str | None
+) -> list[CachedModelRecord]:
+    name, own_revision = split_revision(settings, argument)
+    return manager.find(name, source=source, revision=own_revision or revision)
+
+
+def _to_json(model: CachedModelRecord, details: Details) -> dict[str, Any]:
+    artifacts = [
+        {**artifact.model_dump(mode="json"), "snapshot": artifact.snapshot} for artifact in model.artifacts
     ]
-    lines += [("size", format_size(one["size"])), ("in use", "yes" if one["in_use"] else "no")]
-    known = {*one, "files", "artifacts", "name", "hub", "digest", "details"}
-    lines += [(name.replace("_", " "), _value(value)) for name, value in details.items() if name not in known]
-    for artifact in one["artifacts"]:
-        cosine = format_cosine(artifact["fidelity"]["min_cosine"]) if artifact["fidelity"] else "not measured"
-        label = precision_label(artifact["precision"], artifact["computed"])
+    return {
+        **model.model_dump(mode="json"),
+        "details": {**details.model_dump(mode="json"), "artifacts": artifacts},
+    }
+
+
+def _describe(model: CachedModelRecord, details: Details) -> str:
+    values: dict[str, object] = {
+        "source": model.source,
+        "revision": model.revision,
+        "state": model.state,
+        "path": model.path,
+        "downloaded": model.fetched,
+        "last used": model.last_used,
+        "size": format_size(model.size),
+        "in use": model.in_use,
+    }
+    values |= {name.replace("_", " "): value for name, value in details.model_dump(exclude={"files"}).items()}
+    lines = [(name, _format_value(value)) for name, value in values.items()]
+    for artifact in model.artifacts:
+        fidelity = format_cosine(artifact.fidelity.min_cosine) if artifact.fidelity else "not measured"
+        label = precision_label(artifact.precision, artifact.computed)
         lines.append(
             (
                 "compiled",
-                f"{label}, {format_size(artifact['size'])}, fidelity {cosine}, {artifact['key'][:12]}",
+                f"{label}, {format_size(artifact.size)}, fidelity {fidelity}, {artifact.key[:12]}",
             )
         )
-    shown = pairs([line for line in lines if line[1]])
-    if files:
-        shown += "\n  files\n" + table(
-            ("    PATH", "SIZE", "SHA256"),
-            [
-                (f"    {file['path']}", format_size(file["size"]), str(file.get("sha256") or "-"))
-                for file in files
-            ],
-        )
-    return shown
+    text = pairs([line for line in lines if line[1]])
+    if details.files:
+        rows = [(f"    {file.path}", format_size(file.size), file.sha256 or "-") for file in details.files]
+        text += "\n  files\n" + table(("    PATH", "SIZE", "SHA256"), rows)
+    return text
 
 
-def _value(value: object) -> str:
-    """Return a value for people; an empty string where there is none."""
+def _format_value(value: object) -> str:
     match value:
         case None:
             return ""
@@ -147,68 +253,12 @@ def _value(value: object) -> str:
             return str(value)
 
 
-@click.command()
-@click.argument("models", nargs=-1, type=ModelId(), metavar="[ID]...")
-@click.option(
-    "--repair", is_flag=True, help="Fetch again what differs, and remove compiled forms that are damaged."
-)
-@source_option
-@revision_option
-@progress_option
-@json_option
-def verify(
-    models: tuple[str, ...],
-    source: Source | None,
-    revision: str | None,
-    progress: Mode,
-    *,
-    repair: bool,
-    as_json: bool,
-) -> None:
-    """Compare models with what was fetched.
-
-    Every byte is read again; without ID, of all models. The exit status is 1 if anything differs, and still does after
-    --repair.
-
-    JSON: {"ok", "models": [...]}: what `list` has of each, and its `ok`, `findings` [{path, problem}] and
-    `damaged_artifacts`.
-    """
-    from emb_model_provider.cli.progress import CommandProgress
-
-    settings, manager = open_manager()
-    if models:
-        chosen = [entry for typed in models for entry in _find(settings, manager, typed, source, revision)]
-    else:
-        chosen = [entry for entry in manager.list() if source in (None, "auto", entry.source)]
-
-    def work() -> list[Verification]:
-        with CommandProgress(progress) as report:
-            return [_verify_one(manager, entry, report, repair=repair) for entry in chosen]
-
-    results = run_until_interrupted(work, "nothing was changed, or what was repaired is whole.")
-    if as_json:
-        print_json(
-            {
-                "ok": all(result.ok for result in results),
-                "models": [result.model_dump() for result in results],
-            }
-        )
-    else:
-        for result in results:
-            _print_result(result)
-        if not results:
-            say("No model is here to be verified.")
-    if not all(result.ok for result in results):
-        if not repair:
-            say("To fetch again what differs: emb-provider verify --repair")
-        raise SystemExit(FAILED)
+# --- verify -------------------------------------------------------------------------------------------
 
 
-def _verify_one(
+def _verify(
     manager: ModelManager, model: CachedModelRecord, report: CommandProgress, *, repair: bool
 ) -> Verification:
-    from emb_model_provider.errors import ProviderError
-
     report.model(model.model_name)
     result = manager.verify(model, on_progress=report)
     if result.ok or not repair:
@@ -222,7 +272,7 @@ def _verify_one(
     return result
 
 
-def _print_result(result: Verification) -> None:
+def _print_verification(result: Verification) -> None:
     name = f"{result.model_name} ({result.source})"
     if result.ok:
         out(f"{name}: ok, {format_size(result.files_size)}")
@@ -232,19 +282,3 @@ def _print_result(result: Verification) -> None:
         out(f"  {finding.path}: {_PROBLEMS[finding.problem]}")
     for key in result.damaged_artifacts:
         out(f"  compiled form {key[:12]}: damaged")
-
-
-_PROBLEMS = {
-    "missing": "is missing",
-    "size": "has another size",
-    "bytes": "has other bytes",
-    "unreadable": "cannot be read",
-}
-
-
-def _find(
-    settings: Settings, manager: ModelManager, typed: str, source: Source | None, revision: str | None
-) -> list[CachedModelRecord]:
-    """Raises: NotCachedError."""
-    name, own = split_revision(settings, typed)
-    return manager.find(name, source=source, revision=own or revision)

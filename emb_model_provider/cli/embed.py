@@ -14,31 +14,33 @@ import click
 from emb_model_provider.cli.interrupt import run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
+    open_settings,
     precision_option,
     progress_option,
     revision_option,
     source_option,
+    split_revision,
 )
 from emb_model_provider.cli.output import print_json_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from emb_model_provider.cli.progress import Mode
     from emb_model_provider.model_spec import Precision, Source
+    from emb_model_provider.progress_reporter import Mode
 
-_AT_A_TIME = 256
-"""Lines that are read before their vectors are printed: a file of any length needs no more memory than these."""
+_BATCH_SIZE = 256
+"""Texts that are read before their vectors are printed. It bounds the memory that a long file takes."""
 
 
 @click.command()
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT|-|@FILE...")
-@click.option("--model", "-m", type=ModelId(), help="Default: the first model of your settings.")
+@click.option("--model", "-m", type=ModelId(), help="Model to use. Default: the first model of the settings.")
 @source_option
 @revision_option
 @precision_option
 @progress_option
-@click.option("--json", "as_json", is_flag=True, help="An object a line: index, text, embedding.")
+@click.option("--json", "as_json", is_flag=True, help="Print one object per line: index, text, embedding.")
 def embed(
     texts: tuple[str, ...],
     model: str | None,
@@ -51,11 +53,10 @@ def embed(
 ) -> None:
     """Print the vector of each text.
 
-    It is a JSON array on a line of its own. `-` reads standard input, `@FILE` a file, one text a line each. The model
-    is fetched and compiled where that is needed, and runs in this process: no server is asked.
+    Each vector is a JSON array on one line. `-` reads texts from stdin and `@FILE` from a file, one per line. The model
+    is downloaded and compiled if necessary, and runs in this process: no server is used.
     """
-    _require_files(texts)
-    from emb_model_provider.cli.options import open_settings, split_revision
+    _check_texts(texts)
     from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.embedder import Embedder
     from emb_model_provider.management.manager import ModelManager
@@ -63,23 +64,22 @@ def embed(
     from emb_model_provider.progress import Progress
 
     settings = open_settings()
-    name, own = split_revision(settings, model or settings.models.specs()[0].alias)
-    spec = resolve_model(settings, name, source=source, revision=own or revision, precision=precision)
+    name, own_revision = split_revision(settings, model or settings.models.specs()[0].alias)
+    revision = own_revision or revision
+    spec = resolve_model(settings, name, source=source, revision=revision, precision=precision)
 
     def work() -> None:
-        lines = _lines(texts)
+        lines = _read_texts(texts)
         with contextlib.ExitStack() as stack:
             with CommandProgress(progress) as report:
                 report.model(spec.alias)
                 ModelManager(settings).ensure(spec, on_progress=report)
                 report(Progress("load", spec.name))
                 embedder = stack.enter_context(
-                    Embedder(
-                        name, source=source, revision=own or revision, precision=precision, settings=settings
-                    )
+                    Embedder(name, source=source, revision=revision, precision=precision, settings=settings)
                 )
             index = 0
-            while batch := list(itertools.islice(lines, _AT_A_TIME)):
+            while batch := list(itertools.islice(lines, _BATCH_SIZE)):
                 for text, vector in zip(batch, embedder.embed(batch), strict=True):
                     values = [float(value) for value in vector]
                     print_json_line(
@@ -87,37 +87,35 @@ def embed(
                     )
                     index += 1
 
-    run_until_interrupted(work, "the vectors above are whole.")
+    run_until_interrupted(work, "the vectors above are complete.")
 
 
-def _require_files(texts: tuple[str, ...]) -> None:
-    """Say that a file is not there before a model is loaded for it."""
+def _check_texts(texts: tuple[str, ...]) -> None:
+    """Report a file that does not exist before a model is loaded for it."""
     for text in texts:
-        if text.startswith("@") and not _is_readable(_path(text)):
+        if text.startswith("@") and not _is_readable(_path_of(text)):
             raise click.UsageError(
-                f"{text}: there is no such file. (A text that begins with @ is read from stdin: -)"
+                f"{text}: no such file. To embed a text that begins with @, write it to stdin and pass - instead."
             )
     if texts.count("-") > 1:
-        raise click.UsageError("Standard input can be read once: say - once.")
+        raise click.UsageError("Stdin can be read only once: pass a single -.")
 
 
 def _is_readable(path: str) -> bool:
-    """Whether it is a file, or a pipe as of `@<(command)`."""
+    """Return whether a path is a file, or a pipe such as `@<(command)`."""
     return os.path.exists(path) and not os.path.isdir(path)  # noqa: PTH110, PTH112 - they never raise
 
 
-def _path(text: str) -> str:
-    """Return what `@FILE` names; a ~ that nobody's home follows is part of the name."""
-    return os.path.expanduser(text[1:])  # noqa: PTH111 - pathlib's raises where nobody has the name
+def _path_of(text: str) -> str:
+    return os.path.expanduser(text[1:])  # noqa: PTH111 - pathlib raises for a ~ that it cannot expand
 
 
-def _lines(texts: tuple[str, ...]) -> Iterator[str]:
-    """Give the texts one by one, files and standard input line by line."""
+def _read_texts(texts: tuple[str, ...]) -> Iterator[str]:
     for text in texts:
         if text == "-":
             yield from (line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer)
         elif text.startswith("@"):
-            with Path(_path(text)).open(encoding="utf-8-sig", errors="replace") as file:
+            with Path(_path_of(text)).open(encoding="utf-8-sig", errors="replace") as file:
                 yield from (line.rstrip("\r\n") for line in file)
         else:
             yield text

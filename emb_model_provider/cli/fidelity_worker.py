@@ -1,8 +1,9 @@
-"""A model at one precision, loaded and measured in a process of its own: `python -m emb_model_provider.cli.fidelity_worker`.
+"""Loads and measures a model at one precision: `python -m emb_model_provider.cli.fidelity_worker`.
 
-A fresh process, so that its memory and the time to load are this model's alone. It prints one JSON object a line:
-first what was loaded, then, for every line that it reads (`short` or `doc`), how many texts it embedded a second.
-What libraries print goes to stderr.
+It runs in its own process, so that memory and load time are those of this model alone. It reads a job from the first
+line of stdin, and then for each line (`short` or `doc`) embeds texts of that kind. It answers each line with a JSON
+object on one line: the figures of the loaded model, then the number of texts per second. Output of libraries goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import psutil
 
 from emb_model_provider.artifacts.compile_job import reserve_stdout
 from emb_model_provider.artifacts.prepare import BackendPreparer
@@ -35,61 +37,74 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import Backend
 
 _ROUND_S = 1.0
+_BATCHES = 16
+_BATCH_SIZE = {"short": 32, "doc": 8}
 _LENGTHS: dict[str, Callable[[np.random.Generator], int]] = {
-    "short": lambda chance: int(chance.integers(8, 19)),
-    "doc": lambda chance: round(min(256.0, max(8.0, chance.lognormal(4.32, 0.7)))),
+    "short": lambda random: int(random.integers(8, 19)),
+    "doc": lambda random: round(min(256.0, max(8.0, random.lognormal(4.32, 0.7)))),
 }
-"""Tokens of a text: 13 and 92 in the mean, as in the benchmarks."""
-_BATCH = {"short": 32, "doc": 8}
+"""Tokens of a text: 13 and 92 on average, as in the benchmarks."""
 
 
 def main() -> None:
-    """Read a job from the first line of stdin, measure it, and go on until stdin ends."""
-    # Ctrl-C reaches the whole group: whoever started this process ends it, without a traceback.
+    """Load the model of the first line of stdin, and measure it for each further line."""
+    # Ctrl-C reaches the whole process group. The parent ends this process, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = reserve_stdout()
+    output = reserve_stdout()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("emb_model_provider").setLevel(logging.INFO)
 
-    def tell(values: dict[str, Any]) -> None:
-        out.write(json.dumps(values) + "\n")
-        out.flush()
+    def answer(values: dict[str, Any]) -> None:
+        output.write(json.dumps(values) + "\n")
+        output.flush()
 
     try:
-        backend, loaded = _load(**json.loads(sys.stdin.readline()))
+        backend, figures = load(**json.loads(sys.stdin.readline()))
     except ProviderError as error:
-        tell({"error": error.message})
+        answer({"error": error.message})
         return
-    tell(loaded)
+    answer(figures)
     for line in sys.stdin:
-        tell({"texts_per_s": _rate(backend, line.strip())})
+        answer({"texts_per_s": _measure_rate(backend, line.strip())})
     backend.close()
 
 
-def _load(
+def load(
     model: str, source: str | None, precision: str, backend: str | None, device: str | None
 ) -> tuple[Backend, dict[str, Any]]:
-    """Prepare and load a model; floors are not asked: a figure below one is what the table is for.
+    """Prepare and load a model, and measure what that takes.
 
-    A backend or device that is None is as the settings have it for the model.
+    Floors do not apply, because the result shows the figures of models that are below their floor.
+
+    Args:
+        model: An alias, a repository id or a directory.
+        source: The hub; None: as configured.
+        precision: The precision.
+        backend: The backend; None: as configured.
+        device: The device; None: as configured.
+
+    Returns:
+        The backend and its figures.
+
+    Raises:
+        ProviderError: The model cannot be downloaded or loaded.
     """
     settings, _ = load_settings()
-    hubs = settings.hubs
-    chosen = resolve_model(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
+    configured = resolve_model(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it
     spec = replace(
-        chosen,
+        configured,
         precision=precision,  # type: ignore[arg-type]  # likewise
-        backend=backend or chosen.backend,  # type: ignore[arg-type]  # likewise
-        device=device or chosen.device,
+        backend=backend or configured.backend,  # type: ignore[arg-type]  # likewise
+        device=device or configured.device,
     )
-    snapshot = fetch_snapshot(spec, hubs, lambda _: None)
+    snapshot = fetch_snapshot(spec, settings.hubs)
     no_floors = FidelitySettings(
         fidelity_floors=dict.fromkeys(get_args(FidelityPrecision), 0.0), measure_fidelity=True
     )
-    prepared = BackendPreparer(hubs, no_floors, settings.trust).prepare(spec, snapshot)
+    prepared = BackendPreparer(settings.hubs, no_floors, settings.trust).prepare(spec, snapshot)
     started = time.perf_counter()
     loaded = prepared.load()
-    loaded.embed(_batch(loaded, "short", np.random.default_rng(0)))
+    loaded.embed(_make_batch(loaded, "short", np.random.default_rng(0)))
     load_s = time.perf_counter() - started
     description = loaded.description
     return loaded, {
@@ -100,48 +115,49 @@ def _load(
         "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,
         "floor": settings.fidelity.floors[precision],
         "disk_bytes": prepared.size,
-        "resident_bytes": _status("VmRSS"),
-        "peak_bytes": _status("VmHWM"),
+        "resident_bytes": psutil.Process().memory_info().rss,
+        "peak_bytes": _peak_bytes(),
         "load_s": load_s,
         "notes": list(description.notes),
     }
 
 
-def _rate(backend: Backend, kind: str) -> float:
-    """Return texts a second, with as many batches side by side as the backend has lanes."""
-    chance = np.random.default_rng(len(kind))
-    batches = [_batch(backend, kind, chance) for _ in range(16)]
-    ends = time.perf_counter() + _ROUND_S
-    done: list[int] = []
-
-    def lane(first: int) -> None:
-        place = first
-        while time.perf_counter() < ends:
-            batch = batches[place % len(batches)]
-            backend.embed(batch)
-            done.append(len(batch.ids))
-            place += backend.streams
-
+def _measure_rate(backend: Backend, kind: str) -> float:
+    """Return texts per second, with one batch in each stream of the backend."""
+    random = np.random.default_rng(len(kind))
+    batches = [_make_batch(backend, kind, random) for _ in range(_BATCHES)]
     started = time.perf_counter()
-    with ThreadPoolExecutor(backend.streams) as lanes:
-        list(lanes.map(lane, range(backend.streams)))  # raises what a lane raised
-    return sum(done) / (time.perf_counter() - started)
+    counts: list[int] = []
+
+    def run_stream(index: int) -> None:
+        while time.perf_counter() < started + _ROUND_S:
+            batch = batches[index % len(batches)]
+            backend.embed(batch)
+            counts.append(len(batch.ids))
+            index += backend.streams
+
+    with ThreadPoolExecutor(backend.streams) as pool:
+        list(pool.map(run_stream, range(backend.streams)))  # raises the errors of the threads
+    return sum(counts) / (time.perf_counter() - started)
 
 
-def _batch(backend: Backend, kind: str, chance: np.random.Generator) -> TokenBatch:
+def _make_batch(backend: Backend, kind: str, random: np.random.Generator) -> TokenBatch:
     description = backend.description
-    lengths = (min(_LENGTHS[kind](chance), description.max_length) for _ in range(_BATCH[kind]))
-    ids = [chance.integers(description.vocab_size, size=length).tolist() for length in lengths]
+    lengths = (min(_LENGTHS[kind](random), description.max_length) for _ in range(_BATCH_SIZE[kind]))
+    ids = [random.integers(description.vocab_size, size=length).tolist() for length in lengths]
     return TokenBatch(ids=ids, prompt_lengths=[0] * len(ids))
 
 
-def _status(field: str) -> int | None:
-    """Return one of this process's figures in bytes; None where the platform does not tell (not Linux)."""
+def _peak_bytes() -> int | None:
+    """Return the peak of this process's resident memory, or None if the system is not Linux.
+
+    psutil does not report it, and getrusage() includes the memory of the process that started this one.
+    """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 if __name__ == "__main__":

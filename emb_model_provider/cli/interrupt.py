@@ -1,9 +1,10 @@
-"""Ctrl-C, while threads of the hubs' clients transfer files, which nothing can interrupt."""
+"""Handles Ctrl-C in commands whose threads or child processes do not end by themselves."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from concurrent.futures import Future, wait
@@ -13,44 +14,82 @@ from emb_model_provider.cli.output import say
 from emb_model_provider.error_table import INTERRUPTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
-GO_ON = "what was fetched so far is kept. The same command goes on with it."
-_LOOK_S = 0.2
+
+RESUME_HINT = "what was downloaded so far is kept. To continue, run the same command again."
+_POLL_S = 0.2
 
 
 def run_until_interrupted(
-    work: Callable[[], T], last_words: str, *, stop: Callable[[], float] = lambda: 0.0
+    work: Callable[[], T], message: str, *, stop: Callable[[], float] = lambda: 0.0
 ) -> T:
-    """Return what `work` returns, or raise what it raises; on Ctrl-C say `last_words` and end this process.
+    """Run `work` on a thread; on Ctrl-C print a message and end this process.
 
-    `work` runs on a thread of its own. `stop` asks it to clear up and end, and returns for how many seconds it may; a
-    second Ctrl-C does not wait. Then the process ends, whatever its threads do: waiting for a transfer could take as
-    long as the transfer. What was fetched stays, and locks end with the process.
+    The process does not wait for its threads, because nothing can interrupt a transfer of a hub client, which could
+    take minutes. Its locks end with it, and what was downloaded is kept.
+
+    Args:
+        work: What to run.
+        message: What the user should know after an interrupt.
+        stop: Called on Ctrl-C. It tells `work` to stop, and returns how many seconds to wait for that. A second Ctrl-C
+            ends the wait.
+
+    Returns:
+        The result of `work`.
+
+    Raises:
+        Exception: What `work` raised.
     """
     done: Future[T] = Future()
 
     def run() -> None:
         try:
             done.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - handed over to whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
             done.set_exception(error)
 
     try:
         threading.Thread(target=run, name="command", daemon=True).start()
-        # Not join(): interrupted, Python 3.11's takes the thread for ended.
-        while not wait([done], _LOOK_S).done:
+        # Not join(), because an interrupted join() of Python 3.11 marks the thread as ended.
+        while not wait([done], _POLL_S).done:
             pass
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):
             wait([done], stop())
-        _end(last_words)
+        _end(message)
     return done.result()
 
 
-def _end(last_words: str) -> NoReturn:
-    say(f"\ninterrupted: {last_words}")
+@contextlib.contextmanager
+def delayed_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C while a child process is started and registered to be ended with this process.
+
+    The child inherits the blocked signal. So only this process ends it, and it prints no traceback.
+
+    Raises:
+        KeyboardInterrupt: At the end of the context, if Ctrl-C was pressed meanwhile.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    received: list[int] = []
+    # Blocking is for the child. In this process another thread, such as one of numpy, can still receive the signal,
+    # and then the handler runs on the main thread.
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        raise KeyboardInterrupt
+
+
+def _end(message: str) -> NoReturn:
+    say(f"\ninterrupted: {message}")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)

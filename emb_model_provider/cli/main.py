@@ -1,4 +1,4 @@
-"""The shell: `emb-provider COMMAND`. A command's module is imported when it is called, so that help is quick."""
+"""The command line: `emb-provider COMMAND`. The module of a command is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _CLI = "emb_model_provider.cli"
+
 COMMANDS = {
     "serve": f"{_CLI}.serve:serve",
     "pull": f"{_CLI}.pull:pull",
@@ -34,12 +35,14 @@ COMMANDS = {
     "models": f"{_CLI}.main:models",
     "completion": f"{_CLI}.serve:completion",
 }
-"""Name of a command to the function that is one."""
-OF_MODELS = ("pull", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")
-"""Those that `emb-provider models` has, too."""
+"""Names of the commands, and where their functions are."""
+MODEL_COMMANDS = ("pull", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")
+"""Commands that are also available as `emb-provider models COMMAND`."""
 
 
-class _Commands(click.Group):
+class CommandGroup(click.Group):
+    """A group whose commands are imported when they are needed, and whose errors end with the documented exit code."""
+
     def __init__(self, *arguments: Any, names: Iterable[str] = tuple(COMMANDS), **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._names = tuple(names)
@@ -57,7 +60,7 @@ class _Commands(click.Group):
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         try:
             return super().make_context(*arguments, **options)
-        except KeyboardInterrupt:  # for click it would be a failure like any other
+        except KeyboardInterrupt:  # click would exit with 1
             _end_interrupted()
 
     def invoke(self, ctx: click.Context) -> object:
@@ -67,18 +70,34 @@ class _Commands(click.Group):
             _fail(error.message)
             raise SystemExit(exit_code_of(error)) from error
         except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever reads our stdout has enough
+            if error.errno == errno.EPIPE:  # the reader of stdout has ended, which click handles
                 raise
-            _fail(f"{error}. To see what is wrong with this machine: emb-provider doctor")
+            _fail(f"{error}. To check this machine: emb-provider doctor")
             raise SystemExit(FAILED) from error
         except RuntimeError as error:
-            # What pathlib says of a ~ that leads nowhere.
-            if "home directory" not in str(error):
+            if "home directory" not in str(error):  # raised by pathlib for a ~ that it cannot expand
                 raise
-            _fail(f"{str(error).rstrip('.')}. Set HOME to a directory, or write a path in full, without ~.")
+            _fail(f"{str(error).rstrip('.')}. Set HOME to a directory, or write the path without ~.")
             raise SystemExit(FAILED) from error
         except (KeyboardInterrupt, click.Abort):
             _end_interrupted()
+
+
+@click.group(cls=CommandGroup, names=MODEL_COMMANDS)
+def models() -> None:
+    """Run a model command, as `models COMMAND`."""
+
+
+@click.command(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("emb-model-provider"), prog_name="emb-provider")
+def main() -> None:
+    """Serve embedding models from ModelScope, Hugging Face or a directory through the OpenAI API.
+
+    Settings are read from the environment (EMB_PROVIDER_...) and from .env in the working directory. Data is printed on
+    stdout, everything else on stderr. Exit codes: 0 success; 1 the work failed, or something differs; 2 invalid usage,
+    not found, or not allowed; 3 the server cannot be reached; 130 interrupted.
+    """
+    prepare_streams()
 
 
 def _end_interrupted() -> NoReturn:
@@ -88,20 +107,3 @@ def _end_interrupted() -> NoReturn:
 
 def _fail(message: str) -> None:
     say(f"{styled('Error:', fg='red')} {message}")
-
-
-@click.group(cls=_Commands, names=OF_MODELS)
-def models() -> None:
-    """The same commands, as `models COMMAND`."""
-
-
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("emb-model-provider"), prog_name="emb-provider")
-def main() -> None:
-    """Embedding models from ModelScope, Hugging Face or a directory, behind the OpenAI API.
-
-    Settings are read from the environment (EMB_PROVIDER_...) and from .env in the working directory. Data goes to
-    stdout, all else to stderr. Exit status: 0 done; 1 it failed, or something differs; 2 usage, not found, not allowed;
-    3 the server is out of reach; 130 interrupted.
-    """
-    prepare_streams()

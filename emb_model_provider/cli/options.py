@@ -1,4 +1,4 @@
-"""Options that several commands have, and how model ids are completed."""
+"""Options that several commands share, and the settings that every command reads."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ if TYPE_CHECKING:
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.settings import Settings
 
-
 F = TypeVar("F", bound="Callable[..., Any]")
 
 PROGRESS = ("auto", "plain", "json", "none")
 
 
 class ModelId(click.ParamType[str]):
-    """A model's name; completed from those that are configured or on disk."""
+    """The name of a model. Shells complete it from the models that are configured or on disk."""
 
     name = "ID"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
-            self.fail("a model's name is empty", param, ctx)
+            self.fail("the name of a model must not be empty", param, ctx)
         return str(value)
 
     def shell_complete(
@@ -44,40 +43,31 @@ class ModelId(click.ParamType[str]):
         return [CompletionItem(name) for name in _known_names() if name.startswith(incomplete)]
 
 
-def _known_names() -> list[str]:
-    """Return what a name could be completed to; nothing where that cannot be found out: no shell wants an error."""
-    try:
-        from emb_model_provider.management.manager import ModelManager
-        from emb_model_provider.settings.loading import load_settings
-
-        settings, _ = load_settings()
-        configured = {spec.alias for spec in settings.models.specs()}
-        return sorted(configured | {model.model_name for model in ModelManager(settings).list()})
-    except Exception:  # noqa: BLE001 - whatever it is, the user is in the middle of typing
-        return []
-
-
 def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of text.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")(
+        function
+    )
 
 
-def quiet_option(what: str) -> Callable[[F], F]:
-    return click.option("-q", "--quiet", is_flag=True, help=f"Print {what} only.")
+def quiet_option(content: str) -> Callable[[F], F]:
+    return click.option("-q", "--quiet", is_flag=True, help=f"Print only {content}.")
 
 
 def yes_option(function: F) -> F:
-    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")(function)
 
 
 def dry_run_option(function: F) -> F:
-    return click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")(
+    return click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")(
         function
     )
 
 
 def source_option(function: F) -> F:
     return click.option(
-        "--source", type=click.Choice(get_args(Source)), help="Which hub it is from. Default: as configured."
+        "--source",
+        type=click.Choice(get_args(Source)),
+        help="Hub that the model comes from. Default: as configured.",
     )(function)
 
 
@@ -87,7 +77,9 @@ def revision_option(function: F) -> F:
 
 def precision_option(function: F) -> F:
     return click.option(
-        "--precision", type=click.Choice(get_args(Precision)), help="How it computes. Default: as configured."
+        "--precision",
+        type=click.Choice(get_args(Precision)),
+        help="Precision of the model. Default: as configured.",
     )(function)
 
 
@@ -97,8 +89,8 @@ def progress_option(function: F) -> F:
         type=click.Choice(PROGRESS),
         default="auto",
         show_default=True,
-        help="On stderr. auto: one line that is redrawn on a terminal, else plain: a line every 10 % or 10 s. "
-        "json: one object a line.",
+        help="How to show progress on stderr. plain: a line every 10 % or 10 s. json: one object per line. "
+        "auto: one line that is redrawn on a terminal, else plain.",
     )(function)
 
 
@@ -106,14 +98,15 @@ def url_option(function: F) -> F:
     return click.option(
         "--url",
         metavar="URL",
-        help="The server. Default: http:// and EMB_PROVIDER_HOST and EMB_PROVIDER_PORT of your settings.",
+        help="URL of the server. Default: http:// with EMB_PROVIDER_HOST and EMB_PROVIDER_PORT of the settings.",
     )(function)
 
 
 def open_settings() -> Settings:
-    """Read the settings; what is odd about them is said on stderr.
+    """Read the settings, and print warnings about them on stderr.
 
-    Raises: SettingsError.
+    Raises:
+        SettingsError: A setting is invalid.
     """
     from emb_model_provider.settings.loading import load_settings
 
@@ -124,19 +117,50 @@ def open_settings() -> Settings:
 
 
 def open_manager() -> tuple[Settings, ModelManager]:
-    """Raises: SettingsError."""
+    """Read the settings, and return them with a manager of the models on disk.
+
+    Raises:
+        SettingsError: A setting is invalid.
+    """
     from emb_model_provider.management.manager import ModelManager
 
     settings = open_settings()
     return settings, ModelManager(settings)
 
 
-def split_revision(settings: Settings, typed: str) -> tuple[str, str | None]:
-    """Take `ID@REV` apart; the name of a configured model or of a directory may have an @ of its own."""
+def split_revision(settings: Settings, argument: str) -> tuple[str, str | None]:
+    """Split `ID@REV` into the name and the revision.
+
+    A name that contains an @ is not split if it is a configured model or a directory.
+    """
     from emb_model_provider.model_resolver import directory_of
 
-    name, at, revision = typed.rpartition("@")
-    known = {name for spec in settings.models.specs() for name in (spec.alias, spec.name)}
-    if not at or not name or not revision or typed in known or directory_of(typed) is not None:
-        return typed, None
+    name, at, revision = argument.rpartition("@")
+    configured = {name for spec in settings.models.specs() for name in (spec.alias, spec.name)}
+    if not at or not name or not revision or argument in configured or directory_of(argument) is not None:
+        return argument, None
     return name, revision
+
+
+def split_single_revision(settings: Settings, argument: str, revision: str | None) -> tuple[str, str | None]:
+    """Split `ID@REV` like `split_revision`, and fall back to the value of `--revision`.
+
+    Raises:
+        click.UsageError: Both name a revision.
+    """
+    name, own = split_revision(settings, argument)
+    if own is not None and revision is not None:
+        raise click.UsageError(f"{argument} and --revision {revision} both name a revision: remove one.")
+    return name, own or revision
+
+
+def _known_names() -> list[str]:
+    try:
+        from emb_model_provider.management.manager import ModelManager
+        from emb_model_provider.settings.loading import load_settings
+
+        settings, _ = load_settings()
+        configured = {spec.alias for spec in settings.models.specs()}
+        return sorted(configured | {model.model_name for model in ModelManager(settings).list()})
+    except Exception:  # noqa: BLE001 - an error would be printed into the command that the user types
+        return []

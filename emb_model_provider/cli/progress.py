@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from emb_model_provider.progress_reporter import Mode, ProgressReporter
+from emb_model_provider.progress_reporter import ProgressReporter
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["CommandProgress", "Mode"]
-
 
 class CommandProgress(ProgressReporter):
-    """A progress reporter that also shows log records of level WARNING and above, as lines of their own."""
+    """A progress reporter that also shows log records of level WARNING and above, as notes."""
 
     def __enter__(self) -> Self:
         self._handler = _NoteHandler(self)

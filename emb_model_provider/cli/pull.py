@@ -1,13 +1,14 @@
-"""`emb-provider pull`: files fetched, verified and compiled ahead of time."""
+"""`emb-provider pull`: downloads, verifies and compiles models ahead of time."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.cli.interrupt import GO_ON, run_until_interrupted
+from emb_model_provider.cli.interrupt import RESUME_HINT, run_until_interrupted
 from emb_model_provider.cli.options import (
     ModelId,
     json_option,
@@ -17,24 +18,31 @@ from emb_model_provider.cli.options import (
     quiet_option,
     revision_option,
     source_option,
-    split_revision,
+    split_single_revision,
 )
-from emb_model_provider.cli.output import exit_code_of, out, pairs, print_json, say, warn
+from emb_model_provider.cli.output import (
+    exit_code_of,
+    out,
+    pairs,
+    precision_label,
+    print_json,
+    say,
+    warn,
+)
 from emb_model_provider.errors import ProviderError
-from emb_model_provider.formatting import format_size
+from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import CancelToken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from emb_model_provider.cli.progress import CommandProgress, Mode
+    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import CompiledModel
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
+    from emb_model_provider.progress_reporter import Mode
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-_STOP_S = 30.0
-"""The longest wait for a compile step to be gone, which takes a fraction of a second."""
+_COMPILER_STOP_S = 30.0
+"""Longest wait for the compiler to end after an interrupt. It takes a fraction of a second."""
 
 
 @click.command()
@@ -42,16 +50,19 @@ _STOP_S = 30.0
 @source_option
 @revision_option
 @precision_option
-@click.option("--force", is_flag=True, help="Ask the hub again, and fetch what changed.")
-@click.option("--no-compile", is_flag=True, help="Fetch and verify only.")
+@click.option("--force", is_flag=True, help="Ask the hub again, and download what has changed.")
+@click.option("--no-compile", is_flag=True, help="Download and verify only.")
 @click.option(
-    "--include", multiple=True, metavar="PATTERN", help="Of the files that serving needs, these only."
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Download only matching files, among those that serving needs. Can be repeated.",
 )
 @click.option(
-    "--exclude", multiple=True, metavar="PATTERN", help="Not these; either may be given several times."
+    "--exclude", multiple=True, metavar="PATTERN", help="Do not download matching files. Can be repeated."
 )
 @click.option("--to", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Also copy the files to DIR, which can be served from: EMB_PROVIDER_MODEL_PATH.")  # fmt: skip
+              help="Also copy the files to DIR, to serve them with EMB_PROVIDER_MODEL_PATH.")  # fmt: skip
 @progress_option
 @quiet_option("the directories of the files")
 @json_option
@@ -70,12 +81,12 @@ def pull(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Fetch, verify and compile models.
+    """Download, verify and compile models.
 
-    The first start is then quick, and asks no hub. Without ID all models of your settings are fetched. ID is an alias
-    of your settings, a repository's id or a directory; REV is a branch, tag or commit. What is here already is not
-    fetched again, and a command that was interrupted goes on where it was. With --include or --exclude nothing is
-    compiled.
+    The service then starts quickly, and without a request to a hub. Without ID, all models of the settings are
+    downloaded. ID is an alias of the settings, a repository id or a directory; REV is a branch, tag or commit. Models
+    that are complete are not downloaded again, and an interrupted command continues where it stopped. With --include or
+    --exclude nothing is compiled.
 
     JSON: {"models": [{model_name, alias, source, revision, path, files, size, compiled: {backend, size, precision,
     computed, fidelity, notes} or null, copied_to}]}.
@@ -85,104 +96,72 @@ def pull(
 
     settings, manager = open_manager()
     if revision is not None and len(models) != 1:
-        raise click.UsageError("--revision goes with one ID: write ID@REV for several.")
+        raise click.UsageError("--revision requires exactly one ID. For several, write ID@REV.")
     if directory is not None and len(models) != 1:
-        raise click.UsageError("--to goes with one ID.")
+        raise click.UsageError("--to requires exactly one ID.")
     specs = []
-    for typed in models or [spec.alias for spec in settings.models.specs()]:
-        name, own = split_revision(settings, typed)
-        if own is not None and revision is not None:
-            raise click.UsageError(f"{typed} and --revision {revision}: say which revision once.")
-        specs.append(
-            resolve_model(settings, name, source=source, revision=own or revision, precision=precision)
-        )
-    task = _Pulling(
+    for argument in models or [spec.alias for spec in settings.models.specs()]:
+        name, wanted = split_single_revision(settings, argument, revision)
+        specs.append(resolve_model(settings, name, source=source, revision=wanted, precision=precision))
+    task = _PullTask(
         manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude)
     )
     failures: list[ProviderError] = []
-    done: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
 
     def work() -> None:
         with CommandProgress("none" if quiet and progress == "auto" else progress) as report:
             for spec in specs:
                 try:
-                    done.append(task.pull(spec, report))
+                    results.append(task.run(spec, report))
                 except ProviderError as error:
                     failures.append(error)
                     if len(specs) > 1:
                         report.note(f"Error: {spec.alias}: {error.message}")
 
-    run_until_interrupted(work, GO_ON, stop=task.stop)
+    run_until_interrupted(work, RESUME_HINT, stop=task.stop)
     if failures and len(specs) == 1:
         raise failures[0]
-    _print(done, quiet=quiet, as_json=as_json)
+    _print(results, quiet=quiet, as_json=as_json)
     if failures:
         raise SystemExit(max(exit_code_of(error) for error in failures))
 
 
-class _Pulling:
-    """What is done with each model."""
-
-    def __init__(
-        self,
-        manager: ModelManager,
-        force: bool,
-        include: Sequence[str],
-        exclude: Sequence[str],
-        directory: Path | None,
-        *,
-        compiles: bool,
-    ) -> None:
-        self._manager = manager
-        self._force = force
-        self._include = include
-        self._exclude = exclude
-        self._directory = directory
-        self._compiles = compiles
-        self._compiling = False
-        self._cancel = CancelToken()
+@dataclass(slots=True)
+class _PullTask:
+    manager: ModelManager
+    force: bool
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    directory: Path | None
+    compiles: bool
+    is_compiling: bool = False
+    cancel: CancelToken = field(default_factory=CancelToken)
+    """Ends the compiler. A download is not cancelled, because that would remove what was downloaded so far."""
 
     def stop(self) -> float:
-        """Give up compiling, which takes its half-made files along; return how many seconds that may take."""
-        self._cancel.cancel()
-        return _STOP_S if self._compiling else 0.0
+        """Stop the compiler, which removes its files, and return how many seconds that may take."""
+        self.cancel.cancel()
+        return _COMPILER_STOP_S if self.is_compiling else 0.0
 
-    def pull(self, spec: ModelSpec, report: CommandProgress) -> dict[str, Any]:
-        """Raises: HubError, LoadError."""
-        self._compiling = False
+    def run(self, spec: ModelSpec, report: CommandProgress) -> dict[str, Any]:
+        self.is_compiling = False
         report.model(spec.alias)
-        snapshot = self._manager.ensure(
-            spec,
-            force=self._force,
-            include=self._include,
-            exclude=self._exclude,
-            on_progress=report,
+        snapshot = self.manager.ensure(
+            spec, force=self.force, include=self.include, exclude=self.exclude, on_progress=report
         )
-        copied = self._manager.copy_to(snapshot, self._directory) if self._directory is not None else None
+        copy = self.manager.copy_to(snapshot, self.directory) if self.directory is not None else None
         compiled = None
-        if self._compiles:
-            self._compiling = True
-            compiled = self._manager.compile(spec, on_progress=report, cancel=self._cancel)
+        if self.compiles:
+            self.is_compiling = True
+            compiled = self.manager.compile(spec, on_progress=report, cancel=self.cancel)
         report.done()
-        return _told(spec, snapshot, compiled, copied)
+        return _to_json(spec, snapshot, compiled, copy)
 
 
-def _told(
-    spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None, copied: Path | None
+def _to_json(
+    spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None, copy: Path | None
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    made: dict[str, Any] | None = None
-    if compiled is not None:
-        described = compiled.description
-        made = {
-            "backend": compiled.backend,
-            "size": compiled.size,
-            "precision": described.precision if described is not None else None,
-            "computed": (described.compute or described.precision) if described is not None else None,
-            "fidelity": asdict(described.fidelity) if described is not None and described.fidelity else None,
-            "notes": [*(described.notes if described is not None else ()), *compiled.notes],
-        }
     return {
         "model_name": snapshot.repository,
         "alias": spec.alias,
@@ -191,58 +170,69 @@ def _told(
         "path": str(snapshot.path),
         "files": len(snapshot.files),
         "size": sum(file.size for file in snapshot.files),
-        "compiled": made,
-        "copied_to": str(copied) if copied is not None else None,
+        "compiled": _compiled_to_json(compiled) if compiled is not None else None,
+        "copied_to": str(copy) if copy is not None else None,
     }
 
 
-def _print(done: list[dict[str, Any]], *, quiet: bool, as_json: bool) -> None:
-    for one in done:
-        for note in (one["compiled"] or {}).get("notes", ()):
-            warn(f"{one['alias']}: {note}")
+def _compiled_to_json(compiled: CompiledModel) -> dict[str, Any]:
+    description = compiled.description
+    if description is None:
+        return {
+            "backend": compiled.backend,
+            "size": compiled.size,
+            "precision": None,
+            "computed": None,
+            "fidelity": None,
+            "notes": [*compiled.notes],
+        }
+    return {
+        "backend": compiled.backend,
+        "size": compiled.size,
+        "precision": description.precision,
+        "computed": description.compute or description.precision,
+        "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,
+        "notes": [*description.notes, *compiled.notes],
+    }
+
+
+def _print(results: list[dict[str, Any]], *, quiet: bool, as_json: bool) -> None:
+    for result in results:
+        for note in (result["compiled"] or {}).get("notes", ()):
+            warn(f"{result['alias']}: {note}")
     if as_json:
-        print_json({"models": done})
+        print_json({"models": results})
         return
-    for one in done:
+    for result in results:
         if quiet:
-            out(one["copied_to"] or one["path"])
+            out(result["copied_to"] or result["path"])
         else:
-            out(f"{one['alias']} ({one['source']}, {one['revision']})")
-            out(pairs(_lines(one)))
-    if done and not quiet:
-        say("Serve with: emb-provider serve")
+            out(f"{result['alias']} ({result['source']}, {result['revision']})")
+            out(pairs(_describe(result)))
+    if results and not quiet:
+        say("To serve: emb-provider serve")
 
 
-def _lines(one: dict[str, Any]) -> list[tuple[str, str]]:
-    from emb_model_provider.cli.output import precision_label
-    from emb_model_provider.formatting import format_cosine
-
-    lines = [("path", one["path"]), ("size", f"{format_size(one['size'])} in {one['files']} files")]
-    made = one["compiled"]
-    if made is not None and made["backend"] == "openvino":
-        lines.append(
-            (
-                "compiled",
-                f"{precision_label(made['precision'], made['computed'])}, {format_size(made['size'])}",
-            )
-        )
-        if made["fidelity"] is not None:
-            cosine = format_cosine(made["fidelity"]["min_cosine"])
-            lines.append(
-                ("fidelity", f"{cosine} (lowest cosine to fp32, over {made['fidelity']['texts']} texts)")
-            )
-    elif made is not None:
-        lines.append(("compiled", "no: the torch backend serves it from its files"))
-    if one["copied_to"] is not None:
-        lines.append(("copied to", one["copied_to"]))
-        lines.append(("to serve it", f"EMB_PROVIDER_MODEL_PATH={one['copied_to']}"))
-    elif one["source"] == "local":
-        lines.append(("to serve it", f"EMB_PROVIDER_MODEL_PATH={one['path']}"))
+def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("path", result["path"]), ("size", f"{format_size(result['size'])} in {result['files']} files")]
+    compiled = result["compiled"]
+    if compiled is not None and compiled["backend"] == "openvino":
+        label = precision_label(compiled["precision"], compiled["computed"])
+        lines.append(("compiled", f"{label}, {format_size(compiled['size'])}"))
+        fidelity = compiled["fidelity"]
+        if fidelity is not None:
+            cosine = format_cosine(fidelity["min_cosine"])
+            lines.append(("fidelity", f"{cosine} (lowest cosine to fp32, over {fidelity['texts']} texts)"))
+    elif compiled is not None:
+        lines.append(("compiled", "no: the torch backend serves the model from its files"))
+    if result["copied_to"] is not None:
+        lines.append(("copied to", result["copied_to"]))
+        configuration = f"EMB_PROVIDER_MODEL_PATH={result['copied_to']}"
+    elif result["source"] == "local":
+        configuration = f"EMB_PROVIDER_MODEL_PATH={result['path']}"
     else:
-        lines.append(
-            (
-                "to serve it",
-                f"EMB_PROVIDER_MODEL_NAME={one['model_name']} EMB_PROVIDER_MODEL_SOURCE={one['source']}",
-            )
+        configuration = (
+            f"EMB_PROVIDER_MODEL_NAME={result['model_name']} EMB_PROVIDER_MODEL_SOURCE={result['source']}"
         )
+    lines.append(("to serve it", configuration))
     return lines

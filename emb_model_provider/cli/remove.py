@@ -1,8 +1,10 @@
-"""`emb-provider rm` and `prune`: models off the disk, never one that is in use."""
+"""`emb-provider rm` and `prune`: remove models from disk, unless they are in use."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -19,22 +21,26 @@ from emb_model_provider.cli.options import (
     url_option,
     yes_option,
 )
-from emb_model_provider.cli.output import confirm, out, print_json, removal_info, say
+from emb_model_provider.cli.output import confirm, out, print_json, say
 from emb_model_provider.error_table import USAGE_ERROR
 from emb_model_provider.formatting import format_size
-from emb_model_provider.management.types import Removal
 
 if TYPE_CHECKING:
-    from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.model_spec import Source
-    from emb_model_provider.settings import Settings
+    from collections.abc import Iterable
 
-_UNFINISHED = "what was not removed yet is still there. To see it: emb-provider list"
+    from emb_model_provider.cli.server_client import ServerClient
+    from emb_model_provider.management.manager import ModelManager
+    from emb_model_provider.management.types import Removal
+    from emb_model_provider.model_spec import Source
+
+_INTERRUPTED = "some of it may be removed already. To see what is left: emb-provider list"
+_KEEPS_FILES = ("local", "bundled")
+"""Sources whose files are never removed, only what was compiled from them."""
 
 
 @click.command()
 @click.argument("models", nargs=-1, type=ModelId(), metavar="[ID[@REV]]...")
-@click.option("--all", "everything", is_flag=True, help="All models that are listed.")
+@click.option("--all", "everything", is_flag=True, help="Remove all models that are listed.")
 @source_option
 @revision_option
 @click.option("--wait", "wait_s", type=click.FloatRange(0, 3600), default=0.0, metavar="SECONDS",
@@ -42,12 +48,12 @@ _UNFINISHED = "what was not removed yet is still there. To see it: emb-provider 
 @click.option(
     "--unload",
     is_flag=True,
-    help="Let the running server unload them, after what it is answering, and remove them.",
+    help="Let the running server unload the models after their pending requests, and remove them.",
 )
 @url_option
 @dry_run_option
 @yes_option
-@quiet_option("the ids of what was removed")
+@quiet_option("the ids of removed models")
 @json_option
 def rm(
     models: tuple[str, ...],
@@ -63,191 +69,198 @@ def rm(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Remove models from the disk.
+    """Remove models from disk.
 
-    What was compiled from them goes, too.
+    Their compiled forms are removed, too.
 
-    Where one of them is in use, in whatever process, none is removed, and the exit status is 2; --all removes the
-    others. A directory of your own and the bundled model keep their files. With --unload the running server does it,
-    in its own caches.
+    If a process uses one of the models, none is removed and the exit code is 2; with --all the others are removed. The
+    files of a directory and of the bundled model are kept. With --unload the running server removes the models from its
+    own caches.
 
     JSON: {"dry_run", "models": [as in list], "artifacts": [keys], "freed": bytes, "kept": [models, each with its
     reason], "unloaded": [aliases]}.
     """
     if bool(models) == everything:
-        raise click.UsageError("Say which models to remove (emb-provider list), or --all.")
+        raise click.UsageError("Name the models to remove (see emb-provider list), or add --all.")
     if everything and (source is not None or revision is not None):
-        raise click.UsageError("--all goes without --source and --revision.")
+        raise click.UsageError("--all cannot be combined with --source or --revision.")
     if url is not None and not unload:
         raise click.UsageError(
-            "--url goes with --unload: without it this machine's disk is meant, not a server's."
+            "--url requires --unload, because without it the models on this disk are removed."
         )
     settings, manager = open_manager()
-    chosen = [split_revision(settings, typed) for typed in models]
-    names = list(dict.fromkeys((name, own or revision) for name, own in chosen))
-    remover: _LocalRemoval | _RemoteRemoval
+    arguments = [split_revision(settings, argument) for argument in models]
+    names = list(dict.fromkeys((name, own_revision or revision) for name, own_revision in arguments))
+    removal: _LocalRemoval | _RemoteRemoval
     if unload:
-        remover = _RemoteRemoval(settings, url, names, source, wait_s)
+        from emb_model_provider.cli.server_client import ServerClient
+
+        removal = _RemoteRemoval(ServerClient(settings, url), names, source, wait_s)
     else:
-        remover = _LocalRemoval(manager, names, source, wait_s)
-    plan = remover.remove(dry_run=True) if dry_run else remover.plan()
-    if not dry_run and _is_some(plan):
-        confirm(f"Remove {_told(plan)} ({format_size(plan['freed'])})?", yes=yes)
-        plan = run_until_interrupted(lambda: remover.remove(dry_run=False), _UNFINISHED)
-    _print({**plan, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
+        removal = _LocalRemoval(manager, names, source, wait_s)
+    result = removal.remove(dry_run=True) if dry_run else removal.plan()
+    if not dry_run and _has_models(result):
+        _confirm(result, yes=yes)
+        result = run_until_interrupted(lambda: removal.remove(dry_run=False), _INTERRUPTED)
+    _print({**result, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
 
 
 @click.command()
 @dry_run_option
 @yes_option
-@quiet_option("the ids of what was removed")
+@quiet_option("the ids of removed models")
 @json_option
 def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
-    """Remove leftovers that nobody can use.
+    """Remove leftovers that cannot be used.
 
-    Fetches that were broken off, and compiled forms whose model is gone.
+    These are interrupted downloads, and compiled forms whose model is no longer on disk.
 
-    JSON: as of rm.
+    JSON: as for rm.
     """
     _, manager = open_manager()
-    plan = removal_info([manager.prune(dry_run=True)], dry_run=True)
+    result = _to_json([manager.prune(dry_run=True)], dry_run=True)
     if not dry_run:
-        if _is_some(plan):
-            confirm(f"Remove {_told(plan)} ({format_size(plan['freed'])})?", yes=yes)
-        # Also where no model and no compiled form is named: parts of files may lie beside a model that is whole.
-        pruned = run_until_interrupted(lambda: manager.prune(dry_run=False), _UNFINISHED)
-        plan = removal_info([pruned], dry_run=False)
-    _print(plan, quiet=quiet, as_json=as_json)
+        if _has_models(result):
+            _confirm(result, yes=yes)
+        # Even if no model is listed, because there can be partial files beside a complete model.
+        removal = run_until_interrupted(lambda: manager.prune(dry_run=False), _INTERRUPTED)
+        result = _to_json([removal], dry_run=False)
+    _print(result, quiet=quiet, as_json=as_json)
 
 
-def _is_some(plan: dict[str, Any]) -> bool:
-    return bool(plan["models"] or plan["artifacts"])
-
-
-def _told(plan: dict[str, Any]) -> str:
-    """Return for a question what is to be removed: models by their names, else how much was compiled."""
-    names = dict.fromkeys(one["model_name"] for one in plan["models"])
-    return ", ".join(names) or f"{len(plan['artifacts'])} compiled form(s) whose model is gone"
-
-
+@dataclass(frozen=True, slots=True)
 class _LocalRemoval:
-    """Removes on this machine's disk, under the locks that every process of ours takes."""
+    """Removes models from the disk of this machine."""
 
-    def __init__(
-        self, manager: ModelManager, names: list[tuple[str, str | None]], source: Source | None, wait_s: float
-    ) -> None:
-        self._manager = manager
-        self._names = names
-        self._source = source
-        self._wait_s = wait_s
+    manager: ModelManager
+    names: list[tuple[str, str | None]]
+    """Names and revisions; empty for all models."""
+    source: Source | None
+    wait_s: float
 
     def plan(self) -> dict[str, Any]:
-        """Return what is to be removed, as of a dry run; what may be waited for may be in use.
+        """Return what `remove` is going to remove. A model that can be waited for may be in use.
 
-        Raises: NotCachedError; ModelInUseError.
+        Raises:
+            NotCachedError: There is no such model.
+            ModelInUseError: A model is in use, and `wait_s` is 0.
         """
-        if self._wait_s == 0:
+        from emb_model_provider.management.types import Removal
+
+        if self.wait_s == 0:
             return self.remove(dry_run=True)
-        found = [
-            entry
-            for name, revision in self._names
-            for entry in self._manager.find(name, source=self._source, revision=revision)
+        models = [
+            model
+            for name, revision in self.names
+            for model in self.manager.find(name, source=self.source, revision=revision)
         ]
-        if not self._names:
-            found = self._manager.list()
+        if not self.names:
+            models = self.manager.list()
         freed = sum(
-            model.size - (model.files_size if model.source in ("local", "bundled") else 0) for model in found
+            model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models
         )
-        return removal_info([Removal(models=found, artifacts=[], freed=freed, kept=[])], dry_run=True)
+        return _to_json([Removal(models=models, artifacts=[], freed=freed, kept=[])], dry_run=True)
 
     def remove(self, *, dry_run: bool) -> dict[str, Any]:
-        """Remove the models, or all there are without names; of several nothing where one can be seen to be in use.
+        """Remove the models. Nothing is removed if one of several is in use already.
 
-        Raises: NotCachedError; ModelInUseError.
+        Raises:
+            NotCachedError: There is no such model.
+            ModelInUseError: A model is in use for longer than `wait_s`.
         """
-        if not self._names:
-            removed = [self._manager.remove_all(wait_s=self._wait_s, dry_run=dry_run)]
-            return removal_info(removed, dry_run=dry_run)
-        if self._wait_s == 0 and not dry_run:
-            self._each(dry_run=True)
-        return removal_info(self._each(dry_run=dry_run), dry_run=dry_run)
+        if not self.names:
+            return _to_json([self.manager.remove_all(wait_s=self.wait_s, dry_run=dry_run)], dry_run=dry_run)
+        if self.wait_s == 0 and not dry_run:
+            self._remove_each(dry_run=True)
+        return _to_json(self._remove_each(dry_run=dry_run), dry_run=dry_run)
 
-    def _each(self, *, dry_run: bool) -> list[Removal]:
+    def _remove_each(self, *, dry_run: bool) -> list[Removal]:
         return [
-            self._manager.remove(
-                name, source=self._source, revision=revision, wait_s=self._wait_s, dry_run=dry_run
+            self.manager.remove(
+                name, source=self.source, revision=revision, wait_s=self.wait_s, dry_run=dry_run
             )
-            for name, revision in self._names
+            for name, revision in self.names
         ]
 
 
+@dataclass(frozen=True, slots=True)
 class _RemoteRemoval:
-    """Lets the running server remove, which can unload what it serves."""
+    """Lets the running server unload and remove models."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        url: str | None,
-        names: list[tuple[str, str | None]],
-        source: Source | None,
-        wait_s: float,
-    ) -> None:
-        from emb_model_provider.cli.server_client import ServerClient
-
-        self._client = ServerClient(settings, url)
-        self._names = names
-        self._source = source
-        self._wait_s = wait_s
+    client: ServerClient
+    names: list[tuple[str, str | None]]
+    """Names and revisions; empty for all models."""
+    source: Source | None
+    wait_s: float
 
     def plan(self) -> dict[str, Any]:
-        """Raises: OutOfReachError, RefusedError."""
+        """Return what `remove` is going to remove. Raises as `remove` does."""
         return self.remove(dry_run=True)
 
     def remove(self, *, dry_run: bool) -> dict[str, Any]:
-        """Raises: OutOfReachError, RefusedError."""
-        common = {"wait_s": self._wait_s, "unload": True, "dry_run": dry_run}
-        if not self._names:
-            return self._client.delete("/api/models/cache/all", **common)
-        answers = [
-            self._client.delete(_path(name), source=self._source, revision=revision, **common)
-            for name, revision in self._names
+        """Remove the models.
+
+        Raises:
+            ServerUnreachableError: No server answers.
+            ServerRefusedError: There is no such model, or it cannot be unloaded.
+        """
+        options = {"wait_s": self.wait_s, "unload": True, "dry_run": dry_run}
+        if not self.names:
+            return self.client.delete("/api/models/cache/all", **options)
+        first, *others = [
+            self.client.delete(
+                f"/api/models/cache/{quote(name, safe='')}", source=self.source, revision=revision, **options
+            )
+            for name, revision in self.names
         ]
-        first, *others = answers
         for other in others:
-            for part in ("models", "artifacts", "kept", "unloaded"):
-                first[part] += other[part]
-            first["freed"] += other["freed"]
+            for key in ("models", "artifacts", "kept", "unloaded", "freed"):
+                first[key] += other[key]
         return first
 
 
-def _path(name: str) -> str:
-    from urllib.parse import quote
+def _to_json(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any]:
+    """Return removals as one object, with the fields of the response of DELETE /api/models/cache."""
+    dumps = [removal.model_dump(mode="json") for removal in removals]
+    return {
+        "dry_run": dry_run,
+        "models": [model for dump in dumps for model in dump["models"]],
+        "artifacts": [key for dump in dumps for key in dump["artifacts"]],
+        "freed": sum(dump["freed"] for dump in dumps),
+        "kept": [model for dump in dumps for model in dump["kept"]],
+        "unloaded": [],
+    }
 
-    return f"/api/models/cache/{quote(name, safe='')}"
+
+def _has_models(result: dict[str, Any]) -> bool:
+    return bool(result["models"] or result["artifacts"])
 
 
-def _print(plan: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
-    """Print what was removed, or of a dry run what would be; the exit status says whether something was kept."""
-    dry_run = plan["dry_run"]
+def _confirm(result: dict[str, Any], *, yes: bool) -> None:
+    names = dict.fromkeys(model["model_name"] for model in result["models"])
+    content = ", ".join(names) or f"{len(result['artifacts'])} compiled form(s) without a model"
+    confirm(f"Remove {content} ({format_size(result['freed'])})?", yes=yes)
+
+
+def _print(result: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
+    """Print what was or would be removed; exit with 2 if something was kept."""
+    dry_run = result["dry_run"]
+    verb = "would remove" if dry_run else "removed"
     if as_json:
-        print_json(plan)
+        print_json(result)
     else:
-        for one in plan["models"]:
-            stay = "; its files stay" if one["source"] in ("local", "bundled") else ""
-            about = f" ({one['source']}, {format_size(one['size'])}{stay})"
-            out(one["model_name"] if quiet else f"{_verb(dry_run)} {one['model_name']}{about}")
-        if plan["artifacts"] and not quiet:
-            out(f"{_verb(dry_run)} {len(plan['artifacts'])} compiled form(s)")
-    if not quiet or plan["kept"]:
-        for one in plan["kept"]:
-            say(f"kept {one['model_name']}: {one['reason']}")
-        if not _is_some(plan) and not plan["freed"]:
+        for model in result["models"]:
+            hint = "; its files are kept" if model["source"] in _KEEPS_FILES else ""
+            about = f" ({model['source']}, {format_size(model['size'])}{hint})"
+            out(model["model_name"] if quiet else f"{verb} {model['model_name']}{about}")
+        if result["artifacts"] and not quiet:
+            out(f"{verb} {len(result['artifacts'])} compiled form(s)")
+    if not quiet or result["kept"]:
+        for model in result["kept"]:
+            say(f"kept {model['model_name']}: {model['reason']}")
+        if not _has_models(result) and not result["freed"]:
             say("There is nothing to remove.")
         else:
-            say(f"{format_size(plan['freed'])} {'would be' if dry_run else 'are'} free again")
-    if plan["kept"] and not dry_run:
+            say(f"{format_size(result['freed'])} {'would be freed' if dry_run else 'freed'}")
+    if result["kept"] and not dry_run:
         raise SystemExit(USAGE_ERROR)
-
-
-def _verb(dry_run: bool) -> str:
-    return "would remove" if dry_run else "removed"

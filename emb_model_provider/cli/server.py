@@ -1,7 +1,8 @@
-"""`emb-provider ps`, `load` and `unload`: models in the running server's memory."""
+"""`emb-provider ps`, `load` and `unload`: the models in the memory of the running server."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from emb_model_provider.cli.options import (
     quiet_option,
     revision_option,
     source_option,
-    split_revision,
+    split_single_revision,
     url_option,
 )
 from emb_model_provider.cli.output import out, print_json, say, table
@@ -26,45 +27,49 @@ from emb_model_provider.formatting import format_size
 from emb_model_provider.progress import Phase, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Collection, Iterator, Mapping
 
-    from emb_model_provider.cli.progress import CommandProgress, Mode
+    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.cli.server_client import ServerClient
     from emb_model_provider.model_spec import Precision, Source
+    from emb_model_provider.progress_reporter import Mode
 
-_LOOK_S = 1.0
-_GOES_ON = "the server goes on. To see it: emb-provider ps"
+_POLL_S = 1.0
+_INTERRUPTED = "the server continues. To see its models: emb-provider ps"
 _HEAD = ("MODEL", "STATE", "PRECISION", "MEMORY", "QUEUE", "REQUESTS/S", "P95", "SERVED")
+_PHASES: Mapping[str, Phase] = {"downloading": "download", "compiling": "compile", "loading": "load"}
+"""States of a model to the phases that are shown."""
 
 
 @click.command()
 @url_option
-@quiet_option("names of models that are loaded")
+@quiet_option("the names of loaded models")
 @json_option
 def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
     """List the models of the running server.
 
-    QUEUE is how many inputs wait; REQUESTS/S and P95, the time that 95 of 100 requests stay under, are of the last
-    minute; SERVED counts requests since the start.
+    QUEUE is the number of inputs that wait. REQUESTS/S and P95 (95 % of the requests took at most that long) are of the
+    last minute. SERVED is the number of requests since the server started.
 
-    JSON: what GET /api/models answers.
+    JSON: the response of GET /api/models.
     """
     from emb_model_provider.cli.server_client import ServerClient
 
-    answer = ServerClient(open_settings(), url).models()
+    response = ServerClient(open_settings(), url).models()
+    models = response["models"]
     if as_json:
-        print_json(answer)
+        print_json(response)
         return
     if quiet:
-        for one in answer["models"]:
-            if one["state"] == "ready":
-                out(one["alias"])
+        for model in models:
+            if model["state"] == "ready":
+                out(model["alias"])
         return
-    out(table(_HEAD, [_row(one) for one in answer["models"]]))
-    for one in answer["models"]:
-        if one.get("error"):
-            say(f"{one['alias']}: {one['error']}")
-    process = answer["process"]
+    out(table(_HEAD, [_row(model) for model in models]))
+    for model in models:
+        if model.get("error"):
+            say(f"{model['alias']}: {model['error']}")
+    process = response["process"]
     limit = f" of {format_size(process['memory_limit_bytes'])}" if process.get("memory_limit_bytes") else ""
     say(
         f"process {process['pid']}, version {process['version']}: {format_size(process['resident_bytes'])} in memory, "
@@ -72,27 +77,13 @@ def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
     )
 
 
-def _row(one: dict[str, Any]) -> tuple[str, ...]:
-    p95 = one.get("p95_s")
-    return (
-        one["alias"],
-        one["state"],
-        one.get("precision") or one.get("asked_precision") or "-",
-        format_size(one.get("memory_bytes")),
-        str(one.get("waiting_inputs", 0)),
-        f"{one.get('requests_per_s') or 0:.1f}",
-        f"{p95 * 1000:.0f} ms" if p95 is not None else "-",
-        str(one.get("requests_served", 0)),
-    )
-
-
 @click.command()
 @click.argument("model", type=ModelId(), metavar="ID[@REV]")
-@click.option("--alias", metavar="NAME", help="The name that requests use. Default: as configured, or ID.")
+@click.option("--alias", metavar="NAME", help="Name that requests use. Default: as configured, or ID.")
 @source_option
 @revision_option
 @precision_option
-@click.option("--no-wait", is_flag=True, help="Do not wait until it is ready.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the model is ready.")
 @url_option
 @progress_option
 @json_option
@@ -110,55 +101,70 @@ def load(
 ) -> None:
     """Load a model into the running server.
 
-    It fetches and compiles the model where that is needed. ID is one of the server's models, or a repository's id,
-    which is then served until it is unloaded with --forget or the server ends.
+    The server downloads and compiles the model if necessary. ID is one of the server's models, or a repository id,
+    which is then served until `unload --forget` or until the server ends.
 
     JSON: the model, as in `ps --json`.
     """
+    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.cli.server_client import ServerClient
 
     settings = open_settings()
-    name, own = split_revision(settings, model)
-    if own is not None and revision is not None:
-        raise click.UsageError(f"{model} and --revision {revision}: say which revision once.")
+    name, revision = split_single_revision(settings, model, revision)
     client = ServerClient(settings, url)
 
     def work() -> dict[str, Any]:
-        return client.post(
-            "/api/models/load",
-            model_name=name,
-            alias=alias,
-            source=source,
-            revision=own or revision,
-            precision=precision,
-            wait=not no_wait,
-        )
+        with CommandProgress(progress) as report, _show_state(client, {alias or name, name}, report):
+            return client.post(
+                "/api/models/load",
+                model_name=name,
+                alias=alias,
+                source=source,
+                revision=revision,
+                precision=precision,
+                wait=not no_wait,
+            )
 
-    loaded = run_until_interrupted(lambda: _watched(client, {alias or name, name}, work, progress), _GOES_ON)
-    _print(loaded, as_json=as_json)
+    _print(run_until_interrupted(work, _INTERRUPTED), as_json=as_json)
 
 
 @click.command()
 @click.argument("model", type=ModelId(), metavar="ID")
 @click.option(
-    "--forget", is_flag=True, help="Serve it no more, either; only where it is not in the settings."
+    "--forget",
+    is_flag=True,
+    help="Also stop serving the model. Only for models that are not in the server's settings.",
 )
 @url_option
 @json_option
 def unload(model: str, url: str | None, *, forget: bool, as_json: bool) -> None:
     """Unload a model from the running server.
 
-    What it is answering is answered first. Its files stay. The next request for it loads it again.
+    Its pending requests are answered first. Its files are kept, and the next request for it loads it again.
 
     JSON: the model, as in `ps --json`.
     """
     from emb_model_provider.cli.server_client import ServerClient
 
     client = ServerClient(open_settings(), url)
-    done = run_until_interrupted(
-        lambda: client.post("/api/models/unload", model_name=model, forget=forget), _GOES_ON
+    response = run_until_interrupted(
+        lambda: client.post("/api/models/unload", model_name=model, forget=forget), _INTERRUPTED
     )
-    _print(done, as_json=as_json)
+    _print(response, as_json=as_json)
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    p95 = model.get("p95_s")
+    return (
+        model["alias"],
+        model["state"],
+        model.get("precision") or model.get("asked_precision") or "-",
+        format_size(model.get("memory_bytes")),
+        str(model.get("waiting_inputs", 0)),
+        f"{model.get('requests_per_s') or 0:.1f}",
+        f"{p95 * 1000:.0f} ms" if p95 is not None else "-",
+        str(model.get("requests_served", 0)),
+    )
 
 
 def _print(model: dict[str, Any], *, as_json: bool) -> None:
@@ -169,31 +175,27 @@ def _print(model: dict[str, Any], *, as_json: bool) -> None:
     out(f"{model['alias']}: {model['state']}{memory}")
 
 
-def _watched(
-    client: ServerClient, names: set[str], work: Callable[[], dict[str, Any]], progress: Mode
-) -> dict[str, Any]:
-    """Do what may take minutes, and show meanwhile what the model is doing."""
-    from emb_model_provider.cli.progress import CommandProgress
-
+@contextlib.contextmanager
+def _show_state(client: ServerClient, names: Collection[str], report: CommandProgress) -> Iterator[None]:
+    """Show the state of a model while the caller waits for the response of the server."""
     done = threading.Event()
-    with CommandProgress(progress) as report:
-        watcher = threading.Thread(target=_watch, args=(client, names, report, done), daemon=True)
-        watcher.start()
-        try:
-            return work()
-        finally:
-            done.set()
-            watcher.join()
 
+    def watch() -> None:
+        while not done.wait(_POLL_S):
+            try:
+                models = client.models()["models"]
+            except ProviderError:
+                continue  # the request of the caller fails for the same reason
+            for model in models:
+                phase = _PHASES.get(model["state"])
+                if phase is not None and not {model["alias"], model["model_name"]}.isdisjoint(names):
+                    report.model(model["alias"])
+                    report(Progress(phase, model["model_name"]))
 
-def _watch(client: ServerClient, names: set[str], report: CommandProgress, done: threading.Event) -> None:
-    phases: dict[str, Phase] = {"downloading": "download", "compiling": "compile", "loading": "load"}
-    while not done.wait(_LOOK_S):
-        try:
-            models = client.models()["models"]
-        except ProviderError:
-            continue  # whoever waits for the answer itself hears of it
-        for one in models:
-            if names & {one["alias"], one["model_name"]} and one["state"] in phases:
-                report.model(one["alias"])
-                report(Progress(phases[one["state"]], one["model_name"]))
+    watcher = threading.Thread(target=watch, name="model-state", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

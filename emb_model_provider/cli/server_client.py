@@ -1,4 +1,4 @@
-"""The running server, as the shell speaks to it: the routes under /api that its operator may call."""
+"""Client of the running server: the management routes under /api."""
 
 from __future__ import annotations
 
@@ -10,120 +10,137 @@ from emb_model_provider.cli.output import ServerRefusedError, ServerUnreachableE
 from emb_model_provider.error_table import FAILED, USAGE_ERROR
 
 if TYPE_CHECKING:
+    import httpx
+
     from emb_model_provider.settings import ServerSettings, Settings
 
-_CONNECT_S = 5.0
-_ANSWER_S = 30.0
-_ASKED_WRONGLY = frozenset({400, 401, 403, 404, 409, 422})
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - what is listened at, not listening
+_CONNECT_TIMEOUT_S = 5.0
+_LIST_TIMEOUT_S = 30.0
+_USAGE_STATUSES = frozenset({400, 401, 403, 404, 409, 422})
+"""Not taken from the table of errors, because the server may have another version and other error codes."""
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - read, not listened on
 
 
 def server_url(server: ServerSettings) -> str:
-    """Return where a server with these settings can be asked from its own machine."""
-    host = _EVERYWHERE.get(server.host, server.host)
+    """Return the URL of a server with these settings, for clients on the same machine."""
+    host = _LOOPBACK_OF.get(server.host, server.host)
     return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
 
 
 class ServerClient:
-    """Asks one server. The key is the first of ADMIN_API_KEYS, else the first of API_KEYS."""
+    """Client of one server. Its key is the first of ADMIN_API_KEYS, else the first of API_KEYS."""
 
     def __init__(self, settings: Settings, url: str | None = None) -> None:
+        """Create a client.
+
+        Args:
+            settings: Where the server listens, and its keys.
+            url: Where the server listens, if not as in the settings.
+        """
         server = settings.server
-        self.url = (url or server_url(server)).rstrip("/")
-        self._given = url is not None
+        self._has_own_url = url is not None
+        self._url = (url or server_url(server)).rstrip("/")
         keys = (*server.accepted_admin_keys, *server.accepted_keys)
-        # As bytes: a key may have letters that are not ASCII.
+        # As bytes, because a key may contain non-ASCII characters.
         self._headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
 
     def models(self) -> dict[str, Any]:
-        """Return what GET /api/models answers.
+        """Return the response of GET /api/models.
 
-        Raises: OutOfReachError, RefusedError.
+        Raises:
+            ServerUnreachableError: No server answers.
+            ServerRefusedError: The server refused the request.
         """
-        answer = self._ask("GET", "/api/models", {}, _ANSWER_S)
-        if not {"models", "process"} <= answer.keys():  # other services have this route, too
-            raise self._another(200)
-        return answer
+        body = self._request("GET", "/api/models", {}, _LIST_TIMEOUT_S)
+        if not {"models", "process"} <= body.keys():  # other services have this route, too
+            raise self._not_this_service(200)
+        return body
 
     def post(self, path: str, **parameters: object) -> dict[str, Any]:
-        """Ask for something that may take as long as it takes.
+        """Send a POST request, and wait for the response for as long as it takes.
 
-        Raises: OutOfReachError, RefusedError.
+        Raises:
+            ServerUnreachableError: No server answers.
+            ServerRefusedError: The server refused the request.
         """
-        return self._ask("POST", path, parameters, None)
+        return self._request("POST", path, parameters, None)
 
     def delete(self, path: str, **parameters: object) -> dict[str, Any]:
-        """Raises: OutOfReachError, RefusedError."""
-        return self._ask("DELETE", path, parameters, None)
+        """Send a DELETE request, and wait for the response for as long as it takes.
 
-    def _ask(
+        Raises:
+            ServerUnreachableError: No server answers.
+            ServerRefusedError: The server refused the request.
+        """
+        return self._request("DELETE", path, parameters, None)
+
+    def _request(
         self, method: str, path: str, parameters: dict[str, object], timeout_s: float | None
     ) -> dict[str, Any]:
         import httpx
 
-        query = {name: _written(value) for name, value in parameters.items() if value is not None}
+        query = {name: _to_query(value) for name, value in parameters.items() if value is not None}
         try:
-            answer = httpx.request(
+            response = httpx.request(
                 method,
-                self.url + path,
+                self._url + path,
                 params=query,
                 headers=self._headers,
-                timeout=httpx.Timeout(timeout_s, connect=_CONNECT_S),
-                # A proxy of the environment is not for this machine, and would be no direct local caller.
-                trust_env=not _is_loopback(self.url),
+                timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
+                # A request through a proxy would not count as one from this machine.
+                trust_env=not _is_loopback(self._url),
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ServerRefusedError(
-                f"{self.url} is no address of a server ({error}): write --url http://HOST:PORT.",
-                status=USAGE_ERROR,
+                f"{self._url} is not the URL of a server ({error}). Write it as --url http://HOST:PORT.",
+                exit_code=USAGE_ERROR,
             ) from error
-        except httpx.LocalProtocolError:  # its words would show the key
+        except httpx.LocalProtocolError:  # its message contains the key
             raise ServerRefusedError(
-                "The first of EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) holds a character that no header "
-                "can carry, such as a line break: write the server's key there as it is.",
-                status=USAGE_ERROR,
+                "The first key of EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) contains a character that "
+                "is not allowed in a header, such as a line break. Set it to a key of the server.",
+                exit_code=USAGE_ERROR,
             ) from None
         except httpx.HTTPError as error:
-            raise ServerUnreachableError(self._unreachable(error)) from error
-        return self._read(answer)
+            raise self._unreachable(error) from error
+        return self._read(response)
 
-    def _unreachable(self, error: Exception) -> str:
-        reason = str(error) or type(error).__name__
-        hint = (
-            "Check the address."
-            if self._given
-            else "Start one: emb-provider serve. Or say where it is: --url URL."
-        )
-        return f"No server answers at {self.url} ({reason}). {hint}"
-
-    def _another(self, status: int) -> ServerUnreachableError:
-        return ServerUnreachableError(
-            f"What answers at {self.url} is not this service (HTTP {status}). Say where the service is: --url URL."
-        )
-
-    def _read(self, answer: Any) -> dict[str, Any]:
-        """Return the body of a good answer; of any other raise what it says."""
+    def _read(self, response: httpx.Response) -> dict[str, Any]:
         try:
-            body = answer.json()
+            body = response.json()
         except ValueError:
             body = None
-        if answer.is_success and isinstance(body, dict):
+        if response.is_success and isinstance(body, dict):
             return body
         error = body.get("error") if isinstance(body, dict) else None
         if not isinstance(error, dict) or "message" not in error:
-            raise self._another(answer.status_code)
+            raise self._not_this_service(response.status_code)
         message = str(error["message"])
-        if answer.status_code == 401:
-            message += (
-                " Set EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) here to a key of the server's."
-            )
+        if response.status_code == 401:
+            message += " Set EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) to a key of the server."
         if error.get("code") == "unknown_url":
-            message += f" The server at {self.url} is of another version: start this one, emb-provider serve."
-        status = USAGE_ERROR if answer.status_code in _ASKED_WRONGLY else FAILED
-        raise ServerRefusedError(message, status=status)
+            message += (
+                f" The server at {self._url} has another version. To start this one: emb-provider serve"
+            )
+        exit_code = USAGE_ERROR if response.status_code in _USAGE_STATUSES else FAILED
+        raise ServerRefusedError(message, exit_code=exit_code)
+
+    def _unreachable(self, error: Exception) -> ServerUnreachableError:
+        reason = str(error) or type(error).__name__
+        hint = (
+            "Check the URL."
+            if self._has_own_url
+            else "To start one: emb-provider serve. If it runs elsewhere, add --url URL."
+        )
+        return ServerUnreachableError(f"No server answers at {self._url} ({reason}). {hint}")
+
+    def _not_this_service(self, status: int) -> ServerUnreachableError:
+        return ServerUnreachableError(
+            f"The program at {self._url} is not this service (HTTP {status}). Set the URL of the service with --url URL."
+        )
 
 
-def _written(value: object) -> str:
+def _to_query(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

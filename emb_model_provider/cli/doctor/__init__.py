@@ -1,4 +1,4 @@
-"""`emb-provider doctor`: is this machine fit, and if not, what to do about it."""
+"""`emb-provider doctor`: checks this machine, and says what to do about problems."""
 
 from __future__ import annotations
 
@@ -14,95 +14,84 @@ from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterator
 
     from emb_model_provider.settings import Settings
 
+Level = Literal["ok", "warn", "fail"]
 
-_SHOWN = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+_LABELS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of one check."""
+
+    check: str
+    level: Level
+    """fail: something that is configured cannot work. warn: it works, but not well or not in every case."""
+    found: str
+    advice: str = ""
+    """What to do, such as a command or a setting; empty if there is nothing to do."""
 
 
 @click.command()
 @json_option
 def doctor(*, as_json: bool) -> None:
-    """Check this machine, and say what to do.
+    """Check this machine, and suggest what to do.
 
-    Packages, processor, memory, CUDA, settings, disk, permissions, port, hubs, tokens, models. A line each: ok, warn
-    or FAIL, what was found, and what to do. The exit status is 1 if anything fails.
+    Checks packages, processor, memory, CUDA, settings, disk, permissions, port, hubs, tokens and models. Prints a line
+    per check: ok, warn or FAIL, what was found, and what to do. The exit code is 1 if a check fails.
 
     JSON: {"ok", "checks": [{check, level: ok, warn or fail, found, advice}]}.
     """
-    findings: list[CheckResult] = []
-    for finding in _findings():
-        findings.append(finding)
+    results: list[CheckResult] = []
+    for result in _run_checks():
+        results.append(result)
         if not as_json:
-            _print(finding)
-    failed = [finding for finding in findings if finding.level == "fail"]
+            _print(result)
+    failed = [result for result in results if result.level == "fail"]
     if as_json:
-        print_json({"ok": not failed, "checks": [asdict(finding) for finding in findings]})
+        print_json({"ok": not failed, "checks": [asdict(result) for result in results]})
     elif failed:
-        say(f"{len(failed)} of {len(findings)} checks failed.")
+        say(f"{len(failed)} of {len(results)} checks failed.")
     if failed:
         raise SystemExit(FAILED)
 
 
-def _findings() -> Iterator[CheckResult]:
-    """Check one thing after the other; those that need settings only where these can be read."""
-    # The client's own setting, read when it is first imported: five tries take longer than anybody waits for this.
+def _run_checks() -> Iterator[CheckResult]:
+    # A setting of ModelScope's client, which it reads when it is imported: its default of five tries takes too long.
     os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
     from emb_model_provider.cli.doctor import disk, machine, service
     from emb_model_provider.settings.loading import load_settings
 
-    plain: tuple[Callable[[], Iterable[CheckResult]], ...] = (
-        machine.check_python,
-        machine.check_packages,
-        machine.check_processor,
-        machine.check_memory,
-    )
-    for check in plain:
-        yield from check()
+    yield from machine.check_python()
+    yield from machine.check_packages()
+    yield from machine.check_processor()
+    yield from machine.check_memory()
     try:
         settings, warnings = load_settings()
     except SettingsError as error:
-        yield CheckResult(
-            "settings", "fail", error.message, "Mend it, and ask again: the other checks need it."
-        )
+        advice = "Correct the setting, and run doctor again: the remaining checks need the settings."
+        yield CheckResult("settings", "fail", error.message, advice)
         return
-    yield CheckResult("settings", "ok", _told(settings))
+    yield CheckResult("settings", "ok", _describe_models(settings))
     for warning in warnings:
         yield CheckResult("settings", "warn", warning, "Rename or remove it.")
-    for on_settings in (
-        machine.check_cuda,
-        disk.check_directories,
-        service.check_port,
-        service.check_hubs,
-        service.check_models,
-    ):
-        yield from on_settings(settings)
+    yield from machine.check_cuda(settings)
+    yield from disk.check_directories(settings)
+    yield from service.check_port(settings)
+    yield from service.check_hubs(settings)
+    yield from service.check_models(settings)
 
 
-def _told(settings: Settings) -> str:
+def _describe_models(settings: Settings) -> str:
     aliases = [spec.alias for spec in settings.models.specs()]
-    return f"valid; {'a model' if len(aliases) == 1 else f'{len(aliases)} models'}: {', '.join(aliases)}"
+    return f"valid; {len(aliases)} model{'s' if len(aliases) > 1 else ''}: {', '.join(aliases)}"
 
 
-def _print(finding: CheckResult) -> None:
-    label, color = _SHOWN[finding.level]
-    out(f"{styled(label, fg=color)}  {finding.check}: {finding.found}")
-    if finding.advice:
-        out(f"      {finding.advice}")
-
-
-Level = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """One line of the doctor's."""
-
-    check: str
-    level: Level
-    """fail: something that is configured cannot work; warn: it works, and could be better, or might not some day."""
-    found: str
-    advice: str = ""
-    """What to do: a command to type or a setting; empty where nothing is to be done."""
+def _print(result: CheckResult) -> None:
+    label, color = _LABELS[result.level]
+    out(f"{styled(label, fg=color)}  {result.check}: {result.found}")
+    if result.advice:
+        out(f"      {result.advice}")

@@ -1,4 +1,4 @@
-"""The port, the hubs, and whether what is configured is here."""
+"""Checks of what the service needs: its port, the hubs, and the configured models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from emb_model_provider.cli.doctor import CheckResult
-from emb_model_provider.errors import NotCachedError, ProviderError, SettingsError
+from emb_model_provider.cli.output import precision_label
+from emb_model_provider.errors import ProviderError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,104 +19,53 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
 
-_HUB_S = 10.0
+_HEALTH_TIMEOUT_S = 3.0
+_HUB_TIMEOUT_S = 10.0
 _NAMES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 _PREFIXES = {"huggingface": "EMB_PROVIDER_HF", "modelscope": "EMB_PROVIDER_MODELSCOPE"}
 
 
 def check_port(settings: Settings) -> Iterator[CheckResult]:
-    """Is it free, or is it the service itself that listens there?"""
+    """Check that the port is free, or that this service listens on it."""
     from emb_model_provider.cli.server_client import server_url
     from emb_model_provider.main import listen
 
     server = settings.server
-    where = f"{server.host}:{server.port}"
+    address = f"{server.host}:{server.port}"
     try:
         sockets = listen(server)
     except SettingsError as error:
-        if _is_ours(server_url(server)):
-            yield CheckResult("port", "ok", f"{where}, the service is running")
+        if _is_this_service(server_url(server)):
+            yield CheckResult("port", "ok", f"{address}: the service is running")
         else:
-            yield CheckResult("port", "fail", f"{where} cannot be had", error.message)
+            yield CheckResult("port", "fail", f"{address} is not available", error.message)
         return
-    for one in sockets:
-        one.close()
-    yield CheckResult("port", "ok", f"{where} is free")
-
-
-def _is_ours(url: str) -> bool:
-    import httpx
-
-    try:
-        answer = httpx.get(f"{url}/health", timeout=3.0, trust_env=False)
-        return bool(answer.json() == {"status": "ok"})
-    except (httpx.HTTPError, ValueError):
-        return False
+    for listening in sockets:
+        listening.close()
+    yield CheckResult("port", "ok", f"{address} is free")
 
 
 def check_hubs(settings: Settings) -> Iterator[CheckResult]:
-    """Ask the hubs, side by side, for the models that are configured from them; OFFLINE asks nobody."""
+    """Check that the hubs answer, and that they have the configured models. With OFFLINE no request is sent."""
     from emb_model_provider.hubs.connectivity import RemoteHubName, check_hub
 
     if settings.hubs.offline:
-        yield CheckResult("hubs", "ok", "not asked: EMB_PROVIDER_OFFLINE (or HF_HUB_OFFLINE) is set")
+        yield CheckResult("hubs", "ok", "not checked: EMB_PROVIDER_OFFLINE (or HF_HUB_OFFLINE) is set")
         return
-    wanted = _wanted(settings)
+    missing = _missing_models(settings)
     hubs: tuple[RemoteHubName, ...] = get_args(RemoteHubName)
+
+    def check(hub: RemoteHubName) -> HubStatus:
+        repository = next(iter(missing.get(hub, ())), None)
+        return check_hub(hub, settings.hubs, repository=repository, timeout_s=_HUB_TIMEOUT_S)
+
     with ThreadPoolExecutor(len(hubs)) as pool:
-        reached = pool.map(
-            lambda hub: check_hub(
-                hub, settings.hubs, repository=next(iter(wanted.get(hub, ())), None), timeout_s=_HUB_S
-            ),
-            hubs,
-        )
-        for one in reached:
-            yield _judged(one, needed=bool(wanted.get(one.hub)))
-
-
-def _wanted(settings: Settings) -> dict[str, list[str]]:
-    """Return what each hub calls the models that are configured from it and are not here yet."""
-    from emb_model_provider.model_resolver import resolve_source
-
-    wanted: dict[str, list[str]] = {}
-    for spec in settings.models.specs():
-        hub = resolve_source(spec)
-        if hub in _NAMES and not any(entry.state == "complete" for entry in _on_disk(settings, spec)):
-            wanted.setdefault(hub, []).append(settings.hubs.name_on(hub, spec.name))
-    return wanted
-
-
-def _judged(reached: HubStatus, *, needed: bool) -> CheckResult:
-    """Return what a hub's answer means: without it, what is here is served all the same."""
-    name, prefix = _NAMES[reached.hub], _PREFIXES[reached.hub]
-    worst: Level = "fail" if needed else "warn"
-    token = "with a token" if reached.token else "without a token"
-    found = f"{reached.endpoint}, {token}"
-    if reached.state == "answers":
-        return CheckResult(name, "ok", f"{found}: answers")
-    if reached.state == "refuses":
-        what = "the token is refused" if reached.token else f"{reached.repository} asks for a token"
-        advice = f"Set {prefix}_TOKEN to a token that may read {reached.repository}."
-        return CheckResult(name, "fail" if reached.token else worst, f"{found}: {what}", advice)
-    if reached.state == "lacks":
-        if not needed:
-            return CheckResult(name, "ok", f"{found}: answers")
-        advice = f"Check the model's name and its hub, or set {prefix}_TOKEN if it is private."
-        return CheckResult(name, "fail", f"{found}: answers, but has no {reached.repository} for us", advice)
-    what = "answers with an error" if reached.state == "fails" else "is out of reach"
-    other = (
-        "or EMB_PROVIDER_MODEL_SOURCE to the other hub"
-        if reached.hub == "huggingface"
-        else "or try again later"
-    )
-    advice = f"Check the network and the proxy; set {prefix}_ENDPOINT to a mirror, {other}."
-    if not needed:
-        advice += " What is on this disk is served without it (EMB_PROVIDER_OFFLINE=true asks nobody)."
-    return CheckResult(name, worst, f"{found}: {what} ({reached.reason})", advice)
+        for status in pool.map(check, hubs):
+            yield _judge(status, is_needed=status.hub in missing)
 
 
 def check_models(settings: Settings) -> Iterator[CheckResult]:
-    """Is what is configured on the disk, and compiled?"""
+    """Check that the configured models are on disk and compiled."""
     from emb_model_provider.model_resolver import resolve_source
 
     for spec in settings.models.specs():
@@ -123,43 +73,94 @@ def check_models(settings: Settings) -> Iterator[CheckResult]:
         hub = resolve_source(spec)
         pull = f"emb-provider pull {spec.alias}"
         if hub == "local" and not (spec.path or Path(spec.name).expanduser()).is_dir():
-            advice = "Check EMB_PROVIDER_MODEL_PATH, or the mapping's path."
-            yield CheckResult(check, "fail", f"its directory {spec.path or spec.name} is not there", advice)
+            advice = "Check EMB_PROVIDER_MODEL_PATH, or the path in EMB_PROVIDER_MODEL_MAPPING."
+            yield CheckResult(check, "fail", f"the directory {spec.path or spec.name} does not exist", advice)
             continue
-        entries = _on_disk(settings, spec)
-        complete = [entry for entry in entries if entry.state == "complete"]
+        models = _on_disk(settings, spec)
+        complete = [model for model in models if model.state == "complete"]
         if complete:
-            yield _compiled(check, complete, pull, spec)
-        elif entries:
-            yield CheckResult(check, "warn", f"{entries[0].state}, from {hub}", f"To mend it: {pull}")
+            yield _check_compiled(check, complete, pull, spec)
+        elif models:
+            yield CheckResult(check, "warn", f"{models[0].state}, from {hub}", f"To repair it: {pull}")
         elif hub in ("local", "bundled"):
-            yield CheckResult(
-                check, "warn", f"{hub}, not compiled yet", f"The first start will; to do it now: {pull}"
-            )
+            yield _not_compiled(check, hub, pull)
         elif settings.hubs.offline:
-            advice = f"Without EMB_PROVIDER_OFFLINE, once: {pull}"
-            yield CheckResult(check, "fail", f"not on this machine, and {hub} may not be asked", advice)
-        else:
+            advice = f"Unset EMB_PROVIDER_OFFLINE, and run once: {pull}"
             yield CheckResult(
-                check,
-                "warn",
-                f"not on this machine yet ({hub})",
-                f"The first start will fetch it; to do it now: {pull}",
+                check, "fail", f"not on disk, and EMB_PROVIDER_OFFLINE forbids requests to {hub}", advice
             )
+        else:
+            advice = f"The first start downloads it. To download it now: {pull}"
+            yield CheckResult(check, "warn", f"not on disk yet ({hub})", advice)
 
 
-def _compiled(check: str, entries: list[CachedModelRecord], pull: str, spec: ModelSpec) -> CheckResult:
-    from emb_model_provider.cli.output import precision_label
+def _is_this_service(url: str) -> bool:
+    import httpx
 
-    artifacts = [artifact for entry in entries for artifact in entry.artifacts]
-    if artifacts:
-        labels = dict.fromkeys(precision_label(one.precision, one.computed) for one in artifacts)
-        return CheckResult(check, "ok", f"on this disk, compiled at {', '.join(labels)}")
-    if spec.backend == "torch" or spec.device.startswith(("cuda", "mps")):
-        return CheckResult(check, "ok", "on this disk")
-    return CheckResult(
-        check, "warn", "on this disk, not compiled yet", f"The first start will; to do it now: {pull}"
+    try:
+        response = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
+        return bool(response.json() == {"status": "ok"})
+    except (httpx.HTTPError, ValueError):
+        return False
+
+
+def _missing_models(settings: Settings) -> dict[str, list[str]]:
+    """Return, for each hub, the repositories that are configured and not on disk yet."""
+    from emb_model_provider.model_resolver import resolve_source
+
+    missing: dict[str, list[str]] = {}
+    for spec in settings.models.specs():
+        hub = resolve_source(spec)
+        if hub in _NAMES and not any(model.state == "complete" for model in _on_disk(settings, spec)):
+            missing.setdefault(hub, []).append(settings.hubs.name_on(hub, spec.name))
+    return missing
+
+
+def _judge(status: HubStatus, *, is_needed: bool) -> CheckResult:
+    """Return the result for a hub. Without a hub that is not needed, models on disk are still served."""
+    name, prefix = _NAMES[status.hub], _PREFIXES[status.hub]
+    level: Level = "fail" if is_needed else "warn"
+    found = f"{status.endpoint}, {'with' if status.token else 'without'} a token"
+    if status.state == "answers" or (status.state == "lacks" and not is_needed):
+        return CheckResult(name, "ok", f"{found}: answers")
+    if status.state == "refuses":
+        reason = "the token is rejected" if status.token else f"{status.repository} requires a token"
+        advice = f"Set {prefix}_TOKEN to a token that can read {status.repository}."
+        return CheckResult(name, "fail" if status.token else level, f"{found}: {reason}", advice)
+    if status.state == "lacks":
+        advice = f"Check the name and the hub of the model, or set {prefix}_TOKEN if it is private."
+        return CheckResult(
+            name, "fail", f"{found}: answers, but has no readable repository {status.repository}", advice
+        )
+    failure = "answers with an error" if status.state == "fails" else "cannot be reached"
+    alternative = (
+        "or EMB_PROVIDER_MODEL_SOURCE to the other hub"
+        if status.hub == "huggingface"
+        else "or try again later"
     )
+    advice = f"Check the network and the proxy; set {prefix}_ENDPOINT to a mirror, {alternative}."
+    if not is_needed:
+        advice += (
+            " Models on disk are served without it (EMB_PROVIDER_OFFLINE=true sends no requests to hubs)."
+        )
+    return CheckResult(name, level, f"{found}: {failure} ({status.reason})", advice)
+
+
+def _check_compiled(check: str, models: list[CachedModelRecord], pull: str, spec: ModelSpec) -> CheckResult:
+    artifacts = [artifact for model in models for artifact in model.artifacts]
+    if artifacts:
+        labels = dict.fromkeys(
+            precision_label(artifact.precision, artifact.computed) for artifact in artifacts
+        )
+        return CheckResult(check, "ok", f"on disk, compiled at {', '.join(labels)}")
+    if spec.backend == "torch" or spec.device.startswith(("cuda", "mps")):
+        return CheckResult(check, "ok", "on disk")
+    return _not_compiled(check, "on disk", pull)
+
+
+def _not_compiled(check: str, place: str, pull: str) -> CheckResult:
+    advice = f"The first start compiles it. To compile it now: {pull}"
+    return CheckResult(check, "warn", f"{place}, not compiled yet", advice)
 
 
 def _on_disk(settings: Settings, spec: ModelSpec) -> list[CachedModelRecord]:
@@ -169,7 +170,5 @@ def _on_disk(settings: Settings, spec: ModelSpec) -> list[CachedModelRecord]:
     name = str(spec.path.absolute()) if spec.path is not None else spec.name
     try:
         return ModelManager(settings).find(name, source=resolve_source(spec), revision=spec.revision)
-    except NotCachedError:
-        return []
     except (ProviderError, OSError):
-        return []  # of a cache that cannot be read another check tells
+        return []  # none, or the cache cannot be read, which another check reports

@@ -1,0 +1,288 @@
+"""Progress on terminals, in files, as JSON and as log lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pty
+import re
+import time
+from fcntl import ioctl
+from struct import pack
+from termios import TIOCSWINSZ
+
+import pytest
+
+from emb_model_provider.progress import Progress
+from emb_model_provider.progress_reporter import ProgressReporter, RateMeter, Status
+from tests.service import wait_until
+
+LONG_NAME = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> list[str]:
+        """Return the lines that were drawn one over the other."""
+        return self.getvalue().split("\r\x1b[2K")[1:]
+
+
+def download(report: ProgressReporter, total: int = 1000, steps: int = 100) -> None:
+    report(Progress("resolve", "acme/tiny"))
+    for done in range(0, total + 1, total // steps):
+        report(Progress("download", "acme/tiny", done, total))
+    report(Progress("verify", "acme/tiny", total, total))
+
+
+# --- plain lines --------------------------------------------------------------------------------------
+
+
+def test_a_file_gets_a_line_per_phase_and_tenth() -> None:
+    stream = io.StringIO()
+    with ProgressReporter("auto", stream=stream, every_s=600) as report:
+        download(report)
+        report.done()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "acme/tiny: resolve"
+    assert len([line for line in lines if ": download" in line]) == 11
+    assert lines[-3].startswith("acme/tiny: download 1.0 kB of 1.0 kB (100 %)")
+    assert lines[-2:] == ["acme/tiny: verify 1.0 kB of 1.0 kB (100 %)", "acme/tiny: ready"]
+    assert "\r" not in stream.getvalue()
+
+
+def test_a_slow_phase_gets_a_line_now_and_then() -> None:
+    """Even if nothing is reported, as while a model is compiled."""
+    stream = io.StringIO()
+    with ProgressReporter("plain", stream=stream, every_s=0.05, stall_s=0.1) as report:
+        report(Progress("compile", "acme/tiny", step="convert"))
+        wait_until(lambda: stream.getvalue().count("acme/tiny: compile (convert)") >= 3)
+
+
+def test_a_slow_transfer_gets_a_line_now_and_then() -> None:
+    stream = io.StringIO()
+    with ProgressReporter("plain", stream=stream, every_s=0.05) as report:
+        for done in range(3):
+            report(Progress("download", "acme/tiny", done, 1_000_000))
+            time.sleep(0.06)
+    assert len(stream.getvalue().splitlines()) >= 3
+
+
+def test_the_name_that_is_set_replaces_the_repository() -> None:
+    """Setting the same name again does not begin a phase again."""
+    stream = io.StringIO()
+    with ProgressReporter("plain", stream=stream) as report:
+        for _ in range(2):
+            report.model("small")
+            report(Progress("load", "acme/tiny"))
+        report.model("other")
+        report(Progress("load", "acme/tiny"))
+    assert stream.getvalue().splitlines() == ["small: load", "other: load"]
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with ProgressReporter("auto", stream=stream) as report:
+        report(Progress("load", "acme/tiny"))
+    assert stream.getvalue() == "acme/tiny: load\n"
+
+
+# --- terminals ----------------------------------------------------------------------------------------
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
+    """It is removed at the end."""
+    stream = Terminal()
+    with ProgressReporter("auto", stream=stream) as report:
+        download(report)
+    assert "\n" not in stream.getvalue()
+    assert stream.shown()[0] == "acme/tiny: resolve"
+    assert stream.shown()[-2:] == ["acme/tiny: verify 1.0 kB of 1.0 kB (100 %)", ""]
+
+
+def test_a_terminal_is_redrawn_several_times_a_second_at_most() -> None:
+    stream = Terminal()
+    with ProgressReporter("auto", stream=stream) as report:
+        for done in range(10_000):
+            report(Progress("download", "acme/tiny", done, 1_000_000))
+    assert len(stream.shown()) < 100
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80, 120])
+@pytest.mark.parametrize("name", ["small", LONG_NAME, "/data/模型/多语言句子向量模型-第二版"])
+def test_narrow_terminals_show_the_figures(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and phase are left out, and the name is shortened, so that the line never wraps."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    with ProgressReporter("auto", stream=stream) as report:
+        report.model(name)
+        report(Progress("download", "acme/tiny", 0, 90_900_000))
+        time.sleep(0.6)
+        report(Progress("download", "acme/tiny", 12_000_000, 90_900_000))
+    line = stream.shown()[-2]
+    assert re.search(r"\b13 %\)?, \d+(\.\d)? MB/s, 0:0\d left$", line)
+    assert len(line) + len(re.findall(r"[一-龥]", line)) < columns
+    if columns == 120:
+        assert line.startswith(f"{name}: download 12.0 MB of 90.9 MB (13 %), ")
+    elif columns == 80:
+        assert ": download 12.0 MB of 90.9 MB (13 %), " in line
+    elif columns == 40 and name == LONG_NAME:
+        assert line.startswith("...")
+        assert LONG_NAME.endswith(line.removeprefix("...").partition(":")[0])
+
+
+def test_the_width_is_that_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of stdout, which can be a file."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    ours, theirs = pty.openpty()
+    ioctl(theirs, TIOCSWINSZ, pack("HHHH", 24, 40, 0, 0))
+    with os.fdopen(theirs, "w", encoding="utf-8") as stream:
+        with ProgressReporter("auto", stream=stream) as report:
+            report(Progress("download", LONG_NAME, 12_000_000, 90_900_000))
+        shown = os.read(ours, 10_000).decode().split("\r\x1b[2K")[1]
+    os.close(ours)
+    assert shown.endswith("13 %")
+    assert len(shown) < 40
+
+
+# --- JSON ---------------------------------------------------------------------------------------------
+
+
+def test_json_has_an_object_per_line() -> None:
+    """Bytes are integers. Unknown values are null."""
+    stream = io.StringIO()
+    with ProgressReporter("json", stream=stream) as report:
+        download(report)
+        report.note("careful")
+        report.done()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    unknown = {"done_bytes": None, "total_bytes": None, "bytes_per_s": None, "seconds_left": None}
+    assert lines[0] == {"model": "acme/tiny", "phase": "resolve", **unknown}
+    assert lines[1] == {
+        "model": "acme/tiny", "phase": "download", "done_bytes": 0, "total_bytes": 1000, "bytes_per_s": None,
+        "seconds_left": None,
+    }  # fmt: skip
+    assert (lines[-3]["phase"], lines[-3]["done_bytes"], lines[-3]["total_bytes"]) == ("verify", 1000, 1000)
+    assert lines[-2] == {"model": "acme/tiny", "note": "careful"}
+    assert lines[-1] == {"model": "acme/tiny", "phase": "ready", **unknown}
+
+
+def test_json_has_rate_and_time_left() -> None:
+    stream = io.StringIO()
+    with ProgressReporter("json", stream=stream) as report:
+        report(Progress("download", "acme/tiny", 0, 100_000))
+        time.sleep(0.6)
+        report(Progress("download", "acme/tiny", 50_000, 100_000))
+        report(Progress("compile", "acme/tiny"))
+    line, compiling = [json.loads(line) for line in stream.getvalue().splitlines()][-2:]
+    assert 0 < line["bytes_per_s"] <= 50_000 / 0.6
+    assert line["seconds_left"] == round(50_000 / line["bytes_per_s"])
+    assert (compiling["bytes_per_s"], compiling["seconds_left"]) == (None, None)
+
+
+# --- no output, and log lines -------------------------------------------------------------------------
+
+
+def test_none_shows_only_notes() -> None:
+    stream = io.StringIO()
+    with ProgressReporter("none", stream=stream, every_s=0, stall_s=0.04) as report:
+        download(report)
+        time.sleep(0.05)
+        report.note("careful")
+        report.done()
+    assert stream.getvalue() == "careful\n"
+
+
+def test_a_log_gets_lines_and_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    stream = io.StringIO()
+    with caplog.at_level(logging.INFO), ProgressReporter("log", stream=stream, every_s=600) as report:
+        download(report)
+        report.note("careful")
+    assert stream.getvalue() == ""
+    assert caplog.messages[0] == "acme/tiny: resolve"
+    assert caplog.messages[1] == "acme/tiny: download 0 B of 1.0 kB (0 %)"
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 13 + ["WARNING"]
+
+
+def test_notes_are_logged_even_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the log file would lack them."""
+    stream = Terminal()
+    with caplog.at_level(logging.INFO), ProgressReporter("log", stream=stream) as report:
+        download(report)
+        report.note("careful")
+    assert caplog.messages == ["careful"]
+    assert "acme/tiny: resolve" in stream.shown()
+
+
+def test_a_process_without_stderr_logs(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    with caplog.at_level(logging.INFO), ProgressReporter("log") as report:
+        report(Progress("load", "acme/tiny"))
+    assert caplog.messages == ["acme/tiny: load"]
+
+
+# --- stalls and rates ---------------------------------------------------------------------------------
+
+
+def test_a_stalled_download_is_reported() -> None:
+    stream = io.StringIO()
+    with ProgressReporter("plain", stream=stream, stall_s=0.05) as report:
+        report(Progress("download", "acme/tiny", 10, 100))
+        wait_until(lambda: "acme/tiny: no bytes for 0 s, still trying" in stream.getvalue())
+
+
+def test_a_phase_without_bytes_does_not_stall() -> None:
+    stream = io.StringIO()
+    with ProgressReporter("plain", stream=stream, stall_s=0.05) as report:
+        report(Progress("verify", "acme/tiny", 10, 100))
+        time.sleep(0.2)
+    assert "no bytes" not in stream.getvalue()
+
+
+def test_the_rate_follows_the_last_seconds() -> None:
+    """10 s at 1 MB/s, then 10 s at 5 MB/s."""
+    meter = RateMeter(0, now=0.0)
+    assert meter.bytes_per_s is None
+    for second in range(1, 11):
+        meter.update(second * 1_000_000, float(second))
+    assert meter.bytes_per_s == pytest.approx(1_000_000)
+    for second in range(1, 11):
+        meter.update(10_000_000 + second * 5_000_000, 10.0 + second)
+    assert meter.bytes_per_s is not None
+    assert 4_000_000 < meter.bytes_per_s <= 5_000_000
+
+
+def test_the_rate_falls_while_nothing_arrives() -> None:
+    meter = RateMeter(0, now=0.0)
+    meter.update(1_000_000, 1.0)
+    for second in range(2, 12):
+        meter.update(1_000_000, float(second))
+    assert meter.bytes_per_s is not None
+    assert meter.bytes_per_s < 150_000
+    for second in range(12, 100):
+        meter.update(1_000_000, float(second))
+    assert meter.bytes_per_s is None
+
+
+def test_a_file_that_is_downloaded_again_does_not_make_the_rate_negative() -> None:
+    meter = RateMeter(0, now=0.0)
+    meter.update(1_000_000, 1.0)
+    meter.update(0, 2.0)
+    meter.update(1_000_000, 3.0)
+    assert meter.bytes_per_s == pytest.approx(1_000_000)
+
+
+def test_descriptions() -> None:
+    download = Status(
+        phase="download", done_bytes=25_000_000, total_bytes=100_000_000, bytes_per_s=5e6, seconds_left=15.0
+    )
+    assert download.describe() == "download 25.0 MB of 100 MB (25 %), 5.0 MB/s, 0:15 left"
+    assert Status(phase="compile", step="convert", elapsed_s=75.0).describe() == "compile (convert), 1:15"
+    assert Status(phase="ready").describe() == "ready"
