@@ -1,4 +1,4 @@
-"""The model without a server, and what the machine could do at most. `python -m benchmarks.engine --help`."""
+"""Measures the model without a server, and the matrix products of the machine as an upper bound."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders import OURS, SERVICE_CACHE
+from benchmarks import QUICK_HELP
+from benchmarks.contenders import OURS, SERVICE_CACHE, alternate, check_names
 from benchmarks.inprocess import GEMM_SHAPES, measure
-from benchmarks.machine import machine_lines
-from benchmarks.progress import say
-from benchmarks.table import NONE, number, ratios, spread, table
-from benchmarks.texts import DISTRIBUTIONS, Corpus, tokens_in
+from benchmarks.report import (
+    describe_run,
+    format_number,
+    format_spread,
+    log_progress,
+    markdown_table,
+    ratios,
+)
+from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts, count_tokens
 from benchmarks.workloads import read_inputs, write_bodies
 from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from benchmarks.texts import Kind
 
 SENTENCE_TRANSFORMERS = {"st-fp32": "float32", "st-bf16": "bfloat16"}
 CONTENDERS = (*SENTENCE_TRANSFORMERS, *OURS, "engine")
-_LARGE = "x".join(map(str, GEMM_SHAPES[-1]))
 _GEMM = "gemm"
+_DTYPES = ("float32", "bfloat16")
+_LARGE_SHAPE = "x".join(map(str, GEMM_SHAPES[-1]))
+_TEXTS_PER_FILE = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts that are given to a contender in one call."""
+    """The texts of one call."""
 
     kind: Kind
     texts: int
@@ -45,8 +53,7 @@ class Batch:
 
     @property
     def title(self) -> str:
-        what = "short text" if self.kind == "short" else "document"
-        return f"{self.texts} {what}{'s' if self.texts > 1 else ''}"
+        return count_texts(self.kind, self.texts)
 
 
 BATCHES = (*(Batch("short", size) for size in (1, 8, 32, 64)), *(Batch("doc", size) for size in (1, 8, 32)))
@@ -54,7 +61,7 @@ BATCHES = (*(Batch("short", size) for size in (1, 8, 32, 64)), *(Batch("doc", si
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The sizes that say how much arithmetic a text takes."""
+    """The sizes of the bundled model that determine the number of operations."""
 
     layers: int
     hidden: int
@@ -66,14 +73,14 @@ class Model:
         return cls(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"])
 
     def flops(self, tokens: int) -> float:
-        """Return the operations for a text: its linear layers, and its attention without any padding."""
+        """Return the operations for one text: linear layers and attention, without padding."""
         linear = 2 * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
         return self.layers * (tokens * linear + 4 * tokens**2 * self.hidden)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One contender with one batch in one round."""
+    """One contender with one batch size in one round."""
 
     texts_per_s: float
     flops_per_s: float
@@ -81,20 +88,32 @@ class Sample:
     other_cores: float
 
 
-Samples = dict[tuple[str, str], list[Sample]]
-"""By contender and batch; an item a round."""
+class Results:
+    """All measurements of a run."""
+
+    def __init__(self) -> None:
+        self.samples: dict[tuple[str, str], list[Sample]] = {}
+        """By contender and batch, one per round."""
+        self.gemm_rates: list[dict[str, dict[str, float]]] = []
+        """Operations per second by shape and dtype, one per round."""
+        self.about: dict[str, str] = {}
+        """Description of each contender."""
+
+    def add(self, name: str, batch: Batch, sample: Sample) -> None:
+        self.samples.setdefault((name, batch.name), []).append(sample)
+
+    def column(self, name: str, batch: Batch, field: str) -> list[float]:
+        """Return a field of the samples of all rounds."""
+        return [getattr(sample, field) for sample in self.samples[name, batch.name]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _options(arguments)
+    options = _parse_options(arguments)
     names = options.contenders.split(",")
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise SystemExit(f"error: no contender is called {unknown[0]!r}. There are: {', '.join(CONTENDERS)}.")
+    check_names(names, CONTENDERS, "contender")
     batches = BATCHES[::3] if options.quick else BATCHES
     seconds, rounds = (0.2, 1) if options.quick else (options.seconds, options.rounds)
-    samples: Samples = {}
-    gemm: list[dict[str, dict[str, float]]] = []
-    about: dict[str, str] = {}
+    results = Results()
     with tempfile.TemporaryDirectory(prefix="benchmarks-engine-") as directory:
         corpus = Corpus()
         bodies = {
@@ -103,36 +122,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 corpus,
                 batch.kind,
                 batch.texts,
-                4000 // (2 * batch.texts),
+                _TEXTS_PER_FILE // batch.texts,
                 "float",
             )
             for batch in batches
         }
-        everyone = [*names, _GEMM]
-        for number_, name in itertools.product(range(rounds), range(len(everyone))):
-            one = everyone[(number_ + name) % len(everyone)]
-            say(f"round {number_ + 1}/{rounds}: {one}")
-            result = measure(_job(one, batches, bodies, seconds))
-            about[one] = result["about"]
-            if one == _GEMM:
-                gemm.append(result["rates"])
-                continue
-            for batch in batches:
-                sample = _sample(result["cases"][batch.name], batch, bodies[batch.name])
-                samples.setdefault((one, batch.name), []).append(sample)
-                say(f"  {batch.title}: {sample.texts_per_s:.0f} texts/s")
-    print(_report(names, batches, samples, gemm, about, rounds, seconds))
+        for number in range(rounds):
+            for name in alternate([*names, _GEMM], number):
+                log_progress(f"round {number + 1}/{rounds}: {name}")
+                result = measure(_job(name, batches, bodies, seconds))
+                results.about[name] = result["about"]
+                if name == _GEMM:
+                    results.gemm_rates.append(result["rates"])
+                    continue
+                for batch in batches:
+                    sample = _sample(result["cases"][batch.name], batch, bodies[batch.name])
+                    results.add(name, batch, sample)
+                    log_progress(f"  {batch.title}: {sample.texts_per_s:.0f} texts/s")
+    duration = f"{rounds} round(s), {seconds:g} s per measurement after a warm-up"
+    print(_report(names, batches, results, duration))
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
     parser.add_argument("--contenders", default="st-fp32,st-bf16,ours,engine",
-                        help=f"of {', '.join(CONTENDERS)} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="a measurement")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny: does everything work? Its times mean nothing")  # fmt: skip
+                        help=f"separated by commas, from {', '.join(CONTENDERS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="duration of a measurement (default: %(default)g)"
+    )
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
 
 
@@ -158,103 +178,91 @@ def _job(name: str, batches: Sequence[Batch], bodies: dict[str, Path], seconds: 
     return job | {"kind": kind, "settings": {"cache_dir": str(SERVICE_CACHE), **settings}}
 
 
-def _sample(seen: dict[str, Any], batch: Batch, bodies: Path) -> Sample:
-    model, inputs = Model.bundled(), read_inputs(bodies)
-    done = itertools.islice(itertools.cycle(inputs), seen["ok"])
-    flops = sum(model.flops(tokens_in(text)) for texts in done for text in texts)
+def _sample(case: dict[str, Any], batch: Batch, bodies: Path) -> Sample:
+    model = Model.bundled()
+    inputs = itertools.islice(itertools.cycle(read_inputs(bodies)), case["ok"])
+    flops = sum(model.flops(count_tokens(text)) for texts in inputs for text in texts)
     return Sample(
-        texts_per_s=seen["ok"] * batch.texts / seen["elapsed_s"],
-        flops_per_s=flops / seen["elapsed_s"],
-        p50_ms=seen["latency_ms"]["p50"],
-        other_cores=seen["other_cores"],
+        texts_per_s=case["ok"] * batch.texts / case["elapsed_s"],
+        flops_per_s=flops / case["elapsed_s"],
+        p50_ms=case["latency_ms"]["p50"],
+        other_cores=case["other_cores"],
     )
 
 
-def _report(
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    samples: Samples,
-    gemm: Sequence[dict[str, dict[str, float]]],
-    about: dict[str, str],
-    rounds: int,
-    seconds: float,
-) -> str:
+def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, duration: str) -> str:
     model = Model.bundled()
     notes = [
         *(f"{kind}: {distribution}" for kind, distribution in DISTRIBUTIONS.items()),
-        f"{rounds} round(s), {seconds:g} s a measurement after a warm-up, each contender in a process of its own",
-        *(f"{name}: {what}" for name, what in about.items()),
-        "`ours` is tokenizer and backend, called from as many threads as the backend has lanes; `engine` adds the "
-        "batcher and its threads, and is called from 64 tasks (single texts) or 4",
+        f"{duration}, each contender in a separate process",
+        *(f"{name}: {description}" for name, description in results.about.items()),
+        "`ours` is the tokenizer and the backend, called from one thread per stream; `engine` adds the scheduler and its "
+        "threads, and is called from 64 tasks (single texts) or 4 tasks",
         f"A text of n tokens takes {model.layers} · (2n·(4·{model.hidden}² + 2·{model.hidden}·{model.intermediate}) + "
-        f"4n²·{model.hidden}) operations; padding counts for nothing",
+        f"4n²·{model.hidden}) operations; padding does not count",
     ]
-    limits = [max(rates[_LARGE].values()) for rates in gemm]
-
-    def column(name: str, batch: Batch, what: str) -> list[float]:
-        return [getattr(sample, what) for sample in samples[name, batch.name]]
-
-    def against(batch: Batch, name: str, other: str) -> str:
-        return spread(ratios(column(name, batch, "texts_per_s"), column(other, batch, "texts_per_s")))
-
-    ours = [name for name in names if name in OURS or name == "engine"]
     pairs = [
-        (one, other)
-        for one in ours
+        (name, other)
+        for name in names
         for other in names
-        if other != one and not (one == "engine" and other in OURS)
+        if other != name and (name in OURS or (name == "engine" and other not in OURS))
     ]
-    others = max(sample.other_cores for found in samples.values() for sample in found)
+    limits = [max(rates[_LARGE_SHAPE].values()) for rates in results.gemm_rates]
+    other_cores = max(sample.other_cores for samples in results.samples.values() for sample in samples)
+
+    def batch_table(columns: Sequence[str], cells: Callable[[Batch], list[str]]) -> str:
+        rows = [[batch.title, *cells(batch)] for batch in batches]
+        return markdown_table(["Texts per call", *columns], rows)
+
+    def ratio(batch: Batch, name: str, other: str) -> str:
+        rates = [results.column(contender, batch, "texts_per_s") for contender in (name, other)]
+        return format_spread(ratios(*rates))
+
     parts = [
         "# The engine in process",
-        "\n".join(machine_lines("benchmarks.engine", notes)),
+        describe_run("benchmarks.engine", notes),
         "## Texts per second\n\nMedian of the rounds (lowest–highest).",
-        table(
-            ["Texts a call", *names],
-            [
-                [batch.title, *(spread(column(name, batch, "texts_per_s")) for name in names)]
-                for batch in batches
-            ],
+        batch_table(
+            names, lambda batch: [format_spread(results.column(name, batch, "texts_per_s")) for name in names]
         ),
-        "## Median time of a call, ms",
-        table(
-            ["Texts a call", *names],
-            [
-                [batch.title, *(number(median(column(name, batch, "p50_ms"))) for name in names)]
-                for batch in batches
-            ],
+        "## Time per call\n\nMilliseconds, median of the rounds.",
+        batch_table(
+            names,
+            lambda batch: [format_number(median(results.column(name, batch, "p50_ms"))) for name in names],
         ),
-        "## Texts per second, as ratios\n\nTaken within each round.",
-        table(
-            ["Texts a call", *(f"{one} ÷ {other}" for one, other in pairs)],
-            [[batch.title, *(against(batch, *pair) for pair in pairs)] for batch in batches],
-        )
-        if pairs
-        else NONE,
-        "## The machine's matrix products\n\nGFLOP/s.",
-        table(
-            ["Shape", "float32", "bfloat16"],
+    ]
+    if pairs:
+        parts += [
+            "## Texts per second, as ratios\n\nRatios within each round.",
+            batch_table(
+                [f"{name} ÷ {other}" for name, other in pairs],
+                lambda batch: [ratio(batch, *pair) for pair in pairs],
+            ),
+        ]
+    parts += [
+        "## Matrix products of the machine\n\nGFLOP/s.",
+        markdown_table(
+            ["Shape", *_DTYPES],
             [
                 [
                     shape,
                     *(
-                        spread([rates[shape][dtype] / 1e9 for rates in gemm])
-                        for dtype in ("float32", "bfloat16")
+                        format_spread([rates[shape][dtype] / 1e9 for rates in results.gemm_rates])
+                        for dtype in _DTYPES
                     ),
                 ]
-                for shape in gemm[0]
+                for shape in results.gemm_rates[0]
             ],
         ),
-        f"## Share of the limit\n\nOperations per second over those of the {_LARGE} product at its faster dtype, in the "
-        "same round.",
-        table(
-            ["Texts a call", *names],
-            [
-                [batch.title, *(spread(ratios(column(name, batch, "flops_per_s"), limits)) for name in names)]
-                for batch in batches
+        f"## Share of the limit\n\nOperations per second, divided by the rate of the {_LARGE_SHAPE} product at its faster "
+        "dtype in the same round.",
+        batch_table(
+            names,
+            lambda batch: [
+                format_spread(ratios(results.column(name, batch, "flops_per_s"), limits)) for name in names
             ],
         ),
-        f"Others kept up to {others:.2f} cores busy during a measurement.",
+        f"Other processes kept up to {other_cores:.2f} cores busy during a measurement.",
     ]
     return "\n\n".join(parts)
 

@@ -1,13 +1,13 @@
-"""Rates without HTTP, in a process of its own: what the serving process could reach at most.
+"""Measurements without HTTP, in a separate process: upper bounds for a server.
 
-`measure` starts it; as a program it reads a job as JSON from stdin and writes the result as JSON to stdout. Kinds:
+`measure` starts the process, which reads a job as JSON from stdin and writes the result as JSON to stdout. Kinds of jobs:
 
-- engine: our service without HTTP (tokenizer, batcher, worker, backend), called by as many tasks as a server has
-  connections;
-- backend: tokenizer and model only, called by as many threads as the backend has lanes;
+- engine: the engine of our service (tokenization, scheduler, model thread, backend), called by as many tasks as a server
+  has connections;
+- backend: tokenization and backend only, called by one thread per stream;
 - sentence-transformers: `SentenceTransformer.encode`, called by one thread;
-- memory: batches of given shapes through the model, and the memory that this process then holds;
-- gemm: matrix products of the model's own shapes and of a large one.
+- memory: batches of given shapes on the backend, and the resident memory of the process;
+- gemm: matrix products with shapes of the model, and a large one.
 """
 
 from __future__ import annotations
@@ -19,121 +19,110 @@ import math
 import os
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cache import ROOT
-from benchmarks.resources import usage
+from benchmarks import ROOT
+from benchmarks.contenders import clean_environment
+from benchmarks.resources import cpu_time
 from benchmarks.workloads import read_inputs
 from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from benchmarks.resources import CpuTime
     from emb_model_provider.backends.base import Backend
     from emb_model_provider.serving.engine import Engine
     from emb_model_provider.settings import Settings
 
-_UNBOUNDED = 1 << 50
 GEMM_SHAPES = ((416, 384, 1536), (2944, 384, 1536), (2048, 2048, 2048))
-"""32 short texts, and 32 documents, through the first linear layer of the model's feed-forward part; a large one."""
+"""32 short texts and 32 documents in the first linear layer of the model's feed-forward network; a large product."""
 
 
 def measure(job: dict[str, Any], *, timeout_s: float = 1800.0) -> dict[str, Any]:
-    """Run a job in a new process, with the environment that a contender gets."""
-    from benchmarks.contenders import plain_environment
+    """Run a job in a new process with the environment of a contender.
 
-    done = subprocess.run(
+    Raises:
+        RuntimeError: The process failed.
+    """
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.inprocess"],
-        input=json.dumps(job), cwd=ROOT, env=plain_environment(), capture_output=True, text=True,
+        input=json.dumps(job), cwd=ROOT, env=clean_environment(), capture_output=True, text=True,
         check=False, timeout=timeout_s,
     )  # fmt: skip
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring {job['kind']} in process failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if process.returncode != 0:
+        raise RuntimeError(f"The measurement {job['kind']!r} failed:\n{process.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
-# --- in the child ------------------------------------------------------------------------------------------
+# --- in the child process. Imports are local, because a job must not load the libraries of another one ------
 
 
 def _main(job: dict[str, Any]) -> dict[str, Any]:
     match job["kind"]:
         case "engine":
-            import uvloop  # as under uvicorn
+            import uvloop  # the event loop of the service
 
-            return uvloop.run(_engine(job))
+            return uvloop.run(_measure_engine(job))
         case "backend":
-            return _backend(job)
+            return _measure_backend(job)
         case "memory":
-            return _memory(job)
+            return _measure_memory(job)
         case "sentence-transformers":
-            return _sentence_transformers(job)
+            return _measure_sentence_transformers(job)
         case "gemm":
-            return _gemm(job)
+            return _measure_gemm(job)
     raise ValueError(job["kind"])
 
 
 def _settings(job: dict[str, Any]) -> Settings:
     from emb_model_provider.settings import Settings
 
-    # The first load compiles; it may take longer than a request.
+    # The first load compiles the model, which may take longer than the default timeout.
     return Settings.from_values(**{"request_timeout_s": 600, "offline": True} | job["settings"])
 
 
-async def _engine(job: dict[str, Any]) -> dict[str, Any]:
+async def _measure_engine(job: dict[str, Any]) -> dict[str, Any]:
     from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.registry import Registry
+    from emb_model_provider.registry import Registry, RegistryConfig
 
     settings = _settings(job)
-    registry = Registry(
-        settings.served_models(),
-        manager=ModelManager(settings),
-        hubs=settings.hubs,
-        trust=settings.trust,
-        batching=settings.batching,
-        limits=settings.limits,
-        max_artifact_bytes=int(settings.max_artifacts_gb * 1024**3),
-        on_batch=lambda _: None,
-    )
-    async with registry.using(registry.default_alias) as engine:
-        cases = await _cases(engine, job)
-        described = engine.description
+    config = RegistryConfig(batching=settings.batching, limits=settings.limits, memory=settings.memory)
+    registry = Registry(settings.served_models(), ModelManager(settings), config)
+    async with registry.lease(registry.default_alias) as engine:
+        cases = {case["name"]: await _run_tasks(engine, case, job) for case in job["cases"]}
+        description = engine.description
     await registry.stop()
-    return {"cases": cases, "about": f"{described.backend} {described.precision}"}
+    return {"cases": cases, "about": f"{description.backend} {description.precision}"}
 
 
-async def _cases(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
+async def _run_tasks(engine: Engine, case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     from emb_model_provider.serving.engine import EmbedOptions
 
-    options = EmbedOptions()
-    cases = {}
-    for case in job["cases"]:
-        inputs = read_inputs(Path(case["bodies"]))
+    options, inputs = EmbedOptions(), read_inputs(Path(case["bodies"]))
 
-        async def run(seconds: float, first: int, inputs: Any = inputs, case: Any = case) -> dict[str, Any]:
-            calls = itertools.count(first)
-            latencies: list[float] = []
-            end = time.perf_counter() + seconds
+    async def run(seconds: float, first: int) -> dict[str, Any]:
+        calls = itertools.count(first)
+        latencies: list[float] = []
+        cpu_before, start = cpu_time(os.getpid()), time.perf_counter()
 
-            async def client() -> None:
-                while (began := time.perf_counter()) < end:
-                    await engine.embed(inputs[next(calls) % len(inputs)], options)
-                    latencies.append(time.perf_counter() - began)
+        async def client() -> None:
+            while (sent := time.perf_counter()) < start + seconds:
+                await engine.embed(inputs[next(calls) % len(inputs)], options)
+                latencies.append(time.perf_counter() - sent)
 
-            return await _observed_async(
-                latencies, lambda: asyncio.gather(*(client() for _ in range(case["connections"])))
-            )
+        await asyncio.gather(*(client() for _ in range(case["connections"])))
+        return _summarize(latencies, time.perf_counter() - start, cpu_before)
 
-        await run(job["warm_up_s"], len(inputs) // 2)
-        cases[case["name"]] = await run(job["seconds"], 0)
-    return cases
+    await run(job["warm_up_s"], len(inputs) // 2)
+    return await run(job["seconds"], 0)
 
 
-def _backend(job: dict[str, Any]) -> dict[str, Any]:
+def _measure_backend(job: dict[str, Any]) -> dict[str, Any]:
     from emb_model_provider.backends.base import TokenBatch
     from emb_model_provider.backends.tokenization import Tokenization
     from emb_model_provider.serving.request_options import postprocess
@@ -146,14 +135,12 @@ def _backend(job: dict[str, Any]) -> dict[str, Any]:
         vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
         postprocess(vectors, dimensions=None, normalize=True)
 
-    cases = _threaded(job, embed, backend.streams)
-    described = backend.description
-    about = f"{described.backend} {described.precision}, {backend.lanes} lanes"
+    cases = _run_threads(job, embed, backend.streams)
     backend.close()
-    return {"cases": cases, "about": about}
+    return {"cases": cases, "about": _about(backend)}
 
 
-def _memory(job: dict[str, Any]) -> dict[str, Any]:
+def _measure_memory(job: dict[str, Any]) -> dict[str, Any]:
     from emb_model_provider.backends.base import TokenBatch
 
     backend = _load_backend(_settings(job))
@@ -161,43 +148,41 @@ def _memory(job: dict[str, Any]) -> dict[str, Any]:
 
     def embed(shape: list[int]) -> None:
         rows, length = shape
-        ids = [[(row * 31 + place * 7) % vocabulary for place in range(length)] for row in range(rows)]
+        ids = [[(row * 31 + column * 7) % vocabulary for column in range(length)] for row in range(rows)]
         backend.embed(TokenBatch(ids=ids, prompt_lengths=[0] * rows))
 
-    def held() -> dict[str, float]:
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        kib = {key: int(value.split()[0]) for key, _, value in (line.partition(":") for line in status)
-               if key in {"VmRSS", "VmHWM"}}  # fmt: skip
-        return {"resident_mib": kib["VmRSS"] / 1024, "peak_mib": kib["VmHWM"] / 1024}
-
-    loaded, steps = held(), []
+    loaded, steps = _memory_mib(), []
     with ThreadPoolExecutor(backend.streams) as pool:
         for shapes in job["steps"]:
             list(pool.map(embed, shapes))
-            steps.append({"shapes": len(shapes), **held()})
-    described = backend.description
-    about = f"{described.backend} {described.precision}, {backend.lanes} lanes"
+            steps.append({"shapes": len(shapes), **_memory_mib()})
     backend.close()
-    return {"loaded": loaded, "steps": steps, "threads": backend.streams, "about": about}
+    return {"loaded": loaded, "steps": steps, "about": _about(backend)}
+
+
+def _memory_mib() -> dict[str, float]:
+    # psutil does not report the peak.
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
+    names = {"resident_mib": "VmRSS", "peak_mib": "VmHWM"}
+    return {name: int(fields[field].split()[0]) / 1024 for name, field in names.items()}
 
 
 def _load_backend(settings: Settings) -> Backend:
-    from emb_model_provider.artifacts.prepare import prepare_backend
+    from emb_model_provider.artifacts.prepare import BackendPreparer
     from emb_model_provider.hubs.fetch import fetch_snapshot
 
     spec = settings.served_models().specs[0]
-    prepared = prepare_backend(
-        spec,
-        fetch_snapshot(spec, settings.hubs),
-        trust_remote_code=False,
-        cache_dir=settings.cache_dir,
-        max_cache_bytes=_UNBOUNDED,
-        on_compiling=lambda: None,
-    )
-    return prepared.load()
+    preparer = BackendPreparer(settings.hubs, settings.fidelity, settings.trust)
+    return preparer.prepare(spec, fetch_snapshot(spec, settings.hubs)).load()
 
 
-def _sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
+def _about(backend: Backend) -> str:
+    description = backend.description
+    return f"{description.backend} {description.precision}, {backend.streams} streams"
+
+
+def _measure_sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -211,24 +196,22 @@ def _sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
     def embed(texts: list[str]) -> None:
         model.encode(texts, batch_size=len(texts), show_progress_bar=False)
 
-    return {
-        "cases": _threaded(job, embed, 1),
-        "about": f"torch {job['dtype']}, {torch.get_num_threads()} threads",
-    }
+    about = f"torch {job['dtype']}, {torch.get_num_threads()} threads"
+    return {"cases": _run_threads(job, embed, 1), "about": about}
 
 
-def _gemm(job: dict[str, Any]) -> dict[str, Any]:
+def _measure_gemm(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     rates: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for rows, inner, columns in GEMM_SHAPES:
-            # torch.nn.Linear holds its weight as (out, in): so do we.
+            # The right matrix is transposed, because torch.nn.Linear stores its weight as (out, in).
             left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).T
             torch.matmul(left, right)
-            calls, began = 0, time.perf_counter()
-            while (elapsed := time.perf_counter() - began) < job["seconds"] / 2:
+            calls, start = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < job["seconds"] / 2:
                 torch.matmul(left, right)
                 calls += 1
             rate = 2 * rows * inner * columns * calls / elapsed
@@ -236,60 +219,43 @@ def _gemm(job: dict[str, Any]) -> dict[str, Any]:
     return {"rates": rates, "about": f"torch.matmul, {torch.get_num_threads()} threads"}
 
 
-def _threaded(job: dict[str, Any], embed: Callable[[list[str]], None], streams: int) -> dict[str, Any]:
+def _run_threads(job: dict[str, Any], embed: Callable[[list[str]], None], threads: int) -> dict[str, Any]:
+    def run(inputs: list[list[str]], seconds: float, first: int) -> dict[str, Any]:
+        calls = itertools.count(first)
+        cpu_before, start = cpu_time(os.getpid()), time.perf_counter()
+
+        def client(_: int) -> list[float]:
+            latencies = []
+            while (sent := time.perf_counter()) < start + seconds:
+                embed(inputs[next(calls) % len(inputs)])
+                latencies.append(time.perf_counter() - sent)
+            return latencies
+
+        latencies = [latency for part in pool.map(client, range(threads)) for latency in part]
+        return _summarize(latencies, time.perf_counter() - start, cpu_before)
+
     cases = {}
-    with ThreadPoolExecutor(streams) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for case in job["cases"]:
             inputs = read_inputs(Path(case["bodies"]))
-            threads = min(streams, case.get("threads") or streams)
-            _run_threads(pool, threads, embed, inputs, job["warm_up_s"], len(inputs) // 2)
-            cases[case["name"]] = _run_threads(pool, threads, embed, inputs, job["seconds"], 0)
+            run(inputs, job["warm_up_s"], len(inputs) // 2)
+            cases[case["name"]] = run(inputs, job["seconds"], 0)
     return cases
 
 
-def _run_threads(
-    pool: ThreadPoolExecutor,
-    threads: int,
-    embed: Callable[[list[str]], None],
-    inputs: list[list[str]],
-    seconds: float,
-    first: int,
-) -> dict[str, Any]:
-    calls, latencies, lock = itertools.count(first), [], threading.Lock()
-    end = time.perf_counter() + seconds
-
-    def client() -> None:
-        mine: list[float] = []
-        while (began := time.perf_counter()) < end:
-            embed(inputs[next(calls) % len(inputs)])
-            mine.append(time.perf_counter() - began)
-        with lock:
-            latencies.extend(mine)
-
-    before, began = usage(os.getpid()), time.perf_counter()
-    for future in [pool.submit(client) for _ in range(threads)]:
-        future.result()
-    return _seen(latencies, time.perf_counter() - began, before)
-
-
-async def _observed_async(latencies: list[float], run: Callable[[], Any]) -> dict[str, Any]:
-    before, began = usage(os.getpid()), time.perf_counter()
-    await run()
-    return _seen(latencies, time.perf_counter() - began, before)
-
-
-def _seen(latencies: list[float], elapsed: float, before: Any) -> dict[str, Any]:
-    used = usage(os.getpid()).since(before)
+def _summarize(latencies: list[float], elapsed_s: float, cpu_before: CpuTime) -> dict[str, Any]:
+    cpu = cpu_time(os.getpid()).since(cpu_before)
     ordered = sorted(latencies)
-    rank = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
     return {
         "ok": len(ordered),
-        "elapsed_s": elapsed,
+        "elapsed_s": elapsed_s,
         "latency_ms": {
-            name: 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in rank.items()
+            name: 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+            for name, share in shares.items()
         },
-        "server_cores": used.tree_s / elapsed,
-        "other_cores": max(0.0, used.machine_s - used.tree_s) / elapsed,
+        "server_cores": cpu.tree_s / elapsed_s,
+        "other_cores": max(0.0, cpu.machine_s - cpu.tree_s) / elapsed_s,
     }
 
 

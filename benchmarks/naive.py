@@ -1,4 +1,4 @@
-"""The service one would write in ten minutes: FastAPI around `SentenceTransformer.encode`."""
+"""A minimal server for comparison: FastAPI around `SentenceTransformer.encode`."""
 
 from __future__ import annotations
 

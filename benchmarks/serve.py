@@ -1,4 +1,4 @@
-"""Servers beside each other: the same bodies, in turn, several rounds. `python -m benchmarks.serve --help`."""
+"""Compares servers: the same request bodies for each contender, in alternating order, over several rounds."""
 
 from __future__ import annotations
 
@@ -9,34 +9,90 @@ import math
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders import OURS, SERVERS, SERVICE_CACHE, Server, contender, stop_servers_on_sigterm
+from benchmarks import QUICK_HELP
+from benchmarks.contenders import (
+    OURS,
+    SERVERS,
+    SERVICE_CACHE,
+    Server,
+    alternate,
+    check_names,
+    infinity_notes,
+    make_contender,
+    stop_servers_on_sigterm,
+)
 from benchmarks.inprocess import measure
 from benchmarks.load import Result, closed_loop, has_wrk, open_loop
-from benchmarks.progress import say
-from benchmarks.reference import Agreement, Reference, reference
-from benchmarks.serve_report import report
-from benchmarks.texts import Corpus
-from benchmarks.workloads import OPEN_CEILING, OPEN_LOOPS, WORKLOADS, Bodies, Workload, write_bodies
+from benchmarks.reference import Agreement, Reference, compute_reference
+from benchmarks.report import (
+    NONE,
+    describe_run,
+    format_counts,
+    format_number,
+    format_spread,
+    log_progress,
+    markdown_table,
+    ratios,
+)
+from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts
+from benchmarks.workloads import OPEN_LOOPS, WORKLOADS, Bodies, Workload, write_bodies
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from benchmarks.contenders import Contender
     from benchmarks.load import Generator
+    from benchmarks.texts import Kind
 
 ENGINE = "engine"
-"""Not a server: ours without HTTP, in process, with the same bodies."""
-COMPILE_S = 300.0
-_LONGEST_FACTOR = 6
-"""A measurement of a slow contender is made longer, up to this many times."""
-_LATENCIES = 10
-"""A closed loop lasts at least as long as this many requests on each connection."""
+"""A contender that is not a server: the engine of our service in process, with the same bodies."""
+_MAX_EXTENSION = 6
+"""Measurements of slow contenders are extended, up to this many times."""
+_MIN_LATENCIES = 10
+"""A closed loop takes at least as long as this many requests on each connection."""
 _OPEN_SAMPLES = 1000
-_SAMPLE = {"short": 8, "doc": 16}
+_SAMPLE_TEXTS: dict[Kind, int] = {"short": 8, "doc": 16}
+_DISTURBING_CORES = 0.1
+_PERCENTILES = ("p50", "p95", "p99")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Rounds, durations and requests of a run."""
+
+    rounds: int
+    seconds: float
+    """Shortest duration of a measurement."""
+    warm_up_s: float
+    load: float
+    """Rate of the open loops, as a share of that of the closed loops."""
+    encoding: str
+    generator: Generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Contenders, workloads and request bodies of a run."""
+
+    config: Config
+    contenders: tuple[Contender, ...]
+    engine: bool
+    workloads: tuple[Workload, ...]
+    open_loops: tuple[Workload, ...]
+    bodies: dict[str, Bodies]
+    """By workload."""
+    sample: Reference
+    scratch: Path
+
+    @property
+    def names(self) -> list[str]:
+        return [contender.name for contender in self.contenders] + ([ENGINE] if self.engine else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,225 +104,383 @@ class Run:
     round: int
     result: Result
     offered: float | None = None
-    """Requests a second that an open loop sent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is measured, and how."""
-
-    contenders: tuple[Contender, ...]
-    engine: bool
-    workloads: tuple[Workload, ...]
-    open_loops: tuple[str, ...]
-    rounds: int
-    seconds: float
-    warm_up_s: float
-    load_share: float
-    encoding: str
-    generator: Generator
-    bodies: dict[str, Bodies]
-    sample: Reference
-    scratch: Path
+    """Requests per second of an open loop."""
 
     @property
-    def names(self) -> list[str]:
-        return [one.name for one in self.contenders] + ([ENGINE] if self.engine else [])
+    def is_disturbed(self) -> bool:
+        return self.result.other_cores > _DISTURBING_CORES
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All measurements, and the agreement of each server with the reference in each round."""
+
+    runs: list[Run] = field(default_factory=list)
+    agreements: dict[str, list[Agreement]] = field(default_factory=dict)
+
+    def add(self, run: Run) -> None:
+        """Add a measurement and log it."""
+        self.runs.append(run)
+        result, latency = run.result, run.result.latency_ms
+        errors = f", errors {result.errors}" if result.errors else ""
+        log_progress(
+            f"  {run.contender} {run.workload}: {result.rate:.1f}/s in {result.elapsed_s:.1f} s, "
+            f"p50 {latency.get('p50', 0):.1f} ms, p99 {latency.get('p99', 0):.1f} ms{errors}"
+        )
+
+    def of(self, contender: str, workload: Workload) -> list[Run]:
+        """Return the measurements of all rounds."""
+        return [run for run in self.runs if (run.contender, run.workload) == (contender, workload.name)]
+
+    def rates(self, contender: str, workload: Workload) -> list[float]:
+        return [run.result.rate for run in self.of(contender, workload)]
+
+    def medians(self, contender: str, workload: Workload) -> list[float]:
+        """Return the median latencies of all rounds, in milliseconds."""
+        return [run.result.latency_ms.get("p50", 0.0) for run in self.of(contender, workload)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _options(arguments)
+    options = _parse_options(arguments)
     stop_servers_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="benchmarks-serve-") as directory:
         plan = _plan(options, Path(directory))
         if not options.quick:
-            _warm_artifacts(plan)
-        runs, agreements = _rounds(plan)
-        print(report(plan, runs, agreements, options.infinity))
+            _compile_models(plan)
+        results = _run_rounds(plan)
+        notes = infinity_notes(plan.names, options.infinity)
+    print(_report(plan, results, notes))
     if options.json is not None:
-        rows = [asdict(run) | {"rate": run.result.rate} for run in runs]
+        rows = [asdict(run) | {"rate": run.result.rate} for run in results.runs]
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return 1 if any(run.result.ok == 0 for run in runs) else 0
+    return 1 if any(run.result.ok == 0 for run in results.runs) else 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--contenders", default="ours,infinity,infinity-bf16,naive,engine",
-                        help=f"of {', '.join([*SERVERS, ENGINE])} (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--workloads", default=",".join([*WORKLOADS, *OPEN_LOOPS]), help="default: %(default)s"
-    )
-    parser.add_argument("--rounds", type=int, default=3)
+                        help=f"separated by commas, from {', '.join([*SERVERS, ENGINE])} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--workloads", default=",".join([*WORKLOADS, *OPEN_LOOPS]),
+                        help="separated by commas (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0,
-                        help=f"a measurement; up to {_LONGEST_FACTOR} times as long for slow contenders")  # fmt: skip
+                        help="duration of a measurement; slow contenders are measured for up to "
+                             f"{_MAX_EXTENSION} times as long (default: %(default)g)")  # fmt: skip
     parser.add_argument("--load", type=float, default=0.7,
-                        help="of the open loops, as a share of the closed loops' rate (default: %(default)s)")  # fmt: skip
+                        help="rate of the open loops, as a share of that of the closed loops (default: %(default)s)")  # fmt: skip
     parser.add_argument("--encoding", choices=["base64", "float"], default="base64",
-                        help="encoding_format; the OpenAI SDK's own is base64 (default)")  # fmt: skip
+                        help="encoding_format of the requests; base64 is the default of the OpenAI SDK and of this option")  # fmt: skip
     parser.add_argument("--generator", choices=["auto", "wrk", "own"], default="auto",
-                        help="of the closed loops; auto: wrk for single short texts where it is installed, else own")  # fmt: skip
+                        help="load generator of the closed loops; auto uses wrk for single short texts if it is installed")  # fmt: skip
     parser.add_argument("--infinity", type=Path, metavar="DIRECTORY",
-                        help="a virtual environment with infinity (default: one is made)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement here")
-    parser.add_argument("--quick", action="store_true",
-                        help="tiny: does everything work? Its times mean nothing")  # fmt: skip
+                        help="a virtual environment with infinity (default: create one)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
+    parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
 
 
+# --- preparing ----------------------------------------------------------------------------------------------
+
+
 def _plan(options: argparse.Namespace, scratch: Path) -> Plan:
-    names = options.contenders.split(",")
-    workloads = [name for name in options.workloads.split(",") if name not in OPEN_LOOPS]
-    if unknown := [name for name in workloads if name not in WORKLOADS]:
-        raise SystemExit(f"error: no workload is called {unknown[0]!r}.")
+    names, workload_names = options.contenders.split(","), options.workloads.split(",")
+    check_names(names, [*SERVERS, ENGINE], "contender")
+    check_names(workload_names, [*WORKLOADS, *OPEN_LOOPS], "workload")
     if options.generator == "wrk" and not has_wrk():
-        raise SystemExit("error: wrk is not installed: apt-get install wrk, or --generator own.")
-    seconds, chosen = options.seconds, [WORKLOADS[name] for name in workloads]
+        raise SystemExit(
+            "error: wrk is not installed. Install it (apt-get install wrk) or use --generator own."
+        )
+    workloads = tuple(WORKLOADS[name] for name in workload_names if name in WORKLOADS)
+    open_loops = tuple(OPEN_LOOPS[name] for name in workload_names if name in OPEN_LOOPS)
     if options.quick:
-        seconds = 0.3
-        chosen = [
-            dataclasses.replace(one, texts=min(one.texts, 3), connections=max(1, one.connections // 8))
-            for one in chosen
-        ]
-    contenders = tuple(contender(name, infinity=options.infinity) for name in names if name != ENGINE)
-    open_loops = tuple(name for name in options.workloads.split(",") if name in OPEN_LOOPS)
-    corpus = Corpus()
-    say("drawing texts")
-    bodies = {
-        one.name: _bodies(scratch, corpus, one, seconds, options.encoding, quick=options.quick)
-        for one in chosen
-    }
-    for name in open_loops:
-        kind = OPEN_LOOPS[name]
-        one = Workload(name=name, kind=kind, texts=1, connections=16, ceiling=OPEN_CEILING[kind])
-        bodies[name] = _bodies(scratch, corpus, one, seconds, options.encoding, quick=options.quick)
-    say("computing the reference: sentence-transformers at fp32")
-    sample = [text for kind, count in _SAMPLE.items() for text in corpus.texts(kind, count)]  # type: ignore[arg-type]  # the keys are of Kind
-    return Plan(
-        contenders=contenders,
-        engine=ENGINE in names,
-        workloads=tuple(chosen),
-        open_loops=open_loops,
+        workloads = tuple(_reduce(workload) for workload in workloads)
+    seconds = 0.3 if options.quick else options.seconds
+    config = Config(
         rounds=1 if options.quick else options.rounds,
         seconds=seconds,
         warm_up_s=0.1 if options.quick else min(2.0, seconds / 2),
-        load_share=options.load,
+        load=options.load,
         encoding=options.encoding,
         generator=options.generator,
+    )
+    contenders = [make_contender(name, infinity=options.infinity) for name in names if name != ENGINE]
+    corpus = Corpus()
+    log_progress("drawing texts")
+    bodies = {
+        workload.name: _write_bodies(scratch, corpus, workload, config, quick=options.quick)
+        for workload in [*workloads, *open_loops]
+    }
+    log_progress("computing the reference: sentence-transformers at fp32")
+    sample = [text for kind, count in _SAMPLE_TEXTS.items() for text in corpus.texts(kind, count)]
+    return Plan(
+        config=config,
+        contenders=tuple(contenders),
+        engine=ENGINE in names,
+        workloads=workloads,
+        open_loops=open_loops,
         bodies=bodies,
-        sample=reference(sample, scratch),
+        sample=compute_reference(sample, scratch),
         scratch=scratch,
     )
 
 
-def _bodies(
-    scratch: Path, corpus: Corpus, workload: Workload, seconds: float, encoding: str, *, quick: bool
+def _reduce(workload: Workload) -> Workload:
+    texts, connections = min(workload.texts, 3), max(1, workload.connections // 8)
+    return dataclasses.replace(workload, texts=texts, connections=connections)
+
+
+def _write_bodies(
+    scratch: Path, corpus: Corpus, workload: Workload, config: Config, *, quick: bool
 ) -> Bodies:
-    # wrk runs whole seconds.
-    count = 200 if quick else workload.connections + math.ceil(workload.ceiling * math.ceil(seconds))
-    warm = 50 if quick else workload.connections + math.ceil(count / 3)
-    paths = [
-        write_bodies(
-            scratch / f"{workload.name}.{part}", corpus, workload.kind, workload.texts, number, encoding
-        )
-        for part, number in (("measured", count), ("warm-up", warm))
-    ]
-    return Bodies(*paths)
+    # The seconds are rounded up, because wrk runs for whole seconds.
+    measured = 200 if quick else workload.connections + workload.max_rate * math.ceil(config.seconds)
+    warm_up = 50 if quick else workload.connections + math.ceil(measured / 3)
+
+    def write(part: str, requests: int) -> Path:
+        path = scratch / f"{workload.name}.{part}"
+        return write_bodies(path, corpus, workload.kind, workload.texts, requests, config.encoding)
+
+    return Bodies(write("measured", measured), write("warm-up", warm_up))
 
 
-def _warm_artifacts(plan: Plan) -> None:
-    """Start our servers once, so that no measured start has to compile."""
-    for one in plan.contenders:
-        if one.name in OURS:
-            with Server(one, plan.scratch) as server:
-                say(f"starting {one.name} once: a first start compiles the model")
-                server.wait(COMPILE_S)
-                say(
-                    f"{one.name} was ready after {time.perf_counter() - server.started:.1f} s at its first start"
-                )
+def _compile_models(plan: Plan) -> None:
+    """Start each of our servers once, so that no measured start has to compile a model."""
+    for contender in plan.contenders:
+        if contender.name in OURS:
+            log_progress(f"starting {contender.name} once, because the first start compiles the model")
+            with Server(contender, plan.scratch) as server:
+                server.wait()
+                log_progress(f"{contender.name} was ready after {time.perf_counter() - server.started:.1f} s")
 
 
-def _rounds(plan: Plan) -> tuple[list[Run], dict[str, list[Agreement]]]:
-    runs: list[Run] = []
-    agreements: dict[str, list[Agreement]] = {}
-    everyone: list[Contender | None] = [*plan.contenders, *([None] if plan.engine else [])]
-    for number in range(plan.rounds):
-        # Another one goes first in each round, so that no one always follows the same neighbour.
-        turn = number % len(everyone)
-        for one in everyone[turn:] + everyone[:turn]:
-            if one is None:
-                say(f"round {number + 1}/{plan.rounds}: {ENGINE}")
-                runs += _engine_runs(plan, number)
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def _run_rounds(plan: Plan) -> Results:
+    results = Results()
+    contenders: list[Contender | None] = [*plan.contenders, *([None] if plan.engine else [])]
+    for number in range(plan.config.rounds):
+        for contender in alternate(contenders, number):
+            name = contender.name if contender is not None else ENGINE
+            log_progress(f"round {number + 1}/{plan.config.rounds}: {name}")
+            if contender is None:
+                _measure_engine(plan, results, number)
                 continue
-            say(f"round {number + 1}/{plan.rounds}: starting {one.name}")
-            with Server(one, plan.scratch) as server:
-                server.wait(COMPILE_S)
-                agreements.setdefault(one.name, []).append(plan.sample.check(server, plan.encoding))
-                runs += _server_runs(plan, server, number)
-    return runs, agreements
+            with Server(contender, plan.scratch) as server:
+                server.wait()
+                agreement = plan.sample.check(server, plan.config.encoding)
+                results.agreements.setdefault(name, []).append(agreement)
+                _measure_server(plan, server, results, number)
+    return results
 
 
-def _server_runs(plan: Plan, server: Server, number: int) -> list[Run]:
-    runs: list[Run] = []
+def _measure_server(plan: Plan, server: Server, results: Results, number: int) -> None:
+    config, name = plan.config, server.contender.name
+    reached: dict[Kind, float] = {}  # highest rate with single texts
     for workload in plan.workloads:
-        result = _closed(plan, server, workload)
-        runs.append(Run(server.contender.name, workload.name, number, result))
-        _say_result(runs[-1])
-    for name in plan.open_loops:
-        kind, bodies = OPEN_LOOPS[name], plan.bodies[name]
-        warm = closed_loop(server, bodies.warm_up, connections=16, seconds=plan.warm_up_s)
-        singles = [one.name for one in plan.workloads if one.kind == kind and one.texts == 1]
-        reached = [run.result.rate for run in runs if run.workload in singles] or [warm.rate]
-        rate = plan.load_share * max(reached)
+        result = _closed_loop(plan, server, workload)
+        results.add(Run(name, workload.name, number, result))
+        if workload.texts == 1:
+            reached[workload.kind] = max(reached.get(workload.kind, 0.0), result.rate)
+    for workload in plan.open_loops:
+        bodies = plan.bodies[workload.name]
+        warm_up = closed_loop(
+            server, bodies.warm_up, connections=workload.connections, seconds=config.warm_up_s
+        )
+        rate = config.load * reached.get(workload.kind, warm_up.rate)
         if not rate:
-            raise RuntimeError(f"{server.contender.name} answered nothing: {warm.errors}")
-        seconds = min(max(plan.seconds, _OPEN_SAMPLES / rate), _LONGEST_FACTOR * plan.seconds)
+            raise RuntimeError(f"{name} has not responded with 200: {warm_up.errors}")
+        seconds = min(max(config.seconds, _OPEN_SAMPLES / rate), _MAX_EXTENSION * config.seconds)
         result = open_loop(server, bodies.measured, rate=rate, seconds=seconds, seed=number)
-        runs.append(Run(server.contender.name, name, number, result, offered=rate))
-        _say_result(runs[-1])
-    return runs
+        results.add(Run(name, workload.name, number, result, offered=rate))
 
 
-def _closed(plan: Plan, server: Server, workload: Workload) -> Result:
-    bodies = plan.bodies[workload.name]
-    warm = closed_loop(server, bodies.warm_up, connections=workload.connections, seconds=plan.warm_up_s)
-    # The slower the answers, the longer the measurement: else its ends, where not all is under way, weigh too much.
-    enough = _LATENCIES * warm.latency_ms.get("mean", 0.0) / 1000
-    seconds = min(max(plan.seconds, enough), _LONGEST_FACTOR * plan.seconds)
-    generator = plan.generator
+def _closed_loop(plan: Plan, server: Server, workload: Workload) -> Result:
+    config, bodies, connections = plan.config, plan.bodies[workload.name], workload.connections
+    warm_up = closed_loop(server, bodies.warm_up, connections=connections, seconds=config.warm_up_s)
+    # Slow responses need a longer measurement, because not all connections are busy at its end.
+    minimum_s = _MIN_LATENCIES * warm_up.latency_ms.get("mean", 0.0) / 1000
+    seconds = min(max(config.seconds, minimum_s), _MAX_EXTENSION * config.seconds)
+    generator = config.generator
     if generator == "auto":
-        single = workload.texts == 1 and workload.kind == "short"
-        generator = "wrk" if single and has_wrk() else "own"
-    return closed_loop(
-        server, bodies.measured, connections=workload.connections, seconds=seconds, generator=generator
-    )
+        is_single = workload.texts == 1 and workload.kind == "short"
+        generator = "wrk" if is_single and has_wrk() else "own"
+    return closed_loop(server, bodies.measured, connections=connections, seconds=seconds, generator=generator)
 
 
-def _engine_runs(plan: Plan, number: int) -> list[Run]:
+def _measure_engine(plan: Plan, results: Results, number: int) -> None:
     job: dict[str, Any] = {
         "kind": "engine",
         "settings": {"cache_dir": str(SERVICE_CACHE)},
-        "seconds": plan.seconds,
-        "warm_up_s": plan.warm_up_s,
+        "seconds": plan.config.seconds,
+        "warm_up_s": plan.config.warm_up_s,
         "cases": [
-            {"name": one.name, "bodies": str(plan.bodies[one.name].measured), "connections": one.connections}
-            for one in plan.workloads
+            {
+                "name": workload.name,
+                "bodies": str(plan.bodies[workload.name].measured),
+                "connections": workload.connections,
+            }
+            for workload in plan.workloads
         ],
     }
-    runs = []
-    for name, seen in measure(job)["cases"].items():
-        result = Result(generator="in process", errors={}, repeated=0, generator_cores=0.0, **seen)
-        runs.append(Run(ENGINE, name, number, result))
-        _say_result(runs[-1])
-    return runs
+    for name, case in measure(job)["cases"].items():
+        result = Result(generator="in process", errors={}, repeated=0, generator_cores=0.0, **case)
+        results.add(Run(ENGINE, name, number, result))
 
 
-def _say_result(run: Run) -> None:
-    result, latency = run.result, run.result.latency_ms
-    errors = f", errors {result.errors}" if result.errors else ""
-    say(
-        f"  {run.contender} {run.workload}: {result.rate:.1f}/s in {result.elapsed_s:.1f} s, "
-        f"p50 {latency.get('p50', 0):.1f} ms, p99 {latency.get('p99', 0):.1f} ms{errors}"
-    )
+# --- reporting ----------------------------------------------------------------------------------------------
+
+
+def _report(plan: Plan, results: Results, more_notes: Sequence[str]) -> str:
+    config = plan.config
+    notes = [
+        *(f"{kind}: {distribution}" for kind, distribution in DISTRIBUTIONS.items()),
+        f"{config.rounds} round(s), at least {config.seconds:g} s per measurement after a warm-up; a contender gets each "
+        f"text once, except those counted as repeated; encoding_format {config.encoding}; all contenders get the same bytes",
+        *more_notes,
+    ]
+    parts = [
+        "# Serving",
+        describe_run("benchmarks.serve", notes),
+        "## Requests answered per second\n\nMedian of the rounds (lowest–highest).",
+        markdown_table(
+            ["Workload", *plan.names],
+            [
+                [workload.title, *(format_spread(results.rates(name, workload)) for name in plan.names)]
+                for workload in plan.workloads
+            ],
+        ),
+        *_ratio_tables(plan, results),
+        "## Latency in closed loops, and errors\n\nMilliseconds, median of the rounds.",
+        _closed_loop_table(plan, results),
+    ]
+    if plan.open_loops:
+        parts += [
+            f"## Latency at {config.load:.0%} of each contender's own throughput\n\nOpen loop: Poisson arrivals at this share "
+            "of the rate that the contender reached in the same round. Milliseconds from the time at which a request was due.",
+            _open_loop_table(plan, results),
+        ]
+    parts += [
+        "## Correctness\n\nCosine to sentence-transformers at fp32, each text alone and all in one request, in every round.",
+        _agreement_table(results),
+        "## Load of the machine\n\nCores kept busy during the measurements, median (highest). A measurement during which "
+        f"other processes kept more than {_DISTURBING_CORES:g} cores busy counts as disturbed.",
+        _cores_table(plan, results),
+        "## All rounds\n\nRequests per second / p50 in ms; * disturbed.",
+        markdown_table(
+            ["Workload", "contender", *(f"round {number + 1}" for number in range(config.rounds))],
+            [
+                [workload.name, name, *map(_run_cell, runs)]
+                for workload in [*plan.workloads, *plan.open_loops]
+                for name in plan.names
+                if (runs := results.of(name, workload))
+            ],
+        ),
+    ]
+    return "\n\n".join(parts)
+
+
+def _ratio_tables(plan: Plan, results: Results) -> list[str]:
+    ours = next((name for name in plan.names if name in OURS), None)
+    others = [name for name in plan.names if name != ours]
+    if ours is None or not others:
+        return []
+
+    def table(values: Callable[[str, Workload], list[float]]) -> str:
+        rows = [
+            [
+                workload.title,
+                *(format_spread(ratios(values(ours, workload), values(name, workload))) for name in others),
+            ]
+            for workload in plan.workloads
+        ]
+        return markdown_table(["Workload", *(f"{ours} ÷ {name}" for name in others)], rows)
+
+    return [
+        "## Requests per second, as ratios\n\nRatios within each round, median (lowest–highest); higher is better. "
+        "`engine` is the engine of this service in process, without HTTP.",
+        table(results.rates),
+        "## Median latency, as ratios\n\nLower is better.",
+        table(results.medians),
+    ]
+
+
+def _closed_loop_table(plan: Plan, results: Results) -> str:
+    rows = []
+    for workload in plan.workloads:
+        for name in plan.names:
+            runs = results.of(name, workload)
+            generator = runs[0].result.generator
+            rows.append([workload.title, name, *_latency_cells(runs), *_count_cells(runs), generator])
+    head = ["Workload", "contender", *_PERCENTILES, "answered", "errors", "repeated", "generator"]
+    return markdown_table(head, rows)
+
+
+def _open_loop_table(plan: Plan, results: Results) -> str:
+    rows = []
+    for workload in plan.open_loops:
+        for contender in plan.contenders:
+            runs = results.of(contender.name, workload)
+            offered = [run.offered for run in runs if run.offered is not None]
+            p99, p50 = ([run.result.latency_ms.get(name, 0.0) for run in runs] for name in ("p99", "p50"))
+            rows.append(
+                [
+                    count_texts(workload.kind, workload.texts),
+                    contender.name,
+                    format_spread(offered),
+                    *_latency_cells(runs),
+                    format_spread(ratios(p99, p50)),
+                    *_count_cells(runs),
+                ]
+            )
+    head = [
+        "Workload", "contender", "offered/s", *_PERCENTILES, "p99 ÷ p50", "answered", "errors", "repeated",
+    ]  # fmt: skip
+    return markdown_table(head, rows)
+
+
+def _agreement_table(results: Results) -> str:
+    rows = []
+    for name, agreements in results.agreements.items():
+        lowest = min(agreement.min_cosine for agreement in agreements)
+        mean = min(agreement.mean_cosine for agreement in agreements)
+        first = agreements[0]
+        rows.append([name, str(first.texts), str(first.dimension), f"{lowest:.5f}", f"{mean:.5f}"])
+    return markdown_table(["Server", "texts", "size", "lowest cosine", "mean cosine"], rows)
+
+
+def _cores_table(plan: Plan, results: Results) -> str:
+    rows = []
+    for name in plan.names:
+        runs = [run for run in results.runs if run.contender == name]
+        columns = [
+            [getattr(run.result, cores) for run in runs]
+            for cores in ("server_cores", "generator_cores", "other_cores")
+        ]
+        disturbed = f"{sum(run.is_disturbed for run in runs)} of {len(runs)}"
+        rows.append([name, *(f"{median(values):.2f} ({max(values):.2f})" for values in columns), disturbed])
+    return markdown_table(["Contender", "server", "load generator", "other processes", "disturbed"], rows)
+
+
+def _latency_cells(runs: Sequence[Run]) -> list[str]:
+    columns = [
+        [run.result.latency_ms[name] for run in runs if name in run.result.latency_ms]
+        for name in _PERCENTILES
+    ]
+    return [format_number(median(values)) if values else NONE for values in columns]
+
+
+def _count_cells(runs: Sequence[Run]) -> list[str]:
+    errors: Counter[str] = Counter()
+    for run in runs:
+        errors.update(run.result.errors)
+    answered, repeated = sum(run.result.ok for run in runs), sum(run.result.repeated for run in runs)
+    return [str(answered), format_counts(errors), str(repeated)]
+
+
+def _run_cell(run: Run) -> str:
+    p50 = format_number(run.result.latency_ms.get("p50", math.nan))
+    return f"{format_number(run.result.rate)} / {p50}{'*' if run.is_disturbed else ''}"
 
 
 if __name__ == "__main__":

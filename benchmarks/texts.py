@@ -1,7 +1,7 @@
-"""Texts of known lengths, each of them unlike all others of a run.
+"""Texts of known lengths, all different within a run.
 
-Words are drawn with Zipf's weights from the model's own whole words, so that a text of n words has exactly n + 2
-tokens ([CLS] and [SEP]), and lengths are what a distribution says rather than what a corpus happens to hold.
+Words are drawn with Zipf weights from the whole words of the model's vocabulary, so that a text of n words has exactly
+n + 2 tokens ([CLS] and [SEP]), and the lengths follow a stated distribution instead of that of a corpus.
 """
 
 from __future__ import annotations
@@ -24,23 +24,29 @@ DISTRIBUTIONS: dict[Kind, str] = {
 SPECIAL_TOKENS = 2
 _LONGEST = 256
 _SHORTEST = 8
+_NOUNS: dict[Kind, str] = {"short": "short text", "doc": "document"}
+
+
+def count_texts(kind: Kind, count: int) -> str:
+    """Return a number of texts for a table, such as `1 short text` or `32 documents`."""
+    return f"{count} {_NOUNS[kind]}{'s' if count > 1 else ''}"
 
 
 def draw_lengths(kind: Kind, count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Return lengths in tokens, special tokens included."""
+    """Return lengths in tokens, including special tokens; int64 of shape (count,)."""
     if kind == "short":
         return random.integers(_SHORTEST, 18, size=count, endpoint=True)
     lengths = np.rint(random.lognormal(4.32, 0.7, size=count)).astype(np.int64)
     return np.clip(lengths, _SHORTEST, _LONGEST)
 
 
-def tokens_in(text: str) -> int:
-    """Return the tokens of a text of ours, special tokens included."""
+def count_tokens(text: str) -> int:
+    """Return the number of tokens of a text from a `Corpus`, including special tokens."""
     return text.count(" ") + 1 + SPECIAL_TOKENS
 
 
 class Corpus:
-    """A source of texts that never gives the same one twice. The same seed gives the same texts."""
+    """A source of texts that never returns the same text twice. The same seed produces the same texts."""
 
     def __init__(self, seed: int = 7) -> None:
         vocabulary = (find_bundled() / "vocab.txt").read_text(encoding="utf-8").splitlines()
@@ -52,13 +58,13 @@ class Corpus:
 
     def texts(self, kind: Kind, count: int) -> list[str]:
         """Return `count` new texts."""
-        found: list[str] = []
-        while len(found) < count:
-            lengths = draw_lengths(kind, count - len(found), self._random)
+        texts: list[str] = []
+        while len(texts) < count:
+            lengths = draw_lengths(kind, count - len(texts), self._random)
             for length in (lengths - SPECIAL_TOKENS).tolist():
-                places = self._random.random(length) * self._cumulative[-1]
-                text = " ".join(self._words[np.searchsorted(self._cumulative, places)])
+                positions = self._random.random(length) * self._cumulative[-1]
+                text = " ".join(self._words[np.searchsorted(self._cumulative, positions)])
                 if text not in self._seen:
                     self._seen.add(text)
-                    found.append(text)
-        return found
+                    texts.append(text)
+        return texts

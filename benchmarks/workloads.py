@@ -1,4 +1,4 @@
-"""What is asked of every contender, and the request bodies for it."""
+"""The requests that every contender gets, and their bodies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benchmarks.texts import count_texts
 from emb_model_provider.model_spec import BUNDLED_MODEL
 
 if TYPE_CHECKING:
@@ -17,50 +18,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Requests of one kind, over a number of connections that each send as soon as they are answered."""
+    """Requests of one kind over several connections, each of which sends its next request after a response."""
 
     name: str
     kind: Kind
     texts: int
     """Texts in a request."""
     connections: int
-    ceiling: int
-    """Requests a second that nobody is expected to reach; so many bodies are prepared."""
+    max_rate: int
+    """Requests per second that no server is expected to reach. It determines how many bodies are prepared."""
 
     @property
     def title(self) -> str:
-        what = "short text" if self.kind == "short" else "document"
-        many = f"{self.texts} {what}s" if self.texts > 1 else f"1 {what}"
-        return f"{many}, {self.connections} connection{'s' if self.connections > 1 else ''}"
+        plural = "s" if self.connections > 1 else ""
+        return f"{count_texts(self.kind, self.texts)}, {self.connections} connection{plural}"
 
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        Workload(name="short-1", kind="short", texts=1, connections=1, ceiling=2000),
-        Workload(name="short-16", kind="short", texts=1, connections=16, ceiling=5000),
-        Workload(name="short-64", kind="short", texts=1, connections=64, ceiling=5000),
-        Workload(name="doc-16", kind="doc", texts=1, connections=16, ceiling=700),
-        Workload(name="doc-64", kind="doc", texts=1, connections=64, ceiling=700),
-        Workload(name="short32-4", kind="short", texts=32, connections=4, ceiling=200),
-        Workload(name="doc32-4", kind="doc", texts=32, connections=4, ceiling=30),
+        Workload(name="short-1", kind="short", texts=1, connections=1, max_rate=2000),
+        Workload(name="short-16", kind="short", texts=1, connections=16, max_rate=5000),
+        Workload(name="short-64", kind="short", texts=1, connections=64, max_rate=5000),
+        Workload(name="doc-16", kind="doc", texts=1, connections=16, max_rate=700),
+        Workload(name="doc-64", kind="doc", texts=1, connections=64, max_rate=700),
+        Workload(name="short32-4", kind="short", texts=32, connections=4, max_rate=200),
+        Workload(name="doc32-4", kind="doc", texts=32, connections=4, max_rate=30),
     )
 }
 
-OPEN_LOOPS: dict[str, Kind] = {"open-short": "short", "open-doc": "doc"}
-"""Poisson arrivals of single texts, at a share of the rate that the closed loops of the same kind reached."""
-OPEN_CEILING = {"short": 3500, "doc": 500}
+OPEN_LOOPS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload(name="open-short", kind="short", texts=1, connections=16, max_rate=3500),
+        Workload(name="open-doc", kind="doc", texts=1, connections=16, max_rate=500),
+    )
+}
+"""Poisson arrivals of single texts, at a share of the rate that the closed loops of the same kind reached.
+
+The number of connections is that of the warm-up.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Bodies:
-    """Request bodies in a file, one a line. The warm-up's texts are in none of the others."""
+    """Request bodies in files, one per line. The two files have no text in common."""
 
     measured: Path
     warm_up: Path
 
 
-def body(texts: Sequence[str], encoding: str) -> str:
+def request_body(texts: Sequence[str], encoding: str) -> str:
     """Return the JSON of a request in one line, as the OpenAI SDK writes it."""
     return json.dumps(
         {
@@ -72,9 +80,9 @@ def body(texts: Sequence[str], encoding: str) -> str:
 
 
 def write_bodies(path: Path, corpus: Corpus, kind: Kind, texts: int, requests: int, encoding: str) -> Path:
-    """Write bodies of new texts, and return the path."""
+    """Write the bodies of `requests` requests with `texts` new texts each, and return the path."""
     drawn = corpus.texts(kind, texts * requests)
-    lines = [body(drawn[start : start + texts], encoding) for start in range(0, len(drawn), texts)]
+    lines = [request_body(drawn[start : start + texts], encoding) for start in range(0, len(drawn), texts)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -82,4 +90,4 @@ def write_bodies(path: Path, corpus: Corpus, kind: Kind, texts: int, requests: i
 def read_inputs(path: Path) -> list[list[str]]:
     """Return the texts of every body in a file."""
     inputs = [json.loads(line)["input"] for line in path.read_text(encoding="utf-8").splitlines()]
-    return [[given] if isinstance(given, str) else given for given in inputs]
+    return [[texts] if isinstance(texts, str) else texts for texts in inputs]

@@ -1,4 +1,4 @@
--- Sends prepared bodies, one a line of the file named by the first argument, and prints a line of JSON at the end.
+-- Sends prepared bodies, one per line of the file named by the first argument, and prints one line of JSON at the end.
 local bodies, sent, threads = {}, 0, {}
 repeated = 0
 
@@ -20,13 +20,13 @@ function request()
 end
 
 function done(summary, latency, requests)
-  local again = 0
-  for _, thread in ipairs(threads) do again = again + thread:get("repeated") end
+  local total_repeated = 0
+  for _, thread in ipairs(threads) do total_repeated = total_repeated + thread:get("repeated") end
   local e = summary.errors
   io.write(string.format(
     '\nRESULT {"requests": %d, "elapsed_s": %f, "repeated": %d, "status": %d, "socket": %d, "timeout": %d, ' ..
     '"p50": %f, "p95": %f, "p99": %f, "max": %f, "mean": %f}\n',
-    summary.requests, summary.duration / 1e6, again, e.status, e.connect + e.read + e.write, e.timeout,
+    summary.requests, summary.duration / 1e6, total_repeated, e.status, e.connect + e.read + e.write, e.timeout,
     latency:percentile(50) / 1e3, latency:percentile(95) / 1e3, latency:percentile(99) / 1e3,
     latency.max / 1e3, latency.mean / 1e3))
 end

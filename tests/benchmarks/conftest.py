@@ -1,4 +1,4 @@
-"""Benchmarks keep what they need in the user's cache; here in one that ends with the tests."""
+"""Gives the benchmarks a cache directory that ends with the tests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cache import CACHE
+from benchmarks import CACHE
 
 
 @pytest.fixture(autouse=True)
 def cache(
     service_cache: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Give benchmarks the artifacts of the other tests' services: compiling takes tens of seconds."""
+    """Let the benchmarks use the compiled models of the other tests, because compiling takes tens of seconds."""
     home = tmp_path_factory.getbasetemp() / "benchmarks"
     service = home / CACHE.name / "service"
     if not service.is_symlink():

@@ -1,4 +1,4 @@
-"""The Dockerfile as plain steps, and a directory that stands for the image's file system."""
+"""Reads the Dockerfile, and runs its instructions as shell scripts in a scratch directory."""
 
 from __future__ import annotations
 
@@ -9,203 +9,123 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent.parent
-_OURS = re.compile(r"(?<![\w./])/(?=(?:opt/venv|data|app|src)\b)")
-"""The beginning of a path that the Dockerfile makes, and not the base image."""
-_OUTSIDE = re.compile(r"(PIP_|UV_|SSL_|.*_CA_BUNDLE$|.*_proxy$)", re.IGNORECASE)
-"""Variables that say how this machine reaches its package index."""
+ROOT = Path(__file__).parents[2]
+_CREATED = re.compile(r"(?<![\w./])/(?=(?:opt/venv|data|app|src)\b)")
+"""The first slash of a path that the Dockerfile creates."""
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     name: str
     text: str
 
-    @property
-    def words(self) -> list[str]:
-        return shlex.split(self.text)
 
-    @property
-    def pairs(self) -> dict[str, str]:
-        """The variables of an ENV."""
-        return dict(word.split("=", 1) for word in self.words)
-
-
-def instructions() -> list[Instruction]:
+def stages() -> list[list[Instruction]]:
+    """Return the instructions of each stage, without FROM."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    return [Instruction(*line.split(maxsplit=1)) for line in joined.splitlines()]
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    stages: list[list[Instruction]] = []
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        instruction = Instruction(*line.split(maxsplit=1))
+        if instruction.name == "FROM":
+            stages.append([])
+        else:
+            stages[-1].append(instruction)
+    return stages
 
 
-def final_stage() -> list[Instruction]:
-    steps = instructions()
-    last = max(index for index, step in enumerate(steps) if step.name == "FROM")
-    return steps[last:]
+def final(name: str) -> str:
+    """Return the text of the only instruction with this name in the final stage."""
+    (text,) = (step.text for step in stages()[-1] if step.name == name)
+    return text
 
 
-def the(name: str) -> Instruction:
-    """Return the one instruction of this name in the final stage."""
-    (found,) = (step for step in final_stage() if step.name == name)
-    return found
-
-
-def command(instruction: Instruction) -> list[str]:
-    """Return the exec form of a CMD or a HEALTHCHECK."""
-    words: list[str] = json.loads(instruction.text[instruction.text.index("[") :])
+def exec_form(name: str) -> list[str]:
+    """Return the command of the CMD or HEALTHCHECK."""
+    text = final(name)
+    words: list[str] = json.loads(text[text.index("[") :])
     return words
 
 
-@dataclass
+def variables() -> dict[str, str]:
+    """Return the environment variables of the image, as written."""
+    return dict(word.split("=", 1) for word in shlex.split(final("ENV")))
+
+
 class Image:
-    """What the Dockerfile's steps make, under a directory in place of `/`."""
+    """The file system that the instructions create, with a directory instead of `/`."""
 
-    root: Path
-    torch: str
-    """The build argument TORCH."""
-    log: list[str] = field(default_factory=list)
+    def __init__(self, root: Path, torch: str) -> None:
+        """Build the image in `root`, with the build argument TORCH."""
+        self.root = root
+        self.user = int(final("USER").partition(":")[0]) if os.geteuid() == 0 else None
+        """User of the container; None if the user of this process cannot be changed."""
+        self._torch = torch
+        self._environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+        base = self._make_base()
+        for stage in stages():
+            result = subprocess.run(
+                ["/bin/sh", "-c", "\n".join(["set -e", *map(self._to_shell, stage)])],
+                cwd=root,
+                env=os.environ | self._environment | {"PATH": f"{base}/bin:/usr/bin:/bin"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+            assert result.returncode == 0, result.stdout[-4000:]
 
-    def path(self, text: str) -> str:
-        return _OURS.sub(lambda _: f"{self.root}/", text)
+    def path(self, path: str) -> Path:
+        """Return the place of a path of the image."""
+        return self.root / path.removeprefix("/")
 
-    @property
-    def user(self) -> int | None:
-        """The user to run as: the Dockerfile's, where this process may choose; else None, which is oneself."""
-        return int(the("USER").text.split(":")[0]) if os.geteuid() == 0 else None
-
-    def build(self) -> None:
-        base = self._base_python()
-        working_directory = self.root
-        build_environment: dict[str, str] = {}
-        for step in instructions():
-            if step.name == "FROM":
-                build_environment = self._outside() | base
-            elif step.name == "ARG" and "=" in step.text:
-                build_environment |= step.pairs | {"TORCH": self.torch}
-            elif step.name == "ENV":
-                # Here the packages come out of uv's cache, and take no time to compile.
-                wanted = {
-                    n: v for n, v in step.pairs.items() if n not in {"UV_NO_CACHE", "UV_COMPILE_BYTECODE"}
-                }
-                build_environment |= self._expanded(wanted, build_environment)
-            elif step.name == "WORKDIR":
-                working_directory = Path(self.path(step.text))
-                working_directory.mkdir(parents=True, exist_ok=True)
-            elif step.name == "COPY":
-                self._copy(step, working_directory)
-            elif step.name == "RUN":
-                self._run(step, working_directory, build_environment)
-
-    def environment(self, **settings: str) -> dict[str, str]:
-        """Return what the container's process gets: the final stage's ENV, and the settings of its start."""
-        made = self._base_environment
-        for step in final_stage():
-            if step.name == "ENV":
-                made = made | self._expanded(step.pairs, made)
-        return made | {f"EMB_PROVIDER_{name}": value for name, value in settings.items()}
-
-    def start(self, words: list[str], **settings: str) -> subprocess.Popen[bytes]:
-        """Start a command as the container would: its user, working directory and variables."""
-        environment = self.environment(**settings)
-        executable = shutil.which(words[0], path=environment["PATH"])
-        assert executable is not None, words
+    def start(self, command: list[str], **settings: str) -> subprocess.Popen[bytes]:
+        """Start a command with the user, working directory and environment variables of the container."""
+        steps = [self._to_shell(step) for step in stages()[-1] if step.name in {"ENV", "WORKDIR"}]
+        exports = [f"export EMB_PROVIDER_{name}={shlex.quote(value)}" for name, value in settings.items()]
+        script = "\n".join(["set -e", *steps, *exports, 'exec "$@"'])
         return subprocess.Popen(
-            [executable, *words[1:]],
-            cwd=self.path(the("WORKDIR").text),
-            env=environment,
+            ["/bin/sh", "-c", script, "sh", *command],
+            env=self._environment,
             user=self.user,
             group=self.user,
-            extra_groups=[] if self.user is not None else None,
+            extra_groups=None if self.user is None else [],
             stdin=subprocess.DEVNULL,
         )
 
-    def files(self) -> set[str]:
-        """Return every file outside the volume."""
-        volume = self.path(the("VOLUME").text)
-        found = set()
-        for parent, directories, names in os.walk(self.root):
-            directories[:] = [name for name in directories if f"{parent}/{name}" != volume]
-            found |= {f"{parent}/{name}" for name in names}
-        return found
-
-    def packages(self) -> Path:
-        """Return the directory that holds the installed packages."""
-        (directory,) = Path(self.path("/opt/venv/lib")).glob("python3.*/site-packages")
-        return directory
-
-    def set_writable(self, *, writable: bool) -> None:
-        """Forbid the present user to write to the code, where that is not another user than the service's."""
-        if self.user is not None:
-            return
-        for parent, _, _ in os.walk(self.path("/opt/venv")):
-            # Directories only: the files may be the very ones of uv's cache.
-            Path(parent).chmod(0o755 if writable else 0o555)
-
-    # --- steps ----------------------------------------------------------------------------------------
-
-    def _base_python(self) -> dict[str, str]:
-        """Make what stands for the base image: a Python with pip that the container's user can run."""
+    def _make_base(self) -> Path:
+        """Make a virtual environment with pip that stands for the base image."""
         python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
-        self._base_environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-        reachable = ["/bin/sh", "-c", f"exec {shlex.quote(str(python))} -c ''"]
-        if subprocess.run(reachable, user=self.user, capture_output=True, check=False).returncode != 0:
-            home = self.root / "usr" / "local"
-            unwanted = shutil.ignore_patterns("site-packages", "test", "include", "share")
-            shutil.copytree(sys.base_prefix, home, copy_function=_link, symlinks=True, ignore=unwanted)
-            python = home / "bin" / python.name
-            self._base_environment["LD_LIBRARY_PATH"] = str(home / "lib")
+        command = ["/bin/sh", "-c", f"exec {shlex.quote(str(python))} -c ''"]
+        if subprocess.run(command, user=self.user, capture_output=True, check=False).returncode != 0:
+            # Python is in a directory that the user of the container cannot enter.
+            prefix = self.root / "usr" / "local"
+            ignored = shutil.ignore_patterns("site-packages", "test", "include", "share")
+            shutil.copytree(sys.base_prefix, prefix, symlinks=True, ignore=ignored)
+            python = prefix / "bin" / python.name
+            self._environment["LD_LIBRARY_PATH"] = str(prefix / "lib")
         base = self.root / "base"
-        environment = self._outside() | self._base_environment
-        subprocess.run([python, "-m", "venv", base], env=environment, check=True)
-        return self._base_environment | {"PATH": f"{base}/bin:/usr/bin:/bin"}
+        subprocess.run([python, "-m", "venv", base], env=os.environ | self._environment, check=True)
+        return base
 
-    def _outside(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if _OUTSIDE.match(name) or name == "HOME"}
-        kept.pop("UV_PROJECT_ENVIRONMENT", None)
-        return kept
-
-    def _expanded(self, pairs: dict[str, str], environment: dict[str, str]) -> dict[str, str]:
-        return {
-            name: self.path(re.sub(r"\$(\w+)", lambda match: environment.get(match[1], ""), value))
-            for name, value in pairs.items()
-        }
-
-    def _copy(self, step: Instruction, working_directory: Path) -> None:
-        if step.words[0].startswith("--from="):
-            # From the build stage, which lies in the same place.
-            assert Path(self.path(step.words[-1])).exists(), step
-            return
-        *sources, target = step.words
-        destination = working_directory / self.path(target)
-        for source in sources:
-            if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, destination, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / source, destination)
-
-    def _run(self, step: Instruction, working_directory: Path, environment: dict[str, str]) -> None:
-        text = self.path(step.text)
-        if self.user is None:
-            text = re.sub(r" -[og] \d+", "", text)  # only root gives directories away
-        done = subprocess.run(
-            ["/bin/sh", "-c", text],
-            cwd=working_directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        self.log.append(f"{text}\n{done.stdout}")
-        assert done.returncode == 0, self.log[-1][-4000:]
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    def _to_shell(self, step: Instruction) -> str:
+        text = _CREATED.sub(f"{self.root}/", step.text)
+        match step.name:
+            case "ARG" if "=" in text:
+                return f"export {text} TORCH={self._torch}"
+            case "ENV":
+                # Packages come from uv's cache and are not compiled, which saves minutes.
+                return f"export {text}\nunset UV_NO_CACHE UV_COMPILE_BYTECODE"
+            case "WORKDIR":
+                return f"mkdir -p {text}; cd {text}"
+            case "COPY" if text.startswith("--from="):
+                return f"test -e {text.split()[-1]}"  # all stages share one directory
+            case "COPY":
+                *sources, target = text.split()
+                return f"cp -R {' '.join(str(ROOT / source) for source in sources)} {target}"
+            case "RUN":
+                return text if self.user is not None else re.sub(r" -[og] \d+", "", text)
+        return ""

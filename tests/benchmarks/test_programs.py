@@ -1,0 +1,101 @@
+"""Each benchmark runs with `--quick` from its command line to its tables. No time is asserted."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import ROOT
+from benchmarks.engine import BATCHES
+from benchmarks.workloads import OPEN_LOOPS, WORKLOADS
+
+pytestmark = pytest.mark.slow
+
+
+def test_serve() -> None:
+    """Each workload has a rate for the contender, no request fails, and all vectors are correct."""
+    output = _run("serve", "--contenders", "ours")
+    rates = _table(output, "Requests answered per second")
+    assert len(rates) == len(WORKLOADS)
+    assert all(len(row) == 2 and _is_positive(row[1]) for row in rates)
+    closed = _table(output, "Latency in closed loops")
+    opened = _table(output, "Latency at 70% of each contender's own throughput")
+    assert (len(closed), len(opened)) == (len(WORKLOADS), len(OPEN_LOOPS))
+    assert {row[6] for row in closed} | {row[8] for row in opened} == {"0"}
+    (vectors,) = _table(output, "Correctness")
+    assert (vectors[0], vectors[2]) == ("ours", "384")
+    assert float(vectors[3]) > 0.995
+
+
+def test_engine() -> None:
+    """Each batch has a rate for each contender, and its share of the machine's matrix products."""
+    output = _run("engine", "--contenders", "ours,engine")
+    for title in ("Texts per second", "Share of the limit"):
+        rows = _table(output, title)
+        assert len(rows) == len(BATCHES[::3])
+        assert all(len(row) == 3 and all(map(_is_positive, row[1:])) for row in rows)
+
+
+def test_start() -> None:
+    """Each start has a time to the first vector and its memory, and all requests of the load succeed."""
+    rows = _table(_run("start", "--contenders", "ours"), "Startup time and memory")
+    assert [row[0] for row in rows] == ["ours, first start", "ours"]
+    assert all(_is_positive(cell) for row in rows for cell in row[1:5])
+    assert {row[5] for row in rows} == {"0"}
+
+
+def test_fairness() -> None:
+    """Single texts have latencies without and with large requests, and no request fails."""
+    rows = _table(_run("fairness", "--large", "short-float"), "Latency of single short texts")
+    assert [row[0] for row in rows] == ["none", "64 short texts, float"]
+    assert all(map(_is_positive, [*rows[0][3:6], *rows[1][1:7]]))
+    assert {row[-1] for row in rows} == {"0"}
+
+
+def test_restart() -> None:
+    """The service responds again after a crash, and no request that is sent after the crash fails."""
+    (row,) = _table(_run("restart"), "After a crash")
+    assert row[0] == "supervisor"
+    assert all(map(_is_positive, row[1:4]))
+    assert row[6] == "0 failed"
+
+
+def test_memory() -> None:
+    """All shapes are run, and memory is read before them and after each step."""
+    rows = _table(_run("memory"), "Resident memory by number of shapes")
+    assert [row[0] for row in rows] == ["loaded", *map(str, range(10, 121, 10))]
+    assert all(_is_positive(cell) for row in rows for cell in row[1:])
+    peaks = [float(row[2]) for row in rows]
+    assert peaks == sorted(peaks)
+    assert all(float(row[1]) <= peak for row, peak in zip(rows, peaks, strict=True))
+
+
+def test_soak() -> None:
+    """Under load, with injected failures and an end of the process, no response is lost, wrong or unexpected."""
+    output = _run("soak")
+    counts = {row[0].strip("*"): row[1] for row in _table(output, "Result")}
+    assert {counts["wrong responses"], counts["lost responses"], counts["unexpected statuses"]} == {"0"}
+    assert _is_positive(counts["expected responses"])
+    assert int(counts["service processes"]) > 1
+    assert _table(output, "Injected failures")
+
+
+def _run(program: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{program}", "--quick", *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def _table(output: str, title: str) -> list[list[str]]:
+    """Return the cells of the table below a title, without the head."""
+    section = output.split(f"## {title}", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def _is_positive(cell: str) -> bool:
+    return re.fullmatch(r"[\d,.]+", cell) is not None and float(cell.replace(",", "")) > 0
