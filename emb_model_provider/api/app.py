@@ -39,7 +39,7 @@ from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, RegistryConfig, State
-from emb_model_provider.serving.scheduler import Timings
+from emb_model_provider.serving.config import Timings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

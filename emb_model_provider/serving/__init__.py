@@ -1,1 +1,1 @@
-"""One model at work: tokenizing, batching, its threads and their faults, finishing vectors."""
+"""Runs one loaded model: tokenization, scheduling, batches, recovery from crashes, and post-processing."""

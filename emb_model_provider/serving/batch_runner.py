@@ -1,4 +1,4 @@
-"""Running a batch so that an input at fault fails alone, and no vector that is not finite gets out."""
+"""Runs a batch so that only the inputs that cause an error fail, and only finite vectors are returned."""
 
 from __future__ import annotations
 
@@ -21,54 +21,62 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NO_MEMORY = (
+_OUT_OF_MEMORY_PHRASES = (
     "out of memory",
     "not enough memory",
     "can't allocate memory",
     "cannot allocate memory",
     "bad_alloc",
 )
-"""Parts of what runtimes say, in lower case: CUDA, PyTorch on a CPU, the operating system, C++."""
+"""Parts of error messages in lower case: of CUDA, PyTorch on a CPU, operating systems and C++."""
 
 
 @dataclass(slots=True)
 class BatchResult:
-    """What became of a batch beside the vectors that its jobs have now."""
+    """Failures of a batch. The vectors of the other inputs are in their jobs."""
 
     failures: list[tuple[EmbeddingJob, InferenceError]] = field(default_factory=list)
     out_of_memory: int | None = None
-    """Padded tokens of the smallest batch of several inputs that there was no memory for."""
+    """Padded tokens of the smallest batch of several inputs that did not fit into memory."""
 
 
 def run_batch(model: str, backend: Backend, members: Sequence[Member]) -> BatchResult:
-    """Write each member's vector to its job.
+    """Run the model, and write the vector of each member to its job.
 
-    A batch that fails is halved until the inputs at fault stand alone: only their jobs fail. A vector that is not
-    finite is computed once more, at fp32.
+    A batch that fails is bisected until the inputs that cause the failure run alone, so that only their requests fail. A
+    vector that is not finite is computed again at fp32.
     """
     result = BatchResult()
     _run(model, backend, members, result)
     return result
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a smaller batch can succeed where this one failed."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    message = str(error).lower()
+    return any(phrase in message for phrase in _OUT_OF_MEMORY_PHRASES)
+
+
 def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> bool:
-    """Return whether there was no memory for an input by itself."""
+    """Run a batch or a part of one; return whether a single input did not fit into memory."""
     members = [member for member in members if not member[0].cancelled]
     if not members:
         return False
     failure: BaseException | None = None
     try:
         vectors = _embed(backend, members)
-    except BaseException as error:  # noqa: BLE001 - whatever a runtime raises, SystemExit included: it is one input's fault
+    except BaseException as error:  # noqa: BLE001 - a runtime can raise anything, SystemExit included, for one input
         failure = error
     if failure is not None:
-        # Outside the handler, so that the halves' failures do not drag this one's traceback along.
+        # Called outside the handler, so that the tracebacks of the halves do not include this one.
         return _bisect(model, backend, members, failure, result)
     for vector, (job, row) in zip(vectors, members, strict=True):
         job.vectors[row] = vector
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
     if not finite.all():
-        _recompute(model, backend, [members[place] for place in np.flatnonzero(~finite)], result)
+        _recompute(model, backend, [members[index] for index in np.flatnonzero(~finite)], result)
     return False
 
 
@@ -76,7 +84,7 @@ def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
     vectors = backend.embed(_batch(members))
     expected = len(members), backend.description.dimension
     if vectors.shape != expected:
-        raise InferenceError(f"the model gave vectors of shape {vectors.shape} where {expected} was due")
+        raise InferenceError(f"The model returned vectors of shape {vectors.shape} instead of {expected}.")
     return vectors
 
 
@@ -90,6 +98,7 @@ def _batch(members: Sequence[Member]) -> TokenBatch:
 def _bisect(
     model: str, backend: Backend, members: Sequence[Member], failure: BaseException, result: BatchResult
 ) -> bool:
+    """Run the halves of a batch that failed; return whether a single input did not fit into memory."""
     no_memory = is_out_of_memory(failure)
     if len(members) == 1:
         job, row = members[0]
@@ -99,21 +108,21 @@ def _bisect(
         )
         return no_memory
     logger.warning(
-        "model %s failed on a batch of %d inputs (%s); running it in halves",
+        "model %s failed on a batch of %d inputs (%s), running its halves",
         model, len(members), type(failure).__name__,
     )  # fmt: skip
     middle = len(members) // 2
     first = _run(model, backend, members[:middle], result)
-    alone = _run(model, backend, members[middle:], result) or first
-    # Where an input runs out of memory by itself, the batches that it was in tell nothing of what others may be.
-    if no_memory and not alone:
+    single = _run(model, backend, members[middle:], result) or first
+    # If a single input does not fit, the size of the batches that contained it says nothing about other batches.
+    if no_memory and not single:
         padded = len(members) * max(len(job.ids[row]) for job, row in members)
         result.out_of_memory = min(padded, result.out_of_memory or padded)
-    return alone
+    return single
 
 
 def _recompute(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> None:
-    """Compute vectors that were not finite once more, at fp32, each by itself."""
+    """Compute vectors that were not finite again, one by one at fp32."""
     for job, row in members:
         tokens = len(job.ids[row])
         try:
@@ -121,26 +130,23 @@ def _recompute(model: str, backend: Backend, members: Sequence[Member], result: 
             if vectors.shape == (1, backend.description.dimension) and np.isfinite(vectors).all():
                 job.vectors[row] = vectors[0]
                 logger.warning(
-                    "model %s gave a vector that is not finite for %d tokens; at fp32 it is", model, tokens
-                )
+                    "model %s returned a vector that is not finite for an input of %d tokens; it is finite at fp32",
+                    model, tokens,
+                )  # fmt: skip
                 continue
             logger.error(
-                "model %s gave a vector that is not finite for %d tokens, at fp32 too", model, tokens
-            )
+                "model %s returned a vector that is not finite for an input of %d tokens, at fp32 too",
+                model, tokens,
+            )  # fmt: skip
         except NotImplementedError:
-            logger.error("model %s gave a vector that is not finite for %d tokens", model, tokens)  # noqa: TRY400 - no more is known
-        except BaseException:  # as above
-            logger.exception(
-                "model %s gave a vector that is not finite for %d tokens, and failed at fp32", model, tokens
+            logger.error(  # noqa: TRY400 - the traceback says nothing
+                "model %s returned a vector that is not finite for an input of %d tokens", model, tokens
             )
+        except BaseException:  # a runtime can raise anything
+            logger.exception(
+                "model %s returned a vector that is not finite for an input of %d tokens, and failed at fp32",
+                model, tokens,
+            )  # fmt: skip
         result.failures.append(
-            (job, InferenceError("The model gave a vector that is not finite for an input."))
+            (job, InferenceError("The model returned a vector that is not finite for an input."))
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may succeed where this one failed."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    words = str(error).lower()
-    return any(part in words for part in _NO_MEMORY)

@@ -1,10 +1,10 @@
-"""One served model: texts or token ids in, finished vectors out."""
+"""A loaded model that answers requests: texts or token ids in, vectors out."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,78 +18,70 @@ from emb_model_provider.errors import (
     TokenInputError,
     TooManyTokensError,
 )
-from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.jobs import EmbeddingJob, Timing
 from emb_model_provider.serving.memory_tuning import freeze_gc
 from emb_model_provider.serving.model_thread import ModelThread
 from emb_model_provider.serving.openai_tokens import decode_cl100k, load_cl100k
 from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, postprocess
-from emb_model_provider.serving.scheduler import BatchScheduler, Timings
-from emb_model_provider.settings import BatchSettings, LimitSettings
+from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Executor
 
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.backends.tokenization import EncodedInputs
     from emb_model_provider.model_spec import ModelSpec, Truncate
-    from emb_model_provider.serving.jobs import BatchRecord
+    from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
 
 _INLINE_CHARACTERS = 2_000
-"""Tokenizing this much takes about as long as handing it to another thread."""
-_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 131_072
-"""On a CPU larger batches answer next to no more: 8 texts of 92 tokens at a time 172 a second, 32 of them 165. But all
-of a batch wait for its end, and whoever comes next waits for that too."""
-_CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
-_WARM_UP_TEXT = "Is anybody there?"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Configuration that the engines of a service share."""
-
-    executor: Executor
-    """Tokenizes long inputs off the event loop."""
-    batching: BatchSettings = field(default_factory=BatchSettings)
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    watchdog_s: float = 60.0
-    """A batch that runs longer counts as hung, in seconds."""
-    on_batch: Callable[[BatchRecord], None] = lambda _: None
-    """Called on the model's thread after each batch."""
-    timings: Timings = field(default_factory=Timings)
+"""Tokenizing this many characters takes about as long as passing them to another thread."""
+_TEST_TEXT = "This is a test."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedOptions:
-    """What a request may say beside its inputs; None leaves it to the model."""
+    """Options of a request. None selects the default of the model."""
 
     dimensions: int | None = None
+    """Size to which vectors are truncated."""
     normalize: bool | None = None
+    """Whether vectors are scaled to length 1. Truncated vectors always are."""
     input_type: str | None = None
+    """Name of a prompt, or a synonym of `query` or `document`."""
     truncate: Truncate | None = None
+    """Side from which inputs that are too long are cut; NONE rejects them."""
     truncate_prompt_tokens: int | None = None
+    """Longest input in tokens, at most that of the model; -1 is that of the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """A request's answer."""
+    """Vectors and measurements of one request."""
 
     vectors: NDArray[np.float32]
     """float32 of shape (inputs, dimensions), in the order of the inputs."""
     tokens: int
-    """Tokens that were processed, after truncation, special tokens included."""
+    """Tokens that were processed, after truncation, including special tokens."""
     truncated: int
-    """How many inputs were cut."""
+    """Number of inputs that were truncated."""
     tokenize_s: float
+    """Time for tokenizing, in seconds."""
     timing: Timing
 
 
+class _Core(NamedTuple):
+    """The parts of a started engine."""
+
+    tokenization: Tokenization
+    scheduler: BatchScheduler
+    thread: ModelThread
+
+
 class Engine:
-    """A loaded model that answers requests. Made by `start`, used on one event loop."""
+    """A loaded model that answers requests. Created by `start`, used on one event loop."""
 
     def __init__(
         self,
@@ -102,7 +94,7 @@ class Engine:
         self.spec = spec
         self.description = description
         self.memory_bytes = memory_bytes
-        """Memory that the model takes, as reported by its backend."""
+        """Memory of the model in bytes, as reported by its backend."""
         self._config = config
         self._tokenization, self._scheduler, self._thread = core
 
@@ -114,7 +106,7 @@ class Engine:
         config: EngineConfig,
         on_change: Callable[[StateChange, str], None] = lambda _change, _reason: None,
     ) -> Engine:
-        """Load a model on a thread of its own, and run it once to check that it works.
+        """Load a model on its own thread, and embed a test text to check that it works.
 
         If the call is cancelled, the thread frees the model as soon as it is loaded.
 
@@ -122,38 +114,22 @@ class Engine:
             spec: The model.
             load: Loads the backend. Called again if the model has crashed.
             config: Configuration of the engine.
-            on_change: Called on the model's thread when the model crashes, recovers or fails, with the reason.
+            on_change: Called on the thread of the model when the model crashes, recovers or fails, with the reason.
 
         Raises:
             LoadError: `token_input` needs a package that is not installed, or the model returns no finite vector.
-            Exception: Whatever `load` raises.
+            Exception: Any error of `load`.
         """
         if spec.token_input == "cl100k":
             await asyncio.get_running_loop().run_in_executor(config.executor, load_cl100k)
         loader = _BackendLoader(load)
-        scheduler = BatchScheduler(
-            spec.alias,
-            check=loader.check,
-            max_queue_tokens=config.batching.max_queue_tokens,
-            watchdog_s=config.watchdog_s,
-            on_batch=config.on_batch,
-            timings=config.timings,
-        )
-        thread = ModelThread(
-            spec.alias,
-            scheduler,
-            load=loader.load,
-            policy_for=lambda description: batch_policy(config.batching, description.device),
-            on_change=on_change,
-            timings=config.timings,
-        )
+        scheduler = BatchScheduler(spec.alias, config, loader.check)
+        thread = ModelThread(spec.alias, scheduler, loader.load, config, on_change)
         try:
             description = await asyncio.wrap_future(thread.start())
         except asyncio.CancelledError:
             thread.request_stop()
             raise
-        if loader.tokenization is None:
-            raise AssertionError("a model that was loaded has a tokenizer")
         core = _Core(loader.tokenization, scheduler, thread)
         return cls(spec, config, description, core, loader.memory_bytes)
 
@@ -167,22 +143,35 @@ class Engine:
 
     @property
     def hang_report(self) -> str:
-        """What hangs, for people; empty where nothing does."""
+        """A description of the batch that hangs, or an empty string."""
         return self._scheduler.hang_report
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Finish what was accepted, then free the model. Blocks; returns False where `timeout_s` was not enough."""
+        """Answer the accepted requests, then free the model. Blocks.
+
+        Args:
+            timeout_s: Longest wait in seconds; None: no limit.
+
+        Returns:
+            Whether the model is freed. False: it hangs.
+        """
         return self._thread.stop(timeout_s)
 
     async def embed(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions
     ) -> Embeddings:
-        """Return a vector for each input: a text, or a row of token ids.
+        """Return a vector for each input. Cancelling the call removes its inputs from the queue.
 
-        Cancelling the call takes its work out of the queue.
+        Args:
+            inputs: At least one text or row of token ids; all of the same kind.
+            options: Options of the request.
 
-        Raises: RequestError where the request is at fault, QueueFullError, ModelNotReadyError,
-        DeadlineExceededError, InferenceError.
+        Raises:
+            RequestError: The request is invalid.
+            QueueFullError: The queue is full.
+            ModelNotReadyError: The model hangs, has failed, or is stopping.
+            DeadlineExceededError: The request took longer than REQUEST_TIMEOUT_S.
+            InferenceError: The model failed on an input.
         """
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         prompt = choose_prompt(options.input_type, self.description.prompts, self.description.default_prompt)
@@ -222,13 +211,13 @@ class Engine:
     async def _encode(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], prompt: str, options: EmbedOptions
     ) -> EncodedInputs:
-        limit = self._limit(options.truncate_prompt_tokens)
+        limit = self._token_limit(options.truncate_prompt_tokens)
         truncate = options.truncate or self.spec.truncate
         if limit < self.description.max_length and options.truncate is None:
-            # Who names a limit wants it kept, whatever the model's own way is.
+            # A request that sets a limit wants its inputs truncated, even if the model's default is to reject them.
             truncate = "END"
         if isinstance(inputs[0], str):
-            texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API lets no mixture through
+            texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API rejects mixed inputs
             if sum(map(len, texts)) <= _INLINE_CHARACTERS:
                 return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
             return await self._in_executor(
@@ -244,15 +233,15 @@ class Engine:
                 )
             )
         raise TokenInputError(
-            f"The model `{self.spec.alias}` is not set up to read token ids: send text (in LangChain, "
-            "OpenAIEmbeddings(check_embedding_ctx_length=False)), or let the operator set its token_input in "
-            "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or 'model' for the model's own."
+            f"The model `{self.spec.alias}` does not accept token ids. Send text (in LangChain: "
+            "OpenAIEmbeddings(check_embedding_ctx_length=False)), or set its token_input in "
+            "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or to 'model' for those of the model."
         )
 
     async def _in_executor(self, encode: Callable[[], EncodedInputs]) -> EncodedInputs:
         return await asyncio.get_running_loop().run_in_executor(self._config.executor, encode)
 
-    def _limit(self, requested: int | None) -> int:
+    def _token_limit(self, requested: int | None) -> int:
         longest = self.description.max_length
         if requested is None or requested == -1:
             return longest
@@ -265,18 +254,18 @@ class Engine:
 
 
 class _BackendLoader:
-    """Loads the backend of one model, once or again after a crash, and checks it. Used on the model's thread."""
+    """Loads and checks the backend of one model, at first and after each crash. Used on the thread of the model."""
 
     def __init__(self, load: Callable[[], Backend]) -> None:
         self._load = load
-        self.tokenization: Tokenization | None = None
+        self._tokenizer_json: str | None = None
+        self.tokenization: Tokenization
         self.memory_bytes = 0
-        self._tokenizer_json = ""
 
     def load(self) -> Backend:
         backend = self._load()
         try:
-            self._tokenize_for(backend.description)
+            self._prepare_tokenization(backend.description)
             self.check(backend)
             self.memory_bytes = backend.memory_bytes
         except BaseException:
@@ -285,56 +274,26 @@ class _BackendLoader:
         freeze_gc()
         return backend
 
-    def _tokenize_for(self, description: ModelDescription) -> None:
-        if self.tokenization is None:
+    def _prepare_tokenization(self, description: ModelDescription) -> None:
+        if self._tokenizer_json is None:
             self.tokenization = Tokenization(description)
             self._tokenizer_json = description.tokenizer_json
         if description.tokenizer_json != self._tokenizer_json:
-            # Waiting requests were tokenized for the model that was here before.
-            raise LoadError("it was reloaded, and its files are those of another model now")
+            # The waiting requests were tokenized for the model that was loaded before.
+            raise LoadError("its files now contain another model than before it was restarted")
 
     def check(self, backend: Backend) -> None:
-        """Run the model once on a short text.
+        """Embed a test text.
 
         Raises:
-            LoadError: It returns no vector, or one that is not finite.
+            LoadError: The model fails, or returns a vector that is not finite.
         """
-        if self.tokenization is not None:
-            _warm_up(backend, self.tokenization)
-
-
-class _Core(NamedTuple):
-    """The parts of a started engine."""
-
-    tokenization: Tokenization
-    scheduler: BatchScheduler
-    thread: ModelThread
-
-
-def _warm_up(backend: Backend, tokenization: Tokenization) -> None:
-    """Run the model once on a short text, on its own thread.
-
-    Raises: LoadError where it gives no vector, or one that is not finite.
-    """
-    encoded = tokenization.encode([_WARM_UP_TEXT], truncate="END")
-    try:
-        vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
-    except Exception as error:
-        raise LoadError(f"it cannot embed the plainest of texts: {type(error).__name__}: {error}") from error
-    if not np.isfinite(vectors).all():
-        raise LoadError(
-            "its vector of the plainest of texts is not finite: its weights are damaged, or its precision is too low."
-        )
-
-
-def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:
-    """Return the batch policy for a device; what the operator set wins."""
-    on_cpu = device == "cpu"
-    return BatchPolicy(
-        max_batch_size=settings.max_batch_size,
-        max_batch_tokens=settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS),
-        min_batch_size=settings.min_batch_size,
-        max_wait_s=settings.max_wait_time_ms / 1000,
-        dynamic=settings.enable_dynamic_batching,
-        free_padded_tokens=_CPU_FREE_TOKENS if on_cpu else _GPU_FREE_TOKENS,
-    )
+        encoded = self.tokenization.encode([_TEST_TEXT], truncate="END")
+        try:
+            vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+        except Exception as error:
+            raise LoadError(f"it cannot embed a test text: {type(error).__name__}: {error}") from error
+        if not np.isfinite(vectors).all():
+            raise LoadError(
+                "its vector of a test text is not finite: its weights are damaged, or its precision is too low"
+            )

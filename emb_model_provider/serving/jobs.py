@@ -1,4 +1,4 @@
-"""What a model's threads are given, and how they answer: futures on the event loops that asked."""
+"""Requests in the queue of a model, and the futures through which they are answered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """What one model batch was and took. Times in seconds."""
+    """Measurements of one batch. Times in seconds."""
 
     model: str
     inputs: int
@@ -29,20 +29,22 @@ class BatchRecord:
     padded_tokens: int
     inference_s: float
     queue_s: float
-    """Longest wait among the batch's requests, from submission to this batch."""
+    """Longest wait of a request of this batch, from its submission to the start of the batch."""
     failed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long a request's inputs waited for their first batch, and then took to the last one, in seconds."""
+    """Measurements of one request, in seconds."""
 
     queue_s: float
+    """From its submission to the start of its first batch."""
     inference_s: float
+    """From there to the end of its last batch."""
 
 
 class EmbeddingJob(BatchJob):
-    """A job whose vectors are awaited on an event loop."""
+    """A request whose vectors are awaited on an event loop."""
 
     __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "vectors")
 
@@ -53,26 +55,26 @@ class EmbeddingJob(BatchJob):
         self.prompt_lengths = prompt_lengths
         self.loop = asyncio.get_running_loop()
         self.result: asyncio.Future[tuple[NDArray[np.float32], Timing]] = self.loop.create_future()
-        """Vectors, float32 of shape (inputs, dimension), as the backend gave them; and how long they took."""
+        """Vectors of the backend, float32 of shape (inputs, dimension), and their timing."""
         self.vectors = np.empty((len(ids), dimension), dtype=np.float32)
         self.remaining = len(ids)
-        """Inputs without a vector yet."""
+        """Number of inputs that have no vector yet."""
         self.started_at: float | None = None
         self.attempts = 0
-        """How often the model broke down while it ran a batch with inputs of this job."""
+        """How often the model crashed while it ran an input of this request."""
 
     def reset(self) -> None:
-        """Let all inputs wait once more, as if none had run."""
+        """Queue all inputs again, as if none had run."""
         super().reset()
         self.remaining = len(self.ids)
 
 
 Member = tuple[EmbeddingJob, int]
-"""A job and the row of its `ids` that is meant."""
+"""An input of a batch: a request and the row of its `ids`."""
 
 
 def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
-    """Hand over the vectors of jobs that have them all, with one wake-up for each event loop."""
+    """Answer completed requests, waking up each event loop only once."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EmbeddingJob, Timing]]] = {}
     for job, timing in done:
         by_loop.setdefault(job.loop, []).append((job, timing))
@@ -81,12 +83,12 @@ def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
 
 
 def set_exception(job: EmbeddingJob, error: ProviderError) -> None:
-    """Let a job's caller have an error instead of vectors."""
+    """Answer a request with an error."""
     _call_on_loop(job.loop, _set_exception, job, error)
 
 
 def _call_on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
-    # A loop that is closed has nobody left who waits; that must not end the thread for the others.
+    # A closed loop has no callers any more. The error must not end the thread, because it serves other loops too.
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *args)
 

@@ -1,9 +1,4 @@
-"""Python's garbage collector, set up for a service: it must not look at models again and again.
-
-As it comes, it runs after every 700 new objects, and now and then looks at every object of the process. Under load
-that was a quarter of the event loop's time (py-spy, 64 connections), and nearly all that it looked at were the
-objects of libraries and models, which stay.
-"""
+"""Settings of Python's garbage collector and of malloc for a service that holds large models."""
 
 from __future__ import annotations
 
@@ -15,36 +10,43 @@ import os
 from emb_model_provider.backends.hardware import usable_cpus
 
 _M_ARENA_MAX = -8
-"""The parameter's number in glibc's malloc.h."""
-_NEW_OBJECTS = 20_000
-"""Between two collections. Requests leave next to no cycles: counting references frees what they made."""
+"""Number of the parameter in glibc's malloc.h."""
+_GC_THRESHOLD = 20_000
+"""New objects between two collections. Requests create hardly any cycles, so reference counting frees nearly all."""
 
 
 def freeze_gc() -> None:
-    """Take all objects of now out of later collections. Call it when a model has been loaded; takes tenths of a second."""
-    # What an earlier call set aside may belong to a model that is gone: everything is looked at once more.
+    """Exclude all present objects from later collections, and collect less often.
+
+    Call it after loading a model; it takes tenths of a second. By default the collector scans the objects of libraries
+    and models again and again, although they stay, which takes a quarter of the event loop's time under load (see
+    docs/performance.md).
+    """
+    # Objects frozen by an earlier call may belong to a model that has been unloaded, so they are collected too.
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_NEW_OBJECTS, 10, 10)
+    gc.set_threshold(_GC_THRESHOLD, 10, 10)
 
 
 def trim_malloc() -> None:
-    """Let the system have what a model held that was closed; glibc keeps it for later, in pieces. Takes tenths of a second."""
+    """Return the memory of a closed model to the operating system, because glibc keeps freed pages for later use.
+
+    Takes tenths of a second.
+    """
     gc.unfreeze()
     gc.collect()
-    # Not glibc: musl, macOS and Windows have no such function, or no way to look for it.
+    # musl, macOS and Windows have no malloc_trim, or cannot look it up.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def limit_malloc_arenas() -> None:
-    """Have glibc allocate from one arena for each thread that works at a time. Call it before threads are started.
+    """Limit glibc's malloc to one arena per processor and one more. Call it before threads are started.
 
-    It gives every thread an arena of its own, up to eight a processor, and what is free in one is of no use to the others.
-    Two processors keep two lanes and the event loop busy; over three arenas they answer as fast as over sixteen, within 2 %
-    (two: 6 % less, at 16 connections with a short text each), and after eight loads, closed again, 281 MiB are resident and
-    not 313. Who sets MALLOC_ARENA_MAX or GLIBC_TUNABLES has chosen otherwise.
+    By default each thread gets its own arena, up to eight per processor, and the free memory of one arena is not
+    available to other threads. The limit saves memory and costs no throughput (see docs/performance.md). It is not
+    applied if MALLOC_ARENA_MAX or GLIBC_TUNABLES is set.
     """
     if {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
         return

@@ -1,4 +1,4 @@
-"""OpenAI's token ids back to text, for clients that tokenize before they send (LangChain's default)."""
+"""Decodes OpenAI's token ids to text, for clients that tokenize before they send (the default of LangChain)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1)
 def load_cl100k() -> Encoding:
-    """Return tiktoken's cl100k_base, which reads its vocabulary from TIKTOKEN_CACHE_DIR or downloads it once.
+    """Return the encoding cl100k_base of tiktoken.
 
-    Raises: LoadError that says how to provide the package or the vocabulary.
+    tiktoken reads its vocabulary from TIKTOKEN_CACHE_DIR, or downloads it once.
+
+    Raises:
+        LoadError: The package or the vocabulary is missing; the message says how to provide it.
     """
     try:
         import tiktoken
@@ -30,16 +33,18 @@ def load_cl100k() -> Encoding:
         return tiktoken.get_encoding("cl100k_base")
     except Exception as error:
         raise LoadError(
-            f"token_input=cl100k needs the cl100k_base vocabulary, which could not be fetched ({type(error).__name__}): "
-            "set TIKTOKEN_CACHE_DIR to a directory where tiktoken has stored it before, or allow its download."
+            "token_input=cl100k needs the vocabulary cl100k_base, which could not be downloaded "
+            f"({type(error).__name__}): allow the download, or set TIKTOKEN_CACHE_DIR to a directory in which tiktoken "
+            "has stored it."
         ) from error
 
 
 def decode_cl100k(rows: Sequence[Sequence[int]]) -> list[str]:
     """Return the text of each row of cl100k_base token ids.
 
-    Raises: TokenInputError where an id is unknown or a row is not whole UTF-8: half a character would
-    become another text.
+    Raises:
+        TokenInputError: An id is unknown, or a row is not complete UTF-8. Replacing half a character would embed a
+            different text.
     """
     encoding = load_cl100k()
     texts = []
@@ -48,7 +53,7 @@ def decode_cl100k(rows: Sequence[Sequence[int]]) -> list[str]:
             texts.append(encoding.decode_bytes(row).decode("utf-8"))
         except (KeyError, OverflowError, UnicodeDecodeError) as error:
             raise TokenInputError(
-                f"Invalid 'input[{index}]': these cl100k_base token ids do not decode to text.",
+                f"Invalid 'input[{index}]': these cl100k_base token ids cannot be decoded to text.",
                 code="invalid_value",
             ) from error
     return texts

@@ -1,7 +1,7 @@
-"""The jobs that a model let in and has not answered, kept through its breakdowns.
+"""The accepted requests of a model that are not answered yet, kept across crashes of the model.
 
-A model that breaks down loses no job: those it had are stranded, and run again once it is back. One that was in a batch
-when it broke down may be the reason, and has its next batches to itself.
+A crash loses no request: the unanswered ones run again after the restart. A request that was running when the model
+crashed may be the cause, so its next batches are exclusive to it.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ if TYPE_CHECKING:
 
     from emb_model_provider.serving.jobs import EmbeddingJob
 
-_MOST_ATTEMPTS = 2
-"""A job that was in a batch whose lane ended is tried once more; it may be what ends them."""
+_MAX_ATTEMPTS = 2
+"""A request that was running at this many crashes fails, because it may be their cause."""
 
 
 class PendingJobs:
-    """Jobs by what becomes of them next. Not for several threads: the lanes' lock guards it."""
+    """Accepted requests by what happens to them next. Not thread-safe; guarded by the scheduler's lock."""
 
     def __init__(self) -> None:
         self.waiting: set[EmbeddingJob] = set()
-        """Those that the present queue has, or that lanes have in hand."""
+        """Requests in the queue or running."""
         self._detached: set[EmbeddingJob] = set()
-        """Those of a queue whose lanes ended."""
+        """Requests that survived a crash and are not queued again yet."""
         self._suspects: set[EmbeddingJob] = set()
-        """Stranded ones that a lane had in hand when the lanes ended: one of them may be the reason."""
+        """Detached requests that were running when the model crashed: one of them may be the cause."""
         self._isolated: set[EmbeddingJob] = set()
-        """Suspects of last time, each in batches of its own."""
+        """Suspects of the last crash that are queued again, exclusively."""
 
     @property
     def isolating(self) -> bool:
-        """Whether suspects of the last breakdown run: one lane at a time then, so that it is known whose fault it is."""
+        """Whether suspects are running. Only one stream works then, so that a crash has one suspect."""
         return bool(self._isolated)
 
     def add(self, job: EmbeddingJob) -> None:
-        """Keep a job that the queue takes."""
+        """Add a request that the queue accepts."""
         self.waiting.add(job)
 
-    def forget(self, job: EmbeddingJob) -> bool:
-        """Let go of a job that is answered, or that nobody awaits; return whether that ends the quarantine."""
+    def remove(self, job: EmbeddingJob) -> bool:
+        """Remove a request that is answered or cancelled; return whether it was the last isolated one."""
         self.waiting.discard(job)
         self._detached.discard(job)
         if job not in self._isolated:
@@ -49,39 +49,43 @@ class PendingJobs:
         return not self._isolated
 
     def is_detached(self, job: EmbeddingJob) -> bool:
-        """Whether no queue has the job."""
+        """Return whether a request waits for the restart of the model, outside the queue."""
         return job in self._detached
 
     def mark_suspect(self, jobs: Iterable[EmbeddingJob]) -> None:
-        """Note whose inputs a lane had in hand when it ended."""
+        """Record the requests that a stream was running when it crashed."""
         self._suspects.update(jobs)
 
     def on_crash(self) -> None:
-        """The queue is gone: keep its jobs for the next one."""
+        """Keep the requests of the queue until the model is restarted."""
         self._detached, self.waiting = self.waiting, set()
 
     def resume(self) -> tuple[list[EmbeddingJob], list[EmbeddingJob]]:
-        """Return the stranded jobs that the next queue shall have, oldest first, and those that had their chances."""
-        again: list[EmbeddingJob] = []
-        refused: list[EmbeddingJob] = []
+        """Take the detached requests after a restart.
+
+        Returns:
+            The requests to queue again, oldest first, and the requests that fail.
+        """
+        queued: list[EmbeddingJob] = []
+        failed: list[EmbeddingJob] = []
         self._isolated = set()
         for job in sorted(self._detached, key=lambda job: job.arrived_at):
             if job in self._suspects:
                 job.attempts += 1
                 job.exclusive = True
-            if job.attempts >= _MOST_ATTEMPTS:
-                refused.append(job)
+            if job.attempts >= _MAX_ATTEMPTS:
+                failed.append(job)
                 continue
             if job.exclusive:
                 self._isolated.add(job)
             job.reset()
-            again.append(job)
+            queued.append(job)
         self._detached, self._suspects = set(), set()
-        self.waiting.update(again)
-        return again, refused
+        self.waiting.update(queued)
+        return queued, failed
 
     def drain(self) -> set[EmbeddingJob]:
-        """Keep none, and return all there were."""
-        left = self._detached | self.waiting
+        """Remove and return all requests."""
+        pending = self._detached | self.waiting
         self._detached, self.waiting = set(), set()
-        return left
+        return pending

@@ -1,4 +1,4 @@
-"""A backend that computes what a test can foresee, and fails, stalls or goes wrong where it is told to."""
+"""A backend with predictable vectors, which fails, blocks or returns invalid vectors on demand."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 WORDS = [f"w{i}" for i in range(100)]
 FAILS, NOT_FINITE, NEVER_FINITE, BREAKS = "w98", "w99", "w97", "w96"
-"""Words that make a batch raise, a vector non-finite, the same at fp32 too, and every later batch raise."""
+"""Words for which a batch raises, a vector is not finite, it is not finite at fp32 either, and every later batch raises."""
 
 
 def word_tokenizer() -> Tokenizer:
-    """A tokenizer of whole words between [CLS] and [SEP], so that tests can count tokens."""
+    """Return a tokenizer of whole words between [CLS] and [SEP], so that tests can count tokens."""
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {
         word: 4 + i for i, word in enumerate(WORDS)
     }
@@ -50,12 +50,12 @@ def describe(**changes: object) -> ModelDescription:
 
 
 def expected(ids: list[int]) -> list[float]:
-    """The vector that the fake gives for token ids: which ones, how many, and always the same."""
+    """Return the vector of the fake for a row of token ids. It depends on the ids, their number and their order."""
     return [float(sum(ids)), float(len(ids)), float(ids[-2]) if len(ids) > 1 else 0.0, 1.0]
 
 
 class FakeBackend:
-    """Computes `expected`, keeps what it was given, and waits while `gate` is closed."""
+    """Returns `expected` vectors, records its batches, and blocks while `gate` is closed."""
 
     def __init__(
         self, description: ModelDescription | None = None, streams: int = 1, memory_bytes: int = 1000
@@ -69,23 +69,27 @@ class FakeBackend:
         self.gate.set()
         self.entered = threading.Event()
         self.let_through = threading.Event()
-        """Lets those pass the gate that come from now on."""
+        """Lets later batches through a closed gate."""
         self.closed = False
         self.broken = False
-        self.most_tokens: int | None = None
-        """Padded tokens of a batch that there is memory for."""
-        self.inside = 0
-        """How many threads are in `embed` now."""
+        self.max_tokens: int | None = None
+        """Padded tokens of a batch that fit into memory; None: any number."""
+        self.running_batches = 0
+        """Number of threads that are in `embed`."""
+        self.running_inputs = 0
+        """Number of inputs that are in `embed`."""
         self._lock = threading.Lock()
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         with self._lock:
-            self.inside += 1
+            self.running_batches += 1
+            self.running_inputs += len(batch.ids)
         try:
             return self._embed(batch)
         finally:
             with self._lock:
-                self.inside -= 1
+                self.running_batches -= 1
+                self.running_inputs -= len(batch.ids)
 
     def _embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         self.entered.set()
@@ -97,7 +101,7 @@ class FakeBackend:
         self.broken |= any(IDS[BREAKS] in row for row in rows)
         if self.broken or any(IDS[FAILS] in row for row in rows):
             raise RuntimeError("planted")
-        if self.most_tokens is not None and len(rows) * max(map(len, rows)) > self.most_tokens:
+        if self.max_tokens is not None and len(rows) * max(map(len, rows)) > self.max_tokens:
             raise RuntimeError("CUDA error: out of memory")
         vectors = np.array([expected(row) for row in rows], dtype=np.float32)
         for i, row in enumerate(rows):

@@ -1,0 +1,64 @@
+"""Configuration that the engines of one service share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from emb_model_provider.serving.batcher import BatchPolicy
+from emb_model_provider.settings import BatchSettings, LimitSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Executor
+
+    from emb_model_provider.serving.jobs import BatchRecord
+
+_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 131_072
+"""On a CPU larger batches raise the throughput hardly at all, but every request waits for the end of its batch and of
+the one before (see docs/performance.md)."""
+_CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """How long the service waits in unusual situations, in seconds."""
+
+    restart_pauses_s: tuple[float, ...] = (0.0, 1.0, 4.0)
+    """Pauses before the restarts of a crashed model. After as many restarts within ten minutes the model has failed."""
+    retry_after_failure_s: float = 30.0
+    """Until a model that failed may be loaded again."""
+    lowered_budget_s: float = 60.0
+    """How long batches stay small after one did not fit into memory."""
+    stop_s: float = 5.0
+    """How long a model may take to stop when all its requests are answered or cancelled."""
+    slow_load_s: float = 300.0
+    """After which a load that has not ended is reported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Configuration that the engines of one service share."""
+
+    executor: Executor
+    """Tokenizes long inputs, so that they do not block the event loop."""
+    batching: BatchSettings = field(default_factory=BatchSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    watchdog_s: float = 60.0
+    """A batch that runs longer counts as hung, in seconds."""
+    on_batch: Callable[[BatchRecord], None] = lambda _: None
+    """Called on a thread of the model after each batch."""
+    timings: Timings = field(default_factory=Timings)
+
+
+def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:
+    """Return the batch policy for a device. What is set takes precedence over the device's default."""
+    on_cpu = device == "cpu"
+    return BatchPolicy(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS),
+        min_batch_size=settings.min_batch_size,
+        max_wait_s=settings.max_wait_time_ms / 1000,
+        dynamic=settings.enable_dynamic_batching,
+        free_padded_tokens=_CPU_FREE_TOKENS if on_cpu else _GPU_FREE_TOKENS,
+    )

@@ -1,0 +1,59 @@
+"""Prompts, dimensions and normalization, requested from an engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from emb_model_provider.errors import DimensionsError, RequestError
+from tests.serving.fakes import describe, expected
+from tests.serving.helpers import ids, started_engine
+
+
+async def test_request_overrides_normalization_of_the_model() -> None:
+    """`normalize` of the request takes precedence over the model."""
+    async with started_engine(describe(normalize=True)) as run:
+        assert np.linalg.norm(await run.embed("w1 w2")) == pytest.approx(1)
+        assert (await run.embed("w1 w2", normalize=False)).tolist() == [expected(ids("w1", "w2"))]
+    async with started_engine() as run:
+        assert np.linalg.norm(await run.embed("w1 w2", normalize=True)) == pytest.approx(1)
+
+
+async def test_truncated_vectors_are_normalized() -> None:
+    """Declared and configured sizes are truncated and normalized. The native size is always accepted."""
+    async with started_engine(describe(matryoshka=(2,)), dimensions=(3,)) as run:
+        native = np.array(expected(ids("w1", "w2")), dtype=np.float32)
+        for size in (2, 3):
+            vector = (await run.embed("w1 w2", dimensions=size))[0]
+            np.testing.assert_allclose(vector, native[:size] / np.linalg.norm(native[:size]), rtol=1e-6)
+        assert (await run.embed("w1 w2", dimensions=4)).tolist() == [native.tolist()]
+        for size in (1, 5):
+            with pytest.raises(DimensionsError, match=r"allowed: 2, 3, 4"):
+                await run.embed("w1", dimensions=size)
+
+
+async def test_all_smaller_sizes_can_be_allowed() -> None:
+    """`dimensions: any` allows every size up to the native one."""
+    async with started_engine(dimensions="any") as run:
+        assert (await run.embed("w1", dimensions=1)).shape == (1, 1)
+        with pytest.raises(DimensionsError, match="1 to 4"):
+            await run.embed("w1", dimensions=5)
+
+
+async def test_prompt_is_put_before_each_input() -> None:
+    """`input_type` names a prompt of the model or one of its synonyms."""
+    prompts = {"query": "w90 ", "passage": "w91 "}
+    async with started_engine(describe(prompts=prompts, default_prompt="passage")) as run:
+        assert (await run.embed("w1", input_type="search_query")).tolist() == [expected(ids("w90", "w1"))]
+        for name in ("document", "passage", "retrieval.passage"):
+            assert (await run.embed("w1", input_type=name)).tolist() == [expected(ids("w91", "w1"))]
+        assert (await run.embed("w1")).tolist() == [expected(ids("w91", "w1"))]
+        with pytest.raises(RequestError, match=r"'query', 'passage'") as caught:
+            await run.embed("w1", input_type="clustering")
+        assert caught.value.param == "input_type"
+
+
+async def test_known_input_type_without_a_prompt_changes_nothing() -> None:
+    """A model without prompts accepts the common names."""
+    async with started_engine() as run:
+        assert (await run.embed("w1", input_type="query")).tolist() == [expected(ids("w1"))]

@@ -1,0 +1,153 @@
+"""The queue of a model: streams, batches, fairness, cancellation, limits, and batches that hang."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from emb_model_provider.errors import ModelNotReadyError, QueueFullError
+from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.settings import BatchSettings
+from tests.serving.fakes import expected
+from tests.serving.helpers import ids, started_engine, until
+
+if TYPE_CHECKING:
+    from emb_model_provider.serving.jobs import BatchRecord
+
+DEFAULTS = EmbedOptions()
+
+
+async def test_streams_run_batches_in_parallel() -> None:
+    """A backend with two streams runs on two threads, and each request gets its own vectors."""
+    async with started_engine(streams=2) as run:
+        run.backend.gate.clear()
+        tasks = [asyncio.create_task(run.embed(*(f"w{n} w{m}" for m in range(30)))) for n in range(30)]
+        await until(lambda: run.backend.running_batches == 2)
+        run.backend.gate.set()
+        for n, vectors in enumerate(await asyncio.gather(*tasks)):
+            assert vectors.tolist() == [expected(ids(f"w{n}", f"w{m}")) for m in range(30)]
+    assert run.backend.threads == {"model-fake", "model-fake-1"}
+    assert run.backend.closed
+
+
+async def test_requests_that_arrive_during_a_batch_share_the_next_one() -> None:
+    """While the model is busy, the next batch collects inputs of several requests."""
+    async with started_engine() as run:
+        holding = await run.hold()
+        others = [asyncio.create_task(run.embed(f"w{n}")) for n in range(10)]
+        await run.until_waiting(10)
+        run.backend.gate.set()
+        await asyncio.gather(holding, *others)
+        assert [len(batch) for batch in run.backend.batches] == [1, 10]
+
+
+async def test_large_request_does_not_delay_a_small_one() -> None:
+    """A request of one text runs long before the end of an earlier request of 2048 texts."""
+    async with started_engine() as run:
+        holding = await run.hold()
+        large = asyncio.create_task(run.embed(*(["w2 w3"] * 2048)))
+        await run.until_waiting(2048)
+        small = asyncio.create_task(run.embed("w4 w4"))
+        await run.until_waiting(2049)
+        run.backend.gate.set()
+        await asyncio.gather(holding, small, large)
+        first = next(i for i, batch in enumerate(run.backend.batches) if ids("w4", "w4") in batch)
+        assert first <= 2
+        assert len(run.backend.batches) > 30
+
+
+async def test_cancelled_request_leaves_the_queue() -> None:
+    """The waiting inputs of a cancelled request do not run."""
+    async with started_engine() as run:
+        holding = await run.hold()
+        cancelled = asyncio.create_task(run.embed(*(["w9"] * 500)))
+        await run.until_waiting(500)
+        cancelled.cancel()
+        await run.until_waiting(0)
+        run.backend.gate.set()
+        await holding
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        await run.embed("w1")
+        assert sum(map(len, run.backend.batches)) == 2
+
+
+async def test_small_batch_waits_for_more_inputs() -> None:
+    """Fewer inputs than MIN_BATCH_SIZE wait for MAX_WAIT_TIME_MS; enough inputs start at once."""
+    batching = BatchSettings(min_batch_size=8, max_wait_time_ms=200)
+    async with started_engine(config={"batching": batching}) as run:
+        embeddings = await run.engine.embed(["w1"], DEFAULTS)
+        assert embeddings.timing.queue_s >= 0.2
+    batching = BatchSettings(min_batch_size=8, max_wait_time_ms=60_000)
+    async with started_engine(config={"batching": batching}) as run:
+        results = await asyncio.gather(*(run.engine.embed(["w1"], DEFAULTS) for _ in range(8)))
+        assert max(result.timing.queue_s for result in results) < 60
+        assert [len(batch) for batch in run.backend.batches] == [8]
+
+
+async def test_full_queue_rejects_requests() -> None:
+    """A request that exceeds MAX_QUEUE_TOKENS is rejected at once. An empty queue accepts any request."""
+    async with started_engine(config={"batching": BatchSettings(max_queue_tokens=50)}) as run:
+        assert len(await run.embed(*(["w1"] * 100))) == 100
+        holding = await run.hold()
+        waiting = [asyncio.create_task(run.embed(*(["w2"] * inputs))) for inputs in (15, 14)]
+        await run.until_waiting(29)
+        with pytest.raises(QueueFullError, match="87 tokens") as caught:
+            await run.embed(*(["w3"] * 3))
+        assert caught.value.retry_after_s > 0
+        run.backend.gate.set()
+        await asyncio.gather(holding, *waiting)
+
+
+async def test_request_larger_than_the_queue_does_not_block_small_ones() -> None:
+    """Small requests overtake it, so they are accepted. A second request of its size is rejected."""
+    async with started_engine(config={"batching": BatchSettings(max_queue_tokens=50)}) as run:
+        holding = await run.hold()
+        large = asyncio.create_task(run.embed(*(["w2"] * 100)))
+        await run.until_waiting(100)
+        small = asyncio.create_task(run.embed("w3", "w4"))
+        await run.until_waiting(102)
+        with pytest.raises(QueueFullError, match="306 tokens"):
+            await run.embed(*(["w5"] * 100))
+        run.backend.gate.set()
+        await asyncio.gather(holding, large, small)
+
+
+async def test_error_while_recording_metrics_fails_no_request() -> None:
+    """Recording a batch is not part of answering it."""
+
+    def on_batch(_: BatchRecord) -> None:
+        raise ValueError("planted")
+
+    async with started_engine(on_batch=on_batch) as run:
+        assert (await run.embed("w1")).tolist() == [expected(ids("w1"))]
+        assert not run.changes
+
+
+async def test_hang_is_reported() -> None:
+    """A model that hangs says so and rejects requests. After the end of the batch it continues."""
+    async with started_engine(config={"watchdog_s": 0.05}) as run:
+        assert run.engine.hang_report == ""
+        holding = await run.hold()
+        await until(lambda: run.engine.hang_report)
+        assert "a batch of 1 inputs has been running for" in run.engine.hang_report
+        with pytest.raises(ModelNotReadyError, match="hangs"):
+            await run.embed("w2")
+        run.backend.gate.set()
+        assert (await holding).tolist() == [expected(ids("w1"))]
+        assert run.engine.hang_report == ""
+        assert (await run.embed("w2")).tolist() == [expected(ids("w2"))]
+
+
+async def test_other_stream_continues_while_one_hangs() -> None:
+    """A model that hangs on one stream accepts requests for the other."""
+    async with started_engine(streams=2, config={"watchdog_s": 0.05}) as run:
+        holding = await run.hold()
+        await until(lambda: run.engine.hang_report)
+        run.backend.let_through.set()
+        assert (await run.embed("w2")).tolist() == [expected(ids("w2"))]
+        assert not holding.done()
+        run.backend.gate.set()
+        assert (await holding).tolist() == [expected(ids("w1"))]
