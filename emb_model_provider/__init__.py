@@ -1,6 +1,6 @@
-"""Embedding models from ModelScope, Hugging Face or a directory: a service, and its parts for Python programs.
+"""Serves embedding models from ModelScope, Hugging Face or a directory, over HTTP and in Python programs.
 
-`Embedder` is a model in this process; `ModelManager` and `get_model_manager` fetch, list, check and remove models.
+`Embedder` runs a model in this process. `ModelManager` and `get_model_manager` download, list, verify and remove models.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedder", "ModelManager", "get_model_manager"]
 
-_PLACES = {
+_MODULES = {
     "Embedder": "emb_model_provider.embedder",
     "ModelManager": "emb_model_provider.management.manager",
     "get_model_manager": "emb_model_provider.management.manager",
 }
-"""Imported when they are first asked for: the supervisor and the shell import this package, and need none of them."""
+"""Modules of the public names. Imported at first use, because the supervisor and the command line need none of them."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

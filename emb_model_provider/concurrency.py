@@ -1,4 +1,4 @@
-"""Blocking work on a thread of its own."""
+"""Runs blocking work on a thread of its own."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ T = TypeVar("T")
 
 
 async def run_in_daemon_thread(name: str, work: Callable[[], T]) -> T:
-    """Return what `work` returns, called on a thread that does not keep the process from ending.
+    """Call `work` on a daemon thread, and return its result.
 
-    `asyncio.to_thread` has few threads, for all purposes: downloads that hang would take them from requests, and the
-    loop's end would wait for each. Cancelling the call leaves the thread to itself.
+    Unlike `asyncio.to_thread`, it needs no thread of the loop's pool, where downloads that hang would block requests, and
+    neither the end of the loop nor that of the process waits for the thread. Cancelling the call does not stop the thread.
+
+    Args:
+        name: Name of the thread.
+        work: The function to call.
+
+    Raises:
+        BaseException: Any error of `work`.
     """
     done: Future[T] = Future()
     context = contextvars.copy_context()
@@ -26,7 +33,7 @@ async def run_in_daemon_thread(name: str, work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             result = context.run(work)
-        except BaseException as error:  # noqa: BLE001 - it is handed to whoever waits
+        except BaseException as error:  # noqa: BLE001 - it is passed to the caller
             done.set_exception(error)
         else:
             done.set_result(result)

@@ -1,4 +1,4 @@
-"""Which model a name means: an alias or an id from the settings, a repository's id, or a directory; and whose it is."""
+"""Resolves model names: an alias or an id from the settings, the id of a repository, or a directory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
 
-
 PATHS = ("/", "./", "../", "~")
-"""How a name begins that cannot be a repository's."""
+"""Prefixes of names that are paths and cannot be repositories."""
 MODELSCOPE_OWNERS = ("damo/", "iic/")
-"""Owners whose models are on ModelScope, for `auto`."""
+"""Owners whose models the source `auto` looks for on ModelScope."""
 
 
 def resolve_model(
@@ -31,16 +30,31 @@ def resolve_model(
     revision: str | None = None,
     precision: Precision | None = None,
 ) -> ModelSpec:
-    """Return the model that `model` means under these settings; what else is given wins over them.
+    """Return the model that a name refers to under these settings.
 
-    A model of the settings is found by its alias or its name. By its alias it is found at another hub or revision,
-    too, by its name only where the settings mean those: what they say of it may not hold there. Anything else is a
-    directory where there is one of that name, else a repository's id.
+    The name is one of, in this order:
 
-    Raises: SettingsError where the precision contradicts the settings.
+    1. The alias or the name of a configured model. A name does not match if another hub or revision is requested than
+       the configured one, because the other settings of the model may not apply there. An alias does match at another
+       revision; at another hub it stands for the name.
+    2. A directory that exists.
+    3. The id of a repository.
+
+    Args:
+        settings: All settings.
+        model: The name.
+        alias: Alias of the result, instead of the configured one.
+        source: Hub of the model, instead of the configured one.
+        revision: Branch, tag or commit, instead of the configured one.
+        precision: Precision, instead of the configured one.
+
+    Raises:
+        SettingsError: The precision contradicts the settings.
     """
-    own: dict[str, Any] = {"alias": alias, "source": source, "revision": revision, "precision": precision}
-    changes = {name: value for name, value in own.items() if value is not None}
+    overrides: dict[str, Any] = {
+        "alias": alias, "source": source, "revision": revision, "precision": precision,
+    }  # fmt: skip
+    changes = {name: value for name, value in overrides.items() if value is not None}
     named = [spec for spec in settings.models.specs() if model in (spec.alias, spec.name)]
     at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
     for spec in at_hub:
@@ -50,7 +64,8 @@ def resolve_model(
         if model == spec.alias != spec.name and spec.path is None:
             return replace(spec, **changes)
     if named and model == named[0].alias and "/" not in model:
-        model = named[0].name  # at another hub: there an alias without an owner is no repository
+        # The alias stands for the name, because an alias without an owner is not a repository of the other hub.
+        model = named[0].name
     directory = directory_of(model) if source in (None, "auto", "local") else None
     entry = MappingEntry(
         name=directory.resolve().name if directory is not None else model,
@@ -63,7 +78,7 @@ def resolve_model(
 
 
 def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "local", "bundled"]:
-    """The hub that a model comes from. Looks at the disk, for directories, and asks nobody."""
+    """Return the hub of a model. Checks whether directories exist, and sends no requests."""
     if spec.path is not None:
         return "local"
     if spec.source != "auto":
@@ -78,19 +93,21 @@ def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "loc
 
 
 def directory_of(model: str) -> Path | None:
-    """Return the directory that a name means, or None where there is none of that name."""
+    """Return the directory that a name refers to, or None if it does not exist."""
     try:
         directory = Path(model).expanduser()
         return directory if directory.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # a name that the platform cannot look up is no directory
+    except (OSError, RuntimeError, ValueError):  # the platform cannot look up this name
         return None
 
 
 def build_alias_index(configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> dict[str, str]:
-    """Map ids of models to the first alias that serves them, and last parts that mean just one model to its alias.
+    """Return the alias that each name refers to: ids, and last parts of ids and aliases that are unique.
 
-    A model that is added takes no name from those before it, nor makes one of theirs unclear: whoever uses it would get
-    an error, or another model's vectors, from one request to the next.
+    Args:
+        configured: The models of the settings. An id that several of them have refers to the first one.
+        added: Models that were added later. They change the meaning of no earlier name and make none ambiguous, because
+            a client that uses the name would get an error or the vectors of another model.
     """
     names = _names_of(configured)
     for spec in added:
@@ -99,7 +116,7 @@ def build_alias_index(configured: Iterable[ModelSpec], added: Iterable[ModelSpec
 
 
 def _names_of(specs: Iterable[ModelSpec]) -> dict[str, str | None]:
-    """The same for models none of which comes before another; None for what is unclear among them."""
+    """Return the alias of each name, or None if the name is ambiguous among these models."""
     ids: dict[str, str] = {}
     last_parts: dict[str, set[str]] = {}
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What to serve: one frozen record per model, made from the settings and read by every layer."""
+"""The specification of a model to serve, and the types of its fields."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ Truncate = Literal["NONE", "START", "END"]
 
 BUNDLED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
-"""The commit of the official repository whose files are bundled."""
+"""Commit of the official repository from which the bundled files were taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One model to serve.
+    """A model to serve.
 
-    `None` means "as the repository, the hub or the service's settings say". A value here is the
-    operator's own word and wins over what the repository declares.
+    A field that is None takes its value from the repository, the hub or the service-wide settings. Any other value takes
+    precedence over what the repository declares.
     """
 
     alias: str
-    """The name that requests use."""
+    """Name that requests use."""
     name: str
-    """A hub's repository id, or a directory."""
+    """Repository id on a hub, or a directory."""
     source: Source = "auto"
     path: Path | None = None
-    """A local directory that holds the model; wins over any hub."""
+    """Local directory of the model. Takes precedence over any hub."""
     revision: str | None = None
-    """Branch, tag or commit; None is the hub's default branch."""
+    """Branch, tag or commit. None: the default branch of the hub."""
 
     endpoint: str | None = None
-    """Base URL of the hub, where it is not the one in the settings."""
+    """Base URL of the hub, if it differs from the service-wide one."""
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
-    """Where the hub's client keeps downloads of this model."""
+    """Cache directory of the hub's client for this model."""
     trust_remote_code: bool | None = None
 
     precision: Precision = "auto"
@@ -57,9 +57,9 @@ class ModelSpec:
     max_length: int | None = None
     """Longest input in tokens, special tokens included."""
     prompts: Mapping[str, str] | None = None
-    """Prompt name to the text put before each input, over those the repository declares."""
+    """Prompts by name, in addition to those of the repository. A prompt is put before each input."""
     dimensions: tuple[int, ...] | Literal["any"] | None = None
-    """Sizes that requests may cut vectors to, beside those the model declares."""
+    """Sizes to which requests may truncate vectors, in addition to those that the model declares."""
     token_input: TokenInput = "reject"
     truncate: Truncate = "END"
-    """What happens to an input that is too long when the request does not say."""
+    """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected."""

@@ -1,4 +1,4 @@
-"""Loads a model into memory: its files, its backend, room in the memory budget, and a first answer."""
+"""Loads a model into memory: files, backend, memory, engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from emb_model_provider.progress import CancelToken, Progress
     from emb_model_provider.registry.memory_budget import MemoryBudget
     from emb_model_provider.registry.model_entry import LoadedModel, ModelEntry
-    from emb_model_provider.serving.engine import EngineConfig
+    from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
     from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
@@ -74,9 +74,9 @@ class Loader:
     async def load(
         self, loaded_model: LoadedModel, budget: MemoryBudget, on_change: Callable[[StateChange, str], None]
     ) -> Engine:
-        """Load a model as soon as there is room for it, and update the state of its entry.
+        """Load a model as soon as the memory budget allows it, and update the state of its entry.
 
-        If this raises or is cancelled, the caller must release what `loaded_model` holds.
+        If this raises or is cancelled, the caller must release the resources of `loaded_model`.
 
         Args:
             loaded_model: The model to load.
@@ -91,7 +91,7 @@ class Loader:
         alias = entry.spec.alias
         entry.state = State.DOWNLOADING
         logger.info("loading model %s", alias)
-        snapshot, loaded_model.hold = await run_in_daemon_thread(
+        snapshot, loaded_model.snapshot_lock = await run_in_daemon_thread(
             f"fetch-{alias}", lambda: self._fetch(entry.spec)
         )
         entry.snapshot = snapshot
@@ -140,17 +140,20 @@ def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
     description = engine.description
     alias = engine.spec.alias
     for note in description.notes:
-        logger.info("model %s: %s", alias, note)
-    logger.debug(
-        "model %s: %s at %s from %s, max %d tokens, %s pooling, %s",
-        alias, snapshot.repository, snapshot.revision, snapshot.hub, description.max_length,
-        description.pooling, _format_fidelity(description),
-    )  # fmt: skip
+        _log_note(alias, note)
     logger.info(
-        "model %s is ready: %d dimensions, %s on %s (%s), %s, %.1f s",
-        alias, description.dimension, description.precision, description.device, description.backend,
-        format_size(engine.memory_bytes), took_s,
+        "model %s is ready: %d-dim %s, %s, %.1f s",
+        alias, description.dimension, description.precision, format_size(engine.memory_bytes), took_s,
     )  # fmt: skip
+    logger.debug(
+        "model %s: %s at %s from %s, %s on %s, max %d tokens, %s pooling, %s",
+        alias, snapshot.repository, snapshot.revision, snapshot.hub, description.backend, description.device,
+        description.max_length, description.pooling, _format_fidelity(description),
+    )  # fmt: skip
+
+
+def _log_note(alias: str, note: str) -> None:
+    logger.info("model %s: %s", alias, note)
 
 
 def _format_fidelity(description: ModelDescription) -> str:
@@ -161,7 +164,7 @@ def _format_fidelity(description: ModelDescription) -> str:
         f"cosine to fp32 min {format_cosine(fidelity.min_cosine)}, mean {format_cosine(fidelity.mean_cosine)}"
     ]
     if fidelity.top10_overlap is not None:
-        parts.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbours kept")
+        parts.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbors kept")
     if fidelity.spearman is not None:
         parts.append(f"Spearman {format_cosine(fidelity.spearman)}")
     return f"{', '.join(parts)} over {fidelity.texts} texts"

@@ -1,4 +1,4 @@
-"""Room in memory: which models are there, and which leave so that another can come."""
+"""Keeps the loaded models within the memory budget, by evicting models to make room for others."""
 
 from __future__ import annotations
 
@@ -27,76 +27,93 @@ class MemoryBudget:
     def __init__(
         self, limits: MemorySettings, begin_unloading: Callable[[ModelEntry, str], asyncio.Task[None]]
     ) -> None:
-        self.loaded: set[LoadedModel] = set()
-        """Those that take memory: loading, loaded, and not quite gone."""
-        self._most = limits.max_loaded_models
-        self._limit = limits.model_memory_limit
-        self._begin_unloading = begin_unloading
-        # Two that made room side by side would each count on the room that the other made.
-        self._turn = asyncio.Lock()
+        """Create an empty budget.
 
-    async def reserve(self, coming: LoadedModel, minimum_bytes: int, likely_bytes: int) -> None:
-        """Let a model into memory, once there is room for it: others leave, their requests answered first.
-
-        Raises: LoadError where not even `minimum_bytes` fit; that `likely_bytes` do not fit is seen when it is loaded.
+        Args:
+            limits: The limits.
+            begin_unloading: Starts to unload a model, for a reason, and returns the task that does so.
         """
-        self.check_fits(minimum_bytes)
-        coming.expected_bytes = likely_bytes if self._limit is None else min(likely_bytes, self._limit)
-        coming.step_started_at, coming.waiting_for = time.monotonic(), "others that wait for it come first"
-        async with self._turn:
-            await self._evict_until_fits(coming)
-            self.loaded.add(coming)
-        coming.step_started_at = time.monotonic()
-
-    async def rebalance(self, loaded_model: LoadedModel) -> None:
-        """Make room once more for a model that takes more memory than was expected of it."""
-        async with self._turn:
-            if loaded_model in self.loaded:
-                await self._evict_until_fits(loaded_model)
-
-    def check_fits(self, needed_bytes: int) -> None:
-        """Raises: LoadError where a model needs more memory than all models together may take."""
-        if self._limit is not None and needed_bytes > self._limit:
-            raise LoadError(
-                f"it needs {format_size(needed_bytes)} of memory, and all models together may have "
-                f"{format_size(self._limit)}. Set EMB_PROVIDER_MODEL_MEMORY_LIMIT higher, or serve it at a lower precision "
-                "(EMB_PROVIDER_MODEL_PRECISION=int8)."
-            )
+        self.loaded: set[LoadedModel] = set()
+        """Models that take memory: those that are loading, loaded or unloading."""
+        self._max_models = limits.max_loaded_models
+        self._max_bytes = limits.model_memory_limit
+        self._begin_unloading = begin_unloading
+        self._turn = asyncio.Lock()
+        """Held while evicting, because two loads at once would both count on the memory of one evicted model."""
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether the models in memory take more than they may."""
+        """Whether the models take more memory than the limit."""
         total = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
-        return self._limit is not None and total > self._limit
+        return self._max_bytes is not None and total > self._max_bytes
 
-    async def _evict_until_fits(self, coming: LoadedModel) -> None:
-        while (leaving := self._next_eviction(coming)) is not None:
-            logger.info(
-                "model %s makes room for %s%s",
-                leaving.entry.spec.alias,
-                coming.entry.spec.alias,
-                ", once its requests are answered" if leaving.ref_count else "",
+    def check_fits(self, needed_bytes: int) -> None:
+        """Check that a model fits if no other model is loaded.
+
+        Raises:
+            LoadError: It needs more memory than the limit for all models.
+        """
+        if self._max_bytes is not None and needed_bytes > self._max_bytes:
+            raise LoadError(
+                f"it needs {format_size(needed_bytes)} of memory, and all models together are limited to "
+                f"{format_size(self._max_bytes)}. Increase EMB_PROVIDER_MODEL_MEMORY_LIMIT, or choose a lower precision "
+                "(EMB_PROVIDER_MODEL_PRECISION=int8)."
             )
-            coming.waiting_for = f"`{leaving.entry.spec.alias}` is to be unloaded first, {_when(leaving)}"
-            # Neither raised nor cancelled with this wait: it is the unloading's own.
-            await asyncio.wait([self._begin_unloading(leaving.entry, EVICTED)])
-            self.loaded.discard(leaving)
-        coming.waiting_for = ""
 
-    def _next_eviction(self, coming: LoadedModel) -> LoadedModel | None:
-        others = [loaded_model for loaded_model in self.loaded if loaded_model is not coming]
-        taken = coming.memory_bytes + sum(loaded_model.memory_bytes for loaded_model in others)
-        too_many = self._most is not None and len(others) >= self._most
-        if not others or not (too_many or (self._limit is not None and taken > self._limit)):
+    async def reserve(self, model: LoadedModel, minimum_bytes: int, expected_bytes: int) -> None:
+        """Wait until a model may be loaded, evicting others after their requests are answered.
+
+        Args:
+            model: The model.
+            minimum_bytes: Memory that it takes at least, in bytes.
+            expected_bytes: Memory that it probably takes, in bytes. If this exceeds the limit, the model is loaded
+                nevertheless and checked afterwards.
+
+        Raises:
+            LoadError: `minimum_bytes` exceeds the limit for all models.
+        """
+        self.check_fits(minimum_bytes)
+        model.expected_bytes = (
+            expected_bytes if self._max_bytes is None else min(expected_bytes, self._max_bytes)
+        )
+        model.step_started_at, model.waiting_for = time.monotonic(), "other models are loaded first"
+        async with self._turn:
+            await self._evict_until_fits(model)
+            self.loaded.add(model)
+        model.step_started_at = time.monotonic()
+
+    async def rebalance(self, model: LoadedModel) -> None:
+        """Evict other models if a model takes more memory than expected."""
+        async with self._turn:
+            if model in self.loaded:
+                await self._evict_until_fits(model)
+
+    async def _evict_until_fits(self, model: LoadedModel) -> None:
+        while (evicted := self._next_eviction(model)) is not None:
+            logger.info(
+                "evicting model %s to make room for %s%s",
+                evicted.entry.spec.alias,
+                model.entry.spec.alias,
+                ", after its requests are answered" if evicted.ref_count else "",
+            )
+            when = "after its requests are answered" if evicted.engine is not None else "after it is loaded"
+            model.waiting_for = f"`{evicted.entry.spec.alias}` is unloaded first, {when}"
+            # asyncio.wait, because an error or a cancellation of the unload task does not concern this load.
+            await asyncio.wait([self._begin_unloading(evicted.entry, EVICTED)])
+            self.loaded.discard(evicted)
+        model.waiting_for = ""
+
+    def _next_eviction(self, model: LoadedModel) -> LoadedModel | None:
+        others = [loaded_model for loaded_model in self.loaded if loaded_model is not model]
+        total_bytes = model.memory_bytes + sum(loaded_model.memory_bytes for loaded_model in others)
+        too_many = self._max_models is not None and len(others) >= self._max_models
+        too_large = self._max_bytes is not None and total_bytes > self._max_bytes
+        if not others or not (too_many or too_large):
             return None
         return min(others, key=_eviction_key)
 
 
-def _when(leaving: LoadedModel) -> str:
-    return "once its requests are answered" if leaving.engine is not None else "once it is loaded"
-
-
 def _eviction_key(loaded_model: LoadedModel) -> tuple[bool, bool, bool, float]:
-    """Order models by how little they are missed: those that leave anyway, then idle ones, the longest first."""
-    stays = loaded_model.entry.loaded_model is loaded_model
-    return stays, loaded_model.engine is None, loaded_model.ref_count > 0, loaded_model.last_used_at
+    """Order of eviction: models already being unloaded, then idle models, least recently used first."""
+    is_current = loaded_model.entry.loaded_model is loaded_model
+    return is_current, loaded_model.engine is None, loaded_model.ref_count > 0, loaded_model.last_used_at

@@ -1,4 +1,4 @@
-"""What the registry keeps of each model: its name, its state, its stay in memory, and what is said of it."""
+"""The record that the registry keeps of each model: its state, the loaded model, and statistics of its requests."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
 
+WINDOW_S = 60.0
+"""Period over which request rates and latencies are measured, in seconds."""
+_MAX_SAMPLES = 1024
+"""Requests that are kept for these measurements. If there are more within the period, the last ones count."""
+
 
 class State(StrEnum):
-    """Where a model is on its way from a name to an engine."""
+    """State of a model, from its name in the settings to a running engine."""
 
     UNLOADED = "unloaded"
     DOWNLOADING = "downloading"
@@ -34,133 +39,138 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """A served model as it is now. Moments are Unix time in seconds; None is never, or not now."""
+    """The status of a served model at one moment. Times are Unix time in seconds, or None if they do not apply."""
 
     spec: ModelSpec
     state: State
     preload: bool
     created: int
-    """When the model was loaded here, or when the service started."""
+    """When the model was last loaded, or when the service started."""
     error: str | None
-    """Why it failed, hangs, is loaded anew, or is still not loaded, in one line."""
+    """Why it failed, hangs, is being restarted, or takes long to load, in one line."""
     restarts: int
-    """How often it broke down and was loaded anew."""
+    """Number of restarts after a crash."""
     snapshot: Snapshot | None
     description: ModelDescription | None
     waiting_inputs: int
     waiting_tokens: int
     configured: bool = True
-    """Whether it is in the settings; else it was added at run time."""
+    """Whether the model is in the settings. Otherwise it was added at run time."""
     loaded_at: float | None = None
     last_used: float | None = None
-    """When a request to it last ended."""
+    """When the last request ended."""
     requests_served: int = 0
     requests_per_s: float = 0.0
     """Over the last 60 seconds."""
     p95_s: float | None = None
-    """What 95 % of the requests of the last 60 seconds took at most, in seconds, once the model was there."""
+    """95th-percentile latency over the last 60 seconds, in seconds, excluding load time."""
     memory_bytes: int | None = None
-    """What it takes in memory while it is there; see `backends.memory`."""
+    """Memory of the loaded model in bytes; see `backends.memory_estimate`."""
     unload_reason: str | None = None
-    """Why it was taken out of memory, until it is back there."""
+    """Why it was unloaded; None once it is loaded again."""
     unloads: Mapping[str, int] = field(default_factory=dict)
-    """How often it was taken out of memory, by the reason."""
+    """Number of unloads by reason."""
 
     @property
     def is_available(self) -> bool:
-        """Whether a request is answered: at once, or after a load that went well before."""
+        """Whether requests can be answered: at once, or after loading the model again."""
         if self.state in (State.FAILED, State.HUNG):
             return False
         return self.state is State.READY or (self.unload_reason is not None and self.error is None)
 
 
 class LoadedModel:
-    """One stay of a model in memory, from the beginning of its loading to its end.
+    """One stay of a model in memory, from the start of the load to the end of the unload.
 
-    Who waits for the load is a user of it already: else a model could be unloaded again, for others, before those
-    that it was loaded for had their turn.
+    Requests waiting for the load count as users, so that the model cannot be evicted before it has served them.
     """
 
     __slots__ = (
-        "_empty", "engine", "entry", "expected_bytes", "hold", "loading", "ref_count", "since", "step_started_at", "waiting_for",
+        "_idle", "engine", "entry", "expected_bytes", "loading", "ref_count", "since", "snapshot_lock", "step_started_at",
+        "waiting_for",
     )  # fmt: skip
 
     def __init__(self, entry: ModelEntry) -> None:
         self.entry = entry
         self.engine: Engine | None = None
+        """None until the model is loaded."""
         self.loading: asyncio.Task[None]
-        self.hold: FileLock | None = None
-        """Keeps the snapshot on the disk: a model that breaks down is loaded from it anew."""
+        self.snapshot_lock: FileLock | None = None
+        """Lock that keeps the snapshot on disk, because a crashed model is loaded from it again."""
         self.ref_count = 0
-        """Requests that run on it, or wait for it."""
+        """Number of requests that use the model or wait for it."""
         self.since = time.monotonic()
-        """When it was begun; when it could answer, from then on."""
+        """When the load started; once the model is loaded, when it ended."""
         self.expected_bytes = 0
         self.waiting_for = ""
-        """What has to happen before there is room for it, for people."""
+        """What the load waits for before it gets memory, or an empty string."""
         self.step_started_at: float | None = None
-        """When it began to wait for room, or, from then on, was let in; None before."""
-        self._empty: asyncio.Event | None = None
+        """When the load began to wait for memory, or when it got memory. None before."""
+        self._idle: asyncio.Event | None = None
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes in memory; while it is loaded, what is known or expected of that."""
+        """Memory of the model in bytes. During the load it is an estimate."""
         return self.engine.memory_bytes if self.engine is not None else self.expected_bytes
 
+    @property
+    def last_used_at(self) -> float:
+        """When the model was loaded or last used, as `time.monotonic()`."""
+        return max(self.since, self.entry.stats.last or 0.0)
+
     def slow_load_warning(self) -> str:
-        """Return what to say where its load takes suspiciously long; empty where it does not."""
+        """Return a warning if the load takes unusually long, or an empty string."""
         if self.engine is not None or self.step_started_at is None:
             return ""
         took_s = time.monotonic() - self.step_started_at
         if took_s < self.entry.slow_load_s:
             return ""
         if self.waiting_for:
-            return f"It has waited for room in memory for {took_s:.0f} s: {self.waiting_for}."
-        return (
-            f"It has been loading for {took_s:.0f} s, and keeps its room in memory. Nothing can end a load: if this one "
-            "does not come to its end, start the service again."
-        )
-
-    @property
-    def last_used_at(self) -> float:
-        """When it was last of use to anybody, `time.monotonic()`."""
-        return max(self.since, self.entry.stats.last or 0.0)
+            return f"It has been waiting for memory for {took_s:.0f} s: {self.waiting_for}."
+        return f"It has been loading for {took_s:.0f} s. A load cannot be aborted: if it does not end, restart the service."
 
     def release_ref(self) -> None:
-        """Count a user out."""
+        """Decrement the reference count."""
         self.ref_count -= 1
-        if not self.ref_count and self._empty is not None:
-            self._empty.set()
+        if not self.ref_count and self._idle is not None:
+            self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Wait until there is no user. Only the one that unloads it waits, when no new ones come in."""
+        """Wait until no request uses the model. Called once, when the model accepts no new requests."""
         if self.ref_count:
-            self._empty = asyncio.Event()
-            await self._empty.wait()
+            self._idle = asyncio.Event()
+            await self._idle.wait()
 
     def release_snapshot(self) -> None:
-        """Let the snapshot go. Calling it again does nothing."""
-        if self.hold is not None:
-            self.hold.release()
+        """Release the lock on the snapshot. Does nothing if it is released already."""
+        if self.snapshot_lock is not None:
+            self.snapshot_lock.release()
 
 
 class ModelEntry:
-    """A model that is served, in memory or not."""
+    """A served model, in memory or not."""
 
     def __init__(self, spec: ModelSpec, *, preload: bool, configured: bool, slow_load_s: float) -> None:
+        """Create an entry for a model that is not loaded.
+
+        Args:
+            spec: The model.
+            preload: Whether it is loaded at startup.
+            configured: Whether it is in the settings.
+            slow_load_s: After how many seconds a load that has not ended is reported.
+        """
         self.spec = spec
-        self.slow_load_s = slow_load_s
-        """After which a load that has not ended is reported, in seconds."""
         self.preload = preload
         self.configured = configured
+        self.slow_load_s = slow_load_s
         self.created = int(time.time())
         self.state = State.UNLOADED
         self.loaded_model: LoadedModel | None = None
-        """The stay that new requests join."""
+        """The stay in memory that new requests use."""
         self.unloading: asyncio.Task[None] | None = None
         self.snapshot: Snapshot | None = None
         self.measured_bytes: int | None = None
-        """What it took in memory last time."""
+        """Memory of the model when it was last loaded, in bytes."""
         self.error: str | None = None
         self.failed_at = 0.0
         self.restarts = 0
@@ -175,14 +185,14 @@ class ModelEntry:
         return self.loaded_model.engine if self.loaded_model is not None else None
 
     @property
-    def blocked_by(self) -> str:
-        """What its load waits for before it begins, to be added to a sentence; empty where that is nothing."""
-        waiting_for = self.loaded_model.waiting_for if self.loaded_model is not None else ""
-        return f", waiting for room in memory ({waiting_for})" if waiting_for else ""
-
-    @property
     def is_unloading(self) -> bool:
         return self.unloading is not None and not self.unloading.done()
+
+    @property
+    def blocked_by(self) -> str:
+        """What the load waits for, as a clause to add to a sentence; an empty string if nothing."""
+        waiting_for = self.loaded_model.waiting_for if self.loaded_model is not None else ""
+        return f", waiting for memory ({waiting_for})" if waiting_for else ""
 
     def status(self) -> ModelStatus:
         engine = self.engine
@@ -212,24 +222,18 @@ class ModelEntry:
         )
 
 
-WINDOW_S = 60.0
-"""How far back requests a second and the 95th percentile look."""
-_KEPT = 1024
-"""Requests that are looked back at, at most; where more came within the window, the last of them speak for it."""
-
-
 class RequestStats:
-    """The requests of one model. Used on one event loop; `record` costs less than a microsecond."""
+    """Statistics of the requests of one model. Used on one event loop; `record` takes less than a microsecond."""
 
     def __init__(self) -> None:
         self.served = 0
-        """Requests that were answered."""
+        """Number of answered requests."""
         self.last: float | None = None
-        """When one last ended, `time.monotonic()`."""
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        """When the last request ended, as `time.monotonic()`."""
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_MAX_SAMPLES)
 
     def record(self, began: float, ended: float, *, answered: bool) -> None:
-        """Count a request, its times as `time.monotonic()` has them."""
+        """Record a request. Times are those of `time.monotonic()`."""
         self.last = ended
         if answered:
             self.served += 1
@@ -237,19 +241,24 @@ class RequestStats:
 
     @property
     def last_unix(self) -> float | None:
-        """When a request last ended, Unix time in seconds."""
+        """When the last request ended, as Unix time in seconds."""
         return None if self.last is None else time.time() - (time.monotonic() - self.last)
 
     def recent(self, now: float | None = None) -> tuple[float, float | None]:
-        """Return answered requests a second, and the time in seconds that 95 % of them took at most.
+        """Return statistics of the last 60 seconds.
 
-        Of the last minute before `now`, which is the present unless it is given.
+        Args:
+            now: End of the period, as `time.monotonic()`; None: the present.
+
+        Returns:
+            Answered requests per second, and the 95th-percentile latency in seconds, or None without requests.
         """
         now = time.monotonic() if now is None else now
-        within = [(ended, took) for ended, took in self._recent if now - ended <= WINDOW_S]
-        if not within:
+        samples = [(ended, took) for ended, took in self._recent if now - ended <= WINDOW_S]
+        if not samples:
             return 0.0, None
-        # A full memory may go back less far than the window does.
-        since = now - within[0][0] if len(within) == _KEPT else WINDOW_S
-        times = sorted(took for _, took in within)
-        return len(within) / max(since, 1e-3), times[min(len(times) - 1, int(0.95 * len(times)))]
+        # If the buffer is full, it may cover less than the period.
+        period_s = now - samples[0][0] if len(samples) == _MAX_SAMPLES else WINDOW_S
+        latencies = sorted(took for _, took in samples)
+        p95_s = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
+        return len(samples) / max(period_s, 1e-3), p95_s

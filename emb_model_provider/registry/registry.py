@@ -1,4 +1,4 @@
-"""The models of one service: found by name, lent to requests, loaded and unloaded, added and forgotten."""
+"""The served models of one service: names, leases, loading and unloading, adding and removing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from emb_model_provider.model_resolver import build_alias_index
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.registry.lifecycle import Lifecycle
 from emb_model_provider.registry.loader import Loader
-from emb_model_provider.registry.model_entry import LoadedModel, ModelEntry, ModelStatus, State
+from emb_model_provider.registry.model_entry import ModelEntry, ModelStatus, State
 from emb_model_provider.registry.watchdog import Watchdog
-from emb_model_provider.serving.engine import EngineConfig
-from emb_model_provider.serving.scheduler import Timings
+from emb_model_provider.serving.config import EngineConfig, Timings
 from emb_model_provider.settings import BatchSettings, LimitSettings, MemorySettings
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.engine import Engine
     from emb_model_provider.serving.jobs import BatchRecord
     from emb_model_provider.settings import ServedModels
-
 
 _LOADING_RETRY_AFTER_S = 5.0
 _TOKENIZER_THREADS = 2
@@ -51,8 +49,48 @@ class RegistryConfig:
     watchdog_s: float = 60.0
     """A batch that runs longer counts as hung, in seconds."""
     on_batch: Callable[[BatchRecord], None] = lambda _: None
-    """Called on a model's thread after each batch."""
+    """Called on a thread of the model after each batch."""
     timings: Timings = field(default_factory=Timings)
+
+
+class Lease:
+    """A request's use of a loaded model: `async with` it once to get the engine. A model not in memory is loaded first."""
+
+    __slots__ = ("_began", "_entry", "_load", "_loaded_model")
+
+    def __init__(self, entry: ModelEntry, load: Callable[[ModelEntry], Awaitable[LoadedModel]]) -> None:
+        """Create a lease.
+
+        Args:
+            entry: The model.
+            load: Loads the model and increments its reference count.
+        """
+        self._entry = entry
+        self._load = load
+
+    async def __aenter__(self) -> Engine:
+        """Load the model if necessary, and return its engine.
+
+        Raises:
+            ModelNotReadyError: The model cannot be loaded, or not within LOAD_WAIT_S, or the service is shutting down.
+        """
+        loaded_model = self._entry.loaded_model
+        if loaded_model is None or loaded_model.engine is None:
+            loaded_model = await self._load(self._entry)
+        else:
+            loaded_model.ref_count += 1
+        self._loaded_model = loaded_model
+        self._began = time.monotonic()
+        engine = loaded_model.engine
+        if engine is None:
+            raise RuntimeError("the load returned without an engine")
+        return engine
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loaded_model.release_ref()
+        self._entry.stats.record(self._began, time.monotonic(), answered=kind is None)
 
 
 class Registry:
@@ -104,17 +142,22 @@ class Registry:
             on_abandoned=self._watchdog.track,
         )
 
-    # --- looking --------------------------------------------------------------------------------------
+    # --- names and states -----------------------------------------------------------------------------
 
     @property
     def default_alias(self) -> str:
-        """The model of a request that names none."""
+        """Alias of the model that serves requests without a model name."""
         return self._default
 
     def alias_of(self, name: str) -> str:
-        """Return the alias that `name` means: an alias, a model's id (its first alias), or a unique last part.
+        """Return the alias that a name refers to.
 
-        Raises: ModelNotFoundError.
+        Args:
+            name: An alias, the id of a model (its first alias is returned), or the last part of an id or alias if it is
+                unique.
+
+        Raises:
+            ModelNotFoundError: The name refers to no served model, or to several.
         """
         if name in self._entries:
             return name
@@ -124,28 +167,36 @@ class Registry:
         return alias
 
     def status(self, name: str) -> ModelStatus:
-        """Raises: ModelNotFoundError."""
+        """Return the status of a model.
+
+        Raises:
+            ModelNotFoundError: The name refers to no served model.
+        """
         return self._entries[self.alias_of(name)].status()
 
     def statuses(self) -> list[ModelStatus]:
-        """Return all models, in the order of the settings, then those that were added."""
+        """Return the status of all models: first the configured ones, in the order of the settings, then the added ones."""
         return [entry.status() for entry in self._entries.values()]
 
-    # --- using ----------------------------------------------------------------------------------------
+    # --- serving --------------------------------------------------------------------------------------
 
     def lease(self, name: str) -> Lease:
-        """Return what lends a model's engine: `async with registry.lease(name) as engine`.
+        """Return a lease on a model: `async with registry.lease(name) as engine`.
 
-        A model that is not in memory is loaded first, once for however many wait, and none is unloaded while it is
-        lent.
+        A model that is not in memory is loaded first, once for all requests that wait for it. A model is not unloaded
+        during a lease.
 
-        Raises: ModelNotFoundError. Entering it raises ModelNotReadyError while stopping, where loading takes longer
-        than LOAD_WAIT_S, or with the reason where loading failed.
+        Raises:
+            ModelNotFoundError: The name refers to no served model.
         """
         return Lease(self._entries[self.alias_of(name)], self._ensure_loaded)
 
     async def preload(self) -> bool:
-        """Load all models that are to be loaded at the start; return whether any model can answer or may later."""
+        """Load the models that are to be loaded at startup.
+
+        Returns:
+            Whether at least one model of the registry has not failed.
+        """
         loads = [
             self._lifecycle.begin_loading(entry).loading for entry in self._entries.values() if entry.preload
         ]
@@ -154,19 +205,23 @@ class Registry:
         return any(entry.state is not State.FAILED for entry in self._entries.values())
 
     async def watch(self, on_hung: Callable[[str], None] | None = None) -> None:
-        """Look at all models again and again: log which hang, and unload which are idle. Ends by being cancelled.
+        """Watch all models until cancelled: report those that hang, and unload those that are idle.
 
-        `on_hung` is called with what to say once a model has hung for the watchdog's time after it was noticed:
-        nothing in this process can end a computation that does not end.
+        Args:
+            on_hung: Called with the reason when a model has hung for another `watchdog_s` seconds after it was reported.
+                A computation that does not end can only be ended with its process.
         """
         await self._watchdog.run(on_hung)
 
     # --- managing -------------------------------------------------------------------------------------
 
     async def load(self, name: str) -> ModelStatus:
-        """Return a model's status once it is in memory, however long that takes; one that failed is tried at once.
+        """Load a model, however long it takes, and return its status. A model that failed is loaded again at once.
 
-        Raises: ModelNotFoundError; HubError or LoadError with the reason; ModelNotReadyError while stopping.
+        Raises:
+            ModelNotFoundError: The name refers to no served model.
+            HubError, LoadError: The model cannot be loaded.
+            ModelNotReadyError: The service is shutting down, or the model was removed.
         """
         entry = self._entries[self.alias_of(name)]
         loaded_model = await self._lifecycle.ensure_loaded(entry)
@@ -174,23 +229,31 @@ class Registry:
         return entry.status()
 
     async def unload(self, name: str, reason: str = "asked to") -> ModelStatus:
-        """Return a model's status once it is out of memory: requests in flight are answered first.
+        """Unload a model after its requests are answered, and return its status.
 
-        A model that is being loaded is unloaded after that. The next request loads it again. `reason` is one of few
-        reasons: it labels a metric.
+        If the model is being loaded, it is unloaded after the load. The next request loads it again.
 
-        Raises: ModelNotFoundError.
+        Args:
+            name: A name of the model.
+            reason: One of few fixed texts, because it is a label of a metric.
+
+        Raises:
+            ModelNotFoundError: The name refers to no served model.
         """
         entry = self._entries[self.alias_of(name)]
         await self._lifecycle.unload(entry, reason)
         return entry.status()
 
     def add(self, spec: ModelSpec) -> str:
-        """Serve one more model from now on, loaded at its first request; return its alias.
+        """Serve another model, which is loaded at its first request.
 
-        No name that means another model already changes its meaning, other than the alias itself.
+        Except for the alias, no name that refers to another model changes its meaning.
 
-        Raises: ModelInUseError where another model has that alias.
+        Returns:
+            The alias of the model.
+
+        Raises:
+            ModelInUseError: Another model has this alias.
         """
         entry = self._entries.get(spec.alias)
         if entry is None:
@@ -200,24 +263,30 @@ class Registry:
             self._alias_index = self._build_index()
         elif entry.spec != spec:
             raise ModelInUseError(
-                f"The alias `{spec.alias}` is taken: it serves {entry.spec.name}. Give this model another alias."
+                f"The alias `{spec.alias}` is taken by {entry.spec.name}. Choose another alias for this model."
             )
         return spec.alias
 
     async def remove(self, alias: str) -> ModelStatus:
-        """Serve a model no more that was added: its requests in flight are answered, then it is unloaded.
+        """Stop serving a model that was added at run time, unload it after its requests are answered.
 
-        Returns its status after that. No other name than its alias will do: it may mean another model by now.
+        Args:
+            alias: The alias of the model. Other names are not accepted, because they may refer to another model meanwhile.
 
-        Raises: ModelNotFoundError; NotAllowedError for one that is in the settings.
+        Returns:
+            The status of the unloaded model.
+
+        Raises:
+            ModelNotFoundError: No model has this alias.
+            NotAllowedError: The model is in the settings.
         """
         entry = self._entries.get(alias)
         if entry is None:
             raise self._not_found(alias)
         if entry.configured:
             raise NotAllowedError(
-                f"`{alias}` is in the settings, and is served until they are changed: unload it without forgetting it "
-                "(forget=true, --forget), or take it out of EMB_PROVIDER_MODEL_MAPPING and start the service again."
+                f"`{alias}` is in the settings and cannot be removed while the service runs. Unload it without removing "
+                "it (forget=false), or remove it from EMB_PROVIDER_MODEL_MAPPING and restart the service."
             )
         del self._entries[alias]
         self._alias_index = self._build_index()
@@ -226,11 +295,9 @@ class Registry:
         return entry.status()
 
     async def stop(self) -> None:
-        """Let no more requests in, finish those that were accepted, free all models."""
+        """Accept no further requests, answer the accepted ones, and unload all models."""
         await self._lifecycle.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    # --- odds and ends --------------------------------------------------------------------------------
 
     def _build_index(self) -> dict[str, str]:
         entries = self._entries.values()
@@ -243,59 +310,25 @@ class Registry:
         return ModelNotFoundError(name[:200], ", ".join(self._entries))
 
     async def _ensure_loaded(self, entry: ModelEntry) -> LoadedModel:
-        """Return a model's stay for a request, which is counted as its user.
-
-        Raises: ModelNotReadyError.
-        """
+        """Load a model for a request, and increment its reference count. Raises ModelNotReadyError only."""
         wait_s = entry.failed_at + self._timings.retry_after_failure_s - time.monotonic()
         if entry.state is State.FAILED and wait_s > 0:
-            raise _failure(entry, entry.error, wait_s)
+            raise _load_failure(entry, entry.error, wait_s)
         try:
             async with asyncio.timeout(self._load_wait_s):
                 return await self._lifecycle.ensure_loaded(entry)
         except TimeoutError:
             raise ModelNotReadyError(
-                f"The model `{entry.spec.alias}` is still {entry.state}{entry.blocked_by}: ask again later.",
+                f"The model `{entry.spec.alias}` is still {entry.state}{entry.blocked_by}. Try again later.",
                 retry_after_s=_LOADING_RETRY_AFTER_S,
             ) from None
         except ModelNotReadyError:
             raise
         except ProviderError as error:
-            raise _failure(entry, error.message, self._timings.retry_after_failure_s) from None
+            raise _load_failure(entry, error.message, self._timings.retry_after_failure_s) from None
 
 
-def _failure(entry: ModelEntry, reason: str | None, retry_after_s: float) -> ModelNotReadyError:
+def _load_failure(entry: ModelEntry, reason: str | None, retry_after_s: float) -> ModelNotReadyError:
     return ModelNotReadyError(
         f"The model `{entry.spec.alias}` could not be loaded: {reason}", retry_after_s=retry_after_s
     )
-
-
-class Lease:
-    """`async with` it once for the model's engine; a model that is not in memory is loaded first."""
-
-    __slots__ = ("_began", "_entry", "_load", "_loaded_model")
-
-    def __init__(self, entry: ModelEntry, load: Callable[[ModelEntry], Awaitable[LoadedModel]]) -> None:
-        """`load` returns the stay of a model that is not there yet, the caller counted as its user."""
-        self._entry = entry
-        self._load = load
-
-    async def __aenter__(self) -> Engine:
-        """Raises: ModelNotReadyError, ModelNotFoundError."""
-        loaded_model = self._entry.loaded_model
-        if loaded_model is None or loaded_model.engine is None:
-            loaded_model = await self._load(self._entry)
-        else:
-            loaded_model.ref_count += 1
-        self._loaded_model = loaded_model
-        self._began = time.monotonic()
-        engine = loaded_model.engine
-        if engine is None:
-            raise RuntimeError("a model that was loaded has an engine")
-        return engine
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loaded_model.release_ref()
-        self._entry.stats.record(self._began, time.monotonic(), answered=kind is None)

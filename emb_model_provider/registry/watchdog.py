@@ -1,4 +1,4 @@
-"""Looking at the models again and again: which hang, and which nobody asks for any more."""
+"""Checks the models periodically: reports those that hang, and unloads those that are idle."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IDLE = "idle"
-_EVERY_S = 1.0
+_CHECK_EVERY_S = 1.0
 
 
 class Watchdog:
-    """What is seen of the models of a registry, over time."""
+    """Watches the models of a registry. Used on one event loop."""
 
     def __init__(
         self,
@@ -32,32 +32,46 @@ class Watchdog:
         idle_unload_s: float | None,
         unload: Callable[[ModelEntry, str], object],
     ) -> None:
-        """`unload` begins to unload a model, for the reason that it is given."""
+        """Create a watchdog.
+
+        Args:
+            entries: Returns the models of the registry.
+            watchdog_s: For how long a model must hang before `on_hung` of `run` is called, in seconds.
+            idle_unload_s: After how many seconds without a request a model is unloaded; None: never.
+            unload: Starts to unload a model, for a reason.
+        """
         self._entries = entries
         self._watchdog_s = watchdog_s
         self._idle_unload_s = idle_unload_s
         self._unload = unload
         self._hung_since: dict[Engine, float] = {}
         self._abandoned: dict[Engine, str] = {}
+        """Engines that hang and are no longer in the registry, with their aliases."""
 
     def track(self, alias: str, engine: Engine) -> None:
-        """Go on looking at a model that was to end and hangs."""
+        """Continue to watch an engine that could not be stopped."""
         self._abandoned[engine] = alias
 
     async def run(self, on_hung: Callable[[str], None] | None) -> None:
-        """Look until cancelled; `on_hung` is called with what to say where a model has hung for long."""
-        pause_s = min(_EVERY_S, self._watchdog_s / 2, (self._idle_unload_s or _EVERY_S) / 2)
+        """Watch the models until cancelled.
+
+        Args:
+            on_hung: Called with the reason when a model has hung for `watchdog_s` seconds.
+        """
+        pause_s = min(_CHECK_EVERY_S, self._watchdog_s / 2, (self._idle_unload_s or _CHECK_EVERY_S) / 2)
         while True:
             await asyncio.sleep(pause_s)
-            present = {
+            engines = {
                 entry.engine: entry.spec.alias for entry in self._entries() if entry.engine is not None
             }
             self._abandoned = {
                 engine: alias for engine, alias in self._abandoned.items() if engine.hang_report
             }
-            seen = present | self._abandoned
-            self._hung_since = {engine: since for engine, since in self._hung_since.items() if engine in seen}
-            for engine, alias in seen.items():
+            engines |= self._abandoned
+            self._hung_since = {
+                engine: since for engine, since in self._hung_since.items() if engine in engines
+            }
+            for engine, alias in engines.items():
                 self._check_for_hang(engine, alias, on_hung)
             if self._idle_unload_s is not None:
                 self._unload_idle(self._idle_unload_s)
@@ -67,7 +81,7 @@ class Watchdog:
         now = time.monotonic()
         if not hang_report:
             if self._hung_since.pop(engine, None) is not None:
-                logger.warning("model %s hangs no more", alias)
+                logger.warning("model %s has recovered", alias)
             return
         if engine not in self._hung_since:
             self._hung_since[engine] = now

@@ -1,4 +1,4 @@
-"""Which model a name means while models come and go."""
+"""Names of models while models are added and removed. See tests/management for names of models on disk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def spec(name: str, alias: str | None = None) -> ModelSpec:
     return ModelSpec(alias=alias or name, name=name)
 
 
-def test_model_that_is_added_takes_no_name_away() -> None:
-    """Names mean what they meant before, unclear ones nothing; once a model is gone, its name is free for the next."""
+def test_added_model_does_not_change_earlier_names() -> None:
+    """Earlier names keep their meaning, ambiguous ones stay ambiguous, and the name of a removed model can be used again."""
     configured = [spec("acme/small"), spec("x/twin"), spec("y/twin")]
     added = [
         spec("acme/small", alias="small-int8"),

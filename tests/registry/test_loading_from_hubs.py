@@ -1,4 +1,4 @@
-"""Several models side by side: real small models, fetched by the real clients from hubs on this machine."""
+"""Small real models, downloaded by the real clients from hub servers on this machine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError
+from emb_model_provider.errors import ModelNotReadyError
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_spec import ModelSpec
-from emb_model_provider.registry import Registry, State
-from emb_model_provider.registry import registry as registry_module
+from emb_model_provider.registry import Registry, RegistryConfig, State
+from emb_model_provider.serving.config import Timings
 from emb_model_provider.serving.engine import EmbedOptions
-from emb_model_provider.settings import (
-    BatchSettings,
-    LimitSettings,
-    ServedModels,
-    Settings,
-    TrustSettings,
-)
+from emb_model_provider.settings import LimitSettings, ServedModels, Settings
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 from tests.models import FAMILIES, gte_configuration, save_modelscope
 
@@ -42,13 +36,13 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentence-transformers directory."""
+    """Return a sentence-transformers directory."""
     return FAMILIES["bert-mean-normalize"](tmp_path_factory.mktemp("models") / "bert")
 
 
 @pytest.fixture(scope="module")
 def gte(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as ModelScope's GTE repositories have it: .bin weights, configuration.json, no modules.json."""
+    """Return a directory like the GTE repositories of ModelScope: .bin weights, configuration.json, no modules.json."""
     return save_modelscope(tmp_path_factory.mktemp("models") / "gte", gte_configuration())
 
 
@@ -64,19 +58,23 @@ def modelscope(gte: Path) -> Iterator[ModelScopeServer]:
         yield server
 
 
-def make(tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), **hubs: Any) -> Registry:
+def make_registry(
+    tmp_path: Path,
+    *specs: ModelSpec,
+    preload: tuple[str, ...] = (),
+    retry_after_failure_s: float = 30.0,
+    **hubs: Any,
+) -> Registry:
     settings = Settings.from_values(
         cache_dir=tmp_path / "own", modelscope_cache_dir=tmp_path / "ms", hf_cache_dir=tmp_path / "hf", **hubs
     )
     return Registry(
         ServedModels(specs=specs, preload=preload),
-        manager=ModelManager(settings),
-        hubs=settings.hubs,
-        trust=TrustSettings(),
-        batching=BatchSettings(),
-        limits=LimitSettings(request_timeout_s=280),
-        max_artifact_bytes=2**30,
-        on_batch=lambda _: None,
+        ModelManager(settings),
+        RegistryConfig(
+            limits=LimitSettings(request_timeout_s=280),
+            timings=Timings(retry_after_failure_s=retry_after_failure_s),
+        ),
     )
 
 
@@ -93,8 +91,8 @@ async def dimension(registry: Registry, name: str) -> int:
 async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
     tmp_path: Path, huggingface: HuggingFaceServer, modelscope: ModelScopeServer, bert: Path, gte: Path
 ) -> None:
-    """Each alias has its own hub, precision and engine, and gives the vectors its files give from a directory."""
-    registry = make(
+    """Each alias has its own hub, precision and engine, and returns the vectors of the same files in a directory."""
+    registry = make_registry(
         tmp_path,
         ModelSpec(alias="chinese", name=GTE, source="modelscope", device="cpu", backend="torch"),
         ModelSpec(alias="english", name="acme/bert", source="huggingface", device="cpu", backend="torch"),
@@ -132,11 +130,9 @@ async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
         await registry.stop()
 
 
-async def test_many_callers_of_a_lazy_model_load_it_once(
-    tmp_path: Path, huggingface: HuggingFaceServer
-) -> None:
-    """A model that is not loaded at the start is loaded by the first request, for all that wait."""
-    registry = make(
+async def test_concurrent_requests_load_a_model_once(tmp_path: Path, huggingface: HuggingFaceServer) -> None:
+    """A model that is not preloaded is loaded by the first request, for all requests that wait for it."""
+    registry = make_registry(
         tmp_path,
         ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
         hf_endpoint=huggingface.url,
@@ -151,11 +147,11 @@ async def test_many_callers_of_a_lazy_model_load_it_once(
         await registry.stop()
 
 
-async def test_a_caller_that_gives_up_does_not_end_the_load_for_the_others(
+async def test_cancelled_request_does_not_cancel_the_load(
     tmp_path: Path, huggingface: HuggingFaceServer
 ) -> None:
-    """The load is shared: cancelling the first caller leaves the second waiting for it."""
-    registry = make(
+    """The load is shared, so another request that waits for it is served."""
+    registry = make_registry(
         tmp_path,
         ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
         hf_endpoint=huggingface.url,
@@ -170,18 +166,18 @@ async def test_a_caller_that_gives_up_does_not_end_the_load_for_the_others(
         await registry.stop()
 
 
-async def test_a_model_that_fails_says_why_and_leaves_the_others_serving(
-    tmp_path: Path, huggingface: HuggingFaceServer, bert: Path, monkeypatch: pytest.MonkeyPatch
+async def test_failed_model_reports_its_error_and_does_not_affect_others(
+    tmp_path: Path, huggingface: HuggingFaceServer, bert: Path
 ) -> None:
-    """The reason is told on request, and when to come back; until then the hub is not asked again."""
-    # The others may take longer to load than the half minute that this is.
-    monkeypatch.setattr(registry_module, "_FAILED_RETRY_AFTER_S", 1000.0)
-    registry = make(
+    """Requests fail with the error and a Retry-After. Until then no request is sent to the hub."""
+    registry = make_registry(
         tmp_path,
         ModelSpec(alias="gone", name="acme/gone", device="cpu", backend="torch"),
         ModelSpec(alias="misplaced", name="m", path=bert / "elsewhere", device="cpu", backend="torch"),
         ModelSpec(alias="works", name="acme/bert", device="cpu", backend="torch"),
         preload=("gone", "misplaced", "works"),
+        # Longer than loading the other model takes.
+        retry_after_failure_s=1000.0,
         hf_endpoint=huggingface.url,
     )
     try:
@@ -199,15 +195,15 @@ async def test_a_model_that_fails_says_why_and_leaves_the_others_serving(
         await registry.stop()
 
 
-async def test_a_failed_load_is_tried_again_after_a_while(
-    tmp_path: Path, huggingface: HuggingFaceServer, monkeypatch: pytest.MonkeyPatch
+async def test_failed_model_is_loaded_again_after_a_while(
+    tmp_path: Path, huggingface: HuggingFaceServer
 ) -> None:
-    """A hub that was down comes back, and so does the model, without a restart."""
-    monkeypatch.setattr(registry_module, "_FAILED_RETRY_AFTER_S", 0.0)
-    registry = make(
+    """A model is loaded when its hub is available again, without a restart of the service."""
+    registry = make_registry(
         tmp_path,
         ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
         preload=("m",),
+        retry_after_failure_s=0.0,
         hf_endpoint=huggingface.url,
     )
     try:
@@ -220,9 +216,9 @@ async def test_a_failed_load_is_tried_again_after_a_while(
         await registry.stop()
 
 
-async def test_a_stopped_registry_lets_nobody_in(tmp_path: Path, bert: Path) -> None:
-    """After `stop` requests are told that the service is going away."""
-    registry = make(
+async def test_stopped_registry_rejects_requests(tmp_path: Path, bert: Path) -> None:
+    """After `stop`, requests fail because the service is shutting down."""
+    registry = make_registry(
         tmp_path, ModelSpec(alias="m", name="m", path=bert, device="cpu", backend="torch"), preload=("m",)
     )
     await registry.preload()
@@ -230,27 +226,3 @@ async def test_a_stopped_registry_lets_nobody_in(tmp_path: Path, bert: Path) -> 
     assert registry.status("m").state is State.UNLOADED
     with pytest.raises(ModelNotReadyError, match="shutting down"):
         await dimension(registry, "m")
-
-
-def test_names_resolve_from_alias_to_id_to_unique_last_part(tmp_path: Path) -> None:
-    """An alias wins over an id, an id over a last part; an id means its first alias, an unclear last part nothing."""
-    registry = make(
-        tmp_path,
-        ModelSpec(alias="bge-m3", name="other/model"),
-        ModelSpec(alias="a", name="BAAI/bge-m3"),
-        ModelSpec(alias="b", name="x/twin"),
-        ModelSpec(alias="c", name="y/twin"),
-        ModelSpec(alias="d", name="z/shared"),
-        ModelSpec(alias="e", name="z/shared"),
-        ModelSpec(alias="org/long-name", name="org/long-name"),
-    )
-    assert registry.default_alias == "bge-m3"
-    assert registry.alias_of("bge-m3") == "bge-m3"
-    assert registry.alias_of("BAAI/bge-m3") == "a"
-    assert registry.alias_of("model") == "bge-m3"
-    assert registry.alias_of("long-name") == "org/long-name"
-    assert registry.alias_of("y/twin") == "c"
-    assert registry.alias_of("z/shared") == "d"
-    for unclear in ("twin", "shared", "nothing", ""):
-        with pytest.raises(ModelNotFoundError, match="does not exist"):
-            registry.alias_of(unclear)
