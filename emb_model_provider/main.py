@@ -1,6 +1,6 @@
-"""`python -m emb_model_provider.main`: the service, from settings to a clean end.
+"""The program `python -m emb_model_provider.main`: reads the settings, opens the sockets, and serves or supervises.
 
-What a supervisor does not need is imported where it is used: it stays small for as long as the service runs.
+Modules that a supervisor does not need are imported inside functions, so that its process stays small.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from emb_model_provider.observability.logs import start_logging
 from emb_model_provider.process.shutdown import ShutdownSignal, end_at_once, flush
 from emb_model_provider.process.supervisor import (
     HUNG_EXIT,
-    SHORTEST_SILENCE_S,
     InheritedState,
     Supervisor,
+    SupervisorTimings,
     take_inherited_state,
 )
 from emb_model_provider.settings.loading import load_settings
@@ -31,125 +31,28 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from emb_model_provider.observability.logs import LineWriter
-    from emb_model_provider.settings import ServerSettings, Settings
+    from emb_model_provider.settings import LifecycleSettings, ServerSettings, Settings
 
 logger = logging.getLogger("emb_model_provider.main")  # not __name__, which is __main__ here
 
 _BACKLOG = 2048
-"""Connections that may wait to be accepted, as far as the system allows that many."""
+"""Connections that may wait to be accepted. The system may allow fewer."""
+_USAGE = """\
+Usage: python -m emb_model_provider.main
 
-
-def main(*, supervise: bool = False) -> int:
-    """Serve until told to stop; return the process's exit code.
-
-    `supervise`: do so as a child of this process, whether EMB_PROVIDER_SUPERVISE says so or not.
-    """
-    inherited = take_inherited_state()
-    try:
-        settings, warnings = load_settings()
-        supervise = inherited is None and _is_to_supervise(settings, supervise)
-        sockets = listen(settings.server) if inherited is None else inherited.sockets
-        logs = settings.logs
-        # The file is the child's alone: of two processes that rotate one file, each loses lines of the other.
-        writer = start_logging(logs.model_copy(update={"log_to_file": False}) if supervise else logs)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
-        return 1
-    try:
-        if supervise:
-            return Supervisor(sockets, max(SHORTEST_SILENCE_S, settings.lifecycle.watchdog_s)).run()
-        for warning in warnings:
-            logger.warning("%s", warning)
-        return _serve(settings, sockets, writer, inherited)
-    finally:
-        flush(writer)
-
-
-def _is_to_supervise(settings: Settings, asked: bool) -> bool:
-    """Raises: SettingsError where it is asked for but not possible."""
-    wanted = asked or settings.lifecycle.supervise
-    if wanted and os.name != "posix":
-        raise SettingsError(
-            "EMB_PROVIDER_SUPERVISE=true: this system cannot hand sockets to a child process."
-        )
-    return wanted
-
-
-def _serve(
-    settings: Settings, sockets: list[socket.socket], writer: LineWriter, inherited: InheritedState | None
-) -> int:
-    stop = ShutdownSignal(
-        writer,
-        settings.lifecycle.shutdown_grace_s,
-        inherited.parent_pipe if inherited is not None else None,
-    )
-    # Of a crash in native code, which ends the process without another word, stderr gets the stacks.
-    faulthandler.enable()
-    if inherited is not None and inherited.after:
-        logger.warning("started again by the supervisor: the service before %s", inherited.after)
-    from emb_model_provider.process.server import serve
-
-    if inherited is None:
-        return serve(settings, sockets, stop)
-    return serve(settings, sockets, stop, on_hung=partial(end_hung, stop, writer), beat=inherited.beat)
-
-
-def end_hung(stop: ShutdownSignal, writer: LineWriter, reason: str) -> None:
-    """End this process, so that the supervisor starts another: no thread can be ended from outside."""
-    if stop.reason is None:  # else it is about to end anyway
-        end_at_once(writer, HUNG_EXIT, f"{reason}: ending the process, so that the supervisor starts another")
-
-
-def listen(server: ServerSettings) -> list[socket.socket]:
-    """Open a listening socket for each address that the host means: `localhost` is often two.
-
-    An address of several that this machine does not have is left out.
-
-    Raises: SettingsError, in one line, where nothing can listen there: before a model is loaded.
-    """
-    where = f"EMB_PROVIDER_HOST={server.host}, EMB_PROVIDER_PORT={server.port}"
-    try:
-        found = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise SettingsError(f"{where}: the host is not known here ({error}).") from error
-    with ExitStack() as opened:
-        sockets: list[socket.socket] = []
-        absent: OSError | None = None
-        for family, _, _, _, address in dict.fromkeys(found):
-            try:
-                sockets.append(opened.enter_context(_listening(family, address)))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise SettingsError(
-                        f"{where}: something else listens there: stop it, or set another port."
-                    ) from error
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise SettingsError(f"{where}: cannot listen there ({error.strerror}).") from error
-                absent = error
-        if not sockets and absent is not None:
-            raise SettingsError(f"{where}: cannot listen there ({absent.strerror}).") from absent
-        opened.pop_all()
-        return sockets
-
-
-def _listening(family: int, address: Any) -> socket.socket:
-    one = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":  # elsewhere it would let two processes have one port
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
-        one.listen(_BACKLOG)
-    except OSError:
-        one.close()
-        raise
-    return one
+Serves embeddings, by default on http://localhost:9000. It takes no arguments. Set environment variables or lines of .env
+instead, such as EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_PORT; docs/configuration.md lists them. For other commands see
+emb-provider --help."""
 
 
 def run(*, supervise: bool = False) -> NoReturn:
-    """Serve, then end the process at once: a thread in the middle of a download, which nothing can interrupt, would
-    hold up the interpreter's own end for as long as the download takes. The next start goes on with it.
+    """Run `main`, then end the process at once.
+
+    The interpreter waits for all threads before it exits, even for one that is downloading and cannot be interrupted. The
+    next start continues the download.
+
+    Args:
+        supervise: As for `main`.
     """
     code = main(supervise=supervise)
     sys.stdout.flush()
@@ -157,29 +60,146 @@ def run(*, supervise: bool = False) -> NoReturn:
     os._exit(code)
 
 
-_USAGE = """\
-Usage: python -m emb_model_provider.main
+def main(*, supervise: bool = False) -> int:
+    """Serve until the process is shut down.
 
-Serves embeddings, on http://localhost:9000 unless told otherwise. It takes no arguments: settings are environment
-variables or lines of .env, such as EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_PORT; docs/configuration.md lists them.
-Everything else is done by another command: emb-provider --help."""
+    Args:
+        supervise: Serve in a child process, even if EMB_PROVIDER_SUPERVISE is false.
+
+    Returns:
+        The exit code of the process.
+    """
+    inherited = take_inherited_state()
+    try:
+        settings, warnings = load_settings()
+        supervise = inherited is None and _should_supervise(settings.lifecycle, supervise)
+        sockets = listen(settings.server) if inherited is None else inherited.sockets
+        logs = settings.logs
+        # Only the child writes the log file, because two processes that rotate one file lose lines.
+        writer = start_logging(logs.model_copy(update={"log_to_file": False}) if supervise else logs)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        return 1
+    try:
+        if supervise:
+            return Supervisor(sockets, _supervisor_timings(settings.lifecycle)).run()
+        for warning in warnings:
+            logger.warning("%s", warning)
+        return _serve(settings, sockets, writer, inherited)
+    finally:
+        flush(writer)
 
 
-def refuse_arguments(arguments: Sequence[str]) -> None:
-    """Raises: SystemExit where there are any: who writes `--port 8000` must not get another port without a word."""
+def listen(server: ServerSettings) -> list[socket.socket]:
+    """Open a listening socket for each address of the host. `localhost` often has two.
+
+    If the host has several addresses, those that this machine lacks are skipped.
+
+    Raises:
+        SettingsError: No socket could be opened.
+    """
+    setting = f"EMB_PROVIDER_HOST={server.host}, EMB_PROVIDER_PORT={server.port}"
+    try:
+        addresses = socket.getaddrinfo(
+            server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise SettingsError(f"{setting}: the host cannot be resolved ({error}).") from error
+    with ExitStack() as opened:
+        sockets: list[socket.socket] = []
+        missing: OSError | None = None
+        for family, _, _, _, address in dict.fromkeys(addresses):
+            try:
+                sockets.append(opened.enter_context(_open_socket(family, address)))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise SettingsError(
+                        f"{setting}: another process listens on this port. Stop it, or set another port."
+                    ) from error
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise SettingsError(f"{setting}: cannot listen ({error.strerror}).") from error
+                missing = error
+        if not sockets and missing is not None:
+            raise SettingsError(f"{setting}: cannot listen ({missing.strerror}).") from missing
+        opened.pop_all()
+        return sockets
+
+
+def reject_arguments(arguments: Sequence[str]) -> None:
+    """Exit if there are arguments, because ignoring `--port 8000` would serve on another port.
+
+    Raises:
+        SystemExit: There are arguments.
+    """
     if not arguments:
         return
     if {"-h", "--help"} & set(arguments):
-        print(_USAGE)  # noqa: T201 - what was asked for
+        print(_USAGE)  # noqa: T201 - the output of the command
         raise SystemExit(0)
     print(  # noqa: T201 - there is no log yet
-        f"error: {' '.join(arguments)}: the service takes no arguments. Set what you mean as an environment variable or in "
-        ".env (EMB_PROVIDER_PORT=8000, say): docs/configuration.md lists all settings.",
+        f"error: {' '.join(arguments)}: the service takes no arguments. Set an environment variable or a line of .env "
+        "instead, such as EMB_PROVIDER_PORT=8000. docs/configuration.md lists all settings.",
         file=sys.stderr,
     )
     raise SystemExit(2)
 
 
+def _should_supervise(lifecycle: LifecycleSettings, requested: bool) -> bool:
+    supervise = requested or lifecycle.supervise
+    if supervise and os.name != "posix":
+        raise SettingsError(
+            "EMB_PROVIDER_SUPERVISE=true is not supported on this system, because it cannot pass sockets to a child "
+            "process. Set it to false."
+        )
+    return supervise
+
+
+def _supervisor_timings(lifecycle: LifecycleSettings) -> SupervisorTimings:
+    defaults = SupervisorTimings()
+    return SupervisorTimings(heartbeat_timeout_s=max(defaults.heartbeat_timeout_s, lifecycle.watchdog_s))
+
+
+def _serve(
+    settings: Settings, sockets: list[socket.socket], writer: LineWriter, inherited: InheritedState | None
+) -> int:
+    shutdown = ShutdownSignal(
+        writer,
+        settings.lifecycle.shutdown_grace_s,
+        inherited.parent_pipe if inherited is not None else None,
+    )
+    # Prints the stacks of all threads to stderr if native code crashes.
+    faulthandler.enable()
+    if inherited is not None and inherited.previous_end:
+        logger.warning("restarted by the supervisor: the previous process %s", inherited.previous_end)
+    from emb_model_provider.process.server import serve
+
+    if inherited is None:
+        return serve(settings, sockets, shutdown)
+    on_hung = partial(_end_hung_process, shutdown, writer)
+    return serve(settings, sockets, shutdown, on_hung=on_hung, beat=inherited.beat)
+
+
+def _end_hung_process(shutdown: ShutdownSignal, writer: LineWriter, reason: str) -> None:
+    """End this process so that the supervisor restarts it, because a thread that hangs cannot be ended otherwise."""
+    if shutdown.reason is None:  # else the process is about to end
+        end_at_once(writer, HUNG_EXIT, f"{reason}, exiting for a restart by the supervisor")
+
+
+def _open_socket(family: int, address: Any) -> socket.socket:
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # on Windows it would allow two processes to use one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
 if __name__ == "__main__":
-    refuse_arguments(sys.argv[1:])
+    reject_arguments(sys.argv[1:])
     run()

@@ -1,1 +1,1 @@
-"""The process: sockets, signals, supervision, and the application under uvicorn."""
+"""The process of the service: sockets, signals, supervision, and the server."""

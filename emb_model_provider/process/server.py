@@ -1,4 +1,4 @@
-"""The process that serves: the application under uvicorn, from its sockets to a clean end."""
+"""Runs the application under uvicorn until the process is to shut down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import uvicorn
 
 from emb_model_provider.api.app import create_app
 from emb_model_provider.api.http_protocol import HttpProtocol
-from emb_model_provider.process.supervisor import BEAT_EVERY_S
+from emb_model_provider.process.supervisor import HEARTBEAT_EVERY_S
 from emb_model_provider.serving.memory_tuning import limit_malloc_arenas
 
 if TYPE_CHECKING:
@@ -24,38 +24,45 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75
-"""Longer than the idle limit of the usual proxies and clients, so that they close first."""
-_SHORTEST_GRACE_S = 0.2
-"""uvicorn only looks every tenth of a second whether it has anything to wait for."""
-_LAST_WORDS_S = 2.0
-"""How long requests that are cut off at the end may take to say so."""
+"""Longer than the idle timeout of common proxies and clients, so that they close connections first."""
+_MIN_GRACE_S = 0.2
+"""uvicorn checks only every 0.1 s whether requests are left."""
+_CANCELLED_REQUESTS_S = 2.0
+"""How long requests that are cancelled after the grace period may take to send their error."""
 
 
 def serve(
     settings: Settings,
     sockets: list[socket.socket],
-    stop: ShutdownSignal,
+    shutdown: ShutdownSignal,
     *,
     on_hung: Callable[[str], None] | None = None,
     beat: Callable[[], None] | None = None,
 ) -> int:
-    """Serve on `sockets`, which listen, until told to stop; return the process's exit code.
+    """Serve until the process is to shut down. Call it on the main thread.
 
-    `on_hung` is called with the reason when a model hangs for good, and `beat` every `BEAT_EVERY_S` seconds on the
-    event loop, as long as that runs. Call this on the main thread.
+    Args:
+        settings: All settings.
+        sockets: Listening sockets.
+        shutdown: Tells when to shut down.
+        on_hung: Called with the reason if a model hangs permanently.
+        beat: Called every `HEARTBEAT_EVERY_S` seconds on the event loop.
+
+    Returns:
+        The exit code of the process: 1 if no model could be loaded.
     """
     limit_malloc_arenas()
     nothing_to_serve = False
 
-    def give_up() -> None:
+    def on_nothing_to_serve() -> None:
         nonlocal nothing_to_serve
         nothing_to_serve = True
-        server.leave()
+        server.request_shutdown()
 
     config = uvicorn.Config(
         create_app(
             settings,
-            on_nothing_to_serve=give_up,
+            on_nothing_to_serve=on_nothing_to_serve,
             on_hung=on_hung,
             is_shutting_down=lambda: server.should_exit,
         ),
@@ -63,51 +70,53 @@ def serve(
         access_log=False,
         server_header=False,
         http=HttpProtocol,
-        # Nothing here is a WebSocket, and a caller's address is only believed as the socket has it.
+        # There are no WebSocket routes, and headers about the client's address are not trusted.
         ws="none",
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
-    grace_s = max(_SHORTEST_GRACE_S, settings.lifecycle.shutdown_grace_s)
-    config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # parts of a second work as well
-    server = _Server(config, stop, beat)
-    stop.on_shutdown(server.leave)
-    # Not `server.run()`, which in the end waits for all threads, even one in the middle of a download.
+    grace_s = max(_MIN_GRACE_S, settings.lifecycle.shutdown_grace_s)
+    config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # fractions of a second work as well
+    server = _Server(config, shutdown, beat)
+    shutdown.on_shutdown(server.request_shutdown)
+    # Not `server.run()`, because that waits for all threads at the end, even for one that is downloading.
     new_loop = config.get_loop_factory() or asyncio.new_event_loop
     new_loop().run_until_complete(server.serve(sockets))
     return 1 if nothing_to_serve else 0
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, stop: ShutdownSignal, beat: Callable[[], None] | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, shutdown: ShutdownSignal, beat: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
-        self._stop = stop
+        self._shutdown_signal = shutdown
         self._beat = beat
-
-    def leave(self) -> None:
-        """Stop in good order. May be called from any thread, and before the server has started."""
-        self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `ShutdownSignal`."""
+        """Install no signal handlers, because `ShutdownSignal` has done so."""
         yield
+
+    def request_shutdown(self) -> None:
+        """Shut down gracefully. Can be called from any thread, and before the server has started."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._beat is not None:
-            self._beating = asyncio.create_task(_every(BEAT_EVERY_S, self._beat))
+            self._beating = asyncio.create_task(_call_periodically(self._beat, HEARTBEAT_EVERY_S))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._stop.reason is not None:
-            logger.info("%s: finishing the requests that were accepted", self._stop.reason)
+        if self._shutdown_signal.reason is not None:
+            logger.info("shutting down (%s), finishing accepted requests", self._shutdown_signal.reason)
         await super().shutdown(sockets)
-        # What was open after the grace period has been cancelled, and may be about to tell its caller.
-        if cut_off := list(self.server_state.tasks):
-            await asyncio.wait(cut_off, timeout=_LAST_WORDS_S)
+        # Requests that were cancelled after the grace period may be about to send their error.
+        if cancelled := list(self.server_state.tasks):
+            await asyncio.wait(cancelled, timeout=_CANCELLED_REQUESTS_S)
 
 
-async def _every(pause_s: float, act: Callable[[], None]) -> None:
+async def _call_periodically(function: Callable[[], None], every_s: float) -> None:
     while True:
-        act()
-        await asyncio.sleep(pause_s)
+        function()
+        await asyncio.sleep(every_s)

@@ -1,15 +1,15 @@
-"""`EMB_PROVIDER_SUPERVISE=true`: a small process that keeps the port open, and a service running behind it.
+"""A small process that keeps the port open and restarts the service (`EMB_PROVIDER_SUPERVISE=true`).
 
-It opens the listening sockets, and starts the service as a child that inherits them. A child that crashes, or ends
-itself because a model hangs (`HUNG_EXIT`), is started again. Connections made meanwhile wait in the sockets' backlog:
-none is refused. Any other end of the child is the supervisor's own, with the same exit code.
+The supervisor opens the listening sockets and starts the service as a child process that inherits them. It restarts the
+child if it crashes, or if it exits with `HUNG_EXIT` because a model hangs. Meanwhile new connections wait in the backlog of
+the sockets, so none is refused. If the child ends in any other way, the supervisor exits with its exit code.
 
-The child's event loop sends a byte a second; a child that is silent for too long, since its event loop is stuck or a
-native call holds Python's lock for good, is aborted, which leaves its stacks on stderr, and started again.
+The event loop of the child sends a heartbeat: one byte per second. If the heartbeat stops, because the loop is blocked or
+native code holds the GIL, the child is aborted, which prints the stacks of its threads to stderr, and restarted.
 
-Signals are passed on as bytes over a pair of sockets, the lifeline, and not as signals: who signals a whole group of
-processes, as a terminal and systemd do, would otherwise stop the child twice, which means at once. When the supervisor
-is gone, however that came, the lifeline is closed, and the child stops too.
+Signals are forwarded as bytes over a pair of connected sockets, the parent pipe, and not as signals. A terminal and systemd
+send signals to the whole process group, and a second one would end the child at once. If the supervisor ends, however it
+does, the pipe is closed and the child shuts down.
 """
 
 from __future__ import annotations
@@ -34,213 +34,225 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUNG_EXIT = 70
-"""The exit code (EX_SOFTWARE) of a service that wants to be started again."""
-BEAT_EVERY_S = 1.0
-SHORTEST_SILENCE_S = 20.0
-"""A busy machine may keep an event loop from running for seconds; so may importing a large library."""
+"""Exit code (EX_SOFTWARE) with which the service asks for a restart."""
+HEARTBEAT_EVERY_S = 1.0
 _VARIABLE = "_EMB_PROVIDER_SUPERVISED"
-"""In the child's environment: what it was handed. Not a setting, hence its name."""
-_SETTLED_S = 60.0
-"""A child that lived this long did not die of its start."""
-_PAUSES_S = (0, 1, 2, 4, 8, 16, 30)
-"""Before a child is started again, by how many in a row died of their start."""
-_KILL_AFTER_S = 5.0
-"""How long a child may take to end at once."""
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+"""Environment variable of the child that describes what it inherits. Its name shows that it is not a setting."""
+_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorTimings:
+    """How long a supervisor waits, in seconds."""
+
+    heartbeat_timeout_s: float = 20.0
+    """How long a heartbeat may be late. A busy machine or the import of a large library can delay it by seconds."""
+    restart_pauses_s: tuple[float, ...] = (0, 1, 2, 4, 8, 16, 30)
+    """Pauses before restarts, by the number of consecutive children that ended early."""
+    stable_after_s: float = 60.0
+    """A child that ran for this long did not end early."""
+    kill_after_s: float = 5.0
+    """How long a child may take to end at once before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class InheritedState:
-    """What a supervisor hands to the service that it starts."""
+    """What the service inherits from its supervisor."""
 
     parent_pipe: socket.socket
-    """A byte to the child is the number of a signal, one from it a sign of life; the end of it is the supervisor's."""
+    """Transfers the numbers of signals to the child and heartbeats to the supervisor, one byte each."""
     sockets: list[socket.socket]
-    """They listen already."""
-    after: str
-    """How the service before this one ended; empty for the first."""
+    """Listening sockets."""
+    previous_end: str
+    """How the previous child ended; empty for the first child."""
 
     def beat(self) -> None:
-        """Tell the supervisor that this process's event loop runs; call it every `BEAT_EVERY_S` seconds."""
-        with suppress(
-            OSError
-        ):  # enough of them are waiting, or the supervisor is gone: `ShutdownSignal` sees to that
+        """Send a heartbeat to the supervisor. Call it every `HEARTBEAT_EVERY_S` seconds on the event loop."""
+        # The buffer can be full, and the supervisor gone, which `ShutdownSignal` notices.
+        with suppress(OSError):
             self.parent_pipe.send(b"\0", socket.MSG_DONTWAIT)
 
 
 def take_inherited_state() -> InheritedState | None:
-    """Take what a supervisor handed to this process; None where none started it. Nothing else inherits it from here."""
+    """Return what this process inherits from a supervisor, or None without one. Its own children do not inherit it."""
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
         return None
-    told = json.loads(text)
-    parent_pipe, *sockets = (socket.socket(fileno=number) for number in (told["lifeline"], *told["sockets"]))
-    for one in (parent_pipe, *sockets):
-        one.set_inheritable(False)
-    return InheritedState(parent_pipe, sockets, told["after"])
+    state = json.loads(text)
+    parent_pipe, *sockets = (
+        socket.socket(fileno=number) for number in (state["parent_pipe"], *state["sockets"])
+    )
+    for inherited in (parent_pipe, *sockets):
+        inherited.set_inheritable(False)
+    return InheritedState(parent_pipe, sockets, state["previous_end"])
 
 
 class Supervisor:
-    """Starts the command line of this very process again as the service. Used once, on the main thread."""
+    """Runs the command line of this process as a child process. Used once, on the main thread."""
 
-    def __init__(self, sockets: Sequence[socket.socket], silence_s: float = SHORTEST_SILENCE_S) -> None:
-        """`sockets` listen, and are closed as soon as the service is told to stop.
+    def __init__(self, sockets: Sequence[socket.socket], timings: SupervisorTimings) -> None:
+        """Create a supervisor and handle signals from now on.
 
-        `silence_s`: how long a child that has shown a sign of life may go without another.
+        Args:
+            sockets: Listening sockets. They are closed as soon as the service is to shut down.
+            timings: How long the supervisor waits.
         """
         self._sockets = sockets
-        self._silence_s = silence_s
-        self._asked: list[int] = []
-        """The signals to stop that came, in order."""
-        # Signals only ring: they are looked at between two steps, and never in the middle of one.
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ringer.setblocking(False)
-        signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
-        for number in (*_PASSED_ON, signal.SIGCHLD):
-            signal.signal(number, _ring)
+        self._timings = timings
+        self._received: list[int] = []
+        """The received shutdown signals, in order."""
+        # Signals only write to a socket, so that they are handled between two steps and never within one.
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._wakeup_writer.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+        for number in (*_FORWARDED_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, _do_nothing)
 
     def run(self) -> int:
-        """Keep the service running until it ends in good order, or is told to; return the exit code."""
-        early_deaths, after = 0, ""
+        """Keep the service running until it exits by itself or is shut down; return the exit code."""
+        early_ends, previous_end = 0, ""
         while True:
             started = time.monotonic()
             try:
-                code = self._run_child(after)
-                how = _words(code)
+                code = self._run_child(previous_end)
+                end = _describe_exit(code)
             except OSError as error:
-                code, how = HUNG_EXIT, f"could not be started ({error})"
-            lived_s = time.monotonic() - started
-            if self._asked:
-                return self._code_of_stop(code)
+                code, end = HUNG_EXIT, f"could not be started ({error})"
+            ran_s = time.monotonic() - started
+            if self._received:
+                return self._shutdown_exit_code(code)
             if code >= 0 and code != HUNG_EXIT:
-                logger.log(
-                    logging.ERROR if code else logging.INFO, "the service %s: so does its supervisor", how
-                )
+                logger.log(logging.ERROR if code else logging.INFO, "the service %s, exiting", end)
                 return code
-            early_deaths = early_deaths + 1 if lived_s < _SETTLED_S else 1
-            pause_s = _PAUSES_S[min(early_deaths, len(_PAUSES_S)) - 1]
-            after = f"{how} after {lived_s:.1f} s"
+            early_ends = early_ends + 1 if ran_s < self._timings.stable_after_s else 1
+            pauses_s = self._timings.restart_pauses_s
+            pause_s = pauses_s[min(early_ends, len(pauses_s)) - 1]
+            previous_end = f"{end} after {ran_s:.1f} s"
             when = f"in {pause_s:g} s" if pause_s else "at once"
-            logger.error("the service %s: it is started again %s", after, when)
+            logger.error("the service %s, restarting it %s", previous_end, when)
             self._pause(pause_s)
-            if self._asked:
+            if self._received:
                 return 0
 
-    def _run_child(self, after: str) -> int:
-        """Start the service and wait for its end; return its exit code, negative for a signal. Raises: OSError."""
-        parent_pipe, its_end = socket.socketpair()
+    def _run_child(self, previous_end: str) -> int:
+        """Start the service and wait for its end; return its exit code, negative for a signal. Raises OSError."""
+        parent_pipe, child_end = socket.socketpair()
         with parent_pipe:
-            with its_end:
-                child = self._start(its_end, after)
+            with child_end:
+                child = self._start_child(child_end, previous_end)
             logger.info("the service is process %d", child.pid)
-            pulse = _Heartbeat(parent_pipe, self._silence_s)
+            heartbeat = _Heartbeat(parent_pipe, self._timings.heartbeat_timeout_s)
+            kill_after_s = self._timings.kill_after_s
             kill_at: float | None = None
             while (code := child.poll()) is None:
-                left_s = pulse.look_again_s if kill_at is None else max(0.0, kill_at - time.monotonic())
-                for number in self._listen_for_signals(left_s, pulse):
-                    with suppress(OSError):  # it has just ended
+                wait_s = heartbeat.next_check_s if kill_at is None else max(0.0, kill_at - time.monotonic())
+                for number in self._wait(wait_s, heartbeat):
+                    with suppress(OSError):  # the child has just ended
                         parent_pipe.send(bytes([number]))
                 if kill_at is not None and time.monotonic() >= kill_at:
-                    logger.error("the service did not end within %.0f s: it is killed", _KILL_AFTER_S)
+                    logger.error("the service did not end within %.0f s, killing it", kill_after_s)
                     child.kill()
                     child.wait()
-                elif kill_at is None and len(self._asked) > 1:
-                    kill_at = time.monotonic() + _KILL_AFTER_S
-                elif kill_at is None and not self._asked and pulse.is_gone():
+                elif kill_at is None and len(self._received) > 1:
+                    kill_at = time.monotonic() + kill_after_s
+                elif kill_at is None and not self._received and heartbeat.is_lost:
                     logger.error(
-                        "the service gave no sign of life for %.0f s: it is aborted", self._silence_s
+                        "the service sent no heartbeat for %.0f s, aborting it",
+                        self._timings.heartbeat_timeout_s,
                     )
-                    child.send_signal(signal.SIGABRT)  # which writes the stacks of all threads first
-                    kill_at = time.monotonic() + _KILL_AFTER_S
+                    child.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
+                    kill_at = time.monotonic() + kill_after_s
             return code
 
-    def _start(self, parent_pipe: socket.socket, after: str) -> subprocess.Popen[bytes]:
-        numbers = [one.fileno() for one in self._sockets]
-        told = {"lifeline": parent_pipe.fileno(), "sockets": numbers, "after": after}
-        return subprocess.Popen(  # noqa: S603 - ourselves once more
+    def _start_child(self, parent_pipe: socket.socket, previous_end: str) -> subprocess.Popen[bytes]:
+        numbers = [inherited.fileno() for inherited in self._sockets]
+        state = {"parent_pipe": parent_pipe.fileno(), "sockets": numbers, "previous_end": previous_end}
+        return subprocess.Popen(  # noqa: S603 - the command line of this process
             [sys.executable, *sys.orig_argv[1:]],
-            env=os.environ | {_VARIABLE: json.dumps(told)},
+            env=os.environ | {_VARIABLE: json.dumps(state)},
             pass_fds=[parent_pipe.fileno(), *numbers],
-            # Ctrl-C is for us: before the service is ready for it, it would end it with a traceback.
+            # Ctrl-C must not reach the child, because it ends a child that is still starting with a traceback.
             process_group=0,
         )
 
-    def _listen_for_signals(self, timeout_s: float | None, pulse: _Heartbeat | None = None) -> list[int]:
-        """Wait for a signal, the end of the child among them; return those that are to be passed on."""
-        ready, _, _ = select.select([self._bell, *(pulse.ends if pulse else ())], [], [], timeout_s)
-        if pulse is not None:
-            pulse.feel(ready)
-        new = (
-            [number for number in self._bell.recv(64) if number in _PASSED_ON] if self._bell in ready else []
-        )
-        if new and not self._asked:
-            # Who connects from now on is refused at once, and not only when the last accepted request is finished.
-            for one in self._sockets:
-                one.close()
-        self._asked += new
-        return new
+    def _wait(self, timeout_s: float | None, heartbeat: _Heartbeat | None = None) -> list[int]:
+        """Wait for signals, heartbeats or the end of the child; return the shutdown signals."""
+        sockets = [self._wakeup, *(heartbeat.sockets if heartbeat else ())]
+        ready, _, _ = select.select(sockets, [], [], timeout_s)
+        if heartbeat is not None:
+            heartbeat.update(ready)
+        numbers = self._wakeup.recv(64) if self._wakeup in ready else b""
+        signals = [number for number in numbers if number in _FORWARDED_SIGNALS]
+        if signals and not self._received:
+            # Refuse new connections at once, and not only after the accepted requests are finished.
+            for listening in self._sockets:
+                listening.close()
+        self._received += signals
+        return signals
 
     def _pause(self, pause_s: float) -> None:
-        """Wait, unless told to stop. What rings may be no more than the end of the child that is known already."""
+        """Wait, or return early at a shutdown signal. Other signals, such as that of the child's end, are ignored."""
         end_at = time.monotonic() + pause_s
-        while not self._asked and (left_s := end_at - time.monotonic()) > 0:
-            self._listen_for_signals(left_s)
+        while not self._received and (left_s := end_at - time.monotonic()) > 0:
+            self._wait(left_s)
 
-    def _code_of_stop(self, code: int) -> int:
+    def _shutdown_exit_code(self, code: int) -> int:
         if code >= 0:
             return code
-        if (
-            -code in self._asked
-        ):  # sent to the child too, before it was ready for it: it had accepted nothing yet
+        if -code in self._received:
+            # The child got the signal too, before it could handle it, so it had accepted no request.
             return 0
-        return 128 + (self._asked[1] if -code == signal.SIGKILL and len(self._asked) > 1 else -code)
+        return 128 + (self._received[1] if -code == signal.SIGKILL and len(self._received) > 1 else -code)
 
 
 class _Heartbeat:
-    """A child's signs of life.
+    """The heartbeat of a child.
 
-    Silence is counted in looks at it, each `BEAT_EVERY_S` seconds: while the whole machine sleeps, nobody looks.
+    A late heartbeat is measured by the number of checks, one every `HEARTBEAT_EVERY_S` seconds, and not by the clock, because
+    no process runs while the machine sleeps.
     """
 
-    def __init__(self, parent_pipe: socket.socket, silence_s: float) -> None:
-        self.ends = [parent_pipe]
-        """What to wait for."""
-        self._most = silence_s / BEAT_EVERY_S
-        self._silent: int | None = None
-        """Looks since the last beat; None before the first, since a start takes as long as it takes."""
-        self._next_look = time.monotonic() + BEAT_EVERY_S
+    def __init__(self, parent_pipe: socket.socket, timeout_s: float) -> None:
+        self.sockets = [parent_pipe]
+        """Sockets to wait for."""
+        self._max_missed = timeout_s / HEARTBEAT_EVERY_S
+        self._missed: int | None = None
+        """Checks since the last heartbeat. None before the first one, because the start takes any time."""
+        self._next_check = time.monotonic() + HEARTBEAT_EVERY_S
 
     @property
-    def look_again_s(self) -> float | None:
-        return None if self._silent is None else max(0.0, self._next_look - time.monotonic())
+    def is_lost(self) -> bool:
+        return self._missed is not None and self._missed > self._max_missed
 
-    def feel(self, ready: Sequence[socket.socket]) -> None:
-        """Take in what there is, and count a look that is due."""
-        due = time.monotonic() >= self._next_look
-        if due:
-            self._next_look = time.monotonic() + BEAT_EVERY_S
-        for end in self.ends:
-            if end not in ready:
+    @property
+    def next_check_s(self) -> float | None:
+        """Time until the next check in seconds, or None if there is nothing to check yet."""
+        return None if self._missed is None else max(0.0, self._next_check - time.monotonic())
+
+    def update(self, ready: Sequence[socket.socket]) -> None:
+        """Receive heartbeats, and count a check if one is due."""
+        is_due = time.monotonic() >= self._next_check
+        if is_due:
+            self._next_check = time.monotonic() + HEARTBEAT_EVERY_S
+        for parent_pipe in self.sockets:
+            if parent_pipe not in ready:
                 continue
             with suppress(ConnectionResetError):
-                if end.recv(4096):
-                    self._silent = 0
+                if parent_pipe.recv(4096):
+                    self._missed = 0
                     return
-            # It has closed its end, and is about to end itself.
-            self.ends, self._silent = [], None
-        if due and self._silent is not None:
-            self._silent += 1
-
-    def is_gone(self) -> bool:
-        return self._silent is not None and self._silent > self._most
+            # The child has closed its end, and is about to end.
+            self.sockets, self._missed = [], None
+        if is_due and self._missed is not None:
+            self._missed += 1
 
 
-def _ring(number: int, frame: FrameType | None) -> None:
-    """Do nothing: that there is a handler makes the signal write to the wakeup descriptor."""
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Handle a signal, so that it is written to the wakeup descriptor."""
 
 
-def _words(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code == HUNG_EXIT:
         return "ended because it hung"
     if code >= 0:

@@ -1,4 +1,4 @@
-"""What a start finds: disks that take nothing, and what processes killed at any moment have left."""
+"""Starts of the service with directories that cannot be written, full disks, and after SIGKILL."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def hub(model: Path) -> Iterator[HuggingFaceServer]:
 
 
 def with_tmpfs(directory: Path, options: str) -> list[str]:
-    """Return the service's command with a file system of its own at `directory`, real and as small as `options` say.
+    """Return the command of the service with a small file system mounted at `directory`.
 
-    Skips the test where that takes rights that nobody has here.
+    Skips the test if this user may not mount one.
     """
     directory.mkdir()
     script = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
@@ -50,7 +50,7 @@ def with_tmpfs(directory: Path, options: str) -> list[str]:
     try:
         subprocess.run([*command, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
+        pytest.skip(f"cannot mount a file system: {error}")
     return [*command, *COMMAND]
 
 
@@ -58,32 +58,32 @@ def errors(service: Service) -> list[str]:
     return [line["message"] for line in service.log_lines(level="ERROR")]
 
 
-def test_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    """It names the directory and the setting; nothing can be served then, so the exit code is 1."""
+def test_cache_that_cannot_be_written_is_reported_in_one_line(tmp_path: Path) -> None:
+    """The line names the directory and the setting. No model can be served, so the exit code is 1."""
     (tmp_path / "file").touch()
     settings = {"CACHE_DIR": str(tmp_path / "file" / "cache"), "BACKEND": "openvino"}
     with Service(tmp_path / "service", **settings) as service:
         assert service.ended() == 1
-    reason, end = errors(service)
+    reason, last = errors(service)
     assert f"Cannot write to {tmp_path / 'file' / 'cache'}" in reason
     assert "Set EMB_PROVIDER_CACHE_DIR" in reason
-    assert end == "no model could be loaded: stopping"
+    assert last.startswith("no model could be loaded")
 
 
-def test_full_disk_is_one_line(tmp_path: Path) -> None:
-    """No room for a compiled model: it says where, and what to do."""
+def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
+    """If a compiled model does not fit, the line names the directory and what to do."""
     command = with_tmpfs(tmp_path / "full", "nr_inodes=1")
     settings = {"CACHE_DIR": str(tmp_path / "full" / "cache"), "BACKEND": "openvino"}
     with Service(tmp_path / "service", command=command, **settings) as service:
         assert service.ended() == 1
-    reason, end = errors(service)
+    reason, last = errors(service)
     assert f"No space left in {tmp_path / 'full' / 'cache'}" in reason
     assert "set EMB_PROVIDER_CACHE_DIR to a directory on a larger disk" in reason
-    assert end == "no model could be loaded: stopping"
+    assert last.startswith("no model could be loaded")
 
 
-def test_full_disk_costs_one_model_only(tmp_path: Path, service_cache: str, hub: HuggingFaceServer) -> None:
-    """A download that does not fit is told in /ready; the model beside it is served."""
+def test_full_disk_affects_only_one_model(tmp_path: Path, service_cache: str, hub: HuggingFaceServer) -> None:
+    """/ready reports a download that does not fit, and the other model is served."""
     command = with_tmpfs(tmp_path / "full", "size=64k")
     mapping = {"good": {"name": BUNDLED}, "large": {"name": REPO, "source": "huggingface"}}
     settings = {
@@ -97,17 +97,17 @@ def test_full_disk_costs_one_model_only(tmp_path: Path, service_cache: str, hub:
         assert service.embed("hello", model="good").status_code == 200
         ready = service.http.get("/ready")
         assert ready.status_code == 503
-        told = ready.json()["models"]["large"]["error"]
-    assert f"No space left in {tmp_path / 'full' / 'hub'}" in told
-    assert "set EMB_PROVIDER_HF_CACHE_DIR" in told
+        error = ready.json()["models"]["large"]["error"]
+    assert f"No space left in {tmp_path / 'full' / 'hub'}" in error
+    assert "set EMB_PROVIDER_HF_CACHE_DIR" in error
     assert len(errors(service)) == 1
     assert "Traceback" not in service.stderr_text()
 
 
-def test_kill_at_any_moment_of_a_start_is_repaired_by_the_next(
+def test_start_after_sigkill_serves_correct_vectors(
     tmp_path: Path, model: Path, hub: HuggingFaceServer
 ) -> None:
-    """SIGKILL while downloading, compiling, loading and serving, with one cache: then the vectors are right."""
+    """The service is killed while it downloads, compiles, loads and serves, with the same cache."""
     settings: dict[str, Any] = {
         "CACHE_DIR": str(tmp_path / "cache"),
         "HF_CACHE_DIR": str(tmp_path / "hub"),
@@ -120,10 +120,10 @@ def test_kill_at_any_moment_of_a_start_is_repaired_by_the_next(
     artifacts = tmp_path / "cache" / "artifacts"
 
     def state() -> str:
-        found: str = service.http.get("/ready").json()["models"][REPO]["state"]
-        return found
+        value: str = service.http.get("/ready").json()["models"][REPO]["state"]
+        return value
 
-    def made() -> bool:
+    def is_compiled() -> bool:
         return any(artifacts.glob("[!.]*/manifest.json"))
 
     def kill() -> None:
@@ -142,23 +142,23 @@ def test_kill_at_any_moment_of_a_start_is_repaired_by_the_next(
         kill()
     with Service(tmp_path / "loading", **settings) as service:
         service.wait("/health")
-        # Loading a model this small may be over before one can look.
-        wait_until(lambda: made() and state() in ("loading", "ready"), 560)
+        # A model this small may be ready before the first check.
+        wait_until(lambda: is_compiled() and state() in ("loading", "ready"), 560)
         kill()
-    texts = ["hello", "a second text", "one more, somewhat longer than the others"]
+    texts = ["hello", "a second text", "a third one, somewhat longer than the others"]
     with Service(tmp_path / "serving", **settings) as service:
         service.wait()
         served = vectors(service, texts)
         kill()
     with Service(tmp_path / "last", **settings) as service:
         service.wait()
-        found = vectors(service, texts)
+        served_last = vectors(service, texts)
         assert service.stop() == 0
     assert "damaged" not in service.log_text()
     assert not list(artifacts.glob(".*.tmp"))
     expected = reference(model).encode(texts, convert_to_numpy=True)
-    for one in (served, found):
-        assert (one * expected).sum(axis=1).min() > 0.999  # both are normalized
+    for actual in (served, served_last):
+        assert (actual * expected).sum(axis=1).min() > 0.999  # both are normalized
 
 
 def vectors(service: Service, texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
