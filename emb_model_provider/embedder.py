@@ -1,4 +1,4 @@
-"""A model in a Python program, without a server: the engine that the service runs, behind plain calls."""
+"""Runs a model in a Python program, without a server: the engine of the service behind plain calls."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CHUNK = 1024
-"""Texts that are tokenized at a time: all of a corpus at once would take its memory several times over."""
+_CHUNK_SIZE = 1024
+"""Texts that are tokenized at once. Tokenizing a whole corpus at once would take several times its memory."""
 _NO_LIMIT = 2**62
-_FOREVER_S = 1e9
+_NO_TIMEOUT_S = 1e9
 
 
 class Embedder:
-    """One model, loaded in this process.
+    """A model that is loaded in this process.
 
         with Embedder("damo/nlp_gte_sentence-embedding_chinese-base", precision="bf16") as embedder:
             vectors = embedder.embed(["你好", "hello"])
 
-    Files are fetched and compiled when they are not here, as the service does it, under the same settings
-    (EMB_PROVIDER_... variables and .env) and in the same caches. `async with` and `aembed` are for programs with an
-    event loop. Any number of threads and tasks may embed at a time: their texts share batches.
+    The model is downloaded and compiled if necessary, as by the service: with the same settings (EMB_PROVIDER_...
+    variables and .env) and the same caches. In a program with an event loop, use `async with` and `aembed`. Thread-safe:
+    the texts of concurrent calls share batches.
     """
 
     def __init__(
@@ -59,12 +59,19 @@ class Embedder:
         backend: BackendName | None = None,
         settings: Settings | None = None,
     ) -> None:
-        """Choose the model; nothing is loaded yet.
+        """Choose the model, without loading it. Arguments take precedence over the settings.
 
-        `model`: an alias of the settings, a repository's id, or a directory; None is the settings' first model. What
-        is given here wins over the settings. `settings` None reads them from the environment and .env.
+        Args:
+            model: An alias of the settings, the id of a repository, or a directory. None: the first model of the settings.
+            source: Hub of the model: `auto`, `huggingface`, `modelscope`, `local` or `bundled`.
+            revision: Branch, tag or commit of the repository.
+            precision: `auto`, `fp32`, `fp16`, `bf16`, `int8` or `int4`.
+            device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+            backend: `auto`, `openvino` or `torch`.
+            settings: All settings. None: they are read from the environment and .env.
 
-        Raises: SettingsError.
+        Raises:
+            SettingsError: A setting is invalid, or contradicts an argument.
         """
         self._settings = settings if settings is not None else load_settings()[0]
         name = model if model is not None else self._settings.models.specs()[0].alias
@@ -76,12 +83,17 @@ class Embedder:
         self._running: _Running | None = None
         self._starting = threading.Lock()
 
-    # --- from loading to closing ----------------------------------------------------------------------
+    # --- loading and closing --------------------------------------------------------------------------
 
     def load(self) -> Self:
-        """Fetch, compile and load the model, as far as that is not done yet. Blocks; calling it again does nothing.
+        """Download, compile and load the model as far as necessary. Does nothing if it is loaded. Blocks.
 
-        Raises: HubError, LoadError, ModelNotReadyError, each with what to do.
+        Returns:
+            This object.
+
+        Raises:
+            HubError: The model cannot be downloaded.
+            LoadError: The model cannot be compiled or loaded.
         """
         with self._starting:
             if self._running is None:
@@ -92,13 +104,13 @@ class Embedder:
                     running.close()
                     raise
                 self._running = running
-                # For programs that forget it without closing it. On a thread, since garbage may be collected on the
-                # very one that closing waits for; not at the interpreter's end, when no thread can be started.
-                weakref.finalize(self, _close_elsewhere, running).atexit = False
+                # For programs that drop the object without closing it. On a thread, because garbage can be collected on
+                # the thread that closing waits for. Not at exit, because no thread can be started then.
+                weakref.finalize(self, _close_on_thread, running).atexit = False
         return self
 
     def close(self) -> None:
-        """Finish what was asked, then free the model. Calling it again does nothing; `load` may follow."""
+        """Finish the calls in progress, then free the model. Does nothing if it is not loaded; `load` loads it again."""
         with self._starting:
             running, self._running = self._running, None
         if running is not None:
@@ -124,9 +136,10 @@ class Embedder:
 
     @property
     def description(self) -> ModelDescription:
-        """What is known of the loaded model: dimension, max_length, precision, fidelity, ….
+        """The properties of the loaded model: dimension, max_length, precision, fidelity and others.
 
-        Raises: ModelNotReadyError where it is not loaded.
+        Raises:
+            ModelNotReadyError: The model is not loaded.
         """
         return self._loaded().description
 
@@ -139,13 +152,25 @@ class Embedder:
         input_type: str | None = None,
         truncate: Truncate | None = None,
     ) -> NDArray[np.float32]:
-        """Return float32 vectors of shape (texts, dimensions), in order; of shape (dimensions,) for one `str`.
+        """Return the vectors of texts. Blocks. There is no limit to the number of texts.
 
-        `dimensions` cuts vectors where the model allows it; `normalize` None is the model's own way; `input_type`
-        chooses a prompt (query, document, or a prompt's own name); `truncate` says what becomes of texts that are
-        too long: END (the default), START, or NONE, which raises.
+        Args:
+            texts: Texts, or one text.
+            dimensions: Size to which vectors are truncated, if the model supports it. Truncated vectors are normalized.
+                None: the size of the model's vectors.
+            normalize: Whether vectors are scaled to length 1. None: as the model declares.
+            input_type: Prompt to put before each text: its name, or `query` or `document`. None: the model's default.
+            truncate: Side from which texts that are too long are cut: `END` or `START`; `NONE` raises RequestError
+                instead. None: as in the settings, `END` by default.
 
-        Raises: RequestError, InferenceError; ModelNotReadyError where it is not loaded.
+        Returns:
+            float32 of shape (texts, dimensions), in the order of the texts; of shape (dimensions,) for one text.
+
+        Raises:
+            RequestError: An argument is not supported by the model, or a text is too long.
+            TypeError: A text is not a `str`.
+            InferenceError: The model failed on a text.
+            ModelNotReadyError: The model is not loaded, was closed, or crashed repeatedly.
         """
         options = EmbedOptions(
             dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate
@@ -162,7 +187,10 @@ class Embedder:
         input_type: str | None = None,
         truncate: Truncate | None = None,
     ) -> NDArray[np.float32]:
-        """Do what `embed` does, without holding up the event loop. Cancelling it takes its work out of the queue."""
+        """Return the vectors of texts without blocking the event loop.
+
+        Arguments, result and errors are those of `embed`. Cancelling the call removes its texts from the queue.
+        """
         options = EmbedOptions(
             dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate
         )
@@ -172,76 +200,74 @@ class Embedder:
     def _loaded(self) -> _Running:
         if self._running is None:
             raise ModelNotReadyError(
-                f"The model {self.spec.alias} is not loaded: use `with Embedder(...)`, or call load().",
+                f"The model {self.spec.alias} is not loaded. Use `with Embedder(...)`, or call load().",
                 retry_after_s=1.0,
             )
         return self._running
 
 
-def _close_elsewhere(running: _Running) -> None:
-    threading.Thread(target=running.close, name="embedder-close", daemon=True).start()
-
-
 class _Running:
-    """A registry of one model, on an event loop with a thread of its own."""
+    """A registry of one model, and an event loop with its own thread."""
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         self._alias = spec.alias
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name=f"embedder-{spec.alias}", daemon=True)
         self._thread.start()
-        # A program may ask for as much as it likes, and wait for it as long as that takes.
+        # Without the limits of the service, because a program decides itself how much it embeds.
         self._registry = Registry(
             ServedModels(specs=(spec,), preload=(spec.alias,)),
             ModelManager(settings),
             RegistryConfig(
                 batching=settings.batching.model_copy(update={"max_queue_tokens": _NO_LIMIT}),
                 limits=settings.limits.model_copy(
-                    update={"request_timeout_s": _FOREVER_S, "max_request_tokens": _NO_LIMIT}
+                    update={"request_timeout_s": _NO_TIMEOUT_S, "max_request_tokens": _NO_LIMIT}
                 ),
-                memory=settings.memory.model_copy(update={"load_wait_s": _FOREVER_S}),
+                memory=settings.memory.model_copy(update={"load_wait_s": _NO_TIMEOUT_S}),
             ),
         )
-        self._taking = True
-        self._gate = threading.Lock()
+        self._is_open = True
+        self._open_lock = threading.Lock()
 
     @property
     def description(self) -> ModelDescription:
         description = self._registry.status(self._alias).description
         if description is None:
-            raise ModelNotReadyError(f"The model {self._alias} is being loaded anew.", retry_after_s=1.0)
+            raise ModelNotReadyError(
+                f"The model {self._alias} is being restarted. Try again later.", retry_after_s=1.0
+            )
         return description
 
     async def load(self) -> None:
         await self._registry.load(self._alias)
 
     async def embed(self, texts: str | Sequence[str], options: EmbedOptions) -> NDArray[np.float32]:
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        for index, text in enumerate(listed):
+        inputs = [texts] if isinstance(texts, str) else list(texts)
+        for index, text in enumerate(inputs):
             if not isinstance(text, str):
-                raise TypeError(f"texts[{index}] is {type(text).__name__}, not str")
+                raise TypeError(f"texts[{index}] must be a str, not {type(text).__name__}")
         async with self._registry.lease(self._alias) as engine:
-            if not listed:
+            if not inputs:
                 return np.empty((0, options.dimensions or engine.description.dimension), dtype=np.float32)
-            chunks = [listed[first : first + _CHUNK] for first in range(0, len(listed), _CHUNK)]
-            vectors = [await engine.embed(chunks[0], options)]
+            chunks = [inputs[first : first + _CHUNK_SIZE] for first in range(0, len(inputs), _CHUNK_SIZE)]
+            parts = [await engine.embed(chunks[0], options)]
             for first in range(1, len(chunks), 2):
-                # Two at a time: one is tokenized while the other is embedded.
+                # Two at a time, so that one is tokenized while the other is embedded.
                 pair = chunks[first : first + 2]
-                vectors += await asyncio.gather(*(engine.embed(chunk, options) for chunk in pair))
-        found = np.concatenate([part.vectors for part in vectors])
-        return found[0] if isinstance(texts, str) else found
+                parts += await asyncio.gather(*(engine.embed(chunk, options) for chunk in pair))
+        vectors = np.concatenate([part.vectors for part in parts])
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run it on the loop. Raises: ModelNotReadyError where it is closed, or being closed."""
-        with self._gate:
-            if self._taking:
+        """Start a coroutine on the loop. Raises ModelNotReadyError after `close`."""
+        with self._open_lock:
+            if self._is_open:
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
-        raise ModelNotReadyError(f"The model {self._alias} was closed: call load() again.", retry_after_s=1.0)
+        raise ModelNotReadyError(f"The model {self._alias} is closed. Call load() again.", retry_after_s=1.0)
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it on the loop and wait; Ctrl-C ends it there too."""
+        """Run a coroutine on the loop, and cancel it if waiting for it is interrupted, such as by Ctrl-C."""
         future = self.start(work)
         try:
             return future.result()
@@ -250,17 +276,21 @@ class _Running:
             raise
 
     def close(self) -> None:
-        """Finish what was started, then end the loop and its thread."""
-        with self._gate:
-            if not self._taking:
+        """Finish the coroutines in progress, then end the loop and its thread."""
+        with self._open_lock:
+            if not self._is_open:
                 return
-            self._taking = False
-            ended = asyncio.run_coroutine_threadsafe(self._registry.stop(), self._loop)
-        ended.result()
+            self._is_open = False
+            stopped = asyncio.run_coroutine_threadsafe(self._registry.stop(), self._loop)
+        stopped.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.get_loop().run_forever()
-            # Leaving cancels what is still waiting for an answer, so that nobody waits for it forever.
+            # Leaving the block cancels the remaining tasks, so that no caller waits for them forever.
+
+
+def _close_on_thread(running: _Running) -> None:
+    threading.Thread(target=running.close, name="embedder-close", daemon=True).start()

@@ -1,11 +1,11 @@
-"""A model in a Python program: the service's engine behind plain calls."""
+"""The public class `Embedder`."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -52,59 +52,59 @@ def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     return (left * right).sum(-1) / np.linalg.norm(left, axis=-1) / np.linalg.norm(right, axis=-1)
 
 
-def test_its_vectors_are_those_of_sentence_transformers(
+def test_vectors_are_those_of_sentence_transformers(
     embedder: Embedder, reference: NDArray[np.float32]
 ) -> None:
-    """The vectors are the reference's, as float32 of shape (texts, dimensions)."""
-    found = embedder.embed(TEXTS)
-    assert (found.dtype, found.shape) == (np.float32, reference.shape)
-    assert cosines(found, reference).min() > 0.999
+    """They are float32 of shape (texts, dimensions)."""
+    vectors = embedder.embed(TEXTS)
+    assert (vectors.dtype, vectors.shape) == (np.float32, reference.shape)
+    assert cosines(vectors, reference).min() > 0.999
 
 
-def test_one_text_gives_one_vector_and_none_gives_none(embedder: Embedder) -> None:
-    """A single str gives a vector, an empty list an empty matrix of the right width."""
+def test_shape_of_one_text_and_of_no_texts(embedder: Embedder) -> None:
+    """A single str returns a vector, and an empty list an empty matrix of the right width."""
     assert embedder.embed("hello").shape == (384,)
     assert embedder.embed([]).shape == (0, 384)
     assert embedder.description.dimension == 384
 
 
-def test_a_list_longer_than_is_tokenized_at_a_time_keeps_its_order(embedder: Embedder) -> None:
-    """Each of 2,600 texts has its own vector in its own place."""
+def test_long_list_keeps_its_order(embedder: Embedder) -> None:
+    """More texts than are tokenized at once get their vectors in order."""
     texts = [f"number {index}" for index in range(2600)]
-    found = embedder.embed(texts)
-    cache_locations = [0, 1, 1023, 1024, 1025, 2047, 2048, 2599]
-    alone = embedder.embed([texts[place] for place in cache_locations])
-    assert (found[cache_locations] @ alone.T).argmax(axis=1).tolist() == list(range(len(cache_locations)))
-    assert cosines(found[cache_locations], alone).min() > 0.999
+    vectors = embedder.embed(texts)
+    rows = [0, 1, 1023, 1024, 1025, 2047, 2048, 2599]
+    expected = embedder.embed([texts[row] for row in rows])
+    assert (vectors[rows] @ expected.T).argmax(axis=1).tolist() == list(range(len(rows)))
+    assert cosines(vectors[rows], expected).min() > 0.999
 
 
-def test_threads_and_tasks_each_get_their_own_vectors(embedder: Embedder) -> None:
-    """Eight threads and eight tasks embed at a time: everybody gets the vectors of their own texts."""
+def test_concurrent_calls_get_their_own_vectors(embedder: Embedder) -> None:
+    """Each of several concurrent threads and tasks gets the vectors of its texts."""
     words = [f"{word} {index}" for index in range(8) for word in ("apple", "river")]
     expected = embedder.embed(words)
     with ThreadPoolExecutor(8) as threads:
         from_threads = np.stack(list(threads.map(embedder.embed, words)))
 
-    async def all_at_once() -> NDArray[np.float32]:
+    async def embed_concurrently() -> NDArray[np.float32]:
         return np.stack(await asyncio.gather(*(embedder.aembed(word) for word in words)))
 
     assert cosines(from_threads, expected).min() > 0.999
-    assert cosines(asyncio.run(all_at_once()), expected).min() > 0.999
+    assert cosines(asyncio.run(embed_concurrently()), expected).min() > 0.999
 
 
-def test_what_cannot_be_asked_is_told(embedder: Embedder) -> None:
-    """A wrong option, a text that is too long and may not be cut, and what is no text: an error each, at once."""
+def test_invalid_arguments_raise(embedder: Embedder) -> None:
+    """An unknown prompt, a text that is too long, and an input that is not a text raise an error, and the next call works."""
     with pytest.raises(RequestError, match="input_type"):
         embedder.embed(["a"], input_type="nonsense")
     with pytest.raises(InputTooLongError, match=r"input\[1\]"):
         embedder.embed(["short", "long " * 1000], truncate="NONE")
-    with pytest.raises(TypeError, match=r"texts\[1\] is int"):
+    with pytest.raises(TypeError, match=r"texts\[1\] must be a str, not int"):
         embedder.embed(["a", 1])  # type: ignore[list-item]
     assert embedder.embed("still here").shape == (384,)
 
 
-def test_closing_ends_its_threads_and_loading_again_works(settings: Settings) -> None:
-    """A closed embedder leaves no thread behind, says that it is not loaded, and can be loaded again."""
+def test_close_ends_all_threads_and_load_works_again(settings: Settings) -> None:
+    """A closed embedder has no threads, raises an error that names `load`, and can be loaded again."""
     before = set(threading.enumerate())
     embedder = Embedder(settings=settings)
     with pytest.raises(ModelNotReadyError, match="load"):
@@ -119,21 +119,26 @@ def test_closing_ends_its_threads_and_loading_again_works(settings: Settings) ->
     embedder.close()
 
 
-def test_closing_while_somebody_embeds_leaves_nobody_waiting(settings: Settings) -> None:
-    """Who asks at the very moment that it is closed is told that it is not loaded, as who asks later is."""
+def test_calls_during_close_do_not_wait_forever(settings: Settings) -> None:
+    """Threads that embed while the embedder is closed get vectors or an error that says so."""
 
-    class Unlucky(Embedder):
-        def _loaded(self) -> Any:
-            running = super()._loaded()
-            self.close()
-            return running
+    def embed_until_closed() -> ModelNotReadyError:
+        while True:
+            try:
+                assert embedder.embed("hello").shape == (384,)
+            except ModelNotReadyError as error:
+                return error
 
-    with Unlucky(settings=settings) as embedder, pytest.raises(ModelNotReadyError, match="load"):
-        embedder.embed("too late")
+    embedder = Embedder(settings=settings).load()
+    with ThreadPoolExecutor(8) as threads:
+        calls = [threads.submit(embed_until_closed) for _ in range(8)]
+        embedder.close()
+        errors = [str(call.result(timeout=60)) for call in calls]
+    assert all("load()" in error or "shutting down" in error for error in errors)
 
 
-async def test_it_can_be_used_on_an_event_loop(settings: Settings) -> None:
-    """`async with` loads and closes without holding up the loop; a call that is cancelled leaves the others alone."""
+async def test_embedder_does_not_block_an_event_loop(settings: Settings) -> None:
+    """`async with` loads and closes it, and a cancelled call does not affect others."""
     async with Embedder(settings=settings) as embedder:
         ticks = 0
 
@@ -155,8 +160,8 @@ async def test_it_can_be_used_on_an_event_loop(settings: Settings) -> None:
         assert ticks > 0
 
 
-def test_a_model_that_is_not_there_says_so(settings: Settings, tmp_path: Path) -> None:
-    """The reason that a model cannot be had is raised as it is, and can be tried again."""
+def test_missing_model_raises_its_error(settings: Settings, tmp_path: Path) -> None:
+    """`load` raises the error of the hub, and can be called again."""
     embedder = Embedder(str(tmp_path / "nowhere"), source="local", settings=settings)
     for _ in range(2):
         with pytest.raises(RepositoryNotFoundError, match="does not exist"):

@@ -1,8 +1,7 @@
-"""Log lines: to the terminal and to a rotated file, with the id of the request they belong to.
+"""Writes log lines to stderr and to a rotated file, with the id of the request that they belong to.
 
-Lines are handed to a thread that writes them: a slow disk or terminal does not hold up a request. Access lines are
-written with others that gather within a twentieth of a second, because waking that thread for each of them takes
-longer than tokenizing a short text. All other lines are written at once.
+A thread writes the lines, so that a slow disk or terminal does not delay requests. Lines of the access log are collected for
+50 ms, because waking the thread for each of them takes longer than tokenizing a short text. Other lines are written at once.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import copy
 import json
 import logging
 import logging.handlers
+import os
 import random
 import sys
 import threading
@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import deque
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import SettingsError
@@ -32,93 +33,94 @@ ACCESS_LOGGER = "emb_model_provider.access"
 LOG_FILE = "emb_model_provider.log"
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
+_COLLECT_S = 0.05
+_ERASE_LINE = "\r\x1b[2K"
+"""Written to a terminal before each log line, because a `ProgressReporter` may have drawn a line without a line break."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """When a new log file is started, and how many old ones are kept."""
+
+    max_bytes: int = 20 * 1024 * 1024
+    max_age_s: float = 24 * 3600.0
+    kept_files: int = 7
+
 
 def new_request_id() -> str:
-    """Return an id for a request that came without one. It tells requests apart, and keeps no secret."""
-    # The system's random source lets go of the interpreter's lock: under load each call would cost a thread switch.
+    """Return an id for a request without one. It is unique, but not secret."""
+    # Not os.urandom, because that releases the GIL, and under load each call would cost a thread switch.
     return f"req_{random.getrandbits(96):024x}"
 
 
-_MAX_FILE_BYTES = 20 * 1024 * 1024
-_MAX_FILE_AGE_S = 24 * 3600.0
-_KEPT_FILES = 7
-_GATHER_S = 0.05
+def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> LineWriter:
+    """Write all log lines of this process as the settings say.
 
+    Args:
+        settings: Where lines are written, and how.
+        rotation: When a new log file is started; None: the default.
 
-def start_logging(settings: LogSettings) -> LineWriter:
-    """Send all log lines of this process where the settings say; return what to `stop()` at the end.
+    Returns:
+        The writer. Call its `stop` before the process ends.
 
-    Raises: SettingsError where the log file cannot be written.
+    Raises:
+        SettingsError: The log file cannot be written.
     """
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
     handlers: list[logging.StreamHandler[Any]] = [logging.StreamHandler(sys.stderr)]
     if settings.log_to_file:
-        handlers.append(_file_handler(settings))
+        handlers.append(_file_handler(settings, rotation or Rotation()))
     for handler in handlers:
         handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
+    if not as_json and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        handlers[0].setFormatter(_TextFormatter(_ERASE_LINE))
 
     writer = LineWriter(handlers)
     root = logging.getLogger()
-    root.handlers = [_Enqueue(writer)]  # type: ignore[arg-type]  # all that it asks of a queue is `put_nowait`
+    root.handlers = [_Enqueue(writer)]  # type: ignore[arg-type]  # it only calls `put_nowait`
     root.setLevel(logging.WARNING)
     logging.getLogger("emb_model_provider").setLevel(settings.log_level)
     logging.captureWarnings(capture=True)
-    # No line tells them, and looking them up for every access line costs as much as writing it.
+    # Disabled, because no format uses them, and looking them up takes as long as writing a line of the access log.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     return writer
 
 
-def _file_handler(settings: LogSettings) -> _AgedRotatingFileHandler:
-    try:
-        settings.log_dir.mkdir(parents=True, exist_ok=True)
-        return _AgedRotatingFileHandler(
-            settings.log_dir / LOG_FILE,
-            max_bytes=_MAX_FILE_BYTES,
-            max_age_s=_MAX_FILE_AGE_S,
-            kept=_KEPT_FILES,
-        )
-    except OSError as error:
-        raise SettingsError(
-            f"EMB_PROVIDER_LOG_DIR={settings.log_dir}: cannot be written ({error.strerror}): "
-            "choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
-        ) from error
-
-
 class LineWriter:
-    """The thread that writes, and the lines that wait for it."""
+    """The thread that writes log lines, and the queue of lines."""
 
     def __init__(self, handlers: Sequence[logging.StreamHandler[Any]]) -> None:
         self._handlers = handlers
         self._lines: deque[logging.LogRecord] = deque()
-        self._some = threading.Event()
+        self._available = threading.Event()
         self._urgent = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def put_nowait(self, record: logging.LogRecord) -> None:
-        """Take a line. Called by the logging handler, on any thread."""
+        """Queue a line. Called by the logging handler on any thread."""
         self._lines.append(record)
         if record.name != ACCESS_LOGGER:
             self._urgent.set()
-        if not self._some.is_set():
-            self._some.set()
+        if not self._available.is_set():
+            self._available.set()
 
     def stop(self) -> None:
-        """Write what is left, and close the files."""
+        """Write the remaining lines, and close the files."""
         self._stopping = True
         self._urgent.set()
-        self._some.set()
+        self._available.set()
         self._thread.join()
         for handler in self._handlers:
             handler.close()
 
     def _run(self) -> None:
         while not self._stopping or self._lines:
-            self._some.wait()
-            self._urgent.wait(_GATHER_S)
-            # Cleared before the lines are taken: what comes from here on wakes us again.
-            self._some.clear()
+            self._available.wait()
+            self._urgent.wait(_COLLECT_S)
+            # Cleared before the lines are taken, so that a line that is queued meanwhile wakes the thread again.
+            self._available.clear()
             self._urgent.clear()
             batch = [self._lines.popleft() for _ in range(len(self._lines))]
             if not batch:
@@ -127,50 +129,61 @@ class LineWriter:
                 _write(handler, batch)
 
 
+def _file_handler(settings: LogSettings, rotation: Rotation) -> _RotatingFileHandler:
+    try:
+        settings.log_dir.mkdir(parents=True, exist_ok=True)
+        return _RotatingFileHandler(settings.log_dir / LOG_FILE, rotation)
+    except OSError as error:
+        raise SettingsError(
+            f"EMB_PROVIDER_LOG_DIR={settings.log_dir}: the directory cannot be written ({error.strerror}). "
+            "Choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
+        ) from error
+
+
 def _write(handler: logging.StreamHandler[Any], records: Sequence[logging.LogRecord]) -> None:
     try:
         for record in records:
             line = f"{handler.format(record)}\n"
-            if isinstance(handler, _AgedRotatingFileHandler):
-                handler.make_room(line, record.created)
+            if isinstance(handler, _RotatingFileHandler):
+                handler.rotate_if_due(line, record.created)
             handler.stream.write(line)
         handler.flush()
-    except Exception:  # noqa: BLE001 - as logging itself: what cannot be written must not end the service
+    except Exception:  # noqa: BLE001 - as in logging: an error in the log must not end the service
         handler.handleError(records[-1])
 
 
-class _AgedRotatingFileHandler(logging.handlers.RotatingFileHandler):
-    """Begins a new file when the present one is too large or too old."""
+class _RotatingFileHandler(logging.handlers.RotatingFileHandler):
+    """Starts a new file when the current one is too large or too old."""
 
-    def __init__(self, file: Path, *, max_bytes: int, max_age_s: float, kept: int) -> None:
-        # What an earlier process left counts from its last line: nothing tells when its first was written.
-        self._begun = file.stat().st_mtime if file.exists() else time.time()
+    def __init__(self, file: Path, rotation: Rotation) -> None:
+        # The age of an existing file is counted from its last line, because the time of its first line is unknown.
+        self._started = file.stat().st_mtime if file.exists() else time.time()
         self._size = file.stat().st_size if file.exists() else 0
-        self._max_age_s = max_age_s
-        super().__init__(file, maxBytes=max_bytes, backupCount=kept, encoding="utf-8")
+        self._max_age_s = rotation.max_age_s
+        super().__init__(file, maxBytes=rotation.max_bytes, backupCount=rotation.kept_files, encoding="utf-8")
 
-    def make_room(self, line: str, created: float) -> None:
-        """Begin a new file where the present one is too old or has no room for `line`; else count it in."""
+    def rotate_if_due(self, line: str, created: float) -> None:
+        """Start a new file if the current one is too old or has no room for a line, and add the size of the line."""
         size = len(line.encode())
-        if (self._size and self._size + size > self.maxBytes) or created - self._begun > self._max_age_s:
+        if (self._size and self._size + size > self.maxBytes) or created - self._started > self._max_age_s:
             self.doRollover()
-            self._begun, self._size = time.time(), 0
+            self._started, self._size = time.time(), 0
         self._size += size
 
 
 class _Enqueue(logging.handlers.QueueHandler):
-    """Finishes a record while still in its request's context: message, traceback and request id are text then.
+    """Converts message, traceback and request id to text on the thread of the request, and queues the record.
 
-    Whatever a message quotes, it stays one line: nobody writes log lines of their own choosing.
+    A message is escaped to one line, so that no client can forge log lines.
     """
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        finished = copy.copy(record)
-        finished.msg, finished.args = _printable(record.getMessage().rstrip("\n")), None
-        finished.request_id = request_id.get()
-        finished.traceback = _traceback(record)
-        finished.exc_info = finished.exc_text = finished.stack_info = None
-        return finished
+        prepared = copy.copy(record)
+        prepared.msg, prepared.args = _printable(record.getMessage().rstrip("\n")), None
+        prepared.request_id = request_id.get()
+        prepared.traceback = _traceback(record)
+        prepared.exc_info = prepared.exc_text = prepared.stack_info = None
+        return prepared
 
 
 def _traceback(record: logging.LogRecord) -> list[str]:
@@ -187,8 +200,8 @@ def _printable(text: str) -> str:
 
 
 class _TextFormatter(logging.Formatter):
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__(f"{prefix}%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)

@@ -1,4 +1,4 @@
-"""Prometheus figures of requests, batches, queues and models."""
+"""Prometheus metrics of requests, batches, queues and models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of one HTTP request; the route fills in what the middleware cannot see. Times in seconds."""
+    """Measurements of one HTTP request, filled in by the middleware and the route. Times in seconds."""
 
     method: str
     path: str
@@ -35,7 +35,7 @@ class RequestRecord:
     status: int = 0
     duration_s: float = 0.0
     model: str = ""
-    """The alias that answered; empty where no model was meant or it is not served, so that labels stay few."""
+    """Alias of the model. Empty without a model and for unknown names, because each value is a label of a metric."""
     inputs: int = 0
     tokens: int = 0
     tokenize_s: float | None = None
@@ -44,14 +44,20 @@ class RequestRecord:
 
 
 class Metrics:
-    """Counts what it is told, and looks at the models when it is asked."""
+    """The metrics of one service. Those of models and queues are read at each scrape."""
 
     def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter and histogram, that nobody plots
+        """Create the metrics.
+
+        Args:
+            models: Returns the status of all models.
+        """
+        # They would add a series for each counter and histogram that dashboards do not use.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._registry.register(_ModelCollector(models))
 
-        # Looking a label up costs more than counting. Labels are few: served aliases, statuses and outcomes.
+        # Cached, because looking a label up takes longer than counting. There are few aliases, statuses and outcomes.
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
             return cache(Counter(f"emb_provider_{name}", text, labels, registry=self._registry).labels)
 
@@ -63,25 +69,31 @@ class Metrics:
             )
 
         self._requests = counter("requests", "Requests for embeddings.", "model", "status")
-        self._request_s = histogram("request_seconds", "From a request's head to its last byte.", _SECONDS)
-        self._inputs = counter("inputs", "Inputs embedded.", "model")
-        self._tokens = counter("tokens", "Tokens embedded, special tokens included.", "model")
-        self._tokenize_s = histogram("tokenize_seconds", "Tokenizing a request.", _SECONDS)
-        self._queue_s = histogram("queue_seconds", "A request's wait for its first batch.", _SECONDS)
-        self._batches = counter("batches", "Model batches.", "model", "outcome")
-        self._batch_inputs = histogram("batch_inputs", "Inputs in a model batch.", _SIZES)
-        self._batch_padding = histogram("batch_padding_ratio", "Share of padding in a model batch.", _SHARES)
-        self._inference_s = histogram("inference_seconds", "Running a model batch.", _SECONDS)
+        self._request_s = histogram(
+            "request_seconds", "Time from the head of a request to the last byte of its response.", _SECONDS
+        )
+        self._inputs = counter("inputs", "Embedded inputs.", "model")
+        self._tokens = counter("tokens", "Embedded tokens, including special tokens.", "model")
+        self._tokenize_s = histogram("tokenize_seconds", "Time for tokenizing a request.", _SECONDS)
+        self._queue_s = histogram(
+            "queue_seconds", "Time from the submission of a request to its first batch.", _SECONDS
+        )
+        self._batches = counter("batches", "Batches.", "model", "outcome")
+        self._batch_inputs = histogram("batch_inputs", "Inputs per batch.", _SIZES)
+        self._batch_padding = histogram(
+            "batch_padding_ratio", "Share of padding among the tokens of a batch.", _SHARES
+        )
+        self._inference_s = histogram("inference_seconds", "Time for running a batch.", _SECONDS)
 
     def on_batch(self, record: BatchRecord) -> None:
-        """Count a model batch. Called on the model's thread."""
+        """Record a batch. Called on a thread of the model."""
         self._batches(record.model, "failed" if record.failed else "ok").inc()
         self._batch_inputs(record.model).observe(record.inputs)
         self._batch_padding(record.model).observe(1 - record.tokens / record.padded_tokens)
         self._inference_s(record.model).observe(record.inference_s)
 
     def on_request(self, record: RequestRecord) -> None:
-        """Count an answered request for embeddings."""
+        """Record an answered request for embeddings."""
         self._requests(record.model, str(record.status)).inc()
         self._request_s(record.model).observe(record.duration_s)
         if record.tokenize_s is not None:
@@ -92,35 +104,37 @@ class Metrics:
             self._queue_s(record.model).observe(record.queue_s)
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus' text format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
 class _ModelCollector(Collector):
-    """States and queues as they are at the moment of the scrape."""
+    """Reads states and queues of the models at each scrape."""
 
     def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
         self._models = models
 
     def collect(self) -> Iterable[Metric]:
         state = GaugeMetricFamily(
-            "emb_provider_model_state", "1 for the state that a model is in.", labels=("model", "state")
+            "emb_provider_model_state",
+            "1 for the current state of a model, 0 for the others.",
+            labels=("model", "state"),
         )
-        inputs = GaugeMetricFamily("emb_provider_queue_inputs", "Inputs that wait.", labels=("model",))
-        tokens = GaugeMetricFamily("emb_provider_queue_tokens", "Tokens that wait.", labels=("model",))
+        inputs = GaugeMetricFamily("emb_provider_queue_inputs", "Inputs in the queue.", labels=("model",))
+        tokens = GaugeMetricFamily("emb_provider_queue_tokens", "Tokens in the queue.", labels=("model",))
         restarts = CounterMetricFamily(
             "emb_provider_model_restarts",
-            "Times that a model broke down and was loaded anew.",
+            "Restarts of a model after a crash.",
             labels=("model",),
         )
         memory = GaugeMetricFamily(
             "emb_provider_model_memory_bytes",
-            "What a model takes in memory, reckoned from its weights; 0 while it is not loaded.",
+            "Memory of a model in bytes, estimated from its weights; 0 if it is not loaded.",
             labels=("model",),
         )
         unloads = CounterMetricFamily(
             "emb_provider_model_unloads",
-            "Times that a model was taken out of memory.",
+            "Unloads of a model.",
             labels=("model", "reason"),
         )
         for model in self._models():
@@ -128,8 +142,9 @@ class _ModelCollector(Collector):
             for reason, count in model.unloads.items():
                 unloads.add_metric((model.spec.alias, reason), count)
             restarts.add_metric((model.spec.alias,), model.restarts)
-            for each in State:
-                state.add_metric((model.spec.alias, each.value), 1.0 if model.state is each else 0.0)
+            for candidate in State:
+                is_current = model.state is candidate
+                state.add_metric((model.spec.alias, candidate.value), float(is_current))
             inputs.add_metric((model.spec.alias,), model.waiting_inputs)
             tokens.add_metric((model.spec.alias,), model.waiting_tokens)
         return (state, inputs, tokens, restarts, memory, unloads)

@@ -1,4 +1,4 @@
-"""The log file of a real service: one line a request, which says what is needed and no more."""
+"""The log of a running service: lines of requests, and lines at startup."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 ACCESS = "emb_model_provider.access"
 
 
-def test_one_line_for_each_request(service: Service) -> None:
-    """A line has the model, what was embedded, and where the time went."""
+def test_each_request_has_one_line(service: Service) -> None:
+    """The line has the model, the numbers of inputs and tokens, and the times."""
     headers = {"x-request-id": "log-test-1"}
     service.http.post(
         "/v1/embeddings", json={"input": ["hello", "world"], "model": "all-MiniLM-L6-v2"}, headers=headers
@@ -37,8 +37,10 @@ def test_one_line_for_each_request(service: Service) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "model"), [({"input": "x", "model": "no\nsuch"}, 404, None), ({"input": "x", "dimensions": 3}, 400, BUNDLED)]
 )  # fmt: skip
-def test_line_of_an_error(service: Service, body: dict[str, object], status: int, model: str | None) -> None:
-    """An error has its one line too, without a model that is not served."""
+def test_error_has_one_line(
+    service: Service, body: dict[str, object], status: int, model: str | None
+) -> None:
+    """The line of an error does not contain an unknown model name."""
     service.http.post("/v1/embeddings", json=body, headers={"x-request-id": f"log-test-{status}"})
     (line,) = service.logged(request_id=f"log-test-{status}")
     assert (line["status"], line.get("model")) == (status, model)
@@ -46,24 +48,24 @@ def test_line_of_an_error(service: Service, body: dict[str, object], status: int
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
-def test_watching_leaves_no_line(service: Service, path: str) -> None:
-    """What machines ask every few seconds does not fill the log."""
-    service.http.get(path, headers={"x-request-id": "watching"})
+def test_health_checks_and_scrapes_are_not_logged(service: Service, path: str) -> None:
+    """Requests that machines send every few seconds do not fill the log."""
+    service.http.get(path, headers={"x-request-id": "health-check"})
     service.http.get("/v1/models", headers={"x-request-id": f"after-{path[1:]}"})
     assert service.logged(request_id=f"after-{path[1:]}")
-    assert service.log_lines(request_id="watching") == []
+    assert service.log_lines(request_id="health-check") == []
 
 
-def test_other_routes_leave_a_line(service: Service) -> None:
-    """Anything else is logged, found or not; a query string, which may hold a secret, is not."""
+def test_other_routes_are_logged_without_query(service: Service) -> None:
+    """Unknown paths are logged too. The query string is not, because it may contain a secret."""
     service.http.get("/no/such?token=secret-in-a-query", headers={"x-request-id": "elsewhere"})
     (line,) = service.logged(request_id="elsewhere")
     assert line["message"].startswith("GET /no/such status=404")
     assert "secret-in-a-query" not in service.log_text()
 
 
-def test_every_line_is_json_and_nothing_can_be_forged(service: Service) -> None:
-    """Whatever a path, a header or a model is named, the file stays JSON lines, on standard error too."""
+def test_lines_cannot_be_forged(service: Service) -> None:
+    """For any path, input and model name, the file and stderr contain valid JSON lines only."""
     evil = '\n{"level": "FORGED"}\r\n\x1b[31m\u2028\u202e\x00'
     service.http.post("/v1/embeddings", json={"input": evil, "model": evil, "encoding_format": evil})
     service.embed(evil, model=evil)
@@ -79,8 +81,8 @@ def test_every_line_is_json_and_nothing_can_be_forged(service: Service) -> None:
         assert "\u202e" not in text
 
 
-def test_start_tells_what_is_served_and_how_to_try_it(service: Service) -> None:
-    """The first lines say which model is ready, where, and give a command that works."""
+def test_startup_logs_the_model_and_a_command_to_try(service: Service) -> None:
+    """The first lines name the model, its address and a command that works."""
     messages = [line["message"] for line in service.log_lines()]
     assert any(message.startswith(f"serving {BUNDLED} at {service.url}") for message in messages)
     assert any(message.startswith(f"try it: curl {service.url}/v1/embeddings") for message in messages)

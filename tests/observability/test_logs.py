@@ -1,4 +1,4 @@
-"""Log lines and files, without a service around them."""
+"""Log lines and log files, without a service."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.errors import SettingsError
-from emb_model_provider.observability import logs
-from emb_model_provider.observability.logs import LOG_FILE, request_id, start_logging
+from emb_model_provider.observability.logs import LOG_FILE, Rotation, request_id, start_logging
 from emb_model_provider.settings import LogSettings
 from tests.service import wait_until
 
@@ -24,8 +23,8 @@ logger = logging.getLogger("emb_model_provider.tests")
 
 
 @pytest.fixture(autouse=True)
-def pytests_own_logging() -> Iterator[None]:
-    """Give pytest's handlers and levels back afterwards."""
+def restore_logging() -> Iterator[None]:
+    """Restore the handlers and levels of pytest."""
     root, ours = logging.getLogger(), logging.getLogger("emb_model_provider")
     handlers, levels = root.handlers, (root.level, ours.level)
     yield
@@ -35,14 +34,14 @@ def pytests_own_logging() -> Iterator[None]:
     logging.captureWarnings(capture=False)
 
 
-def written(directory: Path, as_json: bool, *messages: str, **settings: str) -> list[str]:
-    """Log messages as a service with these settings does, and return the lines of its file."""
-    listener = start_logging(
-        LogSettings(log_format="json" if as_json else "text", log_dir=directory, **settings)
-    )
+def log_messages(
+    directory: Path, as_json: bool, *messages: str, rotation: Rotation | None = None
+) -> list[str]:
+    """Log messages as a service does, and return the lines of its file."""
+    writer = start_logging(LogSettings(log_format="json" if as_json else "text", log_dir=directory), rotation)
     for message in messages:
         logger.info("%s", message)
-    listener.stop()
+    writer.stop()
     return (directory / LOG_FILE).read_text(encoding="utf-8").split("\n")[:-1]
 
 
@@ -50,9 +49,9 @@ def written(directory: Path, as_json: bool, *messages: str, **settings: str) -> 
 @pytest.mark.parametrize(
     "evil", ["a\nb", "a\r\nb", "a\x1b[2Jb", "a\u2028b", "a\x85b", "a\x00b", "a\u202eb", "a\ud800b"]
 )
-def test_a_message_is_one_line(tmp_path: Path, as_json: bool, evil: str) -> None:
-    """No character of a message breaks its line or moves the terminal's cursor."""
-    (line,) = written(tmp_path, as_json, evil)
+def test_message_is_one_line(tmp_path: Path, as_json: bool, evil: str) -> None:
+    """No character of a message breaks its line or moves the cursor of a terminal."""
+    (line,) = log_messages(tmp_path, as_json, evil)
     assert line.isprintable()
     message = json.loads(line)["message"] if as_json else line
     assert message.endswith("b")
@@ -60,21 +59,21 @@ def test_a_message_is_one_line(tmp_path: Path, as_json: bool, evil: str) -> None
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_text_of_all_languages_stays_readable(tmp_path: Path, as_json: bool) -> None:
-    """Letters that are not ASCII are not escaped."""
-    (line,) = written(tmp_path, as_json, "模型 café 😀")
+def test_text_of_all_languages_is_readable(tmp_path: Path, as_json: bool) -> None:
+    """Letters outside of ASCII are not escaped."""
+    (line,) = log_messages(tmp_path, as_json, "模型 café 😀")
     assert "模型 café 😀" in line
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_traceback_cannot_pass_for_other_lines(tmp_path: Path, as_json: bool) -> None:
-    """A traceback is kept whole: indented below its line in text, one field of it in JSON."""
-    listener = start_logging(LogSettings(log_format="json" if as_json else "text", log_dir=tmp_path))
+def test_traceback_cannot_forge_lines(tmp_path: Path, as_json: bool) -> None:
+    """A traceback is indented below its line in text, and one field of the line in JSON."""
+    writer = start_logging(LogSettings(log_format="json" if as_json else "text", log_dir=tmp_path))
     try:
         int("first\n2026-01-01 00:00:00.000 INFO    forged")
     except ValueError:
         logger.exception("it failed")
-    listener.stop()
+    writer.stop()
     first, *rest = (tmp_path / LOG_FILE).read_text(encoding="utf-8").splitlines()
     assert "it failed" in first
     if as_json:
@@ -86,14 +85,14 @@ def test_traceback_cannot_pass_for_other_lines(tmp_path: Path, as_json: bool) ->
         assert all(line.startswith("    ") for line in rest)
 
 
-def test_request_id_is_that_of_the_moment_of_logging(tmp_path: Path) -> None:
-    """Though another thread writes the line, it has the id of the request that logged it."""
-    listener = start_logging(LogSettings(log_format="json", log_dir=tmp_path))
+def test_line_has_the_id_of_its_request(tmp_path: Path) -> None:
+    """A line has the id of the request that logged it, although another thread writes it."""
+    writer = start_logging(LogSettings(log_format="json", log_dir=tmp_path))
     token = request_id.set("mine")
     logger.info("during")
     request_id.reset(token)
     logger.info("after")
-    listener.stop()
+    writer.stop()
     lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text(encoding="utf-8").splitlines()]
     assert [(line["message"], line.get("request_id")) for line in lines] == [
         ("during", "mine"),
@@ -101,58 +100,56 @@ def test_request_id_is_that_of_the_moment_of_logging(tmp_path: Path) -> None:
     ]
 
 
-def test_level_is_ours_alone(tmp_path: Path) -> None:
-    """LOG_LEVEL is for this package; libraries are heard from WARNING on."""
-    listener = start_logging(LogSettings(log_format="json", log_dir=tmp_path, log_level="DEBUG"))
+def test_level_applies_to_this_package_only(tmp_path: Path) -> None:
+    """LOG_LEVEL applies to this package. Libraries log from WARNING on."""
+    writer = start_logging(LogSettings(log_format="json", log_dir=tmp_path, log_level="DEBUG"))
     logger.debug("ours")
     logging.getLogger("some.library").info("not this")
     logging.getLogger("some.library").warning("but this")
-    listener.stop()
+    writer.stop()
     lines = (tmp_path / LOG_FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["message"] for line in lines] == ["ours", "but this"]
 
 
-def test_file_is_rotated_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that would grow too large becomes .1, and only so many are kept."""
-    monkeypatch.setattr(logs, "_MAX_FILE_BYTES", 2000)
-    monkeypatch.setattr(logs, "_KEPT_FILES", 2)
-    written(tmp_path, True, *(f"{number} {'x' * 500}" for number in range(30)))
+def test_file_is_rotated_by_size(tmp_path: Path) -> None:
+    """A file that would become too large is renamed to .1, and a limited number of files is kept."""
+    rotation = Rotation(max_bytes=2000, kept_files=2)
+    log_messages(tmp_path, True, *(f"{number} {'x' * 500}" for number in range(30)), rotation=rotation)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOG_FILE, f"{LOG_FILE}.1", f"{LOG_FILE}.2"]
     assert all(path.stat().st_size <= 2000 for path in tmp_path.iterdir())
     assert "29 xxx" in (tmp_path / LOG_FILE).read_text(encoding="utf-8")
 
 
-def test_file_is_rotated_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is too old is put aside at the next line, however small it is."""
-    monkeypatch.setattr(logs, "_MAX_FILE_AGE_S", 0.05)
-    listener = start_logging(LogSettings(log_format="json", log_dir=tmp_path))
+def test_file_is_rotated_by_age(tmp_path: Path) -> None:
+    """A file that is too old is renamed at the next line, whatever its size."""
+    writer = start_logging(LogSettings(log_format="json", log_dir=tmp_path), Rotation(max_age_s=0.05))
     logger.info("old")
     wait_until(lambda: "old" in (tmp_path / LOG_FILE).read_text(encoding="utf-8"))
     time.sleep(0.1)
     logger.info("new")
-    listener.stop()
+    writer.stop()
     assert "old" in (tmp_path / f"{LOG_FILE}.1").read_text(encoding="utf-8")
     assert "old" not in (tmp_path / LOG_FILE).read_text(encoding="utf-8")
 
 
-def test_age_is_counted_over_restarts(tmp_path: Path) -> None:
-    """What an earlier process left for days is put aside; what it left just now is continued."""
-    written(tmp_path, True, "first")
-    assert len(written(tmp_path, True, "second")) == 2
+def test_age_includes_earlier_processes(tmp_path: Path) -> None:
+    """An old file of an earlier process is renamed, and a recent one is continued."""
+    log_messages(tmp_path, True, "first")
+    assert len(log_messages(tmp_path, True, "second")) == 2
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(tmp_path / LOG_FILE, (two_days_ago, two_days_ago))
-    assert len(written(tmp_path, True, "third")) == 1
+    assert len(log_messages(tmp_path, True, "third")) == 1
     assert (tmp_path / f"{LOG_FILE}.1").exists()
 
 
-def test_directory_that_cannot_be_written(tmp_path: Path) -> None:
-    """The error names the setting, the directory, and the way to do without a file."""
+def test_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    """The error names the setting, the directory and the setting that disables the file."""
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"EMB_PROVIDER_LOG_DIR=.*EMB_PROVIDER_LOG_TO_FILE=false"):
         start_logging(LogSettings(log_dir=tmp_path / "file" / "logs"))
 
 
-def test_no_file_where_none_is_wanted(tmp_path: Path) -> None:
-    """LOG_TO_FILE=false makes neither file nor directory."""
+def test_file_can_be_disabled(tmp_path: Path) -> None:
+    """LOG_TO_FILE=false creates neither a file nor a directory."""
     start_logging(LogSettings(log_to_file=False, log_dir=tmp_path / "logs")).stop()
     assert list(tmp_path.iterdir()) == []

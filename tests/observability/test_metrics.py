@@ -1,4 +1,4 @@
-"""GET /metrics of a real service: the figures move as requests are made."""
+"""`GET /metrics` of a running service."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 MODEL = {"model": BUNDLED}
 
 
-def test_format_is_what_prometheus_reads(service: Service) -> None:
-    """The text parses, every family is ours and explained, and nothing is counted twice."""
+def test_format_is_valid(service: Service) -> None:
+    """The text can be parsed, each metric has our prefix and a help text, and no series occurs twice."""
     response = service.http.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     families = list(text_string_to_metric_families(response.text))
@@ -31,7 +31,7 @@ def test_format_is_what_prometheus_reads(service: Service) -> None:
 
 
 def test_requests_are_counted_by_model_and_status(service: Service) -> None:
-    """Each answer counts once, under the model's alias; names that are not served share one label."""
+    """Each response counts once, under the alias of its model. Unknown names share one label."""
     cases = [
         ({"input": "x", "model": "all-MiniLM-L6-v2"}, {**MODEL, "status": "200"}),
         ({"input": "x", "dimensions": 5}, {**MODEL, "status": "400"}),
@@ -45,8 +45,8 @@ def test_requests_are_counted_by_model_and_status(service: Service) -> None:
     assert "made-up-by-the-caller" not in service.http.get("/metrics").text
 
 
-def test_inputs_tokens_and_batches(service: Service) -> None:
-    """A request moves every figure of the work it caused by just that work."""
+def test_request_is_counted_in_all_metrics(service: Service) -> None:
+    """Each metric increases by the work of the request."""
     names = {
         "emb_provider_inputs_total": 3, "emb_provider_tokens_total": 3 + 3 + 12,
         "emb_provider_request_seconds_count": 1, "emb_provider_tokenize_seconds_count": 1,
@@ -64,23 +64,23 @@ def test_inputs_tokens_and_batches(service: Service) -> None:
     assert service.figure("emb_provider_inference_seconds_sum", **MODEL) > seconds
 
 
-def test_refused_requests_do_no_work(service: Service) -> None:
-    """An error counts as a request, and as no input, token or batch."""
+def test_rejected_request_counts_no_work(service: Service) -> None:
+    """An error is not counted as an input, token or batch."""
     names = ["emb_provider_inputs_total", "emb_provider_tokens_total", "emb_provider_batches_total"]
     before = [service.figure(name) for name in names]
     service.embed("x", dimensions=5)
     assert [service.figure(name) for name in names] == before
 
 
-def test_queue_is_empty_at_rest(service: Service) -> None:
-    """The gauges of what waits are there, and zero when nothing does."""
+def test_queue_gauges_are_zero_without_requests(service: Service) -> None:
+    """The gauges exist and are 0."""
     text = service.http.get("/metrics").text
     assert f'emb_provider_queue_inputs{{model="{BUNDLED}"}} 0.0' in text
     assert f'emb_provider_queue_tokens{{model="{BUNDLED}"}} 0.0' in text
 
 
-def test_watching_is_not_counted(service: Service) -> None:
-    """Health checks and scrapes are no requests for embeddings."""
+def test_other_requests_are_not_counted(service: Service) -> None:
+    """Health checks and scrapes are not requests for embeddings."""
     before = service.figure("emb_provider_requests_total")
     for path in ("/health", "/ready", "/v1/models", "/no/such"):
         service.http.get(path)

@@ -1,4 +1,4 @@
-"""The settings: what guides show works, and what is wrong is said in one line."""
+"""The settings: valid values, defaults, derived values, and errors in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_FILE = Path("/nonexistent/.env")
 
 
 def load(**variables: str) -> Settings:
-    """Read settings from prefixed variables; a leading underscore means "no prefix"."""
+    """Read settings from variables, which get the prefix unless their name starts with an underscore."""
     environ = {
         name[1:] if name.startswith("_") else PREFIX + name: value for name, value in variables.items()
     }
@@ -32,7 +32,7 @@ def specs(**variables: str) -> dict[str, ModelSpec]:
     return {spec.alias: spec for spec in load(**variables).served_models().specs}
 
 
-def refused(**variables: str) -> str:
+def error_of(**variables: str) -> str:
     with pytest.raises(SettingsError) as caught:
         load(**variables)
     message = str(caught.value)
@@ -40,14 +40,14 @@ def refused(**variables: str) -> str:
     return message
 
 
-# --- what guides show ---------------------------------------------------------------------------------
+# --- the guide ----------------------------------------------------------------------------------------
 
 GUIDE_BLOCKS = re.findall(r"```env\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.parametrize("block", GUIDE_BLOCKS)
-def test_every_env_block_of_the_guide_works_as_it_stands(block: str, tmp_path: Path) -> None:
-    """Pasted verbatim, multi-line JSON included, without an error or a warning."""
+def test_env_blocks_of_the_guide_are_valid(block: str, tmp_path: Path) -> None:
+    """Each block, including multi-line JSON, is read without an error or a warning."""
     (tmp_path / ".env").write_text(block, encoding="utf-8")
     settings, warnings = load_settings(tmp_path / ".env", {})
     assert warnings == []
@@ -56,14 +56,14 @@ def test_every_env_block_of_the_guide_works_as_it_stands(block: str, tmp_path: P
     assert {name.lower() for name in names} == {name for group in groups for name in group.model_fields_set}
 
 
-def test_the_guide_has_all_its_blocks() -> None:
-    """The guide's copy here is whole: seven blocks, two of them with a mapping over several lines."""
+def test_guide_is_complete() -> None:
+    """It has seven blocks, two of them with a mapping over several lines."""
     assert len(GUIDE_BLOCKS) == 7
     assert sum("MODEL_MAPPING={\n" in block for block in GUIDE_BLOCKS) == 2
 
 
-def test_the_guides_mapping_means_what_it_says(tmp_path: Path) -> None:
-    """Names, hubs and precisions of the mapping arrive, in order, and the first is the default."""
+def test_mapping_of_the_guide(tmp_path: Path) -> None:
+    """Names, hubs and precisions are read in order, and all models are preloaded."""
     block = next(block for block in GUIDE_BLOCKS if '"gte-chinese"' in block)
     (tmp_path / ".env").write_text(block, encoding="utf-8")
     models = load_settings(tmp_path / ".env", {})[0].served_models()
@@ -83,8 +83,8 @@ def test_the_guides_mapping_means_what_it_says(tmp_path: Path) -> None:
 # --- models -------------------------------------------------------------------------------------------
 
 
-def test_without_settings_the_bundled_model_is_served() -> None:
-    """The first command needs no configuration."""
+def test_bundled_model_is_the_default() -> None:
+    """Without settings, the bundled model is served on port 9000."""
     models = load().served_models()
     assert [(s.alias, s.source) for s in models.specs] == [(BUNDLED_MODEL, "bundled")]
     assert load().server.port == 9000
@@ -102,25 +102,25 @@ def test_without_settings_the_bundled_model_is_served() -> None:
     ],
 )
 def test_older_names_set_the_default_hub(variables: dict[str, str], source: str) -> None:
-    """MODEL_HUB and USE_MODELSCOPE count where MODEL_SOURCE is unset."""
+    """MODEL_HUB and USE_MODELSCOPE are read if MODEL_SOURCE is unset."""
     assert specs(MODEL_NAME="owner/name", **variables)["owner/name"].source == source
 
 
-def test_an_older_name_alone_does_not_turn_the_bundled_model_into_a_download() -> None:
-    """MODEL_HUB says where models come from, not that the bundled one must be fetched again."""
+def test_older_names_do_not_affect_the_bundled_model() -> None:
+    """MODEL_HUB does not cause the bundled model to be downloaded."""
     assert specs(_MODEL_HUB="modelscope")[BUNDLED_MODEL].source == "bundled"
 
 
-def test_one_directory_may_be_both_hubs_cache() -> None:
-    """MODEL_CACHE_DIR is where downloads of either hub go, unless a variable of that hub says otherwise."""
+def test_one_directory_can_be_the_cache_of_both_hubs() -> None:
+    """MODEL_CACHE_DIR is the cache of both hubs, unless a variable of a hub overrides it."""
     both = load(_MODEL_CACHE_DIR="/models").hubs
     assert (both.modelscope_cache_dir, both.hf_cache_dir) == (Path("/models"), Path("/models"))
     one = load(_MODEL_CACHE_DIR="/models", _MODELSCOPE_CACHE="/ms", HF_CACHE_DIR="/hf").hubs
     assert (one.modelscope_cache_dir, one.hf_cache_dir) == (Path("/ms"), Path("/hf"))
 
 
-def test_hubs_may_call_a_model_differently() -> None:
-    """HUB_NAMES says what each hub calls a model; names and hubs that it does not have stay as they are."""
+def test_model_can_have_another_name_on_a_hub() -> None:
+    """HUB_NAMES maps names by hub. Other names and hubs are not affected."""
     hubs = load(HUB_NAMES='{"a/b": {"modelscope": "c/d"}}').hubs
     assert hubs.name_on("modelscope", "a/b") == "c/d"
     assert hubs.name_on("huggingface", "a/b") == "a/b"
@@ -129,8 +129,8 @@ def test_hubs_may_call_a_model_differently() -> None:
         load(HUB_NAMES='{"a/b": {"github": "c/d"}}')
 
 
-def test_models_in_memory_are_limited_as_they_are_written() -> None:
-    """Sizes have units; no more models are preloaded than fit, and naming more is an error."""
+def test_limits_of_loaded_models() -> None:
+    """Sizes have units. No more models than MAX_LOADED_MODELS are preloaded, and naming more is an error."""
     mapping = '{"a": {"name": "x"}, "b": {"name": "y"}}'
     settings = load(
         MODEL_MEMORY_LIMIT="1.5GiB", MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, LOAD_WAIT_S="0"
@@ -147,18 +147,18 @@ def test_models_in_memory_are_limited_as_they_are_written() -> None:
         load(MODEL_MEMORY_LIMIT="much")
 
 
-def test_what_a_mapping_leaves_out_is_as_the_settings_say() -> None:
-    """Device, precision, hub and backend are inherited; the entry's own word wins."""
-    found = specs(
+def test_mapping_entry_inherits_the_settings() -> None:
+    """Device, precision, hub and backend are inherited, unless the entry sets them."""
+    models = specs(
         MODEL_MAPPING='{"a": {"name": "x"}, "b": {"name": "y", "device": "cuda:1", "precision": "BF16"}}',
         DEVICE="cpu", MODEL_PRECISION="fp16", MODEL_SOURCE="modelscope",
     )  # fmt: skip
-    assert (found["a"].device, found["a"].precision, found["a"].source) == ("cpu", "fp16", "modelscope")
-    assert (found["b"].device, found["b"].precision) == ("cuda:1", "bf16")
+    assert (models["a"].device, models["a"].precision, models["a"].source) == ("cpu", "fp16", "modelscope")
+    assert (models["b"].device, models["b"].precision) == ("cuda:1", "bf16")
 
 
-def test_a_mapping_takes_every_key() -> None:
-    """All that a model may need can be said per model, its token hidden."""
+def test_mapping_entry_accepts_every_key() -> None:
+    """All properties of a model can be set per model. Its token is not shown."""
     entry = """{"m": {"name": "o/n", "source": "modelscope", "precision": "fp32", "revision": "v1", "path": "/m",
       "device": "cpu", "backend": "torch", "pooling": "last", "normalize": true, "max_length": 128,
       "trust_remote_code": true, "prompts": {"query": "q: "}, "token_input": "model", "truncate": "none",
@@ -171,8 +171,8 @@ def test_a_mapping_takes_every_key() -> None:
     assert "hush" not in repr(spec)
 
 
-def test_both_a_name_and_a_mapping_are_served() -> None:
-    """MODEL_NAME comes first, and is the default."""
+def test_name_and_mapping_are_both_served() -> None:
+    """MODEL_NAME comes first and is the default model."""
     models = load(
         MODEL_NAME="o/main", MODEL_MAPPING='{"a": {"name": "x"}}', PRELOAD_MODELS="a"
     ).served_models()
@@ -181,25 +181,25 @@ def test_both_a_name_and_a_mapping_are_served() -> None:
     assert load(PRELOAD_MODELS="none").served_models().preload == ()
 
 
-def test_a_path_alone_names_the_model_by_its_directory(tmp_path: Path) -> None:
-    """MODEL_PATH needs no MODEL_NAME."""
+def test_path_without_a_name_uses_the_name_of_the_directory(tmp_path: Path) -> None:
+    """MODEL_PATH does not need MODEL_NAME."""
     (tmp_path / "my-model").mkdir()
     assert list(specs(MODEL_PATH=str(tmp_path / "my-model"))) == ["my-model"]
 
 
-def test_quantization_is_asked_for_by_precision_or_by_its_switch() -> None:
-    """true with auto means int8; int8 needs no switch."""
+def test_quantization_is_requested_by_precision_or_switch() -> None:
+    """ENABLE_QUANTIZATION=true with precision auto means int8. int8 does not need it."""
     assert specs(ENABLE_QUANTIZATION="true")[BUNDLED_MODEL].precision == "int8"
     assert specs(ENABLE_QUANTIZATION="true", MODEL_PRECISION="fp16")[BUNDLED_MODEL].precision == "fp16"
     assert specs(MODEL_PRECISION="int4")[BUNDLED_MODEL].precision == "int4"
     assert specs(ENABLE_QUANTIZATION="false")[BUNDLED_MODEL].precision == "auto"
 
 
-# --- the hubs' own variables --------------------------------------------------------------------------
+# --- variables of the hubs -----------------------------------------------------------------------------
 
 
-def test_the_hubs_own_variables_are_read() -> None:
-    """Users who have set up the hubs' clients need not do so again; our own names win."""
+def test_variables_of_the_hubs_are_read() -> None:
+    """Variables of the hub clients are read. Variables with our prefix take precedence."""
     hubs = load(
         _MODELSCOPE_CACHE="/ms", _MODELSCOPE_API_TOKEN="t1", _MODELSCOPE_DOMAIN="ms.example", _HF_HOME="/hf",
         _HF_ENDPOINT="https://mirror.example", _HF_TOKEN="t2", _HF_HUB_OFFLINE="1",
@@ -216,7 +216,7 @@ def test_the_hubs_own_variables_are_read() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    """Printing settings, or a group of them, gives no token and no key away."""
+    """Printing settings or a group of them shows no token and no key."""
     settings = load(HF_TOKEN="hush-1", MODELSCOPE_TOKEN="hush-2", API_KEYS="hush-3,hush-4")
     shown = repr(settings) + str(settings.model_dump()) + repr(settings.hubs) + repr(settings.server)
     assert "hush" not in shown
@@ -233,8 +233,8 @@ def test_sizes_are_converted_to_bytes() -> None:
     assert settings.hubs.max_artifact_bytes == 3 * 2**29
 
 
-def test_host_headers_are_limited_while_bound_to_loopback() -> None:
-    """Off loopback any Host is answered, unless ALLOWED_HOSTS says which."""
+def test_host_headers_are_checked_on_loopback() -> None:
+    """On other addresses any Host is accepted, unless ALLOWED_HOSTS is set."""
     assert load().server.accepted_hosts == ("localhost", "127.0.0.1", "::1")
     assert load(HOST="0.0.0.0").server.accepted_hosts is None
     assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example, b.example").server.accepted_hosts == (
@@ -244,8 +244,8 @@ def test_host_headers_are_limited_while_bound_to_loopback() -> None:
     assert load(ALLOWED_HOSTS="*").server.accepted_hosts is None
 
 
-def test_floors_that_are_left_out_keep_their_own() -> None:
-    """What is set replaces one floor, not all of them; measuring is on until it is switched off."""
+def test_floors_that_are_not_set_keep_their_default() -> None:
+    """Setting one floor does not change the others. Measuring is on by default."""
     assert load().fidelity.floors == FIDELITY_FLOORS
     assert load().fidelity.measure_fidelity is True
     policy = load(FIDELITY_FLOORS='{"int8": 0.5, "fp32": 0}', MEASURE_FIDELITY="false").fidelity
@@ -253,7 +253,7 @@ def test_floors_that_are_left_out_keep_their_own() -> None:
     assert policy.measure_fidelity is False
 
 
-# --- mistakes -----------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,9 @@ def test_floors_that_are_left_out_keep_their_own() -> None:
         ("PRELOAD_MODELS", "x", f"must be one of {BUNDLED_MODEL}, or none"),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_line(name: str, value: str, allowed: str) -> None:
-    """The line names the variable, the value and what is allowed."""
-    message = refused(**{name: value})
+def test_invalid_value_is_reported_in_one_line(name: str, value: str, allowed: str) -> None:
+    """The line names the variable, the value and the allowed values."""
+    message = error_of(**{name: value})
     assert message.startswith(f"EMB_PROVIDER_{name}={value}: ")
     assert allowed in message
 
@@ -297,9 +297,9 @@ def test_a_wrong_value_is_refused_in_one_line(name: str, value: str, allowed: st
         ('{"a": {"name": ', "not valid JSON, line 1"),
     ],
 )
-def test_a_mistake_in_the_mapping_is_named(mapping: str, message: str) -> None:
-    """The line names the alias, the key and what is allowed."""
-    line = refused(MODEL_MAPPING=mapping)
+def test_error_in_the_mapping_is_located(mapping: str, message: str) -> None:
+    """The line names the alias, the key and the allowed values."""
+    line = error_of(MODEL_MAPPING=mapping)
     assert line.startswith("EMB_PROVIDER_MODEL_MAPPING")
     assert message in line
 
@@ -308,9 +308,9 @@ def test_a_mistake_in_the_mapping_is_named(mapping: str, message: str) -> None:
     "floors",
     ['{"int9": 0.5}', '{"auto": 0.99}', '{"int8": 1.01}', '{"int8": -0.1}', '{"int8": NaN}', '{"int8": "x"}'],
 )
-def test_a_floor_of_no_precision_or_out_of_range_is_refused(floors: str) -> None:
-    """A precision that there is not, or a cosine that cannot be: the line says which and between what."""
-    assert refused(FIDELITY_FLOORS=floors) == (
+def test_floor_of_an_unknown_precision_or_out_of_range_is_rejected(floors: str) -> None:
+    """The line names the allowed precisions and the range."""
+    assert error_of(FIDELITY_FLOORS=floors) == (
         f"EMB_PROVIDER_FIDELITY_FLOORS={floors}: must be JSON from a precision (fp32, bf16, fp16, int8 or int4) "
         'to 0 to 1, like {"int8": 0.99}.'
     )
@@ -324,38 +324,40 @@ def test_a_floor_of_no_precision_or_out_of_range_is_refused(floors: str) -> None
         ('{"int8": 0.9, "int8": 0.8}', "contains 'int8' more than once"),
     ],
 )
-def test_floors_that_are_no_object_are_refused(floors: str, message: str) -> None:
-    """One number for all, a bracket too few, a precision said twice: each has its own line."""
-    line = refused(FIDELITY_FLOORS=floors)
+def test_floors_that_are_not_an_object_are_rejected(floors: str, message: str) -> None:
+    """A single number, a missing bracket and a duplicate precision are reported."""
+    line = error_of(FIDELITY_FLOORS=floors)
     assert line.startswith("EMB_PROVIDER_FIDELITY_FLOORS")
     assert message in line
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_quantization_off_contradicts_a_quantized_precision(precision: str) -> None:
-    """The line says which two settings disagree, for the main model and a mapped one."""
-    assert f"EMB_PROVIDER_MODEL_PRECISION={precision}" in refused(
+def test_quantization_switch_must_not_contradict_the_precision(precision: str) -> None:
+    """The line names both settings, for the main model and for a mapped one."""
+    assert f"EMB_PROVIDER_MODEL_PRECISION={precision}" in error_of(
         ENABLE_QUANTIZATION="false", MODEL_PRECISION=precision
     )
     mapping = f'{{"a": {{"name": "x", "precision": "{precision}"}}}}'
-    assert f"the precision of 'a' in EMB_PROVIDER_MODEL_MAPPING={precision}" in refused(
+    assert f"the precision of 'a' in EMB_PROVIDER_MODEL_MAPPING={precision}" in error_of(
         ENABLE_QUANTIZATION="false", MODEL_MAPPING=mapping
     )
 
 
-def test_one_name_for_two_models_is_refused() -> None:
+def test_duplicate_alias_is_rejected() -> None:
     """MODEL_NAME must not also be an alias."""
-    assert "rename one" in refused(MODEL_NAME="a", MODEL_MAPPING='{"a": {"name": "x"}}')
+    assert "rename one" in error_of(MODEL_NAME="a", MODEL_MAPPING='{"a": {"name": "x"}}')
 
 
-def test_bodies_of_all_requests_hold_at_least_one() -> None:
-    """A request that is allowed must not be refused for want of room on an idle service."""
-    assert refused(MAX_PENDING_BODY_MB="1").startswith("EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less")
+def test_body_budget_has_room_for_one_request() -> None:
+    """MAX_PENDING_BODY_MB must not be less than MAX_BODY_MB, because an idle service must accept any allowed request."""
+    assert error_of(MAX_PENDING_BODY_MB="1").startswith(
+        "EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less"
+    )
     assert load(MAX_BODY_MB="3").limits.max_pending_body_bytes == 24 * 1024 * 1024
 
 
-def test_an_unknown_name_is_warned_about_with_the_nearest() -> None:
-    """A misspelt setting is not silently ignored, and does not stop the start."""
+def test_unknown_name_is_reported_with_a_suggestion() -> None:
+    """A misspelled setting is reported and does not prevent the start."""
     _, warnings = load_settings(
         NO_FILE, {"EMB_PROVIDER_MAX_BATCHSIZE": "1", "EMB_PROVIDER_XYZZY": "1", "OTHER": "1"}
     )
@@ -365,18 +367,18 @@ def test_an_unknown_name_is_warned_about_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("MODEL_HUB", "github"), ("USE_MODELSCOPE", "perhaps")])
-def test_a_wrong_value_of_an_older_name_is_refused(name: str, value: str) -> None:
-    """Names without the prefix get the same care."""
-    assert refused(**{f"_{name}": value}).startswith(f"{name}={value}: must be")
+def test_invalid_value_of_an_older_name_is_rejected(name: str, value: str) -> None:
+    """Variables without our prefix are checked too."""
+    assert error_of(**{f"_{name}": value}).startswith(f"{name}={value}: must be")
 
 
-def test_a_wrong_secret_is_not_printed() -> None:
-    """An error about other settings shows no secret."""
-    assert "hush" not in refused(API_KEYS="hush", PORT="x")
+def test_error_does_not_contain_secrets() -> None:
+    """An error about another setting shows no secret."""
+    assert "hush" not in error_of(API_KEYS="hush", PORT="x")
 
 
-def test_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user may have none: the cache's place must be given then, and a ~ is refused, in one line each."""
+def test_user_without_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user of a container may have none. The cache directory must be set then, and `~` is rejected."""
 
     def nobody(_: object) -> NoReturn:
         raise KeyError
