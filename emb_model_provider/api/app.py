@@ -39,7 +39,6 @@ from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, RegistryConfig, State
-from emb_model_provider.serving.config import Timings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -94,7 +93,6 @@ def create_app(
             memory=settings.memory,
             watchdog_s=settings.lifecycle.watchdog_s,
             on_batch=metrics.on_batch,
-            timings=Timings(),
         ),
     )
     services = Services(

@@ -14,7 +14,7 @@ from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
 from emb_model_provider.settings import FIDELITY_FLOORS, PREFIX, Settings
 from emb_model_provider.settings.loading import load_settings
 
-GUIDE = Path(__file__).parent / "data" / "guide.env.md"
+GUIDE = Path(__file__).parents[1] / "data" / "guide.env.md"
 NO_FILE = Path("/nonexistent/.env")
 
 
