@@ -1,4 +1,4 @@
-"""Services with planted faults, shared by the tests of a module where a fault leaves them well."""
+"""Services with planted faults, shared by the tests of a module."""
 
 from __future__ import annotations
 

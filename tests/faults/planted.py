@@ -1,7 +1,7 @@
-"""Faults to order: a backend that does, for a reserved word in a text, what a broken one would do.
+"""A backend that fails in many ways if a text contains a reserved word.
 
-The words are ordinary ones, each a single token, so the same faults can be had of any model that knows them. Faults
-that hit a whole process or backend also want their switch on: a caller that asks once more is then not hit again.
+The words are ordinary ones of one token each, so that any model can be used. Faults that affect a whole process or backend
+require a switch too, so that a client that sends its request again is not affected again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ if TYPE_CHECKING:
 
 Fault = Literal["raise", "memory-one", "exit", "nan", "nan-always", "slow", "hang", "segv", "broken"]
 Switch = Literal["calm", "watch", "memory", "hang", "segv", "broken", "no-load", "on-batch"]
-"""Files that tests write. `calm`: words do nothing. `watch`: each forward pass is recorded. `memory`: more padded
-tokens than its value are too many. `hang`: that word blocks while the switch is on. `segv`, `broken`: the next such
-word kills the process, or breaks the backend until it is loaded anew. `no-load`: loading fails. `on-batch`: the next
-batch is counted by raising its value, RuntimeError or SystemExit."""
+"""Files that tests write.
+
+- `calm`: the words have no effect.
+- `watch`: each forward pass is recorded.
+- `memory`: batches with more padded tokens than its value do not fit into memory.
+- `hang`: its word blocks while the switch is on.
+- `segv`, `broken`: the next such word crashes the process, or breaks the backend until it is loaded again.
+- `no-load`: loading fails.
+- `on-batch`: recording the next batch raises its value, RuntimeError or SystemExit.
+"""
 
 WORDS: dict[Fault, str] = {
     "raise": "volcano",
@@ -48,7 +54,7 @@ SLOW_S = 0.2
 
 
 class Control:
-    """A directory over which tests and the service speak: switches one way, a journal the other."""
+    """A directory for the communication with the service: switches to the service, and a journal from it."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,13 +71,13 @@ class Control:
         self._path(switch, alias).unlink(missing_ok=True)
 
     def value(self, switch: Switch, alias: str) -> str | None:
-        """Return a switch's value, None where it is off."""
+        """Return the value of a switch, or None if it is off."""
         with suppress(FileNotFoundError):
             return self._path(switch, alias).read_text(encoding="utf-8")
         return None
 
     def take(self, switch: Switch, alias: str) -> str | None:
-        """Turn a switch off; return its value to the one caller that did."""
+        """Turn a switch off, and return its value, or None if it is off. Only one of several callers gets the value."""
         path = self._path(switch, alias)
         taken = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
@@ -83,7 +89,7 @@ class Control:
         return value
 
     def record(self, event: str, **fields: Any) -> None:
-        """Append a line to the journal: whole, whichever process or thread it comes from."""
+        """Append a line to the journal. Safe between threads and processes."""
         line = json.dumps({"event": event, "pid": os.getpid(), **fields}) + "\n"
         journal = os.open(self._journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -92,7 +98,7 @@ class Control:
             os.close(journal)
 
     def events(self, event: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return the journal's lines of this kind that have all these fields, in their order."""
+        """Return the lines of the journal that have this kind and these fields, in order."""
         text = self._journal.read_text(encoding="utf-8") if self._journal.exists() else ""
         lines: Iterable[dict[str, Any]] = map(json.loads, text.rpartition("\n")[0].splitlines())
         return [line for line in lines if ({"event": event} | fields).items() <= line.items()]
@@ -102,7 +108,7 @@ class Control:
 
 
 class FaultyBackend:
-    """A real backend with the faults planted before and after its forward pass."""
+    """A real backend with faults before and after its forward pass."""
 
     def __init__(self, backend: Backend, alias: str, control: Control) -> None:
         self.description = backend.description
@@ -116,17 +122,17 @@ class FaultyBackend:
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         self._before(batch)
-        return self._spoiled(self._backend.embed(batch), batch, ("nan", "nan-always"))
+        return self._spoil(self._backend.embed(batch), batch, ("nan", "nan-always"))
 
     def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
         self._control.record("fp32", alias=self._alias, rows=len(batch.ids))
-        return self._spoiled(self._backend.embed_fp32(batch), batch, ("nan-always",))
+        return self._spoil(self._backend.embed_fp32(batch), batch, ("nan-always",))
 
     def close(self) -> None:
         self._backend.close()
 
     def __getattr__(self, name: str) -> Any:
-        # What backends can do beyond this is theirs.
+        # Other attributes are those of the real backend.
         return getattr(self._backend, name)
 
     def _before(self, batch: TokenBatch) -> None:
@@ -138,57 +144,57 @@ class FaultyBackend:
             raise RuntimeError("planted: the device is lost")
         limit = control.value("memory", alias)
         if limit and padded > int(limit):
-            self._note("memory", batch, padded=padded)
+            self._record("memory", batch, padded=padded)
             raise MemoryError("planted: the batch is too large")
-        found = {fault for row in batch.ids for fault in self._faults_of(row)}
-        if found and control.value("calm", alias) is None:
-            self._do(found, batch)
+        faults = {fault for row in batch.ids for fault in self._faults_of(row)}
+        if faults and control.value("calm", alias) is None:
+            self._fail(faults, batch)
 
-    def _do(self, found: set[Fault], batch: TokenBatch) -> None:
+    def _fail(self, faults: set[Fault], batch: TokenBatch) -> None:
         control, alias = self._control, self._alias
-        if "hang" in found and control.value("hang", alias) is not None:
-            self._note("hang", batch)
+        if "hang" in faults and control.value("hang", alias) is not None:
+            self._record("hang", batch)
             while control.value("hang", alias) is not None:
                 time.sleep(0.01)
-        if "segv" in found and control.take("segv", alias) is not None:
-            self._note("segv", batch)
+        if "segv" in faults and control.take("segv", alias) is not None:
+            self._record("segv", batch)
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(60)
-        if "broken" in found and control.take("broken", alias) is not None:
-            self._note("broken", batch)
+        if "broken" in faults and control.take("broken", alias) is not None:
+            self._record("broken", batch)
             self._broken = True
             raise RuntimeError("planted: the device is lost")
-        if "slow" in found:
+        if "slow" in faults:
             time.sleep(SLOW_S)
         errors: dict[Fault, BaseException] = {
-            "raise": RuntimeError("planted: an input that cannot be"),
-            "memory-one": MemoryError("planted: an input that is too large"),
-            "exit": SystemExit("planted: the end of a thread"),
+            "raise": RuntimeError("planted: invalid input"),
+            "memory-one": MemoryError("planted: input too large"),
+            "exit": SystemExit("planted: end of the thread"),
         }
         for fault, error in errors.items():
-            if fault in found:
-                self._note(fault, batch)
+            if fault in faults:
+                self._record(fault, batch)
                 raise error
 
-    def _spoiled(
+    def _spoil(
         self, vectors: NDArray[np.float32], batch: TokenBatch, faults: tuple[Fault, ...]
     ) -> NDArray[np.float32]:
-        for place, row in enumerate(batch.ids):
+        for index, row in enumerate(batch.ids):
             for fault in self._faults_of(row):
                 if fault in faults and self._control.value("calm", self._alias) is None:
-                    self._note(fault, batch)
-                    vectors[place, 0] = np.nan
+                    self._record(fault, batch)
+                    vectors[index, 0] = np.nan
         return vectors
 
     def _faults_of(self, row: Iterable[int]) -> list[Fault]:
         return [self._ids[token] for token in self._ids.keys() & set(row)]
 
-    def _note(self, fault: str, batch: TokenBatch, **fields: Any) -> None:
+    def _record(self, fault: str, batch: TokenBatch, **fields: Any) -> None:
         self._control.record("fault", kind=fault, alias=self._alias, rows=len(batch.ids), **fields)
 
 
 def _only_id(tokenizer: Tokenizer, word: str) -> int:
     ids: list[int] = tokenizer.encode(word, add_special_tokens=False).ids
     if len(ids) != 1:
-        raise ValueError(f"{word!r} is not one token of this model")
+        raise ValueError(f"{word!r} has {len(ids)} tokens in this model, not one")
     return ids[0]

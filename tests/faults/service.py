@@ -1,7 +1,10 @@
 """`python -m tests.faults.service`: the real service, with faults planted in its backends.
 
-FAULTS_DIR in the environment is the directory of `planted.Control`. FAULTS_PATCH may be JSON that shortens what would
-take a test too long: `{"emb_model_provider.serving.scheduler:_LOWERED_BUDGET_S": 5.0}`.
+Environment variables:
+
+- FAULTS_DIR: directory of `planted.Control`.
+- FAULTS_TIMINGS: JSON object with values of `serving.config.Timings`, so that tests need not wait as long as users.
+- FAULTS_SUPERVISOR_TIMINGS: the same for `process.supervisor.SupervisorTimings`.
 """
 
 from __future__ import annotations
@@ -9,29 +12,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.artifacts.prepare import prepare_backend as prepare
-from emb_model_provider.main import run
+from emb_model_provider import main
+from emb_model_provider.api import app
+from emb_model_provider.artifacts.prepare import BackendPreparer
 from emb_model_provider.observability.metrics import Metrics
-from emb_model_provider.registry import loader as loading
+from emb_model_provider.registry import RegistryConfig
+from emb_model_provider.serving.config import Timings
 from tests.faults.planted import Control, FaultyBackend
 
 if TYPE_CHECKING:
     from emb_model_provider.artifacts.prepare import PreparedBackend
     from emb_model_provider.backends.base import Backend
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.process.supervisor import SupervisorTimings
     from emb_model_provider.serving.jobs import BatchRecord
 
 
-def plant(control: Control) -> None:
-    """Let every backend that is loaded from now on, and the counting of batches, fail when asked to."""
-    count = Metrics.on_batch
+def plant_faults(control: Control) -> None:
+    """Wrap the preparation of backends and the recording of batches, so that they fail when `control` says so."""
+    prepare, record_batch = BackendPreparer.prepare, Metrics.on_batch
 
-    def prepare_backend(spec: ModelSpec, *arguments: Any, **options: Any) -> PreparedBackend:
-        prepared = prepare(spec, *arguments, **options)
+    def prepare_faulty(
+        preparer: BackendPreparer, spec: ModelSpec, *arguments: Any, **options: Any
+    ) -> PreparedBackend:
+        prepared = prepare(preparer, spec, *arguments, **options)
 
         def load() -> Backend:
             control.record("load", alias=spec.alias)
@@ -43,31 +50,34 @@ def plant(control: Control) -> None:
 
         return dataclasses.replace(prepared, load=load)
 
-    def on_batch(metrics: Metrics, record: BatchRecord) -> None:
+    def record_faulty(metrics: Metrics, record: BatchRecord) -> None:
         error = control.take("on-batch", record.model)
         if error is not None:
             control.record("fault", kind="on-batch", alias=record.model)
-            raise {"RuntimeError": RuntimeError, "SystemExit": SystemExit}[error](
-                "planted: no counting today"
-            )
-        count(metrics, record)
+            raise {"RuntimeError": RuntimeError, "SystemExit": SystemExit}[error]("planted: not recorded")
+        record_batch(metrics, record)
 
-    # As the registry will call it, and as the application hands it on.
-    loading.prepare_backend = prepare_backend  # type: ignore[attr-defined]  # planting changes what is not exported
-    Metrics.on_batch = on_batch  # type: ignore[assignment, method-assign]  # likewise
+    BackendPreparer.prepare = prepare_faulty  # type: ignore[method-assign]
+    Metrics.on_batch = record_faulty  # type: ignore[method-assign]
 
 
-def patch(values: dict[str, Any]) -> None:
-    """Set constants, named `module:NAME`; a name that is not there any more is an error."""
-    for name, value in values.items():
-        module_name, _, attribute = name.partition(":")
-        module = import_module(module_name)
-        if not hasattr(module, attribute):
-            raise AttributeError(f"{name} is not there to be patched")
-        setattr(module, attribute, value)
+def change_timings() -> None:
+    """Change the timings that the application and the supervisor are created with."""
+    timings = Timings(**json.loads(os.environ.get("FAULTS_TIMINGS", "{}")))
+    changes = json.loads(os.environ.get("FAULTS_SUPERVISOR_TIMINGS", "{}"))
+    supervisor = main.Supervisor
+
+    def registry_config(**values: Any) -> RegistryConfig:
+        return RegistryConfig(**values | {"timings": timings})
+
+    def changed_supervisor(sockets: Any, defaults: SupervisorTimings) -> Any:
+        return supervisor(sockets, dataclasses.replace(defaults, **changes))
+
+    app.RegistryConfig = registry_config  # type: ignore[assignment, misc, attr-defined]
+    main.Supervisor = changed_supervisor  # type: ignore[assignment, misc]
 
 
 if __name__ == "__main__":
-    patch(json.loads(os.environ.get("FAULTS_PATCH", "{}")))
-    plant(Control(Path(os.environ["FAULTS_DIR"])))
-    run()
+    plant_faults(Control(Path(os.environ["FAULTS_DIR"])))
+    change_timings()
+    main.run()

@@ -1,4 +1,4 @@
-"""More than can be done: deadlines end work, full queues are said, and what is accepted is answered right."""
+"""Overload: deadlines, full queues, and correct responses to accepted requests."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ def faulty(start: Start) -> FaultyService:
     )
 
 
-def test_deadline_ends_the_work(faulty: FaultyService) -> None:
-    """A request that takes too long gets 504, and what is left of it is not run."""
+def test_deadline_removes_the_request_from_the_queue(faulty: FaultyService) -> None:
+    """A request that takes too long gets 504, and its waiting inputs do not run."""
     batches = 4 * TIMEOUT_S / SLOW_S * faulty.streams(SHAKY)
     text = f"{WORDS['slow']} " * (BATCH_TOKENS // 2 - 10)  # two fill a batch
     with faulty.undisturbed():
-        answer = faulty.embed([text] * int(2 * batches), model=SHAKY)
-    assert_error(answer, 504, "timeout", type="server_error")
+        response = faulty.embed([text] * int(2 * batches), model=SHAKY)
+    assert_error(response, 504, "timeout", type="server_error")
     assert faulty.waiting(SHAKY) == 0
     texts = faulty.texts(1)
-    assert faulty.is_right(faulty.embed(texts, model=SHAKY), texts)
+    assert faulty.is_correct(faulty.embed(texts, model=SHAKY), texts)
 
 
-def test_overload_is_said_and_what_is_accepted_is_right(faulty: FaultyService) -> None:
-    """A full queue is 429 with a usable Retry-After; who comes back then is answered, and nobody is answered wrongly."""
+def test_full_queue_rejects_and_accepted_requests_are_answered(faulty: FaultyService) -> None:
+    """A full queue responds with 429 and a valid Retry-After. Requests that are sent again are answered correctly."""
     requests = [faulty.texts(12, "slow") for _ in range(30)]
-    refusals: list[int] = []
+    retry_after: list[int] = []
 
-    def ask(texts: Sequence[str]) -> bool:
+    def send(texts: Sequence[str]) -> bool:
         while True:
-            answer = faulty.embed(list(texts), model=SHAKY)
-            if answer.status_code != 429:
-                return faulty.is_right(answer, texts)
-            assert_error(answer, 429, "queue_full", type="rate_limit_error")
-            refusals.append(int(answer.headers["retry-after"]))
+            response = faulty.embed(list(texts), model=SHAKY)
+            if response.status_code != 429:
+                return faulty.is_correct(response, texts)
+            assert_error(response, 429, "queue_full", type="rate_limit_error")
+            retry_after.append(int(response.headers["retry-after"]))
             time.sleep(0.2)
 
     with faulty.undisturbed(), ThreadPoolExecutor(len(requests)) as pool:
-        assert all(pool.map(ask, requests))
-    assert refusals
-    assert all(1 <= seconds <= 120 for seconds in refusals)
+        assert all(pool.map(send, requests))
+    assert retry_after
+    assert all(1 <= seconds <= 120 for seconds in retry_after)
     wait_until(lambda: faulty.waiting(SHAKY) == 0)
