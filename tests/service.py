@@ -1,4 +1,4 @@
-"""The real service in a process of its own, started as a user starts it."""
+"""Runs the real service as a process, as a user starts it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _FOREIGN = re.compile(
 )
 _CHILD = re.compile(r"the service is process (\d+)")
 _START_S, _STOP_S = 560.0, 90.0
-"""So much only where something is wrong: a machine may be many times slower than ours."""
+"""Reached only if something is wrong, even on a slow machine."""
 
 
 def environment(directory: Path, **settings: str) -> dict[str, str]:
-    """Return the environment of a service: the settings given here (without their prefix), and no others."""
+    """Return the environment of a service with these settings (named without their prefix) and no others."""
     inherited = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
     return inherited | {
         "EMB_PROVIDER_CACHE_DIR": str(directory / "cache"),
@@ -44,16 +44,16 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens at, from below those that the system gives to connections."""
+    """Return a free port, below the range that the system assigns to connections."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("0.0.0.0", port))
             return port
-    raise AssertionError("100 ports in use")
+    raise AssertionError("no free port found")
 
 
 class Service:
-    """A running service; a context manager that stops it. Its working directory is `directory`, and was empty."""
+    """A running service. A context manager that stops it."""
 
     def __init__(
         self,
@@ -63,9 +63,13 @@ class Service:
         command: Sequence[str] | None = None,
         **settings: str,
     ) -> None:
-        """Start the process. `stderr` is a file descriptor for its standard error, by default a file.
+        """Start the process.
 
-        `command` is a program that ends as the service, where it is not the service itself.
+        Args:
+            directory: Its working directory, which is created.
+            stderr: File descriptor for its stderr; None: a file.
+            command: The command line; None: that of the service.
+            settings: Its settings, named without their prefix.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
@@ -95,16 +99,16 @@ class Service:
 
     @property
     def child(self) -> int:
-        """The process that serves, where a supervisor has started it: the latest one."""
+        """Process id of the service, if a supervisor runs it; the latest one."""
         wait_until(lambda: _CHILD.search(self.stderr_text()))
         return int(_CHILD.findall(self.stderr_text())[-1])
 
     def wait(self, path: str = "/ready") -> Self:
         """Wait until the service answers `path` with 200."""
-        give_up_at = time.monotonic() + _START_S
-        while time.monotonic() < give_up_at:
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"it ended with {self.process.returncode}: {self.stderr_text()}")
+                raise AssertionError(f"exit code {self.process.returncode}: {self.stderr_text()}")
             try:
                 if self.http.get(path).status_code == 200:
                     return self
@@ -120,16 +124,16 @@ class Service:
         return self
 
     def embed(self, *inputs: Any, **fields: Any) -> httpx.Response:
-        """POST one input, or several as an array."""
-        given = inputs[0] if len(inputs) == 1 else list(inputs)
-        return self.http.post("/v1/embeddings", json={"input": given, **fields})
+        """Request embeddings of one input, or of several as an array."""
+        value = inputs[0] if len(inputs) == 1 else list(inputs)
+        return self.http.post("/v1/embeddings", json={"input": value, **fields})
 
     def post(self, body: bytes | str) -> httpx.Response:
-        """POST a body as it stands."""
+        """Request embeddings with a body that is sent unchanged."""
         return self.http.post("/v1/embeddings", content=body, headers={"content-type": "application/json"})
 
     def figure(self, name: str, **labels: str) -> float:
-        """Return a figure of /metrics, summed over the labels that are not given; 0 where there is none."""
+        """Return the value of a metric, summed over the labels that are not passed; 0 without samples."""
         total = 0.0
         for family in text_string_to_metric_families(self.http.get("/metrics").text):
             for sample in family.samples:
@@ -141,34 +145,34 @@ class Service:
         self.process.send_signal(number)
 
     def stop(self) -> int:
-        """Ask the process to end with SIGTERM; return its exit code."""
+        """Send SIGTERM, and return the exit code."""
         self.signal()
         return self.ended()
 
     def ended(self) -> int:
-        """Wait for the process to end; return its exit code."""
+        """Wait for the end of the process, and return its exit code."""
         try:
             return self.process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
             raise AssertionError(
-                f"still alive {_STOP_S:g} s after it should have ended: {self.stderr_text()}"
+                f"the process did not end within {_STOP_S:g} s: {self.stderr_text()}"
             ) from None
 
     def log_text(self) -> str:
-        """Return the log file."""
+        """Return the content of the log file."""
         return (self.directory / "logs" / "emb_model_provider.log").read_text(encoding="utf-8")
 
     def log_lines(self, **fields: Any) -> list[dict[str, Any]]:
-        """Return the log file's JSON lines that have all these fields."""
-        # What follows the last line break is still being written.
-        whole, _, _ = self.log_text().rpartition("\n")
-        lines: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        """Return the JSON lines of the log file that have these fields."""
+        # The text after the last line break is an incomplete line.
+        complete, _, _ = self.log_text().rpartition("\n")
+        lines: list[dict[str, Any]] = [json.loads(line) for line in complete.splitlines()]
         return [line for line in lines if fields.items() <= line.items()]
 
     def logged(self, **fields: Any) -> list[dict[str, Any]]:
-        """Return the log file's lines that have all these fields, once there is one: a thread writes them."""
+        """Wait for a line of the log file that has these fields, and return all such lines."""
         wait_until(lambda: self.log_lines(**fields))
         return self.log_lines(**fields)
 
@@ -177,11 +181,11 @@ class Service:
 
 
 def wait_until(condition: Any, timeout_s: float = 120.0) -> None:
-    """Wait until `condition()` is true; fail when it does not become so."""
-    give_up_at = time.monotonic() + timeout_s
+    """Wait until `condition()` is true, or fail."""
+    deadline = time.monotonic() + timeout_s
     while not condition():
-        if time.monotonic() > give_up_at:
-            raise AssertionError(f"did not become true within {timeout_s:g} s")
+        if time.monotonic() > deadline:
+            raise AssertionError(f"the condition did not become true within {timeout_s:g} s")
         time.sleep(0.02)
 
 
@@ -192,9 +196,9 @@ def assert_error(
     *,
     param: str | None = None,
     phrase: str = "",
-    type: str = "invalid_request_error",  # noqa: A002 - the wire's own name
+    type: str = "invalid_request_error",  # noqa: A002 - name of the JSON field
 ) -> None:
-    """Check that a response is an error in OpenAI's form, with nothing missing and nothing more."""
+    """Check that a response is an error with exactly the fields of the OpenAI API."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
