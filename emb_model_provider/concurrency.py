@@ -1,4 +1,4 @@
-"""Runs blocking work on a thread of its own."""
+"""Runs blocking work on dedicated threads."""
 
 from __future__ import annotations
 

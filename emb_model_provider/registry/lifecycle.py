@@ -227,7 +227,7 @@ class Lifecycle:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Retrieved here, because asyncio logs the error of a task that nobody awaits.
+            # Retrieved here, because asyncio logs the error of a task that is not awaited.
             task.exception()
 
     def _raise_load_error(self, loaded_model: LoadedModel) -> None:

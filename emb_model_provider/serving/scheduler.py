@@ -133,7 +133,7 @@ class BatchScheduler:
                 self._wake.notify(len(job.ids))
 
     def cancel(self, job: EmbeddingJob) -> None:
-        """Remove the waiting inputs of a request that nobody awaits any longer."""
+        """Remove the waiting inputs of a request whose caller was cancelled."""
         with self._wake:
             if self._pending.is_detached(job):
                 job.cancelled = True
