@@ -1,6 +1,7 @@
 """Serves embedding models from ModelScope, Hugging Face or a directory, over HTTP and in Python programs.
 
-`Embedder` runs a model in this process. `ModelManager` and `get_model_manager` download, list, verify and remove models.
+`Embedder` runs a model in this process. `ModelManager` and `get_model_manager` download, list, verify and remove
+models.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class Embedder:
             vectors = embedder.embed(["你好", "hello"])
 
     The model is downloaded and compiled if necessary, as by the service: with the same settings (EMB_PROVIDER_...
-    variables and .env) and the same caches. In a program with an event loop, use `async with` and `aembed`. Thread-safe:
-    the texts of concurrent calls share batches.
+    variables and .env) and the same caches. In a program with an event loop, use `async with` and `aembed`.
+    Thread-safe: the texts of concurrent calls share batches.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class Embedder:
         """Choose the model, without loading it. Arguments take precedence over the settings.
 
         Args:
-            model: An alias of the settings, the id of a repository, or a directory. None: the first model of the settings.
+            model: An alias of the settings, the id of a repository, or a directory. None: the first model of the
+                settings.
             source: Hub of the model: `auto`, `huggingface`, `modelscope`, `local` or `bundled`.
             revision: Branch, tag or commit of the repository.
             precision: `auto`, `fp32`, `fp16`, `bf16`, `int8` or `int4`.
@@ -110,7 +111,10 @@ class Embedder:
         return self
 
     def close(self) -> None:
-        """Finish the calls in progress, then free the model. Does nothing if it is not loaded; `load` loads it again."""
+        """Finish the calls in progress, then free the model. Does nothing if it is not loaded.
+
+        `load` loads the model again.
+        """
         with self._starting:
             running, self._running = self._running, None
         if running is not None:

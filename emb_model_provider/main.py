@@ -40,16 +40,16 @@ _BACKLOG = 2048
 _USAGE = """\
 Usage: python -m emb_model_provider.main
 
-Serves embeddings, by default on http://localhost:9000. It takes no arguments. Set environment variables or lines of .env
-instead, such as EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_PORT; docs/configuration.md lists them. For other commands see
-emb-provider --help."""
+Serves embeddings, by default on http://localhost:9000. It takes no arguments. Set environment variables or lines of
+.env instead, such as EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_PORT; docs/configuration.md lists them.
+For other commands see emb-provider --help."""
 
 
 def run(*, supervise: bool = False) -> NoReturn:
     """Run `main`, then end the process at once.
 
-    The interpreter waits for all threads before it exits, even for one that is downloading and cannot be interrupted. The
-    next start continues the download.
+    The interpreter waits for all threads before it exits, even for one that is downloading and cannot be interrupted.
+    The next start continues the download.
 
     Args:
         supervise: As for `main`.

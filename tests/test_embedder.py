@@ -93,7 +93,7 @@ def test_concurrent_calls_get_their_own_vectors(embedder: Embedder) -> None:
 
 
 def test_invalid_arguments_raise(embedder: Embedder) -> None:
-    """An unknown prompt, a text that is too long, and an input that is not a text raise an error, and the next call works."""
+    """An unknown prompt, a text that is too long and an input that is not a text raise. The next call works."""
     with pytest.raises(RequestError, match="input_type"):
         embedder.embed(["a"], input_type="nonsense")
     with pytest.raises(InputTooLongError, match=r"input\[1\]"):

@@ -11,7 +11,7 @@ def spec(name: str, alias: str | None = None) -> ModelSpec:
 
 
 def test_added_model_does_not_change_earlier_names() -> None:
-    """Earlier names keep their meaning, ambiguous ones stay ambiguous, and the name of a removed model can be used again."""
+    """Earlier names keep their meaning, ambiguous or not. The name of a removed model can be used again."""
     configured = [spec("acme/small"), spec("x/twin"), spec("y/twin")]
     added = [
         spec("acme/small", alias="small-int8"),

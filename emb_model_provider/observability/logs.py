@@ -1,7 +1,8 @@
 """Writes log lines to stderr and to a rotated file, with the id of the request that they belong to.
 
-A thread writes the lines, so that a slow disk or terminal does not delay requests. Lines of the access log are collected for
-50 ms, because waking the thread for each of them takes longer than tokenizing a short text. Other lines are written at once.
+A thread writes the lines, so that a slow disk or terminal does not delay requests. Lines of the access log are
+collected for 50 ms, because waking the thread for each of them takes longer than tokenizing a short text. Other lines
+are written at once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 _COLLECT_S = 0.05
 _ERASE_LINE = "\r\x1b[2K"
-"""Written to a terminal before each log line, because a `ProgressReporter` may have drawn a line without a line break."""
+"""Written to a terminal before each log line, because a `ProgressReporter` draws lines without a line break."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

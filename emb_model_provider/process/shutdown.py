@@ -1,7 +1,7 @@
 """Tells the process to shut down, and ends it if it does not.
 
-Signals are handled on a thread. A signal handler interrupts the main thread anywhere, so it must not take locks or log, and
-the event loop may be busy or hang.
+Signals are handled on a thread. A signal handler interrupts the main thread anywhere, so it must not take locks or log,
+and the event loop may be busy or hang.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """A small process that keeps the port open and restarts the service (`EMB_PROVIDER_SUPERVISE=true`).
 
 The supervisor opens the listening sockets and starts the service as a child process that inherits them. It restarts the
-child if it crashes, or if it exits with `HUNG_EXIT` because a model hangs. Meanwhile new connections wait in the backlog of
-the sockets, so none is refused. If the child ends in any other way, the supervisor exits with its exit code.
+child if it crashes, or if it exits with `HUNG_EXIT` because a model hangs. Meanwhile new connections wait in the
+backlog of the sockets, so none is refused. If the child ends in any other way, the supervisor exits with its exit code.
 
-The event loop of the child sends a heartbeat: one byte per second. If the heartbeat stops, because the loop is blocked or
-native code holds the GIL, the child is aborted, which prints the stacks of its threads to stderr, and restarted.
+The event loop of the child sends a heartbeat: one byte per second. If the heartbeat stops, because the loop is blocked
+or native code holds the GIL, the child is aborted, which prints the stacks of its threads to stderr, and restarted.
 
-Signals are forwarded as bytes over a pair of connected sockets, the parent pipe, and not as signals. A terminal and systemd
-send signals to the whole process group, and a second one would end the child at once. If the supervisor ends, however it
-does, the pipe is closed and the child shuts down.
+Signals are forwarded as bytes over a pair of connected sockets, the parent pipe, and not as signals. A terminal and
+systemd send signals to the whole process group, and a second one would end the child at once. If the supervisor ends,
+however it does, the pipe is closed and the child shuts down.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ class Supervisor:
 class _Heartbeat:
     """The heartbeat of a child.
 
-    A late heartbeat is measured by the number of checks, one every `HEARTBEAT_EVERY_S` seconds, and not by the clock, because
-    no process runs while the machine sleeps.
+    A late heartbeat is measured by the number of checks, one every `HEARTBEAT_EVERY_S` seconds, and not by the clock,
+    because no process runs while the machine sleeps.
     """
 
     def __init__(self, parent_pipe: socket.socket, timeout_s: float) -> None:

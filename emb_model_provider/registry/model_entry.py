@@ -86,8 +86,8 @@ class LoadedModel:
     """
 
     __slots__ = (
-        "_idle", "engine", "entry", "expected_bytes", "loading", "ref_count", "since", "snapshot_lock", "step_started_at",
-        "waiting_for",
+        "_idle", "engine", "entry", "expected_bytes", "loading", "ref_count", "since", "snapshot_lock",
+        "step_started_at", "waiting_for",
     )  # fmt: skip
 
     def __init__(self, entry: ModelEntry) -> None:
@@ -127,7 +127,8 @@ class LoadedModel:
             return ""
         if self.waiting_for:
             return f"It has been waiting for memory for {took_s:.0f} s: {self.waiting_for}."
-        return f"It has been loading for {took_s:.0f} s. A load cannot be aborted: if it does not end, restart the service."
+        advice = "A load cannot be aborted: if it does not end, restart the service."
+        return f"It has been loading for {took_s:.0f} s. {advice}"
 
     def release_ref(self) -> None:
         """Decrement the reference count."""

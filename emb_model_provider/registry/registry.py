@@ -54,7 +54,7 @@ class RegistryConfig:
 
 
 class Lease:
-    """A request's use of a loaded model: `async with` it once to get the engine. A model not in memory is loaded first."""
+    """A request's use of a loaded model. `async with` it once to get the engine; the model is loaded if necessary."""
 
     __slots__ = ("_began", "_entry", "_load", "_loaded_model")
 
@@ -175,7 +175,7 @@ class Registry:
         return self._entries[self.alias_of(name)].status()
 
     def statuses(self) -> list[ModelStatus]:
-        """Return the status of all models: first the configured ones, in the order of the settings, then the added ones."""
+        """Return the status of all models: those of the settings in their order, then the added ones."""
         return [entry.status() for entry in self._entries.values()]
 
     # --- serving --------------------------------------------------------------------------------------
@@ -208,7 +208,8 @@ class Registry:
         """Watch all models until cancelled: report those that hang, and unload those that are idle.
 
         Args:
-            on_hung: Called with the reason when a model has hung for another `watchdog_s` seconds after it was reported.
+            on_hung: Called with the reason when a model has hung for another `watchdog_s` seconds after it was
+                reported.
                 A computation that does not end can only be ended with its process.
         """
         await self._watchdog.run(on_hung)
@@ -271,7 +272,8 @@ class Registry:
         """Stop serving a model that was added at run time, unload it after its requests are answered.
 
         Args:
-            alias: The alias of the model. Other names are not accepted, because they may refer to another model meanwhile.
+            alias: The alias of the model. Other names are not accepted, because they may refer to another model
+                meanwhile.
 
         Returns:
             The status of the unloaded model.
@@ -285,8 +287,8 @@ class Registry:
             raise self._not_found(alias)
         if entry.configured:
             raise NotAllowedError(
-                f"`{alias}` is in the settings and cannot be removed while the service runs. Unload it without removing "
-                "it (forget=false), or remove it from EMB_PROVIDER_MODEL_MAPPING and restart the service."
+                f"`{alias}` is in the settings and cannot be removed while the service runs. Unload it without "
+                "removing it (forget=false), or remove it from EMB_PROVIDER_MODEL_MAPPING and restart the service."
             )
         del self._entries[alias]
         self._alias_index = self._build_index()

@@ -43,8 +43,8 @@ class BatchResult:
 def run_batch(model: str, backend: Backend, members: Sequence[Member]) -> BatchResult:
     """Run the model, and write the vector of each member to its job.
 
-    A batch that fails is bisected until the inputs that cause the failure run alone, so that only their requests fail. A
-    vector that is not finite is computed again at fp32.
+    A batch that fails is bisected until the inputs that cause the failure run alone, so that only their requests fail.
+    A vector that is not finite is computed again at fp32.
     """
     result = BatchResult()
     _run(model, backend, members, result)

@@ -1,10 +1,10 @@
 """Chooses the inputs that run together next. Pure logic, without threads, a model or a clock.
 
 Requests share the model fairly by *virtual time* (start-time fair queuing). The tag of a request is the virtual time at
-which it arrived plus the number of its tokens that have run since. The request with the lowest tag is served first, so a
-request of one short text runs between the batches of a request of 2048 documents. Each batch advances the virtual time by
-its tokens, divided by the number of waiting requests. A new request starts at the current virtual time, so newer requests
-cannot starve it.
+which it arrived plus the number of its tokens that have run since. The request with the lowest tag is served first, so
+a request of one short text runs between the batches of a request of 2048 documents. Each batch advances the virtual
+time by its tokens, divided by the number of waiting requests. A new request starts at the current virtual time, so
+newer requests cannot starve it.
 
 The longest input of the first request leads a batch. Other inputs are added as long as padding stays cheap.
 """

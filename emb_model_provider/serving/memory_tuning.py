@@ -19,8 +19,8 @@ def freeze_gc() -> None:
     """Exclude all present objects from later collections, and collect less often.
 
     Call it after loading a model; it takes tenths of a second. By default the collector scans the objects of libraries
-    and models again and again, although they are rarely freed, which takes a quarter of the event loop's time under load (see
-    docs/performance.md).
+    and models again and again, although they are rarely freed, which takes a quarter of the event loop's time under
+    load (see docs/performance.md).
     """
     # Objects frozen by an earlier call may belong to a model that has been unloaded, so they are collected too.
     gc.unfreeze()

@@ -1,7 +1,7 @@
 """The queue of one model, and the streams that run batches from it.
 
-An error that an input causes fails only its request (see `batch_runner.py`). Any other error is a crash: an error in the
-scheduler itself, or a model that no longer answers at all. A crash ends all streams of this model and of no other.
+An error that an input causes fails only its request (see `batch_runner.py`). Any other error is a crash: an error in
+the scheduler itself, or a model that no longer answers at all. A crash ends all streams of this model and of no other.
 Requests that are not answered are kept until the model is restarted (see `pending_jobs.py`).
 """
 
@@ -204,8 +204,9 @@ class BatchScheduler:
     def _check_capacity(self, job: EmbeddingJob, waiting: int) -> None:
         """Raise QueueFullError if the queue has no room for a request.
 
-        The largest waiting request is not counted. An empty queue accepts a request of any size, because one that exceeds
-        the limit could never be answered otherwise, and smaller requests overtake it, so it is no reason to reject them.
+        The largest waiting request is not counted. An empty queue accepts a request of any size, because one that
+        exceeds the limit could never be answered otherwise, and smaller requests overtake it, so it is no reason to
+        reject them.
         """
         limit = self.max_queue_tokens
         if waiting + job.waiting_tokens <= limit:

@@ -1,7 +1,7 @@
 """A backend that fails in many ways if a text contains a reserved word.
 
-The words are ordinary ones of one token each, so that any model can be used. Faults that affect a whole process or backend
-require a switch too, so that a client that sends its request again is not affected again.
+The words are ordinary ones of one token each, so that any model can be used. Faults that affect a whole process or
+backend require a switch too, so that a client that sends its request again is not affected again.
 """
 
 from __future__ import annotations

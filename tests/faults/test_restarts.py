@@ -47,7 +47,7 @@ def test_crash_of_a_stream_loses_no_request(faulty: FaultyService) -> None:
 
 
 def test_model_that_fails_on_everything_is_restarted(faulty: FaultyService) -> None:
-    """If every forward pass fails, the inputs are not the cause. The model is restarted, and accepted requests are answered."""
+    """If every forward pass fails, the model is restarted, and all accepted requests are answered."""
     before = loads(faulty, SHAKY)
     # The inputs of each request are in batches of several streams.
     requests = [faulty.texts(12) for _ in range(12)]
@@ -65,7 +65,7 @@ def test_model_that_fails_on_everything_is_restarted(faulty: FaultyService) -> N
 
 
 def test_model_that_cannot_be_restarted_fails_until_it_can_be_loaded(faulty: FaultyService) -> None:
-    """After a few attempts it is `failed` with the reason, and its requests are rejected. Later requests load it again."""
+    """After a few attempts it is `failed`, and its requests are rejected. Later requests load it again."""
     culprit, texts = faulty.texts(1, "broken"), faulty.texts(2)
     before = loads(faulty, SHAKY)
     faulty.control.arm("no-load", SHAKY)

@@ -82,6 +82,7 @@ def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     assert last.startswith("no model could be loaded")
 
 
+@pytest.mark.slow
 def test_full_disk_affects_only_one_model(tmp_path: Path, service_cache: str, hub: HuggingFaceServer) -> None:
     """/ready reports a download that does not fit, and the other model is served."""
     command = with_tmpfs(tmp_path / "full", "size=64k")
@@ -104,6 +105,7 @@ def test_full_disk_affects_only_one_model(tmp_path: Path, service_cache: str, hu
     assert "Traceback" not in service.stderr_text()
 
 
+@pytest.mark.slow
 def test_start_after_sigkill_serves_correct_vectors(
     tmp_path: Path, model: Path, hub: HuggingFaceServer
 ) -> None:

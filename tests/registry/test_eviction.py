@@ -39,8 +39,8 @@ def states(service: Service) -> dict[str, str]:
 
 def vector(response: httpx.Response) -> list[float]:
     assert response.status_code == 200, response.text
-    found: list[float] = response.json()["data"][0]["embedding"]
-    return found
+    embedding: list[float] = response.json()["data"][0]["embedding"]
+    return embedding
 
 
 def test_all_requests_are_answered_while_models_evict_each_other(narrow: Service) -> None:
@@ -52,8 +52,8 @@ def test_all_requests_are_answered_while_models_evict_each_other(narrow: Service
         return [vector(narrow.embed("hello", model=ALIASES[(turn + step) % 3])) for step in range(4)]
 
     with ThreadPoolExecutor(6) as pool:
-        found = [vector for vectors in pool.map(request, range(6)) for vector in vectors]
-    np.testing.assert_allclose(found, np.tile(expected, (24, 1)), atol=1e-6)
+        actual = [vector for vectors in pool.map(request, range(6)) for vector in vectors]
+    np.testing.assert_allclose(actual, np.tile(expected, (24, 1)), atol=1e-6)
     assert narrow.figure("emb_provider_model_unloads_total", reason=EVICTED) >= 2
     assert sum(state == "ready" for state in states(narrow).values()) == 1
 
@@ -77,7 +77,7 @@ def test_memory_of_loaded_models_is_reported(narrow: Service) -> None:
 
 
 def test_load_wait_and_idle_unload(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> None:
-    """With LOAD_WAIT_S=0 a request does not wait for the load that it starts. With IDLE_UNLOAD_S the model is unloaded later."""
+    """With LOAD_WAIT_S=0 a request does not wait for its load. With IDLE_UNLOAD_S the model is unloaded later."""
     settings = {"MODEL_MAPPING": MAPPING, "PRELOAD_MODELS": "none", "LOAD_WAIT_S": "0", "IDLE_UNLOAD_S": "1"}
     with Service(tmp_path_factory.mktemp("idle"), CACHE_DIR=service_cache, **settings) as service:
         service.wait()

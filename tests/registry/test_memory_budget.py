@@ -40,7 +40,7 @@ async def test_idle_model_is_evicted_before_a_busy_one(fleet: Callable[..., Any]
 
 
 async def test_busy_model_is_evicted_after_its_requests(fleet: Callable[..., Any]) -> None:
-    """If all models are busy, one is evicted after its requests. Requests for it that arrive meanwhile are answered later."""
+    """If all models are busy, one is evicted after its requests. Requests that arrive meanwhile are answered later."""
     async with fleet("a", "b", max_loaded_models=1) as models:
         holding = await models.hold("a")
         other = asyncio.create_task(models.embed("b"))
@@ -128,7 +128,7 @@ async def test_model_larger_than_expected_evicts_others_after_its_load(
 
 @pytest.mark.parametrize("size_on_disk", [1000 * MIB, 20 * MIB])
 async def test_model_larger_than_the_limit_fails(fleet: Callable[..., Any], size_on_disk: int) -> None:
-    """The error names both sizes and the setting, whether the size is known before or after the load. No model is evicted."""
+    """The error names both sizes and the setting, both before and after the load. No other model is evicted."""
     async with fleet(*"ab", model_memory_limit=400 * MIB) as models:
         await models.embed("a")
         models["b"].size_on_disk = size_on_disk

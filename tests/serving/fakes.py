@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WORDS = [f"w{i}" for i in range(100)]
 FAILS, NOT_FINITE, NEVER_FINITE, BREAKS = "w98", "w99", "w97", "w96"
-"""Words for which a batch raises, a vector is not finite, it is not finite at fp32 either, and every later batch raises."""
+"""Words for which a batch raises, a vector is not finite, not even at fp32, and every later batch raises."""
 
 
 def word_tokenizer() -> Tokenizer:

@@ -349,7 +349,7 @@ def test_duplicate_alias_is_rejected() -> None:
 
 
 def test_body_budget_has_room_for_one_request() -> None:
-    """MAX_PENDING_BODY_MB must not be less than MAX_BODY_MB, because an idle service must accept any allowed request."""
+    """MAX_PENDING_BODY_MB must not be less than MAX_BODY_MB, so that an idle service accepts any allowed request."""
     assert error_of(MAX_PENDING_BODY_MB="1").startswith(
         "EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less"
     )
