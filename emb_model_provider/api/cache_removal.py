@@ -142,7 +142,7 @@ class CacheRemoval:
             )
         if self._unloaded:
             return ModelInUseError(
-                f"{error.message} The service had unloaded {_quote(_aliases(self._unloaded))} before; the next request "
+                f"{error.message} The service unloaded {_quote(_aliases(self._unloaded))} for this; the next request "
                 "loads it again."
             )
         return error

@@ -41,7 +41,7 @@ _WATCH_AFTER_S = 0.2
 
 
 class AccessLogMiddleware:
-    """Gives each request an id, and writes one line to the access log when it has been answered."""
+    """Assigns each request an id, and writes one line to the access log when it has been answered."""
 
     def __init__(self, app: ASGIApp, on_request: Callable[[RequestRecord], None]) -> None:
         self._app = app
@@ -141,7 +141,7 @@ class AuthAndLimitsMiddleware:
             if message["type"] == "http.response.start":
                 response_started = True
                 if not body_requested and "expect" in headers:
-                    # It is unknown whether the client sends its body now, and so where its next request begins.
+                    # It is unknown whether the client sends its body now, and thus where its next request begins.
                     MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 

@@ -232,8 +232,8 @@ def test_directories_cannot_be_named(managed: Service, query: str) -> None:
 def test_shutdown_waits_for_no_long_operation(tmp_path: Path, hub: HuggingFaceServer) -> None:
     """The service shuts down although a transfer is stalled and watched, and clients wait for it.
 
-    Clients that wait for a load or a removal are told about the shutdown, and so is one that waits for a verification,
-    after the file that is being hashed.
+    Clients that wait for a load or a removal get an error at once, and a client that waits for a verification after
+    the file that is being hashed.
     """
     hub.repos["acme/checked"] = {**small_repository(60), "notes.txt": b""}
     settings = {

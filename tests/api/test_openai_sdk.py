@@ -33,8 +33,10 @@ def test_default_call(client: openai.OpenAI, service: Service) -> None:
     assert answer.model == BUNDLED
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == 9
     plain = service.embed(["hello", "world", "hello"]).json()["data"]
-    given = np.array([entry.embedding for entry in answer.data], dtype=np.float32)
-    np.testing.assert_array_equal(given, np.array([entry["embedding"] for entry in plain], dtype=np.float32))
+    returned = np.array([entry.embedding for entry in answer.data], dtype=np.float32)
+    np.testing.assert_array_equal(
+        returned, np.array([entry["embedding"] for entry in plain], dtype=np.float32)
+    )
 
 
 def test_float_format(client: openai.OpenAI) -> None:
@@ -146,18 +148,18 @@ def test_server_errors_are_retried(strained: Service) -> None:
 
 def test_threads_share_a_client(client: openai.OpenAI) -> None:
     """Each thread gets the vector of its own text."""
-    wanted = {
+    expected = {
         str(n): client.embeddings.create(model=BUNDLED, input=f"text {n}").data[0].embedding for n in range(8)
     }
-    given: dict[str, list[float]] = {}
+    returned: dict[str, list[float]] = {}
 
     def ask(name: str) -> None:
-        given[name] = client.embeddings.create(model=BUNDLED, input=f"text {name}").data[0].embedding
+        returned[name] = client.embeddings.create(model=BUNDLED, input=f"text {name}").data[0].embedding
 
-    threads = [threading.Thread(target=ask, args=(name,)) for name in wanted]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in expected]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for name, vector in wanted.items():
-        np.testing.assert_allclose(given[name], vector, atol=1e-5)
+    for name, vector in expected.items():
+        np.testing.assert_allclose(returned[name], vector, atol=1e-5)

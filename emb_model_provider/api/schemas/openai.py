@@ -141,7 +141,7 @@ class ModelObject(BaseModel):
     backend: str | None
     notes: list[str] | None = Field(description="Notes on how it was loaded.")
     memory_bytes: int | None = Field(
-        description="Memory that it takes, estimated from its weights; on a device with memory of its own, memory of the "
+        description="Memory that it takes, estimated from its weights; on a device with separate memory, memory of the "
         "device."
     )
     fidelity: FidelityObject | None = Field(
