@@ -7,23 +7,24 @@ from typing import Final, NamedTuple
 from emb_model_provider import errors
 
 OK: Final = 0
+"""Exit code: success."""
 FAILED: Final = 1
-"""Exit code: the work failed, or something differs."""
+"""Exit code: the command failed, or a check found a difference."""
 USAGE_ERROR: Final = 2
 """Exit code: invalid usage, not found, or not allowed."""
 UNREACHABLE: Final = 3
-"""Exit code: no server answers."""
+"""Exit code: no server responds."""
 INTERRUPTED: Final = 130
-"""Exit code: Ctrl-C."""
+"""Exit code: interrupted by Ctrl-C."""
 
 
 class ErrorInfo(NamedTuple):
     """How an error is reported."""
 
     code: str
-    """Machine-readable name, in responses and in download jobs."""
+    """Machine-readable name in responses and in download jobs."""
     status: int
-    """HTTP status."""
+    """HTTP status code."""
     exit_code: int = FAILED
 
 
@@ -59,13 +60,13 @@ _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.LoadError, ErrorInfo("load_failed", 500)),
     (errors.ManagementError, ErrorInfo("cache_not_writable", 500)),
 )
-"""The first class that matches counts, so subclasses come before their base."""
+"""Subclasses come before their base classes, because the first match counts."""
 
 UNEXPECTED = ErrorInfo("internal_error", 500)
-"""Of an error that is not in the table: a defect, whose message is for the log only."""
+"""Any error that is not in the table. Its message is written to the log and not sent to clients."""
 
 
 def error_info(error: BaseException) -> ErrorInfo:
-    """Return how an error is reported."""
-    info = next((info for kind, info in _TABLE if isinstance(error, kind)), UNEXPECTED)
+    """Return the code, HTTP status and exit code of an error."""
+    info = next((info for cls, info in _TABLE if isinstance(error, cls)), UNEXPECTED)
     return info._replace(code=error.code) if isinstance(error, errors.RequestError) else info

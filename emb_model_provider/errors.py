@@ -1,14 +1,14 @@
 """Errors of this package.
 
-They carry no HTTP: `error_table.py` maps each class to its code, HTTP status and exit code. A message is written for
-the person who reads it: what happened, then what to do.
+They know nothing of HTTP: `error_table.py` maps each class to its code, HTTP status and exit code. A message says what
+happened and what to do.
 """
 
 from __future__ import annotations
 
 
 class ProviderError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors of this package."""
 
     @property
     def message(self) -> str:
@@ -39,11 +39,11 @@ class RevisionNotFoundError(HubError):
 
 
 class AccessDeniedError(HubError):
-    """The hub requires a token, or rejects the one it was given."""
+    """The hub requires a token, or rejects the token that was sent."""
 
 
 class HubUnavailableError(HubError):
-    """The hub did not answer, or answered that it cannot serve requests now."""
+    """The hub did not respond, or responded that it cannot serve requests now."""
 
 
 class OfflineError(HubError):
@@ -78,7 +78,7 @@ class AmbiguousNameError(ManagementError):
 
 
 class ModelInUseError(ManagementError):
-    """The model is loaded, being loaded or being downloaded, here or in another process. Nothing was changed."""
+    """This or another process has loaded the model, or is loading or downloading it. Nothing was changed."""
 
 
 class AliasInUseError(ManagementError):
@@ -90,7 +90,7 @@ class JobNotFoundError(ManagementError):
 
 
 class NotAllowedError(ManagementError):
-    """The operation is not allowed, such as loading a directory over HTTP."""
+    """The operation is not allowed, for example loading a directory over HTTP."""
 
 
 # --- loading ------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class LoadError(ProviderError):
 
 
 class UnsupportedModelError(LoadError):
-    """The model requires something that is not supported, such as its own pooling or tokenizer."""
+    """The model requires something that is not supported, for example its own pooling or tokenizer."""
 
 
 class UnsupportedPrecisionError(LoadError):
@@ -127,14 +127,14 @@ class ReceiveTimeoutError(ProviderError):
     """The client did not send its whole request within RECEIVE_TIMEOUT_S."""
 
 
-# --- answering requests -------------------------------------------------------------------------------
+# --- serving requests ---------------------------------------------------------------------------------
 
 
 class RequestError(ProviderError):
     """The request is invalid.
 
     Attributes:
-        param: The field of the request that is invalid, if one is.
+        param: The invalid field of the request, or None.
         code: Machine-readable name of the error.
     """
 
@@ -148,7 +148,7 @@ class RequestError(ProviderError):
 
 
 class InputTooLongError(RequestError):
-    """An input has more tokens than the model reads, and the request forbids truncation."""
+    """An input has more tokens than the model supports, and the request forbids truncation."""
 
     code = "context_length_exceeded"
 
@@ -159,7 +159,7 @@ class InputTooLongError(RequestError):
 
 
 class TooManyTokensError(RequestError):
-    """All inputs of a request together have more tokens than one request may have."""
+    """The inputs of a request have more tokens in total than a request may have."""
 
     code = "max_tokens_per_request"
 
@@ -179,7 +179,7 @@ class DimensionsError(RequestError):
 
 
 class TokenInputError(RequestError):
-    """The request has token ids that the model is not configured to read, or that are out of range."""
+    """The request contains token ids that the model is not configured to accept, or that are out of range."""
 
     code = "token_input_unsupported"
 
@@ -197,10 +197,10 @@ class ModelNotFoundError(RequestError):
 
 
 class ModelNotReadyError(ProviderError):
-    """The model is configured but cannot answer yet, or failed to load.
+    """The model is not loaded yet, or failed to load.
 
     Attributes:
-        retry_after_s: How long the caller should wait before the next attempt, in seconds.
+        retry_after_s: How long the client should wait before it retries, in seconds.
     """
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
@@ -221,8 +221,8 @@ class QueueFullError(ProviderError):
 
 
 class DeadlineExceededError(ProviderError):
-    """The request was not answered within REQUEST_TIMEOUT_S; its remaining work was dropped."""
+    """The request took longer than REQUEST_TIMEOUT_S. Its remaining work was dropped."""
 
 
 class InferenceError(ProviderError):
-    """The model failed on an input, or returned a vector that is not finite."""
+    """The model failed on an input, or returned a non-finite vector."""

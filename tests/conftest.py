@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,42 +21,47 @@ LONGEST = (
     "compile", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
 )  # fmt: skip
 """Directories, the longest running first, so that both workers finish at about the same time."""
-CONTRACT = frozenset(
-    TESTS / "api" / f"test_{name}.py"
-    for name in ("fields", "inputs", "langchain", "models_routes", "openai_sdk", "values")
-)
-"""What a request may say and what its answer is: tested with both backends wherever tests are run."""
+BOTH_BACKENDS = {
+    TESTS / "api" / f"test_{name}.py": marks
+    for names, marks in (
+        (("openai_sdk", "values"), ()),
+        (("fields", "inputs", "langchain", "models"), (pytest.mark.slow,)),
+    )
+    for name in names
+}
+"""Test modules of the contract, which also run with torch, with the marks of those tests."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
         choices=["auto", "openvino", "torch"],
-        help="EMB_PROVIDER_BACKEND of the services that tests start (default: auto, and torch too for most of the contract)",
+        help="EMB_PROVIDER_BACKEND of the services that tests start (default: auto; tests of the contract also torch)",
     )
     parser.addoption(
         "--fuzz-examples",
         type=int,
-        help="about how many requests tests/fuzz makes, other ones each time (default: 240, always the same)",
+        help="approximate number of requests of tests/fuzz, different each time (default: a few, always the same)",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that start a service with the backend that is asked for, or those of the contract with both."""
+    """Run tests that start a service with the requested backend, by default tests of the contract with both."""
     if "backend" not in metafunc.fixturenames:
         return
-    asked = metafunc.config.getoption("--backend")
-    # Overload, and models that fail, take their time: with torch only where it is asked for.
-    both = metafunc.definition.path in CONTRACT and "strained" not in metafunc.fixturenames
-    backends = [asked] if asked else ["auto", "torch"] if both else ["auto"]
+    backends: list[Any] = [metafunc.config.getoption("--backend") or "auto"]
+    path = metafunc.definition.path
+    # The strained service takes long to start. It is tested with torch only on request.
+    if backends == ["auto"] and path in BOTH_BACKENDS and "strained" not in metafunc.fixturenames:
+        backends.append(pytest.param("torch", marks=BOTH_BACKENDS[path]))
     metafunc.parametrize("backend", backends, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> str:
     """Return the EMB_PROVIDER_BACKEND of the services that this test starts."""
-    asked: str = request.param
-    return asked
+    name: str = request.param
+    return name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,7 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         item.add_marker(pytest.mark.xdist_group(directory(item)))
-    items.sort(key=lambda item: LONGEST.index(directory(item)) if directory(item) in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: LONGEST.index(directory(item)) if directory(item) in LONGEST else len(LONGEST)
+    )
 
 
 @pytest.fixture(scope="session")

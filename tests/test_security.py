@@ -1,7 +1,4 @@
-"""What a repository, a name or a wrong setting must not be able to do; see docs/security.md.
-
-What a client must not be able to do is in tests/api: test_access, test_admin, test_secrets, test_slow_clients.
-"""
+"""Malicious repositories, names and settings; see docs/security.md. Malicious clients are tested in tests/api."""
 
 from __future__ import annotations
 
@@ -17,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from emb_model_provider.artifacts.compile_job import Job
-from emb_model_provider.artifacts.compiler_process import run_child
+from emb_model_provider.artifacts.compile_job import CompileJob
+from emb_model_provider.artifacts.compiler_process import run_compiler
 from emb_model_provider.artifacts.recipe import recipe_for
 from emb_model_provider.backends.pytorch.backend import TorchBackend
-from emb_model_provider.errors import LoadError, SettingsError
+from emb_model_provider.errors import HubError, LoadError, SettingsError
 from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.progress import CancelToken, ignore_progress
 from emb_model_provider.settings import HubSettings, Settings
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots.manifest import ManifestKey
@@ -46,26 +44,22 @@ def load(**variables: str) -> Settings:
     return load_settings(Path("/no/such/file"), named)[0]
 
 
-def test_no_form_of_the_settings_shows_a_secret() -> None:
-    """Printing, dumping or formatting settings, their groups or the models in them gives no key or token away."""
+def test_settings_do_not_show_secrets() -> None:
+    """Printed, dumped and formatted settings, groups and models contain no key or token."""
     settings = load(MODEL_MAPPING=json.dumps(MAPPING), **SECRETS)
-    groups: list[Any] = [
-        settings.server,
-        settings.hubs,
-        settings.served_models(),
-        settings.served_models().specs[0],
-    ]
-    groups += [settings.limits, settings.logs, settings.lifecycle, settings.trust]
-    forms: list[str] = [settings.model_dump_json(), str(settings.model_dump()), str(settings.model_dump(mode="json"))]  # fmt: skip
-    for each in (settings, *groups):
-        forms += [repr(each), str(each), f"{each}", f"{each!s:.9999}"]
-    assert settings.server.admin_api_keys == (SECRETS["ADMIN_API_KEYS"],)
-    assert settings.served_models().specs[0].token == "hush-mapping"
+    served = settings.served_models()
+    groups = [getattr(settings, name) for name in type(settings).model_fields]
+    forms = [settings.model_dump_json(), str(settings.model_dump()), str(settings.model_dump(mode="json"))]
+    for shown in (settings, *groups, served, served.specs[0]):
+        forms += [repr(shown), str(shown), f"{shown}", f"{shown!s:.9999}"]
+    assert settings.server.accepted_admin_keys == (SECRETS["ADMIN_API_KEYS"],)
+    assert served.specs[0].token == "hush-mapping"
+    assert len(forms) > 40
     assert [form for form in forms if "hush" in form] == []
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         {"PORT": "x"},
         {"API_KEY": "hush-misspelt"},
@@ -77,16 +71,16 @@ def test_no_form_of_the_settings_shows_a_secret() -> None:
     ],
     ids=str,
 )
-def test_line_about_a_wrong_setting_shows_no_secret(wrong: dict[str, str]) -> None:
-    """Whatever else is wrong, or is wrong with a secret itself."""
-    named = {f"EMB_PROVIDER_{name}": value for name, value in {**SECRETS, **wrong}.items()}
+def test_errors_of_settings_do_not_show_secrets(invalid: dict[str, str]) -> None:
+    """The message for an invalid setting contains no secret, even if the secret itself is invalid."""
+    named = {f"EMB_PROVIDER_{name}": value for name, value in {**SECRETS, **invalid}.items()}
     try:
         _, warnings = load_settings(Path("/no/such/file"), named)
-        said = "\n".join(warnings)
+        message = "\n".join(warnings)
     except SettingsError as error:
-        said = str(error)
-    assert said
-    assert "hush" not in said
+        message = str(error)
+    assert message
+    assert "hush" not in message
 
 
 # --- names --------------------------------------------------------------------------------------------
@@ -95,12 +89,12 @@ NAMES = ["../../../etc/passwd", "..", "/etc/passwd", "a/../../b", "..\\..\\b", "
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_what_is_kept_of_a_model_stays_in_the_cache(name: str, tmp_path: Path) -> None:
-    """Manifests and locks have names of their own making, whatever model and revision they are for."""
+def test_manifests_stay_in_the_cache(name: str, tmp_path: Path) -> None:
+    """Manifests and locks have safe file names, whatever the model and the revision are called."""
     root = tmp_path / "cache" / "snapshots"
-    for question in (ManifestKey("huggingface", name, name, name), ManifestKey("local", name)):
-        for path in (question.manifest_path(root), question.lock_path(root)):
-            assert path.parent == root / question.hub
+    for key in (ManifestKey("huggingface", name, name, name), ManifestKey("local", name)):
+        for path in (key.manifest_path(root), key.lock_path(root)):
+            assert path.parent == root / key.hub
             assert re.fullmatch(r"[A-Za-z0-9._-]{1,120}", path.name)
             assert path.resolve().is_relative_to(root.resolve())
     assert ManifestKey("huggingface", name).stem != ManifestKey("huggingface", f"{name} ").stem
@@ -108,18 +102,18 @@ def test_what_is_kept_of_a_model_stays_in_the_cache(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "..", "a/../../b", "..\\..\\b", "a\0b", "%2e%2e%2fx"], ids=ascii)  # fmt: skip
-def test_hub_is_not_asked_for_a_path(name: str, source: str, tmp_path: Path) -> None:
-    """A configured name that is no repository's is refused before anything is written or asked."""
+def test_invalid_repository_ids_are_rejected(name: str, source: str, tmp_path: Path) -> None:
+    """A configured name that is not a repository id is rejected before any file is written or request sent."""
     settings = HubSettings(cache_dir=tmp_path / "cache", modelscope_cache_dir=tmp_path / "m", hf_cache_dir=tmp_path / "h")  # fmt: skip
-    with pytest.raises(Exception, match=r"Check EMB_PROVIDER_MODEL_"):
+    with pytest.raises(HubError, match="EMB_PROVIDER_MODEL_NAME"):
         fetch_snapshot(spec_of(name=name, source=source), settings)
-    with pytest.raises(Exception, match=r"Check EMB_PROVIDER_MODEL_"):
+    with pytest.raises(HubError, match="EMB_PROVIDER_MODEL_REVISION"):
         fetch_snapshot(spec_of(name="a/b", source=source, revision=name), settings)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_artifact_is_named_by_a_hash(tmp_path: Path) -> None:
-    """No name that anybody chose is part of where a compiled model is kept."""
+    """The directory of an artifact contains no name of a model or revision."""
     snapshot = snapshot_of(save_st(tmp_path / "model", bert, wordpiece()), repository="../../x")
     spec = spec_of(alias="../../x", name="../../x", revision="../../x")
     recipe = recipe_for(spec, snapshot, trust_remote_code=False, native_bf16=False)
@@ -156,11 +150,11 @@ WRITERS = [as_pickle, as_torch_file, as_old_torch_file]
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_payload_would_run(write: Callable[[object, Path], None], tmp_path: Path) -> None:
-    """The files of these tests do harm to whoever unpickles them."""
+    """The payload of these tests runs when the file is unpickled without protection."""
     file = tmp_path / "file"
     write(Payload(tmp_path / "ran"), file)
     if write is as_pickle:
-        pickle.loads(file.read_bytes())  # noqa: S301 - that is what this shows
+        pickle.loads(file.read_bytes())  # noqa: S301 - the purpose of this test
     else:
         torch.load(file, weights_only=False)
     assert (tmp_path / "ran").exists()
@@ -168,10 +162,8 @@ def test_payload_would_run(write: Callable[[object, Path], None], tmp_path: Path
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("part", ["pytorch_model.bin", "2_Dense/pytorch_model.bin"])
-def test_no_part_of_a_model_is_unpickled(
-    part: str, write: Callable[[object, Path], None], tmp_path: Path
-) -> None:
-    """Weights of the transformer or of a later module that carry code are refused, and the code does not run."""
+def test_code_in_weights_is_not_run(part: str, write: Callable[[object, Path], None], tmp_path: Path) -> None:
+    """Weights of the transformer or of a later module that contain code are rejected, and the code does not run."""
     directory = save_st(tmp_path / "model", bert, wordpiece(), dense=20)
     (directory / part).with_name("model.safetensors").unlink()
     write(Payload(tmp_path / "ran"), directory / part)
@@ -180,8 +172,8 @@ def test_no_part_of_a_model_is_unpickled(
     assert not (tmp_path / "ran").exists()
 
 
-def test_tensors_alone_are_loaded(tmp_path: Path) -> None:
-    """`.bin` files of tensors, in every part of a model, go on working."""
+def test_tensors_are_loaded(tmp_path: Path) -> None:
+    """`.bin` files that contain only tensors are supported in every part of a model."""
     from safetensors.torch import load_file
 
     directory = save_st(tmp_path / "model", bert, wordpiece(), dense=20)
@@ -192,15 +184,15 @@ def test_tensors_alone_are_loaded(tmp_path: Path) -> None:
     assert backend.description.dimension == 20
 
 
-def test_service_unpickles_nothing(tmp_path: Path) -> None:
-    """Neither the compiling child nor torch, which is tried after it, runs what weights carry; one line says why.
+def test_service_does_not_run_code_in_weights(tmp_path: Path) -> None:
+    """Neither the compiler nor torch, which is tried after it, runs code in weights.
 
-    Not even where the repository's own code is trusted, which the log warns about.
+    This also holds for a trusted repository, about which the log warns.
     """
     directory = save_modelscope(tmp_path / "model", None)
     as_torch_file(Payload(tmp_path / "ran"), directory / "pytorch_model.bin")
     settings = {"PORT": str(free_port()), "MODEL_PATH": str(directory), "TRUST_REMOTE_CODE": "true"}
-    ended = subprocess.run(
+    process = subprocess.run(
         COMMAND,
         cwd=tmp_path,
         env=environment(tmp_path, **settings),
@@ -209,61 +201,63 @@ def test_service_unpickles_nothing(tmp_path: Path) -> None:
         timeout=240,
         check=False,
     )
-    lines = [json.loads(line) for line in ended.stderr.splitlines()]
-    messages = [line["message"] for line in lines]
-    assert ended.returncode == 1
+    lines = [json.loads(line) for line in process.stderr.splitlines()]
+    assert process.returncode == 1
     assert not (tmp_path / "ran").exists()
-    assert any("compiling" in message for message in messages), "the child was not asked"
-    assert [message for message in messages if message.startswith("model model could not be loaded: ")]
-    assert "Traceback" not in ended.stderr
-    warned = [line["message"] for line in lines if line["level"] == "WARNING"]
-    assert any("trust_remote_code is on: code from" in message for message in warned)
+    assert any("compiling" in line["message"] for line in lines), "the compiler did not run"
+    assert any(line["level"] == "ERROR" and "model" in line["message"] for line in lines)
+    assert "Traceback" not in process.stderr
+    warnings = [line["message"] for line in lines if line["level"] == "WARNING"]
+    assert any("trust_remote_code" in message for message in warnings)
 
 
 # --- code of repositories -----------------------------------------------------------------------------
 
 
-def test_code_of_repositories_is_off_unless_asked_for() -> None:
-    """No hub's code runs by default, each switch is for its own hubs, and a model's own word wins."""
-    default, spec = load().trust(), spec_of()
+def test_code_of_repositories_is_not_trusted_by_default() -> None:
+    """No code of any hub runs by default. Each switch applies to its own hubs, and a model's own setting takes precedence."""
+    default, spec = load().trust, spec_of()
     assert not any(default.allows(spec, hub) for hub in ("huggingface", "modelscope", "local", "bundled"))
-    only_modelscope = load(MODELSCOPE_TRUST_REMOTE_CODE="true").trust()
+    only_modelscope = load(MODELSCOPE_TRUST_REMOTE_CODE="true").trust
     assert only_modelscope.allows(spec, "modelscope")
     assert not only_modelscope.allows(spec, "huggingface")
-    assert not load(TRUST_REMOTE_CODE="true").trust().allows(spec, "modelscope")
+    assert not load(TRUST_REMOTE_CODE="true").trust.allows(spec, "modelscope")
     assert not only_modelscope.allows(spec_of(trust_remote_code=False), "modelscope")
 
 
-def test_compiling_child_is_told_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The process that may run a repository's code has no key, no token, and no hub in its environment."""
+def test_compiler_gets_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The process that may run code of a repository has no key, no token and no hub in its environment."""
     names = [f"EMB_PROVIDER_{name}" for name in SECRETS] + ["HF_TOKEN", "MODELSCOPE_API_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"]  # fmt: skip
     for name in names:
         monkeypatch.setenv(name, "hush")
-    report = (
+    program = (
         "import json, os; print(json.dumps({'outcome': 'unable', 'reason': json.dumps(dict(os.environ))}))"
     )
     monkeypatch.setattr(
-        "emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", report)
+        "emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program)
     )
     spec, snapshot = spec_of(token="hush"), snapshot_of(save_st(tmp_path / "model", bert, wordpiece()))
     recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=False)
-    job = Job(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1, parent=os.getpid())
-    seen = json.loads(run_child(job, stopped=lambda: False).reason)
-    assert seen["HF_HUB_OFFLINE"] == "1"
-    assert "hush" not in seen.values()
+    job = CompileJob(
+        spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1, parent=os.getpid()
+    )
+    variables = json.loads(run_compiler(job, ignore_progress, CancelToken()).reason)
+    assert variables["HF_HUB_OFFLINE"] == "1"
+    assert "hush" not in variables.values()
     assert "hush" not in job.to_json()
 
 
 # --- the document -------------------------------------------------------------------------------------
 
 
-def test_tests_that_the_threat_model_names_exist() -> None:
-    """Each defence in docs/security.md is held by a test that is there."""
+def test_each_defense_has_a_test() -> None:
+    """The tests that docs/security.md names for its defenses exist."""
     root = Path(__file__).parent
     text = (root.parent / "docs" / "security.md").read_text(encoding="utf-8")
-    rows = [line for line in text.partition("## What is defended")[2].splitlines() if line.startswith("| ")]
+    section = text.partition("## Threats and defenses")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
     named = [re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1]) for row in rows[1:]]
     assert len(named) > 15
-    assert all(named), "a defence without a test"
+    assert all(named), "a defense without a test"
     files = {file.stem for file in root.rglob("test_*.py")}
     assert {name for names in named for name in names} <= files

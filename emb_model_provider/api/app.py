@@ -1,4 +1,4 @@
-"""The one place that wires the parts: settings in, an ASGI application out."""
+"""The composition root: creates all parts of the service from the settings, and the ASGI application."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
 from emb_model_provider.api.background_tasks import BackgroundTasks
 from emb_model_provider.api.dependencies import Services
-from emb_model_provider.api.errors import on_http_exception, on_invalid_parameters, on_provider_error
+from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import (
     AccessLogMiddleware,
@@ -34,7 +34,6 @@ from emb_model_provider.api.routes import (
 )
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
-from emb_model_provider.errors import ProviderError
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
@@ -47,9 +46,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TITLE = "emb-model-provider"
+DESCRIPTION = (
+    "Embeddings through OpenAI's API, with models from ModelScope, Hugging Face or a directory. "
+    'Every error has OpenAI\'s form: `{"error": {"message", "type", "param", "code"}}`.'
+)
+
 _JOBS_STOP_S = 2.0
 """How long downloads may take at shutdown to remove their partial files."""
-
 _ROUTERS = (
     embeddings.router,
     models.router,
@@ -58,12 +62,6 @@ _ROUTERS = (
     cached_models.router,
     operations.router,
     operations.docs_router,
-)
-
-TITLE = "emb-model-provider"
-DESCRIPTION = (
-    "Embeddings behind the OpenAI API, from models of ModelScope, Hugging Face or a directory. "
-    'Every error has OpenAI\'s form: `{"error": {"message", "type", "param", "code"}}`.'
 )
 
 
@@ -78,37 +76,18 @@ def create_app(
     Args:
         settings: All settings.
         on_nothing_to_serve: Called if no model could be loaded at startup.
-        on_hung: Called with the reason if a model hangs permanently.
-        is_shutting_down: Whether the service was asked to stop, so that long work ends.
+        on_hung: Called with a message if a model hangs permanently.
+        is_shutting_down: Returns whether the service was asked to stop, so that long operations end. Called on any
+            thread.
     """
-    server, limits = settings.server, settings.limits
-    metrics = Metrics(lambda: registry.statuses())
-    manager = ModelManager(settings)
-    registry = Registry(
-        settings.served_models(),
-        manager,
-        RegistryConfig(
-            batching=settings.batching,
-            limits=limits,
-            memory=settings.memory,
-            watchdog_s=settings.lifecycle.watchdog_s,
-            on_batch=metrics.on_batch,
-        ),
-    )
-    services = Services(
-        settings=settings,
-        registry=registry,
-        manager=manager,
-        jobs=DownloadJobs(manager),
-        metrics=metrics,
-        background=BackgroundTasks(is_shutting_down),
-    )
+    services = _create_services(settings, is_shutting_down)
+    registry = services.registry
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, ConnectionLimiter]]:
-        starting = asyncio.create_task(_start(registry, server, on_nothing_to_serve))
+        starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
         watching = asyncio.create_task(registry.watch(on_hung))
-        yield {CONNECTIONS: ConnectionLimiter(limits)}
+        yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
         starting.cancel()
         watching.cancel()
         await asyncio.to_thread(services.jobs.stop, _JOBS_STOP_S)
@@ -120,13 +99,43 @@ def create_app(
         lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
     )  # fmt: skip
     app.state.services = services
+    app.openapi = _openapi(app, settings.server)  # type: ignore[method-assign]  # as FastAPI documents
     for router in _ROUTERS:
         app.include_router(router)
-    app.add_exception_handler(ProviderError, on_provider_error)
+    # All other errors are handled by AuthAndLimitsMiddleware.
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_invalid_parameters)
-    app.openapi = _openapi(app, server)  # type: ignore[method-assign]  # as FastAPI documents
-    # From the inside out. Errors pass through CorsMiddleware, so that pages can read them.
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    _add_middleware(app, services)
+    return app
+
+
+def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -> Services:
+    manager = ModelManager(settings)
+    metrics = Metrics(lambda: registry.statuses())
+    registry = Registry(
+        settings.served_models(),
+        manager,
+        RegistryConfig(
+            batching=settings.batching,
+            limits=settings.limits,
+            memory=settings.memory,
+            watchdog_s=settings.lifecycle.watchdog_s,
+            on_batch=metrics.on_batch,
+        ),
+    )
+    return Services(
+        settings=settings,
+        registry=registry,
+        manager=manager,
+        jobs=DownloadJobs(manager),
+        metrics=metrics,
+        background=BackgroundTasks(is_shutting_down),
+    )
+
+
+def _add_middleware(app: FastAPI, services: Services) -> None:
+    """Add all middleware, from the innermost to the outermost."""
+    server, limits = services.settings.server, services.settings.limits
     policy = AccessPolicy(server)
     app.add_middleware(EmbeddingsFastPath, services=services)
     app.add_middleware(
@@ -135,12 +144,12 @@ def create_app(
         max_body_bytes=limits.max_body_bytes,
         budget=BodyBudget(limits.max_pending_body_bytes),
     )
+    # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
         app.add_middleware(CorsMiddleware, origins=server.cors_origins)
     if server.accepted_hosts is not None:
         app.add_middleware(TrustedHostMiddleware, policy=policy)
-    app.add_middleware(AccessLogMiddleware, on_request=metrics.on_request)
-    return app
+    app.add_middleware(AccessLogMiddleware, on_request=services.metrics.on_request)
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:
@@ -157,7 +166,7 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
                 status.spec.alias, address, status.description.precision, status.description.device,
             )  # fmt: skip
         elif status.state is State.FAILED:
-            logger.warning("%s failed; a request after a while tries once more", status.spec.alias)
+            logger.warning("%s failed to load; a later request tries again", status.spec.alias)
         else:
             logger.info("%s is %s; it is loaded at its first request", status.spec.alias, status.state)
     body = orjson.dumps({"model": registry.default_alias, "input": "hello"}).decode()
@@ -171,15 +180,19 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
 
 
 def _openapi(app: FastAPI, server: ServerSettings) -> Callable[[], dict[str, Any]]:
-    """Describe the API with the request that `parsing.py` reads, which FastAPI does not see."""
+    """Return the function that creates the OpenAPI document.
+
+    It adds what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, and the
+    API keys. It removes FastAPI's own error responses, which are never sent.
+    """
     original = app.openapi
     keys = {"/v1": "apiKey"} if server.accepted_keys else {}
     if server.accepted_admin_keys or server.accepted_keys:
         keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
 
-    def described() -> dict[str, Any]:
+    def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = original()
+            schema = original()  # it sets app.openapi_schema
             request = EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas = schema["components"]["schemas"]
             schemas.update(request.pop("$defs", {}))
@@ -197,4 +210,4 @@ def _openapi(app: FastAPI, server: ServerSettings) -> Callable[[], dict[str, Any
                 }
         return app.openapi_schema or {}
 
-    return described
+    return openapi

@@ -1,4 +1,4 @@
-"""Work that continues when its caller goes away, and that does not delay the shutdown."""
+"""Tasks that continue when their caller goes away, and that do not delay the shutdown."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _RETRY_AFTER_S = 5.0
 
 
 class BackgroundTasks:
-    """Tasks of the service, whose callers may wait for them. Used on one event loop."""
+    """Tasks of the service. Used on one event loop."""
 
     def __init__(self, is_shutting_down: Callable[[], bool]) -> None:
         """Create an empty set of tasks.
 
         Args:
-            is_shutting_down: Whether the service was asked to stop. Called on any thread.
+            is_shutting_down: Returns whether the service was asked to stop. Called on any thread.
         """
         self.is_shutting_down = is_shutting_down
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -31,9 +31,10 @@ class BackgroundTasks:
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task."""
         task = asyncio.create_task(work)
-        self._tasks.add(task)  # else it could be garbage-collected
+        # Keep a reference, because the event loop does not, and the task could be garbage-collected.
+        self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # Retrieve the exception, because a failure that nobody waits for is reported by the model's status.
+        # Retrieve the exception, because nobody may wait for the task. The model's status shows the failure.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return task
 
@@ -42,7 +43,7 @@ class BackgroundTasks:
 
         Raises:
             ModelNotReadyError: The service shuts down. The task continues.
-            Exception: Whatever the task raises.
+            Exception: The task failed.
         """
         task = self.start(work)
         while not task.done():
@@ -51,12 +52,12 @@ class BackgroundTasks:
         return task.result()
 
     def raise_if_shutting_down(self) -> None:
-        """End the work of the caller if the service shuts down. Can be called on any thread.
+        """Stop the caller if the service shuts down. Can be called on any thread.
 
         Raises:
             ModelNotReadyError: The service shuts down.
         """
         if self.is_shutting_down():
             raise ModelNotReadyError(
-                "The service is shutting down: try again later.", retry_after_s=_RETRY_AFTER_S
+                "The service is shutting down. Try again later.", retry_after_s=_RETRY_AFTER_S
             )

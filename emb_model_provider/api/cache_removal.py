@@ -1,4 +1,4 @@
-"""Removes models from disk while they may be served: unload them first, then remove their files."""
+"""Removal of models from disk while they may be served: unload them, remove their files, retry if they are in use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.api.middleware import ClientDisconnectedError
+from starlette.requests import ClientDisconnect
+
 from emb_model_provider.errors import ModelInUseError, ModelNotFoundError
 from emb_model_provider.registry import State
 
@@ -38,8 +39,8 @@ class CacheRemoval:
         self._request = request
         self._query = query
         self._unloaded: list[ModelStatus] = []
-        self._give_up_at = time.monotonic() + query.wait_s
-        self._attempts = _UNLOAD_ATTEMPTS if query.unload and not query.dry_run else 1
+        self._deadline = time.monotonic() + query.wait_s
+        self._attempts_left = _UNLOAD_ATTEMPTS if query.unload else 1
 
     async def run(
         self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]
@@ -48,29 +49,22 @@ class CacheRemoval:
 
         Args:
             models: The models to remove.
-            remove: Removes them; takes `dry_run` and `released`.
+            remove: Removes them. Takes `dry_run` and `released`, as `ModelManager.remove` does.
 
         Returns:
-            What was removed, and the aliases that were unloaded.
+            What was removed, and the aliases that were unloaded; of a dry run, what would be.
 
         Raises:
             ModelInUseError: A model is in use.
             ModelNotReadyError: The service shuts down.
-            ClientDisconnectedError: The client is gone.
+            ClientDisconnect: The client disconnected.
         """
-        holders = models_using(models, self._registry.statuses())
         if self._query.dry_run:
-            released = (
-                [Path(model.path) for model in models if model.path and models_using([model], holders)]
-                if self._query.unload
-                else []
-            )
-            removal = await self._on_disk(partial(remove, dry_run=True, released=released))
-            return removal, _aliases(holders) if released else []
+            return await self._dry_run(models, remove)
         try:
-            removal = await self._attempt(models, remove)
+            removal = await self._remove(models, remove)
             while removal.kept and await self._should_retry():
-                again = await self._attempt(models, remove)
+                again = await self._remove(models, remove)
                 removal = again.model_copy(
                     update={
                         "models": [*removal.models, *again.models],
@@ -84,16 +78,28 @@ class CacheRemoval:
         self._serve_again(models_using(removal.kept, self._unloaded))
         return removal, _aliases(self._unloaded)
 
-    async def _attempt(self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]) -> Removal:
+    async def _dry_run(
+        self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]
+    ) -> tuple[Removal, list[str]]:
+        holders = models_using(models, self._registry.statuses())
+        released = [Path(model.path) for model in models if model.path and models_using([model], holders)]
+        if not self._query.unload:
+            released = []
+        try:
+            removal = await self._services.in_disk_thread(partial(remove, dry_run=True, released=released))
+        except ModelInUseError as error:
+            raise self._explain(error, holders) from error
+        return removal, _aliases(holders) if self._query.unload else []
+
+    async def _remove(self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]) -> Removal:
         while True:
             if self._query.unload:
                 await self._unload(models_using(models, self._registry.statuses()))
             try:
-                return await self._on_disk(partial(remove, dry_run=False))
+                return await self._services.in_disk_thread(remove)
             except ModelInUseError as error:
                 if not await self._should_retry():
-                    holders = models_using(models, self._registry.statuses())
-                    raise _explain(error, holders, self._unloaded) from error
+                    raise self._explain(error, models_using(models, self._registry.statuses())) from error
 
     async def _unload(self, holders: Sequence[ModelStatus]) -> None:
         self._unloaded += holders
@@ -102,36 +108,48 @@ class CacheRemoval:
             if status.configured:
                 unloading = self._registry.unload(alias, reason="its files are removed")
                 await self._services.background.wait(unloading)
-                continue
-            # It is not in the settings, and a request would only download the files again.
-            with suppress(ModelNotFoundError):
-                await self._services.background.wait(self._registry.remove(alias))
+            else:
+                # Stop serving it, because the next request would download the files again.
+                with suppress(ModelNotFoundError):
+                    await self._services.background.wait(self._registry.remove(alias))
 
     def _serve_again(self, unloaded: Sequence[ModelStatus]) -> None:
-        """Add models again that were removed from the registry for a removal that did not happen."""
+        """Add models to the registry again that are not in the settings, because their files were not removed."""
         for status in unloaded:
             if not status.configured:
                 with suppress(ModelInUseError):  # another model has its alias now
                     self._registry.add(status.spec)
 
     async def _should_retry(self) -> bool:
-        """Wait a moment, and return whether models that are in use are to be tried again."""
-        self._attempts -= 1
-        if self._attempts <= 0 and time.monotonic() >= self._give_up_at:
+        """Wait before the next attempt; return False instead if there is none."""
+        self._attempts_left -= 1
+        if self._attempts_left <= 0 and time.monotonic() >= self._deadline:
             return False
         await self._request.body()
         if await self._request.is_disconnected():
-            raise ClientDisconnectedError
+            raise ClientDisconnect
         self._services.background.raise_if_shutting_down()
         await asyncio.sleep(_RETRY_EVERY_S)
         return True
 
-    async def _on_disk(self, work: Callable[[], Removal]) -> Removal:
-        return await self._services.on_disk(work)
+    def _explain(self, error: ModelInUseError, holders: Sequence[ModelStatus]) -> ModelInUseError:
+        """Return the error with what the client can do about models of this service."""
+        if holders and not self._query.unload:
+            first, *_ = aliases = _aliases(holders)
+            return ModelInUseError(
+                f"The model is loaded as {_quote(aliases)}. Nothing was removed. To unload it first, add unload=true, or "
+                f"POST /api/models/unload?model_name={first}."
+            )
+        if self._unloaded:
+            return ModelInUseError(
+                f"{error.message} The service unloaded {_quote(_aliases(self._unloaded))} for this; the next request "
+                "loads it again."
+            )
+        return error
 
 
 def models_using(models: Sequence[CachedModelRecord], statuses: Sequence[ModelStatus]) -> list[ModelStatus]:
-    """Return the served models that are loaded from any of these files, or are being loaded."""
+    """Return the served models that are loaded from the files of any of these models, or are being loaded."""
 
     def uses(status: ModelStatus) -> bool:
         if status.state in _NOT_LOADED:
@@ -141,22 +159,6 @@ def models_using(models: Sequence[CachedModelRecord], statuses: Sequence[ModelSt
         return any(str(status.snapshot.path) == model.path for model in models)
 
     return [status for status in statuses if uses(status)]
-
-
-def _explain(
-    error: ModelInUseError, holders: Sequence[ModelStatus], unloaded: Sequence[ModelStatus]
-) -> ModelInUseError:
-    if holders:
-        first, *_ = aliases = _aliases(holders)
-        return ModelInUseError(
-            f"It is loaded here as {_quote(aliases)}, and nothing was removed. To unload it first, add unload=true, or "
-            f"POST /api/models/unload?model_name={first}."
-        )
-    if unloaded:
-        return ModelInUseError(
-            f"{error.message} {_quote(_aliases(unloaded))} was unloaded for it; the next request loads it again."
-        )
-    return error
 
 
 def _aliases(statuses: Sequence[ModelStatus]) -> list[str]:

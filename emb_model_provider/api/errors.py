@@ -1,4 +1,4 @@
-"""Every error that a client can see: the one place where a domain error gets its HTTP status."""
+"""Error responses: every error that a client sees, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import orjson
 from starlette.responses import Response
 
+from emb_model_provider.api.dependencies import get_record
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import (
     ModelNotReadyError,
@@ -26,39 +27,41 @@ if TYPE_CHECKING:
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
 
-_LONGEST_RETRY_AFTER_S = 120
-"""The OpenAI SDKs give up on a longer one."""
-
-
-_LONGEST_QUOTED_PATH = 200
-
 logger = logging.getLogger(__name__)
+
+_MAX_RETRY_AFTER_S = 120
+"""The OpenAI SDKs do not retry if Retry-After is longer."""
+_MAX_QUOTE = 200
+"""Longest quotation of what the client sent, in characters."""
 
 
 def error_response(
     status: int,
     message: str,
     *,
-    type: str = "invalid_request_error",  # noqa: A002 - the wire's own name
+    type: str = "invalid_request_error",  # noqa: A002 - the name in OpenAI's API
     param: str | None = None,
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """Return an error in OpenAI's form."""
+    # A message can quote what the client sent, lone surrogates included, which UTF-8 cannot encode.
+    message = message.encode("utf-8", "replace").decode()
     body = {"error": {"message": message, "type": type, "param": param, "code": code}}
-    # A message may quote what the client sent, lone surrogates included, which no UTF-8 can carry.
-    body["error"]["message"] = message.encode("utf-8", "replace").decode()
     return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
 
 
 def response_for(error: Exception) -> Response:
-    """Return the response to a request that failed. An error that is not in the table becomes a plain 500."""
+    """Return the response to a request that failed.
+
+    Errors that are not in the table are logged and become a 500 that tells the client only the request id.
+    """
     info = error_info(error)
     if info is UNEXPECTED or not isinstance(error, ProviderError):
-        # The message of an error of this package is enough; of any other error the traceback is needed.
-        trace = None if isinstance(error, ProviderError) else error
-        logger.error("the request failed: %s: %s", type(error).__name__, error, exc_info=trace)
-        message = f"The server failed on this request. Its log says why under request id {request_id.get()}."
+        # Errors of this package need no traceback, because their message is sufficient.
+        traceback = None if isinstance(error, ProviderError) else error
+        logger.error("the request failed: %s: %s", type(error).__name__, error, exc_info=traceback)
+        message = f"The server failed to process this request. See request id {request_id.get()} in its log."
         return error_response(info.status, message, type="server_error", code=info.code)
     kind = "server_error" if info.status >= 500 else "invalid_request_error"
     param = None
@@ -74,24 +77,22 @@ def response_for(error: Exception) -> Response:
         case ModelNotReadyError():
             param = "model"
             headers = _retry_after(error.retry_after_s)
-    return error_response(
-        info.status, error.message, type=kind, param=param, code=info.code, headers=headers or None
-    )
+    return error_response(info.status, error.message, type=kind, param=param, code=info.code, headers=headers)
 
 
 def _retry_after(seconds: float) -> dict[str, str]:
-    return {"retry-after": str(min(_LONGEST_RETRY_AFTER_S, max(1, math.ceil(seconds))))}
+    return {"retry-after": str(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(seconds))))}
 
 
 RETRY_SOON = _retry_after(1)
-"""For clients that were turned away before anything was known of their request."""
+"""Headers of responses to clients that are rejected before their request is read."""
 
 
 def shutting_down_response() -> Response:
-    """Return the answer to a request whose work was cancelled, as happens at the end of the grace period."""
+    """Return the response to a request that was cancelled at the end of the grace period."""
     return error_response(
         503,
-        "The service is stopping and gave this request up: ask again.",
+        "The service is shutting down and did not finish this request. Try again later.",
         type="server_error",
         param="model",
         code="model_not_ready",
@@ -100,38 +101,35 @@ def shutting_down_response() -> Response:
 
 
 def unauthorized(message: str) -> Response:
+    """Return the response to a request without a valid API key."""
     return error_response(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
-async def on_provider_error(_: Request, error: Exception) -> Response:
-    return response_for(error)
-
-
-async def on_invalid_parameters(request: Request, error: Exception) -> Response:
-    """Answer a query that is not as its route describes it. Of several faults the first is told."""
-    fault = cast("RequestValidationError", error).errors()[0]
-    name = str(fault["loc"][-1])[:_LONGEST_QUOTED_PATH]
-    match fault["type"]:
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """Return the response to a request with invalid query parameters. It names the first of them."""
+    problem = cast("RequestValidationError", error).errors()[0]
+    name = str(problem["loc"][-1])[:_MAX_QUOTE]
+    match problem["type"]:
         case "missing":
-            where = request.scope["path"][:_LONGEST_QUOTED_PATH]
-            message = f"Missing required parameter: '{name}'. Send it in the query: {where}?{name}=…"
+            path = request.scope["path"][:_MAX_QUOTE]
+            message = f"Missing required parameter: '{name}'. Send it in the query: {path}?{name}=…"
             code = "missing_required_parameter"
         case "extra_forbidden":
-            message = f"Unknown parameter: '{name}'. /docs lists those of this route."
+            message = f"Unknown parameter: '{name}'. /docs lists the parameters of this route."
             code = "unknown_parameter"
         case kind:
-            quoted = repr(fault["input"])[:_LONGEST_QUOTED_PATH]
-            message = f"Invalid value for '{name}' = {quoted}. {fault['msg']}."
+            quoted = repr(problem["input"])[:_MAX_QUOTE]
+            message = f"Invalid value for '{name}' = {quoted}. {problem['msg']}."
             code = "invalid_type" if kind.endswith(("_parsing", "_type")) else "invalid_value"
     return error_response(400, message, param=name, code=code)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Answer unknown routes and methods, which the router raises."""
+    """Return the response to a request for an unknown path or with a method that its path does not support."""
     exception = cast("HTTPException", error)
-    # The record has the method that was sent: a HEAD comes here as a GET.
-    method = request.scope["emb_provider.record"].method
-    message = f"Invalid URL ({method} {request.scope['path'][:_LONGEST_QUOTED_PATH]})"
+    # The record has the method that the client sent: in the scope, HEAD was replaced by GET.
+    method = get_record(request).method
+    message = f"Invalid URL ({method} {request.scope['path'][:_MAX_QUOTE]})"
     match exception.status_code:
         case 404:
             return error_response(404, message, code="unknown_url")

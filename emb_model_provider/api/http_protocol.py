@@ -1,11 +1,14 @@
-"""HTTP/1.1 as uvicorn reads and writes it, with corrections that it has no setting for.
+"""The HTTP/1.1 protocol of the server: uvicorn's, with corrections for which uvicorn has no setting.
 
-- Java's HttpClient, and so Spring AI, asks with each request to a plain `http://` address to go on in HTTP/2
-  (`Upgrade: h2c`). A server may ignore that (RFC 9110, 7.8); uvicorn with httptools loses the request's body.
-- What is not HTTP at all is answered in OpenAI's form and with a request id, as everything else is.
-- An answer's head and body are one write: two system calls and two packets are half as much again as one.
-- A client costs bounded memory and time, however slowly it sends or reads and however much it sends ahead. uvicorn
-  limits neither the time a request takes to arrive, nor a request's head, nor how many requests wait in a connection.
+- Requests that ask for an upgrade to HTTP/2 (`Upgrade: h2c`), as Java's HttpClient and so Spring AI send them to
+  `http://` addresses, are answered in HTTP/1.1. A server may ignore the upgrade (RFC 9110, 7.8), but uvicorn with
+  httptools loses the body of such a request.
+- Invalid HTTP is answered with an error in OpenAI's form and with a request id.
+- The head and the body of a response are written together, because two system calls and packets take 1.5 times as long
+  as one.
+- Each connection takes bounded memory and time, however slowly its client sends or reads, and however many requests it
+  sends ahead. uvicorn limits neither the time in which a request arrives, nor the size of its head, nor the number of
+  pipelined requests.
 """
 
 from __future__ import annotations
@@ -35,17 +38,14 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.limits import ConnectionLimiter
 
-
 logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
 MAX_PIPELINED_REQUESTS = 16
-"""Requests that wait in a connection for earlier ones. Clients hardly ever send more than one ahead."""
+"""How many requests of a connection can wait for earlier ones. Clients rarely send more than one ahead."""
 
-
-class _StopParsingError(Exception):
-    """Raised in one of the parser's callbacks, which has said what is to become of the connection."""
+_MIN_TIMER_S = 0.001
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -59,35 +59,35 @@ class HttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._shared: ConnectionLimiter = app_state[CONNECTIONS]
+        self._limiter: ConnectionLimiter = app_state[CONNECTIONS]
         self._timer: asyncio.TimerHandle | None = None
         self._active: RequestResponseCycle | None = None
-        """The request that is or was answered last; those behind it are in `self.pipeline`."""
-        self._since = 0.0
-        """When that began for which the connection waits: a request, the rest of one, or a client that reads."""
-        self._receiving = False
-        """Whether a request has begun that is not whole."""
-        self._without_body = 0
-        """Bytes since the last request, or since the last piece of this one's body."""
+        """The request that is being answered, or was answered last. Later ones are in `self.pipeline`."""
+        self._waiting_since = 0.0
+        """When the connection began to wait for its client: to send a request, to complete one, or to read."""
+        self._is_receiving = False
+        """Whether a request has begun and is not complete."""
+        self._bytes_outside_body = 0
+        """Bytes received since the last request, or since the last piece of the current request's body."""
         self._unsent = 0
-        self._ended = False
-        """Nothing more is read."""
+        """How many bytes waited for the client at the last check."""
+        self._has_stopped_reading = False
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self.flow = Flow(transport, self.pipeline)
-        self._since = self.loop.time()
-        if self._shared.too_many(len(self.connections)):
-            self._refuse(503, "There are too many connections.", "too_many_connections")
+        self.flow = PipelineFlowControl(transport, self.pipeline)
+        self._waiting_since = self.loop.time()
+        if self._limiter.is_over_limit(len(self.connections)):
+            self._reject(503, "Too many connections are open.", "too_many_connections")
         else:
-            self._timer = self.loop.call_later(self._shared.receive_timeout_s, self._check_timeout)
+            self._timer = self.loop.call_later(self._limiter.receive_timeout_s, self._check_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._shared.on_resumed(self)
+        self._limiter.on_resumed(self)
         super().connection_lost(exc)
-        # uvicorn tells only the request that came last.
+        # uvicorn notifies only the request that came last.
         if self._active is not None and not self._active.response_complete:
             self._active.disconnected = True
             self._active.message_event.set()
@@ -95,71 +95,71 @@ class HttpProtocol(HttpToolsProtocol):
     # --- reading ------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._ended:
+        if self._has_stopped_reading:
             return
-        self._without_body += len(data)
+        self._bytes_outside_body += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             if self.parser.get_method() == b"CONNECT":
-                self._refuse(400, "This is not a valid HTTP request.", "invalid_http")
+                self._reject(400, "This is not a valid HTTP request.", "invalid_http")
             else:
-                self._read_again_without_upgrade(data[upgrade.args[0] :])
+                self._parse_again_without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
-            if not self._ended:
-                self._refuse(400, "This is not a valid HTTP request.", "invalid_http")
+            if not self._has_stopped_reading:
+                self._reject(400, "This is not a valid HTTP request.", "invalid_http")
         if (
-            self._receiving
-            and not self._ended
-            and (self._without_body > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS)
+            self._is_receiving
+            and not self._has_stopped_reading
+            and (self._bytes_outside_body > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS)
         ):
-            self._refuse_head()
+            self._reject_headers()
 
-    # A request that asks for another protocol is not begun: it is read again without that wish.
+    # A request that asks for an upgrade is not started: it is parsed again without its Upgrade header.
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED_REQUESTS:
-            # RFC 9112, 9.3.2: who sends ahead has to send again what was not answered when the connection ends.
-            self._ended = True
+            # The client has to repeat requests that are unanswered when the connection ends (RFC 9112, 9.3.2).
+            self._has_stopped_reading = True
             self.cycle.keep_alive = False
             raise _StopParsingError
         super().on_message_begin()
-        self._receiving = True
+        self._is_receiving = True
         if self.cycle is not None and self.cycle.response_complete:
-            self._since = self.loop.time()
+            self._waiting_since = self.loop.time()
 
     def on_headers_complete(self) -> None:
         if len(self.headers) > MAX_HEADERS or (
-            self._without_body > MAX_HEADER_BYTES and _size(self.url, self.headers) > MAX_HEADER_BYTES
+            self._bytes_outside_body > MAX_HEADER_BYTES and _size(self.url, self.headers) > MAX_HEADER_BYTES
         ):
-            self._refuse_head()
+            self._reject_headers()
             raise _StopParsingError
         if not self.parser.should_upgrade():
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._without_body = 0
+        self._bytes_outside_body = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
             return
-        self._receiving = False
-        self._without_body = 0
-        if self.cycle.response_complete:  # it was refused before it was whole
-            self._since = self.loop.time()
+        self._is_receiving = False
+        self._bytes_outside_body = 0
+        if self.cycle.response_complete:  # the request was rejected before it was complete
+            self._waiting_since = self.loop.time()
         super().on_message_complete()
 
-    def _read_again_without_upgrade(self, rest: bytes) -> None:
+    def _parse_again_without_upgrade(self, rest: bytes) -> None:
         version = self.parser.get_http_version().encode()
         lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
         lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self._without_body = 0
+        self._bytes_outside_body = 0
         self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
 
-    # --- answering ----------------------------------------------------------------------------------------
+    # --- responding ---------------------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._active = cycle
@@ -167,44 +167,48 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def shutdown(self) -> None:
-        # uvicorn closes the connection under an answer that is complete, though its last piece may be held back.
+        # uvicorn closes a connection whose response is complete, although its last piece may not be written yet.
         if self._active is not None and isinstance(self._active.transport, CoalescingTransport):
             self._active.transport.flush()
         super().shutdown()
 
     def on_response_complete(self) -> None:
-        # Instead of uvicorn's, which makes a timer for each answer and begins the next one though this is not read.
+        # Replaces uvicorn's, which creates a timer for each response, and starts the next request although the client
+        # has not read this response.
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
         if self.pipeline:
-            # By then the loop has tried to write the answer, and knows whether the client reads.
+            # Then the event loop has tried to write the response, and knows whether the client reads.
             self.loop.call_soon(self._start_next_request)
         elif self.cycle.more_body:
-            self.flow.resume_reading()  # the rest of a request that was refused is read, and dropped
+            self.flow.resume_reading()  # the rest of a request that was rejected is read and dropped
         else:
-            self._since = self.loop.time()
+            self._waiting_since = self.loop.time()
             self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self.flow.pause_reading()
-        self._unsent, self._since = self.unsent_bytes(), self.loop.time()
-        self._shared.slow(self)
+        self._unsent, self._waiting_since = self.unsent_bytes(), self.loop.time()
+        self._limiter.on_paused(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._shared.on_resumed(self)
+        self._limiter.on_resumed(self)
         self._start_next_request()
 
     def _start_next_request(self) -> None:
         if self.flow.write_paused or self.transport.is_closing():
             return
-        if self._active is None or self._active.response_complete:
-            self._since = self.loop.time()
+        if not self._is_responding():
+            self._waiting_since = self.loop.time()
             if self.pipeline:
                 self._start_asgi_task(*self.pipeline.pop())
         self.flow.resume_reading()
+
+    def _is_responding(self) -> bool:
+        return self._active is not None and not self._active.response_complete
 
     def unsent_bytes(self) -> int:
         return self.transport.get_write_buffer_size()
@@ -213,66 +217,66 @@ class HttpProtocol(HttpToolsProtocol):
         connection = self.transport.get_extra_info("socket")
         if connection is not None:
             with suppress(OSError):
-                # Else the system goes on trying to send what it has taken, for minutes.
+                # Otherwise the operating system would try to send what it has buffered for minutes.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
-    # --- giving up ----------------------------------------------------------------------------------------
+    # --- timeouts -----------------------------------------------------------------------------------------
 
     def _check_timeout(self) -> None:
-        """Give the connection up if the client takes too long; else look again when it could."""
+        """Time the connection out if the client is too slow; otherwise check again at the earliest possible time."""
         now = self.loop.time()
-        # No wait that begins from now on can end sooner than this.
-        next_look_s = min(self._shared.receive_timeout_s, float(self.timeout_keep_alive))
-        allowed_s = self._timeout_s()
-        if allowed_s is not None:
-            left_s = self._since + allowed_s - now
+        # A wait that begins after this check cannot time out sooner.
+        next_check_s = min(self._limiter.receive_timeout_s, float(self.timeout_keep_alive))
+        timeout_s = self._timeout_s()
+        if timeout_s is not None:
+            left_s = self._waiting_since + timeout_s - now
             if left_s <= 0:
-                self._give_up()
-                self._since = now
+                self._time_out()
+                self._waiting_since = now
             else:
-                next_look_s = min(next_look_s, left_s)
-        self._timer = self.loop.call_later(max(next_look_s, 0.001), self._check_timeout)
+                next_check_s = min(next_check_s, left_s)
+        self._timer = self.loop.call_later(max(next_check_s, _MIN_TIMER_S), self._check_timeout)
 
     def _timeout_s(self) -> float | None:
-        """Return how long the client may take for what it has to do now; None where it is the service's turn."""
+        """Return how long the connection may wait for its client now, or None if it waits for the service."""
         if self.flow.write_paused or self.transport.is_closing():
             unsent = self.unsent_bytes()
-            if unsent != self._unsent:  # it does read
-                self._unsent, self._since = unsent, self.loop.time()
-            return self._shared.receive_timeout_s
-        if self._is_working() and (self.pipeline or self._active is None or not self._active.more_body):
+            if unsent != self._unsent:  # the client is reading
+                self._unsent, self._waiting_since = unsent, self.loop.time()
+            return self._limiter.receive_timeout_s
+        if self._is_responding() and (self.pipeline or self._active is None or not self._active.more_body):
             return None
-        if self._receiving or self._active is None:
-            return self._shared.receive_timeout_s
+        if self._is_receiving or self._active is None:
+            return self._limiter.receive_timeout_s
         return self.timeout_keep_alive
 
-    def _give_up(self) -> None:
-        if self.flow.write_paused or self.transport.is_closing() or self._ended:
+    def _time_out(self) -> None:
+        if self.flow.write_paused or self.transport.is_closing() or self._has_stopped_reading:
             self.abort()
-        elif self._active is not None and self._is_working():
+        elif self._active is not None and self._is_responding():
             if RECEIVE_TIMED_OUT in self._active.scope:
                 self.abort()
-            # The middleware asks for the rest of the body, gets nothing, and finds this.
+            # The middleware waits for the rest of the body. It wakes up, and finds this key.
             self._active.scope[RECEIVE_TIMED_OUT] = True  # type: ignore[literal-required]  # servers add keys
             self._active.message_event.set()
-        elif self._receiving and not self._has_head():
-            self._refuse(408, "The request was not sent in time.", "request_timeout")
+        elif self._is_receiving and not self._has_head():
+            self._reject(408, "The request was not sent in time.", "request_timeout")
         else:
             self.transport.close()
 
-    def _is_working(self) -> bool:
-        return self._active is not None and not self._active.response_complete
-
     def _has_head(self) -> bool:
+        """Return whether the head of the request that is being received is complete."""
         return self.cycle is not None and self.cycle.scope is self.scope
 
-    def _refuse_head(self) -> None:
-        self._refuse(431, "The request's headers are too large.", "headers_too_large")
+    # --- rejecting ----------------------------------------------------------------------------------------
 
-    def _refuse(self, status: int, message: str, code: str) -> None:
-        """Answer what is no request that can be read, unless something is being answered; then close."""
-        self._ended = True
+    def _reject_headers(self) -> None:
+        self._reject(431, "The request headers are too large.", "headers_too_large")
+
+    def _reject(self, status: int, message: str, code: str) -> None:
+        """Send an error without calling the application, unless a response is in progress; then close the connection."""
+        self._has_stopped_reading = True
         active = self._active
         if active is not None and not active.response_complete and not active.more_body:
             self.pipeline.clear()
@@ -291,43 +295,42 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + bytes(response.body))
         self.transport.close()
         if status < 500:
-            # In place of an access line. Of connections that are too many, `limits.py` tells.
+            # In place of an access line. The limiter logs about connections that are over the limit.
             logger.info(
-                "refused what is no whole request: status=%d %s request_id=%s", status, code, identifier
+                "rejected an invalid or incomplete request: status=%d %s request_id=%s",
+                status,
+                code,
+                identifier,
             )
 
 
-def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
-    return len(url) + sum(len(name) + len(value) for name, value in headers)
+class PipelineFlowControl(FlowControl):
+    """Flow control that reads nothing while requests wait in the pipeline, or responses wait for the client."""
 
-
-class Flow(FlowControl):
-    """Reads no more while requests wait in the connection, or answers for the client."""
-
-    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+    def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
         super().__init__(transport)
-        self._waiting = waiting
+        self._pipeline = pipeline
 
     def resume_reading(self) -> None:
-        if self.read_paused and not self.write_paused and not self._waiting:
+        if self.read_paused and not self.write_paused and not self._pipeline:
             super().resume_reading()
 
 
 class CoalescingTransport(asyncio.Transport):
-    """Holds a write back until the next one, or until the event loop's next turn, and writes both at once."""
+    """Delays a write until the next one, or until the next turn of the event loop, and writes both at once."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._transport = transport
         self._loop = loop
-        self._held = b""
+        self._pending = b""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._held:
-            self._transport.write(self._held + data)
-            self._held = b""
+        if self._pending:
+            self._transport.write(self._pending + data)
+            self._pending = b""
         elif data:
-            self._held = bytes(data)
+            self._pending = bytes(data)
             self._loop.call_soon(self.flush)
 
     def close(self) -> None:
@@ -338,7 +341,15 @@ class CoalescingTransport(asyncio.Transport):
         return self._transport.is_closing()
 
     def flush(self) -> None:
-        """Write what is held back."""
-        if self._held:
-            self._transport.write(self._held)
-            self._held = b""
+        """Write the delayed data."""
+        if self._pending:
+            self._transport.write(self._pending)
+            self._pending = b""
+
+
+class _StopParsingError(Exception):
+    """Raised in callbacks of the parser after the connection has been dealt with."""
+
+
+def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
+    return len(url) + sum(len(name) + len(value) for name, value in headers)

@@ -1,4 +1,4 @@
-"""What all clients together may hold: connections, bodies of requests, and answers that nobody reads."""
+"""Limits that all clients share: connections, request bodies, and responses that clients do not read."""
 
 from __future__ import annotations
 
@@ -19,105 +19,119 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONNECTIONS = "emb_provider.connections"
-"""Where the application's lifespan puts its `ConnectionLimiter` for `api/protocol.py` to find."""
+"""Key of the `ConnectionLimiter` in the application's lifespan state, where `http_protocol.py` finds it."""
 RECEIVE_TIMED_OUT = "emb_provider.receive_timed_out"
-"""A key that a request's scope gets when its client took too long to send it."""
+"""Key that is set in a request's scope if the client took too long to send the request."""
 
 _MAX_CONNECTIONS = 4096
-_FILES_FOR_OTHERS = 256
-"""Files and sockets that are not clients' connections: models, logs, hubs."""
-_ROOM_AGAIN_S = 1.0
-_TELL_AGAIN_S = 10.0
+_RESERVED_FILES = 256
+"""Open files and sockets that are not client connections: models, logs, hubs."""
+_RETRY_AFTER_S = 1.0
+_WARN_EVERY_S = 10.0
 
 
 class BodyBudget:
-    """Counts the bytes of all requests' bodies, from when they arrive until their request is over.
+    """A bound on the bytes of all request bodies that are held at one moment.
 
-    A request is refused rather than made to wait: clients that send slowly could otherwise hold up all others.
+    A request that does not fit is rejected instead of delayed, because otherwise clients that send slowly could block
+    all others.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._held = 0
+        self._reserved = 0
 
     def check(self, size: int) -> None:
-        """Raises: QueueFullError where a body of `size` bytes would not fit now."""
-        if self._held + size > self._max_bytes:
+        """Check that a body of `size` bytes fits now.
+
+        Raises:
+            QueueFullError: It does not fit.
+        """
+        if self._reserved + size > self._max_bytes:
             raise QueueFullError(
-                f"The requests that are being read and answered hold {self._max_bytes / 1024 / 1024:g} MiB together: "
-                "ask again.",
-                retry_after_s=_ROOM_AGAIN_S,
+                f"The bodies of all current requests exceed {self._max_bytes / 1024**2:g} MiB. Try again later.",
+                retry_after_s=_RETRY_AFTER_S,
             )
 
-    def take(self, size: int) -> None:
-        """Count `size` bytes that arrived.
+    def reserve(self, size: int) -> None:
+        """Reserve `size` bytes until they are released.
 
-        Raises: QueueFullError where there is no room for them; they are not counted then.
+        Raises:
+            QueueFullError: They do not fit. Nothing is reserved.
         """
         self.check(size)
-        self._held += size
+        self._reserved += size
 
-    def give_back(self, size: int) -> None:
-        self._held -= size
+    def release(self, size: int) -> None:
+        """Release bytes that were reserved."""
+        self._reserved -= size
 
 
-class WriteBacklog(Protocol):
-    """A connection as far as its answers are concerned."""
+class Connection(Protocol):
+    """A connection with responses that its client has not read yet."""
 
     def unsent_bytes(self) -> int:
-        """Return how much of its answers waits in memory for the client to read."""
+        """Return how many bytes wait in memory for the client to read them."""
 
     def abort(self) -> None:
-        """Close it at once; what was not sent is lost."""
+        """Close the connection at once. Unsent bytes are lost."""
 
 
 class ConnectionLimiter:
-    """What the connections of one service share."""
+    """Limits that all connections of one service share."""
 
     def __init__(self, limits: LimitSettings) -> None:
         self.receive_timeout_s = limits.receive_timeout_s
-        self._most = _connections_allowed()
-        self._told_at = float("-inf")
-        # An answer is as hard on memory as a body, and is larger than the body that asked for it.
+        self._max_connections = _raise_file_limit()
+        self._warned_at = float("-inf")
+        # Unread responses get the same budget as request bodies: they take as much memory, and are larger.
         self._max_unsent_bytes = limits.max_pending_body_bytes
-        self._slow: dict[WriteBacklog, None] = {}
+        self._paused: dict[Connection, None] = {}
+        """Connections whose clients read too slowly, longest first."""
 
-    def too_many(self, open_now: int) -> bool:
-        """Whether the newest of so many connections must be refused. The log says so, but not for each of a flood."""
-        if open_now <= self._most:
+    def is_over_limit(self, open_connections: int) -> bool:
+        """Return whether the newest of the open connections must be rejected; log a warning now and then if so."""
+        if open_connections <= self._max_connections:
             return False
         now = time.monotonic()
-        if now > self._told_at + _TELL_AGAIN_S:
-            self._told_at = now
-            logger.warning("%d connections are open, and no more are taken: new ones get 503", self._most)
+        if now > self._warned_at + _WARN_EVERY_S:
+            self._warned_at = now
+            logger.warning(
+                "%d connections are open: new connections are rejected with 503", self._max_connections
+            )
         return True
 
-    def slow(self, connection: WriteBacklog) -> None:
-        """Note that a client reads slower than it is answered; give up the slowest where all of them hold too much."""
-        self._slow[connection] = None
-        unsent = sum(each.unsent_bytes() for each in self._slow)
-        while unsent > self._max_unsent_bytes and len(self._slow) > 1:
-            longest = next(iter(self._slow))
+    def on_paused(self, connection: Connection) -> None:
+        """Record that a client reads slower than it is answered.
+
+        If the unsent bytes of all such connections exceed the limit, those that have been paused for longest are
+        aborted, but never the last one.
+        """
+        self._paused[connection] = None
+        unsent = sum(paused.unsent_bytes() for paused in self._paused)
+        while unsent > self._max_unsent_bytes and len(self._paused) > 1:
+            longest = next(iter(self._paused))
             unsent -= longest.unsent_bytes()
-            del self._slow[longest]
+            del self._paused[longest]
             longest.abort()
 
-    def on_resumed(self, connection: WriteBacklog) -> None:
-        self._slow.pop(connection, None)
+    def on_resumed(self, connection: Connection) -> None:
+        """Record that a client has caught up with its responses, or is gone."""
+        self._paused.pop(connection, None)
 
 
-def _connections_allowed() -> int:
-    """Let this process open as many files as it may need, and return how many of them can be connections."""
+def _raise_file_limit() -> int:
+    """Raise the limit of open files as far as necessary, and return how many of them can be connections."""
     if sys.platform == "win32":
         return _MAX_CONNECTIONS
-    wanted = _MAX_CONNECTIONS + _FILES_FOR_OTHERS
+    wanted = _MAX_CONNECTIONS + _RESERVED_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # No higher than needed: some libraries walk through all numbers that a file could have.
+        # Not higher than necessary, because some libraries iterate over all possible file descriptors.
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
     if soft == resource.RLIM_INFINITY:
         return _MAX_CONNECTIONS
-    return min(_MAX_CONNECTIONS, max(soft - _FILES_FOR_OTHERS, soft // 2))
+    return min(_MAX_CONNECTIONS, max(soft - _RESERVED_FILES, soft // 2))

@@ -1,4 +1,4 @@
-"""What happens to every request, whatever its route: an id, an access line, the door, the body's limit."""
+"""Middleware for all routes: request ids and access log, allowed hosts, access control, limits, and error responses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for, shutting_down_response
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
 from emb_model_provider.errors import BodyTooLargeError, CompressedBodyError, ReceiveTimeoutError
@@ -28,18 +29,19 @@ if TYPE_CHECKING:
     from emb_model_provider.api.auth import AccessPolicy
     from emb_model_provider.api.limits import BodyBudget
 
-
 access_logger = logging.getLogger(ACCESS_LOGGER)
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""Asked every few seconds by machines: their access lines are for DEBUG."""
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Requests for these are logged at DEBUG, because monitoring sends them every few seconds."""
 _CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that went away; nobody reads it but the log."""
+"""nginx's status for a request whose client disconnected. Only the access log shows it."""
+_WATCH_AFTER_S = 0.2
+"""Most requests are answered sooner, and are not watched for a disconnect."""
 
 
 class AccessLogMiddleware:
-    """Gives every request its id, and writes one access line for it when it is answered."""
+    """Assigns each request an id, and writes one line to the access log when it has been answered."""
 
     def __init__(self, app: ASGIApp, on_request: Callable[[RequestRecord], None]) -> None:
         self._app = app
@@ -50,12 +52,13 @@ class AccessLogMiddleware:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
-        identifier = given if _SANE_REQUEST_ID.fullmatch(given) else new_request_id()
+        identifier = Headers(scope=scope).get("x-request-id", "")
+        if not _VALID_REQUEST_ID.fullmatch(identifier):
+            identifier = new_request_id()
         encoded = identifier.encode("ascii")
         record = RequestRecord(method=scope["method"], path=scope["path"], request_id=identifier)
-        scope["emb_provider.record"] = record
-        # Never reset: each request is a task with a context of its own, and what the server logs of it comes later.
+        scope[RECORD] = record
+        # Never reset, because uvicorn may log about the request after this. Each request is a task with its own context.
         request_id.set(identifier)
 
         async def send_with_id(message: Message) -> None:
@@ -73,7 +76,7 @@ class AccessLogMiddleware:
     def _write(self, record: RequestRecord) -> None:
         if record.path == "/v1/embeddings" and record.method == "POST":
             self._on_request(record)
-        level = logging.DEBUG if record.path in _QUIET_PATHS else logging.INFO
+        level = logging.DEBUG if record.path in _MONITORING_PATHS else logging.INFO
         if not access_logger.isEnabledFor(level):
             return
         fields: dict[str, object] = {"status": record.status, "ms": _milliseconds(record.duration_s)}
@@ -91,12 +94,8 @@ class AccessLogMiddleware:
         access_logger.log(level, "%s %s %s", record.method, record.path[:200], line, extra={"fields": fields})
 
 
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 2)
-
-
 class TrustedHostMiddleware:
-    """Turns away requests under a name that is not ours, the preflights of browsers included."""
+    """Rejects requests, CORS preflights included, whose Host header is not allowed."""
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
         self._app = app
@@ -108,7 +107,7 @@ class TrustedHostMiddleware:
 
 
 class AuthAndLimitsMiddleware:
-    """Turns away who may not call, stops bodies that cannot be read, and answers what nothing else caught."""
+    """Checks access and the size of request bodies, and turns exceptions into error responses."""
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, max_body_bytes: int, budget: BodyBudget) -> None:
         self._app = app
@@ -121,58 +120,55 @@ class AuthAndLimitsMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        response_started = body_asked_for = False
+        received_bytes = 0
+        body_requested = response_started = False
 
-        async def noting_send(message: Message) -> None:
+        async def limited_receive() -> Message:
+            nonlocal body_requested, received_bytes
+            body_requested = True
+            message = await receive()
+            if message["type"] == "http.request":
+                if RECEIVE_TIMED_OUT in scope:
+                    raise ReceiveTimeoutError("The request body was not sent in time.")
+                size = len(message.get("body", b""))
+                self._check_size(received_bytes + size)
+                self._budget.reserve(size)
+                received_bytes += size
+            return message
+
+        async def tracked_send(message: Message) -> None:
             nonlocal response_started
             if message["type"] == "http.response.start":
                 response_started = True
-                if not body_asked_for and "expect" in headers:
-                    # Whether the client still sends its body is open, so nobody knows where its next request begins.
+                if not body_requested and "expect" in headers:
+                    # It is unknown whether the client sends its body now, and thus where its next request begins.
                     MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        received = 0
-
-        async def limited_receive() -> Message:
-            nonlocal body_asked_for, received
-            body_asked_for = True
-            message = await receive()
-            if message["type"] == "http.request":
-                if RECEIVE_TIMED_OUT in client_scope:
-                    raise ReceiveTimeoutError("The request's body was not sent in time.")
-                size = len(message.get("body", b""))
-                self._check_size(received + size)
-                self._budget.take(size)
-                received += size
-            return message
-
-        client_scope = scope
         try:
             refusal = self._policy.authorize(scope, headers)
             if refusal is not None:
-                await refusal(scope, receive, noting_send)
+                await refusal(scope, receive, tracked_send)
                 return
-            self._check_announced(headers)
-            if scope["method"] == "HEAD":
-                # The routes know GET. The server sends no body all the same: it looks at its own scope.
-                scope = {**scope, "method": "GET"}
-            await self._app(scope, limited_receive, noting_send)
-        except (ClientDisconnect, ClientDisconnectedError):
-            await Response(status_code=_CLIENT_CLOSED_REQUEST)(scope, receive, noting_send)
+            self._check_headers(headers)
+            # Routes accept GET only. The server still sends no body, because it looks at the original scope.
+            inner_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(inner_scope, limited_receive, tracked_send)
+        except ClientDisconnect:
+            await Response(status_code=_CLIENT_CLOSED_REQUEST)(scope, receive, tracked_send)
         except asyncio.CancelledError:
-            # The server does this to what is left at the end of the grace period. Unanswered, it would be a 500.
+            # The server cancels the remaining requests at the end of the grace period, and would answer with a 500.
             if response_started:
                 raise
-            await shutting_down_response()(scope, receive, noting_send)
+            await shutting_down_response()(scope, receive, tracked_send)
         except Exception as error:
             if response_started:
                 raise
-            await response_for(error)(scope, receive, noting_send)
+            await response_for(error)(scope, receive, tracked_send)
         finally:
-            self._budget.give_back(received)
+            self._budget.release(received_bytes)
 
-    def _check_announced(self, headers: Headers) -> None:
+    def _check_headers(self, headers: Headers) -> None:
         length = headers.get("content-length", "")
         size = int(length) if length.isdecimal() else 0
         self._check_size(size)
@@ -180,38 +176,34 @@ class AuthAndLimitsMiddleware:
         encoding = headers.get("content-encoding", "identity")
         if encoding.strip().lower() != "identity":
             raise CompressedBodyError(
-                f"The request body is compressed (Content-Encoding: {encoding[:50]}): send it as plain JSON."
+                f"The request body is compressed (Content-Encoding: {encoding[:50]}). Send it as plain JSON."
             )
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:
             raise BodyTooLargeError(
-                f"The request body is larger than {self._max_body_bytes / 1024 / 1024:g} MiB: send fewer inputs at a time."
+                f"The request body is larger than {self._max_body_bytes / 1024**2:g} MiB. Send fewer inputs per request."
             )
-
-
-_WATCH_AFTER_S = 0.2
-"""Most requests are answered sooner, and need no watcher."""
-
-
-class ClientDisconnectedError(Exception):
-    """The client closed its connection before it was answered."""
 
 
 @asynccontextmanager
 async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancel the block when the client goes away, and raise ClientGoneError. The body must have been read."""
+    """Cancel the block if the client disconnects. The body must have been read before.
+
+    Raises:
+        ClientDisconnect: The client disconnected.
+    """
     task = asyncio.current_task()
     if task is None:
-        raise RuntimeError("must be entered in a task")
-    gone = False
+        raise RuntimeError("cancelled_on_disconnect() needs a task to cancel")
+    is_disconnected = False
     watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
-        nonlocal gone
+        nonlocal is_disconnected
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        gone = True
+        is_disconnected = True
         task.cancel()
 
     def start_watching() -> None:
@@ -222,11 +214,15 @@ async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        # Someone else's cancellation, such as a shutdown's, goes on its way.
-        if gone and task.uncancel() == 0:
-            raise ClientDisconnectedError from None
+        # Another cancellation, such as that of a shutdown, is passed on.
+        if is_disconnected and task.uncancel() == 0:
+            raise ClientDisconnect from None
         raise
     finally:
         timer.cancel()
         if watcher is not None:
             watcher.cancel()
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)

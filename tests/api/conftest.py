@@ -1,4 +1,4 @@
-"""Services that differ from the default one, and what they serve; each is started once per session and backend."""
+"""Services with other settings than the defaults. Each is started once per session and backend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.api.models import KEYS, MAPPING, ORIGIN, SECRETS, bundled_directory, save_poisoned
+from emb_model_provider.hubs.local import find_bundled
+from tests.api.helpers import KEYS, MAPPING, ORIGIN, SECRETS, read_files, save_poisoned
+from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
+from tests.models import FAMILIES
 from tests.service import BUNDLED, Service
 
 if TYPE_CHECKING:
@@ -19,20 +22,20 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def reference() -> SentenceTransformer:
-    """Return sentence-transformers' own reading of the bundled model."""
+    """Return the bundled model, loaded with sentence-transformers."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(
-        str(bundled_directory()), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+        str(find_bundled()), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
     )
 
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
-    """Yield a service with keys, CORS, small limits, strict input, and one model under several aliases.
+    """Yield a service with keys, CORS, low limits, strict input, and one model under several aliases.
 
-    Its `http` client sends a good key.
+    Its `http` client sends a valid key.
     """
     settings = {
         "CACHE_DIR": service_cache,
@@ -53,72 +56,119 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backen
 
 
 @pytest.fixture(scope="session")
-def strained(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
-    """Yield a service with little time and a short queue, and with models that have gone wrong.
-
-    `mini` is well, `poisoned` gives NaN for one word, `broken` could not be loaded, `stuck` never finishes its
-    download.
-    """
-    directory = tmp_path_factory.mktemp("strained")
-    # Connections to it are made by the system and never answered.
-    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
-        mapping = {
-            "mini": {"name": BUNDLED},
-            "poisoned": {
-                "name": "poisoned",
-                "path": str(save_poisoned(directory / "poisoned")),
-                "backend": "torch",
-            },
-            "broken": {"name": "broken", "path": str(directory / "not-there")},
-            "stuck": {
-                "name": "test/stuck",
-                "source": "huggingface",
-                "endpoint": f"http://127.0.0.1:{silent_hub.getsockname()[1]}",
-            },
-        }
-        settings = {
-            "CACHE_DIR": service_cache,
-            "BACKEND": backend,
-            "MODEL_MAPPING": json.dumps(mapping),
-            "PRELOAD_MODELS": "mini,poisoned,broken",
-            "REQUEST_TIMEOUT_S": "5",
-            "MAX_QUEUE_TOKENS": "500",
-            "MAX_BATCH_TOKENS": "512",
-        }
-        with Service(directory / "service", **settings) as started:
-            started.wait_for_state("mini", "ready").wait_for_state("poisoned", "ready")
-            yield started.wait_for_state("broken", "failed")
+def silent_hub() -> Iterator[str]:
+    """Yield the URL of a hub that accepts connections and never responds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")
-def edge(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
-    """Yield a service that has little patience with its clients, keys for admin routes, and much to keep secret.
+def strained(
+    tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str, silent_hub: str
+) -> Iterator[Service]:
+    """Yield a service with a short request timeout, a short queue, and models that fail.
 
-    `mini` is well, `stuck` never finishes its download. It logs all that it can, as text.
+    `mini` works, `poisoned` returns NaN for one text, `broken` cannot be loaded, `stuck` never finishes its download.
     """
-    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
-        endpoint = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
-        mapping = {
-            "mini": {"name": BUNDLED, "token": SECRETS["mini"]},
-            "stuck": {
-                "name": "test/stuck",
-                "source": "huggingface",
-                "endpoint": endpoint,
-                "token": SECRETS["stuck"],
-            },
-        }
-        settings = {
-            "CACHE_DIR": service_cache,
-            "BACKEND": backend,
-            "MODEL_MAPPING": json.dumps(mapping),
-            "PRELOAD_MODELS": "mini",
-            "RECEIVE_TIMEOUT_S": "3",
-            "REQUEST_TIMEOUT_S": "8",
-            "ADMIN_API_KEYS": SECRETS["admin"],
-            "HF_TOKEN": SECRETS["hf"],
-            "MODELSCOPE_TOKEN": SECRETS["modelscope"],
-            "LOG_LEVEL": "DEBUG",
-            "LOG_FORMAT": "text",
-        }
-        with Service(tmp_path_factory.mktemp("edge"), **settings) as started:
-            yield started.wait()
+    directory = tmp_path_factory.mktemp("strained")
+    mapping = {
+        "mini": {"name": BUNDLED},
+        "poisoned": {
+            "name": "poisoned",
+            "path": str(save_poisoned(directory / "poisoned")),
+            "backend": "torch",
+        },
+        "broken": {"name": "broken", "path": str(directory / "not-there")},
+        "stuck": {"name": "test/stuck", "source": "huggingface", "endpoint": silent_hub},
+    }
+    settings = {
+        "CACHE_DIR": service_cache,
+        "BACKEND": backend,
+        "MODEL_MAPPING": json.dumps(mapping),
+        "PRELOAD_MODELS": "mini,poisoned,broken",
+        "REQUEST_TIMEOUT_S": "5",
+        "MAX_QUEUE_TOKENS": "500",
+        "MAX_BATCH_TOKENS": "512",
+    }
+    with Service(directory / "service", **settings) as started:
+        started.wait_for_state("mini", "ready").wait_for_state("poisoned", "ready")
+        yield started.wait_for_state("broken", "failed")
+
+
+@pytest.fixture(scope="session")
+def impatient(
+    tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str, silent_hub: str
+) -> Iterator[Service]:
+    """Yield a service with short timeouts, admin keys, tokens, and a text log at DEBUG.
+
+    `mini` works, `stuck` never finishes its download.
+    """
+    mapping = {
+        "mini": {"name": BUNDLED, "token": SECRETS["mini"]},
+        "stuck": {
+            "name": "test/stuck",
+            "source": "huggingface",
+            "endpoint": silent_hub,
+            "token": SECRETS["stuck"],
+        },
+    }
+    settings = {
+        "CACHE_DIR": service_cache,
+        "BACKEND": backend,
+        "MODEL_MAPPING": json.dumps(mapping),
+        "PRELOAD_MODELS": "mini",
+        "RECEIVE_TIMEOUT_S": "3",
+        "REQUEST_TIMEOUT_S": "8",
+        "ADMIN_API_KEYS": SECRETS["admin"],
+        "HF_TOKEN": SECRETS["hf"],
+        "MODELSCOPE_TOKEN": SECRETS["modelscope"],
+        "LOG_LEVEL": "DEBUG",
+        "LOG_FORMAT": "text",
+    }
+    with Service(tmp_path_factory.mktemp("impatient"), **settings) as started:
+        yield started.wait()
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HuggingFaceServer]:
+    """Yield a Hugging Face server without repositories: each test adds its own."""
+    with HuggingFaceServer({}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def modelscope() -> Iterator[ModelScopeServer]:
+    """Yield a ModelScope server without repositories."""
+    with ModelScopeServer({}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def managed(
+    tmp_path_factory: pytest.TempPathFactory, hub: HuggingFaceServer, modelscope: ModelScopeServer
+) -> Iterator[Service]:
+    """Yield a service that loads no model at startup, with both hubs on this machine and all caches below `disk`."""
+    directory = tmp_path_factory.mktemp("managed")
+    settings = {
+        "MODEL_MAPPING": json.dumps({"mini": {"name": BUNDLED}}),
+        "PRELOAD_MODELS": "none",
+        "MODEL_PRECISION": "fp32",
+        "HF_ENDPOINT": hub.url,
+        "HF_CACHE_DIR": str(directory / "disk" / "hf"),
+        "MODELSCOPE_ENDPOINT": modelscope.url,
+        "MODELSCOPE_CACHE_DIR": str(directory / "disk" / "ms"),
+        "CACHE_DIR": str(directory / "disk" / "own"),
+    }
+    with Service(directory, **settings) as started:
+        yield started.wait()
+
+
+@pytest.fixture(scope="session")
+def small_hub(hub: HuggingFaceServer, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceServer:
+    """Return `hub` with two repositories of a small model that can be loaded: acme/small and acme/served.
+
+    They have the same files, so that the model is compiled only once.
+    """
+    files = read_files(FAMILIES["bert-mean-normalize"](tmp_path_factory.mktemp("small") / "model"))
+    hub.repos |= {"acme/small": dict(files), "acme/served": dict(files)}
+    return hub

@@ -1,4 +1,4 @@
-"""A user of the ModelScope guide, end to end: its .env, the real client, a hub, the real service."""
+"""The example of the ModelScope guide, with the real client and the real service."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GTE = "damo/nlp_gte_sentence-embedding_chinese-base"
 TEXTS = ["这是一个中文文本示例", "hello world", "一"]
 
 
-def test_gte_from_modelscope_has_its_cls_vectors(tmp_path: Path, service_cache: str, backend: str) -> None:
-    """The guide's settings serve a GTE repository with the CLS token's vector, and a second start asks no hub."""
+def test_gte_from_modelscope(tmp_path: Path, service_cache: str, backend: str) -> None:
+    """The settings of the guide serve a GTE repository with the vectors of its CLS token, and a second start sends no request to the hub."""
     directory = save_modelscope(tmp_path / "gte", gte_configuration())
     files = {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     settings = {

@@ -1,4 +1,4 @@
-"""Clients that send slowly, read slowly, ask too much at once, or nothing at all: each costs bounded memory and time."""
+"""Clients that send or read slowly, or send too much at once: each takes bounded memory and time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from emb_model_provider.api.limits import ConnectionLimiter
 from emb_model_provider.settings import LimitSettings
-from tests.api.models import KEYS
+from tests.api.helpers import KEYS, connect
 from tests.service import Service, assert_error, wait_until
 
 if TYPE_CHECKING:
@@ -28,15 +28,11 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\n"
 LENGTH = b"Content-Length: 1000\r\n\r\n"
 TRICKLE_S = 0.2
-RECEIVE_TIMEOUT_S = 3.0  # of `edge`
-
-
-def connect(service: Service) -> socket.socket:
-    return socket.create_connection(("localhost", service.port), timeout=120)
+RECEIVE_TIMEOUT_S = 3.0  # of `impatient`
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Read until the other end closes."""
+    """Read until the server closes the connection."""
     raw = b""
     with suppress(ConnectionError):
         while chunk := connection.recv(65536):
@@ -48,7 +44,7 @@ def statuses(raw: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", raw)]
 
 
-# --- slow writers -------------------------------------------------------------------------------------
+# --- slow senders -------------------------------------------------------------------------------------
 
 SLOW: dict[str, tuple[bytes, bytes]] = {
     "nothing": (b"", b""),
@@ -63,52 +59,52 @@ SLOW: dict[str, tuple[bytes, bytes]] = {
     "a second request": (HEALTH + POST, b""),
     "a second body": (HEALTH + POST + LENGTH, b"x"),
 }
-"""What is sent at once, and what is sent over and over after it."""
-ANSWERS = {"nothing": [], "empty lines": [], "a body of no use": [200], "a second request": [200, 408], "a second body": [200, 408]}  # fmt: skip
+"""What is sent at once, and what is sent repeatedly after it."""
+EXPECTED_STATUSES = {"nothing": [], "empty lines": [], "a body of no use": [200], "a second request": [200, 408], "a second body": [200, 408]}  # fmt: skip
 
 
-class Slow:
-    """What came of clients that were all there at the same time."""
+class SlowClients:
+    """What the service sent to several clients at the same time."""
 
     def __init__(self) -> None:
-        self.got: dict[str, bytes] = {}
-        """What each slow one was sent until its connection was closed."""
+        self.received: dict[str, bytes] = {}
+        """What each slow client received until its connection was closed."""
         self.idle: list[bytes] = []
-        """What came over one connection, before and after the others were closed."""
+        """What an idle connection received before and after the others were closed."""
         self.working: httpx.Response
-        """The answer to a request that the service took long for."""
+        """The response to a request that the service took long for."""
 
 
 @pytest.fixture(scope="module")
-def slow(edge: Service) -> Slow:
-    """Let clients be slow until the service gives them up."""
-    slow = Slow()
+def slow(impatient: Service) -> SlowClients:
+    """Return the results of slow clients, after the service has closed their connections."""
+    slow = SlowClients()
 
-    def be_slow(name: str) -> None:
-        at_once, over_and_over = SLOW[name]
-        with connect(edge) as connection:
+    def run_client(name: str) -> None:
+        at_once, repeatedly = SLOW[name]
+        with connect(impatient) as connection:
             connection.sendall(at_once)
             closed = threading.Event()
 
             def trickle() -> None:
                 with suppress(OSError):
-                    while over_and_over and not closed.wait(TRICKLE_S):
-                        connection.sendall(over_and_over)
+                    while repeatedly and not closed.wait(TRICKLE_S):
+                        connection.sendall(repeatedly)
 
             trickling = threading.Thread(target=trickle)
             trickling.start()
-            slow.got[name] = read_all(connection)
+            slow.received[name] = read_all(connection)
             closed.set()
             trickling.join()
 
-    threads = [threading.Thread(target=be_slow, args=(name,)) for name in SLOW]
-    with connect(edge) as idle:
+    threads = [threading.Thread(target=run_client, args=(name,)) for name in SLOW]
+    with connect(impatient) as idle:
         idle.sendall(HEALTH)
         slow.idle.append(idle.recv(65536))
         for thread in threads:
             thread.start()
-        assert edge.embed("others are answered").status_code == 200
-        slow.working = edge.embed("x", model="stuck")
+        assert impatient.embed("others are answered").status_code == 200
+        slow.working = impatient.embed("x", model="stuck")
         for thread in threads:
             thread.join()
         idle.sendall(HEALTH)
@@ -117,10 +113,10 @@ def slow(edge: Service) -> Slow:
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_request_ends(slow: Slow, name: str) -> None:
-    """Who does not send a whole request in time is told so and closed; who sent nothing is just closed."""
-    raw = slow.got[name]
-    expected = ANSWERS.get(name, [408])
+def test_slow_request_times_out(slow: SlowClients, name: str) -> None:
+    """A client that does not complete its request in time gets 408, unless it sent nothing; it is disconnected."""
+    raw = slow.received[name]
+    expected = EXPECTED_STATUSES.get(name, [408])
     assert statuses(raw) == expected
     if expected[-1:] == [408]:
         head, _, body = raw[raw.rindex(b"HTTP/1.1 ") :].partition(b"\r\n\r\n")
@@ -130,48 +126,50 @@ def test_slow_request_ends(slow: Slow, name: str) -> None:
         assert (error["code"], error["type"]) == ("request_timeout", "invalid_request_error")
 
 
-def test_slow_request_is_in_the_log(edge: Service, slow: Slow) -> None:
-    """The access line has what the client was told."""
-    assert slow.got["no body"]
-    wait_until(lambda: "request_id=slow-no-body" in edge.log_text())
-    (line,) = [line for line in edge.log_text().splitlines() if "request_id=slow-no-body" in line]
+def test_slow_request_is_logged(impatient: Service, slow: SlowClients) -> None:
+    """The access log has the status that the client got."""
+    assert slow.received["no body"]
+    wait_until(lambda: "request_id=slow-no-body" in impatient.log_text())
+    (line,) = [line for line in impatient.log_text().splitlines() if "request_id=slow-no-body" in line]
     assert "status=408" in line
 
 
-def test_only_the_client_is_hurried(slow: Slow) -> None:
-    """What the service takes long for is answered, and a quiet connection stays open for its next request."""
+def test_timeout_applies_only_to_clients(slow: SlowClients) -> None:
+    """A request that the service takes long for is answered, and an idle connection stays open for its next request."""
     assert_error(
         slow.working, 503, "model_not_ready", type="server_error", param="model", phrase="downloading"
     )
-    assert slow.working.elapsed.total_seconds() > 2 * RECEIVE_TIMEOUT_S, "too short to show anything"
+    assert slow.working.elapsed.total_seconds() > 2 * RECEIVE_TIMEOUT_S, (
+        "the request was too fast for this test"
+    )
     assert [statuses(raw) for raw in slow.idle] == [[200], [200]]
 
 
 # --- slow readers -------------------------------------------------------------------------------------
 
 
-def test_client_that_does_not_read(edge: Service) -> None:
-    """Answers are not made ahead of a client that does not read, and in the end it is given up."""
+def test_client_that_does_not_read(impatient: Service) -> None:
+    """Responses are not computed ahead of a client that does not read, and its connection is closed in the end."""
     body = json.dumps({"model": "mini", "input": ["a"] * 400}).encode()
     request = POST + b"X-Request-Id: unread\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(120)
-        connection.connect(("127.0.0.1", edge.port))
+        connection.connect(("127.0.0.1", impatient.port))
         connection.sendall(request * 12)
-        wait_until(lambda: "request_id=unread" in edge.log_text())
+        wait_until(lambda: "request_id=unread" in impatient.log_text())
         poll = select.poll()
         poll.register(connection, select.POLLERR | select.POLLHUP)
         assert poll.poll(120_000), "the connection was not closed"
-    answered = edge.log_text().count("request_id=unread")
-    assert 1 <= answered <= 6, "the system's buffers hold one or two of these answers"
-    assert edge.embed("x", model="mini").status_code == 200
+    answered = impatient.log_text().count("request_id=unread")
+    assert 1 <= answered <= 6, "the buffers of the operating system hold one or two of these responses"
+    assert impatient.embed("x", model="mini").status_code == 200
 
 
-def test_client_that_reads_late(edge: Service) -> None:
-    """Who reads, if slowly, gets all it asked for, in order, also requests that were sent ahead."""
+def test_client_that_reads_slowly(impatient: Service) -> None:
+    """A client that reads slowly gets all responses in order, also those to pipelined requests."""
     bodies = [json.dumps({"model": "mini", "input": ["a"] * count}).encode() for count in (300, 1, 300, 2)]
-    with connect(edge) as connection:
+    with connect(impatient) as connection:
         connection.sendall(
             b"".join(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies)
         )
@@ -187,12 +185,12 @@ def test_client_that_reads_late(edge: Service) -> None:
             assert len(json.loads(reader.read(length))["data"]) == count
 
 
-# --- too much at once ---------------------------------------------------------------------------------
+# --- too many requests, headers and connections -------------------------------------------------------
 
 
-def test_endless_pipeline(edge: Service) -> None:
-    """Of thousands of requests sent ahead some are answered, in order; then the connection ends."""
-    with connect(edge) as connection:
+def test_endless_pipeline(impatient: Service) -> None:
+    """Of thousands of pipelined requests, some are answered in order; then the connection is closed."""
+    with connect(impatient) as connection:
         with suppress(ConnectionError):
             connection.sendall(HEALTH * 20_000)
         answered = statuses(read_all(connection))
@@ -211,8 +209,8 @@ def test_endless_pipeline(edge: Service) -> None:
     ],
     ids=["headers", "header", "path", "trailer", "chunk extension"],
 )
-def test_head_that_does_not_end(service: Service, start: bytes, more: bytes) -> None:
-    """What is not a body is kept only up to a limit: 431, and the connection ends."""
+def test_endless_head(service: Service, start: bytes, more: bytes) -> None:
+    """Everything except the body is limited: the client gets 431, and the connection is closed."""
     with connect(service) as connection:
         connection.sendall(start)
         with suppress(ConnectionError):
@@ -225,14 +223,14 @@ def test_head_that_does_not_end(service: Service, start: bytes, more: bytes) -> 
 
 
 @pytest.mark.parametrize("headers", [{f"x-{number}": "y" for number in range(101)}, {"x": "y" * 40_000}])
-def test_head_that_is_too_large(service: Service, headers: dict[str, str]) -> None:
-    """However it arrives, a request with too many or too large headers is refused."""
+def test_large_head(service: Service, headers: dict[str, str]) -> None:
+    """A request with too many or too large headers is rejected."""
     response = service.http.get("/health", headers=headers)
     assert_error(response, 431, "headers_too_large")
 
 
-def test_large_heads_pass(service: Service) -> None:
-    """What proxies and browsers add fits."""
+def test_usual_heads_are_accepted(service: Service) -> None:
+    """The headers that proxies and browsers add are accepted."""
     headers = {f"x-{number}": "y" * 300 for number in range(80)}
     assert service.http.get("/health", headers=headers).status_code == 200
 
@@ -243,7 +241,7 @@ os.execv(sys.executable, [sys.executable, "-m", "emb_model_provider.main"])"""
 
 
 def test_too_many_connections(tmp_path: Path) -> None:
-    """The limit of open files is raised as far as it goes; connections that leave no files for other work get 503."""
+    """The limit of open files is raised as far as possible, and connections beyond it get 503."""
     command = [sys.executable, "-c", FEW_FILES]
     with Service(tmp_path, command=command, PRELOAD_MODELS="none") as few, ExitStack() as stack:
         few.wait("/health")
@@ -265,16 +263,16 @@ def test_too_many_connections(tmp_path: Path) -> None:
     assert 1 <= few.log_text().count("60 connections are open") < 10
 
 
-# --- bodies of all requests together ------------------------------------------------------------------
+# --- memory of all requests together ------------------------------------------------------------------
 
 KEY = f"Authorization: Bearer {KEYS[0]}\r\n".encode()
 PART = b'{"input": "' + b"x" * 240_000
-"""Eight of these are nearly as much as `guarded` takes in all: 8 x 0.25 MiB."""
+"""Eight of these are nearly as much as the body budget of `guarded`: 8 x 0.25 MiB."""
 
 
 @contextmanager
 def filled(guarded: Service) -> Iterator[None]:
-    """Hold nearly all that the service takes of bodies, by requests that are not whole."""
+    """Use nearly the whole body budget of the service with incomplete requests."""
     with ExitStack() as stack:
 
         def hold() -> socket.socket:
@@ -285,11 +283,11 @@ def filled(guarded: Service) -> Iterator[None]:
         holding = [hold() for _ in range(8)]
 
         def is_full() -> bool:
-            # One of them may have been refused because of the very request that asks.
-            refused, _, _ = select.select(holding, [], [], 0.1)
-            holding[:] = [connection for connection in holding if connection not in refused]
-            holding.extend(hold() for _ in refused)
-            return not refused and probe(guarded).status_code == 429
+            # The probe itself can cause the rejection of one of them.
+            rejected, _, _ = select.select(holding, [], [], 0.1)
+            holding[:] = [connection for connection in holding if connection not in rejected]
+            holding.extend(hold() for _ in rejected)
+            return not rejected and probe(guarded).status_code == 429
 
         wait_until(is_full)
         yield
@@ -297,12 +295,12 @@ def filled(guarded: Service) -> Iterator[None]:
 
 
 def probe(guarded: Service) -> httpx.Response:
-    """Send a large body, of which only a small part is embedded."""
+    """Send a large body with a short input."""
     return guarded.http.post("/v1/embeddings", content=json.dumps({"input": "x", "user": "y" * 250_000}))
 
 
-def test_bodies_of_all_requests_are_bounded(guarded: Service) -> None:
-    """What does not fit is refused at once, announced or not; small requests go on; all room comes back."""
+def test_body_budget(guarded: Service) -> None:
+    """A body that exceeds the budget is rejected at once, announced or not, and small requests are answered."""
     with filled(guarded):
         response = probe(guarded)
         assert_error(response, 429, "queue_full", type="rate_limit_error", phrase="2 MiB")
@@ -319,8 +317,8 @@ def test_bodies_of_all_requests_are_bounded(guarded: Service) -> None:
         assert guarded.embed("small").status_code == 200
 
 
-def test_room_comes_back_however_a_request_ends(guarded: Service) -> None:
-    """Requests that fail, are refused or are left give back what they held."""
+def test_body_budget_is_released(guarded: Service) -> None:
+    """Requests that fail, are rejected or are disconnected release their share of the budget."""
 
     def too_long() -> Iterator[bytes]:
         for _ in range(30):
@@ -334,7 +332,7 @@ def test_room_comes_back_however_a_request_ends(guarded: Service) -> None:
     wait_until(lambda: probe(guarded).status_code == 200)
 
 
-class Reader:
+class FakeConnection:
     """A connection whose client does not read."""
 
     def __init__(self, unsent: int) -> None:
@@ -348,16 +346,16 @@ class Reader:
         self.aborted = True
 
 
-def test_unread_answers_of_all_clients_are_bounded() -> None:
-    """Where they hold too much together, those that have not read for longest are given up, never the last one."""
-    connections = ConnectionLimiter(LimitSettings(max_body_mb=100 / 2**20, max_pending_body_mb=100 / 2**20))
-    first, second, third, quick, huge = (Reader(unsent) for unsent in (40, 40, 30, 500, 1000))
-    connections.slow(quick)
-    connections.on_resumed(quick)
-    connections.slow(first)
-    connections.slow(second)
+def test_unread_responses_are_limited() -> None:
+    """If unread responses exceed the limit, clients that have not read for longest are disconnected, except the last."""
+    limiter = ConnectionLimiter(LimitSettings(max_body_mb=100 / 2**20, max_pending_body_mb=100 / 2**20))
+    first, second, third, fast, huge = (FakeConnection(unsent) for unsent in (40, 40, 30, 500, 1000))
+    limiter.on_paused(fast)
+    limiter.on_resumed(fast)
+    limiter.on_paused(first)
+    limiter.on_paused(second)
     assert not first.aborted
-    connections.slow(third)
-    assert [reader.aborted for reader in (first, second, third)] == [True, False, False]
-    connections.slow(huge)
-    assert [reader.aborted for reader in (second, third, huge, quick)] == [True, True, False, False]
+    limiter.on_paused(third)
+    assert [each.aborted for each in (first, second, third)] == [True, False, False]
+    limiter.on_paused(huge)
+    assert [each.aborted for each in (second, third, huge, fast)] == [True, True, False, False]

@@ -1,4 +1,4 @@
-"""Bodies of POST /v1/embeddings: right ones, ones with one known fault, and anything at all."""
+"""Strategies for the body of `POST /v1/embeddings`: valid, with one invalid field, and arbitrary."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_INPUTS, MAX_TOKENS = 64, 4000
-"""What the fuzzed service takes in one request: small, so that the limits are met often."""
+"""Limits of the fuzzed service, low so that many requests exceed them."""
 PLAIN, FREE = "plain", "team/free"
-"""Its models, both the bundled one. `FREE` has prompts, reads its own token ids, and gives vectors of any size."""
+"""Models of the fuzzed service, both the bundled one. `FREE` has prompts, and allows token ids and all dimensions."""
 LONGEST, VOCABULARY = 256, 30_522
 
 _UNITS = (
@@ -25,7 +25,7 @@ _UNITS = (
     "\U0010ffff", "\ud800", "\udc00", "[CLS]", "[PAD]", "##ing", "<s>", "word ", "0", "\x1b[31m", "\u2028", "İ", "ß", "ﬀ",
 )  # fmt: skip
 _ANY_CHARACTER = st.characters(exclude_categories=())
-"""Surrogates included, which JSON can carry as escapes."""
+"""Includes surrogates, which JSON can contain as escapes."""
 
 texts = st.one_of(
     st.text(_ANY_CHARACTER, max_size=30),
@@ -41,7 +41,7 @@ json_values = st.recursive(
 
 
 def _either(*names: str) -> Callable[[st.SearchStrategy[Any]], st.SearchStrategy[dict[str, Any]]]:
-    """Return what makes of a value the fields that carry it: absent, or under one of the names."""
+    """Return a function that maps values to fields: absent, or under one of the names."""
 
     def fields(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
         return st.just({}) | st.builds(lambda name, value: {name: value}, st.sampled_from(names), values)
@@ -58,7 +58,7 @@ _OPTIONS: tuple[st.SearchStrategy[dict[str, Any]], ...] = (
     _either("truncate_prompt_tokens")(st.sampled_from([None, -1, 1, 2, 3, LONGEST - 1, LONGEST]) | st.integers(1, LONGEST)),
     _either("normalize", "normalized")(st.none() | st.booleans()),
     _either("user")(st.none() | texts),
-    # Never the name of a field that means something.
+    # Unknown fields.
     st.dictionaries(st.text(_ANY_CHARACTER, max_size=3).map("x-".__add__), json_values, max_size=2),
 )  # fmt: skip
 _TEXT_INPUTS = st.one_of(
@@ -71,7 +71,7 @@ _TOKEN_INPUTS = token_rows | st.lists(token_rows, min_size=1, max_size=4)
 
 @st.composite
 def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw a request that must be answered, unless one of `CUTS` applies."""
+    """Draw a request that must be answered, or be rejected with one of `LENGTH_ERRORS`."""
     fields: dict[str, Any] = {}
     if draw(st.booleans()):
         fields |= {"model": FREE, "input": draw(_TEXT_INPUTS | _TOKEN_INPUTS)}
@@ -87,57 +87,59 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
     return {name: fields[name] for name in order}
 
 
-CUTS = {(400, "context_length_exceeded"), (400, "max_tokens_per_request")}
-"""How a request that is right otherwise may be refused: its texts are too long, alone or together."""
+LENGTH_ERRORS = {(400, "context_length_exceeded"), (400, "max_tokens_per_request")}
+"""Errors of requests that are valid except that their texts are too long, one of them or all together."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
-    """A field's wrong values, and what each is answered with."""
+class InvalidField:
+    """Invalid values of a field, and the errors that they may cause."""
 
     field: str
     values: tuple[Any, ...]
     expected: frozenset[tuple[int, str]]
     model: str | None = None
-    """Where the fault needs one of the models."""
+    """The model for which the values are invalid; None: any."""
 
 
-def _fault(field: str, code: str, *values: Any, status: int = 400, model: str | None = None) -> Fault:
-    return Fault(field, values, frozenset((status, one) for one in code.split("|")), model)
+def _invalid(
+    field: str, codes: str, *values: Any, status: int = 400, model: str | None = None
+) -> InvalidField:
+    return InvalidField(field, values, frozenset((status, code) for code in codes.split("|")), model)
 
 
 ABSENT = object()
-FAULTS = (
-    _fault("input", "missing_required_parameter", ABSENT, None),
-    _fault("input", "invalid_type", 0, 1, -1.5, True, False, {}, {"text": "x"}, 2**63, 10**30),
-    _fault(
+INVALID_FIELDS = (
+    _invalid("input", "missing_required_parameter", ABSENT, None),
+    _invalid("input", "invalid_type", 0, 1, -1.5, True, False, {}, {"text": "x"}, 2**63, 10**30),
+    _invalid(
         "input", "invalid_input",
         [], [None], ["a", None], ["a", 1], [1, "a"], [1.5], [True], [1, True], [[]], [[1], []], [["a"]], [[1], [True]],
         [[1], 1], [{}], [[[1]]], [[1.0]], [[None]], [{"text": "a"}], [10**30],
     ),
-    _fault("input", "array_too_long", ["a"] * (MAX_INPUTS + 1), [""] * 2049, [[1]] * (MAX_INPUTS + 1), [None] * 100),
-    _fault("input", "max_tokens_per_request", ["word " * 100] * MAX_INPUTS, ["#" * LONGEST] * 20),
-    _fault("input", "token_input_unsupported", [1], [[1, 2], [3]], [-1], [2**63], model=PLAIN),
-    _fault("input", "invalid_value", [-1], [VOCABULARY], [[1], [2**62]], [2**63], [[2**64 - 1]], model=FREE),
-    _fault("model", "model_not_found", "nope", "", " ", "../../etc/passwd", "team/", "free ", "PLAIN", "\ud800", "\0", "x" * 10_000, status=404),
-    _fault("model", "invalid_type", 1, True, [], {}, 1.5, ["plain"]),
-    _fault("encoding_format", "invalid_value", "", "int8", "float ", "b64", "\ud800", "x" * 10_000),
-    _fault("encoding_format", "invalid_type", 1, True, False, [], {}, ["float"]),
-    _fault("dimensions", "invalid_dimensions", 385, 768, 2**31, 2**63, 2**64 - 1),
-    _fault("dimensions", "invalid_dimensions", 1, 383, model=PLAIN),
-    _fault("dimensions", "invalid_value", 0, -1, -(2**63)),
-    _fault("dimensions", "invalid_type|invalid_dimensions", 2**64, 10**30, 10**300),
-    _fault("dimensions", "invalid_type", "384", 384.0, True, False, [], {}, [384]),
-    _fault("output_dimension", "invalid_type", "1", 1.0, []),
-    _fault("input_type", "invalid_value", "", "nope", "Query", "query ", "\0", "\ud800", "x" * 10_000),
-    _fault("input_type", "invalid_type", 0, True, [], {}),
-    _fault("prompt_name", "invalid_type", 0, True, [], {}),
-    _fault("truncate", "invalid_value", "", "LEFT", "true", "END "),
-    _fault("truncate", "invalid_type", 0, 1, 1.5, [], {}),
-    _fault("truncate_prompt_tokens", "invalid_value", 0, -2, LONGEST + 1, 2**31, 2**63, -(2**63)),
-    _fault("truncate_prompt_tokens", "invalid_type", "1", 1.0, True, [], {}),
-    _fault("normalize", "invalid_type", 0, 1, "true", "", [], {}),
-    _fault("normalized", "invalid_type", 0, "false", []),
+    _invalid("input", "array_too_long", ["a"] * (MAX_INPUTS + 1), [""] * 2049, [[1]] * (MAX_INPUTS + 1), [None] * 100),
+    _invalid("input", "max_tokens_per_request", ["word " * 100] * MAX_INPUTS, ["#" * LONGEST] * 20),
+    _invalid("input", "token_input_unsupported", [1], [[1, 2], [3]], [-1], [2**63], model=PLAIN),
+    _invalid("input", "invalid_value", [-1], [VOCABULARY], [[1], [2**62]], [2**63], [[2**64 - 1]], model=FREE),
+    _invalid("model", "model_not_found", "nope", "", " ", "../../etc/passwd", "team/", "free ", "PLAIN", "\ud800", "\0", "x" * 10_000, status=404),
+    _invalid("model", "invalid_type", 1, True, [], {}, 1.5, ["plain"]),
+    _invalid("encoding_format", "invalid_value", "", "int8", "float ", "b64", "\ud800", "x" * 10_000),
+    _invalid("encoding_format", "invalid_type", 1, True, False, [], {}, ["float"]),
+    _invalid("dimensions", "invalid_dimensions", 385, 768, 2**31, 2**63, 2**64 - 1),
+    _invalid("dimensions", "invalid_dimensions", 1, 383, model=PLAIN),
+    _invalid("dimensions", "invalid_value", 0, -1, -(2**63)),
+    _invalid("dimensions", "invalid_type|invalid_dimensions", 2**64, 10**30, 10**300),
+    _invalid("dimensions", "invalid_type", "384", 384.0, True, False, [], {}, [384]),
+    _invalid("output_dimension", "invalid_type", "1", 1.0, []),
+    _invalid("input_type", "invalid_value", "", "nope", "Query", "query ", "\0", "\ud800", "x" * 10_000),
+    _invalid("input_type", "invalid_type", 0, True, [], {}),
+    _invalid("prompt_name", "invalid_type", 0, True, [], {}),
+    _invalid("truncate", "invalid_value", "", "LEFT", "true", "END "),
+    _invalid("truncate", "invalid_type", 0, 1, 1.5, [], {}),
+    _invalid("truncate_prompt_tokens", "invalid_value", 0, -2, LONGEST + 1, 2**31, 2**63, -(2**63)),
+    _invalid("truncate_prompt_tokens", "invalid_type", "1", 1.0, True, [], {}),
+    _invalid("normalize", "invalid_type", 0, 1, "true", "", [], {}),
+    _invalid("normalized", "invalid_type", 0, "false", []),
 )  # fmt: skip
 SYNONYMS = (
     ("dimensions", "output_dimension"), ("input_type", "task", "prompt_name"), ("truncate", "truncation"),
@@ -146,31 +148,31 @@ SYNONYMS = (
 
 
 @st.composite
-def spoiled_fields(draw: st.DrawFn) -> tuple[dict[str, Any], frozenset[tuple[int, str]]]:
-    """Draw a request with one fault, and the statuses and codes that may answer it."""
-    fault = draw(st.sampled_from(FAULTS))
-    return spoil(draw(valid_fields()), fault, draw(st.sampled_from(fault.values)))
+def invalid_fields(draw: st.DrawFn) -> tuple[dict[str, Any], frozenset[tuple[int, str]]]:
+    """Draw a request with one invalid field, and the statuses and codes that it may get."""
+    invalid = draw(st.sampled_from(INVALID_FIELDS))
+    return make_invalid(draw(valid_fields()), invalid, draw(st.sampled_from(invalid.values)))
 
 
-def spoil(
-    fields: dict[str, Any], fault: Fault, value: Any
+def make_invalid(
+    fields: dict[str, Any], invalid: InvalidField, value: Any
 ) -> tuple[dict[str, Any], frozenset[tuple[int, str]]]:
-    """Plant a fault where it will be seen: not behind another name of its field, nor beside inputs that are at fault too."""
-    others = {name for names in SYNONYMS if fault.field in names for name in names}
+    """Set an invalid value, and remove fields that could hide it: synonyms, and inputs that could be invalid too."""
+    others = {name for names in SYNONYMS if invalid.field in names for name in names}
     kept = {name: value for name, value in fields.items() if name not in others}
-    if fault.field != "input":
+    if invalid.field != "input":
         kept["input"] = "hello"
-    if fault.model is not None:
-        kept["model"] = fault.model
-    elif fault.field == "dimensions":
+    if invalid.model is not None:
+        kept["model"] = invalid.model
+    elif invalid.field == "dimensions":
         kept["model"] = FREE
-    if fault.field in {"input", "model"}:
+    if invalid.field in {"input", "model"}:
         kept = {name: kept[name] for name in kept if name in {"input", "model", "normalize"}}
-    kept[fault.field] = value
-    return {name: value for name, value in kept.items() if value is not ABSENT}, fault.expected
+    kept[invalid.field] = value
+    return {name: value for name, value in kept.items() if value is not ABSENT}, invalid.expected
 
 
-# --- anything at all ------------------------------------------------------------------------------------
+# --- arbitrary bodies ------------------------------------------------------------------------------------
 
 _INSERTIONS = (
     b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"0x10", b"01", b"1" * 5000, b"1." + b"1" * 5000, b"[" * 2000, b"{\"a\":" * 2000,
@@ -180,13 +182,13 @@ _INSERTIONS = (
 
 
 def encoded(fields: Any, *, ascii_only: bool = True) -> bytes:
-    """Return JSON; what only escapes can carry is escaped."""
+    """Return the fields as JSON, with escapes where they are necessary."""
     return json.dumps(fields, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
 
 
 @st.composite
-def wild_bodies(draw: st.DrawFn) -> bytes:
-    """Draw bytes: JSON of any shape, a right body that was damaged, another charset, or noise."""
+def arbitrary_bodies(draw: st.DrawFn) -> bytes:
+    """Draw bytes: JSON of any shape, a damaged valid body, another charset, or noise."""
     kind = draw(st.integers(0, 9))
     if kind == 0:
         return draw(st.binary(max_size=200))
@@ -206,7 +208,7 @@ def wild_bodies(draw: st.DrawFn) -> bytes:
         )
         return body.decode("utf-8", "replace").encode(charset, "replace")
     if kind == 5:
-        # Keys that are there twice: the last one counts.
+        # Duplicate keys, of which the last one is used.
         return body[:-1] + b"," + encoded(draw(valid_fields()))[1:]
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(body)))

@@ -1,4 +1,4 @@
-"""The fuzzed service, how much is generated, and the count of what was answered."""
+"""The service that is fuzzed, and a summary of the requests and their responses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.service import BUNDLED, Service
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_COUNTS = pytest.StashKey[Counter[tuple[str, str]]]()
+_TALLY = pytest.StashKey[Counter[tuple[str, str]]]()
 
 
 @pytest.fixture(scope="session")
 def fuzz(
     tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str, pytestconfig: pytest.Config
 ) -> Iterator[Fuzz]:
-    """Yield a service with a key, CORS, low limits and two models, which is what there is to refuse with."""
+    """Yield a service with a key, CORS, low limits and two models, so that requests can be rejected for many reasons."""
     mapping: dict[str, dict[str, Any]] = {
         PLAIN: {"name": BUNDLED},
         FREE: {
@@ -32,7 +32,7 @@ def fuzz(
             "token_input": "model",
         },
     }
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "CACHE_DIR": service_cache,
         "BACKEND": backend,
         "API_KEYS": KEY,
@@ -42,18 +42,18 @@ def fuzz(
         "MAX_REQUEST_TOKENS": str(MAX_TOKENS),
         "MAX_BODY_MB": "0.25",
     }
-    tally = pytestconfig.stash.setdefault(_COUNTS, Counter())
-    with Service(tmp_path_factory.mktemp("fuzz"), **given) as started:
+    tally = pytestconfig.stash.setdefault(_TALLY, Counter())
+    with Service(tmp_path_factory.mktemp("fuzz"), **settings) as started:
         started.http.headers["authorization"] = f"Bearer {KEY}"
         yield Fuzz(started.wait(), tally, pytestconfig)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show how many requests were generated, and what answered them."""
-    tally = config.stash.get(_COUNTS, Counter())
+    """Show how many requests were sent, by operation and response."""
+    tally = config.stash.get(_TALLY, Counter())
     if not tally:
         return
     terminalreporter.section("fuzz")
     for (operation, outcome), count in sorted(tally.items()):
         terminalreporter.write_line(f"{count:7} {operation:28} {outcome}")
-    terminalreporter.write_line(f"{tally.total():7} in all")
+    terminalreporter.write_line(f"{tally.total():7} in total")

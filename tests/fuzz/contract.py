@@ -1,4 +1,4 @@
-"""The HTTP contract as data, and the check of an answer against it: what no request at all may get from the service."""
+"""The HTTP contract as data, and checks of responses against it."""
 
 from __future__ import annotations
 
@@ -17,111 +17,111 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NATIVE_DIMENSION = 384
-"""Of the bundled model."""
+"""Native size of a vector of the bundled model."""
 
 FIELDS = (
     "model", "input", "encoding_format", "dimensions", "output_dimension", "input_type", "task", "prompt_name",
     "truncate", "truncation", "truncate_prompt_tokens", "normalize", "normalized",
 )  # fmt: skip
 MANAGEMENT = ("model_name", "source", "revision", "all", "wait_s")
-"""Parameters of routes below /api/ that are fuzzed."""
+"""Query parameters of the fuzzed routes below /api/."""
 _REQUEST, _RATE = "invalid_request_error", "rate_limit_error"
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """One line of the contract's table of errors, less the message."""
+class ErrorForm:
+    """What the contract says about an error, except its message."""
 
     type: str = _REQUEST
     params: tuple[str | None, ...] | None = (None,)
-    """What `param` may be; None: anything that was sent."""
+    """Allowed values of `param`; None: any."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Headers that it must carry, each with a pattern for its value."""
+    """Required headers, with a pattern for each value."""
 
 
 _RETRY_AFTER = {"retry-after": r"[1-9]|[1-9][0-9]|1[01][0-9]|120"}
 
-REFUSALS: dict[tuple[int, str], Refusal] = {
-    (400, "invalid_json"): Refusal(),
-    (400, "missing_required_parameter"): Refusal(params=("input", "model", "model_name")),
-    (400, "invalid_type"): Refusal(params=FIELDS + MANAGEMENT),
-    (400, "invalid_value"): Refusal(params=FIELDS + MANAGEMENT),
-    (400, "invalid_input"): Refusal(params=("input",)),
-    (400, "array_too_long"): Refusal(params=("input",)),
-    (400, "context_length_exceeded"): Refusal(params=("input",)),
-    (400, "max_tokens_per_request"): Refusal(params=("input",)),
-    (400, "invalid_dimensions"): Refusal(params=("dimensions",)),
-    (400, "token_input_unsupported"): Refusal(params=("input",)),
-    (400, "host_not_allowed"): Refusal(),
-    (400, "cors_refused"): Refusal(),
-    (400, "invalid_http"): Refusal(headers={"connection": "close"}),
-    (401, "invalid_api_key"): Refusal(headers={"www-authenticate": "Bearer"}),
-    (403, "admin_only"): Refusal(),
-    (404, "model_not_found"): Refusal(params=("model",)),
-    (400, "unknown_parameter"): Refusal(params=None),
-    (404, "not_cached"): Refusal(),
-    (404, "job_not_found"): Refusal(),
-    (404, "unknown_url"): Refusal(),
-    (405, "method_not_allowed"): Refusal(headers={"allow": r"[A-Z, ]+"}),
-    (408, "request_timeout"): Refusal(headers={"connection": "close"}),
-    (413, "request_too_large"): Refusal(),
-    (415, "unsupported_content_encoding"): Refusal(),
-    (431, "headers_too_large"): Refusal(headers={"connection": "close"}),
-    (429, "queue_full"): Refusal(type=_RATE, headers=_RETRY_AFTER),
+ERRORS: dict[tuple[int, str], ErrorForm] = {
+    (400, "invalid_json"): ErrorForm(),
+    (400, "missing_required_parameter"): ErrorForm(params=("input", "model", "model_name")),
+    (400, "invalid_type"): ErrorForm(params=FIELDS + MANAGEMENT),
+    (400, "invalid_value"): ErrorForm(params=FIELDS + MANAGEMENT),
+    (400, "invalid_input"): ErrorForm(params=("input",)),
+    (400, "array_too_long"): ErrorForm(params=("input",)),
+    (400, "context_length_exceeded"): ErrorForm(params=("input",)),
+    (400, "max_tokens_per_request"): ErrorForm(params=("input",)),
+    (400, "invalid_dimensions"): ErrorForm(params=("dimensions",)),
+    (400, "token_input_unsupported"): ErrorForm(params=("input",)),
+    (400, "host_not_allowed"): ErrorForm(),
+    (400, "cors_refused"): ErrorForm(),
+    (400, "invalid_http"): ErrorForm(headers={"connection": "close"}),
+    (401, "invalid_api_key"): ErrorForm(headers={"www-authenticate": "Bearer"}),
+    (403, "admin_only"): ErrorForm(),
+    (404, "model_not_found"): ErrorForm(params=("model",)),
+    (400, "unknown_parameter"): ErrorForm(params=None),
+    (404, "not_cached"): ErrorForm(),
+    (404, "job_not_found"): ErrorForm(),
+    (404, "unknown_url"): ErrorForm(),
+    (405, "method_not_allowed"): ErrorForm(headers={"allow": r"[A-Z, ]+"}),
+    (408, "request_timeout"): ErrorForm(headers={"connection": "close"}),
+    (413, "request_too_large"): ErrorForm(),
+    (415, "unsupported_content_encoding"): ErrorForm(),
+    (431, "headers_too_large"): ErrorForm(headers={"connection": "close"}),
+    (429, "queue_full"): ErrorForm(type=_RATE, headers=_RETRY_AFTER),
 }
-"""Status and code of every error that a client can bring about. All others, and every 5xx, are faults of the service."""
+"""All errors that a client can cause, by status and code. Every other error is a defect of the service."""
 
 _OTHER_TYPES = {"/metrics": "text/plain", "/docs": "text/html"}
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A response, whoever read it. Header names are in lower case."""
+class Response:
+    """A response, from an HTTP client or from a raw connection. The names of headers are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     @classmethod
-    def of(cls, response: httpx.Response) -> Answer:
+    def of(cls, response: httpx.Response) -> Response:
         return cls(
             response.status_code, {k.lower(): v for k, v in response.headers.items()}, response.content
         )
 
     @property
     def code(self) -> str | None:
-        """The error's code; None where it is no error."""
+        """The code of an error; None for other responses."""
         return None if self.status < 400 else str(json.loads(self.body)["error"]["code"])
 
 
-def check(answer: Answer, *, path: str = "", has_body: bool = True) -> None:
-    """Check what holds for every response of the service, whatever was sent."""
-    identifier = answer.headers.get("x-request-id", "")
-    assert _SANE_REQUEST_ID.fullmatch(identifier), f"request id {identifier!r}"
-    assert answer.status < 500, (answer.status, answer.body[:500])
-    if answer.status >= 400:
-        assert answer.headers["content-type"] == "application/json"
+def check(response: Response, *, path: str = "", has_body: bool = True) -> None:
+    """Check what must hold for every response of the service, whatever was sent."""
+    identifier = response.headers.get("x-request-id", "")
+    assert _VALID_REQUEST_ID.fullmatch(identifier), f"request id {identifier!r}"
+    assert response.status < 500, (response.status, response.body[:500])
+    if response.status >= 400:
+        assert response.headers["content-type"] == "application/json"
         if has_body:
-            _check_refusal(answer)
-    elif answer.status == 200 and not path.startswith("/docs/"):
+            _check_error(response)
+    elif response.status == 200 and not path.startswith("/docs/"):
         kind = next(
             (kind for prefix, kind in _OTHER_TYPES.items() if path.startswith(prefix)), "application/json"
         )
-        assert answer.headers["content-type"].startswith(kind)
+        assert response.headers["content-type"].startswith(kind)
 
 
-def _check_refusal(answer: Answer) -> None:
-    body = json.loads(answer.body)
+def _check_error(response: Response) -> None:
+    body = json.loads(response.body)
     assert set(body) == {"error"}, body
     error = body["error"]
     assert set(error) == {"message", "type", "param", "code"}, error
-    assert (answer.status, error["code"]) in REFUSALS, (answer.status, error)
-    allowed = REFUSALS[answer.status, error["code"]]
+    assert (response.status, error["code"]) in ERRORS, (response.status, error)
+    allowed = ERRORS[response.status, error["code"]]
     assert error["type"] == allowed.type, error
     assert allowed.params is None or error["param"] in allowed.params, error
     for name, pattern in allowed.headers.items():
-        assert re.fullmatch(pattern, answer.headers.get(name, "")), (name, answer.headers)
+        assert re.fullmatch(pattern, response.headers.get(name, "")), (name, response.headers)
     message = error["message"]
     assert isinstance(message, str)
     assert message
@@ -129,13 +129,17 @@ def _check_refusal(answer: Answer) -> None:
     assert "Traceback" not in message
 
 
-def vectors(answer: Answer, sent: Mapping[str, Any], *, default_model: str) -> NDArray[np.float32]:
-    """Check an answer of 200 against the fields that were sent; return its vectors, float32 of shape (inputs, size)."""
-    body = json.loads(answer.body)
+def vectors(response: Response, sent: Mapping[str, Any], *, default_model: str) -> NDArray[np.float32]:
+    """Check a response with status 200 against the fields that were sent.
+
+    Returns:
+        Its vectors, float32 of shape (inputs, dimensions).
+    """
+    body = json.loads(response.body)
     assert list(body) == ["object", "data", "model", "usage"]
     assert body["object"] == "list"
     assert body["model"] == (sent.get("model") or default_model)
-    data, expected = body["data"], inputs_in(sent["input"])
+    data, expected = body["data"], count_inputs(sent["input"])
     assert len(data) == expected
     assert [entry["index"] for entry in data] == list(range(expected))
     assert all(list(entry) == ["object", "index", "embedding"] for entry in data)
@@ -145,21 +149,21 @@ def vectors(answer: Answer, sent: Mapping[str, Any], *, default_model: str) -> N
     assert np.isfinite(rows).all()
     size = _first(sent, "dimensions", "output_dimension")
     assert rows.shape == (expected, size or NATIVE_DIMENSION)
-    # A smaller size is always brought to length 1.
+    # Vectors of a smaller size are always normalized.
     if _first(sent, "normalize", "normalized") is not False or size not in {None, NATIVE_DIMENSION}:
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3)
     usage = body["usage"]
     assert set(usage) == {"prompt_tokens", "total_tokens"}
     assert type(usage["prompt_tokens"]) is int
     assert usage["prompt_tokens"] == usage["total_tokens"] >= expected
-    truncated = answer.headers.get("x-truncated-inputs")
+    truncated = response.headers.get("x-truncated-inputs")
     assert truncated is None or 1 <= int(truncated) <= expected
     return rows
 
 
-def inputs_in(given: Any) -> int:
-    """Return how many vectors a valid `input` asks for."""
-    return len(given) if isinstance(given, list) and not isinstance(given[0], int) else 1
+def count_inputs(value: Any) -> int:
+    """Return the number of vectors for a valid `input`."""
+    return len(value) if isinstance(value, list) and not isinstance(value[0], int) else 1
 
 
 def _vector(embedding: Any, encoding: str) -> NDArray[np.float32]:
@@ -173,5 +177,5 @@ def _vector(embedding: Any, encoding: str) -> NDArray[np.float32]:
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> Any:
-    """Return what the first of a field's names says, null being the same as absent."""
+    """Return the value of the first of a field's names that is present and not null."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)

@@ -1,10 +1,10 @@
-"""Texts that are odd, and legal: JSON can carry each of them, and each has a vector."""
+"""Unusual texts that are valid in JSON and have a vector."""
 
 from __future__ import annotations
 
 
 def odd_texts(size: int) -> dict[str, str]:
-    """Return odd texts by name; the long ones have `size` characters."""
+    """Return unusual texts by name; the long ones have `size` characters."""
     return {
         "empty": "",
         "lone surrogates": "a\ud800b\udfffc\udc00\ud83d",

@@ -1,4 +1,4 @@
-"""What schemathesis makes of our own /openapi.json: requests that fit it, and requests that do not."""
+"""Requests that schemathesis generates from `/openapi.json`, valid and invalid."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from hypothesis import given
 from schemathesis import GenerationMode, checks
 
 from tests.fuzz.bodies import PLAIN
-from tests.fuzz.contract import Answer, check, vectors
-from tests.fuzz.fuzzing import KEY
+from tests.fuzz.contract import Response, check, vectors
+from tests.fuzz.fuzzing import KEY, fuzz_test
 
 if TYPE_CHECKING:
     from tests.fuzz.fuzzing import Fuzz
 
-_FITTING, _OTHER = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+_VALID, _INVALID = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 OPERATIONS = {
-    ("POST", "/v1/embeddings", _FITTING): 0.06,
-    ("POST", "/v1/embeddings", _OTHER): 0.1,
-    ("GET", "/v1/models", _FITTING): 0.01,
-    ("GET", "/v1/models", _OTHER): 0.01,
-    ("GET", "/v1/models/{model}", _FITTING): 0.02,
-    ("GET", "/v1/models/{model}", _OTHER): 0.02,
-    ("GET", "/health", _FITTING): 0.01,
-    ("GET", "/ready", _FITTING): 0.01,
-    ("GET", "/metrics", _FITTING): 0.01,
-    ("GET", "/api/models", _FITTING): 0.01,
-    ("GET", "/api/models/jobs", _FITTING): 0.01,
-    ("GET", "/api/models/jobs/{job_id}", _FITTING): 0.01,
-    ("DELETE", "/api/models/jobs/{job_id}", _FITTING): 0.01,
-    ("GET", "/api/models/cache/list", _FITTING): 0.01,
-    ("GET", "/api/models/cache/list", _OTHER): 0.01,
-    ("GET", "/api/models/cache/{model_id}", _FITTING): 0.02,
-    ("GET", "/api/models/cache/{model_id}", _OTHER): 0.02,
-    ("POST", "/api/models/cache/{model_id}/verify", _FITTING): 0.01,
+    ("POST", "/v1/embeddings", _VALID): 0.06,
+    ("POST", "/v1/embeddings", _INVALID): 0.1,
+    ("GET", "/v1/models", _VALID): 0.01,
+    ("GET", "/v1/models", _INVALID): 0.01,
+    ("GET", "/v1/models/{model}", _VALID): 0.02,
+    ("GET", "/v1/models/{model}", _INVALID): 0.02,
+    ("GET", "/health", _VALID): 0.01,
+    ("GET", "/ready", _VALID): 0.01,
+    ("GET", "/metrics", _VALID): 0.01,
+    ("GET", "/api/models", _VALID): 0.01,
+    ("GET", "/api/models/jobs", _VALID): 0.01,
+    ("GET", "/api/models/jobs/{job_id}", _VALID): 0.01,
+    ("DELETE", "/api/models/jobs/{job_id}", _VALID): 0.01,
+    ("GET", "/api/models/cache/list", _VALID): 0.01,
+    ("GET", "/api/models/cache/list", _INVALID): 0.01,
+    ("GET", "/api/models/cache/{model_id}", _VALID): 0.02,
+    ("GET", "/api/models/cache/{model_id}", _INVALID): 0.02,
+    ("POST", "/api/models/cache/{model_id}/verify", _VALID): 0.01,
 }
-"""Each with its share of all requests that are generated. What asks for nothing cannot be asked for wrongly."""
+"""Operations with their share of all examples. Operations without parameters have no invalid requests."""
 NOT_FUZZED = {
     ("POST", "/api/models/load"),
     ("POST", "/api/models/unload"),
@@ -46,45 +46,46 @@ NOT_FUZZED = {
     ("DELETE", "/api/models/cache/all"),
     ("GET", "/api/models/jobs/{job_id}/events"),
 }
-"""They would ask a hub, or take away what the others are tested with; and a stream has no end that a test could wait for."""
+"""Operations that send requests to a hub, change the served models, or return an endless stream."""
 _CHECKS = [
     checks.status_code_conformance,
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-"""Beside our own: nothing is answered but what /openapi.json says."""
+"""Responses must match `/openapi.json`, besides the checks of `contract.py`."""
 
 
 @pytest.fixture(scope="module")
 def schema(fuzz: Fuzz) -> schemathesis.BaseSchema:
-    """Return our own description of the API, as the service gives it."""
+    """Return the OpenAPI document of the service."""
     return schemathesis.openapi.from_dict(fuzz.service.http.get("/openapi.json").json())
 
 
 def test_every_operation_is_fuzzed(schema: Any) -> None:
-    """No route is added to the API without being added here, or being left out on purpose."""
+    """Each route of the API is in one of the two tables."""
     described = {(result.ok().method.upper(), result.ok().path) for result in schema.get_all_operations()}
     assert described == {(method, path) for method, path, _ in OPERATIONS} | NOT_FUZZED
 
 
+@fuzz_test
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: f"{each[0]} {each[1]} {each[2].value}")
-def test_requests_by_the_description(
-    fuzz: Fuzz, schema: Any, operation: tuple[str, str, GenerationMode]
+def test_responses_match_the_document(
+    fuzz: Fuzz, schema: Any, operation: tuple[str, str, GenerationMode], scale: int
 ) -> None:
-    """Whether a request fits the description or not, its answer does."""
+    """The responses to valid and invalid requests match the document."""
     method, path, mode = operation
 
-    @fuzz.settings(OPERATIONS[operation])
+    @fuzz.settings(OPERATIONS[operation] * scale)
     @given(schema[path][method].as_strategy(generation_mode=mode))
-    def as_described(case: schemathesis.Case[Any]) -> None:
-        response = case.call(base_url=fuzz.service.url, headers={"authorization": f"Bearer {KEY}"})
-        headers = {name.lower(): values[0] for name, values in response.headers.items()}
-        answer = Answer(response.status_code, headers, response.content)
-        fuzz.note(f"{method} {path}", answer)
-        check(answer, path=path, has_body=case.method != "HEAD")
-        if answer.status == 200 and isinstance(case.body, dict):
-            vectors(answer, case.body, default_model=PLAIN)
-        case.validate_response(response, checks=_CHECKS)
+    def check_case(case: schemathesis.Case[Any]) -> None:
+        received = case.call(base_url=fuzz.service.url, headers={"authorization": f"Bearer {KEY}"})
+        headers = {name.lower(): values[0] for name, values in received.headers.items()}
+        response = Response(received.status_code, headers, received.content)
+        fuzz.count(f"{method} {path}", response)
+        check(response, path=path, has_body=case.method != "HEAD")
+        if response.status == 200 and isinstance(case.body, dict):
+            vectors(response, case.body, default_model=PLAIN)
+        case.validate_response(received, checks=_CHECKS)
 
-    as_described()
+    check_case()
     fuzz.assert_alive()

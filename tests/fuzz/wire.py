@@ -1,4 +1,4 @@
-"""Bytes on a connection that are HTTP, nearly HTTP, or not at all; and the answers read back from it."""
+"""Strategies for bytes that are HTTP, nearly HTTP or something else, and a parser of responses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from tests.fuzz.contract import Answer
+from tests.fuzz.contract import Response
 
 if TYPE_CHECKING:
     import socket
@@ -70,7 +70,7 @@ _BODIES = (
 
 @st.composite
 def raw_requests(draw: st.DrawFn, key: bytes) -> bytes:
-    """Draw the bytes of something like a request; half the time with the right key."""
+    """Draw bytes that resemble a request, half of them with a valid key."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(min_size=1, max_size=300))
     end = draw(st.sampled_from(_ENDS)) if draw(st.integers(0, 4)) == 0 else _ENDS[0]
@@ -95,8 +95,8 @@ def _mostly(usual: bytes, others: tuple[bytes, ...]) -> st.SearchStrategy[bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A well-formed request, one of several on a connection."""
+class PipelinedRequest:
+    """A valid request, one of several on a connection."""
 
     method: bytes
     target: bytes
@@ -111,21 +111,23 @@ class Asked:
         return b"\r\n".join(lines) + self.body
 
 
-_WELL_FORMED = st.sampled_from(
+_VALID_REQUESTS = st.sampled_from(
     [
         (b"GET", b"/health", b""), (b"GET", b"/v1/models", b""), (b"GET", b"/nope", b""), (b"DELETE", b"/v1/models", b""),
         (b"HEAD", b"/health", b""), (b"POST", b"/v1/embeddings", _BODY), (b"POST", b"/v1/embeddings", b"{"),
         (b"POST", b"/v1/embeddings", b'{"input": ["a", "b"]}'), (b"POST", b"/v1/embeddings", b" " * 300_000),
     ]
 )  # fmt: skip
-pipelines = st.lists(_WELL_FORMED, min_size=2, max_size=6).map(
-    lambda drawn: [Asked(*one, identifier=f"pipelined-{place}") for place, one in enumerate(drawn)]
+pipelines = st.lists(_VALID_REQUESTS, min_size=2, max_size=6).map(
+    lambda drawn: [
+        PipelinedRequest(*parts, identifier=f"pipelined-{index}") for index, parts in enumerate(drawn)
+    ]
 )
-"""Requests that are sent one behind the other before any is answered."""
+"""Requests that are all sent before any is answered."""
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Return what comes until the server closes the connection, or sends nothing for the socket's time-out."""
+    """Read until the server closes the connection, or sends nothing for the timeout of the socket."""
     received = b""
     with contextlib.suppress(TimeoutError, ConnectionResetError):
         while chunk := connection.recv(262_144):
@@ -133,12 +135,14 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
-def answers(received: bytes, methods: tuple[bytes, ...] = ()) -> list[Answer]:
-    """Split what came into responses, those to HEAD without a body; `methods` in order, as far as they are known.
+def parse_responses(received: bytes, methods: tuple[bytes, ...] = ()) -> list[Response]:
+    """Split received bytes into responses. All must be complete.
 
-    A response that is not whole at the end is an error: the service always says how long its bodies are.
+    Args:
+        received: The bytes.
+        methods: Methods of the first requests, because responses to HEAD have no body.
     """
-    found: list[Answer] = []
+    responses: list[Response] = []
     while received:
         head, end, received = received.partition(b"\r\n\r\n")
         assert end, head
@@ -152,9 +156,9 @@ def answers(received: bytes, methods: tuple[bytes, ...] = ()) -> list[Answer]:
             assert name.lower() not in headers or name.lower() == "vary", f"{name} twice"
             headers[name.lower()] = value
         length = int(headers["content-length"])
-        if len(found) < len(methods) and methods[len(found)] == b"HEAD":
+        if len(responses) < len(methods) and methods[len(responses)] == b"HEAD":
             length = 0
         assert len(received) >= length
-        found.append(Answer(int(status), headers, received[:length]))
+        responses.append(Response(int(status), headers, received[:length]))
         received = received[length:]
-    return found
+    return responses

@@ -1,1 +1,1 @@
-"""One module for each topic. A route translates HTTP and delegates."""
+"""Routes, one module per topic. A route translates HTTP and delegates."""

@@ -1,4 +1,4 @@
-"""`/api/models/cache`: models on disk, listed, described, verified and removed."""
+"""`/api/models/cache`: models on disk are listed, described, verified and removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from emb_model_provider.api.cache_removal import CacheRemoval, models_using
 from emb_model_provider.api.dependencies import Services, ServicesDep
-from emb_model_provider.api.middleware import ClientDisconnectedError, cancelled_on_disconnect
+from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.schemas.management import (
     CachedModel,
     CachedModelDetails,
@@ -34,21 +34,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from emb_model_provider.management.types import CachedModelRecord, Removal
-    from emb_model_provider.progress import Progress
     from emb_model_provider.registry import ModelStatus
 
 CACHE = "/api/models/cache"
 
 _MAX_ID_LENGTH = 500
-_NOT_IDS = {"list": "GET", "all": "DELETE"}
-"""Paths in place of an id, with the only method that they accept."""
+_RESERVED_IDS = {"list": "GET", "all": "DELETE"}
+"""Path segments that are not ids, with the only method that each of them accepts."""
 
 router = APIRouter(tags=["management"])
 
 
 @router.get(f"{CACHE}/list", summary="List the models on disk", responses=error_responses(400, 401, 403))
 async def list_cached(services: ServicesDep, query: Annotated[ListQuery, Query()]) -> CachedModels:
-    models = await services.on_disk(partial(services.manager.list, everything=query.all))
+    models = await services.in_disk_thread(partial(services.manager.list, everything=query.all))
     statuses = services.registry.statuses()
     return CachedModels(
         models=[_with_aliases(model, statuses) for model in models], total_size=_total_size(models)
@@ -58,14 +57,14 @@ async def list_cached(services: ServicesDep, query: Annotated[ListQuery, Query()
 @router.delete(
     f"{CACHE}/all",
     summary="Remove all models from disk",
-    description="Models that are in use are kept, and named. Models that other programs downloaded and directories are "
-    "not touched.",
+    description="Models that are in use are kept and listed. Directories, and models that other programs downloaded, are "
+    "not changed.",
     responses=error_responses(400, 401, 403, 500, 503),
 )
 async def remove_all(
     services: ServicesDep, request: Request, query: Annotated[RemoveAllQuery, Query()]
 ) -> Removed:
-    models = await services.on_disk(services.manager.list)
+    models = await services.in_disk_thread(services.manager.list)
     before = services.registry.statuses()
     removal, unloaded = await CacheRemoval(services, request, query).run(models, services.manager.remove_all)
     return _removed(removal, unloaded, before, dry_run=query.dry_run)
@@ -74,14 +73,14 @@ async def remove_all(
 @router.get(
     f"{CACHE}/{{model_id:path}}",
     summary="Describe a model on disk",
-    description="By its id or its name, with slashes or `%2F`: each revision of it, from each hub.",
+    description="By its id, or by its name with slashes or `%2F`. Returns each revision of it from each hub.",
     responses=error_responses(400, 401, 403, 404),
 )
 async def look(
     services: ServicesDep, model_id: str, query: Annotated[CachedQuery, Query()]
 ) -> CachedModelsDetails:
     models = await _find(services, model_id, query)
-    details = [await services.on_disk(partial(services.manager.inspect, model)) for model in models]
+    details = [await services.in_disk_thread(partial(services.manager.inspect, model)) for model in models]
     statuses = services.registry.statuses()
     return CachedModelsDetails(
         models=[
@@ -93,7 +92,7 @@ async def look(
 
 @router.post(
     f"{CACHE}/{{model_id:path}}/verify",
-    summary="Read all files of a model again, and compare them with their hashes",
+    summary="Hash all files of a model again, and compare them with the recorded hashes",
     responses=error_responses(400, 401, 403, 404, 503),
 )
 async def verify(
@@ -101,23 +100,17 @@ async def verify(
 ) -> VerifiedModels:
     models = await _find(services, model_id, query)
     cancel = CancelToken()
-
-    def raise_if_unwanted(_: Progress) -> None:
-        services.background.raise_if_shutting_down()
-        if cancel.is_cancelled:
-            raise ClientDisconnectedError
-
+    verify_model = partial(
+        services.manager.verify,
+        on_progress=lambda _: services.background.raise_if_shutting_down(),
+        cancel=cancel,
+    )
     await request.body()
     async with cancelled_on_disconnect(request):
         try:
-            results = [
-                await services.verifying(
-                    partial(services.manager.verify, model, on_progress=raise_if_unwanted)
-                )
-                for model in models
-            ]
+            results = [await services.in_verify_thread(partial(verify_model, model)) for model in models]
         finally:
-            cancel.cancel()
+            cancel.cancel()  # so that the thread stops after the file that it is hashing
     statuses = services.registry.statuses()
     return VerifiedModels(
         ok=all(result.ok for result in results),
@@ -128,8 +121,8 @@ async def verify(
 @router.delete(
     f"{CACHE}/{{model_id:path}}",
     summary="Remove a model from disk",
-    description="All revisions of it, from all hubs, unless the query narrows it, and everything compiled from them. "
-    "A model in use is never removed.",
+    description="Removes all revisions of it from all hubs, unless the query names one, and everything compiled from "
+    "them. A model in use is never removed.",
     responses=error_responses(400, 401, 403, 404, 409, 500, 503),
 )
 async def remove(
@@ -143,11 +136,11 @@ async def remove(
 
 
 async def _find(services: Services, model_id: str, query: CachedQuery) -> list[CachedModelRecord]:
-    if model_id in _NOT_IDS:
-        raise HTTPException(405, headers={"allow": _NOT_IDS[model_id]})
+    if model_id in _RESERVED_IDS:
+        raise HTTPException(405, headers={"allow": _RESERVED_IDS[model_id]})
     if len(model_id) > _MAX_ID_LENGTH:
-        raise NotCachedError("No model has a name that long. GET /api/models/cache/list lists the models.")
-    return await services.on_disk(
+        raise NotCachedError("The name is too long. GET /api/models/cache/list lists the models on disk.")
+    return await services.in_disk_thread(
         partial(services.manager.find, model_id, source=query.source, revision=query.revision)
     )
 

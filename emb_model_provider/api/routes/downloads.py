@@ -1,4 +1,4 @@
-"""`POST /api/models/download`, and the jobs that it starts: described, watched as events, cancelled."""
+"""`/api/models/download` and `/api/models/jobs`: downloads are started, listed, watched and cancelled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from emb_model_provider.api.dependencies import ServicesDep
+from emb_model_provider.api.dependencies import ServicesDep, get_record
 from emb_model_provider.api.routes.loaded_models import resolve_requested_model
 from emb_model_provider.api.schemas.management import DownloadJob, DownloadJobList, DownloadQuery
 from emb_model_provider.api.schemas.openai import error_responses
@@ -29,7 +29,7 @@ _POLL_S = 0.1
 _EVENT_EVERY_S = 0.5
 _KEEP_ALIVE_S = 15.0
 """Proxies usually close connections that are silent for 30 or 60 seconds."""
-_RETRY_MS = 3000
+_RECONNECT_MS = 3000
 
 router = APIRouter(tags=["management"])
 
@@ -37,13 +37,14 @@ router = APIRouter(tags=["management"])
 @router.post(
     "/api/models/download",
     summary="Start to download a model",
-    description="Two downloads of one model are one job. A job that failed can be started again.",
+    description="If the model is being downloaded already, the existing job is returned. A failed download can be started "
+    "again.",
     response_model=DownloadJob,
     status_code=202,
     responses=error_responses(400, 401, 403, 429),
 )
 async def download(services: ServicesDep, query: Annotated[DownloadQuery, Query()]) -> Response:
-    # On a thread, because it looks for directories of that name.
+    # On a thread, because it checks whether the name is a directory.
     spec = await asyncio.to_thread(resolve_requested_model, services.settings, query)
     job = _with_url(services.jobs.start(spec, force=query.force, compiling=query.compile))
     return JSONResponse(job.model_dump(mode="json"), 202, headers={"location": job.url})
@@ -62,8 +63,8 @@ async def look(services: ServicesDep, job_id: str) -> DownloadJob:
 @router.delete(
     f"{JOBS}/{{job_id}}",
     summary="Cancel a download",
-    description="A running job is `cancelling` until it has ended and its partial files are removed. A job that is over "
-    "does not change.",
+    description="A running job is `cancelling` until it has removed its partial files. A job that has ended does not "
+    "change.",
     responses=error_responses(401, 403, 404),
 )
 async def cancel(services: ServicesDep, job_id: str) -> DownloadJob:
@@ -73,8 +74,8 @@ async def cancel(services: ServicesDep, job_id: str) -> DownloadJob:
 @router.get(
     f"{JOBS}/{{job_id}}/events",
     summary="Watch a download",
-    description="Server-sent events, named `progress`, `done`, `failed` or `cancelled`, each with the job as JSON. "
-    "The first is sent at once. The stream ends after the last.",
+    description="Server-sent events named `progress`, `done`, `failed` or `cancelled`, each with the job as JSON. "
+    "The first event is sent at once. The stream ends after `done`, `failed` or `cancelled`.",
     response_class=StreamingResponse,
     responses={
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
@@ -84,7 +85,7 @@ async def cancel(services: ServicesDep, job_id: str) -> DownloadJob:
 async def watch(services: ServicesDep, request: Request, job_id: str) -> Response:
     services.jobs.get(job_id)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    if request.scope["emb_provider.record"].method == "HEAD":
+    if get_record(request).method == "HEAD":  # which must not wait for the end of the job
         return Response(media_type="text/event-stream", headers=headers)
     events = _events(services.jobs, job_id, services.background.is_shutting_down)
     return EventSourceResponse(events, headers=headers)
@@ -93,14 +94,14 @@ async def watch(services: ServicesDep, request: Request, job_id: str) -> Respons
 async def _events(
     jobs: DownloadJobs, job_id: str, is_shutting_down: Callable[[], bool]
 ) -> AsyncIterator[bytes]:
-    """Yield the events of a job until it is over.
+    """Yield the events of a job until it has ended or the service shuts down.
 
-    The job is polled, because it changes with every block of bytes.
+    The job is polled, because it changes with each block of bytes.
     """
-    yield format_sse_event(retry=_RETRY_MS)
+    yield format_sse_event(retry=_RECONNECT_MS)
     sent: DownloadRecord | None = None
     sent_at = float("-inf")
-    # An open stream would delay the shutdown for the whole grace period.
+    # An open stream would delay the shutdown by the whole grace period.
     while not is_shutting_down():
         try:
             job = jobs.get(job_id)

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings."""
+"""`POST /v1/embeddings`: parses the request, embeds the inputs, and renders the response."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from emb_model_provider.api.dependencies import Services, ServicesDep
+from emb_model_provider.api.dependencies import Services, ServicesDep, get_record
 from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.schemas.openai import EmbeddingRequest, EmbeddingResponse, error_responses
 from emb_model_provider.errors import RequestError
@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.engine import Embeddings
     from emb_model_provider.settings import LimitSettings
 
-
-_INLINE_NUMBERS = 64 * 1024
-"""Writing a body with more numbers than this is left to a thread, so that others are answered meanwhile."""
-_INLINE_BODY_BYTES = 256 * 1024
-
-
 PATH = "/v1/embeddings"
+
+_MAX_INLINE_BODY_BYTES = 256 * 1024
+"""Larger request bodies are parsed on a thread, so that the event loop can answer other requests."""
+_MAX_INLINE_NUMBERS = 64 * 1024
+"""Responses with more numbers than this are rendered on a thread."""
+_MAX_QUOTE = 100
+"""Longest quotation of an invalid value, in characters."""
+_MAX_INTEGER_DIGITS = 20
+"""Digits, with the sign, of the longest 64-bit integer."""
 
 router = APIRouter(tags=["embeddings"])
 
@@ -63,7 +66,7 @@ class EmbeddingsFastPath:
 
 @router.post(
     PATH,
-    summary="Turn texts into vectors",
+    summary="Create embeddings",
     response_model=EmbeddingResponse,
     responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
     openapi_extra={
@@ -78,9 +81,9 @@ class EmbeddingsFastPath:
 async def create_embeddings(request: Request, services: ServicesDep) -> Response:
     registry, limits = services.registry, services.settings.limits
     body = await request.body()
-    record: RequestRecord = request.scope["emb_provider.record"]
+    record = get_record(request)
     async with cancelled_on_disconnect(request):
-        if len(body) > _INLINE_BODY_BYTES:
+        if len(body) > _MAX_INLINE_BODY_BYTES:
             call = await asyncio.to_thread(parse_embedding_call, body, limits)
         else:
             call = parse_embedding_call(body, limits)
@@ -89,7 +92,7 @@ async def create_embeddings(request: Request, services: ServicesDep) -> Response
         async with registry.lease(record.model) as engine:
             embeddings = await engine.embed(call.inputs, call.options)
     _fill_record(record, embeddings)
-    if embeddings.vectors.size > _INLINE_NUMBERS:
+    if embeddings.vectors.size > _MAX_INLINE_NUMBERS:
         content = await asyncio.to_thread(render_response, embeddings, call.encoding, model)
     else:
         content = render_response(embeddings, call.encoding, model)
@@ -97,8 +100,49 @@ async def create_embeddings(request: Request, services: ServicesDep) -> Response
     return Response(content, media_type="application/json", headers=headers)
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingCall:
+    """A valid request for embeddings."""
+
+    model: str | None
+    """The requested name; None: the default model."""
+    inputs: Sequence[str] | Sequence[Sequence[int]]
+    """Texts, or rows of token ids."""
+    encoding: Literal["float", "base64"]
+    options: EmbedOptions
+
+
+def parse_embedding_call(body: bytes, limits: LimitSettings) -> EmbeddingCall:
+    """Parse and check the body of `POST /v1/embeddings`.
+
+    Pydantic is not used, because it takes longer, and its messages differ from OpenAI's.
+
+    Raises:
+        RequestError: The body or a field is invalid.
+    """
+    fields = _parse_object(body)
+    return EmbeddingCall(
+        model=_text(fields, "model"),
+        inputs=_inputs(fields, limits),
+        encoding=_encoding(fields),
+        options=EmbedOptions(
+            dimensions=_dimensions(fields),
+            normalize=_boolean(fields, "normalize", "normalized"),
+            input_type=_text(fields, "input_type", "task", "prompt_name"),
+            truncate=_truncate(fields),
+            truncate_prompt_tokens=_integer(fields, "truncate_prompt_tokens")[1],
+        ),
+    )
+
+
 def render_response(embeddings: Embeddings, encoding: Literal["float", "base64"], model: str) -> bytes:
-    """Return the response's body."""
+    """Return the response body as JSON.
+
+    Args:
+        embeddings: The vectors, float32 of shape (inputs, dimensions), and the number of tokens.
+        encoding: `float` for numbers, `base64` for little-endian float32.
+        model: The name that the request used.
+    """
     vectors = np.ascontiguousarray(embeddings.vectors, dtype="<f4")
     data = [
         {
@@ -121,69 +165,37 @@ def _fill_record(record: RequestRecord, embeddings: Embeddings) -> None:
     record.inference_s = embeddings.timing.inference_s
 
 
-_LONGEST_QUOTE = 100
-_LONGEST_WHOLE_NUMBER = 20
-"""In digits: 64 bits have no more."""
+# --- JSON ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingCall:
-    """A valid request for embeddings."""
-
-    model: str | None
-    inputs: Sequence[str] | Sequence[Sequence[int]]
-    encoding: Literal["float", "base64"]
-    options: EmbedOptions
-
-
-def parse_embedding_call(body: bytes, limits: LimitSettings) -> EmbeddingCall:
-    """Read the body of `POST /v1/embeddings`.
-
-    Raises: RequestError with the contract's code and the field at fault.
-    """
-    fields = _parsed_object(body)
-    return EmbeddingCall(
-        model=_text(fields, "model"),
-        inputs=_inputs(fields, limits),
-        encoding=_encoding(fields),
-        options=EmbedOptions(
-            dimensions=_dimensions(fields),
-            normalize=_boolean(fields, "normalize", "normalized"),
-            input_type=_text(fields, "input_type", "task", "prompt_name"),
-            truncate=_truncate(fields),
-            truncate_prompt_tokens=_integer(fields, "truncate_prompt_tokens")[1],
-        ),
-    )
-
-
-def _parsed_object(body: bytes) -> Mapping[str, Any]:
+def _parse_object(body: bytes) -> Mapping[str, Any]:
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError:
-        fields = _parsed_leniently(body)
+        fields = _parse_leniently(body)
     if not isinstance(fields, dict):
         raise RequestError("The JSON body of your request must be an object.", code="invalid_json")
     return fields
 
 
-def _parsed_leniently(body: bytes) -> Any:
-    """Parse what orjson refuses but JSON allows, such as an escaped lone surrogate."""
+def _parse_leniently(body: bytes) -> Any:
+    """Parse JSON that is valid but that orjson does not accept, such as an escaped lone surrogate."""
     try:
-        return json.loads(body, parse_constant=_refuse_constant, parse_int=_whole_number)
+        return json.loads(body, parse_constant=_reject_constant, parse_int=_parse_integer)
     except (ValueError, RecursionError):
         raise RequestError("We could not parse the JSON body of your request.", code="invalid_json") from None
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _whole_number(digits: str) -> int | float:
-    """Read a number as orjson does: one of more than 64 bits is a float, and what no float holds is refused.
+def _parse_integer(digits: str) -> int | float:
+    """Parse an integer as orjson does: with more than 64 bits it is a float, and out of a float's range invalid.
 
-    Else a number of thousands of digits would come through, and back in the message that refuses it.
+    Otherwise a number with thousands of digits would be accepted, and quoted in the error message.
     """
-    if len(digits) <= _LONGEST_WHOLE_NUMBER:
+    if len(digits) <= _MAX_INTEGER_DIGITS:
         return int(digits)
     number = float(digits)
     if math.isinf(number):
@@ -195,42 +207,38 @@ def _whole_number(digits: str) -> int | float:
 
 
 def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
-    given = fields.get("input")
-    if given is None:
+    value = fields.get("input")
+    if value is None:
         raise RequestError(
             "Missing required parameter: 'input'.", param="input", code="missing_required_parameter"
         )
-    if isinstance(given, str):
-        given = [given]
-    if not isinstance(given, list):
-        raise RequestError(
-            f"Invalid value for 'input' = {_quoted(given)}. "
-            "Supported values: [a string, an array of strings, an array of token ids, an array of such arrays].",
-            param="input",
-            code="invalid_type",
-        )
-    if not given:
-        raise _invalid_input("the array is empty: send at least one input")
-    kinds = {type(item) for item in given}
-    if kinds == {int}:
-        return [given]
-    if len(given) > limits.max_inputs:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        supported = "a string, an array of strings, an array of token ids, an array of arrays of token ids"
+        raise _unsupported("input", value, supported, code="invalid_type")
+    if not value:
+        raise _invalid_input("the array is empty, send at least one input")
+    types = {type(item) for item in value}
+    if types == {int}:
+        return [value]
+    if len(value) > limits.max_inputs:
         raise RequestError(
             f"'$.input' is invalid: array length must be {limits.max_inputs} or less",
             param="input",
             code="array_too_long",
         )
-    if kinds == {str}:
-        if limits.strict_input and "" in given:
+    if types == {str}:
+        if limits.strict_input and "" in value:
             raise _invalid_input("an input is an empty string")
-        return cast("list[str]", given)
-    if kinds == {list}:
-        if any(not row for row in given):
+        return cast("list[str]", value)
+    if types == {list}:
+        if any(not row for row in value):
             raise _invalid_input("an array of token ids is empty")
-        if all(type(item) is int for row in given for item in row):
-            return cast("list[list[int]]", given)
+        if all(type(item) is int for row in value for item in row):
+            return cast("list[list[int]]", value)
     raise _invalid_input(
-        "all items must be strings, or all token ids, or all arrays of token ids, and none null"
+        "all items must be strings, or all token ids, or all arrays of token ids, and not null"
     )
 
 
@@ -238,7 +246,7 @@ def _invalid_input(reason: str) -> RequestError:
     return RequestError(f"'$.input' is invalid: {reason}.", param="input", code="invalid_input")
 
 
-# --- the other fields ---------------------------------------------------------------------------------
+# --- other fields -------------------------------------------------------------------------------------
 
 
 def _encoding(fields: Mapping[str, Any]) -> Literal["float", "base64"]:
@@ -273,15 +281,6 @@ def _truncate(fields: Mapping[str, Any]) -> Truncate | None:
     raise _unsupported(name, value, supported)
 
 
-def _first(fields: Mapping[str, Any], *names: str) -> tuple[str, Any]:
-    """Return the first of a field's names that is there and not null, and its value."""
-    for name in names:
-        value = fields.get(name)
-        if value is not None:
-            return name, value
-    return names[0], None
-
-
 def _text(fields: Mapping[str, Any], *names: str) -> str | None:
     name, value = _first(fields, *names)
     if value is None or isinstance(value, str):
@@ -300,17 +299,26 @@ def _integer(fields: Mapping[str, Any], *names: str) -> tuple[str, int | None]:
     name, value = _first(fields, *names)
     if value is None or type(value) is int:
         return name, value
-    raise _unsupported(name, value, "a whole number", code="invalid_type")
+    raise _unsupported(name, value, "an integer", code="invalid_type")
+
+
+def _first(fields: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+    """Return the first of a field's names that is present and not null, with its value."""
+    for name in names:
+        value = fields.get(name)
+        if value is not None:
+            return name, value
+    return names[0], None
 
 
 def _unsupported(name: str, value: object, supported: str, *, code: str = "invalid_value") -> RequestError:
     return RequestError(
-        f"Invalid value for '{name}' = {_quoted(value)}. Supported values: [{supported}].",
+        f"Invalid value for '{name}' = {_quote(value)}. Supported values: [{supported}].",
         param=name,
         code=code,
     )
 
 
-def _quoted(value: object) -> str:
+def _quote(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
+    return text if len(text) <= _MAX_QUOTE else f"{text[:_MAX_QUOTE]}…"

@@ -1,4 +1,4 @@
-"""GET /api/models, POST /api/models/load and /api/models/unload: which models are in memory."""
+"""`/api/models`, `/api/models/load` and `/api/models/unload`: the served models, and which of them are in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
+from emb_model_provider.api.routes.models import common_fields
 from emb_model_provider.api.schemas.management import (
     LoadQuery,
     Process,
@@ -24,7 +25,6 @@ from emb_model_provider.api.schemas.management import (
 )
 from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import AliasInUseError, ModelNotFoundError, NotAllowedError, RequestError
-from emb_model_provider.management.types import FidelityObject
 from emb_model_provider.model_resolver import resolve_model, resolve_source
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.registry import ModelStatus, Registry
     from emb_model_provider.settings import Settings
-
 
 router = APIRouter(tags=["management"])
 
@@ -46,7 +45,7 @@ async def list_served(services: ServicesDep) -> ServedModels:
     statuses = services.registry.statuses()
     memory = services.settings.memory
     return ServedModels(
-        models=[_served(status) for status in statuses],
+        models=[_served_model(status) for status in statuses],
         process=Process(
             pid=os.getpid(),
             version=version("emb-model-provider"),
@@ -62,28 +61,28 @@ async def list_served(services: ServicesDep) -> ServedModels:
     "/api/models/load",
     summary="Load a model",
     description="A model that is not in the settings is served from now on, until it is forgotten or the service stops. "
-    "It is forgotten at once if it cannot be loaded, unless `wait=false`.",
+    "If it cannot be loaded, it is forgotten at once, unless `wait=false`.",
     response_model=ServedModel,
     responses={
-        202: {"model": ServedModel, "description": "With `wait=false`: it is being loaded."},
+        202: {"model": ServedModel, "description": "With `wait=false`: the model is being loaded."},
         **error_responses(400, 401, 403, 404, 409, 500, 502, 503),
     },
 )
 async def load(services: ServicesDep, query: Annotated[LoadQuery, Query()]) -> Response:
     registry = services.registry
-    alias = _known(registry, query)
+    alias = _served_alias(registry, query)
     is_new = alias is None
     if alias is None:
-        # On a thread, because it looks for directories of that name.
+        # On a thread, because it checks whether the name is a directory.
         spec = await asyncio.to_thread(resolve_requested_model, services.settings, query, query.alias)
-        present = _status_of(registry, spec.alias)
-        if present is not None and not is_same(present.spec, spec):
-            raise AliasInUseError(_alias_in_use(spec.alias, present))
+        present = _find_status(registry, spec.alias)
+        if present is not None and not _is_same_model(present.spec, spec):
+            raise AliasInUseError(_alias_in_use_message(spec.alias, present))
         is_new = present is None
         alias = registry.add(spec) if present is None else spec.alias
     if not query.wait:
         services.background.start(registry.load(alias))
-        await asyncio.sleep(0)  # so that its state is that of a model being loaded
+        await asyncio.sleep(0)  # lets the task set the state that the response shows
         return _response(registry.status(alias), 202)
 
     async def load_or_remove() -> ModelStatus:
@@ -101,17 +100,67 @@ async def load(services: ServicesDep, query: Annotated[LoadQuery, Query()]) -> R
 @router.post(
     "/api/models/unload",
     summary="Unload a model",
-    description="Its requests are answered first. The next request for it loads it again.",
+    description="Current requests are answered first. The next request for the model loads it again.",
     responses=error_responses(400, 401, 403, 404, 503),
 )
 async def unload(services: ServicesDep, query: Annotated[UnloadQuery, Query()]) -> ServedModel:
     alias = services.registry.alias_of(query.model_name)
     unload_model = services.registry.remove if query.forget else services.registry.unload
-    return _served(await services.background.wait(unload_model(alias)))
+    return _served_model(await services.background.wait(unload_model(alias)))
 
 
-def _known(registry: Registry, query: LoadQuery) -> str | None:
-    """Return the alias of the served model that a query names and nothing more; None where it says how to load it."""
+def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | None = None) -> ModelSpec:
+    """Return the model that a query names.
+
+    Only the settings can name directories, because otherwise a client could make the service read any directory of its
+    machine. Code of a repository is never run if the settings do not name the repository, even if they trust its hub,
+    because a client that may manage models may not run programs.
+
+    Args:
+        settings: All settings.
+        query: The model's name, source, revision and precision.
+        alias: The name that requests will use; None: the alias of the settings, or the model's name.
+
+    Raises:
+        RequestError: A name is invalid.
+        NotAllowedError: The name is a directory that the settings do not name.
+        SettingsError: The precision contradicts the settings.
+    """
+    name = query.model_name
+    for param, value in (("model_name", name), ("alias", alias)):
+        if value is not None and (not value.isprintable() or value != value.strip() or not value):
+            raise RequestError(
+                f"Invalid value for '{param}' = {value!r}. Use printable text without surrounding spaces.",
+                param=param,
+            )
+    try:
+        spec = resolve_model(
+            settings,
+            name,
+            alias=alias,
+            source=query.source,
+            revision=query.revision,
+            precision=query.precision,
+        )
+        is_directory = resolve_source(spec) == "local"
+    except (OSError, RuntimeError, ValueError):  # the operating system rejects the name as a path
+        raise RequestError(
+            f"Invalid value for 'model_name' = {name!r}. Use an alias, or the id of a repository (owner/name).",
+            param="model_name",
+        ) from None
+    if any(_has_same_files(spec, configured) for configured in settings.models.specs()):
+        return spec
+    if is_directory:
+        raise NotAllowedError(
+            f"{name!r} is a directory of this machine, which a request cannot name. The operator can add it to "
+            "EMB_PROVIDER_MODEL_MAPPING, or load it with `emb-provider` on this machine. If you mean a repository, add "
+            "its hub: &source=huggingface or &source=modelscope."
+        )
+    return replace(spec, trust_remote_code=False)
+
+
+def _served_alias(registry: Registry, query: LoadQuery) -> str | None:
+    """Return the alias of the served model that a query names, or None if it is new or the query has more conditions."""
     if query.alias or query.source or query.revision or query.precision:
         return None
     try:
@@ -120,40 +169,47 @@ def _known(registry: Registry, query: LoadQuery) -> str | None:
         return None
 
 
-def _status_of(registry: Registry, name: str) -> ModelStatus | None:
-    """Return the served model that requests mean by a name, if there is one."""
+def _find_status(registry: Registry, name: str) -> ModelStatus | None:
     try:
         return registry.status(name)
     except ModelNotFoundError:
         return None
 
 
-def _alias_in_use(name: str, present: ModelStatus) -> str:
+def _alias_in_use_message(name: str, present: ModelStatus) -> str:
     spec = present.spec
-    how = f"{spec.name} (source {spec.source}, revision {spec.revision or 'default'}, precision {spec.precision})"
+    model = f"{spec.name} (source {spec.source}, revision {spec.revision or 'default'}, precision {spec.precision})"
     served = "" if name == spec.alias else f", served as `{spec.alias}`"
-    ways = "give the other one a name of its own: &alias=…"
+    remedy = "Choose another alias for the new model: &alias=…"
     if not present.configured:
-        ways += f", or end this one: POST /api/models/unload?model_name={spec.alias}&forget=true"
-    return f"`{name}` means {how}{served}: {ways}."
+        remedy += f", or remove this one: POST /api/models/unload?model_name={spec.alias}&forget=true"
+    return f"`{name}` means {model}{served}. {remedy}."
+
+
+def _is_same_model(left: ModelSpec, right: ModelSpec) -> bool:
+    """Return whether two specs load one model in the same way. `auto` is the same as the hub that it resolves to."""
+    return resolve_source(left) == resolve_source(right) and replace(left, source=right.source) == right
+
+
+def _has_same_files(left: ModelSpec, right: ModelSpec) -> bool:
+    def key(spec: ModelSpec) -> tuple[object, ...]:
+        return resolve_source(spec), spec.name, spec.path, spec.endpoint, spec.revision
+
+    return key(left) == key(right)
 
 
 def _response(status: ModelStatus, code: int) -> Response:
-    return JSONResponse(_served(status).model_dump(mode="json"), code)
+    return JSONResponse(_served_model(status).model_dump(mode="json"), code)
 
 
-def _served(status: ModelStatus) -> ServedModel:
-    spec, snapshot, description = status.spec, status.snapshot, status.description
+def _served_model(status: ModelStatus) -> ServedModel:
+    spec = status.spec
     return ServedModel(
         alias=spec.alias,
         model_name=spec.name,
-        source=snapshot.hub if snapshot is not None else spec.source,
-        revision=snapshot.revision if snapshot is not None else spec.revision,
-        path=str(snapshot.path) if snapshot is not None else None,
+        path=str(status.snapshot.path) if status.snapshot is not None else None,
         configured=status.configured,
         preload=status.preload,
-        state=status.state.value,
-        error=status.error,
         unloaded_because=status.unload_reason,
         loaded_at=_time(status.loaded_at),
         last_used=_time(status.last_used),
@@ -162,72 +218,11 @@ def _served(status: ModelStatus) -> ServedModel:
         p95_s=status.p95_s,
         waiting_inputs=status.waiting_inputs,
         waiting_tokens=status.waiting_tokens,
-        memory_bytes=status.memory_bytes,
         restarts=status.restarts,
         asked_precision=spec.precision,
-        precision=description.precision if description is not None else None,
-        device=description.device if description is not None else None,
-        backend=description.backend if description is not None else None,
-        dimensions=description.dimension if description is not None else None,
-        max_input_tokens=description.max_length if description is not None else None,
-        notes=list(description.notes) if description is not None else None,
-        fidelity=FidelityObject.of(description.fidelity) if description is not None else None,
+        **common_fields(status),
     )
 
 
 def _time(unix_s: float | None) -> datetime | None:
     return datetime.fromtimestamp(unix_s, UTC) if unix_s is not None else None
-
-
-def resolve_requested_model(settings: Settings, asked: ModelQuery, alias: str | None = None) -> ModelSpec:
-    """Return the model that a query means.
-
-    A directory is one only where the settings name it: else a caller could have any directory of this machine read.
-    Code of a repository that the settings do not name never runs, whatever they trust: who may manage models is not
-    yet one who may run programs here.
-
-    Raises: RequestError, NotAllowedError; SettingsError where the precision contradicts the settings.
-    """
-    name = asked.model_name
-    for param, value in (("model_name", name), ("alias", alias)):
-        if value is not None and (not value.isprintable() or value != value.strip() or not value):
-            raise RequestError(
-                f"Invalid value for '{param}' = {value!r}: take printable text without spaces around it.",
-                param=param,
-            )
-    try:
-        spec = resolve_model(
-            settings,
-            name,
-            alias=alias,
-            source=asked.source,
-            revision=asked.revision,
-            precision=asked.precision,
-        )
-        is_directory = resolve_source(spec) == "local"
-    except (OSError, RuntimeError, ValueError):  # what no system can look up
-        raise RequestError(
-            f"Invalid value for 'model_name' = {name!r}: give an alias, or a repository's id (owner/name).",
-            param="model_name",
-        ) from None
-    if any(_same_files(spec, own) for own in settings.models.specs()):
-        return spec
-    if is_directory:
-        raise NotAllowedError(
-            f"{name!r} is a directory here, and may not be named over HTTP: let the operator name it in "
-            "EMB_PROVIDER_MODEL_MAPPING, or load it with `emb-provider` on that machine. If a repository is meant, "
-            "add its hub: &source=huggingface or &source=modelscope."
-        )
-    return replace(spec, trust_remote_code=False)
-
-
-def is_same(left: ModelSpec, right: ModelSpec) -> bool:
-    """Whether both mean one model, loaded in one way. A hub that was named may be the one that `auto` is."""
-    return resolve_source(left) == resolve_source(right) and replace(left, source=right.source) == right
-
-
-def _same_files(left: ModelSpec, right: ModelSpec) -> bool:
-    if resolve_source(left) != resolve_source(right):
-        return False
-    ours, theirs = ((each.name, each.path, each.endpoint, each.revision) for each in (left, right))
-    return ours == theirs

@@ -1,8 +1,8 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""`/v1/models`: the served models, in OpenAI's form."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
@@ -14,51 +14,67 @@ from emb_model_provider.management.types import FidelityObject
 if TYPE_CHECKING:
     from emb_model_provider.registry import ModelStatus
 
+_DESCRIBED_FIELDS = (
+    "dimensions", "max_input_tokens", "precision", "device", "backend", "notes", "fidelity",
+)  # fmt: skip
+"""Fields that are None until the model is loaded."""
 
 router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", summary="List the served models", responses=error_responses(401))
 async def list_models(services: ServicesDep) -> ModelList:
-    return ModelList(object="list", data=[_described(status) for status in services.registry.statuses()])
+    return ModelList(object="list", data=[_model_object(status) for status in services.registry.statuses()])
 
 
-@router.get("/v1/models/{model:path}", summary="Describe one model", responses=error_responses(401, 404))
+@router.get("/v1/models/{model:path}", summary="Describe a served model", responses=error_responses(401, 404))
 async def retrieve_model(services: ServicesDep, model: str) -> ModelObject:
     if not model:
         raise HTTPException(404)
-    return _described(services.registry.status(model))
+    return _model_object(services.registry.status(model))
 
 
-def _described(status: ModelStatus) -> ModelObject:
+def common_fields(status: ModelStatus) -> dict[str, Any]:
+    """Return the fields that `ModelObject` and `ServedModel` share."""
     spec, snapshot, description = status.spec, status.snapshot, status.description
+    fields: dict[str, Any] = {
+        "source": snapshot.hub if snapshot is not None else spec.source,
+        "revision": snapshot.revision if snapshot is not None else spec.revision,
+        "state": status.state.value,
+        "error": status.error,
+        "memory_bytes": status.memory_bytes,
+    }
+    if description is None:
+        return fields | dict.fromkeys(_DESCRIBED_FIELDS)
+    return fields | {
+        "dimensions": description.dimension,
+        "max_input_tokens": description.max_length,
+        "precision": description.precision,
+        "device": description.device,
+        "backend": description.backend,
+        "notes": list(description.notes),
+        "fidelity": FidelityObject.of(description.fidelity),
+    }
+
+
+def _model_object(status: ModelStatus) -> ModelObject:
+    spec, description = status.spec, status.description
     owner, slash, _ = spec.name.partition("/")
     return ModelObject(
         id=spec.alias,
         object="model",
         created=status.created,
         owned_by=owner if slash and owner else "local",
-        state=status.state.value,
-        error=status.error,
         name=spec.name,
-        source=snapshot.hub if snapshot is not None else spec.source,
-        revision=snapshot.revision if snapshot is not None else spec.revision,
-        dimensions=description.dimension if description is not None else None,
-        supported_dimensions=_smaller_sizes(status),
-        max_input_tokens=description.max_length if description is not None else None,
+        supported_dimensions=_supported_dimensions(status),
         pooling=description.pooling if description is not None else None,
         normalize=description.normalize if description is not None else None,
         prompts=sorted(description.prompts) if description is not None else None,
-        precision=description.precision if description is not None else None,
-        device=description.device if description is not None else None,
-        backend=description.backend if description is not None else None,
-        notes=list(description.notes) if description is not None else None,
-        memory_bytes=status.memory_bytes,
-        fidelity=FidelityObject.of(description.fidelity) if description is not None else None,
+        **common_fields(status),
     )
 
 
-def _smaller_sizes(status: ModelStatus) -> list[int] | Literal["any"] | None:
+def _supported_dimensions(status: ModelStatus) -> list[int] | Literal["any"] | None:
     if status.description is None:
         return None
     sizes: set[int] = set()

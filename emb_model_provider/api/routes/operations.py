@@ -1,4 +1,4 @@
-"""GET /health, /ready and /metrics: for machines that watch."""
+"""Routes for monitoring and for people: `/health`, `/ready`, `/metrics` and `/docs`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,28 @@ from emb_model_provider.api.schemas.openai import Health, ModelReadiness, Readin
 if TYPE_CHECKING:
     from emb_model_provider.registry import ModelStatus
 
+_ASSETS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon-32x32.png": "image/png",
+}
+"""Files of Swagger UI, with their media types."""
 
 router = APIRouter(tags=["operations"])
 docs_router = APIRouter(include_in_schema=False)
 
 
-@router.get("/health", summary="Does the process answer?")
+@router.get("/health", summary="Check that the process responds")
 async def health() -> Health:
     return Health(status="ok")
 
 
 @router.get(
     "/ready",
-    summary="Can every model that is loaded at startup answer?",
+    summary="Check that all models that are loaded at startup can answer",
     description="A model that was unloaded counts as ready, because its next request loads it again.",
     response_model=Readiness,
-    responses={503: {"model": Readiness, "description": "Not now; the state of each model says why."}},
+    responses={503: {"model": Readiness, "description": "A model cannot answer; its state says why."}},
 )
 async def ready(services: ServicesDep) -> Response:
     statuses = services.registry.statuses()
@@ -64,7 +70,7 @@ async def docs(request: Request) -> HTMLResponse:
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
         swagger_favicon_url="docs/favicon-32x32.png",
-        # Swagger UI would send the API's description to its makers' validator.
+        # Otherwise Swagger UI sends the API's description to an online validator.
         swagger_ui_parameters={"validatorUrl": None},
     )
 
@@ -81,17 +87,10 @@ def _readiness(status: ModelStatus) -> ModelReadiness:
     return ModelReadiness(state=status.state.value, error=status.error, notes=list(notes) or None)
 
 
-_ASSETS = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-    "favicon-32x32.png": "image/png",
-}
-
-
 @cache
 def _asset_directory() -> Path:
-    """Return the directory of the files of the fastapi-swagger distribution."""
+    """Return the directory of the files of the fastapi-swagger distribution, without importing it."""
     spec = find_spec("fastapi_swagger")
     if spec is None or spec.origin is None:
-        raise RuntimeError("fastapi-swagger is not installed: run `uv sync`.")
+        raise RuntimeError("fastapi-swagger is not installed. Run `uv sync`.")
     return Path(spec.origin).parent / "resources"

@@ -1,1 +1,1 @@
-"""Shapes of requests and responses."""
+"""Requests and responses, as the OpenAPI document describes them."""

@@ -1,4 +1,4 @@
-"""The wire's shapes of the routes that manage models. Times are ISO 8601 in UTC, sizes bytes."""
+"""Requests and responses of the management routes. Times are ISO 8601 in UTC, sizes are bytes."""
 
 from __future__ import annotations
 
@@ -20,134 +20,152 @@ from emb_model_provider.settings import Lowered
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
-# --- what is asked ------------------------------------------------------------------------------------
+# --- queries ------------------------------------------------------------------------------------------
 
 
 class _Query(BaseModel):
-    # A misspelt parameter must not be taken for an absent one: `dryrun=true` would delete.
+    # A misspelled parameter must not be ignored: `dryrun=true` would remove models.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelQuery(_Query):
-    """Which model is meant, of those there are anywhere."""
+    """A model of any hub, or of the settings."""
 
     model_name: Name = Field(
-        description="An alias or a name of the settings, or a repository's id (`owner/name`). A directory only "
-        "where the settings name it."
+        description="An alias or a name of the settings, or a repository's id (`owner/name`). A directory only if the "
+        "settings name it."
     )
     source: Annotated[Source, Lowered] | None = Field(
-        None, description="The hub: auto, modelscope or huggingface. Absent: as the settings say."
+        None, description="The hub: auto, modelscope or huggingface. Default: that of the settings."
     )
     revision: Name | None = Field(
-        None, description="Branch, tag or commit. Absent: the hub's default branch."
+        None, description="Branch, tag or commit. Default: the hub's default branch."
     )
     precision: Annotated[Precision, Lowered] | None = Field(
         None,
-        description="How it computes: auto, fp32, fp16, bf16, int8 or int4. Absent: as the settings say.",
+        description="Precision of the computation: auto, fp32, fp16, bf16, int8 or int4. Default: that of the settings.",
     )
 
 
 class LoadQuery(ModelQuery):
+    """A model to load."""
+
     alias: Name | None = Field(
         None,
-        description="The name that requests will use. Absent: the alias of the settings, or `model_name`.",
+        description="The name that requests will use. Default: the alias of the settings, or `model_name`.",
     )
-    wait: bool = Field(True, description="false: answer with 202 at once, and let it load.")
+    wait: bool = Field(True, description="false: respond with 202 at once, while the model is being loaded.")
 
 
 class UnloadQuery(_Query):
-    model_name: Name = Field(description="An alias, a model's id, or the unique last part of one.")
+    """A served model to unload."""
+
+    model_name: Name = Field(description="An alias, a model's id, or the unique last part of an id.")
     forget: bool = Field(
-        False, description="Serve it no more, either. Only for models that are not in the settings."
+        False, description="Also stop serving the model. Only for models that are not in the settings."
     )
 
 
 class DownloadQuery(ModelQuery):
-    force: bool = Field(False, description="Ask the hub again though it is here, and fetch what differs.")
+    """A model to download."""
+
+    force: bool = Field(
+        False, description="Ask the hub even if the model is on disk, and download what changed."
+    )
     compile: bool = Field(
-        False, description="Compile it too (at `precision`), so that its first load is quick."
+        False, description="Also compile the model (at `precision`), so that it loads within seconds."
     )
 
 
 class ListQuery(_Query):
-    all: bool = Field(False, description="Also what other programs put into the hubs' caches.")
+    """Which models on disk are listed."""
+
+    all: bool = Field(False, description="Include models that other programs left in the hubs' caches.")
 
 
 class CachedQuery(_Query):
-    """Narrows an id to one hub or one revision."""
+    """One hub or one revision of a model on disk."""
 
     source: Annotated[Source, Lowered] | None = Field(None, description="Only from this hub.")
-    revision: Name | None = Field(None, description="Only this revision, as it was asked for or as resolved.")
+    revision: Name | None = Field(None, description="Only this revision, as requested or as resolved.")
 
 
 class RemoveAllQuery(_Query):
-    wait_s: Seconds = Field(0, description="How many seconds to wait for what is in use.")
+    """How models are removed from disk."""
+
+    wait_s: Seconds = Field(0, description="How many seconds to wait for models that are in use.")
     unload: bool = Field(
         False,
-        description="Unload served models first whose files these are, once their requests are answered. The next "
-        "request for one fetches it again, unless it is not in the settings: then it is served no more.",
+        description="Unload served models of these files first, after their current requests. The next request for a "
+        "model downloads it again; if it is not in the settings, it is no longer served.",
     )
-    dry_run: bool = Field(False, description="Only tell what would be removed.")
+    dry_run: bool = Field(False, description="Remove nothing, and return what would be removed.")
 
 
 class RemoveQuery(CachedQuery, RemoveAllQuery):
-    pass
+    """Which revisions of a model are removed from disk, and how."""
 
 
-# --- what is answered: models in memory ---------------------------------------------------------------
+# --- models in memory ---------------------------------------------------------------------------------
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class ServedModel(_Answer):
-    """A model that is served, loaded or not. What loading finds out is null until then."""
+class ServedModel(_Response):
+    """A model that is served, loaded or not. What only loading determines is null until then."""
 
     alias: str
     model_name: str = Field(description="The repository's id or directory.")
-    source: str = Field(description="The hub it came from; before loading, the one that was asked for.")
+    source: str = Field(description="The hub it came from; before it is loaded, the requested hub.")
     revision: str | None
     path: str | None = Field(description="The directory of its files.")
     configured: bool = Field(description="Whether it is in the settings.")
-    preload: bool = Field(description="Whether it is loaded at the start.")
+    preload: bool = Field(description="Whether it is loaded at startup.")
     state: str = Field(
         description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
     )
-    error: str | None = Field(description="Why it failed, hangs, is loaded anew or takes long to load.")
+    error: str | None = Field(description="Why it failed, hangs, is being reloaded, or takes long to load.")
     unloaded_because: str | None
     loaded_at: datetime | None
-    last_used: datetime | None = Field(description="When a request was last answered.")
+    last_used: datetime | None = Field(description="Time of the last answered request.")
     requests_served: int = Field(description="Since the service started.")
-    requests_per_s: float = Field(description="Over the last 60 s.")
+    requests_per_s: float = Field(description="Over the last 60 seconds.")
     p95_s: float | None = Field(
-        description="95th percentile of a request's time, seconds, over the last 60 s."
+        description="95th percentile of the latency over the last 60 seconds, in seconds."
     )
     waiting_inputs: int
     waiting_tokens: int
-    memory_bytes: int | None = Field(description="What it takes in memory, as far as that is known.")
-    restarts: int = Field(description="How often it broke down and was loaded anew.")
+    memory_bytes: int | None = Field(description="Memory that it takes, as far as it is known.")
+    restarts: int = Field(description="How often it was reloaded after a crash.")
     asked_precision: str
     precision: str | None
     device: str | None
     backend: str | None
     dimensions: int | None
     max_input_tokens: int | None
-    notes: list[str] | None = Field(description="What to know of how it was loaded.")
+    notes: list[str] | None = Field(description="Notes on how it was loaded.")
     fidelity: FidelityObject | None
 
 
-class Process(_Answer):
+class Process(_Response):
+    """The process of the service and its memory."""
+
     pid: int
     version: str
-    resident_bytes: int | None = Field(description="All of the process; null where the system does not tell.")
-    models_memory_bytes: int = Field(description="Of all loaded models together.")
-    memory_limit_bytes: int | None = Field(description="EMB_PROVIDER_MODEL_MEMORY_LIMIT; null: none.")
-    max_loaded_models: int | None = Field(description="EMB_PROVIDER_MAX_LOADED_MODELS; null: none.")
+    resident_bytes: int | None = Field(description="Resident memory of the process; null if it is unknown.")
+    models_memory_bytes: int = Field(description="Memory of all loaded models.")
+    memory_limit_bytes: int | None = Field(description="EMB_PROVIDER_MODEL_MEMORY_LIMIT; null: no limit.")
+    max_loaded_models: int | None = Field(description="EMB_PROVIDER_MAX_LOADED_MODELS; null: no limit.")
 
 
-class ServedModels(_Answer):
-    models: list[ServedModel] = Field(description="In the order of the settings, then as they were added.")
+class ServedModels(_Response):
+    """The served models and the process that serves them."""
+
+    models: list[ServedModel] = Field(
+        description="In the order of the settings, then in the order in which they were added."
+    )
     process: Process
 
 
@@ -155,12 +173,16 @@ class ServedModels(_Answer):
 
 
 class DownloadJob(DownloadRecord):
-    url: str = Field(description="Of this job. `/events` below it streams its events; DELETE cancels it.")
+    """A download that runs in the background."""
+
+    url: str = Field(description="Path of this job. `{url}/events` streams its events; DELETE cancels it.")
 
 
-class DownloadJobList(_Answer):
+class DownloadJobList(_Response):
+    """The downloads since the service started."""
+
     jobs: list[DownloadJob] = Field(
-        description="The latest first. Of those that ended, the last 100 are remembered until the service stops."
+        description="The latest first. The last 100 ended jobs are kept until the service stops."
     )
 
 
@@ -168,39 +190,53 @@ class DownloadJobList(_Answer):
 
 
 class CachedModel(CachedModelRecord):
-    served_as: list[str] = Field(description="Aliases of this service that are loaded from it.")
+    """A model on disk, at one revision, from one hub."""
+
+    served_as: list[str] = Field(description="Aliases that this service has loaded from its files.")
 
 
-class CachedModels(_Answer):
+class CachedModels(_Response):
+    """The models on disk."""
+
     models: list[CachedModel]
-    total_size: int = Field(description="Files that two models share count once.")
+    total_size: int = Field(description="Files that two models share are counted once.")
 
 
 class CachedModelDetails(CachedModel):
+    """A model on disk with what its files say about it."""
+
     details: Details
 
 
-class CachedModelsDetails(_Answer):
+class CachedModelsDetails(_Response):
+    """The revisions of a model on disk."""
+
     models: list[CachedModelDetails]
 
 
-class VerifiedModel(Verification):
-    served_as: list[str] = Field(description="Aliases of this service that are loaded from it.")
+class VerifiedModel(Verification, CachedModel):
+    """A model on disk whose files were hashed again."""
 
 
-class VerifiedModels(_Answer):
-    ok: bool = Field(description="Whether all of them are.")
+class VerifiedModels(_Response):
+    """The revisions of a model whose files were hashed again."""
+
+    ok: bool = Field(description="Whether all of them are unchanged.")
     models: list[VerifiedModel]
 
 
 class KeptModel(CachedModel):
+    """A model that was not removed."""
+
     reason: str
 
 
-class Removed(_Answer):
-    dry_run: bool = Field(description="true: nothing was removed; this is what would be.")
-    models: list[CachedModel] = Field(description="As they were.")
-    artifacts: list[str] = Field(description="Keys of compiled models that went with them.")
+class Removed(_Response):
+    """The result of a removal."""
+
+    dry_run: bool = Field(description="true: nothing was removed, and the other fields are what would be.")
+    models: list[CachedModel] = Field(description="The removed models, as they were before.")
+    artifacts: list[str] = Field(description="Keys of the compiled forms that were removed with them.")
     freed: int
-    kept: list[KeptModel] = Field(description="What is in use.")
-    unloaded: list[str] = Field(description="Aliases that were unloaded for it.")
+    kept: list[KeptModel] = Field(description="Models that are in use.")
+    unloaded: list[str] = Field(description="Aliases that were unloaded before the removal.")

@@ -1,4 +1,7 @@
-"""The wire's shapes as OpenAPI describes them. `parsing.py` reads requests; nothing here runs per input."""
+"""Requests and responses of OpenAI's API, with the fields that this service adds.
+
+They describe the API. Requests for embeddings are parsed in `routes/embeddings.py`, which is faster.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,32 @@ from emb_model_provider.management.types import FidelityObject
 Dimension = Annotated[int, Field(ge=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
+_ERROR_DESCRIPTIONS = {
+    400: "The request is invalid; `param` and `code` say why.",
+    401: "The API key is missing or wrong.",
+    403: "The caller or the operation is not allowed; `code` says which.",
+    404: "Not found.",
+    408: "The client did not send the whole request in time.",
+    409: "The model or the alias is in use; the message says by what, and what to do.",
+    413: "The request body is too large.",
+    415: "The request body is compressed.",
+    429: "The queue is full, or all current request bodies are too large in total; `Retry-After` says when to try again.",
+    500: "The server failed; its log has the reason under the request id.",
+    502: "The hub did not respond, or its files differ from what it announced.",
+    503: "The model is loading, could not be loaded, or the service is shutting down.",
+    504: "The request was not answered in time.",
+}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route that can fail with these statuses."""
+    return {
+        status: {"model": ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses
+    }
+
 
 class EmbeddingRequest(BaseModel):
-    """Fields that are not listed are ignored; null is the same as absent."""
+    """A request for embeddings. Unknown fields are ignored; null is the same as absent."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -27,80 +53,84 @@ class EmbeddingRequest(BaseModel):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
     ) = Field(
-        description="One text, or up to 2048. Token ids are read only where the model's `token_input` allows it."
+        description="One text, or up to 2048. Token ids are accepted only if the model's `token_input` allows them."
     )
     model: str | None = Field(
-        None, description="An alias, a model's id, or the unique last part of one. Absent: the default model."
+        None,
+        description="An alias, a model's id, or the unique last part of an id. Default: the default model.",
     )
     encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="`base64` is padded standard base64 of little-endian float32."
     )
     dimensions: Dimension | None = Field(
         None,
-        description="Cut vectors to this size and bring them back to length 1, where the model was trained for it "
+        description="Truncate vectors to this size and normalize them again, if the model was trained for it "
         "(Matryoshka) or the operator allows it. Also `output_dimension`.",
     )
     input_type: str | None = Field(
         None,
-        description="Chooses one of the model's prompts: query, document, their synonyms (search_query, "
-        "retrieval.query, passage, search_document, retrieval.passage), or a prompt's own name. "
-        "Also `task` and `prompt_name`.",
+        description="Selects one of the model's prompts: query, document, a synonym (search_query, retrieval.query, "
+        "passage, search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`.",
     )
     truncate: bool | Literal["NONE", "START", "END"] | None = Field(
         None,
-        description="Where an input that is too long is cut; NONE or false refuses it instead. Default: END, unless "
-        "the operator set another for the model. How many were cut is told in `x-truncated-inputs`. "
-        "Also `truncation`.",
+        description="At which end an input that is too long is truncated; NONE or false rejects it instead. Default: END, "
+        "unless the operator has set another value for the model. The response header `x-truncated-inputs` has the number "
+        "of truncated inputs. Also `truncation`.",
     )
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
-        None, description="Cut inputs to this many tokens; -1 is the model's own limit."
+        None, description="Truncate inputs to this many tokens; -1 is the model's own limit."
     )
     normalize: bool | None = Field(
         None,
-        description="Bring vectors to length 1, or leave them. Absent: the model's own way. Also `normalized`.",
+        description="Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`.",
     )
-    user: str | None = Field(None, description="Accepted, not used.")
+    user: str | None = Field(None, description="Accepted and not used.")
 
 
 class EmbeddingObject(BaseModel):
+    """The vector of one input."""
+
     object: Literal["embedding"]
-    index: int = Field(description="Place of the input in the request.")
-    embedding: list[float] | str = Field(description="Numbers, or base64 where that was asked for.")
+    index: int = Field(description="Position of the input in the request.")
+    embedding: list[float] | str = Field(description="Numbers, or base64 if the request asks for it.")
 
 
 class Usage(BaseModel):
+    """Tokens of a request."""
+
     prompt_tokens: int = Field(description="Tokens that were processed, after truncation.")
     total_tokens: int
 
 
 class EmbeddingResponse(BaseModel):
+    """The vectors of all inputs of a request."""
+
     object: Literal["list"]
     data: list[EmbeddingObject] = Field(description="One for each input, in the order of the inputs.")
-    model: str = Field(description="The name that was asked for.")
+    model: str = Field(description="The name that the request used.")
     usage: Usage
 
 
 class ModelObject(BaseModel):
-    """A served model. The first four fields are OpenAI's; the rest is null until the model is loaded."""
+    """A served model. The first four fields are OpenAI's. What only loading determines is null until then."""
 
     model_config = ConfigDict(extra="forbid")
 
     id: str
     object: Literal["model"]
-    created: int = Field(description="Unix time, seconds.")
+    created: int = Field(description="Unix time in seconds.")
     owned_by: str
     state: str = Field(
         description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
     )
-    error: str | None = Field(description="Why it failed, hangs, is loaded anew, or takes long to load.")
+    error: str | None = Field(description="Why it failed, hangs, is being reloaded, or takes long to load.")
     name: str = Field(description="The repository's id or directory.")
-    source: str | None = Field(
-        description="The hub it came from; before loading, the one that was asked for."
-    )
+    source: str | None = Field(description="The hub it came from; before it is loaded, the requested hub.")
     revision: str | None
     dimensions: int | None = Field(description="Native size of a vector.")
     supported_dimensions: list[int] | Literal["any"] | None = Field(
-        description="Smaller sizes it can be cut to."
+        description="Smaller sizes that vectors can be truncated to."
     )
     max_input_tokens: int | None
     pooling: str | None
@@ -109,41 +139,52 @@ class ModelObject(BaseModel):
     precision: str | None
     device: str | None
     backend: str | None
-    notes: list[str] | None = Field(description="What to know of how it was loaded.")
+    notes: list[str] | None = Field(description="Notes on how it was loaded.")
     memory_bytes: int | None = Field(
-        description="What it takes in memory, reckoned from its weights: in that of its device where it has its own."
+        description="Memory that it takes, estimated from its weights; on a device with separate memory, memory of the "
+        "device."
     )
     fidelity: FidelityObject | None = Field(
-        description="Null where the backend is the reference itself (torch at fp32), where it was not measured "
-        "(a note says why), and where the model is not loaded."
+        description="Null if the backend is the reference itself (torch at fp32), if it was not measured (a note says "
+        "why), and if the model is not loaded."
     )
 
 
 class ModelList(BaseModel):
+    """The served models."""
+
     object: Literal["list"]
     data: list[ModelObject]
 
 
 class Health(BaseModel):
+    """The process responds."""
+
     status: Literal["ok"]
 
 
 class ModelReadiness(BaseModel):
+    """The state of a served model."""
+
     state: str
     error: str | None = Field(
-        None, description="Why it failed, hangs, is loaded anew, or takes long to load."
+        None, description="Why it failed, hangs, is being reloaded, or takes long to load."
     )
     notes: list[str] | None = Field(
-        None, description="What to know of how it was loaded, such as why torch serves it and not OpenVINO."
+        None, description="Notes on how it was loaded, for example why it runs on torch instead of OpenVINO."
     )
 
 
 class Readiness(BaseModel):
+    """Whether all models that are loaded at startup can answer."""
+
     status: Literal["ready", "not_ready"]
     models: dict[str, ModelReadiness]
 
 
 class ErrorDetail(BaseModel):
+    """An error in OpenAI's form."""
+
     message: str
     type: str
     param: str | None
@@ -151,27 +192,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """The body of every error."""
+
     error: ErrorDetail
-
-
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return FastAPI's description of errors with these statuses."""
-    return {status: {"model": ErrorResponse, "description": _MEANINGS[status]} for status in statuses}
-
-
-_MEANINGS = {
-    400: "The request is at fault; `param` and `code` say how.",
-    401: "No API key, or a wrong one.",
-    403: "Not from here, or not over HTTP; `code` says which.",
-    404: "No such model.",
-    408: "The client did not send its whole request in time.",
-    409: "It is in use, or the name is; the message says by what, and what to do.",
-    413: "The body is too large.",
-    415: "The body is compressed.",
-    429: "The queue is full, or the bodies of all requests are too large together; `Retry-After` says when to try "
-    "again.",
-    500: "The server failed; quote the request id.",
-    502: "The hub could not be asked, or gave something else than it announced.",
-    503: "The model is loading, could not be loaded, or the service is stopping.",
-    504: "Not answered in time.",
-}

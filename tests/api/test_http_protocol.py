@@ -1,25 +1,34 @@
-"""HTTP as it comes over the wire, sane or not: every answer has OpenAI's form and a request id."""
+"""HTTP/1.1 on the level of connections, valid or not: every response has OpenAI's form and a request id."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-import socket
 from typing import TYPE_CHECKING
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
-from tests.service import assert_error
+from emb_model_provider.api.http_protocol import HttpProtocol
+from emb_model_provider.api.limits import CONNECTIONS, ConnectionLimiter
+from emb_model_provider.settings import LimitSettings
+from tests.api.helpers import connect
 
 if TYPE_CHECKING:
+    import socket
+
+    from starlette.types import Receive, Scope, Send
+
     from tests.service import Service
 
 BODY = b'{"input": "hello", "encoding_format": "base64"}'
 HOST = b"Host: localhost\r\n"
 
 
-class Answer:
-    """A response as it came; `closed` tells whether the server then closed the connection."""
+class RawResponse:
+    """A response as it was received, and whether the server closed the connection after it."""
 
     def __init__(self, raw: bytes) -> None:
         head, _, self.body = raw.partition(b"\r\n\r\n")
@@ -39,22 +48,18 @@ class Answer:
         assert set(error) == {"message", "type", "param", "code"}
 
 
-def exchange(service: Service, *pieces: bytes) -> Answer:
-    """Send bytes, piece by piece, and read one response (and any 100 Continue before it)."""
+def exchange(service: Service, *pieces: bytes) -> RawResponse:
+    """Send bytes piece by piece, and read one response."""
     with connect(service) as connection:
         for piece in pieces:
             connection.sendall(piece)
-        answer = _read(connection)
-        answer.closed = _is_closed(connection)
-        return answer
-
-
-def connect(service: Service) -> socket.socket:
-    return socket.create_connection(("localhost", service.port), timeout=120)
+        response = _read(connection)
+        response.closed = _is_closed(connection)
+        return response
 
 
 def _is_closed(connection: socket.socket) -> bool:
-    """Tell whether the server closed a connection, by asking for something more."""
+    """Return whether the server has closed a connection, by sending another request."""
     try:
         connection.sendall(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n")
         return _read(connection).closed
@@ -62,7 +67,7 @@ def _is_closed(connection: socket.socket) -> bool:
         return True
 
 
-def _read(connection: socket.socket) -> Answer:
+def _read(connection: socket.socket) -> RawResponse:
     raw = b""
     while True:
         chunk = connection.recv(65536)
@@ -70,56 +75,53 @@ def _read(connection: socket.socket) -> Answer:
         length = re.search(rb"content-length: (\d+)", raw, re.IGNORECASE)
         _, end, body = raw.partition(b"\r\n\r\n")
         if not chunk or (end and length is not None and len(body) >= int(length.group(1))):
-            return Answer(raw)
+            return RawResponse(raw)
 
 
 def post(*headers: bytes, version: bytes = b"1.1", body: bytes = BODY) -> bytes:
+    """Return a request for embeddings."""
     lines = b"".join(header + b"\r\n" for header in headers)
-    return (
-        b"POST /v1/embeddings HTTP/"
-        + version
-        + b"\r\n"
-        + HOST
-        + lines
-        + b"Content-Length: %d\r\n\r\n" % len(body)
-        + body
-    )
+    head = b"POST /v1/embeddings HTTP/" + version + b"\r\n" + HOST + lines
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+# --- valid requests -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", [1, 30, 150, len(post()) - 1])
-def test_request_in_pieces(service: Service, split: int) -> None:
-    """Wherever the network cuts a request, it is the same request."""
-    answer = exchange(service, post()[:split], post()[split:])
-    assert (answer.status, answer.closed) == (200, False)
+def test_request_in_two_pieces(service: Service, split: int) -> None:
+    """A request can be split anywhere."""
+    response = exchange(service, post()[:split], post()[split:])
+    assert (response.status, response.closed) == (200, False)
 
 
 def test_chunked_body(service: Service) -> None:
-    """A body without an announced length is read to its end."""
+    """A body without Content-Length is read to its end."""
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BODY[:5], BODY[5:])) + b"0\r\n\r\n"
-    answer = exchange(
+    response = exchange(
         service, b"POST /v1/embeddings HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
     )
-    assert answer.status == 200
+    assert response.status == 200
 
 
 def test_http_1_0_without_a_host(service: Service) -> None:
-    """Plain health checks and old clients are answered, and their connection is closed."""
-    answer = exchange(service, b"GET /health HTTP/1.0\r\n\r\n")
-    assert (answer.status, answer.closed) == (200, True)
+    """Simple health checks and old clients are answered, and their connection is closed."""
+    response = exchange(service, b"GET /health HTTP/1.0\r\n\r\n")
+    assert (response.status, response.closed) == (200, True)
     assert exchange(service, post(version=b"1.0")).status == 200
 
 
-def test_java_clients_that_would_rather_speak_http_2(service: Service) -> None:
-    """Java's HttpClient (Spring AI) asks for HTTP/2 with each request: it is answered in HTTP/1.1, body and all."""
-    wish = (
+def test_upgrade_to_http_2_is_ignored(service: Service) -> None:
+    """Java's HttpClient (Spring AI) asks for HTTP/2 with each request, and is answered in HTTP/1.1."""
+    upgrade = (
         b"Connection: Upgrade, HTTP2-Settings",
         b"Upgrade: h2c",
         b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
     )
-    request = post(*wish)
+    request = post(*upgrade)
     for split in (0, 60, request.index(b"\r\n\r\n") + 2, request.index(b"\r\n\r\n") + 4, len(request) - 3):
-        answer = exchange(service, request[:split], request[split:])
-        assert (answer.status, answer.closed) == (200, False)
+        response = exchange(service, request[:split], request[split:])
+        assert (response.status, response.closed) == (200, False)
     with connect(service) as connection:
         for _ in range(2):
             connection.sendall(request)
@@ -128,13 +130,14 @@ def test_java_clients_that_would_rather_speak_http_2(service: Service) -> None:
 
 
 def test_websockets_are_unknown(service: Service) -> None:
-    """A WebSocket handshake is a request for a page that is not there."""
-    wish = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-    exchange(service, b"GET /ws HTTP/1.1\r\n" + HOST + wish + b"\r\n").assert_error(404, "unknown_url")
+    """A WebSocket handshake is a request for an unknown path."""
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+    response = exchange(service, b"GET /ws HTTP/1.1\r\n" + HOST + upgrade + b"\r\n")
+    response.assert_error(404, "unknown_url")
 
 
 def test_expect_100_continue(service: Service) -> None:
-    """A client that waits to be told to send its body is told; one that would send too much is refused unheard."""
+    """A client that waits for 100 Continue gets it, and a body that is too large is rejected before it is sent."""
     with connect(service) as connection:
         connection.sendall(post(b"Expect: 100-continue").removesuffix(BODY))
         assert connection.recv(1024).startswith(b"HTTP/1.1 100 Continue")
@@ -145,13 +148,13 @@ def test_expect_100_continue(service: Service) -> None:
         + HOST
         + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
     )
-    answer = exchange(service, too_large)
-    answer.assert_error(413, "request_too_large")
-    assert answer.closed
+    response = exchange(service, too_large)
+    response.assert_error(413, "request_too_large")
+    assert response.closed
 
 
-def test_connection_goes_on_after_errors(service: Service) -> None:
-    """Errors, also those told before the body was read, leave a connection usable."""
+def test_connection_is_usable_after_errors(service: Service) -> None:
+    """After an error the next request is answered, even if the body of the first was not read."""
     with connect(service) as connection:
         for request, status in (
             (post(body=b"{"), 400), (post(b"Content-Encoding: gzip"), 415), (post(b"Host: x").replace(HOST, b"", 1), 400),
@@ -162,7 +165,7 @@ def test_connection_goes_on_after_errors(service: Service) -> None:
 
 
 def test_pipelined_requests(service: Service) -> None:
-    """Requests sent without waiting are answered in order."""
+    """Requests that are sent ahead are answered in order."""
     with connect(service) as connection:
         connection.sendall(post() + b"GET /health HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
         raw = b""
@@ -170,6 +173,36 @@ def test_pipelined_requests(service: Service) -> None:
             raw += chunk
     assert [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", raw)] == [200, 200]
     assert raw.endswith(b'{"status":"ok"}')
+
+
+async def test_last_piece_is_sent_although_the_service_shuts_down() -> None:
+    """A shutdown between the end of a response and its last write closes the connection after that write."""
+    state = ServerState()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+        await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+        for connection in list(state.connections):
+            connection.shutdown()
+
+    config = uvicorn.Config(app, http=HttpProtocol, log_config=None, lifespan="off")
+    config.load()
+    app_state = {CONNECTIONS: ConnectionLimiter(LimitSettings())}
+    server = await asyncio.get_running_loop().create_server(
+        lambda: HttpProtocol(config=config, server_state=state, app_state=app_state), "127.0.0.1", 0
+    )
+    async with server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert received.endswith(b"\r\n\r\n3\r\none\r\n0\r\n\r\n")
+
+
+# --- invalid requests ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,20 +214,11 @@ def test_pipelined_requests(service: Service) -> None:
      b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\nbad header\r\n\r\n"],
     ids=lambda data: ascii(data[:20]),
 )  # fmt: skip
-def test_what_is_not_http_is_refused_in_our_form(service: Service, request_bytes: bytes) -> None:
-    """Bytes that are no request get an error that can be read, with an id, and the connection ends."""
-    answer = exchange(service, request_bytes)
-    answer.assert_error(400, "invalid_http")
-    assert answer.closed
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP", "deflate, gzip"])
-def test_compressed_bodies_are_refused(service: Service, encoding: str) -> None:
-    """A compressed body is not mistaken for bad JSON."""
-    response = service.http.post(
-        "/v1/embeddings", content=b"\x1f\x8b\x08", headers={"content-encoding": encoding}
-    )
-    assert_error(response, 415, "unsupported_content_encoding", phrase="Content-Encoding")
+def test_invalid_http_is_rejected_in_openais_form(service: Service, request_bytes: bytes) -> None:
+    """Bytes that are not an HTTP request get an error with a request id, and the connection is closed."""
+    response = exchange(service, request_bytes)
+    response.assert_error(400, "invalid_http")
+    assert response.closed
 
 
 @pytest.mark.parametrize(
@@ -207,40 +231,11 @@ def test_compressed_bodies_are_refused(service: Service, encoding: str) -> None:
      ("OPTIONS", "/v1/embeddings", 405, "method_not_allowed"), ("POST", "/v1/models", 405, "method_not_allowed"),
      ("DELETE", "/v1/models/x", 405, "method_not_allowed"), ("POST", "/health", 405, "method_not_allowed")],
 )  # fmt: skip
-def test_unknown_routes_and_methods(service: Service, method: str, path: str, status: int, code: str) -> None:
-    """Nothing is redirected, and nothing is answered in HTML."""
-    raw = f"{method} {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n"
-    answer = exchange(service, raw)
-    answer.assert_error(status, code)
-    message = json.loads(answer.body)["error"]["message"]
+def test_unknown_paths_and_methods(service: Service, method: str, path: str, status: int, code: str) -> None:
+    """Unknown paths and methods are neither redirected nor answered in HTML."""
+    response = exchange(service, f"{method} {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
+    response.assert_error(status, code)
+    message = json.loads(response.body)["error"]["message"]
     assert message.startswith(f"Invalid URL ({method} {path[:3]}")
     assert len(message) < 300
-    assert ("allow" in answer.headers) == (status == 405)
-
-
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/docs", "/openapi.json"])
-def test_head_is_get_without_the_body(service: Service, path: str) -> None:
-    """Watchers that send HEAD get GET's headers."""
-    response = service.http.head(path)
-    assert response.status_code == 200
-    assert response.content == b""
-    assert int(response.headers["content-length"]) > 0
-    assert service.http.head("/v1/embeddings").status_code == 405
-
-
-@pytest.mark.parametrize(
-    "given", ["abc", "req_0123", "a" * 128, "550e8400-e29b-41d4-a716-446655440000", "a.b:c/d+e=f_g"]
-)
-def test_sane_request_id_is_echoed(service: Service, given: str) -> None:
-    """A caller's own id comes back, with answers and with errors, and is the log's."""
-    for path in ("/health", "/v1/models/nope"):
-        assert service.http.get(path, headers={"x-request-id": given}).headers["x-request-id"] == given
-    assert service.logged(request_id=given, status=404)
-
-
-@pytest.mark.parametrize("given", ["", "a b", "a" * 129, "<script>", 'x"y', "{}", "ä", "a\tb", "a;b", "%0a"])
-def test_other_request_ids_are_replaced(service: Service, given: str) -> None:
-    """What could do harm in a log or a page is not repeated."""
-    header = (b"X-Request-Id", given.encode("latin-1"))
-    response = service.http.get("/health", headers=[header])
-    assert re.fullmatch(r"req_[0-9a-f]{24}", response.headers["x-request-id"])
+    assert ("allow" in response.headers) == (status == 405)

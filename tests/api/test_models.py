@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""`GET /v1/models` and `/v1/models/{model}`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.api.models import MAPPING
+from tests.api.helpers import MAPPING
 from tests.service import BUNDLED, assert_error
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def test_list_has_openais_fields_and_ours(service: Service, backend: str) -> None:
-    """The bundled model is listed with what OpenAI says of a model, and with what is known of this one."""
+    """The bundled model is listed with OpenAI's fields and with the fields of this service."""
     body = service.http.get("/v1/models").json()
     assert set(body) == {"object", "data"}
     assert body["object"] == "list"
@@ -32,7 +32,7 @@ def test_list_has_openais_fields_and_ours(service: Service, backend: str) -> Non
 
 
 def test_aliases_are_listed_in_the_order_of_the_settings(guarded: Service) -> None:
-    """Every alias is a model of its own, loaded or not; the first is the default."""
+    """Each alias is a model, loaded or not. The first is the default model."""
     models = guarded.http.get("/v1/models").json()["data"]
     assert [model["id"] for model in models] == list(MAPPING)
     by_id = {model["id"]: model for model in models}
@@ -43,8 +43,8 @@ def test_aliases_are_listed_in_the_order_of_the_settings(guarded: Service) -> No
 
 
 @pytest.mark.parametrize("name", [BUNDLED, quote(BUNDLED, safe=""), "all-MiniLM-L6-v2"])
-def test_one_model_by_any_of_its_names(service: Service, name: str) -> None:
-    """An id's slash may be sent as it is or as %2F, and the unique last part will do."""
+def test_model_is_found_by_each_of_its_names(service: Service, name: str) -> None:
+    """An id is accepted with a slash or %2F, and so is its unique last part."""
     response = service.http.get(f"/v1/models/{name}")
     assert response.json() == service.http.get("/v1/models").json()["data"][0]
 
@@ -53,14 +53,14 @@ def test_one_model_by_any_of_its_names(service: Service, name: str) -> None:
     "name", ["nope", "sentence-transformers", "no/such/model", "%2e%2e%2fetc", "x" * 3000]
 )
 def test_unknown_model(service: Service, name: str) -> None:
-    """A model that is not served is a 404 that names those that are."""
+    """The 404 for an unknown model names the served models."""
     response = service.http.get(f"/v1/models/{name}")
     assert_error(response, 404, "model_not_found", param="model", phrase=f"Served here: {BUNDLED}")
     assert len(response.content) < 1000
 
 
-def test_failed_model_says_why(strained: Service) -> None:
-    """A model that could not be loaded is listed with its state and the reason."""
+def test_failed_model_has_the_reason(strained: Service) -> None:
+    """A model that failed to load is listed with its state and the reason."""
     model = strained.http.get("/v1/models/broken").json()
     assert model["state"] == "failed"
     assert "not-there" in model["error"]
