@@ -275,7 +275,9 @@ class ModelManager:
                 replace(spec, endpoint=entry.endpoint or spec.endpoint), force=True, on_progress=on_progress
             )
         notes = [self._remove_damaged(name, key) for key in verification.damaged_artifacts]
-        return verify(self._entry(verification), self._inventory, on_progress), notes
+        # A branch that has moved has another directory now.
+        present = [each for each in self._inventory.scan().entries if set(entry.keys[:1]) & set(each.keys)]
+        return verify(present[0] if present else entry, self._inventory, on_progress), notes
 
     def _remove_damaged(self, name: str, key: str) -> str:
         lock = self._inventory.store.try_lock(key)

@@ -15,10 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import ManagementError, ModelInUseError, NotCachedError
-from emb_model_provider.hubs.caches import files_of, leftover_size, remove_leftovers, repository_dirs
+from emb_model_provider.hubs.caches import files_of, leftovers, remove_leftovers, repository_dirs
 from emb_model_provider.management.types import KeptModel, Removal
 from emb_model_provider.snapshots import journal
-from emb_model_provider.snapshots.files import CACHE_SETTING, list_dir, size_of, translate_os_error
+from emb_model_provider.snapshots.files import CACHE_SETTING, list_dir, size_of, translate_os_error, walk
 from emb_model_provider.snapshots.locks import is_locked, try_lock_exclusive
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Remover:
             if not entry.journals:
                 continue
             if entry.state != "incomplete":
-                total.freed += self._remove_beside(entry, dry_run=dry_run)
+                total.freed += self._remove_beside(entry, info, dry_run=dry_run)
                 continue
             try:
                 find = partial(_still_there, entry, incomplete=True)
@@ -304,25 +304,27 @@ class Remover:
         if written is not None:
             written.delete(self._manifest_dir)
 
-    def _remove_beside(self, entry: CacheEntry, *, dry_run: bool) -> int:
+    def _remove_beside(self, entry: CacheEntry, info: CacheInfo, *, dry_run: bool) -> int:
         """Remove what an interrupted download has left beside a complete snapshot; return the freed bytes."""
         freed = 0
         for each in entry.journals:
             path = each.key.lock_path(self._manifest_dir)
             if dry_run:
-                freed += 0 if is_locked(path) else leftover_size(each, self._manifest_dir)
+                freed += 0 if is_locked(path) else leftovers(each, info.directories).size
                 continue
             with contextlib.suppress(OSError):
                 if (lock := try_lock_exclusive(path)) is not None:
                     with lock:
-                        freed += remove_leftovers(each, self._manifest_dir)
+                        # Read again, because another download can have begun and failed since the scan.
+                        present = journal.load(each.key.journal_path(self._manifest_dir))
+                        freed += remove_leftovers(present, self._manifest_dir) if present is not None else 0
         return freed
 
     def _remove_orphans(self, info: CacheInfo, *, dry_run: bool) -> tuple[list[str], int]:
         """Remove artifacts and records whose snapshot no longer exists; return their keys, and the freed bytes."""
         store = self._inventory.store
         digests = info.digests
-        freed = sum(size_of(path) for path in store.unfinished())
+        freed = sum(size_of(walk(path)) for path in store.unfinished())
         removed: list[str] = []
         for artifact in info.artifacts:
             if artifact.snapshot in digests:

@@ -78,6 +78,8 @@ class CachedModelRecord(Record):
 
 
 class CachedFile(Record):
+    """A file of a snapshot."""
+
     path: str
     size: int
     sha256: str

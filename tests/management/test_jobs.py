@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.errors import HubUnavailableError, JobNotFoundError, QueueFullError
-from emb_model_provider.hubs.base import Progress
+from emb_model_provider.progress import Progress
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.snapshots.snapshot import Snapshot
