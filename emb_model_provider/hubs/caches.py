@@ -154,29 +154,7 @@ class SnapshotFiles:
             raise ManagementError(
                 f"{self.path} could not be removed. Make it writable for this user, or remove it by hand."
             )
-        if self.hub == "huggingface":
-            self._tidy_huggingface()
-        else:
-            self._unlink_alias()
-            remove_empty_parents(self.path.parent, self.root)
-
-    def _tidy_huggingface(self) -> None:
-        (repo,) = repository_dirs("huggingface", self.repository, self.root)
-        locks = self.root / ".locks" / repo.name
-        with contextlib.suppress(OSError):
-            (repo / "trees" / f"{self.path.name}.json").unlink(missing_ok=True)
-        if not list_dir(repo / "snapshots"):
-            for directory in (repo, locks):
-                if not directory.is_symlink():
-                    shutil.rmtree(directory, ignore_errors=True)
-        remove_empty_parents(locks.parent, self.root)
-
-    def _unlink_alias(self) -> None:
-        """Remove the link with dots that ModelScope's older clients leave beside a directory without dots."""
-        alias = self.path.with_name(self.path.name.replace("___", "."))
-        with contextlib.suppress(OSError):
-            if alias.is_symlink() and not alias.exists():
-                alias.unlink()
+        _tidy(self.hub, self.repository, self.path, self.root)
 
 
 def files_of(
@@ -249,16 +227,16 @@ def _strategy(
     )
 
 
-# --- interrupted downloads --------------------------------------------------------------------------------
+# --- interrupted downloads and removals -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Leftovers:
-    """What an interrupted download has left in a client's cache."""
+    """What an interrupted download or removal has left in a client's cache."""
 
-    snapshots: tuple[Path, ...] = ()
-    """Directories of the snapshots that it began."""
-    files: tuple[Path, ...] = ()
+    snapshots: tuple[Path, ...]
+    """Directories of the snapshots that a download began."""
+    files: tuple[Path, ...]
     """Files that no other snapshot uses, such as those that were not downloaded completely."""
 
     @property
@@ -283,17 +261,17 @@ def contents(hub: HubName, repository: str, root: Path) -> Iterator[Path]:
 
 
 def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
-    """Find what an interrupted download has left. Finds nothing for other journals.
+    """Find what an interrupted download or removal has left.
 
-    Files and snapshots that existed before, or that another program changed afterwards, are not included.
+    Of a download, files and snapshots that existed before, or that another program changed afterwards, are not included.
+    Of a removal, only blobs of the Hugging Face client are, which it removes after the snapshot that uses them.
 
     Args:
-        journal: The journal of the download.
+        journal: The journal.
         complete: The directories of all snapshots that have a manifest.
     """
-    if journal.operation != "fetch":
-        return Leftovers()
     hub, repository = journal.key.hub, journal.key.repository
+    is_removal = journal.operation == "remove"
     begun: list[Path] = []
     files: list[Path] = []
     for root in journal.roots:
@@ -301,7 +279,8 @@ def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
         own = [
             path
             for path in snapshots
-            if path not in journal.before
+            if not is_removal
+            and path not in journal.before
             and not any(each.is_relative_to(path) for each in complete)
             and not journal.changed_by_others(path)
         ]
@@ -316,7 +295,7 @@ def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
         files += [
             path
             for path in contents(hub, repository, root)
-            if path not in journal.before
+            if (_is_blob(path) if is_removal else path not in journal.before)
             and (path.suffix in _PARTIAL_SUFFIXES or not any(path.is_relative_to(each) for each in snapshots))
             and (path.is_symlink() or path.is_file())
             and journal.is_own_change(path)
@@ -326,7 +305,7 @@ def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
 
 
 def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
-    """Remove what an interrupted download has left, and its journal. The caller holds the repository's lock.
+    """Remove what an interrupted download or removal has left, and its journal. The caller holds the repository's lock.
 
     Returns:
         How many bytes were freed.
@@ -345,15 +324,48 @@ def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
         with contextlib.suppress(OSError):
             path.unlink()
     for root in journal.roots:
-        _remove_empty_dirs(hub, repository, root, journal.before)
+        if journal.path is None:
+            _remove_empty_dirs(hub, repository, root, journal.before)
+        elif not journal.path.exists():
+            _tidy(hub, repository, journal.path, root)
         if hub == "huggingface":
             # A thread of a cancelled download can still hold the client's lock, and delay the next download. The client
             # needs the lock only to avoid downloading a file twice.
-            locks = root / ".locks" / repository_dirs(hub, repository, root)[0].name
-            shutil.rmtree(locks, ignore_errors=True)
-            remove_empty_parents(locks.parent, root)
+            _remove_locks(repository, root)
     journal.delete(manifest_dir)
     return freed
+
+
+def _tidy(hub: HubName, repository: str, path: Path, root: Path) -> None:
+    """Remove what a client keeps for a snapshot that was removed, and with the last snapshot for its repository."""
+    if hub != "huggingface":
+        # ModelScope's older clients leave a link with dots beside a directory without dots.
+        alias = path.with_name(path.name.replace("___", "."))
+        with contextlib.suppress(OSError):
+            if alias.is_symlink() and not alias.exists():
+                alias.unlink()
+        remove_empty_parents(path.parent, root)
+        return
+    (repo,) = repository_dirs(hub, repository, root)
+    with contextlib.suppress(OSError):
+        (repo / "trees" / f"{path.name}.json").unlink(missing_ok=True)
+    if not list_dir(repo / "snapshots"):
+        if not repo.is_symlink():
+            shutil.rmtree(repo, ignore_errors=True)
+        _remove_locks(repository, root)
+
+
+def _remove_locks(repository: str, root: Path) -> None:
+    """Remove the locks of the Hugging Face client for a repository."""
+    (repo,) = repository_dirs("huggingface", repository, root)
+    locks = root / ".locks" / repo.name
+    if not locks.is_symlink():
+        shutil.rmtree(locks, ignore_errors=True)
+    remove_empty_parents(locks.parent, root)
+
+
+def _is_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and path.suffix not in _PARTIAL_SUFFIXES
 
 
 def _link_targets(path: Path) -> tuple[str, ...]:

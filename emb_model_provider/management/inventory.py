@@ -46,6 +46,8 @@ class CacheEntry:
     state: State
     files_size: int
     """Bytes, without artifacts."""
+    leftover_size: int = 0
+    """Bytes of what an interrupted download or removal has left, beside a snapshot that is being removed."""
     fetched: datetime | None
     last_used: datetime | None
     in_use: bool
@@ -243,7 +245,8 @@ class Inventory:
             revision=None,
             path=path,
             state="incomplete",
-            files_size=size_of(walk(found.path)) if found.path is not None else left.size,
+            files_size=left.size + (size_of(walk(found.path)) if found.path is not None else 0),
+            leftover_size=left.size,
             fetched=None,
             last_used=_latest([found.touched]),
             in_use=self._in_use(found.key, path),

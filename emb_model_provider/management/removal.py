@@ -50,13 +50,11 @@ class RemovalPlan:
     @property
     def freed(self) -> int:
         """Bytes."""
-        freed = sum(self.artifacts.values())
-        for entry, files in zip(self.entries, self.files, strict=True):
-            if files is not None:
-                freed += files.freed
-            elif entry.state == "incomplete":
-                freed += entry.files_size
-        return freed
+        return (
+            sum(self.artifacts.values())
+            + sum(files.freed for files in self.files if files is not None)
+            + sum(entry.leftover_size for entry in self.entries)
+        )
 
 
 class Remover:
@@ -298,9 +296,7 @@ class Remover:
         if files is not None:
             files.remove()
         for each in entry.journals:
-            if each.operation == "fetch":
-                remove_leftovers(each, self._manifest_dir)
-            each.delete(self._manifest_dir)
+            remove_leftovers(each, self._manifest_dir)
         if written is not None:
             written.delete(self._manifest_dir)
 

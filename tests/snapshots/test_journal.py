@@ -1,18 +1,15 @@
-"""Journals, and what an interrupted download has left."""
+"""Journals: their format, and how those of earlier versions are read."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from emb_model_provider.hubs.caches import contents, leftovers, remove_leftovers, repository_dirs
-from emb_model_provider.snapshots import journal, manifest
+from emb_model_provider.snapshots import journal
 from emb_model_provider.snapshots.manifest import ManifestKey
-from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 from tests.hubs.conftest import MS_REPO, modelscope_files
 from tests.hubs.helpers import files_below, write_files
 from tests.snapshots.helpers import ENDPOINT, read_sample, write_json
@@ -98,34 +95,3 @@ def test_invalid_journal_is_ignored(tmp_path: Path, change: dict[str, object]) -
     content = read_sample("journal-download.json", tmp_path) | change
     write_json(KEY.journal_path(tmp_path / "snapshots"), content)
     assert not journal.load_all(tmp_path / "snapshots")
-
-
-def test_later_changes_are_those_of_other_programs(tmp_path: Path) -> None:
-    """A snapshot in which a file was changed after the process had ended is kept as a whole."""
-    root = tmp_path / "ms"
-    begin(root, tmp_path / "snapshots")
-    snapshot = root / "models" / "iic--tiny" / "snapshots" / "v1"
-    write_files(snapshot, {"config.json": b"{}", "vocab.txt.incomplete": b"half"})
-    path = KEY.journal_path(tmp_path / "snapshots")
-    long_ago = time.time() - 3600
-    os.utime(path, (long_ago, long_ago))
-    found = journal.load(path)
-    assert found is not None
-    assert not leftovers(found, []).paths
-    assert remove_leftovers(found, tmp_path / "snapshots") == 0
-    assert (snapshot / "config.json").exists()
-    assert not path.exists()
-
-
-def test_complete_snapshot_of_a_branch_with_a_slash_is_kept(tmp_path: Path) -> None:
-    """Two branches share a directory; the download of one was interrupted, and the other was downloaded later."""
-    root, manifest_dir = tmp_path / "ms", tmp_path / "snapshots"
-    written = begin(root, manifest_dir)
-    snapshots = root / "models" / "iic--tiny" / "snapshots"
-    write_files(snapshots / "dev" / "a", {"config.json": b"{}"})
-    write_files(snapshots / "dev" / "b", {"vocab.txt.incomplete": b"half"})
-    file = SnapshotFile("config.json", 2, hash_file(snapshots / "dev" / "a" / "config.json").sha256)
-    complete = Snapshot.of("modelscope", MS_REPO, "dev/a", snapshots / "dev" / "a", [file])
-    manifest.save(ManifestKey("modelscope", MS_REPO, "dev/a"), complete, manifest_dir)
-    remove_leftovers(written, manifest_dir)
-    assert files_below(root) == {snapshots / "dev" / "a" / "config.json"}
