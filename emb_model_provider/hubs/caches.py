@@ -1,4 +1,4 @@
-"""Layouts of the hub clients' caches: where their files are, and how to remove them without touching others' files."""
+"""Layouts of the hub clients' caches: where files are, and how to remove them but none of other programs."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def files_of(
         removed_before: Snapshots that are removed first. A file that only they share with this one is removed with it.
 
     Raises:
-        ManagementError: The client would not have created the directory, so that its files may be somebody else's.
+        ManagementError: The client would not have created the directory, so that its files may be another program's.
     """
     if not path.exists() and not path.is_symlink():
         return None
@@ -182,7 +182,7 @@ def files_of(
     below_root = [each for each in (path, *path.parents) if each.is_relative_to(root) and each != root]
     if any(each.is_symlink() for each in below_root):
         raise ManagementError(
-            f"{path} leads through a symbolic link, and its target may be somebody else's: it was left "
+            f"{path} leads through a symbolic link, and its target may be another program's: it was left "
             "alone. Remove the link by hand."
         )
     if hub == "huggingface":

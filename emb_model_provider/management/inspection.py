@@ -1,4 +1,4 @@
-"""Inspects a model on disk: what its files say about it, and whether they are unchanged."""
+"""Inspects a model on disk: what its files declare, and whether they are unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LICENSE = re.compile(r"^license:\s*[\"']?([^\"'#\n]+)", re.MULTILINE)
 
 
 def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> Details:
-    """Return what the files of a model, or its compiled form, say about it."""
+    """Return what the files of a model, or its compiled form, declare."""
     values: dict[str, Any] = {**dict.fromkeys(Details.model_fields), "notes": [], "files": []}
     if not entry.manifests:
         return Details(**values)
