@@ -54,8 +54,8 @@ def first_line(error: BaseException, *, limit: int = 200, secret: str | None = N
         secret: A text that is replaced by `***`.
     """
     lines = str(getattr(error, "message", None) or error).strip().splitlines()
-    line = lines[0][:limit] if lines else type(error).__name__
-    return line.replace(secret, "***") if secret else line
+    line = lines[0] if lines else type(error).__name__
+    return (line.replace(secret, "***") if secret else line)[:limit]
 
 
 def describe_error(error: BaseException) -> str:

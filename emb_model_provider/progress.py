@@ -10,8 +10,8 @@ from typing import Literal
 from emb_model_provider.errors import OperationCancelledError
 
 Phase = Literal["resolve", "download", "verify", "compile", "compare", "load"]
-"""Phases of preparing a model: look it up on its hub, download and hash its files, compile it, compare the compiled
-model with the reference, load it into memory."""
+"""Phases of preparing a model: look it up on its hub, download its files, hash them, compile the model, compare the
+compiled model with the reference, load it into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Progress:
     done_bytes: int = 0
     """Over all files together. It decreases if a file is downloaded again."""
     total_bytes: int | None = None
-    """None where the work is not measured in bytes."""
+    """None if the work is not measured in bytes."""
     step: str = ""
     """The step of compiling or comparing, such as `convert`."""
 

@@ -1,4 +1,4 @@
-"""Layouts of the hub clients' caches: where their files are, and how to remove them without touching others' files."""
+"""Layouts of the hub clients' caches: where files are, and how to remove them but none of other programs."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def repository_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
     if hub == "huggingface":
         return [root / f"models--{flat}"]
     if hub == "modelscope":
-        return [root / "models" / flat, *modelscope_older(root, repository)]
+        return [root / "models" / flat, *older_modelscope_dirs(root, repository)]
     return []
 
 
-def modelscope_older(root: Path, repository: str) -> list[Path]:
+def older_modelscope_dirs(root: Path, repository: str) -> list[Path]:
     """Return the directories in which ModelScope's older clients kept a repository, newest layout first.
 
     They usually wrote a dot in a name as three underscores.
@@ -77,7 +77,10 @@ def modelscope_older(root: Path, repository: str) -> list[Path]:
 def snapshot_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
     """Return the existing directories of a repository's snapshots."""
     current, *older = repository_dirs(hub, repository, root)
-    return [*_directories(current / "snapshots"), *(path for path in older if path.is_dir())]
+    return [
+        *_directories(current / "snapshots"),
+        *(path for path in older if path.is_dir() and not path.is_symlink()),
+    ]
 
 
 def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
@@ -101,7 +104,7 @@ def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) 
     for parent in path.parents:  # the name of a branch can contain slashes
         if parent.name == "snapshots" and parent.parts[-3:-1] == ("models", flat):
             return parent.parents[2]
-    return next((root for root in roots if path in modelscope_older(root, repository)), None)
+    return next((root for root in roots if path in older_modelscope_dirs(root, repository)), None)
 
 
 def scan_cache(hub: HubName, root: Path) -> Iterator[CachedRepo]:
@@ -151,29 +154,7 @@ class SnapshotFiles:
             raise ManagementError(
                 f"{self.path} could not be removed. Make it writable for this user, or remove it by hand."
             )
-        if self.hub == "huggingface":
-            self._tidy_huggingface()
-        else:
-            self._unlink_alias()
-            remove_empty_parents(self.path.parent, self.root)
-
-    def _tidy_huggingface(self) -> None:
-        (repo,) = repository_dirs("huggingface", self.repository, self.root)
-        locks = self.root / ".locks" / repo.name
-        with contextlib.suppress(OSError):
-            (repo / "trees" / f"{self.path.name}.json").unlink(missing_ok=True)
-        if not list_dir(repo / "snapshots"):
-            for directory in (repo, locks):
-                if not directory.is_symlink():
-                    shutil.rmtree(directory, ignore_errors=True)
-        remove_empty_parents(locks.parent, self.root)
-
-    def _unlink_alias(self) -> None:
-        """Remove the link with dots that ModelScope's older clients leave beside a directory without dots."""
-        alias = self.path.with_name(self.path.name.replace("___", "."))
-        with contextlib.suppress(OSError):
-            if alias.is_symlink() and not alias.exists():
-                alias.unlink()
+        _tidy(self.hub, self.repository, self.path, self.root)
 
 
 def files_of(
@@ -189,7 +170,7 @@ def files_of(
         removed_before: Snapshots that are removed first. A file that only they share with this one is removed with it.
 
     Raises:
-        ManagementError: The client would not have created the directory, so that its files may be somebody else's.
+        ManagementError: The client would not have created the directory, so that its files may be another program's.
     """
     if not path.exists() and not path.is_symlink():
         return None
@@ -201,15 +182,15 @@ def files_of(
     below_root = [each for each in (path, *path.parents) if each.is_relative_to(root) and each != root]
     if any(each.is_symlink() for each in below_root):
         raise ManagementError(
-            f"{path} leads through a symbolic link, and its target may be somebody else's: it was left "
+            f"{path} leads through a symbolic link, and its target may be another program's: it was left "
             "alone. Remove the link by hand."
         )
     if hub == "huggingface":
         siblings = {each.name for each in removed_before if each.parent == path.parent}
         strategy = _strategy(repository, path, root, siblings)
-        freed = strategy.expected_freed_size if strategy is not None else size_of(path)
+        freed = strategy.expected_freed_size if strategy is not None else size_of(walk(path))
         return SnapshotFiles(hub, repository, path, root, freed, strategy)
-    return SnapshotFiles(hub, repository, path, root, size_of(path), None)
+    return SnapshotFiles(hub, repository, path, root, size_of(walk(path)), None)
 
 
 def _strategy(
@@ -246,85 +227,167 @@ def _strategy(
     )
 
 
-# --- interrupted downloads --------------------------------------------------------------------------------
+# --- interrupted downloads and removals -------------------------------------------------------------------
 
 
-def leftovers(journal: Journal, manifest_dir: Path) -> tuple[list[Path], list[Path]]:
-    """Return what an interrupted download has left: snapshots that it began, and files that it has not completed.
+@dataclass(frozen=True, slots=True)
+class Leftovers:
+    """What an interrupted download or removal has left in a client's cache."""
 
-    Snapshots that existed before, that have a manifest, or that another program changed afterwards are not included,
-    nor are the files that another program is downloading.
+    snapshots: tuple[Path, ...]
+    """Directories of the snapshots that a download began."""
+    files: tuple[Path, ...]
+    """Files that no other snapshot uses, such as those that were not downloaded completely."""
+
+    @property
+    def paths(self) -> set[Path]:
+        """All its files and directories."""
+        return {*self.files, *self.snapshots, *(path for each in self.snapshots for path in walk(each))}
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        # A link in a snapshot leads to one of the files, or to a file that another snapshot uses, too.
+        links = {path for path in self.paths - set(self.files) if path.is_symlink()}
+        return size_of(self.paths - links)
+
+
+def contents(hub: HubName, repository: str, root: Path) -> Iterator[Path]:
+    """Yield the directories in which a download of a repository can leave files, and everything in them."""
+    for directory in repository_dirs(hub, repository, root):
+        if directory.is_dir() and not directory.is_symlink():
+            yield directory
+            yield from walk(directory)
+
+
+def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
+    """Find what an interrupted download or removal has left.
+
+    Of a download, files and snapshots that existed before, or that another program changed afterwards, are not included.
+    Of a removal, only blobs of the Hugging Face client are, which it removes after the snapshot that uses them.
+
+    Args:
+        journal: The journal.
+        complete: The directories of all snapshots that have a manifest.
     """
-    if journal.operation != "fetch":
-        return [], []
     hub, repository = journal.key.hub, journal.key.repository
-    complete = {found.snapshot.path for _, found in manifest.load_all(manifest_dir)}
+    is_removal = journal.operation == "remove"
     begun: list[Path] = []
-    partial: list[Path] = []
+    files: list[Path] = []
     for root in journal.roots:
-        begun += [
+        snapshots = snapshot_dirs(hub, repository, root)
+        own = [
             path
-            for path in snapshot_dirs(hub, repository, root)
-            if path not in journal.before and path not in complete and not journal.changed_by_others(path)
+            for path in snapshots
+            if not is_removal
+            and path not in journal.before
+            and not any(each.is_relative_to(path) for each in complete)
+            and not journal.changed_by_others(path)
         ]
-        partial += [
+        used = {
+            target
+            for snapshot in snapshots
+            if snapshot not in own
+            for path in walk(snapshot)
+            for target in _link_targets(path)
+        }
+        begun += own
+        files += [
             path
-            for directory in repository_dirs(hub, repository, root)
-            for path in walk(directory)
-            if path.suffix in _PARTIAL_SUFFIXES and journal.is_own_change(path)
+            for path in contents(hub, repository, root)
+            if (_is_blob(path) if is_removal else path not in journal.before)
+            and (path.suffix in _PARTIAL_SUFFIXES or not any(path.is_relative_to(each) for each in snapshots))
+            and (path.is_symlink() or path.is_file())
+            and journal.is_own_change(path)
+            and used.isdisjoint((str(path), os.path.realpath(path)))
         ]
-    return begun, partial
-
-
-def leftover_size(journal: Journal, manifest_dir: Path) -> int:
-    """Return the size of what an interrupted download has left, in bytes."""
-    begun, partial = leftovers(journal, manifest_dir)
-    files = {path for directory in begun for path in walk(directory)} | set(partial)
-    sizes: dict[tuple[int, int], int] = {}
-    for file in files:
-        with contextlib.suppress(OSError):
-            if file.is_file():
-                stat = file.stat()
-                sizes[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(sizes.values())
+    return Leftovers(tuple(begun), tuple(files))
 
 
 def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
-    """Remove what an interrupted download has left, and its journal. The caller holds the repository's lock.
+    """Remove what an interrupted download or removal has left, and its journal. The caller holds the repository's lock.
 
     Returns:
         How many bytes were freed.
+
+    Raises:
+        OSError: The journal cannot be deleted.
     """
-    freed = leftover_size(journal, manifest_dir)
-    begun, partial = leftovers(journal, manifest_dir)
-    for path in partial:
-        with contextlib.suppress(OSError):
-            path.unlink()
     hub, repository = journal.key.hub, journal.key.repository
-    for path in begun:
+    found = leftovers(journal, {each.snapshot.path for _, each in manifest.load_all(manifest_dir)})
+    freed = found.size
+    for path in found.snapshots:
         with contextlib.suppress(ManagementError, OSError):
             if (files := files_of(hub, repository, path, journal.roots)) is not None:
                 files.remove()
+    for path in found.files:
+        with contextlib.suppress(OSError):
+            path.unlink()
     for root in journal.roots:
-        _remove_unused(hub, repository, root)
+        if journal.path is None:
+            _remove_empty_dirs(hub, repository, root, journal.before)
+        elif not journal.path.exists():
+            _tidy(hub, repository, journal.path, root)
+        if hub == "huggingface":
+            # A thread of a cancelled download can still hold the client's lock, and delay the next download. The client
+            # needs the lock only to avoid downloading a file twice.
+            _remove_locks(repository, root)
     journal.delete(manifest_dir)
     return freed
 
 
-def _remove_unused(hub: HubName, repository: str, root: Path) -> None:
-    """Remove the directory of a repository that has no snapshot, and the empty directories of one that has."""
-    current, *older = repository_dirs(hub, repository, root)
-    if hub == "huggingface" and current.is_dir() and not list_dir(current / "snapshots"):
-        shutil.rmtree(current, ignore_errors=True)
-        shutil.rmtree(root / ".locks" / current.name, ignore_errors=True)
-        remove_empty_parents(root / ".locks", root)
-    for directory in (current, *older):
-        if directory.is_dir():
-            for path in sorted(walk(directory), key=lambda path: len(path.parts), reverse=True):
-                if path.is_dir() and not path.is_symlink():
-                    with contextlib.suppress(OSError):
-                        path.rmdir()
-        remove_empty_parents(directory, root)
+def _tidy(hub: HubName, repository: str, path: Path, root: Path) -> None:
+    """Remove what a client keeps for a snapshot that was removed, and with the last snapshot for its repository."""
+    if hub != "huggingface":
+        # ModelScope's older clients leave a link with dots beside a directory without dots.
+        alias = path.with_name(path.name.replace("___", "."))
+        with contextlib.suppress(OSError):
+            if alias.is_symlink() and not alias.exists():
+                alias.unlink()
+        remove_empty_parents(path.parent, root)
+        return
+    (repo,) = repository_dirs(hub, repository, root)
+    with contextlib.suppress(OSError):
+        (repo / "trees" / f"{path.name}.json").unlink(missing_ok=True)
+    if not list_dir(repo / "snapshots"):
+        if not repo.is_symlink():
+            shutil.rmtree(repo, ignore_errors=True)
+        _remove_locks(repository, root)
+
+
+def _remove_locks(repository: str, root: Path) -> None:
+    """Remove the locks of the Hugging Face client for a repository."""
+    (repo,) = repository_dirs("huggingface", repository, root)
+    locks = root / ".locks" / repo.name
+    if not locks.is_symlink():
+        shutil.rmtree(locks, ignore_errors=True)
+    remove_empty_parents(locks.parent, root)
+
+
+def _is_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and path.suffix not in _PARTIAL_SUFFIXES
+
+
+def _link_targets(path: Path) -> tuple[str, ...]:
+    """Return the file that a link leads to, and the path in it, which can be a link, too."""
+    try:
+        return (os.path.realpath(path), os.path.normpath(path.parent / path.readlink()))
+    except OSError:  # not a link
+        return ()
+
+
+def _remove_empty_dirs(hub: HubName, repository: str, root: Path, before: Collection[Path]) -> None:
+    """Remove empty directories of a repository that did not exist before."""
+    directories = [
+        path for path in contents(hub, repository, root) if path.is_dir() and not path.is_symlink()
+    ]
+    for path in sorted(directories, key=lambda path: len(path.parts), reverse=True):
+        if path not in before:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    for path in repository_dirs(hub, repository, root):
+        if path not in before:
+            remove_empty_parents(path, root)
 
 
 def _scan_older(root: Path) -> Iterator[CachedRepo]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import re
-import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import (
     CacheNotWritableError,
@@ -18,13 +16,13 @@ from emb_model_provider.errors import (
     OperationCancelledError,
     RepositoryNotFoundError,
 )
-from emb_model_provider.hubs.base import HUBS, Hub, HubConfig
+from emb_model_provider.hubs.base import HubConfig, create_hub
 from emb_model_provider.hubs.caches import (
     cache_root,
+    contents,
     leftovers,
     remove_leftovers,
     repository_dirs,
-    snapshot_dirs,
 )
 from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
@@ -78,14 +76,20 @@ def fetch_snapshot(
         OperationCancelledError: `cancel` was cancelled.
     """
     hub = resolve_source(spec)
+    token = cancel or CancelToken()
+
+    def report(progress: Progress) -> None:
+        on_progress(progress)
+        token.raise_if_cancelled()
+
     fetch = partial(
         _fetch_from,
         settings=settings,
         force=force,
         patterns=(tuple(include), tuple(exclude)),
         is_held=is_held,
-        on_progress=on_progress,
-        cancel=cancel or CancelToken(),
+        on_progress=report,
+        cancel=token,
     )
     try:
         return fetch(hub, spec)
@@ -147,7 +151,7 @@ def _fetch_from(
     )
     key = manifest_key(hub, spec, settings, patterns)
     if hub in ("local", "bundled"):
-        in_place = _make(hub, config).fetch(key.repository, spec.revision, on_progress, cancel)
+        in_place = create_hub(hub, config).fetch(key.repository, spec.revision, on_progress, cancel)
         manifest.mark_used(key, config.manifest_dir)
         return in_place
     name = key.repository
@@ -165,7 +169,7 @@ def _fetch_from(
     if not force and (snapshot := load_known()) is not None:
         return snapshot
     if config.offline:
-        adopted = _make(hub, config).fetch(name, spec.revision, on_progress, cancel)
+        adopted = create_hub(hub, config).fetch(name, spec.revision, on_progress, cancel)
         with contextlib.suppress(OSError):  # the manifest only makes the next start faster
             manifest.save(key, adopted, config.manifest_dir)
         return adopted
@@ -181,23 +185,25 @@ def _download(
 ) -> Snapshot:
     """Download with a journal on disk, and write the manifest at the end. The caller holds the repository's lock.
 
-    A download that is cancelled leaves nothing. One that fails leaves what can be resumed, with its journal.
+    A download that is cancelled leaves nothing. One that fails, or is interrupted by Ctrl-C, leaves what can be resumed,
+    with its journal.
     """
     manifest_dir = config.manifest_dir
     try:
         written = _begin_journal(key, config)
+
+        def report(progress: Progress) -> None:
+            written.touch(manifest_dir)
+            on_progress(progress)
+
         try:
-
-            def report(progress: Progress) -> None:
-                written.touch(manifest_dir)
-                on_progress(progress)
-
-            snapshot = _make(key.hub, config).fetch(key.repository, key.revision, report, cancel)
+            snapshot = create_hub(key.hub, config).fetch(key.repository, key.revision, report, cancel)
             manifest.save(key, snapshot, manifest_dir)
-        except BaseException as error:
-            written.touched = time.time()
-            if isinstance(error, OperationCancelledError) or not any(leftovers(written, manifest_dir)):
-                remove_leftovers(written, manifest_dir)
+        except Exception as error:
+            written.touch(manifest_dir, now=True)
+            if isinstance(error, OperationCancelledError) or not leftovers(written, _complete(config)).size:
+                with contextlib.suppress(OSError):
+                    remove_leftovers(written, manifest_dir)
             raise
         written.delete(manifest_dir)
     except OSError as error:
@@ -210,15 +216,23 @@ def _download(
 
 def _begin_journal(key: manifest.ManifestKey, config: HubConfig) -> journal.Journal:
     root = cache_root(key.hub, config.cache_dir)
-    before = set(snapshot_dirs(key.hub, key.repository, root))
+    before = set(contents(key.hub, key.repository, root))
     earlier = journal.load(key.journal_path(config.manifest_dir))
     if earlier is not None and earlier.operation == "fetch":
         # What an interrupted download has left is this download's own.
-        before -= set(leftovers(earlier, config.manifest_dir)[0])
+        own = leftovers(earlier, _complete(config)).paths
+        before = {path for path in before if path in earlier.before or not (path in own or path.is_dir())}
     elif earlier is not None and earlier.path is not None and not earlier.changed_by_others(earlier.path):
-        before.discard(earlier.path)  # a removal was interrupted
+        before = {
+            path for path in before if not path.is_relative_to(earlier.path)
+        }  # a removal was interrupted
     locations = [(root, path) for path in repository_dirs(key.hub, key.repository, root)]
     return journal.begin(key, "fetch", locations, config.manifest_dir, before=before)
+
+
+def _complete(config: HubConfig) -> set[Path]:
+    """Return the directories of all snapshots that have a manifest."""
+    return {found.snapshot.path for _, found in manifest.load_all(config.manifest_dir)}
 
 
 def _validate_ids(name: str, revision: str | None) -> None:
@@ -241,11 +255,6 @@ def _config(hub: HubName, spec: ModelSpec, settings: HubSettings) -> HubConfig:
         token=spec.token or settings.token(hub),
         offline=settings.offline,
     )
-
-
-def _make(hub: HubName, config: HubConfig) -> Hub:
-    module, _, name = HUBS[hub].partition(":")
-    return cast("Hub", getattr(importlib.import_module(module), name)(config))
 
 
 @contextlib.contextmanager

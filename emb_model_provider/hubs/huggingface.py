@@ -1,16 +1,15 @@
 """Hugging Face, through its own client.
 
-The client lists, authenticates, follows redirects, resumes a dropped connection and keeps its cache. It
-does not hash what comes over plain HTTP, so that is done here, against what the listing announces.
+The client lists repositories, authenticates, follows redirects, resumes dropped connections and keeps a cache. It does
+not hash files that it receives over plain HTTP, so they are hashed here and compared with the hub's listing.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,184 +23,305 @@ from emb_model_provider.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from emb_model_provider.formatting import first_line
 from emb_model_provider.hubs.selection import require_all_parts, select_files
-from emb_model_provider.hubs.transfer import ByteCounter, bar_class, wait_all
+from emb_model_provider.hubs.transfer import ByteCounter, bar_class, run_all
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots.files import translate_os_error
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from huggingface_hub import HfApi
 
-    from emb_model_provider.hubs.base import HubConfig
+    from emb_model_provider.hubs.base import HubConfig, HubState
     from emb_model_provider.progress import CancelToken, OnProgress
-
 
 log = logging.getLogger(__name__)
 
+_CACHE_SETTING = "EMB_PROVIDER_HF_CACHE_DIR"
 _DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
-_WORKERS = 4
-"""Files fetched side by side: the many small ones wait for round trips, the large one for bytes."""
+_THREADS = 4
+"""Files downloaded in parallel, because many small ones wait for round trips while the large one waits for bytes."""
+_MAX_REVISIONS_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
-class _Listed:
-    """A file as the hub announces it."""
+class _RemoteFile:
+    """A file in the hub's listing."""
 
     path: str
     size: int
     sha256: str | None
-    """Announced for large files only."""
+    """Listed for large files only."""
     git_sha1: str
 
     def check(self, directory: Path) -> SnapshotFile | None:
-        """Read the file and return it, or None where its bytes are not the announced ones."""
+        """Hash the downloaded file and return it, or None if its bytes differ from the listing."""
         hashes = hash_file(directory / self.path, git=self.sha256 is None)
-        same_bytes = hashes.git_sha1 == self.git_sha1 if self.sha256 is None else hashes.sha256 == self.sha256
-        if hashes.size != self.size or not same_bytes:
+        is_same = hashes.git_sha1 == self.git_sha1 if self.sha256 is None else hashes.sha256 == self.sha256
+        if hashes.size != self.size or not is_same:
             return None
         return SnapshotFile(self.path, hashes.size, hashes.sha256)
 
 
 class HuggingFaceHub:
-    """Fetches a repository at the commit that a branch or tag stands for now."""
+    """Downloads a repository at the commit that a branch or tag refers to now."""
 
     def __init__(self, config: HubConfig) -> None:
+        _redirect_logs()
         self._config = config
 
     def fetch(
         self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
     ) -> Snapshot:
-        """List the repository, fetch what serving needs and is not cached, and hash all of it."""
-        _quiet()
+        """List the repository, download the files that serving needs and that are not cached, and hash them all."""
+        requested = revision or _DEFAULT_REVISION
         if self._config.offline:
-            return self._adopt(repository, revision, on_progress, cancel)
-        from huggingface_hub import HfApi
-
-        asked = revision or _DEFAULT_REVISION
+            return self._adopt(repository, requested, on_progress)
         on_progress(Progress("resolve", repository))
-        api = HfApi(endpoint=self._config.endpoint, token=self._config.token)
         try:
-            commit = _commit_of(api, repository, asked)
-            tree = list(api.list_repo_tree(repository, recursive=True, revision=commit))
-            listing = self._selected(tree, repository, asked)
-            directory = self._download(repository, commit, listing, on_progress, cancel)
-            again = functools.partial(self._again, repository, commit, directory)
-            files = _verify(repository, directory, listing, on_progress, cancel, again)
+            commit = self._commit_of(repository, requested)
+            tree = self._api.list_repo_tree(repository, recursive=True, revision=commit)
+            files = self._select(tree, repository, requested)
+            directory = self._download(repository, commit, files, on_progress, cancel)
+            replace = partial(self._download_again, repository, commit, directory, on_progress, cancel)
+            verified = _verify(repository, directory, files, on_progress, replace)
         except (HubError, OperationCancelledError):
             raise
-        except Exception as error:  # noqa: BLE001 (the client raises from five libraries; all are translated)
-            raise_translated(error, repository, asked, self._config, lambda: _revisions(api, repository))
+        except Exception as error:  # noqa: BLE001 - the client raises errors of five libraries
+            self._raise_translated(error, repository, requested)
         if not self._config.partial:
-            where = f"Repository {repository}@{asked} on Hugging Face"
-            require_all_parts(directory, (file.path for file in files), where)
-        return Snapshot.of("huggingface", repository, commit, directory, files)
+            origin = f"Repository {repository}@{requested} on Hugging Face"
+            require_all_parts(directory, (file.path for file in verified), origin)
+        return Snapshot.of("huggingface", repository, commit, directory, verified)
 
-    def _selected(self, tree: Iterable[Any], repository: str, revision: str) -> list[_Listed]:
-        """The files of a listing that serving needs, or those of them that were asked for."""
+    # --- connectivity ---------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        return self._api.endpoint
+
+    @property
+    def token(self) -> str | None:
+        from huggingface_hub import get_token
+
+        return self._config.token or get_token()
+
+    def check_token(self) -> None:
+        self._api.whoami()
+
+    def check_repository(self, repository: str, timeout_s: float) -> None:
+        self._api.model_info(repository, revision=_DEFAULT_REVISION, timeout=timeout_s)
+
+    def classify(self, error: BaseException) -> HubState:
+        from huggingface_hub import errors
+
+        if not isinstance(error, errors.HfHubHTTPError):
+            return "silent"
+        status = error.response.status_code
+        if isinstance(error, errors.GatedRepoError):
+            return "refuses"
+        # Without a token, the hub answers 401 for a repository that does not exist.
+        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+            return "lacks"
+        return "refuses" if status in (401, 403) else "fails"
+
+    # --- downloading ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self._config.endpoint, token=self._config.token)
+
+    def _commit_of(self, repository: str, revision: str) -> str:
+        commit = self._api.model_info(repository, revision=revision).sha
+        if commit is None or not _COMMIT.fullmatch(commit):  # it becomes a part of a path
+            raise HubUnavailableError(
+                f"Hugging Face returned no valid commit for {repository}@{revision}. Check EMB_PROVIDER_HF_ENDPOINT."
+            )
+        return commit
+
+    def _select(self, tree: Iterable[Any], repository: str, revision: str) -> list[_RemoteFile]:
+        """Return the files of a listing that serving needs, or those of them that were requested."""
         from huggingface_hub import RepoFile
 
-        listing = {
-            entry.path: _Listed(
+        files = {
+            entry.path: _RemoteFile(
                 entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
             )
             for entry in tree
             if isinstance(entry, RepoFile)
         }
-        where = f"Repository {repository}@{revision} on Hugging Face"
-        return [listing[path] for path in select_files(listing, self._config, repository, where)]
+        origin = f"Repository {repository}@{revision} on Hugging Face"
+        return [files[path] for path in select_files(files, self._config, repository, origin)]
 
     def _download(
         self,
         repository: str,
         commit: str,
-        listing: list[_Listed],
+        files: Sequence[_RemoteFile],
         on_progress: OnProgress,
         cancel: CancelToken,
     ) -> Path:
-        """Let the client bring the files, and return the directory it put them in."""
-        total = sum(file.size for file in listing)
+        """Download files and return the directory of the snapshot."""
+        total = sum(file.size for file in files)
         on_progress(Progress("download", repository, 0, total))
         counter = ByteCounter(repository, total, on_progress, cancel)
-        bar = bar_class(counter)
-        pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="huggingface")
-        abandon = False
-        try:
-            found = wait_all(
-                [pool.submit(self._get, repository, commit, file.path, bar) for file in listing], cancel
-            )
-        except (OperationCancelledError, KeyboardInterrupt):
-            abandon = True
-            raise
-        finally:
-            pool.shutdown(wait=not abandon, cancel_futures=True)
-        return _directory_of(found[0], listing[0].path)
+        tasks = [partial(self._get, repository, commit, file.path, counter) for file in files]
+        paths = run_all(tasks, counter, threads=_THREADS)
+        return _directory_of(paths[0], files[0].path)
 
-    def _get(self, repository: str, commit: str, path: str, bar: Any, *, local: bool = False) -> Path:
+    def _download_again(
+        self,
+        repository: str,
+        commit: str,
+        directory: Path,
+        on_progress: OnProgress,
+        cancel: CancelToken,
+        file: _RemoteFile,
+    ) -> SnapshotFile:
+        log.warning("%s of %s has wrong bytes; downloading it again.", file.path, repository)
+        _remove(directory / file.path)
+        self._get(repository, commit, file.path, ByteCounter(repository, file.size, on_progress, cancel))
+        verified = file.check(directory)
+        if verified is None:
+            _remove(directory / file.path)
+            raise CorruptSnapshotError(
+                f"{file.path} of {repository} was downloaded twice, each time with other bytes than Hugging Face "
+                "lists, and was removed. Try again later, or set EMB_PROVIDER_HF_ENDPOINT to another mirror."
+            )
+        return verified
+
+    def _get(self, repository: str, revision: str, path: str, counter: ByteCounter | None) -> Path:
+        """Download a file, or without a counter only look for it in the cache."""
         from huggingface_hub import hf_hub_download
 
         return Path(
             hf_hub_download(
                 repository,
                 path,
-                revision=commit,
+                revision=revision,
                 cache_dir=self._config.cache_dir,
                 endpoint=self._config.endpoint,
                 token=self._config.token,
-                tqdm_class=bar,
-                local_files_only=local,
+                tqdm_class=bar_class(counter) if counter is not None else None,
+                local_files_only=counter is None,
             )
         )
 
-    def _again(self, repository: str, commit: str, directory: Path, file: _Listed) -> SnapshotFile:
-        """Remove a file that has wrong bytes, and fetch it once more."""
-        log.warning("%s of %s arrived with wrong bytes; fetching it again.", file.path, repository)
-        _remove(directory / file.path)
-        self._get(repository, commit, file.path, bar_class(None))
-        checked = file.check(directory)
-        if checked is None:
-            _remove(directory / file.path)
-            raise CorruptSnapshotError(
-                f"{file.path} of {repository} arrived twice with other bytes than Hugging Face announces, "
-                "and was removed. Try again later, or another mirror: EMB_PROVIDER_HF_ENDPOINT."
-            )
-        return checked
-
-    def _adopt(
-        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
-    ) -> Snapshot:
-        """Take over what the client's own cache holds, where its listing lets every file be checked."""
-        asked = revision or _DEFAULT_REVISION
+    def _adopt(self, repository: str, revision: str, on_progress: OnProgress) -> Snapshot:
+        """Return a snapshot from the client's own cache, if the client kept the listing to check it against."""
         try:
-            # Imported in here: a client too old to keep listings has no such function, and nothing to adopt.
+            # Imported here, because clients that do not keep listings have no such function, and nothing to adopt.
             from huggingface_hub import get_cached_repo_tree
 
-            tree = get_cached_repo_tree(repository, revision=asked, cache_dir=self._config.cache_dir)
-            listing = self._selected(tree, repository, asked)
-            found = [self._get(repository, asked, file.path, bar_class(None), local=True) for file in listing]
-            directory = _directory_of(found[0], listing[0].path)
-            files = _verify(
-                repository, directory, listing, on_progress, cancel, _refuse(repository, directory)
+            tree = get_cached_repo_tree(repository, revision=revision, cache_dir=self._config.cache_dir)
+            files = self._select(tree, repository, revision)
+            paths = [self._get(repository, revision, file.path, None) for file in files]
+            directory = _directory_of(paths[0], files[0].path)
+            verified = _verify(
+                repository, directory, files, on_progress, partial(_reject, repository, directory)
             )
         except (HubError, OperationCancelledError):
             raise
         except Exception as error:
             raise OfflineError(
-                f"No verified snapshot of {repository}@{asked} from Hugging Face is on this machine, and "
-                "EMB_PROVIDER_OFFLINE forbids fetching it. Start once without it, or set "
-                "EMB_PROVIDER_MODEL_PATH to a directory that holds the model."
+                f"There is no verified snapshot of {repository}@{revision} from Hugging Face on this machine, and "
+                "EMB_PROVIDER_OFFLINE forbids downloading it. Start once without it, or set "
+                "EMB_PROVIDER_MODEL_PATH to a directory that contains the model."
             ) from error
         if not self._config.partial:
-            require_all_parts(directory, (file.path for file in files), f"The cached {repository}@{asked}")
-        return Snapshot.of("huggingface", repository, directory.name, directory, files)
+            origin = f"The cached {repository}@{revision}"
+            require_all_parts(directory, (file.path for file in verified), origin)
+        return Snapshot.of("huggingface", repository, directory.name, directory, verified)
+
+    # --- errors ---------------------------------------------------------------------------------------
+
+    def _raise_translated(self, error: Exception, repository: str, revision: str) -> NoReturn:
+        from huggingface_hub import errors
+
+        cause: BaseException = error
+        # LocalEntryNotFoundError only says that a request failed and the cache does not have the file either.
+        while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            raise OfflineError(
+                f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids downloading it. Unset it once."
+            ) from error
+        if isinstance(cause, errors.RevisionNotFoundError):
+            raise RevisionNotFoundError(
+                f"{repository} on Hugging Face has no branch, tag or commit {revision!r}; it has "
+                f"{self._revisions(repository)}. Set EMB_PROVIDER_MODEL_REVISION to one of them."
+            ) from error
+        if isinstance(cause, errors.HFValidationError):
+            raise RepositoryNotFoundError(
+                f"{repository!r} is not a valid repository id on Hugging Face (owner/name). "
+                "Check EMB_PROVIDER_MODEL_NAME."
+            ) from error
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise self._http_error(cause, repository) from error
+        if isinstance(cause, OSError):
+            directory = self._config.cache_dir or "the Hugging Face cache"
+            if (known := translate_os_error(cause, directory, _CACHE_SETTING)) is not None:
+                raise known from error
+            if "Consistency check failed" in str(cause):
+                raise CorruptSnapshotError(
+                    f"A file of {repository} was downloaded with another size than Hugging Face lists. Try again "
+                    "later, or set EMB_PROVIDER_HF_ENDPOINT to another mirror."
+                ) from error
+        reason = f"{type(cause).__name__}: {first_line(cause, secret=self.token)}"
+        raise HubUnavailableError(
+            f"Hugging Face could not be reached for {repository} ({reason}). "
+            "Check the network, or set EMB_PROVIDER_HF_ENDPOINT to a mirror."
+        ) from error
+
+    def _http_error(self, error: Any, repository: str) -> HubError:
+        from huggingface_hub.errors import DisabledRepoError, GatedRepoError
+
+        status = error.response.status_code
+        state = self.classify(error)
+        credentials = "the token was rejected" if self._config.token else "no token was sent"
+        if isinstance(error, GatedRepoError):
+            return AccessDeniedError(
+                f"{repository} on Hugging Face is gated, and {credentials}. Accept its terms on the web page, "
+                "then set EMB_PROVIDER_HF_TOKEN."
+            )
+        is_named = error.response.headers.get("X-Error-Code") == "RepoNotFound"
+        if state == "lacks" and (status == 404 or is_named):
+            return RepositoryNotFoundError(
+                f"Hugging Face has no repository {repository}, or it is private ({credentials}). Check "
+                "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_HF_TOKEN."
+            )
+        if state in ("lacks", "refuses"):
+            problem = (
+                "is disabled" if isinstance(error, DisabledRepoError) else f"is not accessible: {credentials}"
+            )
+            return AccessDeniedError(
+                f"{repository} on Hugging Face {problem} (HTTP {status}). Set EMB_PROVIDER_HF_TOKEN to a token "
+                "that can read it."
+            )
+        return HubUnavailableError(
+            f"Hugging Face answered HTTP {status} for {repository}. Try again later, or set "
+            "EMB_PROVIDER_HF_ENDPOINT to a mirror."
+        )
+
+    def _revisions(self, repository: str) -> str:
+        try:
+            refs = self._api.list_repo_refs(repository)
+        except Exception as error:  # noqa: BLE001 - only a hint in the message of another error
+            log.debug("Could not list the revisions of %s: %s", repository, type(error).__name__)
+            return "others"
+        names = [ref.name for ref in (*refs.branches, *refs.tags)]
+        return ", ".join(names[:_MAX_REVISIONS_SHOWN]) or "none"
 
 
-def _quiet() -> None:
-    """Let the client's log lines go where the service's go, and only there."""
-    import huggingface_hub.utils.logging  # noqa: F401 (it is what adds the handler)
+def _redirect_logs() -> None:
+    """Let the client's log lines go to the handlers of the service, and only there."""
+    import huggingface_hub.utils.logging  # noqa: F401 - the import adds the client's handler
 
     logger = logging.getLogger("huggingface_hub")
     for handler in list(logger.handlers):
@@ -209,141 +329,39 @@ def _quiet() -> None:
     logger.propagate = True
 
 
-def _commit_of(api: HfApi, repository: str, revision: str) -> str:
-    commit = api.model_info(repository, revision=revision).sha
-    if commit is None or not _COMMIT.fullmatch(commit):  # it becomes a part of a path
-        raise HubUnavailableError(
-            f"Hugging Face did not say which commit {repository}@{revision} is. Check EMB_PROVIDER_HF_ENDPOINT."
-        )
-    return commit
-
-
 def _verify(
     repository: str,
     directory: Path,
-    listing: list[_Listed],
+    files: Sequence[_RemoteFile],
     on_progress: OnProgress,
-    cancel: CancelToken,
-    on_wrong: Callable[[_Listed], SnapshotFile],
+    on_wrong: Callable[[_RemoteFile], SnapshotFile],
 ) -> list[SnapshotFile]:
-    """Hash every file; `on_wrong` replaces one that has other bytes than announced, or raises."""
-    done, total = 0, sum(file.size for file in listing)
-    files: list[SnapshotFile] = []
-    for file in listing:
-        cancel.raise_if_cancelled()
-        checked = file.check(directory) or on_wrong(file)
-        files.append(checked)
-        done += checked.size
+    """Hash files; `on_wrong` replaces a file whose bytes differ from the listing, or raises."""
+    done, total = 0, sum(file.size for file in files)
+    verified: list[SnapshotFile] = []
+    for file in files:
+        verified.append(file.check(directory) or on_wrong(file))
+        done += file.size
         on_progress(Progress("verify", repository, done, total))
-    return files
+    return verified
 
 
-def _refuse(repository: str, directory: Path) -> Callable[[_Listed], NoReturn]:
-    def refuse(file: _Listed) -> NoReturn:
-        raise CorruptSnapshotError(
-            f"{file.path} of {repository} in the cache ({directory}) has wrong bytes, and "
-            "EMB_PROVIDER_OFFLINE forbids fetching it again. Start once without it."
-        )
-
-    return refuse
+def _reject(repository: str, directory: Path, file: _RemoteFile) -> NoReturn:
+    raise CorruptSnapshotError(
+        f"{file.path} of {repository} in the cache ({directory}) has wrong bytes, and "
+        "EMB_PROVIDER_OFFLINE forbids downloading it again. Start once without it."
+    )
 
 
 def _directory_of(file: Path, path: str) -> Path:
-    """The snapshot's directory, from where one of its files lies."""
+    """Return the directory of a snapshot, from one of its files and the path of that file in the repository."""
     return file.parents[path.count("/")]
 
 
 def _remove(path: Path) -> None:
-    """Remove a file from the snapshot and from the store of blobs that it links to."""
+    """Remove a file from a snapshot, and the blob that it links to."""
     while path.is_symlink():
         target = path.parent / path.readlink()
         path.unlink()
         path = target
     path.unlink(missing_ok=True)
-
-
-def _revisions(api: HfApi, repository: str) -> str:
-    try:
-        refs = api.list_repo_refs(repository)
-    except Exception as error:  # noqa: BLE001 (a hint inside another error's message; without it is fine)
-        log.debug("Could not list the revisions of %s: %s", repository, type(error).__name__)
-        return "others"
-    return ", ".join([ref.name for ref in (*refs.branches, *refs.tags)][:10]) or "none"
-
-
-_CACHE_SETTING = "EMB_PROVIDER_HF_CACHE_DIR"
-
-
-def raise_translated(
-    error: Exception, repository: str, revision: str, config: HubConfig, revisions: Callable[[], str]
-) -> NoReturn:
-    """Raise the client's error in our words; `revisions` is asked for those that there are."""
-    from huggingface_hub import errors
-
-    cause: BaseException = error
-    # "cannot find it in the cache" only says that the request before it failed; that one is the reason.
-    while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        raise OfflineError(
-            f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids fetching it. Unset it once."
-        ) from error
-    if isinstance(cause, errors.RevisionNotFoundError):
-        raise RevisionNotFoundError(
-            f"{repository} on Hugging Face has no branch, tag or commit {revision!r}; it has "
-            f"{revisions()}. Set EMB_PROVIDER_MODEL_REVISION to one of them."
-        ) from error
-    if isinstance(cause, errors.HfHubHTTPError):
-        raise _http_error(cause, repository, config) from error
-    if isinstance(cause, errors.HFValidationError):
-        raise RepositoryNotFoundError(
-            f"{repository!r} cannot be a repository on Hugging Face (owner/name). "
-            "Check EMB_PROVIDER_MODEL_NAME."
-        ) from error
-    if isinstance(cause, OSError):
-        refused = translate_os_error(cause, config.cache_dir or "the Hugging Face cache", _CACHE_SETTING)
-        if refused is not None:
-            raise refused from error
-    if isinstance(cause, OSError) and "Consistency check failed" in str(cause):
-        raise CorruptSnapshotError(
-            f"A file of {repository} arrived with another size than Hugging Face announces. Try again "
-            "later, or another mirror: EMB_PROVIDER_HF_ENDPOINT."
-        ) from error
-    raise HubUnavailableError(
-        f"Hugging Face could not be reached for {repository} ({type(cause).__name__}: {_line(cause, config)}). "
-        "Check the network, or set EMB_PROVIDER_HF_ENDPOINT to a mirror."
-    ) from error
-
-
-def _http_error(error: Any, repository: str, config: HubConfig) -> HubError:
-    from huggingface_hub.errors import DisabledRepoError, GatedRepoError
-
-    status = error.response.status_code
-    code = error.response.headers.get("X-Error-Code")
-    given = "the token was refused" if config.token else "no token was given"
-    if isinstance(error, GatedRepoError):
-        return AccessDeniedError(
-            f"{repository} on Hugging Face is gated, and {given} for it. Accept its terms on the web page, "
-            "then set EMB_PROVIDER_HF_TOKEN."
-        )
-    if status == 404 or code == "RepoNotFound":
-        return RepositoryNotFoundError(
-            f"Hugging Face has no repository {repository}, or it is private ({given}). Check "
-            "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_HF_TOKEN."
-        )
-    if status in {401, 403}:
-        what = "is disabled" if isinstance(error, DisabledRepoError) else f"is not open to us: {given}"
-        return AccessDeniedError(
-            f"{repository} on Hugging Face {what} (HTTP {status}). Set EMB_PROVIDER_HF_TOKEN to a token "
-            "that may read it."
-        )
-    return HubUnavailableError(
-        f"Hugging Face answered HTTP {status} for {repository}. Try again later, or set "
-        "EMB_PROVIDER_HF_ENDPOINT to a mirror."
-    )
-
-
-def _line(error: BaseException, config: HubConfig) -> str:
-    """An error's first line, without the token."""
-    line = next(iter(str(error).strip().splitlines()), "")[:200]
-    return line.replace(config.token, "***") if config.token else line

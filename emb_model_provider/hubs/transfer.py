@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emb_model_provider.errors import OperationCancelledError
-from emb_model_provider.progress import Progress
+from emb_model_provider.progress import CancelToken, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from emb_model_provider.progress import CancelToken, OnProgress
+    from emb_model_provider.progress import OnProgress
 
 T = TypeVar("T")
 
 _POLL_S = 0.5
 _END_S = 1.0
+
+
+class TransferCancelled(BaseException):
+    """Ends a thread of the ModelScope client, which would retry after an Exception."""
 
 
 class ByteCounter:
@@ -26,12 +30,13 @@ class ByteCounter:
     def __init__(
         self, repository: str, total_bytes: int, on_progress: OnProgress, cancel: CancelToken
     ) -> None:
-        self.cancel = cancel
         self._repository = repository
         self._total = total_bytes
         self._done = 0
         self._lock = threading.Lock()
         self._on_progress = on_progress
+        # A token of its own, because an interrupt ends the transfer but must not cancel other work of the caller.
+        self._cancel = CancelToken(lambda: cancel.is_cancelled)
 
     def add(self, count: int) -> None:
         """Count bytes; a negative number if a file is transferred again.
@@ -40,41 +45,57 @@ class ByteCounter:
             OperationCancelledError: The transfer was cancelled. Ends the thread that transfers the file.
         """
         with self._lock:
-            self.cancel.raise_if_cancelled()
+            self._cancel.raise_if_cancelled()
             self._done = max(0, self._done + count)
             self._on_progress(
                 Progress("download", self._repository, min(self._done, self._total), self._total)
             )
 
+    def cancel(self) -> None:
+        """End the threads that transfer files at their next byte."""
+        self._cancel.cancel()
 
-def wait_all(futures: Sequence[Future[T]], cancel: CancelToken) -> list[T]:
-    """Return the results of threads that transfer files, unless the transfer is cancelled first.
+
+def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: int) -> list[T]:
+    """Run transfers on threads and return their results, unless the counter's transfer is cancelled first.
 
     A client's threads cannot be interrupted while a hub sends nothing. After a cancellation they have a moment to end;
     a thread that does not is abandoned, and ends at its next byte.
 
+    Args:
+        tasks: The transfers.
+        counter: Counts their bytes. It reports its total now and then even if no byte arrives.
+        threads: How many tasks run in parallel.
+
     Raises:
         OperationCancelledError: The transfer was cancelled.
         KeyboardInterrupt: Ctrl-C. It cancels the transfer.
-        Exception: What a thread raised.
+        Exception: What a task raised.
     """
-    waiting: set[Future[T]] = set(futures)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
+    futures: list[Future[T]] = []
+    is_abandoned = False
     try:
+        futures += [pool.submit(task) for task in tasks]
+        waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-            cancel.raise_if_cancelled()
+            counter.add(0)
             for future in done:
                 future.result()
+        return [future.result() for future in futures]
     except (OperationCancelledError, KeyboardInterrupt):
-        cancel.cancel()
+        is_abandoned = True
+        counter.cancel()
         for future in futures:
             future.cancel()
         wait(futures, timeout=_END_S)
         raise
-    return [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=not is_abandoned, cancel_futures=True)
 
 
-def bar_class(counter: ByteCounter | None) -> Any:
+def bar_class(counter: ByteCounter) -> Any:
     """Return a progress bar class for the Hugging Face client that counts bytes and draws nothing.
 
     The client creates an instance for each file, and accepts any class with these methods.
@@ -90,7 +111,7 @@ def bar_class(counter: ByteCounter | None) -> Any:
         def __exit__(self, *_: object) -> None: ...
 
         def update(self, n: float | None = 1) -> None:
-            if counter is not None and n:
+            if n:
                 counter.add(int(n))
 
         # Bytes on the network, which with xet differ from the bytes of the file: the latter are counted.
@@ -103,10 +124,6 @@ def bar_class(counter: ByteCounter | None) -> Any:
         def close(self) -> None: ...
 
     return Bar
-
-
-class TransferCancelled(BaseException):
-    """Ends a thread of the ModelScope client, which would retry after an Exception."""
 
 
 def callback_class(counter: ByteCounter) -> Any:

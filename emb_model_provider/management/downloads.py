@@ -109,15 +109,15 @@ class DownloadJobs:
             return job.record()
 
     def stop(self, within_s: float) -> None:
-        """Cancel all jobs and accept no more. Waits for them to clean up for at most `within_s` seconds."""
+        """Cancel all jobs, and start no new ones. Waits for running jobs to end for at most `within_s` seconds."""
         with self._lock:
             self._is_stopping = True
             for job in list(self._jobs.values()):
                 self._cancel(job)
             threads = [job.thread for job in self._jobs.values() if job.thread is not None]
-        give_up_at = time.monotonic() + within_s
+        deadline = time.monotonic() + within_s
         for thread in threads:
-            thread.join(max(0.0, give_up_at - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     # --- with the lock held ---------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class DownloadJobs:
             self._end(job, "cancelled")
 
     def _start_queued(self) -> None:
-        # A cancelled job transfers nothing, but may hang for as long as its hub does: it is not counted.
+        # A cancelled job is not counted, because it transfers nothing but can hang for as long as its hub does.
         running = sum(job.state == "running" and not job.cancel.is_cancelled for job in self._jobs.values())
         for job in self._jobs.values():
             if running >= _MAX_RUNNING or self._is_stopping:
@@ -165,7 +165,7 @@ class DownloadJobs:
         try:
             self._download(job)
             state = "done"
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the job has failed and its place is free
+        except BaseException as error:  # noqa: BLE001 - any error fails the job, and must not block others
             if job.cancel.is_cancelled:
                 state = "cancelled"
             else:
@@ -227,11 +227,11 @@ class _Job:
         self.path: Path | None = None
         self.notes: tuple[str, ...] = ()
         self._samples: deque[tuple[float, int]] = deque()
-        """Times (monotonic, in seconds) and the bytes that were there."""
+        """Times (monotonic, in seconds) and the bytes that were done."""
         self._moved_at = 0.0
 
     def covers(self, other: _Job) -> bool:
-        """Return whether this job, which is not over, makes another one unnecessary."""
+        """Return whether this job is not over and does what another one would do."""
         if self.ended is not None or self.cancel.is_cancelled or other.force > self.force:
             return False
         mine, others = self.spec, other.spec

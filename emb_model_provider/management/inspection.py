@@ -1,4 +1,4 @@
-"""Inspects a model on disk: what its files say about it, and whether they are unchanged."""
+"""Inspects a model on disk: what its files declare, and whether they are unchanged."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from emb_model_provider.artifacts.manifest import ArtifactInfo
     from emb_model_provider.management.inventory import CacheEntry, Inventory
     from emb_model_provider.model_spec import ModelSpec
-    from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
+    from emb_model_provider.snapshots.snapshot import Snapshot
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([^\"'#\n]+)", re.MULTILINE)
 
 
 def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> Details:
-    """Return what the files of a model, or its compiled form, say about it."""
+    """Return what the files of a model, or its compiled form, declare."""
     values: dict[str, Any] = {**dict.fromkeys(Details.model_fields), "notes": [], "files": []}
     if not entry.manifests:
         return Details(**values)
@@ -50,13 +50,20 @@ def verify(
 ) -> Verification:
     """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced.
 
+    Args:
+        entry: The model.
+        inventory: The caches.
+        on_progress: Called with the phase `verify` after each file of the snapshot that was hashed.
+        cancel: Ends the verification after a file.
+
     Raises:
         NotCachedError: The model is no longer on disk.
         OperationCancelledError: `cancel` was cancelled.
     """
+    everything = entry.state == "unverified"
     # Held, because a removal or an update would look like damage.
     with inventory.locks.hold(entry.path) if entry.path is not None else contextlib.nullcontext():
-        entry = inventory.scan().entry_at(entry.location)
+        entry = inventory.scan(everything=everything).entry_at(entry.location)
         findings = _check(entry, on_progress, cancel or CancelToken())
         wrong = [finding.path for finding in findings]
         if wrong:
@@ -72,18 +79,15 @@ def verify(
 
 
 def _check(entry: CacheEntry, on_progress: OnProgress, cancel: CancelToken) -> list[Finding]:
-    files = {file.path: file for _, found in entry.manifests for file in found.snapshot.files}
     if entry.path is None:
         return []
-    done, total = 0, sum(file.size for file in files.values())
+    files = {file.path: file for _, found in entry.manifests for file in found.snapshot.files}
 
-    def report(file: SnapshotFile) -> None:
-        nonlocal done
+    def report(done: int, total: int) -> None:
         cancel.raise_if_cancelled()
-        done += file.size
         on_progress(Progress("verify", entry.name, done, total))
 
-    check = check_files(entry.path, files.values(), on_file=report)
+    check = check_files(entry.path, files.values(), on_bytes=report)
     return [Finding(path=each.path, problem=each.problem) for each in check.problems]
 
 

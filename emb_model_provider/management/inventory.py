@@ -10,21 +10,15 @@ from typing import TYPE_CHECKING
 
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.errors import NotCachedError
-from emb_model_provider.hubs.caches import (
-    REMOTE_HUBS,
-    cache_root,
-    leftover_size,
-    leftovers,
-    scan_cache,
-)
+from emb_model_provider.hubs.caches import REMOTE_HUBS, cache_root, leftovers, scan_cache
 from emb_model_provider.management.types import CachedArtifact, CachedModelRecord, FidelityObject, cache_id
 from emb_model_provider.model_spec import HubName
 from emb_model_provider.snapshots import journal, manifest
-from emb_model_provider.snapshots.files import has_sizes, size_of
+from emb_model_provider.snapshots.files import has_sizes, size_of, walk
 from emb_model_provider.snapshots.locks import SnapshotLocks, is_locked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from emb_model_provider.artifacts.manifest import ArtifactInfo
     from emb_model_provider.management.types import State
@@ -52,6 +46,8 @@ class CacheEntry:
     state: State
     files_size: int
     """Bytes, without artifacts."""
+    leftover_size: int = 0
+    """Bytes of what an interrupted download or removal has left, beside a snapshot that is being removed."""
     fetched: datetime | None
     last_used: datetime | None
     in_use: bool
@@ -108,6 +104,11 @@ class CacheInfo:
         """The digests of all snapshots."""
         return {digest for entry in self.entries for digest in entry.digests}
 
+    @property
+    def directories(self) -> set[Path]:
+        """The directories of all snapshots that have a manifest."""
+        return {entry.path for entry in self.entries if entry.manifests and entry.path is not None}
+
     def entry_at(self, location: Location) -> CacheEntry:
         """Return the model that an earlier scan has found.
 
@@ -153,13 +154,15 @@ class Inventory:
             everything: Also look for models that other programs left in the hubs' caches.
         """
         artifacts = self.store.list()
-        by_directory: dict[tuple[str, str], list[tuple[ManifestKey, Manifest]]] = {}
-        for key, found in manifest.load_all(self.manifest_dir):
-            by_directory.setdefault((key.hub, str(found.snapshot.path)), []).append((key, found))
+        # Before the manifests, so that a download that ends now is found as one of the two.
         journals = self._journals()
+        by_directory: dict[tuple[str, Path], list[tuple[ManifestKey, Manifest]]] = {}
+        for key, found in manifest.load_all(self.manifest_dir):
+            by_directory.setdefault((key.hub, found.snapshot.path), []).append((key, found))
         entries = [self._downloaded(found, journals, artifacts) for found in by_directory.values()]
-        done = {key for entry in entries for key, _ in entry.manifests}
-        entries += [self._interrupted(each) for each in journals if each.key not in done]
+        with_snapshot = [each for entry in entries for each in entry.journals]
+        complete = {path for _, path in by_directory}
+        entries += [self._interrupted(each, complete) for each in journals if each not in with_snapshot]
         if everything:
             known = {entry.path for entry in entries}
             entries += [entry for entry in self._unverified() if entry.path not in known]
@@ -226,13 +229,14 @@ class Inventory:
             last_used=_latest(_mtime(each.manifest_path(self.manifest_dir)) for each in keys),
             in_use=self._in_use(key, snapshot.path) or any(self.store.is_held(each.key) for each in own),
             manifests=tuple(found),
-            journals=tuple(each for each in journals if each.key in keys),
+            # A removal that was interrupted before it removed all manifests has removed no files.
+            journals=tuple(each for each in journals if each.key in keys or each.path == snapshot.path),
             artifacts=tuple(own),
         )
 
-    def _interrupted(self, found: Journal) -> CacheEntry:
-        begun, _ = leftovers(found, self.manifest_dir)
-        path = found.path or (begun[0] if begun else None)
+    def _interrupted(self, found: Journal, complete: Collection[Path]) -> CacheEntry:
+        left = leftovers(found, complete)
+        path = found.path or next(iter(left.snapshots), None)
         return CacheEntry(
             hub=found.key.hub,
             name=found.key.repository,
@@ -241,9 +245,8 @@ class Inventory:
             revision=None,
             path=path,
             state="incomplete",
-            files_size=(
-                size_of(found.path) if found.path is not None else leftover_size(found, self.manifest_dir)
-            ),
+            files_size=left.size + (size_of(walk(found.path)) if found.path is not None else 0),
+            leftover_size=left.size,
             fetched=None,
             last_used=_latest([found.touched]),
             in_use=self._in_use(found.key, path),
@@ -270,7 +273,7 @@ class Inventory:
                         revision=found.revision,
                         path=found.path,
                         state="unverified",
-                        files_size=size_of(found.path),
+                        files_size=size_of(walk(found.path)),
                         fetched=None,
                         last_used=None,
                         in_use=False,

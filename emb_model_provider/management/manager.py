@@ -135,7 +135,7 @@ class ModelManager:
         )
 
     def _is_current(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
-        """Return whether a snapshot that is locked now is unchanged since before."""
+        """Return whether a snapshot is unchanged since the time before it was locked."""
         if not has_sizes(snapshot.path, snapshot.files):
             return False
         if snapshot.hub != "modelscope":
@@ -223,7 +223,7 @@ class ModelManager:
         ]
 
     def inspect(self, model: CachedModelRecord) -> Details:
-        """Return what the files of a model, or its compiled form, say about it.
+        """Return what the files of a model, or its compiled form, declare.
 
         Raises:
             NotCachedError: It is no longer on disk.
@@ -257,7 +257,7 @@ class ModelManager:
         """Download the wrong files of a verified model again, and remove its damaged artifacts.
 
         Returns:
-            Another verification, and notes on what was done and what could not be repaired.
+            A new verification, and notes on what was done and what was not repaired.
 
         Raises:
             HubError: The files cannot be downloaded.
@@ -275,7 +275,9 @@ class ModelManager:
                 replace(spec, endpoint=entry.endpoint or spec.endpoint), force=True, on_progress=on_progress
             )
         notes = [self._remove_damaged(name, key) for key in verification.damaged_artifacts]
-        return verify(self._entry(verification), self._inventory, on_progress), notes
+        # A branch that has moved has another directory now.
+        present = [each for each in self._inventory.scan().entries if set(entry.keys[:1]) & set(each.keys)]
+        return verify(present[0] if present else entry, self._inventory, on_progress), notes
 
     def _remove_damaged(self, name: str, key: str) -> str:
         lock = self._inventory.store.try_lock(key)
@@ -337,7 +339,14 @@ class ModelManager:
         return self._remover.remove_all(wait_s=wait_s, dry_run=dry_run, released=released)
 
     def prune(self, *, dry_run: bool = False) -> Removal:
-        """Remove leftovers: interrupted downloads, and compiled forms whose model no longer exists."""
+        """Remove leftovers: interrupted downloads and removals, and compiled forms whose model no longer exists.
+
+        Args:
+            dry_run: Remove nothing, and return what would be removed.
+
+        Raises:
+            ManagementError: The cache directory is not writable.
+        """
         return self._remover.prune(dry_run=dry_run)
 
     # --- for Python programs --------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Removes models from disk: everything that belongs to them, nothing that is in use, nothing of other programs.
 
-A removal scans once to know which locks it needs, takes them, and scans once more to plan what it removes, because a
+A removal scans the disk to know which locks it needs, takes them, and scans again to plan what it removes, because a
 download may have ended while it waited.
 """
 
@@ -15,10 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import ManagementError, ModelInUseError, NotCachedError
-from emb_model_provider.hubs.caches import files_of, leftover_size, remove_leftovers, repository_dirs
+from emb_model_provider.hubs.caches import files_of, leftovers, remove_leftovers, repository_dirs
 from emb_model_provider.management.types import KeptModel, Removal
 from emb_model_provider.snapshots import journal
-from emb_model_provider.snapshots.files import CACHE_SETTING, list_dir, size_of, translate_os_error
+from emb_model_provider.snapshots.files import CACHE_SETTING, list_dir, size_of, translate_os_error, walk
 from emb_model_provider.snapshots.locks import is_locked, try_lock_exclusive
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STALE_FILE_S = 3600.0
-"""From this age on a temporary file was left by a killed process, because writing one takes milliseconds."""
+"""Age of temporary files that a killed process has left, because writing one takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,11 @@ class RemovalPlan:
     @property
     def freed(self) -> int:
         """Bytes."""
-        freed = sum(self.artifacts.values())
-        for entry, files in zip(self.entries, self.files, strict=True):
-            if files is not None:
-                freed += files.freed
-            elif entry.state == "incomplete":
-                freed += entry.files_size
-        return freed
+        return (
+            sum(self.artifacts.values())
+            + sum(files.freed for files in self.files if files is not None)
+            + sum(entry.leftover_size for entry in self.entries)
+        )
 
 
 class Remover:
@@ -93,14 +91,8 @@ class Remover:
                 if entry.in_use and entry.path not in released:
                     raise _in_use(entry, "a process uses it now")
             return self._removal(self._plan(entries, info))
-        deadline = time.monotonic() + wait_s
-        with ExitStack() as locks:
-            taken: set[object] = set()
-            while True:
-                before = len(taken)
-                self._lock(entries, info, locks, taken, deadline)
-                if len(taken) == before:
-                    break  # nothing new since the last scan: everything that is planned is locked
+        with _LockSet(self._inventory, wait_s) as locks:
+            while locks.add(entries, info):
                 info = self._inventory.scan()
                 entries = find(info)
             plan = self._plan(entries, info)
@@ -123,7 +115,7 @@ class Remover:
         for entry in info.entries:
             try:
                 removed = self.remove(
-                    partial(_still_there, entry), wait_s=max(0.0, deadline - time.monotonic()), dry_run=False
+                    partial(_find_again, entry), wait_s=max(0.0, deadline - time.monotonic()), dry_run=False
                 )
             except NotCachedError:  # another process has removed it meanwhile
                 continue
@@ -136,23 +128,30 @@ class Remover:
         return total
 
     def prune(self, *, dry_run: bool) -> Removal:
-        """Remove leftovers: interrupted downloads and removals, and artifacts whose snapshot no longer exists."""
+        """Remove leftovers: interrupted downloads and removals, and artifacts whose snapshot no longer exists.
+
+        Raises:
+            ManagementError: The cache directory is not writable.
+        """
         info = self._inventory.scan()
         total = Removal(models=[], artifacts=[], freed=0, kept=[])
         for entry in info.entries:
             if not entry.journals:
                 continue
             if entry.state != "incomplete":
-                total.freed += self._remove_beside(entry, dry_run=dry_run)
+                total.freed += self._remove_beside(entry, info, dry_run=dry_run)
                 continue
             try:
-                find = partial(_still_there, entry, incomplete=True)
+                find = partial(_find_again, entry, incomplete=True)
                 _add(total, self.remove(find, wait_s=0.0, dry_run=dry_run))
             except NotCachedError:
                 continue
             except ManagementError as error:
                 total.kept.append(self._kept(entry, error))
-        artifacts, freed = self._remove_orphans(self._inventory.scan(), dry_run=dry_run)
+        try:
+            artifacts, freed = self._remove_orphans(self._inventory.scan(), dry_run=dry_run)
+        except OSError as error:
+            raise _not_writable(self._inventory, error) from error
         if not dry_run:
             self._remove_stale_files()
         return total.model_copy(
@@ -162,22 +161,18 @@ class Remover:
     # --- planning -------------------------------------------------------------------------------------
 
     def _plan(self, entries: Sequence[CacheEntry], info: CacheInfo) -> RemovalPlan:
-        removed = {entry.location for entry in entries}
-        remaining = {
-            digest for entry in info.entries if entry.location not in removed for digest in entry.digests
-        }
         files: list[SnapshotFiles | None] = []
         for entry in entries:
             paths = [each.path for each in files if each is not None]
             files.append(self._files(entry, paths))
+        orphaned = _orphaned_digests(entries, info)
         artifacts = {
             artifact.key: artifact.size
             for entry in entries
             for artifact in entry.artifacts
-            if artifact.snapshot not in remaining
+            if artifact.snapshot in orphaned
         }
-        digests = {digest for entry in entries for digest in entry.digests}
-        return RemovalPlan(entries, files, artifacts, digests - remaining)
+        return RemovalPlan(entries, files, artifacts, orphaned)
 
     def _files(self, entry: CacheEntry, removed_before: Sequence[Path] = ()) -> SnapshotFiles | None:
         """Return the files to remove, or None if there are none of ours."""
@@ -220,57 +215,6 @@ class Remover:
         record = self._inventory.record_of(entry)
         return KeptModel(**dict(record), reason=error.message)
 
-    # --- locking --------------------------------------------------------------------------------------
-
-    def _lock(
-        self,
-        entries: Sequence[CacheEntry],
-        info: CacheInfo,
-        locks: ExitStack,
-        taken: set[object],
-        deadline: float,
-    ) -> None:
-        """Lock everything that removing models changes, and that is not locked yet."""
-        artifacts = self._plan(entries, info).artifacts
-        for entry in entries:
-            for path in sorted({key.lock_path(self._manifest_dir) for key in entry.keys}):
-                self._lock_one(
-                    entry, path, partial(try_lock_exclusive, path), locks, taken, deadline,
-                    "it is being downloaded or removed",
-                )  # fmt: skip
-            if entry.path is not None:
-                self._lock_one(
-                    entry, entry.path, partial(self._inventory.locks.try_lock, entry.path), locks, taken,
-                    deadline, "a process has loaded it, or is loading it",
-                )  # fmt: skip
-            for artifact in entry.artifacts:
-                if artifact.key in artifacts:
-                    self._lock_one(
-                        entry, artifact.key, partial(self._inventory.store.try_lock, artifact.key), locks,
-                        taken, deadline, "a process serves its compiled form",
-                    )  # fmt: skip
-
-    def _lock_one(
-        self,
-        entry: CacheEntry,
-        what: object,
-        lock: Callable[..., FileLock | None],
-        locks: ExitStack,
-        taken: set[object],
-        deadline: float,
-        reason: str,
-    ) -> None:
-        if what in taken:
-            return
-        try:
-            held = lock(wait_s=max(0.0, deadline - time.monotonic()))
-        except OSError as error:
-            raise self._not_writable(error) from error
-        if held is None:
-            raise _in_use(entry, reason)
-        locks.enter_context(held)
-        taken.add(what)
-
     # --- executing ------------------------------------------------------------------------------------
 
     def _execute(self, plan: RemovalPlan) -> None:
@@ -279,7 +223,7 @@ class Remover:
             try:
                 self._remove_one(entry, files, own)
             except OSError as error:
-                raise self._not_writable(error) from error
+                raise _not_writable(self._inventory, error) from error
             log.info("Removed %s (%s)", entry.name, entry.path)
         for path in self._inventory.store.records_of(plan.orphaned_digests):
             path.unlink(missing_ok=True)
@@ -290,7 +234,7 @@ class Remover:
             key = entry.keys[0]
             locations = [(files.root, path) for path in repository_dirs(key.hub, key.repository, files.root)]
             written = journal.begin(key, "remove", locations, self._manifest_dir, path=files.path)
-        # From here on the snapshot does not exist for any process, however this ends.
+        # Without manifests the snapshot does not exist for any process, even if the removal is interrupted now.
         for key, _ in entry.manifests:
             key.manifest_path(self._manifest_dir).unlink(missing_ok=True)
         for artifact in artifacts:
@@ -298,31 +242,31 @@ class Remover:
         if files is not None:
             files.remove()
         for each in entry.journals:
-            if each.operation == "fetch":
-                remove_leftovers(each, self._manifest_dir)
-            each.delete(self._manifest_dir)
+            remove_leftovers(each, self._manifest_dir)
         if written is not None:
             written.delete(self._manifest_dir)
 
-    def _remove_beside(self, entry: CacheEntry, *, dry_run: bool) -> int:
+    def _remove_beside(self, entry: CacheEntry, info: CacheInfo, *, dry_run: bool) -> int:
         """Remove what an interrupted download has left beside a complete snapshot; return the freed bytes."""
         freed = 0
         for each in entry.journals:
             path = each.key.lock_path(self._manifest_dir)
             if dry_run:
-                freed += 0 if is_locked(path) else leftover_size(each, self._manifest_dir)
+                freed += 0 if is_locked(path) else leftovers(each, info.directories).size
                 continue
             with contextlib.suppress(OSError):
                 if (lock := try_lock_exclusive(path)) is not None:
                     with lock:
-                        freed += remove_leftovers(each, self._manifest_dir)
+                        # Read again, because another download can have begun and failed since the scan.
+                        present = journal.load(each.key.journal_path(self._manifest_dir))
+                        freed += remove_leftovers(present, self._manifest_dir) if present is not None else 0
         return freed
 
     def _remove_orphans(self, info: CacheInfo, *, dry_run: bool) -> tuple[list[str], int]:
         """Remove artifacts and records whose snapshot no longer exists; return their keys, and the freed bytes."""
         store = self._inventory.store
         digests = info.digests
-        freed = sum(size_of(path) for path in store.unfinished())
+        freed = sum(size_of(walk(path)) for path in store.unfinished())
         removed: list[str] = []
         for artifact in info.artifacts:
             if artifact.snapshot in digests:
@@ -351,22 +295,71 @@ class Remover:
                     if time.time() - path.stat().st_mtime > _STALE_FILE_S:
                         path.unlink()
 
-    def _not_writable(self, error: OSError) -> ManagementError:
-        directory = self._manifest_dir.parent
-        known = translate_os_error(error, directory, CACHE_SETTING)
-        return ManagementError(
-            known.message if known is not None else f"{directory} cannot be changed: {error}."
-        )
+
+class _LockSet(ExitStack):
+    """The exclusive locks of a removal."""
+
+    def __init__(self, inventory: Inventory, wait_s: float) -> None:
+        super().__init__()
+        self._inventory = inventory
+        self._deadline = time.monotonic() + wait_s
+        self._locked: set[object] = set()
+
+    def add(self, entries: Sequence[CacheEntry], info: CacheInfo) -> bool:
+        """Lock everything that removing models changes; return whether something was not locked before.
+
+        Raises:
+            ModelInUseError: Something is in use until the deadline.
+            ManagementError: The cache directory is not writable.
+        """
+        inventory = self._inventory
+        before = len(self._locked)
+        orphaned = _orphaned_digests(entries, info)
+        for entry in entries:
+            for path in sorted({key.lock_path(inventory.manifest_dir) for key in entry.keys}):
+                lock = partial(try_lock_exclusive, path)
+                self._add(entry, path, lock, "it is being downloaded or removed")
+            if entry.path is not None:
+                lock = partial(inventory.locks.try_lock, entry.path)
+                self._add(entry, entry.path, lock, "a process has loaded it, or is loading it")
+            for artifact in entry.artifacts:
+                if artifact.snapshot in orphaned:
+                    lock = partial(inventory.store.try_lock, artifact.key)
+                    self._add(entry, artifact.key, lock, "a process serves its compiled form")
+        return len(self._locked) > before
+
+    def _add(
+        self, entry: CacheEntry, resource: object, lock: Callable[..., FileLock | None], reason: str
+    ) -> None:
+        if resource in self._locked:
+            return
+        try:
+            held = lock(wait_s=max(0.0, self._deadline - time.monotonic()))
+        except OSError as error:
+            raise _not_writable(self._inventory, error) from error
+        if held is None:
+            raise _in_use(entry, reason)
+        self.enter_context(held)
+        self._locked.add(resource)
 
 
-def _still_there(entry: CacheEntry, info: CacheInfo, *, incomplete: bool = False) -> list[CacheEntry]:
-    """Return the present state of a model; with `incomplete`, only if it is incomplete."""
-    found = [each for each in info.entries if each.is_same(entry)]
+def _find_again(entry: CacheEntry, info: CacheInfo, *, incomplete: bool = False) -> list[CacheEntry]:
+    """Find a model of an earlier scan; with `incomplete`, only if it is still incomplete."""
+    entries = [each for each in info.entries if each.is_same(entry)]
     if incomplete:
-        found = [each for each in found if each.state == "incomplete"]
-    if not found:
+        entries = [each for each in entries if each.state == "incomplete"]
+    if not entries:
         raise NotCachedError(f"{entry.name} is no longer on this machine.")
-    return found
+    return entries
+
+
+def _orphaned_digests(removed: Sequence[CacheEntry], info: CacheInfo) -> set[str]:
+    """Return the digests of the snapshots that no model has when some models are removed."""
+    locations = {entry.location for entry in removed}
+    remaining = {
+        digest for entry in info.entries if entry.location not in locations for digest in entry.digests
+    }
+    return {digest for entry in removed for digest in entry.digests} - remaining
 
 
 def _add(total: Removal, removed: Removal) -> None:
@@ -381,3 +374,9 @@ def _in_use(entry: CacheEntry, how: str) -> ModelInUseError:
         f"{entry.name} is in use: {how}. Nothing was removed. Unload it first (`emb-provider unload {entry.name}`), "
         "end the process that uses it, or wait for it (`--wait`)."
     )
+
+
+def _not_writable(inventory: Inventory, error: OSError) -> ManagementError:
+    directory = inventory.manifest_dir.parent
+    known = translate_os_error(error, directory, CACHE_SETTING)
+    return ManagementError(known.message if known is not None else f"{directory} cannot be changed: {error}.")

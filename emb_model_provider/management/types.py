@@ -30,12 +30,12 @@ class Record(BaseModel):
 
 
 class FidelityObject(BaseModel):
-    """How near a model comes to itself at fp32, as it was measured before it was served."""
+    """How close a model's vectors are to those at fp32, measured before it was served."""
 
     min_cosine: float = Field(description="Lowest cosine of a vector to that of the same text at fp32.")
     mean_cosine: float
     top10_overlap: float | None = Field(
-        description="Share of each text's ten nearest neighbours that stay its nearest, 0 to 1."
+        description="Share of each text's ten nearest neighbors that are the same as at fp32, 0 to 1."
     )
     spearman: float | None = Field(description="Rank correlation of all pairs' similarities, -1 to 1.")
     texts: int = Field(description="How many texts were compared.")
@@ -78,13 +78,15 @@ class CachedModelRecord(Record):
 
 
 class CachedFile(Record):
+    """A file of a snapshot."""
+
     path: str
     size: int
     sha256: str
 
 
 class Details(BaseModel):
-    """What the files of a model, or its compiled form, say about it; null where they do not say."""
+    """What the files of a model, or its compiled form, declare. null: they do not declare it."""
 
     dimensions: int | None
     max_tokens: int | None = Field(description="Longest input.")
@@ -137,7 +139,7 @@ class DownloadRecord(Record):
     state: JobState
     model_name: str
     source: str = Field(
-        description="The hub that is asked; when it is done, the hub that the files came from."
+        description="The hub that is used; when it is done, the hub that the files came from."
     )
     asked_revision: str | None
     revision: str | None = Field(description="Resolved; null until it is done.")

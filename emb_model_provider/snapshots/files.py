@@ -46,8 +46,9 @@ class FileCheck:
     """The result of comparing files with their records."""
 
     problems: tuple[FileProblem, ...]
-    hashed: frozenset[str]
-    """Paths of the files that were hashed, because their time stamp had changed or was not recorded."""
+    hashed: Mapping[str, int]
+    """The files that were hashed, because their time stamp had changed or was not recorded: path to the time stamp
+    before they were read, in nanoseconds."""
 
     @property
     def ok(self) -> bool:
@@ -58,7 +59,7 @@ def check_files(
     root: Path,
     files: Iterable[SnapshotFile],
     mtimes: Mapping[str, int] | None = None,
-    on_file: Callable[[SnapshotFile], None] = lambda _: None,
+    on_bytes: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> FileCheck:
     """Compare files with their recorded sizes and hashes.
 
@@ -66,28 +67,31 @@ def check_files(
         root: The directory of the files.
         files: The records.
         mtimes: Time stamps of the files when they were hashed, in nanoseconds: a file whose size and time stamp are
-            unchanged is not hashed again. None: hash every file.
-        on_file: Called after each file that was hashed.
+            unchanged is not hashed again, and none is hashed if a file is missing or has another size. None: hash
+            every file.
+        on_bytes: Called after each file that was hashed, with the bytes that were hashed so far and those to hash.
     """
     problems: list[FileProblem] = []
-    hashed: set[str] = set()
+    changed: list[SnapshotFile] = []
+    hashed: dict[str, int] = {}
     for file in files:
-        path = root / file.path
-        try:
-            stat = path.stat()
+        with _reporting(root, file, problems):
+            stat = (root / file.path).stat()
             if stat.st_size != file.size:
                 problems.append(FileProblem(path=file.path, problem="size"))
             elif mtimes is None or not is_same_mtime(stat.st_mtime_ns, mtimes[file.path]):
-                hashed.add(file.path)
-                if hash_file(path).sha256 != file.sha256:
-                    problems.append(FileProblem(path=file.path, problem="bytes"))
-                on_file(file)
-        except FileNotFoundError:
-            problems.append(FileProblem(path=file.path, problem="missing"))
-        except OSError as error:
-            log.warning("%s cannot be read: %s", path, error)
-            problems.append(FileProblem(path=file.path, problem="unreadable"))
-    return FileCheck(tuple(problems), frozenset(hashed))
+                changed.append(file)
+                hashed[file.path] = stat.st_mtime_ns
+    if problems and mtimes is not None:
+        return FileCheck(tuple(problems), {})
+    done, total = 0, sum(file.size for file in changed)
+    for file in changed:
+        with _reporting(root, file, problems):
+            if hash_file(root / file.path).sha256 != file.sha256:
+                problems.append(FileProblem(path=file.path, problem="bytes"))
+        done += file.size
+        on_bytes(done, total)
+    return FileCheck(tuple(problems), hashed)
 
 
 def has_sizes(root: Path, files: Iterable[SnapshotFile]) -> bool:
@@ -99,15 +103,12 @@ def has_sizes(root: Path, files: Iterable[SnapshotFile]) -> bool:
 
 
 def is_same_mtime(now: int, then: int) -> bool:
-    """Return whether two time stamps are equal, or equal in seconds where a copy (a container layer) kept only those."""
+    """Return whether two time stamps are equal, or equal in seconds if a copy (a container layer) kept only those."""
     return now == then or (now % _SECOND == 0 and now // _SECOND == then // _SECOND)
 
 
 def translate_os_error(error: OSError, directory: Path | str, setting: str) -> HubError | None:
-    """Return the error to raise when `directory`, which `setting` chooses, cannot be written.
-
-    Returns None if the operating system's error has another cause.
-    """
+    """Return the error to raise if `directory`, which `setting` chooses, is not writable or full; None otherwise."""
     if error.errno in _NOT_WRITABLE:
         return CacheNotWritableError(
             f"Cannot write to {directory} ({error.strerror}). Make it writable for this user, or set {setting} "
@@ -115,7 +116,7 @@ def translate_os_error(error: OSError, directory: Path | str, setting: str) -> H
         )
     if error.errno in _FULL:
         return HubError(
-            f"No space left in {directory} ({error.strerror}). Free some, or set {setting} to a directory on "
+            f"No space left in {directory} ({error.strerror}). Free some space, or set {setting} to a directory on "
             "a larger disk. What was downloaded so far is kept."
         )
     return None
@@ -125,7 +126,7 @@ def require_writable(directory: Path, setting: str) -> None:
     """Create `directory` and check that it is writable, before anything is downloaded.
 
     Raises:
-        HubError: It is not; most often a CacheNotWritableError, which names `setting`.
+        HubError: It is not writable; most often a CacheNotWritableError, which names `setting`.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -178,13 +179,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def size_of(path: Path) -> int:
-    """Return the size of all files below a directory in bytes, counting hard links and link targets once.
-
-    Links to directories are not followed.
-    """
+def size_of(paths: Iterable[Path]) -> int:
+    """Return the size of files in bytes, counting hard links and link targets once. Ignores directories."""
     sizes: dict[tuple[int, int], int] = {}
-    for file in walk(path):
+    for file in paths:
         with contextlib.suppress(OSError):
             if file.is_file():
                 stat = file.stat()
@@ -195,7 +193,7 @@ def size_of(path: Path) -> int:
 def remove_empty_parents(path: Path, root: Path) -> None:
     """Remove a directory and its parents below `root`, as long as they are empty.
 
-    `root`, the cache itself, stays; if it is left without repositories, the client's tag file is removed from it.
+    `root`, the cache itself, is kept; if it contains no repository, the client's tag file is removed from it.
     """
     while path != root and is_below(path, root):
         try:
@@ -214,3 +212,14 @@ def remove_empty_parents(path: Path, root: Path) -> None:
 def is_below(path: Path, directory: Path) -> bool:
     """Return whether an absolute path is lexically at or below a directory."""
     return path.is_absolute() and ".." not in path.parts and path.is_relative_to(directory)
+
+
+@contextlib.contextmanager
+def _reporting(root: Path, file: SnapshotFile, problems: list[FileProblem]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        problems.append(FileProblem(path=file.path, problem="missing"))
+    except OSError as error:
+        log.warning("%s cannot be read: %s", root / file.path, error)
+        problems.append(FileProblem(path=file.path, problem="unreadable"))

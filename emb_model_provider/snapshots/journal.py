@@ -1,9 +1,9 @@
 """Journals: records on disk of a download or a removal that has begun and not ended.
 
 A journal is written beside the manifest before the first change, touched while the work goes on, and deleted at the
-end. One that is left belongs to work that was interrupted: the download can be resumed or removed, the removal
-finished. It names the snapshots that existed before, which belong to others, and so does everything that changed after
-the journal was last touched.
+end. One that is left on disk belongs to work that was interrupted: the download can be resumed or removed, the removal
+finished. It lists everything that existed before in the directories of the repository. Those files belong to other
+programs or to complete snapshots, and so does everything that changed after the journal was last touched.
 """
 
 from __future__ import annotations
@@ -40,35 +40,43 @@ class Journal:
     roots: tuple[Path, ...]
     """The caches that it changes."""
     before: frozenset[Path]
-    """Snapshot directories that existed when it began."""
+    """Of a download: files, links and directories that existed when it began."""
     path: Path | None
     """Of a removal: the directory of the snapshot."""
     touched: float
     """Unix time in seconds at which the process last reported that it works."""
     _written: float = field(default=0.0, compare=False)
 
-    def touch(self, manifest_dir: Path) -> None:
-        """Report that the work goes on. Cheap enough to call for each block of bytes."""
-        now = time.time()
-        self.touched = now
-        if now - self._written >= _TOUCH_EVERY_S:
-            self._written = now
+    def touch(self, manifest_dir: Path, *, now: bool = False) -> None:
+        """Report that the work goes on. Cheap enough to call for each block of bytes.
+
+        Args:
+            manifest_dir: Directory of all manifests.
+            now: Report it to other processes at once.
+        """
+        self.touched = time.time()
+        if now or self.touched - self._written >= _TOUCH_EVERY_S:
+            self._written = self.touched
             with contextlib.suppress(OSError):
                 os.utime(self.key.journal_path(manifest_dir))
 
     def delete(self, manifest_dir: Path) -> None:
-        """Record that the work has ended."""
+        """Record that the work has ended.
+
+        Raises:
+            OSError: The journal cannot be deleted.
+        """
         self.key.journal_path(manifest_dir).unlink(missing_ok=True)
 
     def is_own_change(self, path: Path) -> bool:
-        """Return whether the last change of a file or directory can be this process's own, and not somebody else's."""
+        """Return whether the process of this journal can have made the last change of a file."""
         try:
             return path.lstat().st_ctime <= self.touched + _SLACK_S
         except OSError:
             return True
 
     def changed_by_others(self, directory: Path) -> bool:
-        """Return whether somebody changed a file in a directory after the process of this journal was gone."""
+        """Return whether a file in a directory was changed after the process of this journal had ended."""
         files = (path for path in walk(directory) if path.is_symlink() or path.is_file())
         return any(not self.is_own_change(path) for path in files)
 
@@ -89,23 +97,24 @@ def begin(
         operation: What is done to it.
         locations: Cache and directory of each place where its files are.
         manifest_dir: Directory of all manifests.
-        before: Snapshot directories of the repository that exist already.
+        before: Of a download: files, links and directories that exist already.
         path: Of a removal: the directory of the snapshot.
 
     Raises:
         OSError: The journal cannot be written.
     """
+    existing = frozenset(before)
     content: dict[str, Any] = {
         "version": _VERSION,
         **key.as_json(),
         "doing": operation,
         "places": [[str(root), str(directory)] for root, directory in locations],
-        "before": sorted(f"{directory}/" for directory in before),
+        "before": sorted(map(_before_entry, existing)),
         "path": str(path) if path is not None else None,
     }
     write_atomically(key.journal_path(manifest_dir), json.dumps(content, indent=1).encode())
     roots = tuple(dict.fromkeys(root for root, _ in locations))
-    return Journal(key, operation, roots, frozenset(before), path, time.time())
+    return Journal(key, operation, roots, existing, path, time.time())
 
 
 def load(path: Path) -> Journal | None:
@@ -125,19 +134,21 @@ def load_all(manifest_dir: Path) -> list[Journal]:
     return [journal for path in paths if (journal := load(path)) is not None]
 
 
+def _before_entry(path: Path) -> str:
+    return f"{path}/" if path.is_dir() and not path.is_symlink() else str(path)
+
+
 def _parse(path: Path, content: Any, touched: float) -> Journal:
     if content["version"] != _VERSION:
         raise ValueError(f"unknown version {content['version']}")
     key = ManifestKey.from_json(content)
     if path != key.journal_path(path.parents[1]):
         raise ValueError("its name does not match its key")
-    # Older versions listed everything that existed: only the snapshots among it count.
-    before = (Path(name) for name in map(str, content["before"]) if name.endswith("/"))
     return Journal(
         key=key,
         operation="remove" if content["doing"] == "remove" else "fetch",
         roots=tuple(dict.fromkeys(Path(root) for root, _ in content["places"])),
-        before=frozenset(before),
+        before=frozenset(map(Path, content["before"])),
         path=Path(content["path"]) if content["path"] else None,
         touched=touched,
     )

@@ -1,8 +1,8 @@
 """File locks between threads and processes, and the locks that keep snapshots on disk while they are used.
 
 A lock is a file that is locked with flock: exclusively to change something, shared to use it. It is released when its
-process ends, however that ends. The files stay on disk, because removing one while another process waits for it would
-let two processes hold the same lock.
+process ends, however that ends. The files are kept on disk, because removing one while another process waits for it
+could let two processes hold the same lock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.2
 _MIN_WAIT_S = 0.25
-"""How long a lock is tried even without waiting, because a process that only checks a lock holds it for less."""
+"""How long a lock is tried at least, because a process that only checks a lock holds it for a moment."""
 _CHECK_TRIES = 4
 _CHECK_EVERY_S = 0.005
 _BUSY = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK}
@@ -67,7 +67,7 @@ class FileLock:
 def lock_shared(path: Path) -> FileLock:
     """Lock a file together with others. Waits while a process holds it exclusively.
 
-    In a directory that cannot be written nothing is locked, because nothing can be removed there either.
+    If the lock file cannot be created, nothing is locked: nothing can be removed from such a directory either.
     """
     if sys.platform == "win32":
         return FileLock(None)  # Windows does not remove files that are open
@@ -116,11 +116,11 @@ def try_lock_exclusive(path: Path, *, wait_s: float = 0.0) -> FileLock | None:
     Raises:
         OSError: The file cannot be created.
     """
-    give_up_at = time.monotonic() + max(wait_s, _MIN_WAIT_S)
+    deadline = time.monotonic() + max(wait_s, _MIN_WAIT_S)
 
     def keep_waiting() -> bool:
         time.sleep(_POLL_S if wait_s else _POLL_S / 10)
-        return time.monotonic() < give_up_at
+        return time.monotonic() < deadline
 
     return _lock_exclusive(path, keep_waiting)
 
@@ -134,7 +134,7 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        # Other processes that check at the same moment hold it for microseconds.
+        # Several tries, because other processes that check at the same moment hold it for microseconds.
         for _ in range(_CHECK_TRIES):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,11 +197,11 @@ def _lock_exclusive(path: Path, keep_waiting: Callable[[], bool]) -> FileLock | 
 
 
 def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> int | None:
-    """Return a descriptor of the locked file, or None when `keep_waiting` returns False."""
+    """Return a descriptor of the locked file, or None once `keep_waiting` returns False."""
     while True:
         try:
             descriptor = _open(path)
-        except FileNotFoundError:  # its directory does not exist, or was removed
+        except FileNotFoundError:  # its directory does not exist
             path.parent.mkdir(parents=True, exist_ok=True)
             continue
         try:
@@ -220,13 +220,14 @@ def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> int |
             os.close(descriptor)
             raise
         else:
-            os.close(descriptor)  # the file was removed or replaced meanwhile: lock the new one
+            os.close(descriptor)  # another program, or an older version, removed the file: lock the new one
 
 
 def _open(path: Path, *, create: bool = True) -> int:
     try:
-        # Writable even to lock, because network file systems lock exclusively only files that are open for writing.
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o644)
+        # Open for writing, because network file systems lock only such files exclusively. For the same reason a group
+        # that shares the cache (umask 002) can write to the file.
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise

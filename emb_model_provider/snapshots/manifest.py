@@ -28,14 +28,13 @@ from emb_model_provider.model_spec import HubName
 from emb_model_provider.snapshots.files import (
     MUST_HASH,
     check_files,
-    is_same_mtime,
     list_dir,
     write_atomically,
 )
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, digest_of, is_safe_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -126,18 +125,29 @@ class Manifest:
         return MUST_HASH in self.mtimes.values()
 
 
-def save(key: ManifestKey, snapshot: Snapshot, manifest_dir: Path, *, fetched: float | None = None) -> None:
+def save(
+    key: ManifestKey,
+    snapshot: Snapshot,
+    manifest_dir: Path,
+    *,
+    mtimes: Mapping[str, int] | None = None,
+    fetched: float | None = None,
+) -> None:
     """Write the manifest of a snapshot whose files were just hashed.
 
     Args:
         key: The request that led to the snapshot.
         snapshot: The snapshot.
         manifest_dir: Directory of all manifests.
+        mtimes: Time stamps of the files before they were hashed, in nanoseconds. None: those that they have now, for
+            files that nothing else changes.
         fetched: Unix time of the download in seconds; None is now.
 
     Raises:
         OSError: It cannot be written.
     """
+    if mtimes is None:
+        mtimes = {file.path: (snapshot.path / file.path).stat().st_mtime_ns for file in snapshot.files}
     content = {
         "version": _VERSION,
         **key.as_json(),
@@ -146,12 +156,7 @@ def save(key: ManifestKey, snapshot: Snapshot, manifest_dir: Path, *, fetched: f
         "path": str(snapshot.path),
         "digest": snapshot.digest,
         "files": [
-            {
-                "path": file.path,
-                "size": file.size,
-                "sha256": file.sha256,
-                "mtime_ns": (snapshot.path / file.path).stat().st_mtime_ns,
-            }
+            {"path": file.path, "size": file.size, "sha256": file.sha256, "mtime_ns": mtimes[file.path]}
             for file in snapshot.files
         ],
     }
@@ -165,7 +170,7 @@ def load(key: ManifestKey, manifest_dir: Path) -> Manifest | None:
 
 
 def load_verified(
-    key: ManifestKey, manifest_dir: Path, on_bytes: Callable[[int, int], None] | None = None
+    key: ManifestKey, manifest_dir: Path, on_bytes: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Snapshot | None:
     """Return the snapshot of a manifest if its files are unchanged, else None.
 
@@ -174,21 +179,13 @@ def load_verified(
     Args:
         key: The request that led to the snapshot.
         manifest_dir: Directory of all manifests.
-        on_bytes: Called with the bytes that were hashed so far, and the bytes to hash.
+        on_bytes: Called after each file that was hashed, with the bytes that were hashed so far and those to hash.
     """
-    manifest = load(key, manifest_dir)
-    if manifest is None:
+    found = load(key, manifest_dir)
+    if found is None:
         return None
-    snapshot = manifest.snapshot
-    done, total = 0, sum(file.size for file in snapshot.files if _was_touched(snapshot, file, manifest))
-
-    def count(file: SnapshotFile) -> None:
-        nonlocal done
-        done += file.size
-        if on_bytes is not None:
-            on_bytes(done, total)
-
-    check = check_files(snapshot.path, snapshot.files, manifest.mtimes, count)
+    snapshot = found.snapshot
+    check = check_files(snapshot.path, snapshot.files, found.mtimes, on_bytes)
     if not check.ok:
         problem = check.problems[0]
         log.warning(
@@ -196,9 +193,10 @@ def load_verified(
             key.repository, snapshot.path, problem.path, problem.problem,
         )  # fmt: skip
         return None
-    if check.hashed:
+    # Another process may have replaced the manifest during the hashing.
+    if check.hashed and load(key, manifest_dir) == found:
         try:
-            save(key, snapshot, manifest_dir, fetched=manifest.fetched)
+            save(key, snapshot, manifest_dir, mtimes={**found.mtimes, **check.hashed}, fetched=found.fetched)
         except OSError as error:
             log.debug("Could not update the manifest of %s: %s", key.repository, error)
     return snapshot
@@ -219,7 +217,7 @@ def mark_used(key: ManifestKey, manifest_dir: Path) -> None:
 
 
 def invalidate(key: ManifestKey, found: Manifest, paths: Collection[str], manifest_dir: Path) -> None:
-    """Have files hashed again, and downloaded again if they are wrong, before the snapshot is used.
+    """Record that files must be hashed again, and downloaded again if they are wrong, before the snapshot is used.
 
     Raises:
         OSError: The manifest cannot be written.
@@ -232,14 +230,6 @@ def invalidate(key: ManifestKey, found: Manifest, paths: Collection[str], manife
         if entry["path"] in paths:
             entry["mtime_ns"] = MUST_HASH
     write_atomically(path, json.dumps(content, indent=1).encode())
-
-
-def _was_touched(snapshot: Snapshot, file: SnapshotFile, manifest: Manifest) -> bool:
-    try:
-        mtime = (snapshot.path / file.path).stat().st_mtime_ns
-    except OSError:
-        return False
-    return not is_same_mtime(mtime, manifest.mtimes[file.path])
 
 
 def _read(path: Path) -> tuple[ManifestKey, Manifest] | None:

@@ -35,7 +35,7 @@ class Snapshot:
     """A complete, verified directory of model files. Loading reads only the files that are listed here."""
 
     hub: HubName
-    """The hub that the files came from; after a fallback not the one that was asked first."""
+    """The hub that the files came from, which after a fallback is not the one that was requested."""
     repository: str
     revision: str
     """Resolved: a commit if the hub reports one, else the branch or tag; `local` for a directory."""
@@ -66,7 +66,7 @@ class Hashes:
 def digest_of(files: Iterable[SnapshotFile]) -> str:
     """Return the digest of a set of files, independent of their order and directory."""
     lines = sorted(f"{file.path}\0{file.size}\0{file.sha256}\n" for file in files)
-    # A name in a local directory may not be valid UTF-8: it counts as the bytes that it has on disk.
+    # A name in a local directory may not be valid UTF-8: it is hashed as the bytes that it has on disk.
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -109,6 +109,6 @@ def require_safe_paths(paths: Iterable[str], repository: str) -> None:
     for path in paths:
         if not is_safe_path(path):
             raise CorruptSnapshotError(
-                f"Repository {repository} lists a file named {path!r}, which would lie outside its directory: "
-                "nothing was downloaded. Do not use this repository, and tell its owner."
+                f"Repository {repository} lists a file named {path!r}, which would be outside its directory: "
+                "nothing was downloaded. Do not use this repository, and report it to its owner."
             )

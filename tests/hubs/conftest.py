@@ -1,4 +1,4 @@
-"""What the hubs' tests share: a tiny model's files, two servers, and settings that point at them."""
+"""Fixtures of the hubs' tests: the files of a tiny model, two servers, and settings that point to them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-# The client's own setting, read when it is first imported: five tries take 15 s before a 503 is believed.
+# A setting of the client, which is read when it is first imported: five retries take 15 s until a 503 is reported.
 os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
 
 HF_REPO = "acme/tiny"
 MS_REPO = "iic/tiny"
-WEIGHTS = random.Random(7).randbytes(200_000)  # noqa: S311 (bytes that do not compress, the same each time)
+WEIGHTS = random.Random(7).randbytes(200_000)  # noqa: S311 - bytes that do not compress, the same each time
 
 
 def model_files() -> dict[str, bytes]:
-    """A sentence-transformers repository, with things that nobody needs."""
+    """Return a sentence-transformers repository, with files that serving does not need."""
     return {
         ".gitattributes": b"*.safetensors filter=lfs\n",
         "README.md": b"# tiny\n",
@@ -42,7 +42,7 @@ def model_files() -> dict[str, bytes]:
 
 
 def modelscope_files() -> dict[str, bytes]:
-    """A repository as ModelScope's own are: torch weights and a configuration.json."""
+    """Return a repository like those of ModelScope itself: torch weights and a configuration.json."""
     return {
         "README.md": "# 小模型\n".encode(),
         "config.json": json.dumps({"model_type": "bert", "hidden_size": 8}).encode(),
@@ -55,7 +55,7 @@ def modelscope_files() -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home of its own for the clients, and none of the variables they read."""
+    """Return an empty home directory for the clients; their environment variables are removed."""
     for name in list(os.environ):
         if name.startswith(("HF_", "HUGGING", "MODELSCOPE_")) and name != "MODELSCOPE_API_MAX_RETRIES":
             monkeypatch.delenv(name)
@@ -80,7 +80,7 @@ def modelscope() -> Iterator[ModelScopeServer]:
 def settings(
     tmp_path: Path, huggingface: HuggingFaceServer, modelscope: ModelScopeServer
 ) -> Callable[..., HubSettings]:
-    """Settings that point at the servers; keyword arguments win."""
+    """Return a function that makes settings for the servers; keyword arguments take precedence."""
 
     def make(**changes: object) -> HubSettings:
         return HubSettings(

@@ -1,8 +1,8 @@
-"""Small hubs on this machine: they speak the protocols that the real clients expect, and can misbehave.
+"""Local hubs, which speak the protocols that the real clients expect, and can inject faults.
 
-`HuggingFaceServer` and `ModelScopeServer` are context managers. Each listens on two loopback ports: the
-hub's own, and that of the host that large files are redirected to. What they were asked is in `requests`;
-what goes wrong is set in `faults`.
+`HuggingFaceServer` and `ModelScopeServer` are context managers. Each listens on two loopback ports: that of the hub, and
+that of the storage host that large files are redirected to. `requests` contains the received requests, `faults` the
+faults to inject.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LARGE_BYTES = 10_000
-"""From this size on a file is stored elsewhere: it is redirected to, and listed with its sha256."""
+"""Files of at least this size are on the storage host, and listed with their sha256."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a server was asked."""
+    """A request that a server has received."""
 
     method: str
     path: str
-    """Without the query, percent signs decoded."""
+    """Without the query, decoded."""
     query: dict[str, str]
     headers: dict[str, str]
     """Names in lower case."""
     storage: bool
-    """Whether it came to the port that large files are redirected to."""
+    """Whether it was sent to the storage host."""
 
 
 @dataclass
 class Faults:
-    """What goes wrong. Paths are those of files; numbers say how many times."""
+    """Faults to inject, by the path of a file."""
 
     status: int | None = None
-    """Answer everything with this status."""
+    """Respond to everything with this status."""
     error_code: str | None = None
-    """The X-Error-Code that goes with `status` (Hugging Face)."""
+    """The X-Error-Code beside `status` (Hugging Face)."""
     wrong_bytes: dict[str, int] = field(default_factory=dict)
-    """Send a file's size of other bytes."""
+    """How many times to send other bytes of the same size."""
     drop_after: dict[str, list[int]] = field(default_factory=dict)
-    """Send this many bytes, then close the connection; one number an answer."""
+    """Send this many bytes, then close the connection; one number for each response."""
     hold_after: dict[str, int] = field(default_factory=dict)
     """Send this many bytes, then nothing until `release` is set."""
     listed_too: list[str] = field(default_factory=list)
-    """Names that the listing has, though there are no such files."""
+    """Names in the listing without a file."""
     release: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
 class Answer:
-    """What a server says."""
+    """A response."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     file: str | None = None
-    """The path of the file that `body` is, for the faults."""
+    """The path of the file in `body`, for the faults."""
 
 
 def json_answer(content: object, status: int = 200, **headers: str) -> Answer:
@@ -73,10 +73,9 @@ def json_answer(content: object, status: int = 200, **headers: str) -> Answer:
 
 
 class HubServer:
-    """What both hubs have in common: two ports, a log of requests, tokens, ranges, and faults.
+    """Base of both hubs: two ports, the received requests, tokens, ranges, and faults.
 
-    `repos` maps a repository to its files; `revisions` names its branches and tags, all of which have the
-    same files.
+    `repos` maps a repository to its files; `revisions` are its branches and tags, which all have the same files.
     """
 
     revisions: tuple[str, ...] = ()
@@ -98,7 +97,7 @@ class HubServer:
         self._lock = threading.Lock()
         self._hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, storage=False))
         self._storage = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, storage=True))
-        # A handler that is held must not keep the test waiting.
+        # The end of a test must not wait for a handler that is held.
         self._hub.daemon_threads = self._storage.daemon_threads = True
         self._hub.block_on_close = self._storage.block_on_close = False
         self.url = f"http://127.0.0.1:{self._hub.server_port}"
@@ -122,23 +121,23 @@ class HubServer:
             thread.join()
 
     def bodies(self) -> Counter[str]:
-        """How often each file's bytes were sent, redirects and HEAD left out."""
+        """Return how often each file was sent, without redirects and HEAD."""
         with self._lock:
             return Counter(self._bodies)
 
     def asked(self, ending: str) -> int:
-        """How often a path that ends so was asked for."""
+        """Return how often a path with this ending was requested."""
         with self._lock:
             return sum(request.path.endswith(ending) for request in self.requests)
 
     def forget(self) -> None:
-        """Start counting again."""
+        """Reset the counts."""
         with self._lock:
             self.requests.clear()
             self._bodies.clear()
 
     def answer(self, request: Request) -> Answer:
-        """Log a request, apply the faults, and let the hub say the rest."""
+        """Record a request, and return a fault or the response of the hub."""
         with self._lock:
             self.requests.append(request)
         if self.faults.status is not None:
@@ -153,7 +152,7 @@ class HubServer:
         raise NotImplementedError
 
     def send_file(self, request: Request, repo: str, path: str, **headers: str) -> Answer:
-        """A file's bytes, or where they are."""
+        """Return a file, or a redirect to the storage host."""
         body = self.repos[repo][path]
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         if len(body) >= LARGE_BYTES:
@@ -162,7 +161,7 @@ class HubServer:
         return Answer(body=body, headers=named, file=path)
 
     def spoil(self, file: str, body: bytes) -> bytes:
-        """The bytes of a file, or as many others where a fault says so."""
+        """Return the bytes of a file, or other bytes if there is a fault."""
         with self._lock:
             self._bodies.append(file)
             if self.faults.wrong_bytes.get(file, 0) > 0:
@@ -172,14 +171,14 @@ class HubServer:
 
 
 class HuggingFaceServer(HubServer):
-    """Speaks as much of Hugging Face as its client needs to fetch a model."""
+    """The part of Hugging Face's protocol that its client needs to download a model."""
 
     revisions = ("main",)
 
     def commit(self, repo: str) -> str:
-        """The commit of a repository as it is now."""
-        content = sorted((path, hashlib.sha1(body).hexdigest()) for path, body in self.repos[repo].items())  # noqa: S324 (git's own)
-        return hashlib.sha1(repr(content).encode()).hexdigest()  # noqa: S324 (git's own)
+        """Return the present commit of a repository."""
+        content = sorted((path, hashlib.sha1(body).hexdigest()) for path, body in self.repos[repo].items())  # noqa: S324 - the hash of git
+        return hashlib.sha1(repr(content).encode()).hexdigest()  # noqa: S324 - the hash of git
 
     def route(self, request: Request) -> Answer:
         if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
@@ -224,7 +223,7 @@ class HuggingFaceServer(HubServer):
 
 
 class ModelScopeServer(HubServer):
-    """Speaks as much of ModelScope as its client needs to fetch a model."""
+    """The part of ModelScope's protocol that its client needs to download a model."""
 
     revisions = ("master",)
 
@@ -246,7 +245,7 @@ class ModelScopeServer(HubServer):
             return json_answer({"Code": 200, "Data": {"RevisionMap": {"Branches": names, "Tags": []}}})
         revision = request.query.get("Revision")
         if rest == "repo/files":
-            # As the real one does: an unknown revision is no error, and has no files.
+            # Like the real hub, which returns an empty listing for an unknown revision.
             names = [*self.repos[repo], *self.faults.listed_too] if revision in self.revisions else []
             files = [self._listed(repo, name) for name in names] or None
             return json_answer(
@@ -271,8 +270,8 @@ class ModelScopeServer(HubServer):
 
 
 def git_sha1(body: bytes) -> str:
-    """The id that git gives these bytes."""
-    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()  # noqa: S324 (git's own)
+    """Return the id of these bytes as a git blob."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()  # noqa: S324 - the hash of git
 
 
 def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler]:
@@ -325,7 +324,7 @@ def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler
                 faults.release.wait(60)
                 try:
                     self.wfile.write(body[cut:])
-                except OSError:  # whoever asked was killed
+                except OSError:  # the client was killed
                     self.close_connection = True
                 return True
             return False

@@ -1,4 +1,4 @@
-"""Fetching: which hub, what is used again, what happens offline, and the fallback."""
+"""fetch_snapshot: the choice of the hub, reuse of snapshots, offline operation, and the fallback."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from emb_model_provider.errors import (
     CorruptSnapshotError,
     HubError,
     HubUnavailableError,
+    IncompleteRepositoryError,
     OfflineError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
     from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 
 
-def the_manifest(config: HubSettings) -> Path:
+NAMES = {"acme/model": {"modelscope": MS_REPO, "huggingface": HF_REPO}}
+
+
+def only_manifest(config: HubSettings) -> Path:
     (path,) = config.cache_dir.rglob("*.json")
     return path
 
@@ -59,13 +63,14 @@ def the_manifest(config: HubSettings) -> Path:
         ("./no/such", {}, "local"),
     ],
 )
-def test_the_source_follows_from_the_name(name: str, fields: dict[str, str], hub: str) -> None:
-    """An explicit source wins; `auto` goes by what the name is."""
+def test_source_is_resolved_from_the_name(name: str, fields: dict[str, str], hub: str) -> None:
+    """An explicit source takes precedence."""
     assert resolve_source(spec(name, **fields)) == hub
 
 
-def test_a_directory_wins_over_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An existing directory of that name, or a path, is local whatever the name looks like."""
+def test_existing_directory_takes_precedence_over_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "iic" / "nlp_gte").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve_source(spec("iic/nlp_gte")) == "local"
@@ -73,13 +78,12 @@ def test_a_directory_wins_over_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_a_second_start_asks_nobody(
+def test_snapshot_with_a_manifest_needs_no_request(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     repo: str,
 ) -> None:
-    """With a valid manifest the same snapshot comes back without a request."""
     first = fetch_snapshot(spec(repo), settings())
     huggingface.forget()
     modelscope.forget()
@@ -88,10 +92,10 @@ def test_a_second_start_asks_nobody(
     assert not modelscope.requests
 
 
-def test_force_asks_the_hub_again_and_fetches_what_changed(
+def test_force_downloads_what_changed(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """A branch that moved is followed only when asked to."""
+    """A branch that has moved is followed only with `force`."""
     first = fetch_snapshot(spec(MS_REPO), settings())
     modelscope.repos[MS_REPO]["vocab.txt"] = b"[PAD]\n[UNK]\nnew\n"
     modelscope.forget()
@@ -101,10 +105,8 @@ def test_force_asks_the_hub_again_and_fetches_what_changed(
     assert dict(modelscope.bodies()) == {"vocab.txt": 1}
 
 
-def test_the_same_files_have_the_same_digest_wherever_they_lie(
-    settings: Callable[..., HubSettings], tmp_path: Path
-) -> None:
-    """The digest is that of names and bytes: neither the hub nor the directory matters."""
+def test_digest_depends_on_names_and_bytes_only(settings: Callable[..., HubSettings], tmp_path: Path) -> None:
+    """The hub and the directory do not matter."""
     first = fetch_snapshot(spec(HF_REPO), settings())
     shutil.copytree(first.path, tmp_path / "copy")
     copy = fetch_snapshot(spec("x", path=tmp_path / "copy"), settings())
@@ -114,13 +116,13 @@ def test_the_same_files_have_the_same_digest_wherever_they_lie(
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_offline_uses_a_verified_snapshot_and_makes_no_request(
+def test_offline_uses_a_verified_snapshot(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     repo: str,
 ) -> None:
-    """OFFLINE with a manifest serves; with none it is an error; either way no hub hears of it."""
+    """Without one it is an error; in both cases no hub is asked."""
     first = fetch_snapshot(spec(repo), settings())
     huggingface.forget()
     modelscope.forget()
@@ -133,16 +135,16 @@ def test_offline_uses_a_verified_snapshot_and_makes_no_request(
     assert not modelscope.requests
 
 
-def test_offline_adopts_what_the_hugging_face_client_downloaded_whole(
+def test_offline_adopts_a_download_of_the_hugging_face_client(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
 ) -> None:
-    """A download made with the client's own tool is used, since its listing lets each file be checked."""
+    """Each file is checked against the listing that the client has kept."""
     from huggingface_hub import snapshot_download
 
     config = settings(offline=True)
     snapshot_download(HF_REPO, cache_dir=config.hf_cache_dir, endpoint=huggingface.url)
     huggingface.forget()
-    # Nothing is written for it: a cache directory that is none does not matter.
+    # Nothing has to be written, so an invalid cache directory does not matter.
     snapshot = fetch_snapshot(spec(HF_REPO), settings(offline=True, cache_dir=Path("/dev/null")))
     assert snapshot.revision == huggingface.commit(HF_REPO)
     assert fetch_snapshot(spec(HF_REPO), config) == snapshot
@@ -157,13 +159,13 @@ def test_offline_adopts_what_the_hugging_face_client_downloaded_whole(
     assert not huggingface.requests
 
 
-def test_offline_does_not_adopt_what_the_modelscope_client_left(
+def test_offline_does_not_adopt_a_download_of_the_modelscope_client(
     settings: Callable[..., HubSettings],
 ) -> None:
-    """Files without a manifest cannot be checked: they do not exist, and the error says what to do."""
+    """Files without a manifest cannot be checked, and the error says what to do."""
     config = settings()
     fetch_snapshot(spec(MS_REPO), config)
-    the_manifest(config).unlink()
+    only_manifest(config).unlink()
     with pytest.raises(OfflineError, match="EMB_PROVIDER_MODEL_PATH"):
         fetch_snapshot(spec(MS_REPO), settings(offline=True))
 
@@ -181,13 +183,13 @@ def test_offline_does_not_adopt_what_the_modelscope_client_left(
         lambda text: json.dumps({**json.loads(text), "files": []}),
     ],
 )
-def test_a_manifest_that_is_not_whole_does_not_count(
+def test_invalid_manifest_is_ignored(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer, tamper: Callable[[str], str]
 ) -> None:
-    """Cut off, empty, of another version, edited, or of another model: the hub is asked again."""
+    """Truncated, empty, of another version, edited, or of another model: the hub is asked again."""
     config = settings()
     first = fetch_snapshot(spec(MS_REPO), config)
-    manifest = the_manifest(config)
+    manifest = only_manifest(config)
     manifest.write_text(tamper(manifest.read_text()))
     with pytest.raises(OfflineError):
         fetch_snapshot(spec(MS_REPO), settings(offline=True))
@@ -197,16 +199,16 @@ def test_a_manifest_that_is_not_whole_does_not_count(
     assert fetch_snapshot(spec(MS_REPO), settings(offline=True)) == first
 
 
-@pytest.mark.parametrize("damage", ["other bytes", "shorter", "gone"])
+@pytest.mark.parametrize("damage", ["other bytes", "shorter", "missing"])
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_a_file_that_changed_makes_the_snapshot_invalid(
+def test_changed_file_invalidates_the_snapshot(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer, damage: str, repo: str
 ) -> None:
-    """Offline that is an error; online the file is fetched again."""
+    """Offline that is an error, online the file is downloaded again."""
     first = fetch_snapshot(spec(repo), settings())
     name = "model.safetensors" if repo == HF_REPO else "pytorch_model.bin"
     weights = (first.path / name).resolve()
-    if damage == "gone":
+    if damage == "missing":
         weights.unlink()
     else:
         weights.write_bytes(WEIGHTS[::-1] if damage == "other bytes" else WEIGHTS[:-1])
@@ -216,10 +218,10 @@ def test_a_file_that_changed_makes_the_snapshot_invalid(
     assert (first.path / name).read_bytes() == WEIGHTS
 
 
-def test_a_new_time_stamp_alone_is_hashed_and_accepted(
+def test_file_with_a_new_time_stamp_is_hashed_once(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """Touched files are read again, found the same, and the manifest is renewed: no request is made."""
+    """Its hash is unchanged, so the manifest is updated and no request is made."""
     config = settings()
     first = fetch_snapshot(spec(MS_REPO), config)
     weights = first.path / "pytorch_model.bin"
@@ -233,8 +235,8 @@ def test_a_new_time_stamp_alone_is_hashed_and_accepted(
     assert not modelscope.requests
 
 
-def test_time_stamps_cut_to_seconds_need_no_hashing(settings: Callable[..., HubSettings]) -> None:
-    """A container image's layers keep whole seconds only; that is no change."""
+def test_time_stamps_in_seconds_need_no_hashing(settings: Callable[..., HubSettings]) -> None:
+    """The layers of a container image keep whole seconds only."""
     first = fetch_snapshot(spec(MS_REPO), settings())
     for file in first.files:
         seconds = (first.path / file.path).stat().st_mtime_ns // 10**9
@@ -244,50 +246,51 @@ def test_time_stamps_cut_to_seconds_need_no_hashing(settings: Callable[..., HubS
     assert not seen
 
 
-def test_another_endpoint_is_another_question(
+def test_manifest_is_valid_for_one_endpoint_only(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
 ) -> None:
-    """The same name at another endpoint may be another model: its manifest does not speak for this one."""
+    """A name can mean another model at another endpoint."""
     fetch_snapshot(spec(HF_REPO), settings())
     huggingface.forget()
     fetch_snapshot(spec(HF_REPO, endpoint=huggingface.url.replace("127.0.0.1", "localhost")), settings())
     assert huggingface.requests
 
 
-def test_the_models_own_cache_directory_wins(settings: Callable[..., HubSettings], tmp_path: Path) -> None:
-    """A cache directory of the model's own is where its files go."""
+def test_cache_directory_of_a_model_takes_precedence(
+    settings: Callable[..., HubSettings], tmp_path: Path
+) -> None:
     snapshot = fetch_snapshot(spec(MS_REPO, cache_dir=tmp_path / "own"), settings())
     assert snapshot.path.is_relative_to(tmp_path / "own")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "../etc", "acme/..", "http://evil/x", "acme/ti ny", "-x/y"])
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
-def test_a_name_that_cannot_be_a_repository_is_asked_of_nobody(
+def test_invalid_repository_id_is_rejected_without_a_request(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     name: str,
     source: str,
 ) -> None:
-    """Such a name never becomes a part of a path or of a URL."""
+    """Such a name never becomes a part of a path or a URL."""
     with pytest.raises(RepositoryNotFoundError, match="EMB_PROVIDER_MODEL_NAME"):
         fetch_snapshot(spec(name, source=source), settings())
     assert not huggingface.requests + modelscope.requests
 
 
-def test_a_revision_that_leaves_the_cache_is_asked_of_nobody(
+def test_invalid_revision_is_rejected_without_a_request(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """ModelScope's client would make a directory of it."""
+    """ModelScope's client would use it as a directory."""
     with pytest.raises(HubError, match="EMB_PROVIDER_MODEL_REVISION"):
         fetch_snapshot(spec(MS_REPO, revision="../../x"), settings())
     assert not modelscope.requests
 
 
-def test_falls_back_to_hugging_face_when_asked_to(
+def test_fallback_to_hugging_face(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model that ModelScope lacks comes from Hugging Face, which the log and the snapshot say."""
+    """The log and the snapshot name the hub, which does not receive ModelScope's token."""
     huggingface.repos["iic/other"] = model_files()
     with pytest.raises(RepositoryNotFoundError):
         fetch_snapshot(spec("iic/other"), settings())
@@ -303,13 +306,12 @@ def test_falls_back_to_hugging_face_when_asked_to(
 
 
 @pytest.mark.parametrize("status", [401, 403, 503])
-def test_falls_back_when_modelscope_refuses_or_is_down(
+def test_fallback_if_modelscope_returns_an_error(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     status: int,
 ) -> None:
-    """Whatever keeps ModelScope from giving the model, the other hub is tried."""
     huggingface.repos[MS_REPO] = model_files()
     modelscope.faults.status = status
     assert (
@@ -317,10 +319,9 @@ def test_falls_back_when_modelscope_refuses_or_is_down(
     )
 
 
-def test_offline_falls_back_to_what_was_taken_from_hugging_face(
+def test_offline_uses_a_snapshot_of_the_fallback(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer
 ) -> None:
-    """A snapshot that came by the fallback is found again without a request."""
     huggingface.repos["iic/other"] = model_files()
     first = fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True))
     huggingface.forget()
@@ -332,10 +333,9 @@ def test_offline_falls_back_to_what_was_taken_from_hugging_face(
     assert not huggingface.requests + modelscope.requests
 
 
-def test_when_both_hubs_fail_the_error_has_both_reasons(
+def test_error_names_the_reasons_of_both_hubs(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
 ) -> None:
-    """Neither reason hides the other."""
     huggingface.faults.status = 503
     with pytest.raises(HubUnavailableError) as caught:
         fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True))
@@ -343,19 +343,18 @@ def test_when_both_hubs_fail_the_error_has_both_reasons(
     assert "Hugging Face answered HTTP 503" in str(caught.value)
 
 
-def test_hugging_face_never_falls_back(
+def test_no_fallback_from_hugging_face(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """The fallback goes one way."""
     with pytest.raises(RevisionNotFoundError):
         fetch_snapshot(spec(HF_REPO, revision="none"), settings(modelscope_fallback_to_huggingface=True))
     assert not modelscope.requests
 
 
-def test_a_cache_that_is_a_file_is_said_not_to_be_writable(
+def test_unwritable_cache_is_an_error_before_the_download(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer, tmp_path: Path
 ) -> None:
-    """A manifest that could not be written is noticed before anything is fetched; no fallback hides it."""
+    """There is no fallback, because another hub would not help."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheNotWritableError, match="EMB_PROVIDER_CACHE_DIR"):
         fetch_snapshot(
@@ -364,8 +363,7 @@ def test_a_cache_that_is_a_file_is_said_not_to_be_writable(
     assert not modelscope.requests
 
 
-def test_a_token_is_never_shown_by_a_configuration(settings: Callable[..., HubSettings]) -> None:
-    """Specs, settings and hub configurations print without their tokens."""
+def test_token_is_not_in_the_repr_of_a_configuration(settings: Callable[..., HubSettings]) -> None:
     from emb_model_provider.hubs.base import HubConfig
 
     config = settings(hf_token="hf_secret", modelscope_token="ms_secret")
@@ -373,10 +371,10 @@ def test_a_token_is_never_shown_by_a_configuration(settings: Callable[..., HubSe
     assert "secret" not in repr((spec("a/b", token="own_secret"), config, hub))
 
 
-def test_two_threads_at_once_transfer_each_file_once(
+def test_two_threads_download_each_file_once(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """Two models of one service that are the same repository are fetched once."""
+    """Two models of one service can be the same repository."""
     modelscope.faults.hold_after["pytorch_model.bin"] = 1_000
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(fetch_snapshot, spec(MS_REPO), settings()) for _ in range(2)]
@@ -390,8 +388,8 @@ def test_two_threads_at_once_transfer_each_file_once(
     assert modelscope.asked("/revisions") == 1
 
 
-def test_a_client_is_imported_only_when_its_hub_is_chosen() -> None:
-    """Serving the bundled model loads neither client (nor torch)."""
+def test_client_is_imported_only_if_its_hub_is_used() -> None:
+    """The bundled model needs neither client (nor torch)."""
     code = (
         "import sys, pathlib; from emb_model_provider.hubs.fetch import fetch_snapshot;"
         "from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec;"
@@ -403,3 +401,62 @@ def test_a_client_is_imported_only_when_its_hub_is_chosen() -> None:
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "set()\n"
     )
+
+
+@pytest.mark.parametrize(("source", "repo"), [("modelscope", MS_REPO), ("huggingface", HF_REPO)])
+def test_model_is_requested_under_the_name_of_its_hub(
+    settings: Callable[..., HubSettings], source: str, repo: str
+) -> None:
+    """The snapshot has the hub's name."""
+    snapshot = fetch_snapshot(spec("acme/model", source=source), settings(hub_names=NAMES))
+    assert (snapshot.hub, snapshot.repository) == (source, repo)
+    assert fetch_snapshot(spec(repo, source=source), settings()) == snapshot
+
+
+def test_fallback_uses_the_name_of_the_other_hub(
+    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
+) -> None:
+    modelscope.repos.clear()
+    config = settings(hub_names=NAMES, modelscope_fallback_to_huggingface=True)
+    snapshot = fetch_snapshot(spec("acme/model", source="modelscope"), config)
+    assert (snapshot.hub, snapshot.repository) == ("huggingface", HF_REPO)
+
+
+def test_invalid_mapped_name_is_rejected(settings: Callable[..., HubSettings]) -> None:
+    with pytest.raises(HubError, match="neither a directory on this machine nor a repository id"):
+        fetch_snapshot(
+            spec("acme/model", source="huggingface"),
+            settings(hub_names={"acme/model": {"huggingface": "../../etc"}}),
+        )
+
+
+@pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
+def test_download_with_patterns_has_its_own_manifest(
+    settings: Callable[..., HubSettings],
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+    repo: str,
+) -> None:
+    """Only matching files are downloaded; a later download of the whole model is complete."""
+    config = settings()
+    part = fetch_snapshot(spec(repo), config, include=["*.json"], exclude=["1_Pooling/*"])
+    names = {file.path for file in part.files}
+    assert "config.json" in names
+    assert all(name.endswith(".json") and "/" not in name for name in names)
+    whole = fetch_snapshot(spec(repo), config)
+    assert names < {file.path for file in whole.files}
+    huggingface.forget()
+    modelscope.forget()
+    assert fetch_snapshot(spec(repo), config, include=["*.json"], exclude=["1_Pooling/*"]) == part
+    assert fetch_snapshot(spec(repo), config) == whole
+    assert not huggingface.requests + modelscope.requests
+
+
+def test_patterns_without_a_match_are_an_error(
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
+) -> None:
+    """So are patterns that match only files that serving never needs."""
+    assert "onnx/model.onnx" in model_files()
+    with pytest.raises(IncompleteRepositoryError, match=r"include: \*\.onnx"):
+        fetch_snapshot(spec(HF_REPO), settings(), include=["*.onnx"])
+    assert not huggingface.bodies()

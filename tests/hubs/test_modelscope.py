@@ -1,4 +1,4 @@
-"""ModelScope: its real client against a server of ours."""
+"""ModelScopeHub, with the real client and a local server."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from tests.hubs.conftest import MS_REPO, WEIGHTS, spec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.hubs.base import Progress
+    from emb_model_provider.progress import Progress
     from emb_model_provider.settings import HubSettings
     from tests.hubs.servers import ModelScopeServer
 
 
-def test_fetches_and_hashes_torch_weights_and_configuration(
+def test_download_of_the_files_that_serving_needs(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """A repository that has only pytorch_model.bin is served, with its configuration.json."""
+    """A repository that only has pytorch_model.bin is served, with its configuration.json."""
     snapshot = fetch_snapshot(spec(MS_REPO), settings())
     assert (snapshot.hub, snapshot.revision) == ("modelscope", "master")
     assert [file.path for file in snapshot.files] == [
@@ -47,10 +47,8 @@ def test_fetches_and_hashes_torch_weights_and_configuration(
     assert "resources/dual-encoder.png" not in modelscope.bodies()
 
 
-def test_only_what_the_protocol_names_is_requested(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
-    """A fetch asks for the revisions, the listing once, and each file once."""
+def test_requests_of_a_download(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
+    """The revisions and the listing are requested once, and so is each file."""
     fetch_snapshot(spec(MS_REPO), settings())
     asked = [request.path.removeprefix(f"/api/v1/models/{MS_REPO}") for request in modelscope.requests]
     assert asked.count("/revisions") == 1
@@ -59,10 +57,10 @@ def test_only_what_the_protocol_names_is_requested(
     assert set(modelscope.bodies().values()) == {1}
 
 
-def test_the_token_is_sent_as_bearer_and_cookie(
+def test_token_gives_access_to_a_private_repository(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """A private repository opens with the token; the host of large files gets no Authorization."""
+    """It is sent as a header and a cookie, but not to the storage host."""
     modelscope.token = "ms_right"
     with pytest.raises(AccessDeniedError, match="EMB_PROVIDER_MODELSCOPE_TOKEN"):
         fetch_snapshot(spec(MS_REPO), settings())
@@ -72,10 +70,9 @@ def test_the_token_is_sent_as_bearer_and_cookie(
     assert "authorization" not in stored[0].headers
 
 
-def test_a_dropped_connection_is_resumed_with_a_range(
+def test_dropped_connection_is_resumed(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """A transfer that breaks off goes on from the byte where it was."""
     modelscope.faults.drop_after["pytorch_model.bin"] = [70_000]
     snapshot = fetch_snapshot(spec(MS_REPO), settings())
     assert (snapshot.path / "pytorch_model.bin").read_bytes() == WEIGHTS
@@ -83,8 +80,7 @@ def test_a_dropped_connection_is_resumed_with_a_range(
     assert ranges == [None, "bytes=70000-"]
 
 
-def test_progress_counts_all_files_as_one_total(settings: Callable[..., HubSettings]) -> None:
-    """Download and verification end at the total of all files, in bytes."""
+def test_progress_ends_at_the_size_of_all_files(settings: Callable[..., HubSettings]) -> None:
     seen: list[Progress] = []
     snapshot = fetch_snapshot(spec(MS_REPO), settings(), seen.append)
     total = sum(file.size for file in snapshot.files)
@@ -94,28 +90,26 @@ def test_progress_counts_all_files_as_one_total(settings: Callable[..., HubSetti
     assert seen[-1].done_bytes == seen[-1].total_bytes == total
 
 
-def test_nothing_is_drawn_by_the_client(
+def test_client_draws_no_progress_bars(
     settings: Callable[..., HubSettings], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The client's own bars and log lines do not reach the terminal."""
     fetch_snapshot(spec(MS_REPO), settings())
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_bytes_are_fetched_again(
+def test_wrong_bytes_are_downloaded_again(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """Wrong bytes of the right size are noticed and replaced."""
     modelscope.faults.wrong_bytes["pytorch_model.bin"] = 1
     snapshot = fetch_snapshot(spec(MS_REPO), settings())
     assert (snapshot.path / "pytorch_model.bin").read_bytes() == WEIGHTS
     assert modelscope.bodies()["pytorch_model.bin"] == 2
 
 
-def test_bytes_that_stay_wrong_are_refused(
+def test_bytes_that_are_always_wrong_are_an_error(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """When every try gives wrong bytes there is an error, no such file, and no manifest."""
+    """The file is removed, and there is no manifest."""
     config = settings()
     modelscope.faults.wrong_bytes["pytorch_model.bin"] = 99
     with pytest.raises(CorruptSnapshotError, match="other bytes"):
@@ -124,10 +118,10 @@ def test_bytes_that_stay_wrong_are_refused(
     assert not list(config.cache_dir.rglob("*.json"))
 
 
-def test_an_unknown_revision_is_named_though_the_hub_answers_with_an_empty_list(
+def test_error_of_an_unknown_revision_names_existing_ones(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """`main` where there is only `master` gives an error that says so, and no empty directory."""
+    """The hub itself returns an empty listing. No directory is created."""
     config = settings()
     modelscope.revisions = ("master", "v1.0")
     with pytest.raises(RevisionNotFoundError, match=r"'main'; it has master, v1\.0\..*called master"):
@@ -135,43 +129,38 @@ def test_an_unknown_revision_is_named_though_the_hub_answers_with_an_empty_list(
     assert not (config.modelscope_cache_dir / "models").exists()
 
 
-def test_an_unknown_commit_is_not_an_empty_snapshot(settings: Callable[..., HubSettings]) -> None:
-    """A commit, which no list of branches names, is believed only if it has files."""
+def test_unknown_commit_is_an_error(settings: Callable[..., HubSettings]) -> None:
+    """A commit is not in the list of revisions, so it is valid only if it has files."""
     with pytest.raises(RevisionNotFoundError, match="no commit 0123456789abcdef"):
         fetch_snapshot(spec(MS_REPO, revision="0123456789abcdef"), settings())
 
 
-def test_a_tag_is_fetched_into_its_own_directory(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
-    """The revision that is asked for is the one that is requested and reported."""
+def test_download_of_a_tag(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.revisions = ("master", "v1.0")
     snapshot = fetch_snapshot(spec(MS_REPO, revision="v1.0"), settings())
     assert snapshot.revision == "v1.0"
     assert {request.query.get("Revision") for request in modelscope.requests if request.query} == {"v1.0"}
 
 
-def test_a_default_branch_that_is_called_main_is_found(
+def test_default_branch_can_be_main(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """A repository without `master` is fetched at `main` where no revision was asked for."""
     modelscope.revisions = ("main",)
     assert fetch_snapshot(spec(MS_REPO), settings()).revision == "main"
 
 
-def test_an_empty_repository_is_refused(
+def test_empty_repository_is_rejected(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """An empty listing of a branch that exists is not a model."""
     modelscope.repos[MS_REPO].clear()
     with pytest.raises(IncompleteRepositoryError, match="is empty"):
         fetch_snapshot(spec(MS_REPO), settings())
 
 
-def test_a_repository_without_weights_is_refused(
+def test_repository_without_weights_is_rejected(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """Without weights nothing is fetched, and an export does not take their place."""
+    """An export does not replace them. Nothing is downloaded."""
     weights = modelscope.repos[MS_REPO].pop("pytorch_model.bin")
     with pytest.raises(IncompleteRepositoryError, match="no weights"):
         fetch_snapshot(spec(MS_REPO), settings())
@@ -181,8 +170,8 @@ def test_a_repository_without_weights_is_refused(
     assert not modelscope.bodies()
 
 
-def test_a_missing_repository_is_said_to_be_missing(settings: Callable[..., HubSettings]) -> None:
-    """A repository that does not exist gives its own error, and leaves no directory behind."""
+def test_missing_repository(settings: Callable[..., HubSettings]) -> None:
+    """No directory is created."""
     config = settings()
     with pytest.raises(RepositoryNotFoundError, match="no repository iic/nothing"):
         fetch_snapshot(spec("iic/nothing"), config)
@@ -190,20 +179,18 @@ def test_a_missing_repository_is_said_to_be_missing(settings: Callable[..., HubS
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refusal_names_the_token_setting_and_not_the_token(
+def test_denied_access_names_the_setting_but_not_the_token(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer, status: int
 ) -> None:
-    """401 and 403 are a matter of access; the message never has the token."""
     modelscope.faults.status = status
     with pytest.raises(AccessDeniedError, match="EMB_PROVIDER_MODELSCOPE_TOKEN") as caught:
         fetch_snapshot(spec(MS_REPO), settings(modelscope_token="ms_secret"))
     assert "ms_secret" not in str(caught.value)
 
 
-def test_a_hub_that_is_down_is_unavailable(
+def test_http_503_is_an_unavailable_hub(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """503 is the hub's trouble, and is said in one line."""
     modelscope.faults.status = 503
     with pytest.raises(HubUnavailableError, match="EMB_PROVIDER_MODELSCOPE_ENDPOINT") as caught:
         fetch_snapshot(spec(MS_REPO), settings())
@@ -211,20 +198,19 @@ def test_a_hub_that_is_down_is_unavailable(
 
 
 @pytest.mark.parametrize("name", ["../../escape.json", "/etc/escape", "a/../../b.json"])
-def test_a_name_that_leaves_the_directory_is_refused(
+def test_path_outside_the_directory_is_rejected(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer, name: str
 ) -> None:
-    """The client would write such a file; the repository is refused before it is asked to."""
+    """The client would write such a file. Nothing is downloaded."""
     modelscope.faults.listed_too = [name]
     with pytest.raises(CorruptSnapshotError, match="outside its directory"):
         fetch_snapshot(spec(MS_REPO), settings())
     assert not modelscope.bodies()
 
 
-def test_a_full_disk_is_said_to_be_full(
+def test_full_disk_is_an_error_with_its_directory(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """No space left is an error that names the directory and its setting."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     config = settings()
@@ -237,10 +223,10 @@ def test_a_full_disk_is_said_to_be_full(
     assert not isinstance(caught.value, CacheNotWritableError)
 
 
-def test_what_the_client_has_is_not_fetched_again(
+def test_cached_files_are_not_downloaded_again(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer, tmp_path: Path
 ) -> None:
-    """Files that the client's cache already holds are checked and used: only the listing is asked for."""
+    """Without a manifest they are checked against the listing."""
     fetch_snapshot(spec(MS_REPO), settings())
     modelscope.forget()
     fetch_snapshot(spec(MS_REPO), settings(cache_dir=tmp_path / "other"))

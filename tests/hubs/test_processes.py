@@ -1,4 +1,4 @@
-"""Real processes: killed in the middle, two at once, and one that may not write."""
+"""Downloads in processes that are killed, run in parallel, or cannot write."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import pytest
 
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, spec
+from tests.hubs.helpers import server_of
 from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from emb_model_provider.settings import HubSettings
-    from tests.hubs.servers import HubServer, HuggingFaceServer, ModelScopeServer
+    from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,9 +30,9 @@ CHILD = """
 import ctypes, json, logging, os, sys
 from pathlib import Path
 
-name, settings, bound = json.loads(sys.argv[1])
-if bound and os.getuid() == 0:
-    # No permission binds root. Without its capabilities it is an owner like any other.
+name, settings, unprivileged = json.loads(sys.argv[1])
+if unprivileged and os.getuid() == 0:
+    # Permissions do not apply to root. Without its capabilities it is an owner like any other.
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     none = (ctypes.c_uint32 * 6)()
     assert ctypes.CDLL(None, use_errno=True).capset(header, none) == 0, os.strerror(ctypes.get_errno())
@@ -41,10 +42,9 @@ from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.settings import HubSettings
 
 logging.basicConfig(level=logging.INFO)
-paths = {key: Path(value) if key.endswith("_dir") else value for key, value in settings.items()}
 path = Path(name) if name.startswith("/") else None
 try:
-    snapshot = fetch_snapshot(ModelSpec(alias="a", name=name, path=path), HubSettings(**paths))
+    snapshot = fetch_snapshot(ModelSpec(alias="a", name=name, path=path), HubSettings(**settings))
     print("SNAPSHOT", snapshot.hub, snapshot.digest)
 except Exception as error:
     print("ERROR", type(error).__name__, error)
@@ -52,24 +52,26 @@ except KeyboardInterrupt:
     print("INTERRUPTED", flush=True)
 """
 
-binds_everyone = pytest.mark.skipif(
-    sys.platform != "linux" and os.geteuid() == 0, reason="permissions do not bind root, nor can it step down"
+needs_permissions = pytest.mark.skipif(
+    sys.platform != "linux" and os.geteuid() == 0, reason="permissions do not apply to root on this platform"
 )
 
 
 def start(
-    name: str, config: HubSettings, *, bound: bool = False, log: Path | None = None
+    name: str, config: HubSettings, *, unprivileged: bool = False, log: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Fetch in a process of its own, whose last line of output says how it went.
+    """Download in another process, whose last line of output is the result.
 
-    `bound`: file permissions bind that process, even where the tests run as root. `log` is a file for what it logs.
+    Args:
+        name: The model.
+        config: The settings.
+        unprivileged: File permissions apply to the process, even if the tests run as root.
+        log: A file for its log lines; None: they are sent to stderr.
     """
-    names = [field for field in config.__dataclass_fields__ if getattr(config, field) is not None]
-    given = {field: getattr(config, field) for field in names}
-    plain = {field: str(value) if isinstance(value, Path) else value for field, value in given.items()}
+    values = config.model_dump(mode="json", exclude_unset=True)
     with contextlib.nullcontext(subprocess.PIPE) if log is None else log.open("wb") as stderr:
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, json.dumps([name, plain, bound])],
+            [sys.executable, "-c", CHILD, json.dumps([name, values, unprivileged])],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -77,20 +79,15 @@ def start(
         )
 
 
-def both(name: str, huggingface: HuggingFaceServer, modelscope: ModelScopeServer) -> tuple[HubServer, str]:
-    """The server of a hub, and the name of its weights."""
-    return (huggingface, "model.safetensors") if name == HF_REPO else (modelscope, "pytorch_model.bin")
-
-
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_a_killed_process_leaves_nothing_that_looks_complete(
+def test_killed_download_leaves_no_manifest(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     repo: str,
 ) -> None:
-    """After SIGKILL in the middle there is no manifest and no lock that blocks; the next run finishes."""
-    server, weights = both(repo, huggingface, modelscope)
+    """Its lock is free, and the next process completes the download."""
+    server, weights = server_of(repo, huggingface, modelscope)
     config = settings()
     server.faults.hold_after[weights] = 120_000
     child = start(repo, config)
@@ -114,14 +111,14 @@ def test_a_killed_process_leaves_nothing_that_looks_complete(
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_a_program_that_is_interrupted_goes_on_at_once(
+def test_interrupted_download_raises_at_once(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     repo: str,
 ) -> None:
-    """Ctrl-C while the hub is silent raises before the transfer is over; what came is kept, for the next try."""
-    server, weights = both(repo, huggingface, modelscope)
+    """Even if the hub sends nothing. What was downloaded is kept, with its journal."""
+    server, weights = server_of(repo, huggingface, modelscope)
     config = settings()
     server.faults.hold_after[weights] = 120_000
     child = start(repo, config)
@@ -141,47 +138,47 @@ def partial_files(config: HubSettings) -> list[Path]:
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_two_processes_at_once_transfer_each_file_once(
+def test_two_processes_download_each_file_once(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     tmp_path: Path,
     repo: str,
 ) -> None:
-    """The second process waits, says so, and uses what the first one brought."""
-    server, weights = both(repo, huggingface, modelscope)
+    """The second one waits, reports that, and uses the snapshot of the first one."""
+    server, weights = server_of(repo, huggingface, modelscope)
     server.faults.hold_after[weights] = 1_000
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     children = [start(repo, settings(), log=log) for log in logs]
 
     def waiting() -> int:
-        return sum("Another process or thread is fetching" in log.read_text(encoding="utf-8") for log in logs)
+        return sum(
+            "Another process or thread is downloading" in log.read_text(encoding="utf-8") for log in logs
+        )
 
     try:
         wait_until(lambda: server.bodies()[weights] == 1 and waiting() == 1)
     finally:
         server.faults.release.set()
         outputs = [child.communicate(timeout=240)[0] for child in children]
-    wait_all = {output.splitlines()[-1] for output in outputs}
-    assert len(wait_all) == 1
-    assert wait_all.pop().startswith("SNAPSHOT")
+    results = {output.splitlines()[-1] for output in outputs}
+    assert len(results) == 1
+    assert results.pop().startswith("SNAPSHOT")
     assert set(server.bodies().values()) == {1}
     assert server.asked("/revisions" if repo == MS_REPO else "/revision/main") == 1
     assert waiting() == 1
 
 
-@binds_everyone
+@needs_permissions
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO, "local"])
-def test_a_baked_cache_that_is_read_only_is_served(
+def test_read_only_cache_is_served(
     settings: Callable[..., HubSettings],
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     tmp_path: Path,
     repo: str,
 ) -> None:
-    """With a manifest the model is served, without a request; one that would have to be fetched is an error
-    that names the directory and the setting; a plain directory is served with a warning.
-    """
+    """A model without a manifest is an error that names the directory and the setting; a directory is served with a warning."""
     config = settings()
     name = repo
     if repo == "local":
@@ -192,7 +189,7 @@ def test_a_baked_cache_that_is_read_only_is_served(
     huggingface.forget()
     modelscope.forget()
     with unwritable(tmp_path):
-        output, errors = start(name, config, bound=True).communicate(timeout=240)
+        output, errors = start(name, config, unprivileged=True).communicate(timeout=240)
         assert output.splitlines()[-1].startswith("SNAPSHOT"), output + errors
         assert not huggingface.requests + modelscope.requests
         if repo == "local":
@@ -200,24 +197,23 @@ def test_a_baked_cache_that_is_read_only_is_served(
             return
         huggingface.repos["acme/other"] = modelscope.repos["iic/other"] = {}
         other = "acme/other" if repo == HF_REPO else "iic/other"
-        output, _ = start(other, config, bound=True).communicate(timeout=240)
+        output, _ = start(other, config, unprivileged=True).communicate(timeout=240)
         assert "ERROR CacheNotWritableError" in output
         assert str(config.cache_dir) in output
         assert "EMB_PROVIDER_CACHE_DIR" in output
 
 
-@binds_everyone
+@needs_permissions
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_a_read_only_cache_of_the_clients_is_named_with_its_setting(
+def test_read_only_cache_of_a_client_is_an_error_with_its_setting(
     settings: Callable[..., HubSettings], tmp_path: Path, repo: str
 ) -> None:
-    """Where the manifests can be written but the client's cache cannot, the error names the latter."""
     config = settings()
     config.cache_dir.mkdir()
     clients = config.hf_cache_dir if repo == HF_REPO else config.modelscope_cache_dir
     clients.mkdir()
     with unwritable(clients):
-        output, errors = start(repo, config, bound=True).communicate(timeout=240)
+        output, errors = start(repo, config, unprivileged=True).communicate(timeout=240)
     setting = "EMB_PROVIDER_HF_CACHE_DIR" if repo == HF_REPO else "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
     assert "ERROR CacheNotWritableError" in output, output + errors
     assert str(clients) in output
@@ -226,7 +222,7 @@ def test_a_read_only_cache_of_the_clients_is_named_with_its_setting(
 
 @contextlib.contextmanager
 def unwritable(directory: Path) -> Iterator[None]:
-    """Take away the right to write below a directory."""
+    """Remove the permission to write below a directory."""
     paths = [directory, *(path for path in directory.rglob("*") if not path.is_symlink())]
     modes = {path: path.stat().st_mode for path in paths}
     for path in paths:

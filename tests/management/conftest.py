@@ -1,15 +1,15 @@
-"""What the tests of the manager share: two hubs' servers, settings that point at them, and a look at the disk."""
+"""Fixtures of the manager's tests: two hubs' servers, settings that point to them, and a manager."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.settings import Settings
-from tests.hubs.conftest import home, huggingface, modelscope  # noqa: F401 (fixtures)
+from tests.hubs.conftest import home, huggingface, modelscope  # noqa: F401 - fixtures
+from tests.management.helpers import on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 @pytest.fixture
 def configured(
     tmp_path: Path,
-    huggingface: HuggingFaceServer,  # noqa: F811 (a fixture)
-    modelscope: ModelScopeServer,  # noqa: F811 (a fixture)
+    huggingface: HuggingFaceServer,  # noqa: F811 - a fixture
+    modelscope: ModelScopeServer,  # noqa: F811 - a fixture
 ) -> Callable[..., Settings]:
-    """Settings that point at the servers; keyword arguments win."""
+    """Return a function that makes settings for the servers; keyword arguments take precedence."""
 
     def make(**changes: object) -> Settings:
         values = {
@@ -44,16 +44,9 @@ def manager(configured: Callable[..., Settings]) -> ModelManager:
     return ModelManager(configured())
 
 
-def on_disk(directory: Path) -> dict[str, tuple[str, int]]:
-    """Everything below a directory: what it is, and its size or where it points to."""
-    found: dict[str, tuple[str, int]] = {}
-    for parent, directories, names in os.walk(directory):
-        for name in (*directories, *names):
-            path = os.path.join(parent, name)  # noqa: PTH118 (os.walk gives strings)
-            if os.path.islink(path):  # noqa: PTH114
-                found[path] = (os.readlink(path), 0)  # noqa: PTH115
-            elif name in names:
-                found[path] = ("file", os.stat(path).st_size)  # noqa: PTH116
-            else:
-                found[path] = ("directory", 0)
-    return found
+@pytest.fixture
+def empty(tmp_path: Path) -> dict[str, tuple[str, int]]:
+    """Create the empty roots of the caches, which are never removed, and return what is on disk."""
+    for name in ("cache", "hf", "ms"):
+        (tmp_path / name).mkdir()
+    return on_disk(tmp_path)

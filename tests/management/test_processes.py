@@ -1,4 +1,4 @@
-"""Several processes, and processes that are killed: at every moment the disk is in order, or can be put in order."""
+"""Several processes on one cache, and processes that are killed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from emb_model_provider.errors import ModelInUseError
 from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
-from tests.hubs.test_processes import both
-from tests.management.conftest import on_disk
+from tests.hubs.helpers import server_of
+from tests.management.helpers import on_disk
 from tests.service import wait_until
 
 if TYPE_CHECKING:
@@ -30,34 +30,34 @@ ROOT = Path(__file__).parents[2]
 
 CHILD = """
 import pathlib, sys, time
-from emb_model_provider.model_resolver import choose
+from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.errors import ProviderError
-from emb_model_provider.management.removal import SnapshotFiles
+from emb_model_provider.hubs.caches import SnapshotFiles
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.settings.loading import load_settings
 
-what, name = sys.argv[1:]
+operation, name = sys.argv[1:]
 settings = load_settings(pathlib.Path("no.env"))[0]
 manager = ModelManager(settings)
 
-def half(files):
+def remove_one_file(files):
     (files.path / "config.json").unlink()
     print("half", flush=True)
     time.sleep(600)
 
 try:
-    if what == "fetch":
+    if operation == "download":
         manager.ensure_model_cached(name)
-    elif what == "hold":
-        snapshot, hold = manager.acquire(choose(settings, name))
+    elif operation == "hold":
+        snapshot, lock = manager.acquire(resolve_model(settings, name))
         print("held", flush=True)
         time.sleep(600)
-    elif what == "remove":
+    elif operation == "remove":
         print("ready", flush=True)
         sys.stdin.readline()
         manager.remove(name)
     else:
-        SnapshotFiles.remove = half
+        SnapshotFiles.remove = remove_one_file
         manager.remove(name)
     print("DONE", flush=True)
 except ProviderError as error:
@@ -66,7 +66,7 @@ except ProviderError as error:
 
 
 class Children:
-    """Processes that do one thing with the manager, and end with the test."""
+    """Processes that run one operation of the manager, and end with the test."""
 
     def __init__(self, settings: Settings) -> None:
         hubs = settings.hubs
@@ -82,9 +82,9 @@ class Children:
         }
         self._all: list[subprocess.Popen[str]] = []
 
-    def start(self, what: str, name: str) -> subprocess.Popen[str]:
+    def start(self, operation: str, name: str) -> subprocess.Popen[str]:
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, what, name],
+            [sys.executable, "-c", CHILD, operation, name],
             cwd=ROOT,
             env=self._environment,
             stdin=subprocess.PIPE,
@@ -101,7 +101,7 @@ class Children:
             child.communicate()
 
 
-def says(child: subprocess.Popen[str], line: str) -> None:
+def expect_line(child: subprocess.Popen[str], line: str) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == f"{line}\n"
 
@@ -119,18 +119,8 @@ def children(configured: Callable[..., Settings]) -> Iterator[Children]:
     children.end()
 
 
-@pytest.fixture
-def empty(configured: Callable[..., Settings], tmp_path: Path) -> dict[str, tuple[str, int]]:
-    """The disk with empty caches."""
-    hubs = configured().hubs()
-    for directory in (hubs.cache_dir, hubs.hf_cache_dir, hubs.modelscope_cache_dir):
-        assert directory is not None
-        directory.mkdir()
-    return on_disk(tmp_path)
-
-
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_what_a_killed_fetch_left_is_seen_resumed_and_removed(
+def test_killed_download_is_listed_resumed_and_removed(
     manager: ModelManager,
     children: Children,
     empty: dict[str, tuple[str, int]],
@@ -139,61 +129,61 @@ def test_what_a_killed_fetch_left_is_seen_resumed_and_removed(
     tmp_path: Path,
     repo: str,
 ) -> None:
-    """It is in use while it runs; killed, it is incomplete: prune and rm leave the disk as it was; pull mends it."""
-    server, weights = both(repo, huggingface, modelscope)
+    """It is in use while it runs. Then it is incomplete: prune and rm remove all of it, pull completes it."""
+    server, weights = server_of(repo, huggingface, modelscope)
     remove = manager.prune if repo == HF_REPO else lambda: manager.remove(repo)
-    for mend in (remove, lambda: manager.ensure_model_cached(repo)):
+    for operation in (remove, lambda: manager.ensure_model_cached(repo)):
         server.forget()
         server.faults.hold_after[weights] = 120_000
-        child = children.start("fetch", repo)
+        child = children.start("download", repo)
         wait_until(lambda: server.bodies()[weights] == 1 and manager.list()[0].size > 0)
         assert manager.list()[0].in_use
         with pytest.raises(ModelInUseError):
             manager.remove(repo)
         kill(child)
         server.faults.hold_after.clear()
-        (entry,) = manager.list()
-        assert (entry.name, entry.state, entry.in_use) == (repo, "incomplete", False)
+        (model,) = manager.list()
+        assert (model.model_name, model.state, model.in_use) == (repo, "incomplete", False)
         before = on_disk(tmp_path)
-        would = manager.prune(dry_run=True)
-        assert [each.name for each in would.snapshots] == [repo]
+        planned = manager.prune(dry_run=True)
+        assert [each.model_name for each in planned.models] == [repo]
         assert on_disk(tmp_path) == before
-        mend()
+        operation()
         if manager.list():
             assert manager.list()[0].state == "complete"
         else:
             assert on_disk(tmp_path) == empty
-    (entry,) = manager.list()
-    assert manager.verify(entry).ok
+    (model,) = manager.list()
+    assert manager.verify(model).ok
     manager.remove(repo)
     assert on_disk(tmp_path) == empty
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_what_a_killed_removal_left_is_seen_and_goes(
+def test_killed_removal_is_listed_and_completed(
     manager: ModelManager,
     children: Children,
     empty: dict[str, tuple[str, int]],
     tmp_path: Path,
     repo: str,
 ) -> None:
-    """A removal that was killed half-way is incomplete; prune ends it, and pull makes the model whole again."""
-    for mend in (lambda: manager.ensure_model_cached(repo), manager.prune):
+    """Its model is incomplete: prune completes the removal, pull downloads the model again."""
+    for operation in (lambda: manager.ensure_model_cached(repo), manager.prune):
         path = manager.ensure_model_cached(repo)
-        child = children.start("remove by half", repo)
-        says(child, "half")
+        child = children.start("remove half", repo)
+        expect_line(child, "half")
         assert manager.list()[0].in_use
         kill(child)
-        (entry,) = manager.list()
-        assert (entry.state, entry.path, entry.in_use) == ("incomplete", path, False)
-        mend()
+        (model,) = manager.list()
+        assert (model.state, model.path, model.in_use) == ("incomplete", str(path), False)
+        operation()
         if manager.list():
             assert manager.verify(manager.list()[0]).ok
     assert on_disk(tmp_path) == empty
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_what_another_program_finished_is_not_removed(
+def test_prune_keeps_what_another_program_has_completed(
     configured: Callable[..., Settings],
     manager: ModelManager,
     children: Children,
@@ -201,45 +191,45 @@ def test_what_another_program_finished_is_not_removed(
     modelscope: ModelScopeServer,
     repo: str,
 ) -> None:
-    """A fetch of ours was killed, and later the client was used by hand: prune leaves what it completed alone."""
-    server, weights = both(repo, huggingface, modelscope)
+    """A download was killed, and later the client itself completed it."""
+    server, weights = server_of(repo, huggingface, modelscope)
     server.faults.hold_after[weights] = 120_000
-    child = children.start("fetch", repo)
+    child = children.start("download", repo)
     wait_until(lambda: server.bodies()[weights] == 1)
     kill(child)
     server.faults.hold_after.clear()
-    hubs = configured().hubs()
-    for marker in hubs.cache_dir.rglob("*.pending"):
-        os.utime(marker, (1, 1))  # long ago
+    hubs = configured().hubs
+    for journal in hubs.cache_dir.rglob("*.pending"):
+        os.utime(journal, (1, 1))  # long ago
     if repo == HF_REPO:
         from huggingface_hub import snapshot_download
 
-        theirs = Path(snapshot_download(repo, cache_dir=hubs.hf_cache_dir, endpoint=huggingface.url))
+        completed = Path(snapshot_download(repo, cache_dir=hubs.hf_cache_dir, endpoint=huggingface.url))
     else:
         from modelscope_hub import HubApi, HubConfig
 
         api = HubApi(HubConfig(endpoint=modelscope.url, cache_dir=hubs.modelscope_cache_dir))
-        theirs = api.download_repo(repo, "model", cache_dir=hubs.modelscope_cache_dir)
+        completed = api.download_repo(repo, "model", cache_dir=hubs.modelscope_cache_dir)
     manager.prune()
     assert not manager.list()
-    assert (theirs / weights).read_bytes() == WEIGHTS
+    assert (completed / weights).read_bytes() == WEIGHTS
     server.forget()
-    assert manager.ensure_model_cached(repo) == theirs
+    assert manager.ensure_model_cached(repo) == completed
     assert weights not in server.bodies()
 
 
-def test_a_model_that_another_process_holds_is_not_removed(
+def test_model_that_another_process_uses_is_not_removed(
     manager: ModelManager, children: Children, tmp_path: Path
 ) -> None:
-    """It is shown to be in use, and kept by every way of removing; once that process is killed it can be removed."""
+    """It can be removed when that process was killed."""
     child = children.start("hold", MS_REPO)
-    says(child, "held")
+    expect_line(child, "held")
     assert manager.list()[0].in_use
     before = on_disk(tmp_path)
     with pytest.raises(ModelInUseError):
         manager.remove(MS_REPO, wait_s=0.5)
     assert manager.remove_all().kept
-    assert not manager.prune().snapshots
+    assert not manager.prune().models
     assert on_disk(tmp_path) == before
     kill(child)
     assert not manager.list()[0].in_use
@@ -247,36 +237,36 @@ def test_a_model_that_another_process_holds_is_not_removed(
     assert not manager.list()
 
 
-def test_of_two_processes_that_remove_one_does(
+def test_one_of_two_processes_removes_a_model(
     configured: Callable[..., Settings],
     manager: ModelManager,
     children: Children,
     empty: dict[str, tuple[str, int]],
     tmp_path: Path,
 ) -> None:
-    """Both end well or with a plain word, and the disk is as it was."""
+    """The other one fails with a clear error."""
     manager.ensure_model_cached(resolve_model(configured(), HF_REPO).name)
-    both_of_them = [children.start("remove", HF_REPO) for _ in range(2)]
-    for child in both_of_them:
-        says(child, "ready")
-    outputs = [child.communicate("go\n")[0].strip() for child in both_of_them]
+    processes = [children.start("remove", HF_REPO) for _ in range(2)]
+    for child in processes:
+        expect_line(child, "ready")
+    outputs = [child.communicate("go\n")[0].strip() for child in processes]
     assert "DONE" in outputs
     assert set(outputs) <= {"DONE", "ERROR NotCachedError", "ERROR ModelInUseError"}
     assert on_disk(tmp_path) == empty
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
-def test_a_removal_waits_for_a_fetch_to_end(
+def test_removal_waits_for_a_download(
     manager: ModelManager,
     children: Children,
     huggingface: HuggingFaceServer,
     modelscope: ModelScopeServer,
     repo: str,
 ) -> None:
-    """With time to wait, a model that another process is fetching is removed once it is there."""
-    server, weights = both(repo, huggingface, modelscope)
+    """A model that another process downloads is removed when the download is complete."""
+    server, weights = server_of(repo, huggingface, modelscope)
     server.faults.hold_after[weights] = 1_000
-    child = children.start("fetch", repo)
+    child = children.start("download", repo)
     wait_until(lambda: server.bodies()[weights] == 1)
     with pytest.raises(ModelInUseError):
         manager.remove(repo)

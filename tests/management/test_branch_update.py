@@ -1,4 +1,4 @@
-"""A branch that moves on at ModelScope, which has one directory for it: all of the older state, or all of the newer one."""
+"""Updates of a branch on ModelScope, which has one directory for it: the older state is kept, or replaced as a whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import MS_REPO, WEIGHTS
-from tests.management.conftest import on_disk
+from tests.management.helpers import on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,17 +31,17 @@ NEWER = {
 
 @pytest.fixture
 def older(manager: ModelManager, modelscope: ModelScopeServer) -> Path:
-    """A model's directory, of whose branch the hub has a newer state of the same sizes by now."""
+    """Return the directory of a model of whose branch the hub has a newer state; sizes are unchanged."""
     path = manager.ensure_model_cached(MS_REPO)
     modelscope.repos[MS_REPO] |= NEWER
     modelscope.forget()
     return path
 
 
-def test_a_newer_state_takes_the_place_of_the_older_one(
+def test_update_replaces_changed_files(
     manager: ModelManager, modelscope: ModelScopeServer, older: Path, tmp_path: Path
 ) -> None:
-    """What changed is fetched, only that, into the same directory, and nothing else is left."""
+    """Only these are downloaded, and nothing else is left."""
     before = set(on_disk(tmp_path / "ms"))
     assert manager.ensure_model_cached(MS_REPO, force=True) == older
     assert set(modelscope.bodies()) == set(NEWER)
@@ -50,26 +50,25 @@ def test_a_newer_state_takes_the_place_of_the_older_one(
     assert manager.verify(manager.list()[0]).ok
 
 
-def test_a_model_in_use_is_not_replaced(
+def test_model_in_use_is_not_updated(
     configured: Callable[..., Settings], manager: ModelManager, older: Path, tmp_path: Path
 ) -> None:
-    """While a process has loaded the older state, fetching the newer one is refused, and changes nothing."""
-    _, hold = manager.acquire(resolve_model(configured(), MS_REPO))
+    _, lock = manager.acquire(resolve_model(configured(), MS_REPO))
     before = on_disk(tmp_path)
     with pytest.raises(ModelInUseError, match=r"nothing was replaced.*emb-provider unload iic/tiny"):
         manager.ensure_model_cached(MS_REPO, force=True)
-    assert {path for path in set(on_disk(tmp_path)) ^ set(before) if "holds" not in path} == set()
+    assert on_disk(tmp_path) == before
     assert (older / "pytorch_model.bin").read_bytes() == WEIGHTS
     assert manager.verify(manager.list()[0]).ok
-    hold.release()
+    lock.release()
     manager.ensure_model_cached(MS_REPO, force=True)
     assert (older / "pytorch_model.bin").read_bytes() == NEWER["pytorch_model.bin"]
 
 
-def test_a_model_that_comes_into_use_meanwhile_is_not_replaced(
+def test_model_that_is_used_during_the_download_is_not_updated(
     configured: Callable[..., Settings], manager: ModelManager, older: Path
 ) -> None:
-    """Somebody loads it while the newer state is fetched: the older one stays, whole; trying again goes on."""
+    """The older state is kept as a whole, and the next attempt succeeds."""
     answers = [False, True]
     settings = configured()
     with pytest.raises(ModelInUseError):
@@ -83,27 +82,28 @@ def test_a_model_that_comes_into_use_meanwhile_is_not_replaced(
     assert (older / "pytorch_model.bin").read_bytes() == NEWER["pytorch_model.bin"]
 
 
-def test_a_failed_fetch_of_a_newer_state_leaves_the_older_one_whole(
+def test_failed_update_keeps_the_older_state(
     configured: Callable[..., Settings],
     manager: ModelManager,
     modelscope: ModelScopeServer,
     older: Path,
 ) -> None:
-    """Of the newer state one file does not arrive: the older one is served, offline too; what was begun can be removed."""
+    """It is served, offline too. What was downloaded is removed by `prune`."""
     modelscope.faults.wrong_bytes["pytorch_model.bin"] = 99
     with pytest.raises(CorruptSnapshotError):
         manager.ensure_model_cached(MS_REPO, force=True)
     assert manager.verify(manager.list()[0]).ok
     assert ModelManager(configured(offline=True)).ensure_model_cached(MS_REPO) == older
-    manager.prune()
+    planned = manager.prune(dry_run=True)
+    assert manager.prune().freed == planned.freed > 0
     assert {path.name for path in older.parents[1].iterdir()} == {"snapshots"}
     assert manager.verify(manager.list()[0]).ok
 
 
-def test_a_model_replaced_before_it_is_held_is_the_newer_one(
+def test_model_that_is_updated_before_it_is_locked(
     configured: Callable[..., Settings], manager: ModelManager, older: Path
 ) -> None:
-    """Between its look-up and the hold the newer state comes: what is returned names the bytes that are there."""
+    """The snapshot that is returned describes the newer files."""
 
     class Unlucky(ModelManager):
         def ensure(self, spec: ModelSpec, **options: Any) -> Snapshot:
@@ -112,7 +112,7 @@ def test_a_model_replaced_before_it_is_held_is_the_newer_one(
                 manager.ensure_model_cached(MS_REPO, force=True)
             return snapshot
 
-    snapshot, hold = Unlucky(configured()).acquire(resolve_model(configured(), MS_REPO))
-    with hold:
-        assert snapshot.digest == manager.list()[0].digest
-        assert "added.json" in {file.path for file in snapshot.files}
+    snapshot, lock = Unlucky(configured()).acquire(resolve_model(configured(), MS_REPO))
+    with lock:
+        assert {file.path: file.size for file in snapshot.files}["added.json"] == len(NEWER["added.json"])
+        assert manager.verify(manager.list()[0]).ok

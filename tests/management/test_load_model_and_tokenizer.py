@@ -1,4 +1,4 @@
-"""Models for Python programs, as the guide shows: loaded with their own pooling, kept on the disk while they live."""
+"""load_model_and_tokenizer, with the real torch backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = "a small model"
 
 @pytest.fixture
 def gte(modelscope: ModelScopeServer, tmp_path: Path) -> Path:
-    """A GTE model as ModelScope has it: no modules.json, cls pooling declared elsewhere. On the server, and here."""
+    """Return a GTE model without modules.json and with cls pooling, which is on the server, too."""
     directory = save_modelscope(tmp_path / "gte", gte_configuration(emb_pooler_type="cls", normalize=False))
     modelscope.repos[REPO] = {
         path.relative_to(directory).as_posix(): path.read_bytes()
@@ -33,10 +33,10 @@ def gte(modelscope: ModelScopeServer, tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_modelscope_model_has_its_own_pooling_and_stays_while_it_lives(
+def test_modelscope_model_has_its_own_pooling_and_is_kept_while_it_is_used(
     manager: ModelManager, gte: Path
 ) -> None:
-    """The vector is that of the first token, as its configuration says; it cannot be removed until it is forgotten."""
+    """The vector is that of the first token, as the configuration declares."""
     model, tokenizer = manager.load_model_and_tokenizer(REPO)
     with torch.no_grad():
         states = reference_bert(gte)(**tokenizer([TEXT], return_tensors="pt")).last_hidden_state
@@ -51,9 +51,8 @@ def test_a_modelscope_model_has_its_own_pooling_and_stays_while_it_lives(
     assert not manager.list()
 
 
-def test_a_precision_that_needs_an_engine_is_refused(manager: ModelManager, gte: Path) -> None:
-    """int8 is not a pipeline's; the error says what has it, and holds nothing."""
+def test_precision_of_compiled_models_is_rejected(manager: ModelManager) -> None:
+    """The error names the class that supports int8, and nothing is downloaded."""
     with pytest.raises(UnsupportedPrecisionError, match="Embedder"):
         manager.load_model_and_tokenizer(REPO, precision="int8")
-    assert gte.is_dir()
-    assert not manager.list()[0].in_use
+    assert not manager.list()

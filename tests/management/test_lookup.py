@@ -1,4 +1,4 @@
-"""What a name means: of the models on disk, and to a manager that was made for one hub."""
+"""The models on disk that a name refers to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
 from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO, model_files
-from tests.hubs.test_existing_caches import write
+from tests.hubs.helpers import write_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +20,38 @@ if TYPE_CHECKING:
     from tests.hubs.servers import HuggingFaceServer
 
 
-def test_an_id_of_two_models_removes_neither(manager: ModelManager, huggingface: HuggingFaceServer) -> None:
-    """`a_b_c` can be a/b_c and a_b/c: both stay, and are named; a name never means another one with the same id."""
+@pytest.mark.parametrize(
+    "name", [HF_REPO, "acme_tiny", "model", "acme/model"], ids=["repository", "id", "alias", "mapped"]
+)
+def test_model_is_found_by_each_of_its_names(configured: Callable[..., Settings], name: str) -> None:
+    settings = configured(
+        model_mapping={"model": {"name": HF_REPO}},
+        hub_names={"acme/model": {"huggingface": HF_REPO}},
+    )
+    manager = ModelManager(settings)
+    manager.ensure_model_cached("acme/model")
+    (model,) = manager.find(name)
+    assert model.model_name == HF_REPO
+
+
+def test_error_of_an_unknown_name_names_similar_models(manager: ModelManager) -> None:
+    """The last part of a name is enough if only one model has it."""
+    with pytest.raises(NotCachedError, match="no other model is"):
+        manager.find("acme/tyni")
+    manager.ensure_model_cached(HF_REPO)
+    assert manager.find("tiny")[0].model_name == HF_REPO
+    manager.ensure_model_cached(MS_REPO)
+    with pytest.raises(NotCachedError, match=r"acme/tiny.*emb-provider pull acme/tyni"):
+        manager.find("acme/tyni")
+    for wrong in ({"source": "modelscope"}, {"revision": "v9"}):
+        with pytest.raises(NotCachedError):
+            manager.find(HF_REPO, **wrong)
+    with pytest.raises(NotCachedError):
+        manager.find("tiny")
+
+
+def test_ambiguous_id_removes_nothing(manager: ModelManager, huggingface: HuggingFaceServer) -> None:
+    """`a_b_c` can be a/b_c and a_b/c. A full name never refers to another model with the same id."""
     for name in ("a/b_c", "a_b/c"):
         huggingface.repos[name] = model_files()
         manager.ensure_model_cached(name)
@@ -31,13 +61,13 @@ def test_an_id_of_two_models_removes_neither(manager: ModelManager, huggingface:
     manager.remove("a/b_c")
     with pytest.raises(NotCachedError):
         manager.remove("a/b_c")
-    assert [entry.name for entry in manager.find("a_b_c")] == ["a_b/c"]
+    assert [model.model_name for model in manager.find("a_b_c")] == ["a_b/c"]
 
 
-def test_an_alias_means_its_own_revision(
+def test_alias_refers_to_its_revision(
     configured: Callable[..., Settings], huggingface: HuggingFaceServer
 ) -> None:
-    """Of two aliases that pin two revisions of a repository, removing the one leaves the other's model."""
+    """Two aliases pin two revisions of a repository: removing one keeps the other's model."""
     huggingface.revisions = ("main", "v1")
     pinned = {"old": {"name": HF_REPO, "revision": "v1"}, "new": {"name": HF_REPO, "revision": "main"}}
     manager = ModelManager(configured(model_mapping=pinned))
@@ -45,37 +75,37 @@ def test_an_alias_means_its_own_revision(
     huggingface.repos[HF_REPO]["config.json"] = b'{"model_type": "bert"}'
     kept = manager.ensure_model_cached("new")
     manager.remove("old")
-    assert [entry.path for entry in manager.list()] == [kept]
+    assert [model.path for model in manager.list()] == [str(kept)]
     with pytest.raises(NotCachedError):
         manager.remove("old")
 
 
-def test_the_settings_word_on_a_model_wins_over_the_managers_hub(
+def test_settings_of_a_model_take_precedence_over_the_hub_of_the_manager(
     configured: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """A manager for ModelScope fetches and evicts a model whose entry names Hugging Face, and a directory, too."""
-    write(tmp_path / "mine", model_files())
+    """A manager for ModelScope downloads a model whose entry names Hugging Face from there, and serves directories."""
+    write_files(tmp_path / "mine", model_files())
     settings = configured(
         model_mapping={
-            "theirs": {"name": HF_REPO, "source": "huggingface"},
+            "elsewhere": {"name": HF_REPO, "source": "huggingface"},
             "open": {"name": MS_REPO, "pooling": "cls"},
             "here": {"name": "here", "path": tmp_path / "mine"},
         }
     )
     manager = get_model_manager(use_modelscope=True, settings=settings)
-    assert "hf" in manager.ensure_model_cached("theirs").parts
+    assert "hf" in manager.ensure_model_cached("elsewhere").parts
     assert "ms" in manager.ensure_model_cached("open").parts
     for name in ("here", str(tmp_path / "mine")):
         assert manager.ensure_model_cached(name) == tmp_path / "mine"
-    for name in ("theirs", "open", str(tmp_path / "mine")):
+    for name in ("elsewhere", "open", str(tmp_path / "mine")):
         manager.evict_model(name)
     assert not manager.list()
 
 
-def test_what_the_settings_say_of_a_model_holds_where_its_own_hub_is_named(
+def test_settings_of_a_model_apply_at_its_own_hub(
     configured: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """Naming the hub that `auto` is, or another revision of an alias, loses nothing; at another hub it is that name."""
+    """Also if the hub that `auto` chooses is named, or another revision; at another hub only the name applies."""
     entry = {"name": MS_REPO, "pooling": "cls", "token": "ms_secret", "cache_dir": tmp_path / "own"}
     settings = configured(model_mapping={"small": entry})
     for name, options in (
