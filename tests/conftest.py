@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TESTS = Path(__file__).parent
 LONGEST = (
-    "compile", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
+    "compiler", "artifacts", "fidelity", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
 )  # fmt: skip
 """Directories, those first whose tests take longest."""
 CONTRACT = frozenset(
