@@ -220,9 +220,8 @@ def _first_accurate(
             backend.close()
         if target is not None and precision == "int8" and not _reaches(fidelity, *target):
             reasons.append(
-                f"with activations in 8 bits, its lowest cosine is {fidelity.min_cosine:.4f} and "
-                f"{fidelity.top10_overlap or 0:.4f} of neighbours are kept, and the targets are {target[0]} and "
-                f"{target[1]}"
+                f"with activations in 8 bits (lowest cosine {fidelity.min_cosine:.4f}, "
+                f"{fidelity.top10_overlap or 0:.4f} of neighbours kept; the targets are {target[0]} and {target[1]})"
             )
             continue
         notes = (f"computed in {precision}, because it is not accurate enough {reason}" for reason in reasons)
