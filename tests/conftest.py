@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TESTS = Path(__file__).parent
 LONGEST = (
-    "compile", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
+    "compiler", "artifacts", "fidelity", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
 )  # fmt: skip
 """Directories, the longest running first, so that both workers finish at about the same time."""
 BOTH_BACKENDS = {

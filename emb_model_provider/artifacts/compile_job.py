@@ -58,7 +58,7 @@ class CompileJob:
         """Read what `to_json` returned.
 
         Raises:
-            ValueError, KeyError, TypeError: It is something else.
+            ValueError, KeyError, TypeError: The line is not a job.
         """
         values = json.loads(line)
         return cls(
@@ -99,9 +99,9 @@ def reserve_stdout() -> TextIO:
     Returns:
         The stream for messages.
     """
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return own
+    return stream
 
 
 def read_event(line: str) -> CompileStep | CompileResult:

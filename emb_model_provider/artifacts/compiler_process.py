@@ -40,7 +40,7 @@ class CompilerDiedError(Exception):
 def run_compiler(job: CompileJob, on_progress: OnProgress, cancel: CancelToken) -> CompileResult:
     """Compile in a child process. Blocks until the child is gone.
 
-    The child has a process group of its own, and is killed when this process ends, when `cancel` is cancelled, and on
+    The child has its own process group, and is killed when this process ends, when `cancel` is cancelled, and on
     any exception here.
 
     Args:
@@ -147,9 +147,7 @@ def _describe_end(code: int, stderr_lines: deque[str]) -> str:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Return the child's environment: offline, and without the secrets of this service, because it may run a
-    repository's code.
-    """
+    """Return the environment of the child: offline, and without secrets, because it may run code of a repository."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -162,8 +160,8 @@ def _environment(threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # Threads that spin while they wait take the processor from the one they wait for, as soon as anything else
-        # computes here: the corpus took 36 s at fp32 instead of 3. Alone on the machine it makes no difference.
+        # Threads that spin while they wait take the processor from the thread they wait for as soon as another process
+        # computes: embedding the corpus at fp32 took 36 s instead of 3 s.
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",

@@ -1,6 +1,6 @@
-"""All that an artifact depends on: the same recipe, the same artifact.
+"""The recipe of an artifact: everything that the artifact depends on. Equal recipes have equal artifacts.
 
-Imports no runtime: versions are read from the installed packages' metadata.
+No runtime is imported, because versions are read from the metadata of installed packages.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ if TYPE_CHECKING:
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 FORMAT = 2
-"""Raised by hand whenever the compile step makes something else of the same snapshot."""
+"""Increased by hand whenever the compiler makes another artifact of the same snapshot."""
 
 RUNTIME_PACKAGES = ("openvino", "tokenizers")
-"""What serves an artifact: another version of it has to verify anew."""
+"""Packages that serve an artifact. With another version of them the artifact must be compared again."""
 TOOL_PACKAGES = ("torch", "transformers", "sentence-transformers")
-"""What makes an artifact; a machine that only serves need not have them."""
+"""Packages that make an artifact. A machine that only serves need not have them."""
 QUANTIZER = "nncf"
-"""The same for an artifact whose weights are integers; no other depends on it."""
+"""The package that makes integer weights. Other artifacts do not depend on it."""
 
 Weights = Literal["fp32", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What the compile step is to make."""
+    """An artifact to make."""
 
     snapshot: str
-    """The snapshot's digest."""
+    """The digest of the snapshot."""
     plan: Mapping[str, Any]
-    """The pipeline plan as plain values, without the directory and without the operator's own prompts: those
-    do not shape the graph, and are applied when the artifact is loaded."""
+    """The pipeline plan as plain values, without the directory and without the prompts of the settings, because
+    those are not part of the graph: they are applied when the artifact is loaded."""
     trust_remote_code: bool
     weights: Weights
-    """How weights are stored."""
+    """The precision of the stored weights."""
     compute: tuple[ComputePrecision, ...]
-    """Precisions to compute in, in the order in which they are tried: the first that is true enough is used."""
+    """Precisions to compute in, in the order in which they are tried. The first that is accurate enough is used."""
     versions: Mapping[str, str | None]
-    """Of runtime and tools; None where a package is not installed here."""
+    """Versions of runtime and tools; None if a package is not installed here."""
 
     @property
     def key(self) -> str:
-        """The artifact's name: sha256 over everything here, in hex."""
+        """The name of the artifact: sha256 over all values, in hex."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
@@ -61,10 +61,13 @@ class Recipe:
         return values
 
     def can_serve(self, other: Mapping[str, Any]) -> bool:
-        """Whether an artifact of `other` (as JSON) serves this recipe where nothing can be compiled.
+        """Return whether an artifact of another recipe can serve this one on a machine that cannot compile.
 
-        Tools that are not installed here cannot have changed, and an artifact from a processor that has fewer
-        precisions (an image that was built elsewhere) is right, if slower.
+        Tools that are not installed here are not compared. An artifact that was made for a processor with fewer
+        precisions, such as one in an image built elsewhere, is accurate but slower.
+
+        Args:
+            other: The recipe of the artifact, as JSON.
         """
         own = self.as_json()
         theirs = dict(other.get("versions") or {})
@@ -72,7 +75,7 @@ class Recipe:
             if tool in own["versions"] and own["versions"][tool] is None:
                 theirs[tool] = None
         compute = other.get("compute") or []
-        # Where a processor is no faster at integers, activations are rounded to them all the same, or stay as they are.
+        # int8 is ignored, because every processor can compute in it, only not every one faster.
         fewer = bool(compute) and set(compute) - {"int8"} <= set(own["compute"])
         return fewer and {**other, "versions": theirs, "compute": None} == {**own, "compute": None}
 
@@ -85,9 +88,17 @@ def recipe_for(
     native_bf16: bool,
     fast_int8: bool = False,
 ) -> Recipe:
-    """Return what to compile for a model on a processor with or without bf16 and fast integers of its own.
+    """Return the recipe of a model for a processor.
 
-    Raises: UnsupportedModelError or LoadError where the snapshot's files do not make a pipeline.
+    Args:
+        spec: The model.
+        snapshot: Its files.
+        trust_remote_code: Whether code from the repository may run.
+        native_bf16: Whether the processor multiplies bf16 numbers natively.
+        fast_int8: Whether the processor is fastest at 8-bit integers.
+
+    Raises:
+        LoadError: The files of the snapshot describe no pipeline, or one that is not supported.
     """
     weights, compute = _precisions(spec.precision, native_bf16=native_bf16, fast_int8=fast_int8)
     plan = plan_pipeline(replace(spec, prompts=None), snapshot, trust_remote_code=trust_remote_code)
@@ -107,7 +118,7 @@ def recipe_for(
 
 
 def installed_version(package: str) -> str | None:
-    """Return a package's version without importing it; None where it is not installed."""
+    """Return the version of a package without importing it, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -115,24 +126,29 @@ def installed_version(package: str) -> str | None:
 
 
 def precision_note(requested: Precision, computed: ComputePrecision) -> str | None:
-    """Say, for people, why a model computes in another precision than the one that was asked for.
+    """Return a note on why a model computes in another precision than the requested one, or None.
 
-    `computed` is the description's `compute`, or its `precision` where that is None.
+    Args:
+        requested: The precision of the settings.
+        computed: `compute` of the model's description or, if that is None, its `precision`.
     """
     if requested in ("int8", "int4"):
         stored = {
             "int8": "in 8 bits",
-            "int4": "in 4 bits where that costs least, above all those of the tokens, and in 8 bits elsewhere",
+            "int4": "in 4 bits if that costs little accuracy, above all those of the token table, and else in 8 bits",
         }
         how = "with activations as 8-bit integers" if computed == "int8" else f"in {computed}"
-        return f"precision {requested} on a CPU: weights are stored {stored[requested]}, and computed {how}"
+        return f"precision {requested} on a CPU: weights are stored {stored[requested]}; the model computes {how}"
     if requested == "fp16":
         return (
-            f"precision fp16 on a CPU: weights are stored at half precision and computed in {computed}, since "
-            "processors are slower at fp16 than at fp32"
+            f"precision fp16 on a CPU: weights are stored at half precision; the model computes in {computed}, "
+            "because processors are slower at fp16 than at fp32"
         )
     if requested == "bf16" and computed != "bf16":
-        return f"precision bf16: this processor has no bf16 of its own, so it computes in {computed}, which is faster here"
+        return (
+            f"precision bf16: this processor does not support bf16 natively, so the model computes in {computed}, "
+            "which is faster here"
+        )
     return None
 
 
@@ -145,5 +161,5 @@ def _precisions(
     weights: Weights = "fp16" if requested == "fp16" else "fp32"
     if requested == "fp32" or not native_bf16:
         return weights, ("fp32",)
-    # An explicit bf16 that does not verify is refused; auto and fp16 leave the choice to us.
+    # A requested bf16 that is not accurate enough is refused; auto and fp16 leave the choice to us.
     return weights, ("bf16",) if requested == "bf16" else ("bf16", "fp32")

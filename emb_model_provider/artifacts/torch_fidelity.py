@@ -1,7 +1,7 @@
-"""The torch backend, measured before it serves: compared with itself at fp32, on the same device.
+"""Loads a model with the torch backend, and compares it with itself at fp32 on the same device before it is served.
 
-Runs on the thread that will own the backend and imports torch there, not before. A figure is kept in the cache
-directory, so that only the first start of a model at a precision takes the time.
+This runs on the thread that will own the backend, and imports torch only there. The measured fidelity is kept in the
+cache directory, so that only the first load of a model at a precision takes the time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version
 from emb_model_provider.backends.hardware import native_bf16
@@ -24,6 +26,7 @@ from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.fidelity.compare import MismatchError, compare, embed_texts, make_cases
 from emb_model_provider.fidelity.texts import corpus_digest
 from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError, check_accuracy
+from emb_model_provider.formatting import first_line, format_size
 from emb_model_provider.snapshots.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,74 +42,93 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Raised by hand whenever a figure comes to mean something else, or the torch backend computes otherwise."""
+"""Increased by hand whenever a measured value changes its meaning, or the torch backend computes differently."""
 _PACKAGES = ("tokenizers", *TOOL_PACKAGES, "torchao", "bitsandbytes")
-_WEIGHTS = (".safetensors", ".bin")
-_SPARE = 1.3
-"""What loading and running take beside the weights."""
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_MEMORY_FACTOR = 1.3
+"""Memory for loading and running a model, relative to its weights."""
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class TorchModel:
-    """How to load one snapshot with torch at a precision that is true enough."""
+    """A model to load with torch at a precision that is accurate enough."""
 
     spec: ModelSpec
     snapshot: Snapshot
     trust_remote_code: bool
     cache_dir: Path
-    policy: FidelitySettings
+    fidelity: FidelitySettings
 
     def load(self) -> Backend:
-        """Load the model, measured unless it is at fp32. Call it on the thread that will own the backend.
+        """Load the model and, below fp32, measure its fidelity. Call it on the thread that will own the backend.
 
-        Where `auto` finds a precision not true enough, it goes on to a truer one and notes why.
+        If `auto` chose a precision that is not accurate enough, more accurate ones are tried, with a note.
 
-        Raises: LoadError; ImportError where torch is not installed.
+        Raises:
+            LoadError: The model cannot be loaded; for example an AccuracyError, if the requested precision is not
+                accurate enough.
+            ImportError: torch is not installed.
         """
         from emb_model_provider.backends.pytorch.pipeline import torch_device_facts
 
         facts = torch_device_facts()
         device = resolve_device(self.spec.device, facts)
-        first = resolve_torch_precision(self.spec.precision, device, facts)
+        chosen = resolve_torch_precision(self.spec.precision, device, facts)
         reference = _Reference(self)
         reasons: list[str] = []
-        for precision in self._candidates(first, device):
+        for precision in self._candidates(chosen, device):
             try:
-                backend = self._load_true(precision, self._place(precision, device, facts), reference)
+                backend = self._load_if_accurate(
+                    precision, self._record_path(precision, device, facts), reference
+                )
             except AccuracyError as error:
                 if self.spec.precision != "auto":
                     raise
                 reasons.append(error.reason)
                 continue
             notes = tuple(f"computed in {precision}: {reason}" for reason in reasons)
-            return _with(backend, notes=notes)
-        raise AssertionError("fp32, the last of the candidates, is always true")
+            return _annotate(backend, notes=notes)
+        raise AssertionError("fp32, the last candidate, is always accurate")
 
-    def _candidates(self, first: ComputePrecision, device: str) -> tuple[ComputePrecision, ...]:
-        if self.spec.precision != "auto" or first == "fp32":
-            return (first,)
-        # On a GPU fp16 is as quick as bf16 and keeps three more bits, but its range is narrower.
-        return (first, "fp16", "fp32") if first == "bf16" and device.startswith("cuda") else (first, "fp32")
+    def load_at(self, precision: ComputePrecision) -> Backend:
+        """Load the model at one precision, without measuring it.
 
-    def _load_true(self, precision: ComputePrecision, place: Path, reference: _Reference) -> Backend:
-        """Load at one precision. Raises: UntrueModelError where it is not true enough, LoadError."""
+        Raises:
+            LoadError: It cannot be loaded.
+            ImportError: torch is not installed.
+        """
+        spec = replace(self.spec, backend="torch", precision=precision)
+        with quiet_imports():
+            from emb_model_provider.backends.pytorch.backend import TorchBackend
+        return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
+
+    def _candidates(self, chosen: ComputePrecision, device: str) -> tuple[ComputePrecision, ...]:
+        if self.spec.precision != "auto" or chosen == "fp32":
+            return (chosen,)
+        # On a GPU, fp16 is as fast as bf16 and three bits more precise, but its range is narrower.
+        return (
+            (chosen, "fp16", "fp32") if chosen == "bf16" and device.startswith("cuda") else (chosen, "fp32")
+        )
+
+    def _load_if_accurate(self, precision: ComputePrecision, record: Path, reference: _Reference) -> Backend:
         if precision == "fp32":
             return self.load_at(precision)
-        if (known := _read(place)) is not None:
-            self._require(precision, known)
-            return _with(self.load_at(precision), fidelity=known)
-        problem = "EMB_PROVIDER_MEASURE_FIDELITY=false"
+        if (known := _read_record(record)) is not None:
+            self._check_accuracy(precision, known)
+            return _annotate(self.load_at(precision), fidelity=known)
+        obstacle = "EMB_PROVIDER_MEASURE_FIDELITY=false"
         cases = None
-        if self.policy.measure_fidelity:
-            cases, problem = reference.cases(precision)
+        if self.fidelity.measure_fidelity:
+            cases, obstacle = reference.cases(precision)
         backend = self.load_at(precision)
         if cases is None:
-            note = f"how near its vectors at {precision} come to fp32 was not measured ({problem}), so {SETTING} was not checked"
-            return _with(backend, notes=(note,))
+            note = f"its fidelity at {precision} was not measured ({obstacle}), so {SETTING} was not checked"
+            return _annotate(backend, notes=(note,))
         try:
             fidelity = compare(backend, cases, exact=False)
-            _write(place, fidelity, self.snapshot)
-            self._require(precision, fidelity)
+            _write_record(record, fidelity, self.snapshot)
+            self._check_accuracy(precision, fidelity)
         except MismatchError as error:
             backend.close()
             message = f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32."
@@ -114,20 +136,13 @@ class TorchModel:
         except BaseException:
             backend.close()
             raise
-        return _with(backend, fidelity=fidelity)
+        return _annotate(backend, fidelity=fidelity)
 
-    def load_at(self, precision: ComputePrecision) -> Backend:
-        """Load at one precision, measured or not. Raises: LoadError, ImportError."""
-        spec = replace(self.spec, backend="torch", precision=precision)
-        with quiet_imports():
-            from emb_model_provider.backends.pytorch.backend import TorchBackend
-        return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
+    def _check_accuracy(self, precision: ComputePrecision, fidelity: Fidelity) -> None:
+        check_accuracy(self.spec, precision, fidelity, self.fidelity.floors)
 
-    def _require(self, precision: ComputePrecision, fidelity: Fidelity) -> None:
-        check_accuracy(self.spec, precision, fidelity, self.policy.floors)
-
-    def _place(self, precision: ComputePrecision, device: str, facts: DeviceFacts) -> Path:
-        """Return the file of a figure, named for all that it depends on."""
+    def _record_path(self, precision: ComputePrecision, device: str, facts: DeviceFacts) -> Path:
+        """Return the file of a measured fidelity. Its name is a digest of everything the value depends on."""
         plan = plan_pipeline(
             replace(self.spec, prompts=None), self.snapshot, trust_remote_code=self.trust_remote_code
         )
@@ -150,25 +165,25 @@ class TorchModel:
 
 
 class _Reference:
-    """What the model gives at fp32, worked out once, when a precision is first measured."""
+    """The reference vectors of a model at fp32, computed once, when a precision is first measured."""
 
     def __init__(self, model: TorchModel) -> None:
         self._model = model
-        self._found: tuple[Sequence[Case] | None, str] | None = None
+        self._result: tuple[Sequence[Case] | None, str] | None = None
 
     def cases(self, precision: ComputePrecision) -> tuple[Sequence[Case] | None, str]:
-        """Return the cases, or None and why there are none: the model does not fit at fp32, most often."""
-        if self._found is None:
-            self._found = self._embed(precision)
-        return self._found
+        """Return the cases, or None and the reason; most often, the model does not fit into memory at fp32."""
+        if self._result is None:
+            self._result = self._embed(precision)
+        return self._result
 
     def _embed(self, precision: ComputePrecision) -> tuple[Sequence[Case] | None, str]:
         model = self._model
-        needed, free = _bytes_at_fp32(model.snapshot), _free_memory()
-        if free is not None and needed > free:
-            return None, f"at fp32 it takes about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        needed, free = bytes_at_fp32(model.snapshot), free_memory()
+        if needed > free:
+            return None, f"at fp32 it needs about {format_size(needed)}, and {format_size(free)} are free"
         logger.info(
-            "model %s: measuring how near its vectors at %s come to fp32; it is done once and kept",
+            "model %s: measuring its fidelity at %s; this is done once, and the result is kept",
             model.spec.alias, precision,
         )  # fmt: skip
         try:
@@ -184,13 +199,36 @@ class _Reference:
         except ImportError:
             raise
         except Exception as error:
-            # Not the end: whether the model can be served is found out by loading it as it is to be served.
-            reason = " ".join(str(error).split())[:300]
-            logger.warning("model %s: could not be run at fp32: %s", model.spec.alias, reason, exc_info=error)
-            return None, f"it could not be run at fp32: {reason}"
+            # Not fatal, because the model may load at the precision that is to be served.
+            reason = first_line(error)
+            logger.warning("model %s: it cannot run at fp32: %s", model.spec.alias, reason, exc_info=error)
+            return None, f"it cannot run at fp32: {reason}"
 
 
-def _with(backend: Backend, *, fidelity: Fidelity | None = None, notes: tuple[str, ...] = ()) -> Backend:
+def bytes_at_fp32(snapshot: Snapshot) -> float:
+    """Estimate the memory in bytes that a model needs at fp32, from the size of its files."""
+    stored = sum(file.size for file in snapshot.files if file.path.endswith(_WEIGHT_SUFFIXES))
+    try:
+        config = json.loads((snapshot.path / "config.json").read_bytes())
+        halves = "16" in str(config.get("dtype") or config.get("torch_dtype"))
+    except (OSError, ValueError, AttributeError):
+        halves = False
+    return stored * (2 if halves else 1) * _MEMORY_FACTOR
+
+
+def free_memory(cgroup: Path = _CGROUP) -> int:
+    """Return the bytes that this process can still allocate within the machine and its control group.
+
+    Models at fp32 pass through this memory whatever the device is, and a process that exceeds it is killed.
+    """
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max" means no limit
+        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
+        free = min(free, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
+    return free
+
+
+def _annotate(backend: Backend, *, fidelity: Fidelity | None = None, notes: tuple[str, ...] = ()) -> Backend:
     description = backend.description
     backend.description = replace(
         description, fidelity=fidelity or description.fidelity, notes=(*description.notes, *notes)
@@ -198,44 +236,16 @@ def _with(backend: Backend, *, fidelity: Fidelity | None = None, notes: tuple[st
     return backend
 
 
-def _read(place: Path) -> Fidelity | None:
+def _read_record(path: Path) -> Fidelity | None:
     try:
-        return read_fidelity(json.loads(place.read_bytes()))
+        return read_fidelity(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write(place: Path, fidelity: Fidelity, snapshot: Snapshot) -> None:
-    # The snapshot is named so that the figure can be removed with it.
+def _write_record(path: Path, fidelity: Fidelity, snapshot: Snapshot) -> None:
+    # The digest of the snapshot is included so that the record can be removed with the snapshot.
     content = {**asdict(fidelity), "snapshot": snapshot.digest}
-    # A cache that cannot be written costs the next start the time again, and nothing else.
+    # If the cache is not writable, the next load measures again.
     with contextlib.suppress(OSError):
-        write_atomically(place, json.dumps(content, indent=1).encode())
-
-
-def _bytes_at_fp32(snapshot: Snapshot) -> float:
-    """Return about how much memory a model takes at fp32, from its files."""
-    stored = sum(file.size for file in snapshot.files if file.path.endswith(_WEIGHTS))
-    try:
-        config = json.loads((snapshot.path / "config.json").read_bytes())
-        halves = "16" in str(config.get("dtype") or config.get("torch_dtype"))
-    except (OSError, ValueError, AttributeError):
-        halves = False
-    return stored * (2 if halves else 1) * _SPARE
-
-
-def _free_memory() -> int | None:
-    """Return how many bytes this process may still take, or None where the platform does not tell (not Linux).
-
-    The fp32 copy is loaded through this memory whatever the device, and who runs out of it is killed without a word.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max" is no limit
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
-    return free
+        write_atomically(path, json.dumps(content, indent=1).encode())

@@ -1,1 +1,1 @@
-"""Token batches in, vectors out; and how the files of a repository are read."""
+"""Backends: they run loaded models. Token batch in, vectors out."""

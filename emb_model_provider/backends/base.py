@@ -1,4 +1,4 @@
-"""What a backend is: token batch in, vectors out."""
+"""The interface of backends, and the types that describe a loaded model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How near a backend's vectors come to those of the model at fp32, over texts of every kind.
+    """How close the vectors of a model are to those at fp32, over the probes and the corpus.
 
-    fp32 is sentence-transformers where the model is compiled, and the torch backend at fp32 where torch serves.
+    The reference is sentence-transformers for a compiled model, and the torch backend at fp32 for a model served by torch.
     """
 
     min_cosine: float
     mean_cosine: float
     texts: int
-    """How many texts were compared."""
+    """Number of texts compared."""
     top10_overlap: float | None = None
-    """Share of each text's ten nearest neighbours among the texts that stay its ten nearest, 0 to 1, mean."""
+    """Mean share of each text's ten nearest neighbours that are also its ten nearest at fp32, 0 to 1."""
     spearman: float | None = None
-    """Rank correlation (Spearman's) of the similarities of all pairs of those texts, -1 to 1."""
+    """Spearman's rank correlation of the similarities of all pairs of those texts, -1 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """All that serving needs to know of a loaded model, whichever backend runs it."""
+    """Everything that serving needs to know about a loaded model, independent of the backend."""
 
     dimension: int
     """Native size of a vector."""
@@ -42,50 +42,50 @@ class ModelDescription:
     vocab_size: int
     """Token ids below this are valid."""
     tokenizer_json: str
-    """A `tokenizers.Tokenizer` in its own JSON, without truncation and padding."""
+    """A `tokenizers.Tokenizer` as JSON, without truncation and padding."""
     pad_token_id: int
     padding_side: Literal["left", "right"]
     normalize: bool
-    """Whether the model's own vectors have length 1. A backend's `embed` leaves that last step out."""
+    """Whether the model normalizes its vectors to length 1. `Backend.embed` omits this last step."""
     pooling: str
-    """For people: how token vectors become one, e.g. `cls` or `mean`; `-` where the model has its own way."""
+    """How token vectors become one, such as `cls` or `mean`; `-` if the model has no pooling module. For display."""
     prompts: Mapping[str, str]
-    """Prompt name to the text put before an input."""
+    """Prompt name to the text that is put before an input."""
     default_prompt: str | None
-    """Name of the prompt used when a request names none."""
+    """Name of the prompt for requests that name none."""
     excludes_prompt: bool
-    """Whether pooling leaves the prompt's tokens out."""
+    """Whether pooling excludes the tokens of the prompt."""
     matryoshka: tuple[int, ...] | Literal["any"] | None
-    """Smaller sizes that the model declares its vectors can be cut to."""
+    """Smaller sizes to which, as the model declares, its vectors can be truncated."""
     precision: ComputePrecision
-    """What `auto` became."""
+    """The precision in use; never `auto`."""
     device: str
-    """What `auto` became: cpu, cuda:0, mps."""
+    """The device in use: cpu, cuda:N or mps; never `auto`."""
     backend: Literal["openvino", "torch"]
     notes: tuple[str, ...] = ()
-    """What an operator should know of how it was loaded, such as a guess that was made."""
+    """How it was loaded, for the operator, such as a guess about its pipeline."""
     fidelity: Fidelity | None = None
-    """As measured before the model was let serve; None where the backend is the reference itself (torch at fp32), or
-    where it was not measured, which a note then says."""
+    """Measured before the model is served. None if the backend is the reference (torch at fp32), or if it was not
+    measured, which a note then says."""
     compute: ComputePrecision | None = None
-    """What is multiplied with each other, where that is not `precision`: weights that are stored in int4 may be
-    computed in bf16. int8 here means that activations, too, become integers as they come."""
+    """Precision of the computation if it differs from `precision`: weights that are stored in int4 may be computed in
+    bf16. int8 means that activations are quantized, too, during inference."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Tokenized inputs that are run together. Row i of the result belongs to `ids[i]`."""
+    """Tokenized inputs that run together. Row i of the result belongs to `ids[i]`."""
 
     ids: Sequence[Sequence[int]]
-    """Token ids of each input, special tokens included, none empty, none longer than `max_length`."""
+    """Token ids of each input, special tokens included. None is empty, and none is longer than `max_length`."""
     prompt_lengths: Sequence[int]
-    """Tokens at the start of each input that are its prompt; read only where `excludes_prompt`."""
+    """Number of prompt tokens at the start of each input. Used only if the model excludes prompts."""
 
-    def padded(
+    def pad(
         self, pad_token_id: int, side: Literal["left", "right"]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return ids and attention mask, each int64 of shape (inputs, longest input)."""
-        import numpy as np  # only to run batches: whoever lists models needs what is above, and not this
+        import numpy as np  # here, because listing models needs the other types, but not numpy
 
         longest = max(len(row) for row in self.ids)
         ids = np.full((len(self.ids), longest), pad_token_id, dtype=np.int64)
@@ -98,30 +98,32 @@ class TokenBatch:
 
 
 class Backend(Protocol):
-    """A loaded model. One thread creates and closes it; `embed` is called from up to `streams` threads at a time."""
+    """A loaded model. One thread creates and closes it; up to `streams` threads call `embed` at the same time."""
 
     description: ModelDescription
     streams: int
-    """How many batches it runs side by side at best, 1 or more."""
+    """Number of batches to run at the same time, 1 or more."""
     memory_bytes: int
-    """What the model takes in memory, on its device where that has memory of its own; see `memory.py`."""
+    """Estimated memory of the model, on its device if that has its own memory; see `memory_estimate`."""
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
 
-        The values may be non-finite where the model is at fault: the caller checks. Raises whatever the
-        runtime raises; the backend stays usable.
+        Values may be non-finite; the caller checks. It raises whatever the runtime raises, and the backend remains
+        usable.
         """
         ...
 
     def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """Return the same vectors as `embed`, computed at fp32 however slow that is.
+        """Return the same vectors as `embed`, computed at fp32, which may be slow.
 
-        For the rare batch whose vectors were not finite. Raises what `embed` raises, and NotImplementedError where
-        the model cannot be computed at fp32.
+        For the rare batch whose vectors were not finite.
+
+        Raises:
+            NotImplementedError: The model cannot be computed at fp32.
         """
         ...
 
     def close(self) -> None:
-        """Free the model's memory. The backend is not used again."""
+        """Free the memory of the model. The backend cannot be used afterwards."""
         ...

@@ -1,6 +1,6 @@
-"""The rule table: what a snapshot's files say of how its token vectors become one embedding.
+"""Plans the pipeline of a model: how its configuration files say that token vectors become one embedding.
 
-Reads JSON only, no weights, and imports no runtime, so that every backend starts from the same reading.
+It reads JSON files only and imports no runtime, so that all backends start from the same plan.
 """
 
 from __future__ import annotations
@@ -19,51 +19,86 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Pooling
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-
 RepositoryLayout = Literal["sentence-transformers", "modelscope", "transformers"]
+
+MODELSCOPE_MAX_LENGTH = 512
+"""Longest input of ModelScope's sentence-embedding pipelines in tokens, whatever the model supports."""
+MODELSCOPE_POOLING: Mapping[str, Pooling] = {
+    "cls": "cls",
+    "avg": "mean",
+    "mean": "mean",
+    "weighted_mean": "weightedmean",
+    "last": "lasttoken",
+}
+"""`model.emb_pooler_type` to pooling. ModelScope's avg_top2 and avg_first_last combine several layers."""
 
 _GTE_NAME = re.compile(r"nlp_gte_sentence-embedding", re.IGNORECASE)
 _MAPPING_HINT = 'the keys "pooling" and "normalize" of this model in EMB_PROVIDER_MODEL_MAPPING'
+_GUESS_NOTE = "the repository does not say how its vectors are made"
+_BIN_NOTE = "only .bin weights"
+_CODE_NOTE = "trust_remote_code is on"
+_OTHER_CODE_NOTE = "the model takes code from another repository"
+_WARNINGS = (_GUESS_NOTE, _BIN_NOTE, _CODE_NOTE, _OTHER_CODE_NOTE)
+"""Beginnings of the notes that need the attention of the operator.
+
+The texts of all notes are part of the keys of artifacts: a change of them compiles all models again.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelinePlan:
-    """How to turn a snapshot into a pipeline: the repository's word, with the operator's over it."""
+    """How to turn a snapshot into a pipeline, as the repository declares it and the settings override it."""
 
     directory: Path
     layout: RepositoryLayout
     pooling: Pooling | None
-    """None: as `modules.json` says, or else sentence-transformers' guess (last token for a causal language
-    model, mean for all others)."""
+    """None: as `modules.json` says or, without one, the default of sentence-transformers (last token for a causal
+    language model, mean for all others)."""
     normalize: bool | None
-    """Whether vectors have length 1. None: as `modules.json` says."""
+    """Whether vectors are normalized to length 1. None: as `modules.json` says."""
     max_length: int | None
-    """Upper bound on tokens per input, special tokens included. None: as the tokenizer and the model say."""
+    """Upper bound of tokens per input, special tokens included. None: that of the tokenizer and the model."""
     prompts: Mapping[str, str]
     default_prompt: str | None
     truncate_dim: int | None
-    """The model's own vectors are cut to this size, after all modules have run."""
+    """Size to which vectors are truncated after all modules have run."""
     matryoshka: tuple[int, ...] | Literal["any"] | None
     notes: tuple[str, ...]
 
 
-def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> PipelinePlan:
-    """Read a snapshot's configuration files and decide its pipeline.
+@dataclass(frozen=True, slots=True)
+class DeclaredValues:
+    """Values that the configuration files of a model declare; None if they do not."""
 
-    Raises: UnsupportedModelError where the repository declares something that is not supported;
-    LoadError where a configuration file is not valid JSON.
+    dimensions: int | None
+    max_tokens: int | None
+    pooling: str | None
+    normalized: bool | None
+
+
+def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> PipelinePlan:
+    """Read the configuration files of a snapshot, and plan its pipeline.
+
+    Args:
+        spec: The model. Its values override those of the repository.
+        snapshot: Its files.
+        trust_remote_code: Whether code from the repository may run.
+
+    Raises:
+        UnsupportedModelError: The repository declares something that is not supported.
+        LoadError: A configuration file is not valid JSON.
     """
     present = {file.path for file in snapshot.files}
 
     def read(name: str) -> dict[str, Any]:
         return _read_object(snapshot.path / name) if name in present else {}
 
-    _refuse_parts_from_elsewhere(snapshot, present)
+    _reject_external_parts(snapshot, present)
     config = read("config.json")
     modules = _read_modules(snapshot.path) if "modules.json" in present else []
     if "modules.json" in present:
         if not trust_remote_code:
-            _refuse_activations_that_would_be_replaced(snapshot, modules)
+            _reject_custom_activations(snapshot, modules)
         plan = _from_modules(snapshot, read("config_sentence_transformers.json"), config)
     elif (section := modelscope_model_section(read("configuration.json"))) is not None:
         plan = _from_modelscope(snapshot, section, config, spec.pooling)
@@ -74,7 +109,7 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
         plan = _bare_plan(snapshot, config, pooling="cls", normalize=True, note=note)
     else:
         note = (
-            "the repository does not say how its vectors are made: sentence-transformers' guess is used (last "
+            f"{_GUESS_NOTE}: sentence-transformers' guess is used (last "
             "token for a causal language model, mean for all others; not normalized). If the model's card says "
             f"otherwise, set {_MAPPING_HINT}"
         )
@@ -85,18 +120,8 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
     return _apply_overrides(replace(plan, notes=tuple(notes)), spec)
 
 
-@dataclass(frozen=True, slots=True)
-class DeclaredValues:
-    """What the configuration files of a model say, without loading it; None where they do not say."""
-
-    dimensions: int | None
-    max_tokens: int | None
-    pooling: str | None
-    normalized: bool | None
-
-
 def declared_values(plan: PipelinePlan) -> DeclaredValues:
-    """Read what the configuration files of a planned pipeline say about its vectors."""
+    """Read the values that the configuration files of a model declare, without loading it."""
     modules = _optional_modules(plan.directory)
     configs = [
         _optional_object(plan.directory / str(module["path"]) / "config.json")
@@ -114,6 +139,29 @@ def declared_values(plan: PipelinePlan) -> DeclaredValues:
         pooling=plan.pooling or _declared_pooling(configs),
         normalized=plan.normalize if plan.normalize is not None else normalized,
     )
+
+
+def is_warning(note: str) -> bool:
+    """Return whether a note of a plan needs the attention of the operator, or is only information."""
+    return note.startswith(_WARNINGS)
+
+
+def modelscope_model_section(configuration: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the `model` section of ModelScope's `configuration.json`, or None if it is not for sentence embedding."""
+    model = configuration.get("model")
+    section: Mapping[str, Any] = model if isinstance(model, dict) else {}
+    declared = (
+        configuration.get("task"),
+        configuration.get("tasks"),
+        section.get("task"),
+        section.get("tasks"),
+    )
+    names = {name for task in declared for name in _task_names(task)}
+    if not names:
+        names = set(_task_names(configuration.get("pipeline")))
+    if not names and "emb_pooler_type" in section:
+        return section
+    return section if "sentence-embedding" in names else None
 
 
 def _declared_dimension(modules: list[dict[str, Any]], config: Mapping[str, Any]) -> int | None:
@@ -145,8 +193,8 @@ def _from_modules(
     model_type = st_config.get("model_type", "SentenceTransformer")
     if model_type != "SentenceTransformer":
         raise UnsupportedModelError(
-            f"{snapshot.repository} is a {model_type}, not an embedding model: it does not give one dense vector "
-            "per text. Choose a SentenceTransformer model."
+            f"{snapshot.repository} is a {model_type}, not an embedding model: it does not produce one dense "
+            "vector per text. Choose a SentenceTransformer model."
         )
     prompts = {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
     truncate_dim = st_config.get("truncate_dim")
@@ -175,17 +223,16 @@ def _from_modelscope(
     snapshot: Snapshot,
     section: Mapping[str, Any],
     config: Mapping[str, Any],
-    operators_pooling: Pooling | None,
+    requested_pooling: Pooling | None,
 ) -> PipelinePlan:
-    # ModelScope's own class for BLOOM, alone, falls back to a weighted mean.
+    # Only ModelScope's class for BLOOM defaults to a weighted mean.
     default = "weighted_mean" if section.get("type") == "bloom" else "cls"
     name = section.get("emb_pooler_type", default)
-    pooling = operators_pooling or MODELSCOPE_POOLING.get(name)
+    pooling = requested_pooling or MODELSCOPE_POOLING.get(name)
     if pooling is None:
         raise UnsupportedModelError(
-            f"{snapshot.repository} asks for the pooling {name!r} in its configuration.json, which is not "
-            f"supported (supported: {', '.join(MODELSCOPE_POOLING)}). If its vectors may be made another way, "
-            f"set {_MAPPING_HINT}."
+            f"{snapshot.repository} requests the pooling {name!r} in its configuration.json, which is not "
+            f"supported (supported: {', '.join(MODELSCOPE_POOLING)}). To use another pooling, set {_MAPPING_HINT}."
         )
     normalize = bool(section.get("normalize", False))
     note = (
@@ -215,10 +262,10 @@ def _bare_plan(
 
 def _apply_overrides(plan: PipelinePlan, spec: ModelSpec) -> PipelinePlan:
     notes = list(plan.notes)
-    said = [("pooling", spec.pooling), ("normalize", spec.normalize), ("max_length", spec.max_length)]
-    chosen = ", ".join(f"{key}={value}" for key, value in said if value is not None)
-    if chosen:
-        notes.append(f"set by the operator: {chosen}")
+    overrides = {"pooling": spec.pooling, "normalize": spec.normalize, "max_length": spec.max_length}
+    values = ", ".join(f"{key}={value}" for key, value in overrides.items() if value is not None)
+    if values:
+        notes.append(f"set by the operator: {values}")
     return replace(
         plan,
         pooling=spec.pooling if spec.pooling is not None else plan.pooling,
@@ -237,8 +284,8 @@ def _matryoshka(config: Mapping[str, Any]) -> tuple[int, ...] | Literal["any"] |
     return "any" if config.get("is_matryoshka") is True else None
 
 
-def _refuse_activations_that_would_be_replaced(snapshot: Snapshot, modules: list[dict[str, Any]]) -> None:
-    """Refuse a Dense module whose activation sentence-transformers would silently swap for Tanh."""
+def _reject_custom_activations(snapshot: Snapshot, modules: list[dict[str, Any]]) -> None:
+    """Reject Dense modules whose activation function sentence-transformers would silently replace by Tanh."""
     for module in modules:
         path = snapshot.path / str(module.get("path", "")) / "config.json"
         if not str(module.get("type", "")).endswith(".Dense") or not path.is_file():
@@ -246,27 +293,27 @@ def _refuse_activations_that_would_be_replaced(snapshot: Snapshot, modules: list
         activation = str(_read_object(path).get("activation_function", "torch."))
         if not activation.startswith("torch."):
             raise UnsupportedModelError(
-                f"{snapshot.repository} uses the activation function {activation!r}, which is code from outside "
+                f"{snapshot.repository} uses the activation function {activation!r}, which is not part of "
                 "PyTorch. If you trust it, set EMB_PROVIDER_TRUST_REMOTE_CODE=true (ModelScope: "
                 "EMB_PROVIDER_MODELSCOPE_TRUST_REMOTE_CODE)."
             )
 
 
-def _refuse_parts_from_elsewhere(snapshot: Snapshot, present: set[str]) -> None:
-    """Refuse what would be read from a repository that is not in the snapshot, and so was never checked."""
+def _reject_external_parts(snapshot: Snapshot, present: set[str]) -> None:
+    """Reject models with parts in other repositories, because those are not in the verified snapshot."""
     for path in sorted(present):
         name = path.rpartition("/")[2]
         if name == "adapter_config.json":
             base = _read_object(snapshot.path / path).get("base_model_name_or_path")
             raise UnsupportedModelError(
-                f"{snapshot.repository} is an adapter for {base!r}, not a whole model. Merge the adapter into its "
+                f"{snapshot.repository} is an adapter for {base!r}, not a complete model. Merge the adapter into its "
                 "base model, save the result, and serve that directory."
             )
         if name.startswith("sentence_") and name.endswith("_config.json"):
-            elsewhere = _read_object(snapshot.path / path).get("tokenizer_name_or_path")
-            if elsewhere:
+            tokenizer = _read_object(snapshot.path / path).get("tokenizer_name_or_path")
+            if tokenizer:
                 raise UnsupportedModelError(
-                    f"{snapshot.repository} takes its tokenizer from {elsewhere!r} ({path}). Save the model with "
+                    f"{snapshot.repository} uses the tokenizer of {tokenizer!r} ({path}). Save the model with "
                     "its own tokenizer, and serve that directory."
                 )
 
@@ -277,16 +324,16 @@ def _notes_on_files(
     legacy = any(path.endswith(".bin") and "pytorch_model" in path for path in present)
     if legacy and not any(path.endswith(".safetensors") for path in present):
         yield (
-            "only .bin weights: read with PyTorch's weights-only loader, which runs no code from them; "
+            f"{_BIN_NOTE}: read with PyTorch's weights-only loader, which runs no code from them; "
             "prefer a revision with safetensors"
         )
     if trust_remote_code:
-        yield "trust_remote_code is on: code from the repository runs inside this service"
+        yield f"{_CODE_NOTE}: code from the repository runs inside this service"
         # `owner/name--module.Class` is code of another repository.
-        elsewhere = {name.partition("--")[0] for name in _code_references(config, modules) if "--" in name}
-        for repository in sorted(elsewhere):
+        others = {name.partition("--")[0] for name in _code_references(config, modules) if "--" in name}
+        for repository in sorted(others):
             yield (
-                f"the model takes code from another repository, {repository}: it is not part of the snapshot, is "
+                f"{_OTHER_CODE_NOTE}, {repository}: it is not part of the snapshot, is "
                 "not fetched, and is found only where Hugging Face's cache already has it"
             )
 
@@ -302,7 +349,7 @@ def _read_modules(directory: Path) -> list[dict[str, Any]]:
     value = _read_json(directory / "modules.json")
     if not isinstance(value, list) or not all(isinstance(module, dict) for module in value):
         raise LoadError(
-            f"{directory / 'modules.json'} is not a list of modules. Fetch the model again, or correct the file."
+            f"{directory / 'modules.json'} is not a list of modules. Download the model again, or correct the file."
         )
     return value
 
@@ -310,7 +357,7 @@ def _read_modules(directory: Path) -> list[dict[str, Any]]:
 def _read_object(path: Path) -> dict[str, Any]:
     value = _read_json(path)
     if not isinstance(value, dict):
-        raise LoadError(f"{path} is not a JSON object. Fetch the model again, or correct the file.")
+        raise LoadError(f"{path} is not a JSON object. Download the model again, or correct the file.")
     return value
 
 
@@ -333,38 +380,12 @@ def _read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise LoadError(
-            f"{path} cannot be read as JSON ({error}). Fetch the model again, or correct the file."
+            f"{path} cannot be read as JSON ({error}). Download the model again, or correct the file."
         ) from error
 
 
-MODELSCOPE_MAX_LENGTH = 512
-"""ModelScope's sentence-embedding pipelines read no more tokens than this, whatever the model could."""
-
-MODELSCOPE_POOLING: dict[str, Pooling] = {
-    "cls": "cls",
-    "avg": "mean",
-    "mean": "mean",
-    "weighted_mean": "weightedmean",
-    "last": "lasttoken",
-}
-"""`model.emb_pooler_type` to the pooling it means. ModelScope's avg_top2 and avg_first_last mix several layers."""
-
-
-def modelscope_model_section(configuration: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the `model` section of a ModelScope sentence-embedding `configuration.json`, else None."""
-    model = configuration.get("model")
-    section: Mapping[str, Any] = model if isinstance(model, dict) else {}
-    named = (configuration.get("task"), configuration.get("tasks"), section.get("task"), section.get("tasks"))
-    spelled = {name for task in named for name in _task_names(task)}
-    if not spelled:
-        spelled = set(_task_names(configuration.get("pipeline")))
-    if not spelled and "emb_pooler_type" in section:
-        return section
-    return section if "sentence-embedding" in spelled else None
-
-
 def _task_names(task: object) -> Iterator[str]:
-    """Yield the names in a task, which is a string, a list, or an object with a name or a type."""
+    """Yield the names in a task, which can be a string, a list, or an object with a name or a type."""
     if isinstance(task, str):
         yield task.strip().lower().replace("_", "-")
     elif isinstance(task, list):

@@ -1,1 +1,1 @@
-"""The compiler process: a snapshot becomes an artifact. Imports torch; never imported by the service."""
+"""The compiler: turns a snapshot into an artifact. It imports torch, so it runs in a child process of the service."""

@@ -1,7 +1,7 @@
-"""The compile process: `python -m emb_model_provider.compiler`, started by `child.run_child`.
+"""The compiler process, `python -m emb_model_provider.compiler`, started by `artifacts.compiler_process`.
 
-Reads a job as one line from stdin, writes one JSON object a line to stdout (phases, then the result), and logs
-to stderr. It computes at low priority, opens no connection, and ends with the process that started it.
+It reads a job from stdin as one line, writes one JSON object per line to stdout (the steps, then the result), and logs
+to stderr. It computes at low priority, opens no connections, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -25,55 +25,59 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Make one artifact."""
+    """Run one job."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     out = reserve_stdout()
     job = CompileJob.from_json(sys.stdin.readline())
-    _end_with(job.parent)
+    exit_with_parent(job.parent)
     if hasattr(os, "nice"):
         os.nice(_NICE)
 
-    def tell(event: CompileStep | CompileResult) -> None:
+    def send(event: CompileStep | CompileResult) -> None:
         out.write(event.to_json() + "\n")
         out.flush()
 
-    tell(_run(job, lambda name: tell(CompileStep(name))))
+    send(_run(job, lambda name: send(CompileStep(name))))
 
 
-def _run(job: CompileJob, tell: Callable[[str], None]) -> CompileResult:
-    tell("import")
-    # transformers imports it wherever it is installed, which takes as long as all else here. Nothing here needs it.
-    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as the import system documents
-    try:
-        import torch
+def exit_with_parent(parent: int) -> None:
+    """End this process when its parent ends, however that happens.
 
-        from emb_model_provider.compiler.build import make
-        from emb_model_provider.compiler.export import quietly
-    except (ImportError, LoadError) as error:
-        return CompileResult("unable", f"a package that compiling needs cannot be imported: {error}")
-    torch.set_num_threads(job.threads)
-    try:
-        with quietly():
-            return make(job, tell)
-    except OSError as error:
-        return CompileResult("unable", f"{error.strerror or error} ({error.filename or job.directory})")
-
-
-def _end_with(parent: int) -> None:
-    """End when the parent does, however it ends."""
+    Args:
+        parent: Process id of the parent.
+    """
     if sys.platform == "linux":
-        # Its thread that started us lives as long as it waits for us.
+        # The signal is sent when the thread that started us ends. It does not end earlier, because it waits for us.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
 
-    def watch() -> None:
+    def watch_stdin() -> None:
         while sys.stdin.buffer.read(1):
             pass
         os._exit(1)
 
-    # Elsewhere, and where a thread started us that is gone: the parent's end closes our stdin.
-    threading.Thread(target=watch, name="parent", daemon=True).start()
+    # On every platform stdin is closed when the parent ends.
+    threading.Thread(target=watch_stdin, name="parent", daemon=True).start()
+
+
+def _run(job: CompileJob, on_step: Callable[[str], None]) -> CompileResult:
+    on_step("import")
+    # transformers imports torchao if it is installed, which takes as long as all other imports. Nothing here needs it.
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as the import system documents
+    try:
+        import torch
+
+        from emb_model_provider.compiler.build import build_artifact
+        from emb_model_provider.compiler.export import suppress_warnings
+    except (ImportError, LoadError) as error:
+        return CompileResult("unable", f"a package that compiling needs cannot be imported: {error}")
+    torch.set_num_threads(job.threads)
+    try:
+        with suppress_warnings():
+            return build_artifact(job, on_step)
+    except OSError as error:
+        return CompileResult("unable", f"{error.strerror or error} ({error.filename or job.directory})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a snapshot to an artifact's files. Runs in the compile process only, and imports all that it takes."""
+"""Builds an artifact: load the snapshot, export it, convert and compare it, and write the files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline, strip_final_normalize
-from emb_model_provider.compiler import export as graphs
-from emb_model_provider.compiler.export import prebuilt_exports
+from emb_model_provider.compiler.export import (
+    EXPORTERS,
+    check_exportable,
+    disable_kv_cache,
+    embedding_dimension,
+    prebuilt_exporters,
+)
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.fidelity.compare import (
+    CORPUS_S,
     LONGEST_COMPARED,
     MismatchError,
     compare,
     comparison_limit,
     make_cases,
 )
+from emb_model_provider.formatting import describe_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -36,70 +43,88 @@ if TYPE_CHECKING:
 
     from emb_model_provider.artifacts.compile_job import CompileJob
     from emb_model_provider.backends.base import ComputePrecision, Fidelity, ModelDescription
+    from emb_model_provider.compiler.export import Exporter
     from emb_model_provider.compiler.quantize import QuantizedWeights
     from emb_model_provider.fidelity.compare import Case
 
 logger = logging.getLogger(__name__)
 
+ACCURACY_TARGETS: Mapping[ComputePrecision, tuple[float, float]] = {
+    "int8": (0.995, 0.97),
+    "int4": (0.97, 0.92),
+}
+"""Targets of integer weights: the lowest cosine to fp32, and the share of the ten nearest neighbours kept."""
 _EXACT_GRAPH = "exact.xml"
-"""In the artifact's directory while it is made: what is to be quantized."""
-ACCURACY_TARGETS: dict[ComputePrecision, tuple[float, float]] = {"int8": (0.995, 0.97), "int4": (0.97, 0.92)}
-"""What integer weights are to keep: the lowest cosine to fp32, and the share of ten nearest neighbours."""
+"""The graph before quantization, in the directory of the artifact."""
 
 
-def make(job: CompileJob, tell: Callable[[str], None]) -> CompileResult:
-    """Load, export, convert, verify and write; `tell` is called with the name of each phase as it begins.
+def build_artifact(
+    job: CompileJob,
+    on_step: Callable[[str], None],
+    *,
+    exporters: Mapping[str, Exporter] = EXPORTERS,
+    corpus_s: float = CORPUS_S,
+) -> CompileResult:
+    """Make the artifact of a job. Its manifest is written only if the vectors are accurate enough.
 
-    Raises: OSError where the disk refuses; MemoryError.
+    Args:
+        job: The artifact to make.
+        on_step: Called with the name of each step when it begins.
+        exporters: How to export a graph, in the order in which they are tried. Prebuilt exports among the files of
+            the snapshot are tried after them.
+        corpus_s: Seconds that embedding the corpus with the reference model may take.
+
+    Raises:
+        OSError: A file cannot be read or written.
     """
-    tell("load")
+    on_step("load")
     try:
         pipeline, description = _load(job)
     except LoadError as error:
         return CompileResult("broken", error.message)
     try:
-        graphs.check_exportable(pipeline)
+        check_exportable(pipeline)
     except UnsupportedModelError as error:
         return CompileResult("unsupported", error.message)
-    tell("reference vectors")
-    cases = reference_cases(pipeline, description)
+    on_step("reference vectors")
+    cases = _reference_cases(pipeline, description, corpus_s)
+    weights = job.recipe.weights
     failures: list[str] = []
-    untrue = False
-    for way, convert in {**graphs.EXPORTERS, **prebuilt_exports(job.snapshot)}.items():
+    inaccurate = False
+    for name, export in {**exporters, **prebuilt_exporters(job.snapshot)}.items():
         try:
-            graph = convert(pipeline, tell)
+            graph = export(pipeline, on_step)
         except OSError:
             raise
         except Exception as error:
-            logger.exception("%s failed", way)
-            failures.append(f"{way}: {_one_line(error)}")
+            logger.exception("%s failed", name)
+            failures.append(f"{name}: {describe_error(error)}")
             continue
-        weights = job.recipe.weights
         path = job.directory / (_EXACT_GRAPH if weights in ("int8", "int4") else GRAPH)
-        tell("save")
+        on_step("save")
         openvino().save_model(graph, path, compress_to_fp16=weights == "fp16")
         del graph
-        tell("verify")
-        # A wrong conversion must not pass for the cost of quantizing: what is quantized was exact at fp32.
+        on_step("verify")
+        # Before quantization the graph must be exact at fp32, so that a wrong conversion is not taken for the loss of
+        # accuracy by quantization.
         compute = job.recipe.compute if path.name == GRAPH else ("fp32",)
-        verified, reasons = _first_accurate(path, compute, job, description, cases)
-        if verified is not None and (weights == "int8" or weights == "int4"):
+        accurate, reasons = _first_accurate(path, compute, job, description, cases)
+        if accurate is not None and (weights == "int8" or weights == "int4"):
             try:
-                verified, reasons = _quantized(path, weights, job, description, cases, tell)
+                accurate, reasons = _quantize(path, weights, job, description, cases, on_step)
             except ImportError as error:
-                return CompileResult(
-                    "unable", f"{error}: precision {weights} is made by nncf (pip install nncf)"
-                )
+                return CompileResult("unable", f"{error}: precision {weights} needs nncf (pip install nncf)")
             except QuantizeError as error:
-                failures.append(f"{way}: {error}")
+                failures.append(f"{name}: {error}")
                 continue
-        if verified is not None:
-            tell("write")
-            _write(job, verified, way)
+        if accurate is not None:
+            on_step("write")
+            (job.directory / TOKENIZER).write_text(accurate.tokenizer_json, encoding="utf-8")
+            write_manifest(job.directory, job.recipe, accurate, made_by=name)
             return CompileResult("done")
-        untrue = True
-        failures += [f"{way}: {reason}" for reason in reasons]
-    return CompileResult("refused" if untrue else "unsupported", "; ".join(failures))
+        inaccurate = True
+        failures += [f"{name}: {reason}" for reason in reasons]
+    return CompileResult("refused" if inaccurate else "unsupported", "; ".join(failures))
 
 
 def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
@@ -107,30 +132,30 @@ def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
     trusted = job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
     pipeline = load_pipeline(plan, precision="fp32", device="cpu", trust_remote_code=trusted)
-    graphs.without_cache(pipeline)
-    # As the torch backend does: a Normalize before a cut to truncate_dim is not the model's last step.
-    cut_after_normalize = plan.truncate_dim is not None and plan.normalize is None
-    normalize = False if cut_after_normalize else strip_final_normalize(pipeline)
+    disable_kv_cache(pipeline)
+    # As in the torch backend: a Normalize before the truncation to truncate_dim is not the last step of the model.
+    truncated_after_normalize = plan.truncate_dim is not None and plan.normalize is None
+    normalize = False if truncated_after_normalize else strip_final_normalize(pipeline)
     try:
-        dimension = graphs.dimension_of(pipeline)
+        dimension = embedding_dimension(pipeline)
     except Exception as error:
-        raise LoadError(f"it was loaded but cannot embed: {_one_line(error)}") from error
+        raise LoadError(f"it was loaded but cannot embed: {describe_error(error)}") from error
     description = describe(
         pipeline, plan, dimension=dimension, normalize=normalize, precision="fp32", device="cpu", backend="openvino"
     )  # fmt: skip
     if description.max_length > LONGEST_COMPARED:
-        note = f"compared with the reference on texts of up to {LONGEST_COMPARED} tokens; it reads {description.max_length}"
+        note = (
+            f"compared with the reference on texts of up to {LONGEST_COMPARED} tokens, of the "
+            f"{description.max_length} that it reads"
+        )
         description = replace(description, notes=(*description.notes, note))
     return pipeline, description
 
 
-def reference_cases(pipeline: SentenceTransformer, description: ModelDescription) -> list[Case]:
-    """Embed the comparison texts with sentence-transformers.
-
-    Args:
-        pipeline: The model at fp32. Its maximum length is lowered to that of the comparison.
-        description: The description of the model.
-    """
+def _reference_cases(
+    pipeline: SentenceTransformer, description: ModelDescription, corpus_s: float
+) -> list[Case]:
+    """Embed the comparison texts with sentence-transformers, truncated to the maximum length of the comparison."""
     pipeline.max_seq_length = comparison_limit(description)
 
     def embed(texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
@@ -144,29 +169,26 @@ def reference_cases(pipeline: SentenceTransformer, description: ModelDescription
         )
         return np.asarray(vectors, dtype=np.float32)
 
-    return make_cases(embed, description)
+    return make_cases(embed, description, corpus_s=corpus_s)
 
 
-def _quantized(
+def _quantize(
     exact: Path,
     weights: QuantizedWeights,
     job: CompileJob,
     description: ModelDescription,
     cases: Sequence[Case],
-    tell: Callable[[str], None],
+    on_step: Callable[[str], None],
 ) -> tuple[ModelDescription | None, list[str]]:
-    """Quantize the graph in `exact`, which is removed, and measure what came of it.
-
-    Raises: QuantizeError; ImportError.
-    """
-    tell(f"quantize to {weights}")
+    """Quantize the exact graph, remove it, and measure the quantized one."""
+    on_step(f"quantize to {weights}")
     graph = quantize(openvino().Core().read_model(exact), weights, description)
-    tell("save")
+    on_step("save")
     openvino().save_model(graph, job.directory / GRAPH, compress_to_fp16=False)
     del graph
     for path in (exact, exact.with_suffix(".bin")):
         path.unlink()
-    tell("measure")
+    on_step("measure")
     description = replace(description, precision=weights)
     return _first_accurate(job.directory / GRAPH, job.recipe.compute, job, description, cases)
 
@@ -178,45 +200,35 @@ def _first_accurate(
     description: ModelDescription,
     cases: Sequence[Case],
 ) -> tuple[ModelDescription | None, list[str]]:
-    """Return the description at the first precision that is true enough, and why those before it were not.
+    """Return the description at the first precision that is accurate enough, and why those before it are not.
 
-    A description of integer weights is only measured: whoever serves it judges. But activations become integers,
-    too, only where the weights' own aim is kept.
+    Integer weights are only measured, because their floor is a setting of the service. But 8-bit activations are
+    used only if they reach the accuracy target of the weights.
     """
     reasons: list[str] = []
-    aim = ACCURACY_TARGETS.get(description.precision)
+    target = ACCURACY_TARGETS.get(description.precision)
     for precision in compute:
         exact = replace(description, precision=precision)
-        candidate = exact if aim is None else replace(description, compute=precision)
+        candidate = exact if target is None else replace(description, compute=precision)
         backend = OpenVinoBackend(graph, candidate, cpus=job.threads)
         try:
-            fidelity = compare(backend, cases, exact=aim is None)
+            fidelity = compare(backend, cases, exact=target is None)
         except MismatchError as error:
             reasons.append(f"at {precision}, {error}")
             continue
         finally:
             backend.close()
-        if aim is not None and precision == "int8" and not _reaches(fidelity, *aim):
+        if target is not None and precision == "int8" and not _reaches(fidelity, *target):
             reasons.append(
-                f"with activations in 8 bits, too: lowest cosine {fidelity.min_cosine:.4f} and "
-                f"{fidelity.top10_overlap or 0:.4f} of neighbours kept are to be {aim[0]} and {aim[1]}"
+                f"with activations in 8 bits (lowest cosine {fidelity.min_cosine:.4f}, "
+                f"{fidelity.top10_overlap or 0:.4f} of neighbours kept; the targets are {target[0]} and {target[1]})"
             )
             continue
-        notes = (f"computed in {precision}, since it is not true enough {reason}" for reason in reasons)
+        notes = (f"computed in {precision}, because it is not accurate enough {reason}" for reason in reasons)
         return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
     return None, reasons
 
 
-def _reaches(fidelity: Fidelity, cosine: float, overlap: float) -> bool:
+def _reaches(fidelity: Fidelity, min_cosine: float, min_overlap: float) -> bool:
     kept = 1.0 if fidelity.top10_overlap is None else fidelity.top10_overlap
-    return fidelity.min_cosine >= cosine and kept >= overlap
-
-
-def _write(job: CompileJob, description: ModelDescription, way: str) -> None:
-    (job.directory / TOKENIZER).write_text(description.tokenizer_json, encoding="utf-8")
-    write_manifest(job.directory, job.recipe, description, made_by=way)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return fidelity.min_cosine >= min_cosine and kept >= min_overlap

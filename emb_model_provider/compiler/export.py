@@ -1,39 +1,45 @@
-"""A pipeline as a module of tensors, and that module as an OpenVINO graph. Runs in the compile process only."""
+"""Exports a pipeline as an OpenVINO graph: from token ids and masks to vectors."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
+from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
-from emb_model_provider.backends.openvino_cpu.runtime import ATTENTION_MASK, INPUT_IDS, POOLING_MASK, openvino
+from emb_model_provider.backends.openvino_cpu.runtime import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    POOLING_MASK,
+    Graph,
+    openvino,
+)
 from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.selection import EXPORTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from sentence_transformers import SentenceTransformer
-
-    from emb_model_provider.backends.openvino_cpu.runtime import Graph
     from emb_model_provider.snapshots.snapshot import Snapshot
 
+Exporter = Callable[[SentenceTransformer, Callable[[str], None]], Graph]
+"""Makes the graph of a pipeline, and calls its second argument with the name of each step when it begins.
 
-logger = logging.getLogger(__name__)
+It raises whatever torch or OpenVINO raises.
+"""
 
 _EXAMPLE_SHAPE = (3, 11)
-"""Of the example inputs: torch.export takes a size of 0 or 1 for a constant, and equal sizes for one size."""
-
-
-_ATTEND_TO_ALL = frozenset(
-    (
+"""Shape of the example inputs, because torch.export treats sizes of 0 and 1 as constants, and equal sizes as one."""
+_FULL_ATTENTION_TYPES = frozenset(
+    {
         "albert",
         "bert",
         "camembert",
@@ -43,14 +49,17 @@ _ATTEND_TO_ALL = frozenset(
         "roberta",
         "xlm-roberta",
         "xlm-roberta-xl",
-    )
+    }
 )
-"""Model types whose tokens attend to every real token of their text, so that no row of the mask is empty. Any
-other type gets `_unmask_fully_masked_rows`, which costs some per cent on texts of 256 tokens."""
+"""Model types whose tokens attend to all real tokens of their text, so that no row of the attention mask is fully
+masked. Other types get `_unmask_fully_masked_rows`, which makes texts of 256 tokens a few per cent slower."""
+_TOKEN_EMBEDDINGS = "token_embeddings"
+_TOKEN_OUTPUTS = (_TOKEN_EMBEDDINGS, "last_hidden_state")
+"""Names that prebuilt exports give to token vectors."""
 
 
 class PipelineModule(torch.nn.Module):
-    """Token ids and masks in, vectors out; all int64 of shape (batch, length)."""
+    """A pipeline as a module of tensors: ids and masks, int64 of shape (batch, length), to vectors."""
 
     def __init__(self, pipeline: SentenceTransformer) -> None:
         super().__init__()
@@ -73,10 +82,10 @@ class PipelineModule(torch.nn.Module):
     def run(
         self, features: dict[str, Any], stages: Sequence[torch.nn.Module], pooling_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run some of the pipeline's stages over features, and cut what comes out to `truncate_dim`."""
+        """Run some stages of the pipeline over features, and truncate the vectors to `truncate_dim`."""
         for stage in stages:
             if isinstance(stage, Pooling) and not stage.include_prompt and pooling_mask is not None:
-                # The same as sentence-transformers' prompt_length, but each row has its own.
+                # Like the prompt_length of sentence-transformers, but with one length per row.
                 features = stage({**features, ATTENTION_MASK: pooling_mask})
             else:
                 features = stage(features)
@@ -84,7 +93,7 @@ class PipelineModule(torch.nn.Module):
         return vectors[:, : self.truncate_dim] if self.truncate_dim is not None else vectors
 
     def example(self) -> dict[str, torch.Tensor]:
-        """Return inputs of different lengths, padded on either side."""
+        """Return inputs of different lengths, padded on the left and on the right."""
         ids = torch.ones(_EXAMPLE_SHAPE, dtype=torch.int64)
         mask = torch.ones(_EXAMPLE_SHAPE, dtype=torch.int64)
         mask[1, 7:] = 0
@@ -96,59 +105,74 @@ class PipelineModule(torch.nn.Module):
 
 
 def check_exportable(pipeline: SentenceTransformer) -> None:
-    """Raises: UnsupportedModelError for a pipeline that only the torch backend can run."""
+    """Check that a pipeline can be exported.
+
+    Raises:
+        UnsupportedModelError: Only the torch backend can run it.
+    """
     if isinstance(pipeline[0], StaticEmbedding):
         raise UnsupportedModelError(
-            "static embeddings are looked up and averaged: there is nothing to compile"
+            "static embeddings are only looked up and averaged, so there is nothing to compile"
         )
     for stage in pipeline:
         if isinstance(stage, Pooling) and not stage.include_prompt and "weightedmean" in stage.pooling_mode:
             raise UnsupportedModelError(
-                "weighted mean pooling that leaves the prompt out counts positions from the prompt's start"
+                "weighted mean pooling that excludes the prompt counts positions from the start of the prompt"
             )
 
 
-def export(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
-    """Convert what torch.export makes of a pipeline. Raises: whatever torch or OpenVINO raises."""
+def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
+    """Export a pipeline with torch.export; see `Exporter`."""
     module = PipelineModule(pipeline).eval()
     inputs = module.example()
     dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
-    tell("export")
+    on_step("export")
     with torch.no_grad():
         program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic)
-        tell("convert")
-        return finalize(openvino().convert_model(program), list(inputs), pipeline)
+        on_step("convert")
+        return _finalize(openvino().convert_model(program), list(inputs), pipeline)
 
 
-def traced(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
-    """Convert what tracing makes of a pipeline. Raises: whatever torch or OpenVINO raises."""
+def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
+    """Export a pipeline by tracing it; see `Exporter`."""
     module = PipelineModule(pipeline).eval()
     inputs = module.example()
-    tell("trace")
+    on_step("trace")
     with torch.no_grad():
         example = tuple(inputs.values())
-        trace: Any = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        tell("convert")
-        return finalize(openvino().convert_model(trace, example_input=example), list(inputs), pipeline)
+        traced: Any = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        on_step("convert")
+        return _finalize(openvino().convert_model(traced, example_input=example), list(inputs), pipeline)
 
 
-def traced_without_fused_attention(pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
-    """Trace a pipeline whose attention is spelled out. Raises: whatever torch or OpenVINO raises."""
+def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
+    """Export a pipeline by tracing it with eager attention; see `Exporter`."""
     if pipeline.transformers_model is not None:
         pipeline.transformers_model.set_attn_implementation("eager")
-    return traced(pipeline, tell)
+    return trace(pipeline, on_step)
 
 
-EXPORTERS: dict[str, Callable[[SentenceTransformer, Callable[[str], None]], Graph]] = {
-    "torch.export": export,
-    "tracing": traced,
-    "tracing, attention not fused": traced_without_fused_attention,
-}
-"""How a graph can be had, in the order in which it is tried; each is told how to report a phase."""
+EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
+    {
+        "torch.export": export,
+        "tracing": trace,
+        "tracing, attention not fused": trace_without_fused_attention,
+    }
+)
+"""Exporters by name, in the order in which they are tried."""
 
 
-def dimension_of(pipeline: SentenceTransformer) -> int:
-    """Return the size of a pipeline's vectors, by running it."""
+def prebuilt_exporters(snapshot: Snapshot) -> dict[str, Exporter]:
+    """Return an exporter for each prebuilt export among the files of a snapshot, by the path of the file.
+
+    A prebuilt export contains the transformer only; the exporter appends the later stages of the pipeline.
+    """
+    present = {file.path for file in snapshot.files}
+    return {name: partial(_extend_prebuilt, snapshot.path / name) for name in EXPORTS if name in present}
+
+
+def embedding_dimension(pipeline: SentenceTransformer) -> int:
+    """Run a pipeline, and return the size of its vectors."""
     if isinstance(pipeline[0], StaticEmbedding):
         return int(pipeline.get_embedding_dimension() or 0)
     module = PipelineModule(pipeline).eval()
@@ -156,86 +180,75 @@ def dimension_of(pipeline: SentenceTransformer) -> int:
         return int(module(**module.example()).shape[1])
 
 
-@contextlib.contextmanager
-def quietly() -> Any:
-    """Keep the libraries' warnings about tracing and deprecations out of the service's log."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def without_cache(pipeline: SentenceTransformer) -> None:
-    """Switch a decoder's key-value cache off: a text is read once, and the cache would be part of the graph."""
+def disable_kv_cache(pipeline: SentenceTransformer) -> None:
+    """Disable the key-value cache of a decoder, because it would become part of the graph without being used."""
     model = pipeline.transformers_model
     if model is not None and getattr(model.config, "use_cache", False):
         model.config.use_cache = False
 
 
-def finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
-    """Give inputs and output their names, say that batch and length are free, and keep attention finite."""
+@contextlib.contextmanager
+def suppress_warnings() -> Iterator[None]:
+    """Suppress the warnings of the libraries about tracing and deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
+    """Name inputs and output, make batch and length dynamic, and keep attention finite."""
     if len(graph.inputs) != len(names):
-        raise UnsupportedModelError(f"its graph reads {len(graph.inputs)} inputs, not {', '.join(names)}")
-    ports = [input_named(graph, name, place) for place, name in enumerate(names)]
+        raise UnsupportedModelError(f"its graph has {len(graph.inputs)} inputs, not {', '.join(names)}")
+    ports = [_find_input(graph, name, index) for index, name in enumerate(names)]
     for port, name in zip(ports, names, strict=True):
         port.get_node().set_partial_shape(openvino().PartialShape([-1, -1]))
         port.get_tensor().set_names({name})
-    if not _attends_to_all(pipeline):
+    if not _has_full_attention(pipeline):
         _unmask_fully_masked_rows(graph)
     graph.validate_nodes_and_infer_types()
     graph.outputs[0].get_tensor().set_names({"sentence_embedding"})
     return graph
 
 
-def input_named(graph: Graph, name: str, place: int) -> Any:
-    """Return a graph's input of a name; where tracing lost the names, the one at its place."""
-    known = {known: port for port in graph.inputs for known in port.get_names()}
-    return known.get(name, graph.inputs[place])
+def _find_input(graph: Graph, name: str, index: int) -> Any:
+    """Return the input of a name or, if tracing lost the names, the input at an index."""
+    by_name = {known: port for port in graph.inputs for known in port.get_names()}
+    return by_name.get(name, graph.inputs[index])
 
 
-def _attends_to_all(pipeline: SentenceTransformer) -> bool:
+def _has_full_attention(pipeline: SentenceTransformer) -> bool:
     model = pipeline.transformers_model
     return (
         model is not None
-        and model.config.model_type in _ATTEND_TO_ALL
+        and model.config.model_type in _FULL_ATTENTION_TYPES
         and not getattr(model.config, "is_decoder", False)
     )
 
 
 def _unmask_fully_masked_rows(graph: Graph) -> None:
-    """Let a token that its attention mask shows nothing see everything.
+    """Let tokens whose row of the attention mask is fully masked attend to all tokens.
 
     Such tokens are padding: before the first token of a left-padded text, or farther from the last one than a
-    sliding window reaches. Nobody reads their vectors, but PyTorch gives them zeros and OpenVINO gives them NaN,
-    which spreads from there: through a mean that multiplies them with 0, or to all tokens in the next layer.
+    sliding window reaches. Their vectors are not used, but PyTorch makes them zero and OpenVINO makes them NaN, which
+    spreads: through a mean that multiplies them by 0, or to all tokens in the next layer.
     """
     ops = openvino().opset13
-    seeing: dict[tuple[str, int], Any] = {}
+    unmasked: dict[tuple[str, int], Any] = {}
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "ScaledDotProductAttention" or node.get_input_size() < 4:
             continue
         mask = node.input_value(3)
         if mask.get_element_type() != openvino().Type.boolean:
             continue
-        place = mask.get_node().get_friendly_name(), mask.get_index()
-        if place not in seeing:
-            sees = ops.reduce_logical_or(mask, ops.constant([-1], dtype=np.int64), keep_dims=True)
-            seeing[place] = ops.logical_or(mask, ops.logical_not(sees)).output(0)
-        node.input(3).replace_source_output(seeing[place])
-
-
-_TOKEN_VECTORS = ("token_embeddings", "last_hidden_state")
-
-
-def prebuilt_exports(
-    snapshot: Snapshot,
-) -> dict[str, Callable[[SentenceTransformer, Callable[[str], None]], Graph]]:
-    """Return how to use each export among a snapshot's files, by its name."""
-    present = {file.path for file in snapshot.files}
-    return {name: partial(_joined, snapshot.path / name) for name in EXPORTS if name in present}
+        key = mask.get_node().get_friendly_name(), mask.get_index()
+        if key not in unmasked:
+            any_visible = ops.reduce_logical_or(mask, ops.constant([-1], dtype=np.int64), keep_dims=True)
+            unmasked[key] = ops.logical_or(mask, ops.logical_not(any_visible)).output(0)
+        node.input(3).replace_source_output(unmasked[key])
 
 
 class _Tail(torch.nn.Module):
-    """What follows a pipeline's transformer: token vectors and masks in, one vector a text out."""
+    """The stages of a pipeline after its transformer: token vectors and masks to one vector per text."""
 
     def __init__(self, whole: PipelineModule) -> None:
         super().__init__()
@@ -247,58 +260,50 @@ class _Tail(torch.nn.Module):
         attention_mask: torch.Tensor,
         pooling_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        features = {"token_embeddings": token_embeddings, "attention_mask": attention_mask}
+        features = {_TOKEN_EMBEDDINGS: token_embeddings, ATTENTION_MASK: attention_mask}
         return self.whole.run(features, list(self.whole.stages)[1:], pooling_mask)
 
 
-def _joined(path: Path, pipeline: SentenceTransformer, tell: Callable[[str], None]) -> Graph:
-    """Put a pipeline's later stages behind an export of its transformer.
-
-    Raises: UnsupportedModelError where the export has other inputs or outputs; whatever OpenVINO raises.
-    """
-    tell(f"read {path.name}")
+def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
+    """Append the later stages of a pipeline to a prebuilt export of its transformer."""
+    on_step(f"read {path.name}")
     ov = openvino()
     body = ov.Core().read_model(path)
     vectors = _token_vectors(body)
-    tell("convert")
+    on_step("convert")
     whole = PipelineModule(pipeline).eval()
     masks = {name: value for name, value in whole.example().items() if name != INPUT_IDS}
-    hidden = torch.randn(*masks[ATTENTION_MASK].shape, _width(pipeline))
+    first: Any = pipeline[0]
+    hidden = torch.randn(*masks[ATTENTION_MASK].shape, int(first.get_embedding_dimension()))
     example = (hidden, *masks.values())
     with torch.no_grad():
-        trace: Any = torch.jit.trace(_Tail(whole).eval(), example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        tail = ov.convert_model(trace, example_input=example)
-    ids, mask = _inputs(body)
-    ports = [input_named(tail, name, place) for place, name in enumerate(["token_embeddings", *masks])]
+        traced: Any = torch.jit.trace(_Tail(whole).eval(), example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        tail = ov.convert_model(traced, example_input=example)
+    ids, mask = _token_inputs(body)
+    ports = [_find_input(tail, name, index) for index, name in enumerate([_TOKEN_EMBEDDINGS, *masks])]
     ports[0].replace(vectors)
     ports[1].replace(mask.output(0))
     inputs = [ids, mask, *(port.get_node() for port in ports[2:])]
     graph = ov.Model([tail.outputs[0].get_node().input_value(0)], inputs, "joined")
-    return finalize(graph, [INPUT_IDS, *masks], pipeline)
+    return _finalize(graph, [INPUT_IDS, *masks], pipeline)
 
 
 def _token_vectors(body: Graph) -> Any:
-    for name in _TOKEN_VECTORS:
+    for name in _TOKEN_OUTPUTS:
         for port in body.outputs:
             if name in port.get_names() and port.get_partial_shape().rank.get_length() == 3:
                 return port.get_node().input_value(0)
-    raise UnsupportedModelError(f"it gives none of {', '.join(_TOKEN_VECTORS)}")
+    raise UnsupportedModelError(f"it has none of the outputs {', '.join(_TOKEN_OUTPUTS)}")
 
 
-def _inputs(body: Graph) -> tuple[Any, Any]:
-    """Return the nodes of token ids and attention mask, after token types were set to 0."""
-    ops, found = openvino().opset13, {}
-    for port in body.inputs:
-        found[port.get_any_name()] = port
-    if "token_type_ids" in found:
-        port = found.pop("token_type_ids")
+def _token_inputs(body: Graph) -> tuple[Any, Any]:
+    """Return the nodes of token ids and attention mask, with token types replaced by 0."""
+    ops = openvino().opset13
+    ports = {port.get_any_name(): port for port in body.inputs}
+    if "token_type_ids" in ports:
+        port = ports.pop("token_type_ids")
         zero = ops.constant(0, dtype=np.int64)
-        port.replace(ops.broadcast(zero, ops.shape_of(found[INPUT_IDS])).output(0))
-    if set(found) != {INPUT_IDS, ATTENTION_MASK}:
-        raise UnsupportedModelError(f"it reads {', '.join(sorted(found))}")
-    return found[INPUT_IDS].get_node(), found[ATTENTION_MASK].get_node()
-
-
-def _width(pipeline: SentenceTransformer) -> int:
-    first: Any = pipeline[0]
-    return int(first.get_embedding_dimension())
+        port.replace(ops.broadcast(zero, ops.shape_of(ports[INPUT_IDS])).output(0))
+    if set(ports) != {INPUT_IDS, ATTENTION_MASK}:
+        raise UnsupportedModelError(f"its inputs are {', '.join(sorted(ports))}")
+    return ports[INPUT_IDS].get_node(), ports[ATTENTION_MASK].get_node()

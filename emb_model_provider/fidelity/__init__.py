@@ -1,1 +1,1 @@
-"""How close a model's vectors are to those at fp32, and whether that is close enough."""
+"""Fidelity: how close the vectors of a model are to those of the same model at fp32."""

@@ -1,4 +1,4 @@
-"""How near two sets of vectors are: their directions, and who is whose neighbour. Plain numpy."""
+"""Measures of how close two sets of vectors are. Imports numpy only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 10
 _SMALLEST = 1e-30
+"""Keeps divisions by the norm of a zero vector finite."""
 
 
 def cosines(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
-    """Return the cosine of each row of `ours` to the same row of `theirs`: float64 of shape (texts,).
+    """Return the cosine of each row of `ours` to the same row of `theirs`.
 
-    Both are of shape (texts, dimension). A zero vector has no direction: where theirs is zero, ours is only asked
-    to be zero, too (1), or is not (0).
+    A zero vector has no direction, so if a row of `theirs` is zero, the result is 1 if that of `ours` is zero, else 0.
+
+    Args:
+        ours: Shape (texts, dimension).
+        theirs: Shape (texts, dimension).
+
+    Returns:
+        float64 of shape (texts,).
     """
     left, right = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     our_norms, their_norms = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
@@ -37,10 +44,17 @@ def similarities(vectors: ArrayLike) -> NDArray[np.float64]:
 def neighbour_overlap(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBOURS
 ) -> float | None:
-    """Return the share of each text's `count` nearest neighbours that stay its nearest, 0 to 1, mean over texts.
+    """Return the mean share of each text's nearest neighbours in `theirs` that are also nearest in `ours`.
 
-    Both are similarities of shape (texts, texts); a text is not its own neighbour, and of equally near ones the
-    first counts. With `count` other texts or fewer each has all others as neighbours; None with none.
+    A text is not its own neighbour, and of equally near texts the first ones count.
+
+    Args:
+        ours: Similarities of shape (texts, texts).
+        theirs: Similarities of shape (texts, texts).
+        count: Number of neighbours. With fewer other texts, all of them are neighbours.
+
+    Returns:
+        0 to 1, or None if there are no other texts.
     """
     texts = len(ours)
     count = min(count, texts - 1)
@@ -51,9 +65,14 @@ def neighbour_overlap(
 
 
 def spearman(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float | None:
-    """Return the rank correlation of the similarities of all pairs of different texts, -1 to 1.
+    """Return Spearman's rank correlation of the similarities of all pairs of different texts.
 
-    Both are of shape (texts, texts). None where it is not defined: fewer than three texts, or all pairs alike.
+    Args:
+        ours: Similarities of shape (texts, texts).
+        theirs: Similarities of shape (texts, texts).
+
+    Returns:
+        -1 to 1, or None if it is undefined, because there are fewer than three texts or all pairs are equally similar.
     """
     if len(ours) < 3:
         return None
@@ -65,7 +84,7 @@ def spearman(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float | 
 
 
 def _nearest(similar: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """Return which texts are among each text's nearest: bool of shape (texts, texts)."""
+    """Return which texts are among the nearest of each text: bool of shape (texts, texts)."""
     others = similar.copy()
     np.fill_diagonal(others, -np.inf)
     order = np.argsort(-others, axis=1, kind="stable")[:, :count]
@@ -75,7 +94,7 @@ def _nearest(similar: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return each value's rank, from 1; equal values share the mean of theirs."""
+    """Return the rank of each value, from 1; equal values share the mean of their ranks."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     mean: NDArray[np.float64] = last - (counts - 1) / 2

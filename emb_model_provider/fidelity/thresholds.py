@@ -1,4 +1,4 @@
-"""Is a model true enough to be served? Its lowest cosine to fp32, against the floor of its precision."""
+"""Decides whether a model is accurate enough to be served, from its lowest cosine to fp32."""
 
 from __future__ import annotations
 
@@ -15,53 +15,60 @@ if TYPE_CHECKING:
 
 SETTING = "EMB_PROVIDER_FIDELITY_FLOORS"
 AUTO_MIN_COSINE = 0.999
-"""`auto` chooses nothing below this, whatever the floors allow: nobody asked it to be less true for speed."""
+"""The floor of `auto`, however low the configured floors are, because its user did not trade accuracy for speed."""
 _MORE_ACCURATE: Mapping[str, str] = {
     "int4": "int8, bf16, fp16 or fp32",
     "int8": "bf16, fp16 or fp32",
     "bf16": "fp16 or fp32",
     "fp16": "fp32",
 }
-"""What to choose in place of a precision that is refused."""
 
 
 class AccuracyError(LoadError):
-    """A model's vectors are further from fp32 than is allowed."""
+    """The lowest cosine of a model to fp32 is below its floor."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
-        """How far, in a few words, for a note on what was chosen instead."""
+        """The measured value and the floor, for a note on the precision that is used instead."""
 
 
 def check_accuracy(
     spec: ModelSpec, computed: ComputePrecision, fidelity: Fidelity | None, floors: Mapping[str, float]
 ) -> None:
-    """Let a model pass whose lowest cosine reaches its floor, or was not measured.
+    """Check a model's lowest cosine to fp32 against its floor. A model that was not measured passes.
 
-    The floor is that of the precision that was asked for, however the model computes it; for `auto`, of the one
-    it became.
+    The floor is that of the requested precision, whatever the model computes in; for `auto`, it is that of the
+    precision that was chosen.
 
-    Raises: UntrueModelError, whose one line says what to do.
+    Args:
+        spec: The model, with the requested precision.
+        computed: The precision that the model is served at.
+        fidelity: Its measured fidelity, if any.
+        floors: Lowest cosine by precision.
+
+    Raises:
+        AccuracyError: It is below the floor. The message says which settings to change.
     """
     floor = _floor(spec.precision, computed, floors)
     if fidelity is None or fidelity.min_cosine >= floor:
         return
     precision = computed if spec.precision == "auto" else spec.precision
     advice = (
-        f'Set EMB_PROVIDER_MODEL_PRECISION (or the mapping\'s "precision") to {_MORE_ACCURATE[precision]}, or lower that floor.'
+        f'Set EMB_PROVIDER_MODEL_PRECISION (or "precision" in the mapping) to {_MORE_ACCURATE[precision]}, or lower '
+        "that floor."
         if precision in _MORE_ACCURATE
         else "Lower that floor."
     )
-    found = format_cosine(fidelity.min_cosine)
+    cosine = format_cosine(fidelity.min_cosine)
     raise AccuracyError(
-        f"{spec.name} is not true enough at {precision}: its lowest cosine to fp32 is {found} over {fidelity.texts} "
-        f"texts, and the floor of {precision} in {SETTING} is {floor:g}. {advice}",
-        reason=f"its lowest cosine to fp32 at {computed} is {found}, below {floor:g}",
+        f"{spec.name} is not accurate enough at {precision}: its lowest cosine to fp32 is {cosine} over "
+        f"{fidelity.texts} texts, and the floor of {precision} in {SETTING} is {floor:g}. {advice}",
+        reason=f"its lowest cosine to fp32 at {computed} is {cosine}, below {floor:g}",
     )
 
 
-def _floor(asked: Precision, computed: ComputePrecision, floors: Mapping[str, float]) -> float:
-    if asked != "auto":
-        return floors[asked]
+def _floor(requested: Precision, computed: ComputePrecision, floors: Mapping[str, float]) -> float:
+    if requested != "auto":
+        return floors[requested]
     return floors[computed] if computed == "fp32" else max(AUTO_MIN_COSINE, floors[computed])

@@ -1,4 +1,4 @@
-"""Directories of small models, each written once per session."""
+"""Directories of small models, each written once per test run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def family_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that gives the directory of a family, by its name in `FAMILIES`."""
+    """Return a function from the name of a family to its directory."""
     root = tmp_path_factory.mktemp("families")
 
     def directory(name: str) -> Path:

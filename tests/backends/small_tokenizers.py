@@ -1,7 +1,7 @@
-"""Real tokenizers over English, Chinese and emoji, trained once by `tests.backends.train_tokenizers`.
+"""Real tokenizers for English, Chinese and emoji, trained by `tests.backends.train_tokenizers`.
 
-Training breaks ties in a random order. The small models' weights come from a seed; with a vocabulary of its own in
-every process their vectors, and how far rounding moves them, would still differ from run to run.
+Their vocabularies are committed, because training is not deterministic. Otherwise the vectors of the small models, and
+the effect of rounding on them, would differ between processes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ VOCABULARIES = Path(__file__).with_name("vocabularies")
 LENGTH = 48
 """Longest input of the small models, in tokens."""
 SPECIAL = {"bert": ("[CLS]", "[SEP]", "[PAD]"), "mpnet": ("<s>", "</s>", "<pad>")}
-"""What begins, ends and pads a text in a WordPiece vocabulary of each style."""
+"""Opening, closing and padding token of a WordPiece vocabulary, by style."""
 
 
-def _trained(name: str) -> Tokenizer:
+def _load(name: str) -> Tokenizer:
     return Tokenizer.from_file(str(VOCABULARIES / f"{name}.json"))
 
 
@@ -27,7 +27,7 @@ def wordpiece(style: str = "bert") -> PreTrainedTokenizerFast:
     """Return a WordPiece tokenizer with the special tokens of BERT ("bert") or of MPNet ("mpnet")."""
     cls, sep, pad = SPECIAL[style]
     return PreTrainedTokenizerFast(
-        tokenizer_object=_trained(f"wordpiece-{style}"),
+        tokenizer_object=_load(f"wordpiece-{style}"),
         unk_token="[UNK]",
         cls_token=cls,
         sep_token=sep,
@@ -37,7 +37,7 @@ def wordpiece(style: str = "bert") -> PreTrainedTokenizerFast:
 
 
 def unigram(model_max_length: int | None = LENGTH) -> PreTrainedTokenizerFast:
-    tokenizer = _trained("unigram")
+    tokenizer = _load("unigram")
     limit: dict[str, Any] = {} if model_max_length is None else {"model_max_length": model_max_length}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -57,8 +57,8 @@ def byte_bpe(
     padding_side: str = "right",
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer; `around` are the special tokens put before and after a text, or ""."""
-    tokenizer = _trained("byte_bpe")
+    """Return a byte-level BPE tokenizer; `around` are the special tokens before and after a text, or ""."""
+    tokenizer = _load("byte_bpe")
     if any(around):
         surround(tokenizer, *around)
     extra: dict[str, Any] = {} if chat_template is None else {"chat_template": chat_template}

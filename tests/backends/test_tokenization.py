@@ -1,62 +1,27 @@
-"""Texts and token ids become what transformers would make of them, and nothing odd breaks the service."""
+"""Texts are tokenized and truncated as by transformers; unusual texts are not errors."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emb_model_provider.backends.base import ModelDescription
-from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import InputTooLongError, TokenInputError
-from tests.backends.comparison import TEXTS
-from tests.backends.small_tokenizers import LENGTH, byte_bpe, unigram, wordpiece
+from tests.backends.helpers import TEXTS, TOKENIZERS, tokenization_of
+from tests.backends.small_tokenizers import LENGTH, wordpiece
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from transformers import PreTrainedTokenizerFast
-
     from emb_model_provider.model_spec import Truncate
-
-TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    "wordpiece": wordpiece,
-    "unigram": unigram,
-    "byte-bpe": byte_bpe,
-    "closing token only": lambda: byte_bpe(around=("", "<|endoftext|>")),
-    "no special tokens": lambda: byte_bpe(around=("", "")),
-}
-
-
-def tokenization_of(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Tokenization:
-    values: dict[str, Any] = {
-        "dimension": 8,
-        "max_length": LENGTH,
-        "vocab_size": len(tokenizer),
-        "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
-        "pad_token_id": tokenizer.pad_token_id,
-        "padding_side": "right",
-        "normalize": True,
-        "pooling": "mean",
-        "prompts": {},
-        "default_prompt": None,
-        "excludes_prompt": False,
-        "matryoshka": None,
-        "precision": "fp32",
-        "device": "cpu",
-        "backend": "torch",
-    }
-    return Tokenization(ModelDescription(**{**values, **changes}))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize(("truncate", "side"), [("END", "right"), ("START", "left")])
 @pytest.mark.parametrize("limit", [3, 4, 11, LENGTH])
-def test_cutting_equals_transformers(name: str, truncate: Truncate, side: str, limit: int) -> None:
-    """Ids are those that transformers gives with truncation on either side, special tokens kept."""
+def test_truncation_equals_transformers(name: str, truncate: Truncate, side: str, limit: int) -> None:
+    """On either side. Special tokens are kept."""
     tokenizer = TOKENIZERS[name]()
     texts = [text for text in TEXTS if text]
     tokenizer.truncation_side = side
@@ -68,8 +33,8 @@ def test_cutting_equals_transformers(name: str, truncate: Truncate, side: str, l
     assert encoded.prompt_lengths == [0] * len(texts)
 
 
-def test_a_limit_of_a_request_lowers_the_models_own() -> None:
-    """max_tokens counts only where it is less than the model's maximum."""
+def test_max_tokens_lowers_the_maximum_length() -> None:
+    """A higher value has no effect."""
     tokenization = tokenization_of(wordpiece(), max_length=10)
     text = ["word " * 50]
     assert len(tokenization.encode(text, truncate="END", max_tokens=5).ids[0]) == 5
@@ -79,22 +44,22 @@ def test_a_limit_of_a_request_lowers_the_models_own() -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("limit", [0, 1, 2])
-def test_a_limit_without_room_for_text_still_gives_tokens(name: str, limit: int) -> None:
-    """The fewest tokens are one, and a row never exceeds its limit."""
+def test_a_limit_below_the_special_tokens_is_kept(name: str, limit: int) -> None:
+    """A row has at least one token."""
     encoded = tokenization_of(TOKENIZERS[name]()).encode(["hello world"], truncate="START", max_tokens=limit)
     assert 1 <= len(encoded.ids[0]) <= max(1, limit)
 
 
-def test_the_first_input_that_is_too_long_is_named() -> None:
-    """With truncate NONE an input over the limit is an error that says which, and what the limit is."""
+def test_an_input_that_is_too_long_is_an_error_with_truncate_none() -> None:
+    """The message names the first one and the limit."""
     tokenization = tokenization_of(wordpiece())
     with pytest.raises(InputTooLongError, match=rf"input\[2\].*maximum input length is {LENGTH} tokens"):
         tokenization.encode(["a", "b", "long " * 100, "long " * 100], truncate="NONE")
     assert tokenization.encode(["a " * (LENGTH - 2)], truncate="NONE").truncated == 0
 
 
-def test_a_prompt_stands_before_each_text() -> None:
-    """The prompt is part of the text; its length is told only where pooling leaves it out."""
+def test_a_prompt_is_put_before_each_text() -> None:
+    """Its length is returned only if pooling excludes it."""
     tokenizer = wordpiece()
     expected = tokenizer(["query: hello", "query: "])["input_ids"]
     included = tokenization_of(tokenizer).encode(["hello", ""], prompt="query: ", truncate="END")
@@ -103,12 +68,12 @@ def test_a_prompt_stands_before_each_text() -> None:
     )
     assert included.ids == excluded.ids == expected
     assert included.prompt_lengths == [0, 0]
-    # The opening special token counts, the closing one does not.
+    # Including the opening special token, but not the closing one.
     assert excluded.prompt_lengths == [len(tokenizer("query: ")["input_ids"]) - 1] * 2
 
 
-def test_a_prompt_that_was_cut_at_the_start_is_shorter() -> None:
-    """truncate START takes the prompt's tokens first: what is left of it is still left out of pooling."""
+def test_a_prompt_can_be_truncated_at_the_start() -> None:
+    """The rest of it is excluded from pooling."""
     tokenization = tokenization_of(wordpiece(), excludes_prompt=True)
     prompt = "query: passage: "
     whole = tokenization.encode(["a"], prompt=prompt, truncate="START")
@@ -120,8 +85,8 @@ def test_a_prompt_that_was_cut_at_the_start_is_shorter() -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_an_empty_text_gives_tokens(name: str) -> None:
-    """Special tokens alone, or one padding token where the tokenizer adds none: never an empty row."""
+def test_an_empty_text_has_tokens(name: str) -> None:
+    """The special tokens or, if the tokenizer adds none, one padding token."""
     tokenizer = TOKENIZERS[name]()
     encoded = tokenization_of(tokenizer).encode(["", "hello"], truncate="END")
     assert encoded.ids[0] == (tokenizer("")["input_ids"] or [tokenizer.pad_token_id])
@@ -129,12 +94,12 @@ def test_an_empty_text_gives_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_lone_surrogate_is_read_as_the_replacement_character(name: str) -> None:
-    """JSON can carry half a surrogate pair; it is not an error, and its neighbours are not touched."""
+def test_a_lone_surrogate_is_replaced(name: str) -> None:
+    """JSON can contain half a surrogate pair. The other texts of the batch are not affected."""
     tokenization = tokenization_of(TOKENIZERS[name]())
-    odd = tokenization.encode(["fine", "a\ud800b", "\ud83d\ude00"], prompt="\udc00", truncate="END")
-    sane = tokenization.encode(["\ufffdfine", "\ufffda\ufffdb", "\ufffd😀"], truncate="END")
-    assert odd.ids == sane.ids
+    encoded = tokenization.encode(["fine", "a\ud800b", "\ud83d\ude00"], prompt="\udc00", truncate="END")
+    expected = tokenization.encode(["\ufffdfine", "\ufffda\ufffdb", "\ufffd😀"], truncate="END")
+    assert encoded.ids == expected.ids
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -144,8 +109,10 @@ def test_a_lone_surrogate_is_read_as_the_replacement_character(name: str) -> Non
     truncate=st.sampled_from(["END", "START"]),
     max_tokens=st.none() | st.integers(1, 60),
 )
-def test_no_text_breaks_it(name: str, texts: list[str], truncate: Truncate, max_tokens: int | None) -> None:
-    """Any string Python can hold becomes between one and the allowed number of known ids."""
+def test_any_text_can_be_tokenized(
+    name: str, texts: list[str], truncate: Truncate, max_tokens: int | None
+) -> None:
+    """It has at least one token, at most the allowed number, and only ids of the tokenizer."""
     tokenizer = TOKENIZERS[name]()
     encoded = tokenization_of(tokenizer).encode(texts, truncate=truncate, max_tokens=max_tokens)
     assert len(encoded.ids) == len(encoded.prompt_lengths) == len(texts)
@@ -155,7 +122,7 @@ def test_no_text_breaks_it(name: str, texts: list[str], truncate: Truncate, max_
 
 
 def test_threads_share_a_tokenizer() -> None:
-    """Calls with different limits and sides, at the same time, do not disturb each other."""
+    """Concurrent calls with different limits and sides do not affect each other."""
     tokenization = tokenization_of(wordpiece())
     calls: list[tuple[Truncate, int]] = [("END", 5), ("START", 7), ("END", LENGTH), ("START", LENGTH)] * 40
 
@@ -170,26 +137,25 @@ def test_threads_share_a_tokenizer() -> None:
 # --- token ids ------------------------------------------------------------------------------------------
 
 
-def test_token_ids_are_taken_as_they_are() -> None:
-    """No special tokens are added, and cutting keeps none."""
+def test_token_ids_are_not_changed() -> None:
+    """No special tokens are added, or kept when truncating."""
     tokenization = tokenization_of(wordpiece())
     rows = [[7], [9, 8, 7, 6]]
     assert tokenization.encode_token_ids(rows, truncate="END").ids == rows
     assert tokenization.encode_token_ids(rows, truncate="END", max_tokens=2).ids == [[7], [9, 8]]
-    cut = tokenization.encode_token_ids(rows, truncate="START", max_tokens=2)
-    assert (cut.ids, cut.truncated, cut.prompt_lengths) == ([[7], [7, 6]], 1, [0, 0])
+    truncated = tokenization.encode_token_ids(rows, truncate="START", max_tokens=2)
+    assert (truncated.ids, truncated.truncated, truncated.prompt_lengths) == ([[7], [7, 6]], 1, [0, 0])
     assert rows == [[7], [9, 8, 7, 6]]
 
 
-def test_token_ids_over_the_limit_are_an_error_where_they_may_not_be_cut() -> None:
-    """The same error as for a text."""
+def test_too_many_token_ids_are_an_error_with_truncate_none() -> None:
     with pytest.raises(InputTooLongError, match=r"input\[1\]"):
         tokenization_of(wordpiece()).encode_token_ids([[7], [7] * (LENGTH + 1)], truncate="NONE")
 
 
-@pytest.mark.parametrize(("bad", "says"), [([5, 10_000], "10000"), ([-1], "-1"), ([], "empty")])
-def test_token_ids_the_model_does_not_have_are_an_error(bad: list[int], says: str) -> None:
-    """The message names the input, the id and the range."""
-    with pytest.raises(TokenInputError, match=rf"input\[1\].*{says}") as caught:
+@pytest.mark.parametrize(("bad", "value"), [([5, 10_000], "10000"), ([-1], "-1"), ([], "empty")])
+def test_invalid_token_ids_are_an_error(bad: list[int], value: str) -> None:
+    """The message names the input and the id."""
+    with pytest.raises(TokenInputError, match=rf"input\[1\].*{value}") as caught:
         tokenization_of(wordpiece()).encode_token_ids([[5], bad], truncate="END")
     assert (caught.value.code, caught.value.param) == ("invalid_value", "input")

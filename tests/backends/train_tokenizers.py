@@ -1,7 +1,6 @@
-"""Trains the vocabularies of `tests.backends.small_tokenizers`, each time a little different.
+"""Trains the vocabularies of `tests.backends.small_tokenizers`: `uv run python -m tests.backends.train_tokenizers`.
 
-`uv run python -m tests.backends.train_tokenizers` writes them anew. The tests' bounds for random weights hold for
-those that are committed.
+Training is not deterministic, and the bounds in the tests apply to the vocabularies that are committed.
 """
 
 from __future__ import annotations

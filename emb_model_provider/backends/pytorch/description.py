@@ -1,4 +1,4 @@
-"""What serving needs to know of a pipeline: its tokenizer as transformers really uses it, and its limits."""
+"""Describes a loaded pipeline: its tokenizer as transformers uses it, and its limits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
 
 _NO_LIMIT = 10**9
-"""transformers gives 1e30 for "this tokenizer states no maximum length"."""
+"""transformers uses 1e30 for tokenizers without a maximum length."""
 _FALLBACK_MAX_LENGTH = 512
-"""For a model that states no limit anywhere (relative positions, such as T5's): what those are trained on."""
+"""For models without any limit (those with relative positions, such as T5), which are trained on this length."""
 _STATIC_MAX_LENGTH = 1_000_000
-"""Static embeddings have no positions, and cost is linear: the limit only bounds memory."""
+"""Static embeddings have no positions, and their cost is linear, so the limit only bounds memory."""
 
 
 def describe(
@@ -37,9 +37,19 @@ def describe(
     device: str,
     backend: Literal["torch", "openvino"],
 ) -> ModelDescription:
-    """Describe a loaded pipeline; `dimension` and `normalize` are those of what `backend` returns.
+    """Describe a loaded pipeline.
 
-    Raises: UnsupportedModelError where the tokenizer cannot be run outside transformers.
+    Args:
+        pipeline: The pipeline.
+        plan: The plan that it was loaded from.
+        dimension: Size of the vectors that the backend returns.
+        normalize: Whether the vectors are to be normalized after the backend.
+        precision: The precision in use.
+        device: The device in use.
+        backend: The backend in use.
+
+    Raises:
+        UnsupportedModelError: The tokenizer cannot be used outside transformers.
     """
     first: Any = pipeline[0]
     notes = list(plan.notes)
@@ -59,17 +69,17 @@ def describe(
         max_length = _max_length(pipeline, tokenizer, plan, notes)
         if tokenizer.truncation_side == "left":
             notes.append(
-                "the model's tokenizer cuts long inputs at their start, which is truncate=START here"
+                "the tokenizer of the model truncates long inputs at their start, which is truncate=START here"
             )
         if getattr(tokenizer, "chat_template", None):
             notes.append(
-                "the tokenizer has a chat template: it is not used, inputs are embedded as plain text"
+                "the tokenizer has a chat template, which is not used: inputs are embedded as plain text"
             )
         highest = max(tokenizer.get_vocab().values(), default=0)
         if highest >= vocab_size:
             notes.append(
-                f"the tokenizer can give ids up to {highest}, but the model has {vocab_size} rows: an input with "
-                "such a token is answered with an error"
+                f"the tokenizer has ids up to {highest}, but the model has only {vocab_size}: an input with a higher id "
+                "is answered with an error"
             )
     return ModelDescription(
         dimension=dimension,
@@ -107,7 +117,7 @@ def _fast_tokenizer(pipeline: SentenceTransformer, plan: PipelinePlan) -> PreTra
     tokenizer = getattr(pipeline[0], "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModelError(
-            f"{plan.directory.name} has a tokenizer of its own ({type(tokenizer).__name__}) without a fast form "
+            f"{plan.directory.name} has its own tokenizer ({type(tokenizer).__name__}) without a fast version "
             "(tokenizer.json), which is not supported."
         )
     if getattr(tokenizer, "split_special_tokens", False):
@@ -117,14 +127,14 @@ def _fast_tokenizer(pipeline: SentenceTransformer, plan: PipelinePlan) -> PreTra
     probe = tokenizer("a", return_token_type_ids=True)
     if any(probe["token_type_ids"]):
         raise UnsupportedModelError(
-            f"{plan.directory.name} marks tokens of a single text with different types (token_type_ids), which "
+            f"{plan.directory.name} gives the tokens of a single text different types (token_type_ids), which "
             "is not supported."
         )
     return tokenizer
 
 
 def _portable(tokenizer_json: str) -> str:
-    """Drop truncation and padding, which are decided per request and per batch."""
+    """Remove truncation and padding, which depend on the request and on the batch."""
     return json.dumps({**json.loads(tokenizer_json), "truncation": None, "padding": None}, ensure_ascii=False)
 
 
@@ -144,7 +154,7 @@ def _embedding_rows(pipeline: SentenceTransformer, tokens: int) -> int:
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast, pipeline: SentenceTransformer, vocab_size: int) -> int:
-    # Where nothing names one, any id will do: the attention mask hides it.
+    # If there is none, any id can be used, because the attention mask hides it.
     for candidate in (
         tokenizer.pad_token_id,
         getattr(pipeline.config, "pad_token_id", None),
@@ -161,44 +171,44 @@ def _max_length(
     plan: PipelinePlan,
     notes: list[str],
 ) -> int:
-    """Return the longest input in tokens: the operator's or the tokenizer's, within the model's positions."""
+    """Return the longest input in tokens: that of the settings or the tokenizer, within the positions of the model."""
     settings = getattr(pipeline[0], "processing_kwargs", None) or {}
-    told = settings.get("text", {}).get("max_length") or tokenizer.model_max_length
-    declared = int(told) if told is not None and 0 < told < _NO_LIMIT else None
+    length = settings.get("text", {}).get("max_length") or tokenizer.model_max_length
+    declared = int(length) if length is not None and 0 < length < _NO_LIMIT else None
     positions = _positions(pipeline)
     if plan.layout == "modelscope":
-        # ModelScope's rule reads the model's configuration, never the tokenizer's.
+        # Like ModelScope, which reads the configuration of the model and not that of the tokenizer.
         declared = None
     wanted = plan.max_length or declared
     if wanted is None:
         if positions is None:
             notes.append(
-                f"neither the tokenizer nor the model states a maximum length: {_FALLBACK_MAX_LENGTH} tokens are "
-                'read. Set the key "max_length" of this model in EMB_PROVIDER_MODEL_MAPPING to change that'
+                f"neither the tokenizer nor the model declares a maximum length: {_FALLBACK_MAX_LENGTH} tokens are "
+                'used. Set the key "max_length" of this model in EMB_PROVIDER_MODEL_MAPPING to change this'
             )
         return positions or _FALLBACK_MAX_LENGTH
     if positions is not None and wanted > positions:
         if wanted != MODELSCOPE_MAX_LENGTH or plan.layout != "modelscope":
             notes.append(
-                f"max length {wanted} is more than the model's {positions} positions: {positions} is used"
+                f"max length {wanted} exceeds the model's {positions} positions: {positions} is used"
             )
         return positions
     return wanted
 
 
 def _positions(pipeline: SentenceTransformer) -> int | None:
-    """Return how many tokens the model has positions for; None where it sets no limit."""
+    """Return the number of positions of the model, or None if it has no limit."""
     model = pipeline.transformers_model
     if model is None:
         return None
     limits = []
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(stated, int) and stated > 0:
-        limits.append(stated)
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(declared, int) and declared > 0:
+        limits.append(declared)
     for module in model.modules():
         table = getattr(module, "position_embeddings", None)
         padding = getattr(module, "padding_idx", None)
         if isinstance(table, torch.nn.Embedding) and isinstance(padding, int):
-            # The RoBERTa family counts positions from padding_idx + 1, so the first rows are never used.
+            # The RoBERTa family counts positions from padding_idx + 1, so the first rows are not used.
             limits.append(table.num_embeddings - padding - 1)
     return min(limits, default=None)

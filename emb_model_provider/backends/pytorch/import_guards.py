@@ -1,4 +1,4 @@
-"""Importing packages that speak to their developers while they are imported, or fetch code."""
+"""Guards around the import of packages that log, warn, or download code while they are imported."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import inside this what brings torchao (transformers does, where it is installed) or bitsandbytes.
+    """Silence the import of torchao (which transformers imports, if it is installed) and bitsandbytes.
 
-    Their deprecation warnings are not the operator's. And on some CPUs bitsandbytes, where it finds the package
-    `kernels`, takes code from a Hugging Face repository while it is imported: code that nobody checked, and that a
-    service told to stay offline must not ask for.
+    Their deprecation warnings do not concern the operator. And on some CPUs, bitsandbytes downloads code from a
+    Hugging Face repository when it is imported and the package `kernels` is installed. That code is not verified, and
+    must not be downloaded by an offline service, so `kernels` is hidden.
     """
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         levels = {name: logging.getLogger(name).level for name in _LOGGERS}
         hidden = "kernels" not in sys.modules
         if hidden:
-            sys.modules["kernels"] = None  # type: ignore[assignment]  # Python's way to say: not to be imported
+            sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:

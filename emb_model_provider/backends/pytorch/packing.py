@@ -1,11 +1,11 @@
-"""Batches without padding: all inputs end to end in one row, each attending to itself alone.
+"""Packing: batches whose inputs are concatenated in one row instead of padded. Each input attends to itself only.
 
-PyTorch's fastest attention kernels take no padding mask. Packed, every token that is computed is one that was
-asked for, and the kernel is told where each input starts. sentence-transformers' Pooling reads such rows already.
+PyTorch's fastest attention kernels support no padding mask. In a packed batch no padding is computed, and the kernel
+gets the start of each input. Pooling of sentence-transformers supports such rows.
 
-Only families that are known to work are packed, and only where packed and padded vectors agree on this model and
-this device: everything else is padded. A packed batch holds no more tokens than the padded one that the batcher
-reckoned with, and attention's memory grows with their number, not with its square.
+Only families that are known to work are packed, and only if packed and padded vectors agree for this model on this
+device. Everything else is padded. A packed batch has no more tokens than the padded one that the batcher planned, and
+the memory for attention grows linearly with them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ FAMILIES = frozenset(
         "xlm-roberta",
     }
 )
-"""`model_type` of the families whose forward takes position ids and hands its keyword arguments to attention. Not
-here, and padded: those with a bias by relative position (MPNet, DeBERTa, T5), which the kernels do not take."""
+"""`model_type` of families whose `forward` accepts position ids and passes keyword arguments to attention. Families with
+relative position biases (MPNet, DeBERTa, T5) are padded, because the kernels do not support these."""
 
 PROBES = (
     "a",
@@ -51,18 +51,18 @@ PROBES = (
     "The quick brown fox jumps over the lazy dog. " * 6,
     "Embedding models turn text into vectors that can be compared. " * 40,
 )
-"""Texts of one to several hundred tokens that a model is tried on."""
+"""Texts of one to several hundred tokens, for comparing packed with padded vectors."""
 
 _ATTENTION = "emb_model_provider_varlen"
 _NAMES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _TOLERANCE = 1e-4
 _NOISE_FACTOR = 3.0
-_MOST = 0.01
-_LARGEST_HEAD = 256
+_MAX_TOLERANCE = 0.01
+_MAX_HEAD_WIDTH = 256
 
 
 class Kernel(Protocol):
-    """Attention of inputs that stand end to end."""
+    """Computes attention over concatenated inputs."""
 
     def __call__(
         self,
@@ -75,11 +75,19 @@ class Kernel(Protocol):
         scale: float,
         window: tuple[int, int],
     ) -> torch.Tensor:
-        """Return shape (tokens, heads, width of a head).
+        """Compute attention.
 
-        `query` has that shape too; `key` and `value` may have fewer heads, each shared by a group of the query's.
-        `starts` is int32 of shape (inputs + 1): where each input starts, and where the last one ends. `window` is
-        how many tokens to the left and right a token sees, -1 for all.
+        Args:
+            query: Shape (tokens, heads, head width).
+            key: Like `query`, possibly with fewer heads, each shared by a group of the query's heads.
+            value: Like `key`.
+            starts: int32 of shape (inputs + 1): the start of each input, and the end of the last one.
+            longest: Number of tokens of the longest input.
+            scale: Factor of the products of queries and keys.
+            window: Number of tokens to the left and right that a token attends to; -1 for all.
+
+        Returns:
+            Shape (tokens, heads, head width).
         """
         ...
 
@@ -94,11 +102,11 @@ def varlen_kernel(
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """PyTorch's variable-length attention (cuDNN or flash, whichever it prefers on this device); see `Kernel`."""
+    """Compute attention with PyTorch's kernels for variable lengths (cuDNN or flash attention); see `Kernel`."""
     from torch.nn.attention.varlen import varlen_attn
 
     width = query.shape[-1]
-    # The kernels take heads in steps of 8. Zeros change no product, and what they add to the result is cut off.
+    # The head width must be a multiple of 8. Zeros change no product, and the padding of the result is removed.
     if missing := -width % 8:
         query, key, value = (torch.nn.functional.pad(x, (0, missing)) for x in (query, key, value))
     out: Any = varlen_attn(
@@ -110,19 +118,19 @@ def varlen_kernel(
 
 
 def varlen_available(device: torch.device) -> bool:
-    """Whether this PyTorch and this device have the kernels that `varlen_kernel` calls."""
+    """Return whether this PyTorch version and this device support `varlen_kernel`."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    # Before these came, causal masks were asked for in another way.
+    # Versions without these parameters have another one for causal masks.
     return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
 
 
 def packable(pipeline: SentenceTransformer) -> bool:
-    """Whether every module of a pipeline can take packed rows: a known family, one Pooling, then whole vectors."""
+    """Return whether all modules of a pipeline support packed rows: a known family, Pooling, then Dense and Normalize."""
     if len(pipeline) < 2 or not isinstance(pipeline[0], Transformer) or not isinstance(pipeline[1], Pooling):
         return False
     first: Any = pipeline[0]
@@ -137,35 +145,40 @@ def packable(pipeline: SentenceTransformer) -> bool:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         config.model_type in FAMILIES
-        # Repositories may bring a class of their own under a family's name.
+        # A repository can have its own class with the name of a family.
         and type(model).__module__.startswith("transformers.models.")
-        and width <= _LARGEST_HEAD
+        and width <= _MAX_HEAD_WIDTH
         and not getattr(config, "is_decoder", False)
     )
 
 
 class Packing:
-    """Makes packed rows for one pipeline, whose attention it replaces."""
+    """Makes packed rows for one pipeline, and replaces its attention."""
 
     def __init__(self, pipeline: SentenceTransformer, *, kernel: Kernel = varlen_kernel) -> None:
-        """Take over the attention of a `packable` pipeline: from now on it reads packed rows only."""
+        """Replace the attention of a `packable` pipeline, which then accepts packed rows only."""
         first: Any = pipeline[0]
         self._padding_idx = _padding_idx(first.model)
-        self._before = str(first.model.config._attn_implementation)
+        self._original_attention = str(first.model.config._attn_implementation)
         name = _ATTENTION if kernel is varlen_kernel else f"{_ATTENTION}_{id(kernel)}"
-        AttentionInterface.register(name, _interface(kernel))
-        # transformers makes no masks for a name that it has no mask function for: exactly what is wanted.
+        AttentionInterface.register(name, _attention_function(kernel))
+        # transformers makes no masks for a name without a mask function, and none are needed.
         first.model.set_attn_implementation(name)
 
     def undo(self, pipeline: SentenceTransformer) -> None:
-        """Give the pipeline, or a copy of it, its own attention back, for padded rows."""
+        """Restore the original attention of the pipeline, or of a copy of it, for padded rows."""
         first: Any = pipeline[0]
-        first.model.set_attn_implementation(self._before)
+        first.model.set_attn_implementation(self._original_attention)
 
     def features(self, ids: Sequence[Sequence[int]], tokens: torch.Tensor) -> dict[str, Any]:
-        """Return what the pipeline reads for inputs `ids`, of which `tokens` is the concatenation on the device.
+        """Return the features that the pipeline reads.
 
-        `input_ids` and `position_ids` are int64 of shape (1, tokens); `seq_idx` says for each token whose it is.
+        Args:
+            ids: The token ids of each input.
+            tokens: The same ids, concatenated, on the device of the pipeline.
+
+        Returns:
+            Among others, `input_ids`, `position_ids` and `seq_idx` (the input of each token), of shape (1, tokens).
         """
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         starts = np.zeros(len(ids) + 1, dtype=np.int32)
@@ -183,7 +196,7 @@ class Packing:
     def _positions(self, ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         if self._padding_idx is None:
             return np.concatenate([np.arange(len(row), dtype=np.int64) for row in ids])
-        # The RoBERTa family counts from padding_idx + 1, and does not count a padding token even within a text.
+        # The RoBERTa family counts from padding_idx + 1, and does not count padding tokens, not even within a text.
         rows = [np.asarray(row) != self._padding_idx for row in ids]
         counted = [np.cumsum(real) * real + self._padding_idx for real in rows]
         return np.concatenate(counted).astype(np.int64)
@@ -192,41 +205,45 @@ class Packing:
 def disagreement(
     packed: NDArray[np.float32], padded: NDArray[np.float32], alone: NDArray[np.float32]
 ) -> str | None:
-    """Return why packed vectors are not to be used, or None where they are as good as padded ones.
+    """Return how packed vectors differ from padded ones, or None if the difference is acceptable.
 
-    Each of shape (inputs, dimension): packed together, padded together, and one by one without padding. Half
-    precision gives slightly different vectors for every shape of batch, so what padding itself changes is the
-    measure of what packing may.
+    At half precision vectors depend slightly on the shape of the batch, so the tolerance for packing is derived from
+    the difference that padding makes.
+
+    Args:
+        packed: Vectors of a packed batch, of shape (inputs, dimension).
+        padded: Vectors of the same batch, padded.
+        alone: Vectors of the same inputs, one by one, without padding.
     """
     noise = 1 - _lowest_cosine(padded, alone)
-    allowed = min(max(_TOLERANCE, _NOISE_FACTOR * noise), _MOST)
-    # Packed must be near both: near one alone could be luck.
-    found = 1 - min(_lowest_cosine(packed, padded), _lowest_cosine(packed, alone))
-    if found <= allowed:
+    allowed = min(max(_TOLERANCE, _NOISE_FACTOR * noise), _MAX_TOLERANCE)
+    # Both are compared, because an agreement with one of them can be a coincidence.
+    difference = 1 - min(_lowest_cosine(packed, padded), _lowest_cosine(packed, alone))
+    if difference <= allowed:
         return None
-    return f"cosine {1 - found:.6f} where {1 - allowed:.6f} is needed"
+    return f"cosine {1 - difference:.6f}, and {1 - allowed:.6f} is required"
 
 
 def _lowest_cosine(left: NDArray[np.float32], right: NDArray[np.float32]) -> float:
     a, b = left.astype(np.float64), right.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosines = (a * b).sum(axis=1) / np.maximum(lengths, 1e-30)
-    # A vector that is not finite agrees with none.
+    # A vector that is not finite differs from all others.
     return float(np.nan_to_num(cosines, nan=-1.0).min())
 
 
 def _padding_idx(model: torch.nn.Module) -> int | None:
-    """Return the padding id from which a model of the RoBERTa family counts positions; None for all others."""
+    """Return the padding id from which the RoBERTa family counts positions, or None for other models."""
     for module in model.modules():
-        found = getattr(module, "padding_idx", None)
-        if isinstance(found, int) and isinstance(
+        padding_idx = getattr(module, "padding_idx", None)
+        if isinstance(padding_idx, int) and isinstance(
             getattr(module, "position_embeddings", None), torch.nn.Embedding
         ):
-            return found
+            return padding_idx
     return None
 
 
-def _interface(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
+def _attention_function(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
     def attention(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -242,11 +259,13 @@ def _interface(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, None]]:
         max_length_q: int | None = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
-        """Transformers' attention function: (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
+        """Map (1, heads, tokens, width) to (1, tokens, heads, width), as transformers requires."""
         if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None or softcap is not None:
-            raise ValueError("packed attention needs packed rows, and takes neither a mask nor a soft cap")
+            raise ValueError(
+                "packed attention requires packed rows, and supports neither a mask nor a soft cap"
+            )
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
-        # transformers counts the token itself as part of its window.
+        # The window of transformers includes the token itself.
         reach = -1 if sliding_window is None else sliding_window - 1
         attended = kernel(
             query.squeeze(0).transpose(0, 1),

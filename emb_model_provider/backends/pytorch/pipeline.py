@@ -1,6 +1,6 @@
-"""Building a plan's pipeline with sentence-transformers: the torch backend's model, and the fp32 reference.
+"""Loads the pipeline of a plan with sentence-transformers, for the torch backend and for the compiler.
 
-Reads local files only. Weights come from safetensors or, through PyTorch's weights-only loader, from `.bin`.
+It reads local files only. Weights are read from safetensors or, with PyTorch's weights-only loader, from `.bin` files.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ DTYPES: dict[ComputePrecision, torch.dtype] = {
 }
 
 _LOADING = threading.Lock()
-"""transformers sets PyTorch's default dtype, which is the whole process's, while it builds a model. Two loads at a
-time could each restore what the other had set, and leave every later tensor in bf16."""
+"""Held while a model is loaded, because transformers changes the default dtype of the process. Of two loads at the same
+time, one could restore the dtype that the other one had set, so that all later tensors would be bf16."""
 
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 _TEXT_SETTINGS_WITHOUT_EFFECT = {"padding", "truncation", "max_length"}
-"""Keys of a Transformer's `processing_kwargs` that are honoured elsewhere, or that batching decides."""
+"""Keys of a Transformer's `processing_kwargs` that are handled elsewhere, or that depend on the batch."""
 
 
 def torch_device_facts() -> DeviceFacts:
-    """Return what PyTorch sees on this machine."""
+    """Return the accelerators that PyTorch can use on this machine."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return DeviceFacts(
         cuda_capabilities=tuple(torch.cuda.get_device_capability(index) for index in range(count)),
@@ -79,16 +79,23 @@ def load_sentence_transformer(
 def load_pipeline(
     plan: PipelinePlan, *, precision: ComputePrecision, device: str, trust_remote_code: bool
 ) -> SentenceTransformer:
-    """Load a plan's modules onto `device` in the dtype of `precision` (fp32, fp16 or bf16).
+    """Load the pipeline of a plan. One load runs at a time in a process.
 
-    One load runs at a time in a process. The pipeline is in evaluation mode and ends in Normalize exactly where the plan (or `modules.json`) says
-    that vectors have length 1. Its `truncate_dim` is the plan's; like sentence-transformers' `encode`, the
-    caller applies it after the last module.
+    Args:
+        plan: The plan.
+        precision: fp32, fp16 or bf16.
+        device: A device that `resolve_device` returned.
+        trust_remote_code: Whether code from the repository may run.
 
-    Raises: UnsupportedModelError where the model needs what is not supported, LoadError where its files do
-    not make a model.
+    Returns:
+        The pipeline in evaluation mode. It ends in Normalize if the plan or `modules.json` says so. Like `encode` of
+        sentence-transformers, the caller applies its `truncate_dim` after the last module.
+
+    Raises:
+        UnsupportedModelError: The model requires something that is not supported.
+        LoadError: The files do not contain a model.
     """
-    # The dtype is always said: a repository's own default may be fp16, which is slow or wrong on a CPU.
+    # The dtype is always specified, because the default of a repository may be fp16, which is slow or wrong on a CPU.
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
     try:
         with _LOADING, _quiet_progress():
@@ -105,7 +112,7 @@ def load_pipeline(
     except LoadError:
         raise
     except Exception as error:
-        raise explained(error, plan) from error
+        raise explain_error(error, plan) from error
     _check(pipeline, plan)
     _apply_overrides(pipeline, plan)
     pipeline.truncate_dim = plan.truncate_dim
@@ -114,158 +121,24 @@ def load_pipeline(
     return pipeline.eval()
 
 
-class _CheckedTransformer(Transformer):
-    """A Transformer that remembers which of its weights the files did not hold.
-
-    transformers fills such weights with random numbers and only logs it: the vectors would be noise.
-    """
-
-    missing_weights: frozenset[str] = frozenset()
-
-    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
-        # With output_loading_info, from_pretrained returns a pair that the base class hands through.
-        loaded: Any = super()._load_model(*args, **kwargs, output_loading_info=True)
-        model, info = loaded
-        self.missing_weights = frozenset(info["missing_keys"])
-        return model
-
-
-class _CheckedSentenceTransformer(SentenceTransformer):
-    def _load_module_class_from_ref(self, *args: Any, **kwargs: Any) -> type:
-        found = super()._load_module_class_from_ref(*args, **kwargs)
-        return _CheckedTransformer if found is Transformer else found
-
-
-def _build(
-    plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool
-) -> SentenceTransformer:
-    """Build Transformer, Pooling and perhaps Normalize for a directory without `modules.json`."""
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    # Plain text is pinned: where the tokenizer has a chat template, sentence-transformers would otherwise
-    # render every input as a chat message.
-    transformer = _CheckedTransformer(
-        str(plan.directory),
-        model_kwargs={**local, **options},
-        processor_kwargs=dict(local),
-        config_kwargs=dict(local),
-        modality_config=_TEXT_ONLY,
-        module_output_name="token_embeddings",
-    )
-    pooling = plan.pooling or _guessed_pooling(transformer)
-    modules: list[torch.nn.Module] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
-    if plan.normalize:
-        modules.append(Normalize())
-    return SentenceTransformer(modules=modules, device=device, local_files_only=True)
-
-
-def _guessed_pooling(transformer: Transformer) -> Any:
-    """Return the pooling mode that sentence-transformers picks for a model that declares none."""
-    architectures = getattr(transformer.config, "architectures", None) or [""]
-    causal = architectures[0].endswith("ForCausalLM") and getattr(transformer.config, "is_causal", True)
-    return "lasttoken" if causal else "mean"
-
-
-def _apply_overrides(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
-    """Put the plan's pooling and normalization over those of `modules.json`."""
-    if plan.layout == "sentence-transformers" and plan.pooling is not None:
-        _replace_pooling(pipeline, plan)
-    if plan.normalize is not None:
-        strip_final_normalize(pipeline)
-        if plan.normalize:
-            # By a name of its own: append would count, and modules.json may have used that number already.
-            pipeline.add_module("final_normalize", Normalize())
-
-
-def _replace_pooling(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
-    places = [place for place, module in enumerate(pipeline) if isinstance(module, Pooling)]
-    if len(places) != 1:
-        raise UnsupportedModelError(
-            f"{plan.directory.name}: pooling={plan.pooling} cannot be applied, since the model's modules.json has "
-            f'{len(places)} Pooling modules. Leave the key "pooling" out of EMB_PROVIDER_MODEL_MAPPING.'
-        )
-    old: Any = pipeline[places[0]]
-    new = Pooling(old.embedding_dimension, plan.pooling or "mean", include_prompt=old.include_prompt)
-    if new.pooling_output_dimension != old.pooling_output_dimension and places[0] + 1 < len(pipeline):
-        following = {type(module).__name__ for module in list(pipeline)[places[0] + 1 :]} - {"Normalize"}
-        if following:
-            raise UnsupportedModelError(
-                f"{plan.directory.name}: pooling={plan.pooling} gives {new.pooling_output_dimension} values where "
-                f'{", ".join(sorted(following))} reads {old.pooling_output_dimension}. Leave the key "pooling" '
-                "out of EMB_PROVIDER_MODEL_MAPPING."
-            )
-    pipeline[places[0]] = new
-
-
 def strip_final_normalize(pipeline: SentenceTransformer) -> bool:
-    """Remove Normalize from the end of a pipeline, in place; return whether one stood there.
+    """Remove Normalize modules from the end of a pipeline, in place.
 
-    A Normalize before another module (such as Dense) is part of the model, and stays.
+    A Normalize before another module, such as Dense, is part of the model and is kept.
+
+    Returns:
+        Whether there was one.
     """
-    found = False
+    removed = False
     while len(pipeline) > 1 and _normalizes_embedding(pipeline[len(pipeline) - 1]):
         del pipeline[len(pipeline) - 1]
-        found = True
-    return found
+        removed = True
+    return removed
 
 
-def _normalizes_embedding(module: torch.nn.Module) -> bool:
-    if not isinstance(module, Normalize):
-        return False
-    return module.module_input_name == module.module_output_name == "sentence_embedding"
-
-
-def _check(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
-    """Refuse a pipeline whose vectors would be noise, or whose inputs cannot be made from text alone."""
-    name = plan.directory.name
-    first: Any = pipeline[0]
-    if isinstance(first, Router):
-        raise UnsupportedModelError(
-            f"{name} sends queries and documents through different modules (Router), which is not supported."
-        )
-    modalities = getattr(first, "modality_config", {"text": {}})
-    if "message" in modalities:
-        # sentence-transformers renders every text through the template as soon as `message` is declared, even
-        # where `text` is declared too: plain text would give other vectors than the model's own.
-        raise UnsupportedModelError(
-            f"{name} renders its inputs through a chat template (its modules declare the modality 'message'), "
-            "which is not supported. Choose a model that embeds plain text."
-        )
-    if "text" not in modalities:
-        raise UnsupportedModelError(
-            f"{name} does not embed text (it reads: {', '.join(map(str, modalities))})."
-        )
-    settings = getattr(first, "processing_kwargs", None) or {}
-    unknown = {
-        **settings.get("text", {}),
-        **settings.get("common", {}),
-    }.keys() - _TEXT_SETTINGS_WITHOUT_EFFECT
-    if unknown:
-        raise UnsupportedModelError(
-            f"{name} changes how text is tokenized ({', '.join(sorted(unknown))} in its processing_kwargs), "
-            "which is not supported."
-        )
-    for module in pipeline.modules():
-        if isinstance(module, _CheckedTransformer):
-            _refuse_missing_weights(module, name)
-
-
-def _refuse_missing_weights(transformer: _CheckedTransformer, name: str) -> None:
-    outputs = {str(params["method_output_name"]) for params in transformer.modality_config.values()}
-    missing = sorted(
-        key
-        for key in transformer.missing_weights
-        # BERT's pooler stands beside the token vectors: checkpoints often leave it out, and nothing reads it.
-        if "pooler_output" in outputs or "pooler" not in key.split(".")
-    )
-    if missing:
-        raise LoadError(
-            f"{name}: the weight files lack {len(missing)} of the model's weights (such as {missing[0]}), so its "
-            "vectors would be noise. The repository may be incomplete, or made for another class of model."
-        )
-
-
-def explained(error: Exception, plan: PipelinePlan) -> LoadError:
-    """Say what to do about an error raised by the libraries while they read a model's files."""
+def explain_error(error: Exception, plan: PipelinePlan) -> LoadError:
+    """Return a LoadError that says what to do about an error of the libraries that load a model."""
+    # All lines, because PyTorch names the weights that do not fit in the later ones.
     name, text = plan.directory.name, " ".join(str(error).split())
     if "trust_remote_code" in text:
         return UnsupportedModelError(
@@ -281,9 +154,147 @@ def explained(error: Exception, plan: PipelinePlan) -> LoadError:
     return LoadError(f"{name} cannot be loaded: {type(error).__name__}: {text[:600]}")
 
 
+class _CheckedTransformer(Transformer):
+    """A Transformer that records which of its weights are missing in the files.
+
+    transformers initializes such weights randomly and only logs it, so that the vectors would be noise.
+    """
+
+    missing_weights: frozenset[str] = frozenset()
+
+    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+        # With output_loading_info, from_pretrained returns a pair, which the base class passes on.
+        result: Any = super()._load_model(*args, **kwargs, output_loading_info=True)
+        model, info = result
+        self.missing_weights = frozenset(info["missing_keys"])
+        return model
+
+
+class _CheckedSentenceTransformer(SentenceTransformer):
+    def _load_module_class_from_ref(self, *args: Any, **kwargs: Any) -> type:
+        module = super()._load_module_class_from_ref(*args, **kwargs)
+        return _CheckedTransformer if module is Transformer else module
+
+
+def _build(
+    plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool
+) -> SentenceTransformer:
+    """Build the pipeline of a directory without `modules.json`."""
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    # Set to plain text, because sentence-transformers would render every input as a chat message if the tokenizer has
+    # a chat template.
+    transformer = _CheckedTransformer(
+        str(plan.directory),
+        model_kwargs={**local, **options},
+        processor_kwargs=dict(local),
+        config_kwargs=dict(local),
+        modality_config=_TEXT_ONLY,
+        module_output_name="token_embeddings",
+    )
+    pooling = plan.pooling or _default_pooling(transformer)
+    modules: list[torch.nn.Module] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
+    if plan.normalize:
+        modules.append(Normalize())
+    return SentenceTransformer(modules=modules, device=device, local_files_only=True)
+
+
+def _default_pooling(transformer: Transformer) -> Any:
+    """Return the pooling that sentence-transformers uses for models that declare none."""
+    architectures = getattr(transformer.config, "architectures", None) or [""]
+    causal = architectures[0].endswith("ForCausalLM") and getattr(transformer.config, "is_causal", True)
+    return "lasttoken" if causal else "mean"
+
+
+def _apply_overrides(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
+    """Replace pooling and normalization of `modules.json` by those of the plan."""
+    if plan.layout == "sentence-transformers" and plan.pooling is not None:
+        _replace_pooling(pipeline, plan)
+    if plan.normalize is not None:
+        strip_final_normalize(pipeline)
+        if plan.normalize:
+            # Not `append`, because it uses a number as name, which modules.json may have used already.
+            pipeline.add_module("final_normalize", Normalize())
+
+
+def _replace_pooling(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
+    indexes = [index for index, module in enumerate(pipeline) if isinstance(module, Pooling)]
+    if len(indexes) != 1:
+        raise UnsupportedModelError(
+            f"{plan.directory.name}: pooling={plan.pooling} cannot be applied, because modules.json has {len(indexes)} Pooling "
+            'modules. Remove the key "pooling" of this model from EMB_PROVIDER_MODEL_MAPPING.'
+        )
+    old: Any = pipeline[indexes[0]]
+    new = Pooling(old.embedding_dimension, plan.pooling or "mean", include_prompt=old.include_prompt)
+    if new.pooling_output_dimension != old.pooling_output_dimension and indexes[0] + 1 < len(pipeline):
+        following = {type(module).__name__ for module in list(pipeline)[indexes[0] + 1 :]} - {"Normalize"}
+        if following:
+            raise UnsupportedModelError(
+                f"{plan.directory.name}: pooling={plan.pooling} returns {new.pooling_output_dimension} values, but "
+                f'{", ".join(sorted(following))} requires {old.pooling_output_dimension}. Remove the key "pooling" '
+                "of this model from EMB_PROVIDER_MODEL_MAPPING."
+            )
+    pipeline[indexes[0]] = new
+
+
+def _normalizes_embedding(module: torch.nn.Module) -> bool:
+    if not isinstance(module, Normalize):
+        return False
+    return module.module_input_name == module.module_output_name == "sentence_embedding"
+
+
+def _check(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
+    """Reject pipelines whose vectors would be noise, or whose inputs are not plain text."""
+    name = plan.directory.name
+    first: Any = pipeline[0]
+    if isinstance(first, Router):
+        raise UnsupportedModelError(
+            f"{name} sends queries and documents through different modules (Router), which is not supported."
+        )
+    modalities = getattr(first, "modality_config", {"text": {}})
+    if "message" in modalities:
+        # sentence-transformers renders every text with the template if `message` is declared, even if `text` is
+        # declared, too. Plain text would have other vectors.
+        raise UnsupportedModelError(
+            f"{name} renders its inputs through a chat template (its modules declare the modality 'message'), "
+            "which is not supported. Choose a model that embeds plain text."
+        )
+    if "text" not in modalities:
+        raise UnsupportedModelError(
+            f"{name} does not embed text (its inputs are: {', '.join(map(str, modalities))})."
+        )
+    settings = getattr(first, "processing_kwargs", None) or {}
+    unknown = {
+        **settings.get("text", {}),
+        **settings.get("common", {}),
+    }.keys() - _TEXT_SETTINGS_WITHOUT_EFFECT
+    if unknown:
+        raise UnsupportedModelError(
+            f"{name} changes how text is tokenized ({', '.join(sorted(unknown))} in its processing_kwargs), "
+            "which is not supported."
+        )
+    for module in pipeline.modules():
+        if isinstance(module, _CheckedTransformer):
+            _reject_missing_weights(module, name)
+
+
+def _reject_missing_weights(transformer: _CheckedTransformer, name: str) -> None:
+    outputs = {str(params["method_output_name"]) for params in transformer.modality_config.values()}
+    missing = sorted(
+        key
+        for key in transformer.missing_weights
+        # Checkpoints often omit the pooler of BERT, because token vectors do not depend on it.
+        if "pooler_output" in outputs or "pooler" not in key.split(".")
+    )
+    if missing:
+        raise LoadError(
+            f"{name}: {len(missing)} weights (such as {missing[0]}) are missing in the weight files, so its "
+            "vectors would be noise. The repository may be incomplete, or may contain another type of model."
+        )
+
+
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """Keep transformers' progress bars out of the service's log."""
+    """Disable the progress bars of transformers, which would be written to the log of the service."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     try:

@@ -1,0 +1,51 @@
+"""A fake compiler process: it imports no torch, and ends at once.
+
+FAKE_COMPILER in the environment is a JSON object: `copy`, an artifact whose files become the result; `log`, a file that
+gets one line per start; `wait_for`, a file to wait for before the result; `outcome`, an outcome to report instead of
+`done`; `die`, the number of a signal to end by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from emb_model_provider.artifacts.compile_job import CompileJob, CompileResult, CompileStep
+from emb_model_provider.artifacts.manifest import FILES, read_artifact, write_manifest
+from emb_model_provider.compiler.__main__ import exit_with_parent
+
+
+def send(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    options = json.loads(os.environ["FAKE_COMPILER"])
+    job = CompileJob.from_json(sys.stdin.readline())
+    exit_with_parent(job.parent)
+    with Path(options["log"]).open("a") as log:
+        log.write(f"{os.getpid()}\n")
+    send(CompileStep("pretend").to_json())
+    source = Path(options["copy"])
+    for name in FILES:
+        shutil.copyfile(source / name, job.directory / name)
+    while "wait_for" in options and not Path(options["wait_for"]).exists():
+        time.sleep(0.02)
+    if "die" in options:
+        os.kill(os.getpid(), options["die"])
+    if "outcome" in options:
+        send(CompileResult(options["outcome"], "as the test requests").to_json())
+        return
+    artifact = read_artifact(source)
+    assert artifact is not None
+    write_manifest(job.directory, job.recipe, artifact.description, made_by="the fake compiler")
+    send(CompileResult("done").to_json())
+
+
+if __name__ == "__main__":
+    main()

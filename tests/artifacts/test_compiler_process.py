@@ -1,0 +1,147 @@
+"""Real processes: from the start of a compile to the first vector, and what a killed service leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, wait_for
+from tests.models import bundled_directory
+
+ROOT = Path(__file__).parents[2]
+
+SERVE = """
+import json, logging, sys, time
+from pathlib import Path
+directory, cache = map(Path, sys.argv[1:3])
+logging.basicConfig(level=logging.INFO)
+import psutil
+from emb_model_provider.artifacts.prepare import BackendPreparer
+from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
+files = []
+for path in sorted(directory.rglob("*")):
+    if path.is_file():
+        files.append(SnapshotFile(path.relative_to(directory).as_posix(), path.stat().st_size, hash_file(path).sha256))
+started = time.perf_counter()
+snapshot = Snapshot.of("local", "test/small", "local", directory, files)
+preparer = BackendPreparer(HubSettings(cache_dir=cache), FidelitySettings(), TrustSettings())
+prepared = preparer.prepare(ModelSpec(alias="small", name="test/small", device="cpu"), snapshot)
+backend = prepared.load()
+encoded = Tokenization(backend.description).encode(["hello"], truncate="END")
+vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+print(json.dumps({
+    "backend": backend.description.backend,
+    "dimension": vectors.shape[1],
+    "cosine": backend.description.fidelity and backend.description.fidelity.min_cosine,
+    "modules": sorted(name for name in sys.modules if sys.modules[name] is not None and "." not in name),
+    "notes": prepared.notes,
+    "seconds": time.perf_counter() - started,
+    "memory_mb": psutil.Process().memory_info().rss / 2**20,
+}))
+"""
+HEAVY = {"torch", "transformers", "sentence_transformers", "scipy", "sklearn", "openvino_telemetry"}
+
+
+def serve(directory: Path, cache: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(directory), str(cache)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+def test_two_processes_compile_once_and_import_no_torch(cache: Path) -> None:
+    """Both serve the bundled model from one artifact."""
+    processes = [serve(bundled_directory(), cache) for _ in range(2)]
+    outputs = [process.communicate(timeout=250) for process in processes]
+    for out, _ in outputs:
+        result = json.loads(out)
+        assert (result["backend"], result["dimension"], result["notes"]) == ("openvino", 384, [])
+        assert result["cosine"] >= 0.9999
+        assert not HEAVY & set(result["modules"])
+    assert sum(": compiled in" in err for _, err in outputs) == 1
+    assert sum("waiting for it" in err for _, err in outputs) <= 1
+
+
+@pytest.mark.slow
+def test_a_start_with_an_artifact_is_fast_and_small(cache: Path) -> None:
+    """The first vector comes within 2 s, in 300 MB, and torch is not imported."""
+    result_of(serve(bundled_directory(), cache))
+    fastest = min(
+        (result_of(serve(bundled_directory(), cache)) for _ in range(3)), key=lambda result: result["seconds"]
+    )
+    assert not HEAVY & set(fastest["modules"])
+    assert fastest["seconds"] < 2
+    assert fastest["memory_mb"] < 300
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses prctl and process states of Linux")
+def test_the_compiler_ends_with_a_killed_service(compiled: CompiledModels, tmp_path: Path) -> None:
+    """There is no artifact after SIGKILL in the middle of a compile; the next start makes one."""
+    directory = compiled.directory(FAMILY)
+    process = serve(directory, tmp_path)
+    try:
+        child = wait_for(lambda: psutil.Process(process.pid).children())[0]
+        wait_for(lambda: list((tmp_path / "artifacts").glob(".*.tmp")))
+        time.sleep(0.5)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    assert not [path for path in (tmp_path / "artifacts").iterdir() if path.is_dir() and path.name[0] != "."]
+    result = result_of(serve(directory, tmp_path))
+    assert (result["backend"], result["dimension"]) == ("openvino", 48)
+    assert not HEAVY & set(result["modules"])
+    assert not list((tmp_path / "artifacts").glob(".*.tmp"))
+
+
+def test_steps_are_logged_with_their_duration(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """At DEBUG, because users see progress instead."""
+    with caplog.at_level(logging.DEBUG):
+        harness.prepare()
+    assert "small: compiling: pretend took" in caplog.text
+
+
+def test_the_compiler_does_not_inherit_secrets(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and settings are removed from its environment, because it may run code of a repository."""
+    report = harness.root / "environment"
+    program = f"import json, os; open({str(report)!r}, 'w').write(json.dumps(dict(os.environ)))"
+    monkeypatch.setattr(
+        "emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program)
+    )
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("EMB_PROVIDER_API_KEYS", "secret")
+    prepared = harness.prepare()
+    environment = json.loads(report.read_text())
+    assert "secret" not in environment.values()
+    assert (environment["HF_HUB_OFFLINE"], environment["PATH"]) == ("1", os.environ["PATH"])
+    assert "the compiler process ended with status 0: it printed nothing" in prepared.notes[0]

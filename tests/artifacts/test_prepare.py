@@ -1,0 +1,319 @@
+"""The backend of a model is chosen, compiled once, and checked against the floor of its precision."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from emb_model_provider.artifacts import prepare
+from emb_model_provider.artifacts import recipe as recipes
+from emb_model_provider.backends.hardware import native_bf16
+from emb_model_provider.errors import LoadError, OperationCancelledError
+from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError
+from emb_model_provider.formatting import format_cosine
+from emb_model_provider.progress import CancelToken
+from emb_model_provider.settings import FIDELITY_FLOORS
+from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, wait_for
+
+if TYPE_CHECKING:
+    from emb_model_provider.artifacts.prepare import PreparedBackend
+
+
+# --- compiling once ---------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_used_again(harness: Harness) -> None:
+    """The second start neither starts the compiler nor reports progress."""
+    for _ in range(2):
+        assert harness.describe().backend == "openvino"
+        assert [progress.step for progress in harness.progress] == ["", "pretend"]
+    assert harness.starts == 1
+
+
+def test_a_model_is_compiled_again_if_its_snapshot_changes(harness: Harness, tmp_path: Path) -> None:
+    """A further file makes another artifact."""
+    harness.prepare()
+    harness.directory = Path(shutil.copytree(harness.directory, tmp_path / "changed"))
+    (harness.directory / "changed.txt").write_text("x")
+    harness.prepare()
+    assert harness.starts == 2
+    assert len(harness.artifacts) == 2
+
+
+@pytest.mark.parametrize(
+    "package", ["openvino", "torch", "transformers", "sentence-transformers", "tokenizers"]
+)
+def test_a_model_is_compiled_again_if_a_library_changes(
+    package: str, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgraded library may compute differently, so the artifact must be compared again."""
+    harness.prepare()
+    real = recipes.installed_version
+    monkeypatch.setattr(recipes, "installed_version", lambda name: "99" if name == package else real(name))
+    harness.prepare()
+    assert harness.starts == 2
+
+
+def test_a_model_is_compiled_again_if_the_settings_change_its_pipeline(harness: Harness) -> None:
+    """pooling, normalize, max_length and precision change the artifact; alias, name and dimensions do not."""
+    harness.prepare(precision="fp32")
+    harness.prepare(precision="fp32", alias="other", name="other/model", dimensions=(8,))
+    assert harness.starts == 1
+    for changed in ({"pooling": "cls"}, {"normalize": False}, {"max_length": 20}, {"precision": "fp16"}):
+        harness.prepare(**{"precision": "fp32", **changed})
+    assert harness.starts == 5
+
+
+def test_configured_prompts_are_applied_without_compiling(harness: Harness) -> None:
+    """Prompts are put before the text, and are not part of the graph."""
+    harness.prepare()
+    assert harness.describe(prompts={"query": "q: "}).prompts["query"] == "q: "
+    assert harness.starts == 1
+
+
+def test_two_preparers_compile_once(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """The second one logs that it waits for the first one, and uses the artifact of that."""
+    harness.configure_compiler(wait_for=str(harness.root / "go"))
+    prepared: list[PreparedBackend] = []
+    threads = [threading.Thread(target=lambda: prepared.append(harness.prepare())) for _ in range(2)]
+    with caplog.at_level(logging.INFO):
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: "waiting for it" in caplog.text)
+        (harness.root / "go").touch()
+        for thread in threads:
+            thread.join(60)
+    assert [each.backend for each in prepared] == ["openvino", "openvino"]
+    assert harness.starts == 1
+
+
+def test_a_quantized_artifact_is_used_again(
+    compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of nncf makes another artifact."""
+    harness = Harness(compiled(FAMILY, precision="int8"), tmp_path, monkeypatch)
+    for _ in range(2):
+        description = harness.describe(precision="int8")
+        assert description.precision == "int8"
+        assert any("weights are stored in 8 bits" in note for note in description.notes)
+    assert harness.starts == 1
+    real = recipes.installed_version
+    monkeypatch.setattr(recipes, "installed_version", lambda name: "99" if name == "nncf" else real(name))
+    harness.prepare(precision="int8")
+    assert harness.starts == 2
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+
+def test_torch_serves_if_the_compiler_is_killed(harness: Harness) -> None:
+    """A note says why. It is tried again at the next start, because there may be more memory then."""
+    harness.configure_compiler(die=int(signal.SIGKILL))
+    prepared = harness.prepare()
+    assert "killed by SIGKILL (most often: not enough memory)" in prepared.notes[0]
+    assert harness.artifacts == []
+    backend = prepared.load()
+    assert backend.description.backend == "torch"
+    assert prepared.notes[0] in backend.description.notes
+    harness.configure_compiler()
+    assert harness.prepare().notes == ()
+    assert harness.starts == 2
+
+
+def test_a_refusal_is_recorded(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch serves with the reason in a note; it is tried again only if the recipe changes."""
+    harness.configure_compiler(outcome="refused")
+    for _ in range(2):
+        assert "as the test requests" in harness.prepare().notes[0]
+    assert (harness.starts, harness.artifacts) == (1, [])
+    with pytest.raises(LoadError, match="EMB_PROVIDER_BACKEND=openvino: as the test requests"):
+        harness.prepare(backend="openvino")
+    harness.configure_compiler()
+    monkeypatch.setattr(recipes, "FORMAT", 999)
+    assert harness.prepare().notes == ()
+
+
+def test_a_snapshot_that_cannot_be_loaded_is_an_error(harness: Harness) -> None:
+    """torch is not tried, because it would fail, too."""
+    harness.configure_compiler(outcome="broken")
+    with pytest.raises(LoadError, match="as the test requests"):
+        harness.prepare()
+
+
+def test_compiling_can_be_cancelled(harness: Harness) -> None:
+    """The compiler process has ended when `prepare` returns."""
+    harness.configure_compiler(wait_for=str(harness.root / "never"))
+    with pytest.raises(OperationCancelledError):
+        harness.prepare(cancel=CancelToken(lambda: harness.starts > 0))
+    process = int(harness.starts_file.read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    assert harness.artifacts == []
+
+
+# --- choosing the backend ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "cuda", "expected"),
+    [
+        ("auto", "auto", False, "openvino"),
+        ("auto", "cpu", True, "openvino"),
+        ("openvino", "auto", True, "openvino"),
+        ("torch", "cpu", False, "torch"),
+    ],
+)
+def test_the_backend_depends_on_the_device(
+    requested: str,
+    device: str,
+    cuda: bool,
+    expected: str,
+    harness: Harness,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """auto is openvino on a CPU; a requested backend is used."""
+    monkeypatch.setattr(prepare, "has_cuda", lambda: cuda)
+    assert harness.describe(backend=requested, device=device).backend == expected
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_auto_is_torch_with_a_cuda_device(
+    device: str, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled for a device that torch serves."""
+    monkeypatch.setattr(prepare, "has_cuda", lambda: True)
+    assert harness.prepare(device=device).backend == "torch"
+    assert harness.starts == 0
+
+
+def test_openvino_on_a_gpu_is_an_error(harness: Harness) -> None:
+    """The message names both settings."""
+    with pytest.raises(LoadError, match=r"EMB_PROVIDER_BACKEND=openvino.*EMB_PROVIDER_DEVICE=cuda:0"):
+        harness.prepare(backend="openvino", device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("fp16", "weights are stored at half precision"), ("bf16", "does not support bf16 natively")],
+)
+def test_a_note_explains_another_precision(
+    precision: str, expected: str, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description names the precision of the computation, and a note says why it is another one."""
+    monkeypatch.setattr(prepare, "native_bf16", lambda: False)
+    description = harness.describe(precision=precision)
+    assert description.precision == "fp32"
+    assert any(expected in note for note in description.notes)
+
+
+def test_an_artifact_of_another_machine_is_used_if_it_cannot_be_compiled_here(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image without the tools, made on a processor without bf16."""
+    monkeypatch.setattr(prepare, "native_bf16", lambda: False)
+    harness.prepare()
+    tools = recipes.TOOL_PACKAGES
+    real = recipes.installed_version
+    for module in (recipes, prepare):
+        monkeypatch.setattr(module, "installed_version", lambda name: None if name in tools else real(name))
+    monkeypatch.setattr(prepare, "native_bf16", lambda: True)
+    assert harness.describe().precision == "fp32"
+    with pytest.raises(LoadError, match="compiling needs torch"):
+        harness.prepare(max_length=9, backend="openvino")
+    assert harness.starts == 1
+
+
+# --- accuracy of compiled models --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def int8(compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """Return a harness whose model is compiled at int8."""
+    return Harness(compiled(FAMILY, precision="int8"), tmp_path, monkeypatch)
+
+
+def test_a_compiled_model_below_its_floor_is_refused_until_the_floor_is_lowered(int8: Harness) -> None:
+    """The message says what to change; the model is not compiled again."""
+    fidelity = int8.compiled.description.fidelity
+    assert fidelity is not None
+    assert fidelity.min_cosine < 1
+    with pytest.raises(AccuracyError) as caught:
+        int8.prepare(floors={"int8": 1.0}, precision="int8")
+    message = caught.value.message
+    assert "\n" not in message
+    assert message.startswith("test/small is not accurate enough at int8")
+    assert f"{format_cosine(fidelity.min_cosine)} over {fidelity.texts} texts" in message
+    assert f"the floor of int8 in {SETTING} is 1" in message
+    assert "to bf16, fp16 or fp32, or lower that floor" in message
+    description = int8.describe(floors={"int8": fidelity.min_cosine - 0.001}, precision="int8")
+    assert (description.backend, description.precision) == ("openvino", "int8")
+    assert description.fidelity == fidelity
+    assert int8.starts == 1
+
+
+def test_the_floor_is_that_of_the_requested_precision(int8: Harness) -> None:
+    """The floor of the precision that int8 is computed in does not apply."""
+    others = dict.fromkeys(set(FIDELITY_FLOORS) - {"int8"}, 1.0)
+    assert int8.describe(floors={**others, "int8": 0.0}, precision="int8").precision == "int8"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_fp32_below_its_floor_is_refused(precision: str, harness: Harness) -> None:
+    """The only advice is to lower the floor, because no precision is more accurate."""
+    with pytest.raises(AccuracyError, match=r"not accurate enough at fp32.*Lower that floor\.$"):
+        harness.prepare(floors={"fp32": 1.0}, precision=precision)
+
+
+def test_measure_fidelity_does_not_concern_compiled_models(harness: Harness) -> None:
+    """They are compared when they are compiled, so their floor applies."""
+    with pytest.raises(AccuracyError):
+        harness.prepare(floors={"fp32": 1.0}, measure=False, precision="fp32")
+    fidelity = harness.describe(measure=False, precision="fp32").fidelity
+    assert fidelity is not None
+    assert fidelity.min_cosine >= 0.999
+
+
+@pytest.mark.skipif(not native_bf16(), reason="auto is fp32 on a processor without native bf16")
+@pytest.mark.parametrize(("floor", "min_cosine", "applied"), [(1.0, 0.9995, "1"), (0.0, 0.9985, "0.999")])
+def test_auto_falls_back_to_fp32(floor: float, min_cosine: float, applied: str, harness: Harness) -> None:
+    """The configured floor applies, or that of auto if it is higher. A note names cosine and floor."""
+    harness.describe(precision="fp32")
+    assert harness.starts == 1
+    _compile_to_bf16(harness, min_cosine)
+    for _ in range(2):
+        description = harness.describe(floors={"bf16": floor}, precision="auto")
+        assert (description.precision, description.backend) == ("fp32", "openvino")
+        note = f"computed in fp32: its lowest cosine to fp32 at bf16 is {min_cosine:.5f}, below {applied}"
+        assert note in description.notes
+        assert harness.starts == 2
+
+
+@pytest.mark.skipif(not native_bf16(), reason="auto is fp32 on a processor without native bf16")
+def test_auto_is_bf16_if_it_is_accurate_enough(harness: Harness) -> None:
+    """There is no note, and nothing is compiled at fp32."""
+    _compile_to_bf16(harness, 0.9995)
+    description = harness.describe(precision="auto")
+    assert (description.precision, description.notes) == ("bf16", ())
+    assert harness.starts == 1
+
+
+def _compile_to_bf16(harness: Harness, min_cosine: float) -> None:
+    """Let the fake compiler claim that the model has this lowest cosine at bf16.
+
+    The real one is too low for any test, because the weights of the small models are random.
+    """
+    copy = harness.root / f"bf16-{min_cosine}"
+    shutil.copytree(harness.compiled.artifact.directory, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["description"]["precision"] = "bf16"
+    manifest["description"]["fidelity"]["min_cosine"] = min_cosine
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    harness.configure_compiler(copy=str(copy))

@@ -1,0 +1,262 @@
+"""The OpenVINO backend: vectors, micro-batches, concurrent batches, and invalid inputs."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import pytest
+
+from emb_model_provider.backends.base import ModelDescription, TokenBatch
+from emb_model_provider.backends.hardware import native_bf16
+from emb_model_provider.backends.openvino_cpu.backend import (
+    MICRO_BATCH_TOKENS,
+    OpenVinoBackend,
+    RequestPool,
+)
+from emb_model_provider.backends.openvino_cpu.runtime import Compiled, compile_streams
+from emb_model_provider.errors import InferenceError, LoadError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+WIDTH, WORDS = 16, 50
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a small graph with the inputs of an artifact: the mean of rows of a table, over the pooling mask."""
+    ops = ov.opset13
+    table = np.random.default_rng(3).normal(size=(WORDS, WIDTH)).astype(np.float32)
+    inputs = []
+    for name in ("input_ids", "attention_mask", "pooling_mask"):
+        parameter = ops.parameter([-1, -1], np.int64, name=name)
+        parameter.output(0).get_tensor().set_names({name})
+        inputs.append(parameter)
+    rows = ops.gather(ops.constant(table), inputs[0], ops.constant(0))
+    mask = ops.unsqueeze(ops.convert(inputs[2], "f32"), ops.constant(2))
+    summed = ops.reduce_sum(ops.multiply(rows, mask), ops.constant(1))
+    path = tmp_path_factory.mktemp("graph") / "model.xml"
+    mean = ops.divide(summed, ops.reduce_sum(mask, ops.constant(1)))
+    ov.save_model(ov.Model([mean], inputs), path, compress_to_fp16=False)
+    np.save(path.with_name("table.npy"), table)
+    return path
+
+
+def description(**changes: Any) -> ModelDescription:
+    values: dict[str, Any] = {
+        "dimension": WIDTH,
+        "max_length": 100,
+        "vocab_size": WORDS,
+        "tokenizer_json": "{}",
+        "pad_token_id": 0,
+        "padding_side": "right",
+        "normalize": False,
+        "pooling": "mean",
+        "prompts": {},
+        "default_prompt": None,
+        "excludes_prompt": True,
+        "matryoshka": None,
+        "precision": "fp32",
+        "device": "cpu",
+        "backend": "openvino",
+    }
+    return ModelDescription(**{**values, **changes})
+
+
+def expected(graph: Path, batch: TokenBatch) -> NDArray[np.float32]:
+    table = np.load(graph.with_name("table.npy"))
+    pooled = [row[skip:] for row, skip in zip(batch.ids, batch.prompt_lengths, strict=True)]
+    return np.stack([table[row].mean(axis=0) for row in pooled])
+
+
+def random_batch(rng: np.random.Generator, inputs: int, longest: int) -> TokenBatch:
+    lengths = rng.integers(2, longest + 1, inputs)
+    ids = [rng.integers(0, WORDS, length).tolist() for length in lengths]
+    return TokenBatch(ids=ids, prompt_lengths=[int(rng.integers(0, len(row))) for row in ids])
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cpus", [1, 2, 8])
+def test_rows_keep_their_order(side: str, cpus: int, graph: Path) -> None:
+    """Row i of the result belongs to input i, however the batch is split and padded."""
+    backend = OpenVinoBackend(graph, description(padding_side=side), cpus=cpus)
+    rng = np.random.default_rng(1)
+    for inputs, longest in [(1, 2), (3, 40), (64, 100), (200, 70)]:
+        batch = random_batch(rng, inputs, longest)
+        np.testing.assert_allclose(backend.embed(batch), expected(graph, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_concurrent_batches_are_not_mixed(graph: Path) -> None:
+    """With more threads than streams, and batches of all shapes."""
+    backend = OpenVinoBackend(graph, description(), cpus=2)
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(60):
+            batch = random_batch(rng, int(rng.integers(1, 40)), int(rng.integers(2, 100)))
+            np.testing.assert_allclose(backend.embed(batch), expected(graph, batch), rtol=1e-4, atol=1e-5)
+
+    with ThreadPoolExecutor(5) as pool:
+        assert len(list(pool.map(work, range(5)))) == 5
+    batch = random_batch(np.random.default_rng(0), 3, 9)
+    np.testing.assert_allclose(backend.embed(batch), expected(graph, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_result_is_not_overwritten_by_the_next_batch(graph: Path) -> None:
+    """Vectors are copied from the memory of the runtime before it is used again."""
+    backend = OpenVinoBackend(graph, description(), cpus=1)
+    batches = [random_batch(np.random.default_rng(seed), 5, 30) for seed in range(8)]
+    results = [backend.embed(batch) for batch in batches]
+    for batch, vectors in zip(batches, results, strict=True):
+        np.testing.assert_allclose(vectors, expected(graph, batch), rtol=1e-4, atol=1e-5)
+
+
+# --- micro-batches and requests ---------------------------------------------------------------------------------
+
+
+class RecordingModel:
+    """A compiled graph that records the shapes of its inputs."""
+
+    def __init__(self, model: Any, shapes: list[tuple[int, int]]) -> None:
+        self._model, self._shapes = model, shapes
+
+    def create_infer_request(self) -> RecordingModel:
+        return RecordingModel(self._model.create_infer_request(), self._shapes)
+
+    def infer(self, inputs: dict[str, Any], **options: bool) -> Any:
+        self._shapes.append(inputs["input_ids"].shape)
+        return self._model.infer(inputs, **options)
+
+
+@pytest.fixture
+def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return the shapes of all inputs that backends loaded by the test run with one stream."""
+    recorded: list[tuple[int, int]] = []
+
+    def compile_recording(*arguments: Any) -> Compiled:
+        compiled = compile_streams(*arguments)
+        return compiled._replace(streams=RecordingModel(compiled.streams, recorded))
+
+    monkeypatch.setattr("emb_model_provider.backends.openvino_cpu.backend.compile_streams", compile_recording)
+    return recorded
+
+
+def test_a_batch_runs_in_micro_batches(graph: Path, shapes: list[tuple[int, int]]) -> None:
+    """Their padded tokens are bounded, and lengths above 64 are multiples of 8."""
+    backend = OpenVinoBackend(graph, description(max_length=3000), cpus=1)
+    batch = random_batch(np.random.default_rng(5), 100, 200)
+    long = TokenBatch(ids=[*batch.ids, [1] * 2500], prompt_lengths=[*batch.prompt_lengths, 0])
+    np.testing.assert_allclose(backend.embed(long), expected(graph, long), rtol=1e-4, atol=1e-5)
+    assert len(shapes) > 5
+    assert sum(rows for rows, _ in shapes) == 101
+    assert all(rows * length <= MICRO_BATCH_TOKENS or rows == 1 for rows, length in shapes)
+    assert all(length <= 64 or length % 8 == 0 for _, length in shapes)
+
+
+def test_a_length_is_not_rounded_up_beyond_the_maximum(graph: Path, shapes: list[tuple[int, int]]) -> None:
+    """A model with 70 positions gets 70 tokens, and not 72."""
+    backend = OpenVinoBackend(graph, description(max_length=70), cpus=1)
+    for length in (64, 65, 69, 70):
+        backend.embed(TokenBatch(ids=[[1] * length], prompt_lengths=[0]))
+    assert shapes == [(1, 64), (1, 70), (1, 70), (1, 70)]
+
+
+def test_a_lone_batch_gets_the_latency_request() -> None:
+    """A batch that starts while another one runs gets a stream, also if the latency request is free again."""
+    pool = RequestPool(["first", "second"], "latency")
+    with pool.acquire() as lone:
+        assert lone == "latency"
+        with pool.acquire() as concurrent:
+            assert concurrent == "second"
+    with pool.acquire() as next_lone:
+        assert next_lone == "latency"
+
+
+def test_the_request_that_was_used_last_is_used_first() -> None:
+    """Without a latency request; its buffers are in the caches of the processor."""
+    pool = RequestPool(["first", "second"])
+    for _ in range(2):
+        with pool.acquire() as request:
+            assert request == "second"
+
+
+def test_further_batches_wait_for_a_request() -> None:
+    pool = RequestPool(["only"])
+    waiting = threading.Event()
+
+    def acquire() -> Any:
+        waiting.set()
+        with pool.acquire() as request:
+            return request
+
+    with ThreadPoolExecutor(1) as executor, pool.acquire():
+        second = executor.submit(acquire)
+        waiting.wait(10)
+        assert not second.done()
+    assert second.result(10) == "only"
+
+
+# --- errors, fp32, closing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [[[5, WORDS]], [[-1, 5]], [[5] * 101]])
+def test_invalid_tokens_are_an_error(ids: list[list[int]], graph: Path) -> None:
+    """Ids or lengths that the model does not support; the next batch is answered."""
+    backend = OpenVinoBackend(graph, description(), cpus=1)
+    with pytest.raises(InferenceError):
+        backend.embed(TokenBatch(ids=ids, prompt_lengths=[0]))
+    assert backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0])).shape == (1, WIDTH)
+
+
+def test_embed_fp32_of_a_model_at_bf16(tmp_path: Path) -> None:
+    """It is not rounded to bf16, and `embed` is unchanged afterwards."""
+    ops = ov.opset13
+    rng = np.random.default_rng(5)
+    table, matrix = (rng.normal(size=shape).astype(np.float32) for shape in ((WORDS, 256), (256, WIDTH)))
+    inputs = []
+    for name in ("input_ids", "attention_mask"):
+        parameter = ops.parameter([-1, -1], np.int64, name=name)
+        parameter.output(0).get_tensor().set_names({name})
+        inputs.append(parameter)
+    mask = ops.unsqueeze(ops.convert(inputs[1], "f32"), ops.constant(2))
+    rows = ops.multiply(ops.gather(ops.constant(table), inputs[0], ops.constant(0)), mask)
+    product = ops.matmul(rows, ops.constant(matrix), False, False)
+    path = tmp_path / "model.xml"
+    ov.save_model(ov.Model([ops.reduce_sum(product, ops.constant(1))], inputs), path, compress_to_fp16=False)
+    backend = OpenVinoBackend(path, description(precision="bf16", excludes_prompt=False), cpus=2)
+    batch = TokenBatch(ids=[[1, 2, 3], [4] * 70, [5]], prompt_lengths=[0, 0, 0])
+    exact = np.stack([(table[row] @ matrix).sum(axis=0) for row in batch.ids])
+    rounded = backend.embed(batch)
+    np.testing.assert_allclose(backend.embed_fp32(batch), exact, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(backend.embed(batch), rounded)
+    if native_bf16():
+        assert np.abs(rounded - exact).max() > 1e-3
+    with pytest.raises(InferenceError):
+        backend.embed_fp32(TokenBatch(ids=[[WORDS]], prompt_lengths=[0]))
+
+
+def test_a_closed_backend_raises(graph: Path) -> None:
+    """`on_close` is called once."""
+    closed: list[bool] = []
+    backend = OpenVinoBackend(graph, description(), cpus=2, on_close=lambda: closed.append(True))
+    backend.close()
+    backend.close()
+    assert closed == [True]
+    with pytest.raises(RuntimeError, match="closed"):
+        backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0]))
+
+
+def test_an_invalid_graph_is_an_error(tmp_path: Path) -> None:
+    """The message names the file, and says what to do."""
+    (tmp_path / "model.xml").write_text("<net>")
+    with pytest.raises(LoadError, match=r"model\.xml.*EMB_PROVIDER_BACKEND=torch"):
+        OpenVinoBackend(tmp_path / "model.xml", description(), cpus=1)

@@ -1,0 +1,127 @@
+"""The torch backend on a CPU: precisions, recomputation at fp32, and invalid tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.errors import DeviceUnavailableError, InferenceError
+from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, reference
+from tests.backends.small_tokenizers import wordpiece
+from tests.models import bert, bundled_directory, save_bare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_device_is_an_error(tmp_path: Path) -> None:
+    """The message names EMB_PROVIDER_DEVICE."""
+    with pytest.raises(DeviceUnavailableError, match="EMB_PROVIDER_DEVICE=cuda"):
+        load_torch(tmp_path, device="cuda")
+
+
+# --- precision ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.99), ("fp16", 0.9999)])
+def test_the_bundled_model_at_half_precision_is_close_to_fp32(precision: str, bound: float) -> None:
+    """The vectors are float32."""
+    texts = [text for text in TEXTS if text.strip()]
+    expected = reference(bundled_directory()).encode(texts, show_progress_bar=False)
+    backend = load_torch(bundled_directory(), precision=precision)
+    vectors = embed_texts(backend, texts)
+    assert vectors.dtype == np.float32
+    assert backend.description.precision == precision
+    assert bound <= cosines(vectors, expected).min() < 1 - 1e-9
+
+
+# Rounding has more effect on the wide random weights of the small models than on trained weights.
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.98), ("fp16", 0.999)])
+@pytest.mark.parametrize("family", ["bert-dense", "xlm-roberta", "mpnet", "modernbert", "qwen3-left"])
+def test_families_at_half_precision_are_close_to_fp32(
+    family: str, precision: str, bound: float, family_directory: Callable[[str], Path]
+) -> None:
+    expected = embed_texts(load_torch(family_directory(family)), TEXTS)
+    vectors = embed_texts(load_torch(family_directory(family), precision=precision), TEXTS)
+    assert bound <= cosines(vectors, expected).min() < 1 - 1e-9
+
+
+def test_embed_fp32_is_finite_for_an_input_that_overflows_fp16(
+    family_directory: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two rows of the embeddings add up to more than fp16 can represent. `embed` is unchanged afterwards."""
+    directory = tmp_path / "large"
+    shutil.copytree(family_directory("bert-mean-normalize"), directory)
+    (weights,) = directory.rglob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[_named(tensors, "word_embeddings.weight")][7] = 60_000
+    tensors[_named(tensors, "position_embeddings.weight")][2] = 60_000
+    save_file(tensors, weights, metadata={"format": "pt"})
+    batch = TokenBatch(ids=[[2, 5, 7, 3], [2, 7, 5, 3]], prompt_lengths=[0, 0])
+    expected = load_torch(directory).embed(batch)
+    backend = load_torch(directory, precision="fp16")
+    finite = np.isfinite(backend.embed(batch)).all(axis=1)
+    assert finite.tolist() == [False, True]
+    assert cosines(backend.embed_fp32(batch), expected).min() > 0.999
+    assert np.isfinite(backend.embed(batch)).all(axis=1).tolist() == finite.tolist()
+
+
+def _named(tensors: dict[str, torch.Tensor], ending: str) -> str:
+    return next(name for name in tensors if name.endswith(ending))
+
+
+def test_auto_is_fp32_for_a_repository_in_fp16(tmp_path: Path) -> None:
+    """On a CPU the dtype of the files does not matter."""
+    directory = save_bare(tmp_path / "half", bert, wordpiece())
+    weights = {name: tensor.half() for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    edit_json(directory / "config.json", dtype="float16")
+    backend = load_torch(directory)
+    expected = reference(directory).encode(TEXTS, show_progress_bar=False)
+    assert backend.description.precision == "fp32"
+    assert cosines(embed_texts(backend, TEXTS), expected).min() > 1 - 1e-6
+
+
+def test_models_loaded_at_the_same_time_keep_their_precision(family_directory: Callable[[str], Path]) -> None:
+    """transformers changes the default dtype of the process while it loads a model; it must be restored."""
+    directory = family_directory("bert-mean-normalize")
+    with ThreadPoolExecutor(4) as pool:
+        loads = [
+            pool.submit(load_torch, directory, precision=p) for p in ("bf16", "fp32", "fp16", "fp32") * 2
+        ]
+        precisions = [future.result().description.precision for future in loads]
+    assert precisions == ["bf16", "fp32", "fp16", "fp32"] * 2
+    assert torch.get_default_dtype() == torch.float32
+
+
+# --- invalid inputs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [[[5, 100_000]], [[-1, 5]], [[5] * 49]])
+def test_invalid_tokens_are_an_error(ids: list[list[int]], family_directory: Callable[[str], Path]) -> None:
+    """Ids or lengths that the model does not support; the next batch is answered."""
+    backend = load_torch(family_directory("bert-mean-normalize"))
+    with pytest.raises(InferenceError):
+        backend.embed(TokenBatch(ids=ids, prompt_lengths=[0]))
+    assert backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0])).shape == (1, 48)
+
+
+def test_a_closed_backend_raises(family_directory: Callable[[str], Path]) -> None:
+    backend = load_torch(family_directory("bert-mean-normalize"))
+    backend.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0]))

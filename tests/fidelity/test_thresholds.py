@@ -1,0 +1,77 @@
+"""A model whose lowest cosine is below the floor of its precision is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from emb_model_provider.backends.base import Fidelity
+from emb_model_provider.fidelity.thresholds import AccuracyError, check_accuracy
+from emb_model_provider.formatting import format_cosine
+from emb_model_provider.settings import FIDELITY_FLOORS
+from tests.models import spec_of
+
+if TYPE_CHECKING:
+    from emb_model_provider.backends.base import ComputePrecision
+    from emb_model_provider.model_spec import Precision
+
+
+def check(
+    requested: Precision, computed: ComputePrecision, min_cosine: float | None, **floors: float
+) -> None:
+    fidelity = None if min_cosine is None else Fidelity(min_cosine=min_cosine, mean_cosine=1.0, texts=500)
+    check_accuracy(spec_of(precision=requested), computed, fidelity, {**FIDELITY_FLOORS, **floors})
+
+
+def test_the_floor_is_the_lowest_allowed_cosine() -> None:
+    check("int8", "int8", 0.97, int8=0.97)
+    with pytest.raises(AccuracyError):
+        check("int8", "int8", 0.97 - 1e-9, int8=0.97)
+
+
+def test_a_model_that_was_not_measured_passes() -> None:
+    check("int4", "int4", None, int4=1.0)
+
+
+def test_the_floor_of_the_requested_precision_applies() -> None:
+    """Also if the model computes in another precision."""
+    check("fp16", "bf16", 0.95, fp16=0.9, bf16=1.0)
+    with pytest.raises(AccuracyError, match="at fp16"):
+        check("fp16", "bf16", 0.95, fp16=0.96, bf16=0.0)
+
+
+def test_auto_has_its_own_floor() -> None:
+    """Below 0.999 it falls back to fp32, however low the floors are. At fp32 the configured floor applies."""
+    check("auto", "bf16", 0.9995, bf16=0.5)
+    with pytest.raises(AccuracyError, match=r"at bf16.*is 0\.999"):
+        check("auto", "bf16", 0.9985, bf16=0.5)
+    check("auto", "fp32", 0.6, fp32=0.5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("int4", "to int8, bf16, fp16 or fp32, or lower that floor."),
+        ("bf16", "to fp16 or fp32, or lower that floor."),
+        ("fp32", "Lower that floor."),
+    ],
+)
+def test_the_message_names_more_accurate_precisions(precision: ComputePrecision, advice: str) -> None:
+    """It is one line with model, cosine, floor and setting."""
+    with pytest.raises(AccuracyError) as caught:
+        check(precision, precision, 0.123456, **{precision: 0.5})
+    message = caught.value.message
+    assert message.startswith(
+        f"test/small is not accurate enough at {precision}: its lowest cosine to fp32 is 0.12345"
+    )
+    assert f"the floor of {precision} in EMB_PROVIDER_FIDELITY_FLOORS is 0.5" in message
+    assert message.endswith(advice)
+    assert "\n" not in message
+    assert caught.value.reason == f"its lowest cosine to fp32 at {precision} is 0.12345, below 0.5"
+
+
+def test_a_cosine_is_not_rounded_up() -> None:
+    assert format_cosine(0.999996) == "0.99999"
+    assert format_cosine(1.0) == "1.00000"
+    assert format_cosine(0.97) == "0.97000"
