@@ -80,12 +80,7 @@ def make_contender(name: str, *, infinity: Path | None = None, cache: Path | Non
     """
     check_names([name], SERVERS, "contender")
     if name in OURS:
-        settings = {
-            "HOST": "127.0.0.1",
-            "PORT": "{port}",
-            "CACHE_DIR": str(cache or SERVICE_CACHE),
-            **OURS[name],
-        }
+        settings = {"HOST": "127.0.0.1", "PORT": "{port}", "CACHE_DIR": str(cache or SERVICE_CACHE), **OURS[name]}
         environment = {f"EMB_PROVIDER_{key}": value for key, value in settings.items()}
         return Contender(name, (sys.executable, "-m", "emb_model_provider.main"), environment, "/ready")
     if name in INFINITY:
@@ -149,9 +144,7 @@ class Server:
         self.contender = contender
         self.port = _free_port()
         self._log = directory / f"{contender.name}.log"
-        environment = {
-            name: value.replace("{port}", str(self.port)) for name, value in contender.environment.items()
-        }
+        environment = {name: value.replace("{port}", str(self.port)) for name, value in contender.environment.items()}
         self.started = time.perf_counter()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -218,9 +211,7 @@ class Server:
         last = "no response"
         while time.perf_counter() < deadline:
             if (code := self._process.poll()) is not None:
-                raise RuntimeError(
-                    f"{self.contender.name} ended with exit code {code}:\n{self._end_of_log()}"
-                )
+                raise RuntimeError(f"{self.contender.name} ended with exit code {code}:\n{self._end_of_log()}")
             try:
                 status, response = self._request(method, path, body)
             except OSError as error:
@@ -271,15 +262,7 @@ def _infinity_environment(directory: Path | None) -> Path:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", python, str(environment)], check=True)
     subprocess.run(
-        [
-            "uv",
-            "pip",
-            "install",
-            "--quiet",
-            "--python",
-            str(environment / "bin" / "python"),
-            _INFINITY_PACKAGE,
-        ],
+        ["uv", "pip", "install", "--quiet", "--python", str(environment / "bin" / "python"), _INFINITY_PACKAGE],
         check=True,
         cwd=environment,  # outside the repository, because uv applies the constraints of its pyproject.toml
     )

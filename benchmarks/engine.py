@@ -15,14 +15,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import QUICK_HELP
 from benchmarks.contenders import OURS, SERVICE_CACHE, alternate, check_names
 from benchmarks.inprocess import GEMM_SHAPES, measure
-from benchmarks.report import (
-    describe_run,
-    format_number,
-    format_spread,
-    log_progress,
-    markdown_table,
-    ratios,
-)
+from benchmarks.report import describe_run, format_number, format_spread, log_progress, markdown_table, ratios
 from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts, count_tokens
 from benchmarks.workloads import read_inputs, write_bodies
 from emb_model_provider.hubs.local import find_bundled
@@ -118,12 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         corpus = Corpus()
         bodies = {
             batch.name: write_bodies(
-                Path(directory) / batch.name,
-                corpus,
-                batch.kind,
-                batch.texts,
-                _TEXTS_PER_FILE // batch.texts,
-                "float",
+                Path(directory) / batch.name, corpus, batch.kind, batch.texts, _TEXTS_PER_FILE // batch.texts, "float"
             )
             for batch in batches
         }
@@ -149,9 +137,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", default="st-fp32,st-bf16,ours,engine",
                         help=f"separated by commas, from {', '.join(CONTENDERS)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="duration of a measurement (default: %(default)g)"
-    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of a measurement (default: %(default)g)")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
 
@@ -161,11 +147,7 @@ def _job(name: str, batches: Sequence[Batch], bodies: dict[str, Path], seconds: 
         "seconds": seconds,
         "warm_up_s": min(1.0, seconds / 2),
         "cases": [
-            {
-                "name": batch.name,
-                "bodies": str(bodies[batch.name]),
-                "connections": 64 if batch.texts == 1 else 4,
-            }
+            {"name": batch.name, "bodies": str(bodies[batch.name]), "connections": 64 if batch.texts == 1 else 4}
             for batch in batches
         ],
     }
@@ -222,21 +204,17 @@ def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, du
         "# The engine in process",
         describe_run("benchmarks.engine", notes),
         "## Texts per second\n\nMedian of the rounds (lowest–highest).",
-        batch_table(
-            names, lambda batch: [format_spread(results.column(name, batch, "texts_per_s")) for name in names]
-        ),
+        batch_table(names, lambda batch: [format_spread(results.column(name, batch, "texts_per_s")) for name in names]),
         "## Time per call\n\nMilliseconds, median of the rounds.",
         batch_table(
-            names,
-            lambda batch: [format_number(median(results.column(name, batch, "p50_ms"))) for name in names],
+            names, lambda batch: [format_number(median(results.column(name, batch, "p50_ms"))) for name in names]
         ),
     ]
     if pairs:
         parts += [
             "## Texts per second, as ratios\n\nRatios within each round.",
             batch_table(
-                [f"{name} ÷ {other}" for name, other in pairs],
-                lambda batch: [ratio(batch, *pair) for pair in pairs],
+                [f"{name} ÷ {other}" for name, other in pairs], lambda batch: [ratio(batch, *pair) for pair in pairs]
             ),
         ]
     parts += [
@@ -246,10 +224,7 @@ def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, du
             [
                 [
                     shape,
-                    *(
-                        format_spread([rates[shape][dtype] / 1e9 for rates in results.gemm_rates])
-                        for dtype in _DTYPES
-                    ),
+                    *(format_spread([rates[shape][dtype] / 1e9 for rates in results.gemm_rates]) for dtype in _DTYPES),
                 ]
                 for shape in results.gemm_rates[0]
             ],
@@ -258,9 +233,7 @@ def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, du
         "dtype in the same round.",
         batch_table(
             names,
-            lambda batch: [
-                format_spread(ratios(results.column(name, batch, "flops_per_s"), limits)) for name in names
-            ],
+            lambda batch: [format_spread(ratios(results.column(name, batch, "flops_per_s"), limits)) for name in names],
         ),
         f"Other processes kept up to {other_cores:.2f} cores busy during a measurement.",
     ]

@@ -85,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         requests = int(config.rate * config.seconds) + 100
         singles = write_bodies(scratch / "singles", corpus, "short", 1, requests, "base64")
         large = {
-            kind: write_bodies(
-                scratch / kind, corpus, _LARGE[kind][1], config.inputs, _LARGE_BODIES, _LARGE[kind][2]
-            )
+            kind: write_bodies(scratch / kind, corpus, _LARGE[kind][1], config.inputs, _LARGE_BODIES, _LARGE[kind][2])
             for kind in kinds
         }
         with Server(make_contender(options.contender), scratch) as server:
@@ -113,13 +111,9 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contender", choices=list(OURS), default="ours", help="(default: %(default)s)")
     parser.add_argument("--large", default=",".join(_LARGE),
                         help="kinds of large requests, separated by commas (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--rate", type=float, default=20.0, help="small requests per second (default: %(default)g)"
-    )
+    parser.add_argument("--rate", type=float, default=20.0, help="small requests per second (default: %(default)g)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument(
-        "--seconds", type=float, default=50.0, help="duration of a measurement (default: %(default)g)"
-    )
+    parser.add_argument("--seconds", type=float, default=50.0, help="duration of a measurement (default: %(default)g)")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
 
@@ -130,18 +124,14 @@ def _measure(server: Server, singles: Path, large: Path, config: Config, *, seed
     alone = closed_loop(server, large, connections=1, seconds=min(5.0, config.seconds))
     after = _batch_times(server)
     with ThreadPoolExecutor(1) as pool:
-        background = pool.submit(
-            closed_loop, server, large, connections=1, seconds=config.seconds + 2 * _LEAD_S
-        )
+        background = pool.submit(closed_loop, server, large, connections=1, seconds=config.seconds + 2 * _LEAD_S)
         time.sleep(_LEAD_S)
         result = open_loop(server, singles, rate=config.rate, seconds=config.seconds, seed=seed)
         errors = background.result().errors
     if errors or alone.errors:
         raise RuntimeError(f"Large requests failed: {alone.errors}, {errors}")
     return Sample(
-        batch_s=(after[0] - before[0]) / (after[1] - before[1]),
-        large_s=alone.latency_ms["mean"] / 1000,
-        singles=result,
+        batch_s=(after[0] - before[0]) / (after[1] - before[1]), large_s=alone.latency_ms["mean"] / 1000, singles=result
     )
 
 

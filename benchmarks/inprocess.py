@@ -187,10 +187,7 @@ def _measure_sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
-        str(find_bundled()),
-        device="cpu",
-        local_files_only=True,
-        model_kwargs={"dtype": getattr(torch, job["dtype"])},
+        str(find_bundled()), device="cpu", local_files_only=True, model_kwargs={"dtype": getattr(torch, job["dtype"])}
     )
 
     def embed(texts: list[str]) -> None:
@@ -251,8 +248,7 @@ def _summarize(latencies: list[float], elapsed_s: float, cpu_before: CpuTime) ->
         "ok": len(ordered),
         "elapsed_s": elapsed_s,
         "latency_ms": {
-            name: 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-            for name, share in shares.items()
+            name: 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in shares.items()
         },
         "server_cores": cpu.tree_s / elapsed_s,
         "other_cores": max(0.0, cpu.machine_s - cpu.tree_s) / elapsed_s,

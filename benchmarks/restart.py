@@ -21,14 +21,7 @@ import psutil
 from benchmarks import QUICK_HELP
 from benchmarks.contenders import Server, alternate, make_contender, stop_servers_on_sigterm
 from benchmarks.reference import decode_vector
-from benchmarks.report import (
-    describe_run,
-    format_counts,
-    format_number,
-    format_spread,
-    log_progress,
-    markdown_table,
-)
+from benchmarks.report import describe_run, format_counts, format_number, format_spread, log_progress, markdown_table
 from benchmarks.resources import resident_mib
 from benchmarks.texts import Corpus
 from benchmarks.workloads import request_body
@@ -91,9 +84,7 @@ class Crash:
     def lost(self) -> list[Request]:
         """Requests that were in progress during the crash and failed."""
         return [
-            request
-            for request in self.requests
-            if request.sent < self.at < request.ended and not request.is_correct
+            request for request in self.requests if request.sent < self.at < request.ended and not request.is_correct
         ]
 
     @property
@@ -150,9 +141,7 @@ def _run_round(contender: Contender, scratch: Path, body: str, rate: float, lead
         return asyncio.run(_crash(server, body, _parse_vector(response), rate, lead_s))
 
 
-async def _crash(
-    server: Server, body: str, expected: NDArray[np.float32], rate: float, lead_s: float
-) -> Crash:
+async def _crash(server: Server, body: str, expected: NDArray[np.float32], rate: float, lead_s: float) -> Crash:
     """Crash the service while requests are sent at a steady rate, until it responds again and `lead_s` longer."""
     crash = Crash()
     sending: set[asyncio.Task[None]] = set()

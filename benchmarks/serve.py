@@ -187,9 +187,7 @@ def _plan(options: argparse.Namespace, scratch: Path) -> Plan:
     check_names(names, [*SERVERS, ENGINE], "contender")
     check_names(workload_names, [*WORKLOADS, *OPEN_LOOPS], "workload")
     if options.generator == "wrk" and not has_wrk():
-        raise SystemExit(
-            "error: wrk is not installed. Install it (apt-get install wrk) or use --generator own."
-        )
+        raise SystemExit("error: wrk is not installed. Install it (apt-get install wrk) or use --generator own.")
     workloads = tuple(WORKLOADS[name] for name in workload_names if name in WORKLOADS)
     open_loops = tuple(OPEN_LOOPS[name] for name in workload_names if name in OPEN_LOOPS)
     if options.quick:
@@ -229,9 +227,7 @@ def _reduce(workload: Workload) -> Workload:
     return dataclasses.replace(workload, texts=texts, connections=connections)
 
 
-def _write_bodies(
-    scratch: Path, corpus: Corpus, workload: Workload, config: Config, *, quick: bool
-) -> Bodies:
+def _write_bodies(scratch: Path, corpus: Corpus, workload: Workload, config: Config, *, quick: bool) -> Bodies:
     # The seconds are rounded up, because wrk runs for whole seconds.
     measured = 200 if quick else workload.connections + workload.max_rate * math.ceil(config.seconds)
     warm_up = 50 if quick else workload.connections + math.ceil(measured / 3)
@@ -284,9 +280,7 @@ def _measure_server(plan: Plan, server: Server, results: Results, number: int) -
             reached[workload.kind] = max(reached.get(workload.kind, 0.0), result.rate)
     for workload in plan.open_loops:
         bodies = plan.bodies[workload.name]
-        warm_up = closed_loop(
-            server, bodies.warm_up, connections=workload.connections, seconds=config.warm_up_s
-        )
+        warm_up = closed_loop(server, bodies.warm_up, connections=workload.connections, seconds=config.warm_up_s)
         rate = config.load * reached.get(workload.kind, warm_up.rate)
         if not rate:
             raise RuntimeError(f"{name} has not responded with 200: {warm_up.errors}")
@@ -454,8 +448,7 @@ def _cores_table(plan: Plan, results: Results) -> str:
     for name in plan.names:
         runs = [run for run in results.runs if run.contender == name]
         columns = [
-            [getattr(run.result, cores) for run in runs]
-            for cores in ("server_cores", "generator_cores", "other_cores")
+            [getattr(run.result, cores) for run in runs] for cores in ("server_cores", "generator_cores", "other_cores")
         ]
         disturbed = f"{sum(run.is_disturbed for run in runs)} of {len(runs)}"
         rows.append([name, *(f"{median(values):.2f} ({max(values):.2f})" for values in columns), disturbed])
@@ -463,10 +456,7 @@ def _cores_table(plan: Plan, results: Results) -> str:
 
 
 def _latency_cells(runs: Sequence[Run]) -> list[str]:
-    columns = [
-        [run.result.latency_ms[name] for run in runs if name in run.result.latency_ms]
-        for name in _PERCENTILES
-    ]
+    columns = [[run.result.latency_ms[name] for run in runs if name in run.result.latency_ms] for name in _PERCENTILES]
     return [format_number(median(values)) if values else NONE for values in columns]
 
 

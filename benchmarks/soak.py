@@ -52,10 +52,7 @@ _BURST, _BURST_INTERVAL_S = 40, 15.0
 _PROCESS_ENDS_SHARE = 0.4
 """Share of the time in which the process is ended. Memory is measured within the process that serves afterwards."""
 _SETTLED_AFTER_S = 120.0
-_MODELS = {
-    "first": {"name": BUNDLED_MODEL},
-    "second": {"name": BUNDLED_MODEL, "precision": "fp32", "pooling": "cls"},
-}
+_MODELS = {"first": {"name": BUNDLED_MODEL}, "second": {"name": BUNDLED_MODEL, "precision": "fp32", "pooling": "cls"}}
 """The models use different pooling, so that a response of the wrong model is a wrong response."""
 _QUICK_MODELS = {"first": {"name": BUNDLED_MODEL}, "second": {"name": BUNDLED_MODEL}}
 
@@ -63,9 +60,7 @@ _QUICK_MODELS = {"first": {"name": BUNDLED_MODEL}, "second": {"name": BUNDLED_MO
 class SoakTest:
     """One run against one service."""
 
-    def __init__(
-        self, server: Server, control: Control, pool: Pool, models: Sequence[str], seed: int
-    ) -> None:
+    def __init__(self, server: Server, control: Control, pool: Pool, models: Sequence[str], seed: int) -> None:
         self._client = Client(server.port, timeout_s=RESPONSE_TIMEOUT_S)
         self._random = random.Random(seed)  # noqa: S311 - repeatable on purpose
         self._pool = pool
@@ -96,9 +91,7 @@ class SoakTest:
         started = time.monotonic()
         injecting = asyncio.create_task(
             self.injector.run(
-                process_ends_until=started + _PROCESS_ENDS_SHARE * seconds,
-                until=started + seconds,
-                pause_s=pause_s,
+                process_ends_until=started + _PROCESS_ENDS_SHARE * seconds, until=started + seconds, pause_s=pause_s
             )
         )
         await self._send_load(started + seconds, injecting)
@@ -126,9 +119,7 @@ class SoakTest:
                 body = json.dumps({"model": model, "input": text}).encode()
                 response = await self._client.request("POST", EMBEDDINGS, body)
                 if response.status != 200:
-                    raise RuntimeError(
-                        f"A reference could not be computed: {response.status} {response.body[:200]!r}"
-                    )
+                    raise RuntimeError(f"A reference could not be computed: {response.status} {response.body[:200]!r}")
                 vectors.append(parse_vectors(response)[0])
             self._control.disarm("calm", model)
             self._pool.vectors[model] = np.stack(vectors)
@@ -187,9 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
-    parser.add_argument(
-        "--minutes", type=float, default=30.0, help="duration of the load (default: %(default)g)"
-    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration of the load (default: %(default)g)")
     parser.add_argument("--load", type=float, default=0.65,
                         help="share of the measured throughput (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")

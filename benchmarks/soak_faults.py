@@ -105,9 +105,7 @@ class FaultInjector:
 
     def _may_restart(self, model: str) -> bool:
         now = time.monotonic()
-        recent = [
-            at for at, restarted in self._restarts if restarted == model and now - at < _RESTART_WINDOW_S
-        ]
+        recent = [at for at, restarted in self._restarts if restarted == model and now - at < _RESTART_WINDOW_S]
         return not recent or (len(recent) < _MAX_RESTARTS and now - recent[-1] > _RESTART_INTERVAL_S)
 
     # --- failures that end the process ----------------------------------------------------------------------
@@ -146,9 +144,7 @@ class FaultInjector:
         self._control.arm("hang", model)
         old_pid = self.service_pid()
         sending = asyncio.create_task(self._send("hang", model))
-        await self._wait_until(
-            lambda: self.service_pid() != old_pid, "the replacement of a process that hangs"
-        )
+        await self._wait_until(lambda: self.service_pid() != old_pid, "the replacement of a process that hangs")
         self._control.disarm("hang", model)
         await sending
 

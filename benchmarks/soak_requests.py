@@ -151,9 +151,7 @@ class RequestFactory:
         self, kind: str, model: str, rows: tuple[int, ...], *, name_model: bool = True, **fields: Any
     ) -> Request:
         texts = [self._pool.texts[row] for row in rows]
-        content: dict[str, Any] = {
-            "input": texts if len(texts) > 1 or self._random.random() < 0.5 else texts[0]
-        }
+        content: dict[str, Any] = {"input": texts if len(texts) > 1 or self._random.random() < 0.5 else texts[0]}
         if name_model:
             content["model"] = model
         if self._random.random() < 0.5:

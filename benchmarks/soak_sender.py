@@ -53,8 +53,7 @@ class Outages:
     def explain(self, failure: Failure, model: str, sent: float) -> bool:
         """Return whether an outage since `sent` explains the failure of a request to a model."""
         return any(
-            sent <= outage.end + _OUTAGE_SLACK_S
-            and (not outage.model or (failure == "503" and outage.model == model))
+            sent <= outage.end + _OUTAGE_SLACK_S and (not outage.model or (failure == "503" and outage.model == model))
             for outage in self._outages
         )
 

@@ -71,11 +71,7 @@ class Bodies:
 def request_body(texts: Sequence[str], encoding: str) -> str:
     """Return the JSON of a request in one line, as the OpenAI SDK writes it."""
     return json.dumps(
-        {
-            "input": texts[0] if len(texts) == 1 else list(texts),
-            "model": BUNDLED_MODEL,
-            "encoding_format": encoding,
-        }
+        {"input": texts[0] if len(texts) == 1 else list(texts), "model": BUNDLED_MODEL, "encoding_format": encoding}
     )
 
 

@@ -78,9 +78,7 @@ class Embedder:
         name = model if model is not None else self._settings.models.specs()[0].alias
         spec = resolve_model(self._settings, name, source=source, revision=revision, precision=precision)
         changes: dict[str, Any] = {"device": device, "backend": backend}
-        self.spec: ModelSpec = replace(
-            spec, **{key: value for key, value in changes.items() if value is not None}
-        )
+        self.spec: ModelSpec = replace(spec, **{key: value for key, value in changes.items() if value is not None})
         self._running: _Running | None = None
         self._starting = threading.Lock()
 
@@ -176,9 +174,7 @@ class Embedder:
             InferenceError: The model failed on a text.
             ModelNotReadyError: The model is not loaded, was closed, or crashed repeatedly.
         """
-        options = EmbedOptions(
-            dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate
-        )
+        options = EmbedOptions(dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate)
         running = self._loaded()
         return running.call(running.embed(texts, options))
 
@@ -195,9 +191,7 @@ class Embedder:
 
         Arguments, result and errors are those of `embed`. Cancelling the call removes its texts from the queue.
         """
-        options = EmbedOptions(
-            dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate
-        )
+        options = EmbedOptions(dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate)
         running = self._loaded()
         return await asyncio.wrap_future(running.start(running.embed(texts, options)))
 
@@ -237,9 +231,7 @@ class _Running:
     def description(self) -> ModelDescription:
         description = self._registry.status(self._alias).description
         if description is None:
-            raise ModelNotReadyError(
-                f"The model {self._alias} is being restarted. Try again later.", retry_after_s=1.0
-            )
+            raise ModelNotReadyError(f"The model {self._alias} is being restarted. Try again later.", retry_after_s=1.0)
         return description
 
     async def load(self) -> None:

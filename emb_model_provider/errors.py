@@ -153,9 +153,7 @@ class InputTooLongError(RequestError):
     code = "context_length_exceeded"
 
     def __init__(self, index: int, max_length: int) -> None:
-        super().__init__(
-            f"Invalid 'input[{index}]': maximum input length is {max_length} tokens.", param="input"
-        )
+        super().__init__(f"Invalid 'input[{index}]': maximum input length is {max_length} tokens.", param="input")
 
 
 class TooManyTokensError(RequestError):
@@ -173,9 +171,7 @@ class DimensionsError(RequestError):
     code = "invalid_dimensions"
 
     def __init__(self, allowed: str) -> None:
-        super().__init__(
-            f"This model does not support specifying dimensions. (allowed: {allowed})", param="dimensions"
-        )
+        super().__init__(f"This model does not support specifying dimensions. (allowed: {allowed})", param="dimensions")
 
 
 class TokenInputError(RequestError):

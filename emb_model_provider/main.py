@@ -100,9 +100,7 @@ def listen(server: ServerSettings) -> list[socket.socket]:
     """
     setting = f"EMB_PROVIDER_HOST={server.host}, EMB_PROVIDER_PORT={server.port}"
     try:
-        addresses = socket.getaddrinfo(
-            server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise SettingsError(f"{setting}: the host cannot be resolved ({error}).") from error
     with ExitStack() as opened:
@@ -163,9 +161,7 @@ def _serve(
     settings: Settings, sockets: list[socket.socket], writer: LineWriter, inherited: InheritedState | None
 ) -> int:
     shutdown = ShutdownSignal(
-        writer,
-        settings.lifecycle.shutdown_grace_s,
-        inherited.parent_pipe if inherited is not None else None,
+        writer, settings.lifecycle.shutdown_grace_s, inherited.parent_pipe if inherited is not None else None
     )
     # Prints the stacks of all threads to stderr if native code crashes.
     faulthandler.enable()

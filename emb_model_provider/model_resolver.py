@@ -123,7 +123,5 @@ def _names_of(specs: Iterable[ModelSpec]) -> dict[str, str | None]:
         ids.setdefault(spec.name, spec.alias)
         for name in (spec.name, spec.alias):
             last_parts.setdefault(name.rstrip("/").rpartition("/")[2], set()).add(spec.alias)
-    unique = {
-        name: next(iter(aliases)) if len(aliases) == 1 else None for name, aliases in last_parts.items()
-    }
+    unique = {name: next(iter(aliases)) if len(aliases) == 1 else None for name, aliases in last_parts.items()}
     return {**unique, **ids}

@@ -45,12 +45,7 @@ class ProgressReporter:
     """
 
     def __init__(
-        self,
-        mode: Mode = "auto",
-        *,
-        stream: TextIO | None = None,
-        every_s: float = 10.0,
-        stall_s: float = 20.0,
+        self, mode: Mode = "auto", *, stream: TextIO | None = None, every_s: float = 10.0, stall_s: float = 20.0
     ) -> None:
         """Create a reporter.
 

@@ -72,9 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         item.add_marker(pytest.mark.xdist_group(directory(item)))
-    items.sort(
-        key=lambda item: LONGEST.index(directory(item)) if directory(item) in LONGEST else len(LONGEST)
-    )
+    items.sort(key=lambda item: LONGEST.index(directory(item)) if directory(item) in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -188,11 +188,7 @@ def save_st(
 
 
 def save_modelscope(
-    directory: Path,
-    configuration: dict[str, Any] | None,
-    *,
-    safetensors: bool = False,
-    vocab_only: bool = False,
+    directory: Path, configuration: dict[str, Any] | None, *, safetensors: bool = False, vocab_only: bool = False
 ) -> Path:
     """Write a BERT directory like those of GTE and coROM on ModelScope, with the prefix `bert.` for weights."""
     tokenizer = wordpiece()
@@ -240,11 +236,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         d, bert, wordpiece(), normalize_before_dense=True, dense=20, normalize=False
     ),
     "bert-prompts-excluded": lambda d: save_st(
-        d,
-        bert,
-        wordpiece(),
-        include_prompt=False,
-        st={"prompts": _PROMPTS, "default_prompt_name": "document"},
+        d, bert, wordpiece(), include_prompt=False, st={"prompts": _PROMPTS, "default_prompt_name": "document"}
     ),
     "bert-matryoshka": lambda d: save_st(
         d, bert, wordpiece(), config={"matryoshka_dimensions": [48, 32, 16]}, normalize=False

@@ -56,12 +56,7 @@ class Service:
     """A running service. A context manager that stops it."""
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        stderr: int | None = None,
-        command: Sequence[str] | None = None,
-        **settings: str,
+        self, directory: Path, *, stderr: int | None = None, command: Sequence[str] | None = None, **settings: str
     ) -> None:
         """Start the process.
 
@@ -156,9 +151,7 @@ class Service:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise AssertionError(
-                f"the process did not end within {_STOP_S:g} s: {self.stderr_text()}"
-            ) from None
+            raise AssertionError(f"the process did not end within {_STOP_S:g} s: {self.stderr_text()}") from None
 
     def log_text(self) -> str:
         """Return the content of the log file."""

@@ -12,12 +12,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from emb_model_provider import Embedder
-from emb_model_provider.errors import (
-    InputTooLongError,
-    ModelNotReadyError,
-    RepositoryNotFoundError,
-    RequestError,
-)
+from emb_model_provider.errors import InputTooLongError, ModelNotReadyError, RepositoryNotFoundError, RequestError
 from emb_model_provider.hubs.local import find_bundled
 from emb_model_provider.settings import Settings
 from tests.service import wait_until
@@ -52,9 +47,7 @@ def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     return (left * right).sum(-1) / np.linalg.norm(left, axis=-1) / np.linalg.norm(right, axis=-1)
 
 
-def test_vectors_are_those_of_sentence_transformers(
-    embedder: Embedder, reference: NDArray[np.float32]
-) -> None:
+def test_vectors_are_those_of_sentence_transformers(embedder: Embedder, reference: NDArray[np.float32]) -> None:
     """They are float32 of shape (texts, dimensions)."""
     vectors = embedder.embed(TEXTS)
     assert (vectors.dtype, vectors.shape) == (np.float32, reference.shape)

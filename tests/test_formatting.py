@@ -35,8 +35,7 @@ def test_sizes_are_in_powers_of_1000(count: float | None, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(5, "just now"), (60, "1 minute ago"), (7200, "2 hours ago"), (3 * 86_400, "3 days ago")],
+    ("seconds", "text"), [(5, "just now"), (60, "1 minute ago"), (7200, "2 hours ago"), (3 * 86_400, "3 days ago")]
 )
 def test_ages_are_in_the_largest_unit(seconds: int, text: str) -> None:
     now = datetime(2030, 1, 2, tzinfo=UTC)

@@ -13,13 +13,7 @@ def spec(name: str, alias: str | None = None) -> ModelSpec:
 def test_added_model_does_not_change_earlier_names() -> None:
     """Earlier names keep their meaning, ambiguous or not. The name of a removed model can be used again."""
     configured = [spec("acme/small"), spec("x/twin"), spec("y/twin")]
-    added = [
-        spec("acme/small", alias="small-int8"),
-        spec("other/small"),
-        spec("z/twin"),
-        spec("p/new"),
-        spec("q/new"),
-    ]
+    added = [spec("acme/small", alias="small-int8"), spec("other/small"), spec("z/twin"), spec("p/new"), spec("q/new")]
     names = build_alias_index(configured, added)
     assert names["small"] == names["acme/small"] == "acme/small"
     assert "twin" not in names

@@ -32,8 +32,7 @@ def test_nothing_resolves_unpinned() -> None:
     loose = {
         f"{package['name']}=={package['version']}"
         for package in locked
-        if "editable" not in package["source"]
-        and package["version"] not in VERSIONS.get(package["name"], set())
+        if "editable" not in package["source"] and package["version"] not in VERSIONS.get(package["name"], set())
     }
     assert not loose, f"run .ci/pin: {sorted(loose)}"
 
@@ -50,9 +49,4 @@ def test_the_installed_versions_are_the_pinned_ones() -> None:
         if name in VERSIONS and version.partition("+")[0] not in VERSIONS[name]
     }
     assert not wrong
-    assert {
-        "torch",
-        "transformers",
-        "sentence-transformers",
-        "openvino",
-    } <= installed.keys() & VERSIONS.keys()
+    assert {"torch", "transformers", "sentence-transformers", "openvino"} <= installed.keys() & VERSIONS.keys()

@@ -219,9 +219,7 @@ def test_notes_are_logged_even_on_a_terminal(caplog: pytest.LogCaptureFixture) -
     assert "acme/tiny: resolve" in stream.shown()
 
 
-def test_a_process_without_stderr_logs(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_without_stderr_logs(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", None)
     with caplog.at_level(logging.INFO), ProgressReporter("log") as report:
         report(Progress("load", "acme/tiny"))

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 # --- secrets ------------------------------------------------------------------------------------------
 
-SECRETS = {
-    name: f"hush-{name.lower()}" for name in ("API_KEYS", "ADMIN_API_KEYS", "HF_TOKEN", "MODELSCOPE_TOKEN")
-}
+SECRETS = {name: f"hush-{name.lower()}" for name in ("API_KEYS", "ADMIN_API_KEYS", "HF_TOKEN", "MODELSCOPE_TOKEN")}
 MAPPING = {"a": {"name": "owner/model", "token": "hush-mapping"}}
 
 
@@ -230,17 +228,11 @@ def test_compiler_gets_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     names = [f"EMB_PROVIDER_{name}" for name in SECRETS] + ["HF_TOKEN", "MODELSCOPE_API_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY"]  # fmt: skip
     for name in names:
         monkeypatch.setenv(name, "hush")
-    program = (
-        "import json, os; print(json.dumps({'outcome': 'unable', 'reason': json.dumps(dict(os.environ))}))"
-    )
-    monkeypatch.setattr(
-        "emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program)
-    )
+    program = "import json, os; print(json.dumps({'outcome': 'unable', 'reason': json.dumps(dict(os.environ))}))"
+    monkeypatch.setattr("emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program))
     spec, snapshot = spec_of(token="hush"), snapshot_of(save_st(tmp_path / "model", bert, wordpiece()))
     recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=False)
-    job = CompileJob(
-        spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1, parent=os.getpid()
-    )
+    job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1, parent=os.getpid())
     variables = json.loads(run_compiler(job, ignore_progress, CancelToken()).reason)
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert "hush" not in variables.values()

@@ -19,19 +19,8 @@ from emb_model_provider.api.background_tasks import BackgroundTasks
 from emb_model_provider.api.dependencies import Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
-from emb_model_provider.api.middleware import (
-    AccessLogMiddleware,
-    AuthAndLimitsMiddleware,
-    TrustedHostMiddleware,
-)
-from emb_model_provider.api.routes import (
-    cached_models,
-    downloads,
-    embeddings,
-    loaded_models,
-    models,
-    operations,
-)
+from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
+from emb_model_provider.api.routes import cached_models, downloads, embeddings, loaded_models, models, operations
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.management.downloads import DownloadJobs
@@ -172,10 +161,7 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
     body = orjson.dumps({"model": registry.default_alias, "input": "hello"}).decode()
     key = " -H 'Authorization: Bearer YOUR_KEY'" if server.accepted_keys else ""
     logger.info(
-        "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s",
-        address,
-        key,
-        shlex.quote(body),
+        "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s", address, key, shlex.quote(body)
     )
 
 

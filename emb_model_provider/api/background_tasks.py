@@ -58,6 +58,4 @@ class BackgroundTasks:
             ModelNotReadyError: The service shuts down.
         """
         if self.is_shutting_down():
-            raise ModelNotReadyError(
-                "The service is shutting down. Try again later.", retry_after_s=_RETRY_AFTER_S
-            )
+            raise ModelNotReadyError("The service is shutting down. Try again later.", retry_after_s=_RETRY_AFTER_S)

@@ -37,9 +37,7 @@ class Services:
     metrics: Metrics
     background: BackgroundTasks
     # Separate threads, so that hashing gigabytes delays neither requests for embeddings nor the listing of models.
-    _disk_threads: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="cache")
-    )
+    _disk_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="cache"))
     _verify_threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="verify")
     )

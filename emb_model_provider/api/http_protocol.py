@@ -297,10 +297,7 @@ class HttpProtocol(HttpToolsProtocol):
         if status < 500:
             # In place of an access line. The limiter logs about connections that are over the limit.
             logger.info(
-                "rejected an invalid or incomplete request: status=%d %s request_id=%s",
-                status,
-                code,
-                identifier,
+                "rejected an invalid or incomplete request: status=%d %s request_id=%s", status, code, identifier
             )
 
 

@@ -96,9 +96,7 @@ class ConnectionLimiter:
         now = time.monotonic()
         if now > self._warned_at + _WARN_EVERY_S:
             self._warned_at = now
-            logger.warning(
-                "%d connections are open: new connections are rejected with 503", self._max_connections
-            )
+            logger.warning("%d connections are open: new connections are rejected with 503", self._max_connections)
         return True
 
     def on_paused(self, connection: Connection) -> None:

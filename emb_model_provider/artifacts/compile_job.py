@@ -118,9 +118,7 @@ def read_event(line: str) -> CompileStep | CompileResult:
 
 def _spec(values: Mapping[str, Any]) -> ModelSpec:
     dimensions = values["dimensions"]
-    return ModelSpec(
-        **{**values, "dimensions": tuple(dimensions) if isinstance(dimensions, list) else dimensions}
-    )
+    return ModelSpec(**{**values, "dimensions": tuple(dimensions) if isinstance(dimensions, list) else dimensions})
 
 
 def _snapshot(values: Mapping[str, Any]) -> Snapshot:

@@ -107,10 +107,7 @@ def write_manifest(directory: Path, recipe: Recipe, description: ModelDescriptio
         files.append({"path": name, "sha256": hash_file(path).sha256, **_stamp(path)})
     values = asdict(description)
     del values["tokenizer_json"]
-    _write(
-        directory,
-        {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files},
-    )
+    _write(directory, {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files})
     _flush(directory)
 
 
@@ -139,9 +136,7 @@ def read_artifact(directory: Path) -> Artifact | None:
     check = check_files(directory, info.files, info.mtimes)
     if not check.ok:
         problem = check.problems[0]
-        logger.warning(
-            "The artifact %s is damaged and is ignored: %s (%s)", directory, problem.path, problem.problem
-        )
+        logger.warning("The artifact %s is damaged and is ignored: %s (%s)", directory, problem.path, problem.problem)
         return None
     try:
         tokenizer = (directory / TOKENIZER).read_text(encoding="utf-8")
@@ -169,9 +164,7 @@ def verify_artifact(directory: Path) -> bool:
     return check.ok
 
 
-def with_configured_prompts(
-    description: ModelDescription, prompts: Mapping[str, str] | None
-) -> ModelDescription:
+def with_configured_prompts(description: ModelDescription, prompts: Mapping[str, str] | None) -> ModelDescription:
     """Return a description in which the prompts of the settings take precedence over those of the repository."""
     return replace(description, prompts={**description.prompts, **(prompts or {})})
 

@@ -117,9 +117,7 @@ class BackendPreparer:
 
     # --- torch ----------------------------------------------------------------------------------------
 
-    def _prepare_torch(
-        self, spec: ModelSpec, snapshot: Snapshot, notes: tuple[str, ...] = ()
-    ) -> PreparedBackend:
+    def _prepare_torch(self, spec: ModelSpec, snapshot: Snapshot, notes: tuple[str, ...] = ()) -> PreparedBackend:
         model = TorchModel(spec, snapshot, self.allows_code(spec, snapshot), self._cache_dir, self._fidelity)
 
         def load() -> Backend:
@@ -208,12 +206,7 @@ class BackendPreparer:
             return self._make(spec, snapshot, recipe, on_progress, cancel)
 
     def _make(
-        self,
-        spec: ModelSpec,
-        snapshot: Snapshot,
-        recipe: Recipe,
-        on_progress: OnProgress,
-        cancel: CancelToken,
+        self, spec: ModelSpec, snapshot: Snapshot, recipe: Recipe, on_progress: OnProgress, cancel: CancelToken
     ) -> tuple[Artifact, FileLock]:
         try:
             with self._store.making(recipe, cancel) as directory:
@@ -244,12 +237,7 @@ class BackendPreparer:
             LoadError: No backend could load the snapshot.
         """
         job = CompileJob(
-            spec=spec,
-            snapshot=snapshot,
-            recipe=recipe,
-            directory=directory,
-            threads=usable_cpus(),
-            parent=os.getpid(),
+            spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=usable_cpus(), parent=os.getpid()
         )
         try:
             result = run_compiler(job, on_progress, cancel)

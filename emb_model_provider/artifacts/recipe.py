@@ -81,12 +81,7 @@ class Recipe:
 
 
 def recipe_for(
-    spec: ModelSpec,
-    snapshot: Snapshot,
-    *,
-    trust_remote_code: bool,
-    native_bf16: bool,
-    fast_int8: bool = False,
+    spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool, native_bf16: bool, fast_int8: bool = False
 ) -> Recipe:
     """Return the recipe of a model for a processor.
 

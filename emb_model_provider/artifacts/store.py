@@ -31,13 +31,7 @@ from emb_model_provider.snapshots.files import (
     translate_os_error,
     write_atomically,
 )
-from emb_model_provider.snapshots.locks import (
-    FileLock,
-    is_locked,
-    lock_exclusive,
-    lock_shared,
-    try_lock_exclusive,
-)
+from emb_model_provider.snapshots.locks import FileLock, is_locked, lock_exclusive, lock_shared, try_lock_exclusive
 
 if TYPE_CHECKING:
     import builtins
@@ -193,11 +187,7 @@ class ArtifactStore:
 
     def unfinished(self) -> builtins.list[Path]:
         """Return the directories of artifacts that no process makes any longer."""
-        return [
-            path
-            for path in list_dir(self._root, ".*.tmp")
-            if not is_locked(self._root / f"{_key_of(path)}.lock")
-        ]
+        return [path for path in list_dir(self._root, ".*.tmp") if not is_locked(self._root / f"{_key_of(path)}.lock")]
 
     def remove_unfinished(self, own_key: str | None = None) -> None:
         """Remove the directories of artifacts that no process makes any longer.

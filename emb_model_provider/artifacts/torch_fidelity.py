@@ -79,9 +79,7 @@ class TorchModel:
         reasons: list[str] = []
         for precision in self._candidates(chosen, device):
             try:
-                backend = self._load_if_accurate(
-                    precision, self._record_path(precision, device, facts), reference
-                )
+                backend = self._load_if_accurate(precision, self._record_path(precision, device, facts), reference)
             except AccuracyError as error:
                 if self.spec.precision != "auto":
                     raise
@@ -107,9 +105,7 @@ class TorchModel:
         if self.spec.precision != "auto" or chosen == "fp32":
             return (chosen,)
         # On a GPU, fp16 is as fast as bf16 and three bits more precise, but its range is narrower.
-        return (
-            (chosen, "fp16", "fp32") if chosen == "bf16" and device.startswith("cuda") else (chosen, "fp32")
-        )
+        return (chosen, "fp16", "fp32") if chosen == "bf16" and device.startswith("cuda") else (chosen, "fp32")
 
     def _load_if_accurate(self, precision: ComputePrecision, record: Path, reference: _Reference) -> Backend:
         if precision == "fp32":
@@ -131,7 +127,9 @@ class TorchModel:
             self._check_accuracy(precision, fidelity)
         except MismatchError as error:
             backend.close()
-            message = f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32."
+            message = (
+                f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32."
+            )
             raise AccuracyError(message, reason=f"at {precision}, {error}") from error
         except BaseException:
             backend.close()
@@ -143,9 +141,7 @@ class TorchModel:
 
     def _record_path(self, precision: ComputePrecision, device: str, facts: DeviceFacts) -> Path:
         """Return the file of a measured fidelity. Its name is a digest of everything the value depends on."""
-        plan = plan_pipeline(
-            replace(self.spec, prompts=None), self.snapshot, trust_remote_code=self.trust_remote_code
-        )
+        plan = plan_pipeline(replace(self.spec, prompts=None), self.snapshot, trust_remote_code=self.trust_remote_code)
         values = asdict(plan)
         del values["directory"]
         kind, _, number = device.partition(":")
@@ -191,8 +187,7 @@ class _Reference:
             try:
                 tokenization = Tokenization(backend.description)
                 return make_cases(
-                    lambda texts, prompt: embed_texts(backend, tokenization, texts, prompt),
-                    backend.description,
+                    lambda texts, prompt: embed_texts(backend, tokenization, texts, prompt), backend.description
                 ), ""
             finally:
                 backend.close()

@@ -81,9 +81,7 @@ class TokenBatch:
     prompt_lengths: Sequence[int]
     """Number of prompt tokens at the start of each input. Used only if the model excludes prompts."""
 
-    def pad(
-        self, pad_token_id: int, side: Literal["left", "right"]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pad(self, pad_token_id: int, side: Literal["left", "right"]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return ids and attention mask, each int64 of shape (inputs, longest input)."""
         import numpy as np  # here, because listing models needs the other types, but not numpy
 

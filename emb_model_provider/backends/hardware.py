@@ -51,9 +51,7 @@ def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
 
 def native_bf16(root: Path = _ROOT) -> bool:
     """Return whether the processor multiplies bf16 numbers natively: AMX, AVX512-BF16, or BF16 on ARM."""
-    return any(
-        flags & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, flags in _cpu_flags(root)
-    )
+    return any(flags & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, flags in _cpu_flags(root))
 
 
 def fast_int8(root: Path = _ROOT) -> bool:

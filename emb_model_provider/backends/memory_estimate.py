@@ -34,11 +34,7 @@ _MINIMUM_SHARES: Mapping[Precision, float] = {"fp32": 1.0, "int8": 0.25, "int4":
 
 
 def openvino_bytes(
-    stored: int,
-    matrix_items: int,
-    dequantized_bytes: int,
-    compute: ComputePrecision,
-    description: ModelDescription,
+    stored: int, matrix_items: int, dequantized_bytes: int, compute: ComputePrecision, description: ModelDescription
 ) -> int:
     """Estimate the memory of a compiled graph in bytes.
 

@@ -102,9 +102,7 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
         plan = _from_modules(snapshot, read("config_sentence_transformers.json"), config)
     elif (section := modelscope_model_section(read("configuration.json"))) is not None:
         plan = _from_modelscope(snapshot, section, config, spec.pooling)
-    elif "configuration.json" not in present and (
-        _GTE_NAME.search(snapshot.repository) or _GTE_NAME.search(spec.name)
-    ):
+    elif "configuration.json" not in present and (_GTE_NAME.search(snapshot.repository) or _GTE_NAME.search(spec.name)):
         note = "no modules.json and no configuration.json: cls pooling and normalization, by the GTE name"
         plan = _bare_plan(snapshot, config, pooling="cls", normalize=True, note=note)
     else:
@@ -133,9 +131,7 @@ def declared_values(plan: PipelinePlan) -> DeclaredValues:
     normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
     return DeclaredValues(
         dimensions=plan.truncate_dim or _declared_dimension(configs, config),
-        max_tokens=(
-            plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings")
-        ),
+        max_tokens=(plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings")),
         pooling=plan.pooling or _declared_pooling(configs),
         normalized=plan.normalize if plan.normalize is not None else normalized,
     )
@@ -150,12 +146,7 @@ def modelscope_model_section(configuration: Mapping[str, Any]) -> Mapping[str, A
     """Return the `model` section of ModelScope's `configuration.json`, or None if it is not for sentence embedding."""
     model = configuration.get("model")
     section: Mapping[str, Any] = model if isinstance(model, dict) else {}
-    declared = (
-        configuration.get("task"),
-        configuration.get("tasks"),
-        section.get("task"),
-        section.get("tasks"),
-    )
+    declared = (configuration.get("task"), configuration.get("tasks"), section.get("task"), section.get("tasks"))
     names = {name for task in declared for name in _task_names(task)}
     if not names:
         names = set(_task_names(configuration.get("pipeline")))
@@ -187,9 +178,7 @@ def _declared_pooling(modules: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _from_modules(
-    snapshot: Snapshot, st_config: Mapping[str, Any], config: Mapping[str, Any]
-) -> PipelinePlan:
+def _from_modules(snapshot: Snapshot, st_config: Mapping[str, Any], config: Mapping[str, Any]) -> PipelinePlan:
     model_type = st_config.get("model_type", "SentenceTransformer")
     if model_type != "SentenceTransformer":
         raise UnsupportedModelError(
@@ -220,10 +209,7 @@ def _from_modules(
 
 
 def _from_modelscope(
-    snapshot: Snapshot,
-    section: Mapping[str, Any],
-    config: Mapping[str, Any],
-    requested_pooling: Pooling | None,
+    snapshot: Snapshot, section: Mapping[str, Any], config: Mapping[str, Any], requested_pooling: Pooling | None
 ) -> PipelinePlan:
     # Only ModelScope's class for BLOOM defaults to a weighted mean.
     default = "weighted_mean" if section.get("type") == "bloom" else "cls"

@@ -77,9 +77,7 @@ def resolve_torch_precision(requested: Precision, device: str, facts: DeviceFact
     """
     if device == "mps":
         if requested == "bf16":
-            raise UnsupportedPrecisionError(
-                "Precision bf16 is not reliable on Apple GPUs. Use fp16, fp32 or auto."
-            )
+            raise UnsupportedPrecisionError("Precision bf16 is not reliable on Apple GPUs. Use fp16, fp32 or auto.")
         if requested in ("int8", "int4"):
             raise UnsupportedPrecisionError(
                 f"Precision {requested} is not available on Apple GPUs, because the quantization libraries have no "

@@ -103,8 +103,7 @@ class Tokenization:
         for index, row in enumerate(rows):
             if not row:
                 raise TokenInputError(
-                    f"Invalid 'input[{index}]': an array of token ids must not be empty.",
-                    code="invalid_value",
+                    f"Invalid 'input[{index}]': an array of token ids must not be empty.", code="invalid_value"
                 )
             if min(row) < 0 or max(row) >= self._vocab_size:
                 wrong = min(row) if min(row) < 0 else max(row)
@@ -172,17 +171,11 @@ class TextPreTruncator:
         # pair.
         at_end = _MAX_DECOMPOSITION * (longest + 2)
         return cls(
-            margin=tokenizer["model"].get("max_input_chars_per_word", 100) + at_end,
-            from_end=not _overlap(contents),
+            margin=tokenizer["model"].get("max_input_chars_per_word", 100) + at_end, from_end=not _overlap(contents)
         )
 
     def encode(
-        self,
-        texts: Sequence[str],
-        encode: Callable[[list[str]], list[list[int]]],
-        *,
-        keep: int,
-        from_end: bool,
+        self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]], *, keep: int, from_end: bool
     ) -> list[list[int]]:
         """Return the ids of each text, or of a piece of it whose first (or last) `keep` ids are those of the whole text.
 

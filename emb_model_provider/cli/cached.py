@@ -43,9 +43,7 @@ _PROBLEMS = {
 
 
 @click.command("list")
-@click.option(
-    "--all", "everything", is_flag=True, help="Include models that other programs left in the hubs' caches."
-)
+@click.option("--all", "everything", is_flag=True, help="Include models that other programs left in the hubs' caches.")
 @quiet_option("ids")
 @json_option
 def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
@@ -61,12 +59,7 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     _, manager = open_manager()
     models = manager.list(everything=everything)
     if as_json:
-        print_json(
-            {
-                "models": [model.model_dump(mode="json") for model in models],
-                "total_size": _total_size(models),
-            }
-        )
+        print_json({"models": [model.model_dump(mode="json") for model in models], "total_size": _total_size(models)})
         return
     if quiet:
         for name in dict.fromkeys(model.model_name for model in models):
@@ -107,13 +100,7 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
 @progress_option
 @json_option
 def verify(
-    models: tuple[str, ...],
-    source: Source | None,
-    revision: str | None,
-    progress: Mode,
-    *,
-    repair: bool,
-    as_json: bool,
+    models: tuple[str, ...], source: Source | None, revision: str | None, progress: Mode, *, repair: bool, as_json: bool
 ) -> None:
     """Compare models with what was downloaded.
 
@@ -134,9 +121,7 @@ def verify(
         with CommandProgress(progress) as report:
             return [_verify(manager, record, report, repair=repair) for record in records]
 
-    results = run_until_interrupted(
-        work, "nothing was changed, except for files that were repaired completely."
-    )
+    results = run_until_interrupted(work, "nothing was changed, except for files that were repaired completely.")
     if as_json:
         print_json(
             {
@@ -199,13 +184,8 @@ def _find(
 
 
 def _to_json(model: CachedModelRecord, details: Details) -> dict[str, Any]:
-    artifacts = [
-        {**artifact.model_dump(mode="json"), "snapshot": artifact.snapshot} for artifact in model.artifacts
-    ]
-    return {
-        **model.model_dump(mode="json"),
-        "details": {**details.model_dump(mode="json"), "artifacts": artifacts},
-    }
+    artifacts = [{**artifact.model_dump(mode="json"), "snapshot": artifact.snapshot} for artifact in model.artifacts]
+    return {**model.model_dump(mode="json"), "details": {**details.model_dump(mode="json"), "artifacts": artifacts}}
 
 
 def _describe(model: CachedModelRecord, details: Details) -> str:
@@ -224,12 +204,7 @@ def _describe(model: CachedModelRecord, details: Details) -> str:
     for artifact in model.artifacts:
         fidelity = format_cosine(artifact.fidelity.min_cosine) if artifact.fidelity else "not measured"
         label = precision_label(artifact.precision, artifact.computed)
-        lines.append(
-            (
-                "compiled",
-                f"{label}, {format_size(artifact.size)}, fidelity {fidelity}, {artifact.key[:12]}",
-            )
-        )
+        lines.append(("compiled", f"{label}, {format_size(artifact.size)}, fidelity {fidelity}, {artifact.key[:12]}"))
     text = pairs([line for line in lines if line[1]])
     if details.files:
         rows = [(f"    {file.path}", format_size(file.size), file.sha256 or "-") for file in details.files]
@@ -256,9 +231,7 @@ def _format_value(value: object) -> str:
 # --- verify -------------------------------------------------------------------------------------------
 
 
-def _verify(
-    manager: ModelManager, model: CachedModelRecord, report: CommandProgress, *, repair: bool
-) -> Verification:
+def _verify(manager: ModelManager, model: CachedModelRecord, report: CommandProgress, *, repair: bool) -> Verification:
     report.model(model.model_name)
     result = manager.verify(model, on_progress=report)
     if result.ok or not repair:

@@ -82,9 +82,7 @@ def embed(
             while batch := list(itertools.islice(lines, _BATCH_SIZE)):
                 for text, vector in zip(batch, embedder.embed(batch), strict=True):
                     values = [float(value) for value in vector]
-                    print_json_line(
-                        {"index": index, "text": text, "embedding": values} if as_json else values
-                    )
+                    print_json_line({"index": index, "text": text, "embedding": values} if as_json else values)
                     index += 1
 
     run_until_interrupted(work, "the vectors above are complete.")

@@ -36,9 +36,7 @@ _PACKAGES = ("openvino", "nncf", "torch", "torchao", "bitsandbytes", "sentence-t
 class _Precisions(click.ParamType[tuple[str, ...]]):
     name = "LIST"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
         precisions = tuple(part.strip().lower() for part in str(value).split(",") if part.strip())
@@ -83,13 +81,7 @@ def fidelity(
     with contextlib.ExitStack() as stack:
         workers: dict[str, FidelityWorker] = {}
         for precision in precisions:
-            job = {
-                "model": model,
-                "source": source,
-                "precision": precision,
-                "backend": backend,
-                "device": device,
-            }
+            job = {"model": model, "source": source, "precision": precision, "backend": backend, "device": device}
             say(f"{precision}: preparing")
             # The first worker compiles and compares. The second one only loads, so that memory and time are the model's.
             with start_fidelity_worker(job) as first:
@@ -140,9 +132,7 @@ class FidelityWorker:
 
 
 @contextlib.contextmanager
-def start_fidelity_worker(
-    job: Mapping[str, Any], command: Sequence[str] = WORKER_COMMAND
-) -> Iterator[FidelityWorker]:
+def start_fidelity_worker(job: Mapping[str, Any], command: Sequence[str] = WORKER_COMMAND) -> Iterator[FidelityWorker]:
     """Start a child process that loads a model, and end it with the context.
 
     Args:
@@ -186,9 +176,7 @@ def _download(model: str, source: Source | None) -> None:
         run_until_interrupted(lambda: manager.ensure(spec, on_progress=report), RESUME_HINT)
 
 
-def _measure_throughput(
-    workers: Mapping[str, FidelityWorker], rounds: int, rows: dict[str, dict[str, Any]]
-) -> None:
+def _measure_throughput(workers: Mapping[str, FidelityWorker], rounds: int, rows: dict[str, dict[str, Any]]) -> None:
     """Add medians of the throughput, and of its ratio to the first precision, to the rows.
 
     The workers take turns, because the speed of a machine drifts. The row of a worker that dies becomes its error.
@@ -246,9 +234,7 @@ def _format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "peak, MB", "load, s", "short texts/s", f"÷ {base}", "documents/s", f"÷ {base}",
     )  # fmt: skip
     lines = [head, *(_cells(precision, row) for precision, row in rows.items())]
-    widths = [
-        max(len(line[column]) for line in lines if len(line) == len(head)) for column in range(len(head))
-    ]
+    widths = [max(len(line[column]) for line in lines if len(line) == len(head)) for column in range(len(head))]
     table = [_format_line(line, widths) for line in lines]
     table.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(table)

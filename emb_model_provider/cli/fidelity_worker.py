@@ -98,9 +98,7 @@ def load(
         device=device or configured.device,
     )
     snapshot = fetch_snapshot(spec, settings.hubs)
-    no_floors = FidelitySettings(
-        fidelity_floors=dict.fromkeys(get_args(FidelityPrecision), 0.0), measure_fidelity=True
-    )
+    no_floors = FidelitySettings(fidelity_floors=dict.fromkeys(get_args(FidelityPrecision), 0.0), measure_fidelity=True)
     prepared = BackendPreparer(settings.hubs, no_floors, settings.trust).prepare(spec, snapshot)
     started = time.perf_counter()
     loaded = prepared.load()

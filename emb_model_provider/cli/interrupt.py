@@ -22,9 +22,7 @@ RESUME_HINT = "what was downloaded so far is kept. To continue, run the same com
 _POLL_S = 0.2
 
 
-def run_until_interrupted(
-    work: Callable[[], T], message: str, *, stop: Callable[[], float] = lambda: 0.0
-) -> T:
+def run_until_interrupted(work: Callable[[], T], message: str, *, stop: Callable[[], float] = lambda: 0.0) -> T:
     """Run `work` on a thread; on Ctrl-C print a message and end this process.
 
     The process does not wait for its threads, because nothing can interrupt a transfer of a hub client, which could

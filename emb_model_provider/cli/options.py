@@ -44,9 +44,7 @@ class ModelId(click.ParamType[str]):
 
 
 def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")(
-        function
-    )
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")(function)
 
 
 def quiet_option(content: str) -> Callable[[F], F]:
@@ -58,16 +56,12 @@ def yes_option(function: F) -> F:
 
 
 def dry_run_option(function: F) -> F:
-    return click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")(
-        function
-    )
+    return click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")(function)
 
 
 def source_option(function: F) -> F:
     return click.option(
-        "--source",
-        type=click.Choice(get_args(Source)),
-        help="Hub that the model comes from. Default: as configured.",
+        "--source", type=click.Choice(get_args(Source)), help="Hub that the model comes from. Default: as configured."
     )(function)
 
 
@@ -77,9 +71,7 @@ def revision_option(function: F) -> F:
 
 def precision_option(function: F) -> F:
     return click.option(
-        "--precision",
-        type=click.Choice(get_args(Precision)),
-        help="Precision of the model. Default: as configured.",
+        "--precision", type=click.Choice(get_args(Precision)), help="Precision of the model. Default: as configured."
     )(function)
 
 

@@ -20,15 +20,7 @@ from emb_model_provider.cli.options import (
     source_option,
     split_single_revision,
 )
-from emb_model_provider.cli.output import (
-    exit_code_of,
-    out,
-    pairs,
-    precision_label,
-    print_json,
-    say,
-    warn,
-)
+from emb_model_provider.cli.output import exit_code_of, out, pairs, precision_label, print_json, say, warn
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import CancelToken
@@ -58,9 +50,7 @@ _COMPILER_STOP_S = 30.0
     metavar="PATTERN",
     help="Download only matching files, among those that serving needs. Can be repeated.",
 )
-@click.option(
-    "--exclude", multiple=True, metavar="PATTERN", help="Do not download matching files. Can be repeated."
-)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Do not download matching files. Can be repeated.")
 @click.option("--to", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Also copy the files to DIR, to serve them with EMB_PROVIDER_MODEL_PATH.")  # fmt: skip
 @progress_option
@@ -103,9 +93,7 @@ def pull(
     for argument in models or [spec.alias for spec in settings.models.specs()]:
         name, wanted = split_single_revision(settings, argument, revision)
         specs.append(resolve_model(settings, name, source=source, revision=wanted, precision=precision))
-    task = _PullTask(
-        manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude)
-    )
+    task = _PullTask(manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude))
     failures: list[ProviderError] = []
     results: list[dict[str, Any]] = []
 
@@ -159,9 +147,7 @@ class _PullTask:
         return _to_json(spec, snapshot, compiled, copy)
 
 
-def _to_json(
-    spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None, copy: Path | None
-) -> dict[str, Any]:
+def _to_json(spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None, copy: Path | None) -> dict[str, Any]:
     return {
         "model_name": snapshot.repository,
         "alias": spec.alias,
@@ -231,8 +217,6 @@ def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     elif result["source"] == "local":
         configuration = f"EMB_PROVIDER_MODEL_PATH={result['path']}"
     else:
-        configuration = (
-            f"EMB_PROVIDER_MODEL_NAME={result['model_name']} EMB_PROVIDER_MODEL_SOURCE={result['source']}"
-        )
+        configuration = f"EMB_PROVIDER_MODEL_NAME={result['model_name']} EMB_PROVIDER_MODEL_SOURCE={result['source']}"
     lines.append(("to serve it", configuration))
     return lines

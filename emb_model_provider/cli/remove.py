@@ -85,9 +85,7 @@ def rm(
     if everything and (source is not None or revision is not None):
         raise click.UsageError("--all cannot be combined with --source or --revision.")
     if url is not None and not unload:
-        raise click.UsageError(
-            "--url requires --unload, because without it the models on this disk are removed."
-        )
+        raise click.UsageError("--url requires --unload, because without it the models on this disk are removed.")
     settings, manager = open_manager()
     arguments = [split_revision(settings, argument) for argument in models]
     names = list(dict.fromkeys((name, own_revision or revision) for name, own_revision in arguments))
@@ -156,9 +154,7 @@ class _LocalRemoval:
         ]
         if not self.names:
             models = self.manager.list()
-        freed = sum(
-            model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models
-        )
+        freed = sum(model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models)
         return _to_json([Removal(models=models, artifacts=[], freed=freed, kept=[])], dry_run=True)
 
     def remove(self, *, dry_run: bool) -> dict[str, Any]:
@@ -176,9 +172,7 @@ class _LocalRemoval:
 
     def _remove_each(self, *, dry_run: bool) -> list[Removal]:
         return [
-            self.manager.remove(
-                name, source=self.source, revision=revision, wait_s=self.wait_s, dry_run=dry_run
-            )
+            self.manager.remove(name, source=self.source, revision=revision, wait_s=self.wait_s, dry_run=dry_run)
             for name, revision in self.names
         ]
 

@@ -131,9 +131,7 @@ def load(
 @click.command()
 @click.argument("model", type=ModelId(), metavar="ID")
 @click.option(
-    "--forget",
-    is_flag=True,
-    help="Also stop serving the model. Only for models that are not in the server's settings.",
+    "--forget", is_flag=True, help="Also stop serving the model. Only for models that are not in the server's settings."
 )
 @url_option
 @json_option

@@ -119,9 +119,7 @@ class ServerClient:
         if response.status_code == 401:
             message += " Set EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) to a key of the server."
         if error.get("code") == "unknown_url":
-            message += (
-                f" The server at {self._url} has another version. To start this one: emb-provider serve"
-            )
+            message += f" The server at {self._url} has another version. To start this one: emb-provider serve"
         exit_code = USAGE_ERROR if response.status_code in _USAGE_STATUSES else FAILED
         raise ServerRefusedError(message, exit_code=exit_code)
 

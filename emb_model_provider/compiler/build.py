@@ -49,10 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ACCURACY_TARGETS: Mapping[ComputePrecision, tuple[float, float]] = {
-    "int8": (0.995, 0.97),
-    "int4": (0.97, 0.92),
-}
+ACCURACY_TARGETS: Mapping[ComputePrecision, tuple[float, float]] = {"int8": (0.995, 0.97), "int4": (0.97, 0.92)}
 """Targets of integer weights: the lowest cosine to fp32, and the share of the ten nearest neighbours kept."""
 _EXACT_GRAPH = "exact.xml"
 """The graph before quantization, in the directory of the artifact."""
@@ -152,9 +149,7 @@ def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
     return pipeline, description
 
 
-def _reference_cases(
-    pipeline: SentenceTransformer, description: ModelDescription, corpus_s: float
-) -> list[Case]:
+def _reference_cases(pipeline: SentenceTransformer, description: ModelDescription, corpus_s: float) -> list[Case]:
     """Embed the comparison texts with sentence-transformers, truncated to the maximum length of the comparison."""
     pipeline.max_seq_length = comparison_limit(description)
 

@@ -14,13 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
-from emb_model_provider.backends.openvino_cpu.runtime import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    POOLING_MASK,
-    Graph,
-    openvino,
-)
+from emb_model_provider.backends.openvino_cpu.runtime import ATTENTION_MASK, INPUT_IDS, POOLING_MASK, Graph, openvino
 from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.selection import EXPORTS
 
@@ -39,17 +33,7 @@ It raises whatever torch or OpenVINO raises.
 _EXAMPLE_SHAPE = (3, 11)
 """Shape of the example inputs, because torch.export treats sizes of 0 and 1 as constants, and equal sizes as one."""
 _FULL_ATTENTION_TYPES = frozenset(
-    {
-        "albert",
-        "bert",
-        "camembert",
-        "distilbert",
-        "electra",
-        "mpnet",
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-    }
+    {"albert", "bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"}
 )
 """Model types whose tokens attend to all real tokens of their text, so that no row of the attention mask is fully
 masked. Other types get `_unmask_fully_masked_rows`, which makes texts of 256 tokens a few per cent slower."""
@@ -64,20 +48,13 @@ class PipelineModule(torch.nn.Module):
     def __init__(self, pipeline: SentenceTransformer) -> None:
         super().__init__()
         self.stages = torch.nn.ModuleList(pipeline)
-        self.excludes_prompt = any(
-            isinstance(stage, Pooling) and not stage.include_prompt for stage in self.stages
-        )
+        self.excludes_prompt = any(isinstance(stage, Pooling) and not stage.include_prompt for stage in self.stages)
         self.truncate_dim = pipeline.truncate_dim
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        pooling_mask: torch.Tensor | None = None,
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pooling_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self.run(
-            {INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, list(self.stages), pooling_mask
-        )
+        return self.run({INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, list(self.stages), pooling_mask)
 
     def run(
         self, features: dict[str, Any], stages: Sequence[torch.nn.Module], pooling_mask: torch.Tensor | None
@@ -111,9 +88,7 @@ def check_exportable(pipeline: SentenceTransformer) -> None:
         UnsupportedModelError: Only the torch backend can run it.
     """
     if isinstance(pipeline[0], StaticEmbedding):
-        raise UnsupportedModelError(
-            "static embeddings are only looked up and averaged, so there is nothing to compile"
-        )
+        raise UnsupportedModelError("static embeddings are only looked up and averaged, so there is nothing to compile")
     for stage in pipeline:
         if isinstance(stage, Pooling) and not stage.include_prompt and "weightedmean" in stage.pooling_mode:
             raise UnsupportedModelError(
@@ -153,11 +128,7 @@ def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callab
 
 
 EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
-    {
-        "torch.export": export,
-        "tracing": trace,
-        "tracing, attention not fused": trace_without_fused_attention,
-    }
+    {"torch.export": export, "tracing": trace, "tracing, attention not fused": trace_without_fused_attention}
 )
 """Exporters by name, in the order in which they are tried."""
 
@@ -255,10 +226,7 @@ class _Tail(torch.nn.Module):
         self.whole = whole
 
     def forward(
-        self,
-        token_embeddings: torch.Tensor,
-        attention_mask: torch.Tensor,
-        pooling_mask: torch.Tensor | None = None,
+        self, token_embeddings: torch.Tensor, attention_mask: torch.Tensor, pooling_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         features = {_TOKEN_EMBEDDINGS: token_embeddings, ATTENTION_MASK: attention_mask}
         return self.whole.run(features, list(self.whole.stages)[1:], pooling_mask)

@@ -17,12 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from emb_model_provider.backends.openvino_cpu.runtime import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    POOLING_MASK,
-    openvino,
-)
+from emb_model_provider.backends.openvino_cpu.runtime import ATTENTION_MASK, INPUT_IDS, POOLING_MASK, openvino
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.fidelity.texts import calibration_texts
 from emb_model_provider.formatting import describe_error
@@ -93,9 +88,7 @@ def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescript
     try:
         if weights == "int4":
             graph = _quantize_to_int4(nncf, graph, found, description)
-        return nncf.compress_weights(
-            graph, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=_ignore(nncf, small)
-        )
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=_ignore(nncf, small))
     except Exception as error:
         raise QuantizeError(f"nncf cannot quantize it to {weights}: {describe_error(error)}") from error
 
@@ -122,13 +115,9 @@ def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[
     return batches
 
 
-def _quantize_to_int4(
-    nncf: Any, graph: Graph, weights: Sequence[_Weight], description: ModelDescription
-) -> Graph:
+def _quantize_to_int4(nncf: Any, graph: Graph, weights: Sequence[_Weight], description: ModelDescription) -> Graph:
     """Quantize the largest table to 4 bits and, if that is not enough, a part of the matrices."""
-    table = max(
-        (weight for weight in weights if weight.is_table), key=lambda weight: weight.values, default=None
-    )
+    table = max((weight for weight in weights if weight.is_table), key=lambda weight: weight.values, default=None)
     options: dict[str, Any] = {
         "mode": nncf.CompressWeightsMode.INT4_ASYM,
         "group_size": _GROUP,
@@ -139,9 +128,7 @@ def _quantize_to_int4(
         ),
     }
     share = _matrix_share(graph, weights, table)
-    others = [
-        node.get_friendly_name() for node in graph.get_ordered_ops() if node.get_type_name() in _QUANTIZABLE
-    ]
+    others = [node.get_friendly_name() for node in graph.get_ordered_ops() if node.get_type_name() in _QUANTIZABLE]
     matrix_nodes = {weight.node for weight in weights if not weight.is_table}
     tables = [name for name in others if name not in matrix_nodes]
     if table is not None:
@@ -188,15 +175,9 @@ def _find_weights(graph: Graph) -> list[_Weight]:
             source = node.input_value(port).get_node()
             while source.get_type_name() == "Convert":
                 source = source.input_value(0).get_node()
-            if (
-                source.get_type_name() == "Constant"
-                and len(source.shape) > 1
-                and source.get_element_type().is_real()
-            ):
+            if source.get_type_name() == "Constant" and len(source.shape) > 1 and source.get_element_type().is_real():
                 size = int(np.prod(source.shape))
-                weights.append(
-                    _Weight(node.get_friendly_name(), kind == "Gather", int(source.shape[0]), size)
-                )
+                weights.append(_Weight(node.get_friendly_name(), kind == "Gather", int(source.shape[0]), size))
     return weights
 
 

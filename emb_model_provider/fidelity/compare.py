@@ -119,9 +119,7 @@ def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> F
     )
 
 
-def embed_texts(
-    backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str
-) -> NDArray[np.float32]:
+def embed_texts(backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
     """Return the vectors of a backend as it would serve them: float32 of shape (texts, dimension)."""
     limit = comparison_limit(backend.description)
     return _embed(backend, tokenization, texts, prompt, limit=limit, batch_size=_BATCH)
@@ -133,22 +131,14 @@ def comparison_limit(description: ModelDescription) -> int:
 
 
 def _embed(
-    backend: Backend,
-    tokenization: Tokenization,
-    texts: Sequence[str],
-    prompt: str,
-    *,
-    limit: int,
-    batch_size: int,
+    backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str, *, limit: int, batch_size: int
 ) -> NDArray[np.float32]:
     encoded = tokenization.encode(list(texts), prompt=prompt, truncate="END", max_tokens=limit)
     vectors, start = [], 0
     while start < len(encoded.ids):
         longest = max(map(len, encoded.ids[start : start + batch_size]))
         rows = slice(start, start + max(1, min(batch_size, _BATCH_TOKENS // longest)))
-        vectors.append(
-            backend.embed(TokenBatch(ids=encoded.ids[rows], prompt_lengths=encoded.prompt_lengths[rows]))
-        )
+        vectors.append(backend.embed(TokenBatch(ids=encoded.ids[rows], prompt_lengths=encoded.prompt_lengths[rows])))
         start = rows.stop
     return np.concatenate(vectors)
 
@@ -176,7 +166,6 @@ def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool)
     if off.any():
         row = int(off.argmax())
         raise MismatchError(
-            f"a vector has norm {ours[row]:.4g}, and its reference {theirs[row]:.4g} "
-            f"({how}, {case.texts[row][:30]!r})"
+            f"a vector has norm {ours[row]:.4g}, and its reference {theirs[row]:.4g} ({how}, {case.texts[row][:30]!r})"
         )
     return similar

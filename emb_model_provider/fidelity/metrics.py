@@ -41,9 +41,7 @@ def similarities(vectors: ArrayLike) -> NDArray[np.float64]:
     return result
 
 
-def neighbour_overlap(
-    ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBOURS
-) -> float | None:
+def neighbour_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBOURS) -> float | None:
     """Return the mean share of each text's nearest neighbours in `theirs` that are also nearest in `ours`.
 
     A text is not its own neighbour, and of equally near texts the first ones count.

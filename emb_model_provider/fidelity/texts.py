@@ -38,11 +38,7 @@ def long_probes(max_tokens: int) -> tuple[str, ...]:
     sentences, paragraphs = groups["sentences"], groups["paragraphs"]
     # About three characters per token in Latin script and one in Chinese. The tokenizer truncates what is too long.
     latin, chinese = " ".join((*sentences[:15], paragraphs[0])), paragraphs[2] + sentences[18]
-    return (
-        _repeat(latin, max_tokens),
-        _repeat(chinese, max_tokens * 2 // 3),
-        _repeat(latin, max_tokens * 8),
-    )
+    return (_repeat(latin, max_tokens), _repeat(chinese, max_tokens * 2 // 3), _repeat(latin, max_tokens * 8))
 
 
 @cache

@@ -56,9 +56,7 @@ class Hub(Protocol):
 
     def __init__(self, config: HubConfig) -> None: ...
 
-    def fetch(
-        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
-    ) -> Snapshot:
+    def fetch(self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
         """Download the files and return them as a complete, verified snapshot.
 
         `fetch.fetch_snapshot` is responsible for reusing earlier downloads, and for the lock that keeps two processes

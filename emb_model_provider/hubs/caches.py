@@ -77,10 +77,7 @@ def older_modelscope_dirs(root: Path, repository: str) -> list[Path]:
 def snapshot_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
     """Return the existing directories of a repository's snapshots."""
     current, *older = repository_dirs(hub, repository, root)
-    return [
-        *_directories(current / "snapshots"),
-        *(path for path in older if path.is_dir() and not path.is_symlink()),
-    ]
+    return [*_directories(current / "snapshots"), *(path for path in older if path.is_dir() and not path.is_symlink())]
 
 
 def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
@@ -193,9 +190,7 @@ def files_of(
     return SnapshotFiles(hub, repository, path, root, size_of(walk(path)), None)
 
 
-def _strategy(
-    repository: str, path: Path, root: Path, removed_before: set[str]
-) -> DeleteCacheStrategy | None:
+def _strategy(repository: str, path: Path, root: Path, removed_before: set[str]) -> DeleteCacheStrategy | None:
     """Return what the client itself would remove after some revisions, or None if it does not know the snapshot."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
@@ -378,9 +373,7 @@ def _link_targets(path: Path) -> tuple[str, ...]:
 
 def _remove_empty_dirs(hub: HubName, repository: str, root: Path, before: Collection[Path]) -> None:
     """Remove empty directories of a repository that did not exist before."""
-    directories = [
-        path for path in contents(hub, repository, root) if path.is_dir() and not path.is_symlink()
-    ]
+    directories = [path for path in contents(hub, repository, root) if path.is_dir() and not path.is_symlink()]
     for path in sorted(directories, key=lambda path: len(path.parts), reverse=True):
         if path not in before:
             with contextlib.suppress(OSError):

@@ -60,9 +60,7 @@ def check_hub(
     requested = repository or KNOWN[hub]
     results: list[HubStatus] = []
     thread = threading.Thread(
-        target=lambda: results.append(_probe(hub, settings, requested, timeout_s)),
-        name=f"check-{hub}",
-        daemon=True,
+        target=lambda: results.append(_probe(hub, settings, requested, timeout_s)), name=f"check-{hub}", daemon=True
     )
     thread.start()
     thread.join(timeout_s)

@@ -10,20 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import (
-    CacheNotWritableError,
-    HubError,
-    OperationCancelledError,
-    RepositoryNotFoundError,
-)
+from emb_model_provider.errors import CacheNotWritableError, HubError, OperationCancelledError, RepositoryNotFoundError
 from emb_model_provider.hubs.base import HubConfig, create_hub
-from emb_model_provider.hubs.caches import (
-    cache_root,
-    contents,
-    leftovers,
-    remove_leftovers,
-    repository_dirs,
-)
+from emb_model_provider.hubs.caches import cache_root, contents, leftovers, remove_leftovers, repository_dirs
 from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.snapshots import journal, manifest
@@ -120,10 +109,7 @@ def fetch_snapshot(
 
 
 def manifest_key(
-    hub: HubName,
-    spec: ModelSpec,
-    settings: HubSettings,
-    patterns: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    hub: HubName, spec: ModelSpec, settings: HubSettings, patterns: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 ) -> manifest.ManifestKey:
     """Return the key of the manifest of a model that is downloaded from one hub."""
     if hub == "local":
@@ -146,9 +132,7 @@ def _fetch_from(
     cancel: CancelToken,
 ) -> Snapshot:
     include, exclude = patterns
-    config = dataclasses.replace(
-        _config(hub, spec, settings), include=include, exclude=exclude, is_held=is_held
-    )
+    config = dataclasses.replace(_config(hub, spec, settings), include=include, exclude=exclude, is_held=is_held)
     key = manifest_key(hub, spec, settings, patterns)
     if hub in ("local", "bundled"):
         in_place = create_hub(hub, config).fetch(key.repository, spec.revision, on_progress, cancel)
@@ -180,9 +164,7 @@ def _fetch_from(
         return _download(key, config, on_progress, cancel)
 
 
-def _download(
-    key: manifest.ManifestKey, config: HubConfig, on_progress: OnProgress, cancel: CancelToken
-) -> Snapshot:
+def _download(key: manifest.ManifestKey, config: HubConfig, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
     """Download with a journal on disk, and write the manifest at the end. The caller holds the repository's lock.
 
     A download that is cancelled leaves nothing. One that fails, or is interrupted by Ctrl-C, leaves what can be resumed,
@@ -208,8 +190,7 @@ def _download(
         written.delete(manifest_dir)
     except OSError as error:
         raise translate_os_error(error, manifest_dir, CACHE_SETTING) or HubError(
-            f"The manifest of {key.repository} could not be written to {manifest_dir}: {error}. "
-            f"Check {CACHE_SETTING}."
+            f"The manifest of {key.repository} could not be written to {manifest_dir}: {error}. Check {CACHE_SETTING}."
         ) from error
     return snapshot
 
@@ -223,9 +204,7 @@ def _begin_journal(key: manifest.ManifestKey, config: HubConfig) -> journal.Jour
         own = leftovers(earlier, _complete(config)).paths
         before = {path for path in before if path in earlier.before or not (path in own or path.is_dir())}
     elif earlier is not None and earlier.path is not None and not earlier.changed_by_others(earlier.path):
-        before = {
-            path for path in before if not path.is_relative_to(earlier.path)
-        }  # a removal was interrupted
+        before = {path for path in before if not path.is_relative_to(earlier.path)}  # a removal was interrupted
     locations = [(root, path) for path in repository_dirs(key.hub, key.repository, root)]
     return journal.begin(key, "fetch", locations, config.manifest_dir, before=before)
 
@@ -242,9 +221,7 @@ def _validate_ids(name: str, revision: str | None) -> None:
             "Check EMB_PROVIDER_MODEL_NAME."
         )
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise HubError(
-            f"{revision!r} is not a valid branch, tag or commit. Check EMB_PROVIDER_MODEL_REVISION."
-        )
+        raise HubError(f"{revision!r} is not a valid branch, tag or commit. Check EMB_PROVIDER_MODEL_REVISION.")
 
 
 def _config(hub: HubName, spec: ModelSpec, settings: HubSettings) -> HubConfig:

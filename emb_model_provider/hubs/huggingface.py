@@ -74,9 +74,7 @@ class HuggingFaceHub:
         _redirect_logs()
         self._config = config
 
-    def fetch(
-        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
-    ) -> Snapshot:
+    def fetch(self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
         """List the repository, download the files that serving needs and that are not cached, and hash them all."""
         requested = revision or _DEFAULT_REVISION
         if self._config.offline:
@@ -150,9 +148,7 @@ class HuggingFaceHub:
         from huggingface_hub import RepoFile
 
         files = {
-            entry.path: _RemoteFile(
-                entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id
-            )
+            entry.path: _RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
             for entry in tree
             if isinstance(entry, RepoFile)
         }
@@ -160,12 +156,7 @@ class HuggingFaceHub:
         return [files[path] for path in select_files(files, self._config, repository, origin)]
 
     def _download(
-        self,
-        repository: str,
-        commit: str,
-        files: Sequence[_RemoteFile],
-        on_progress: OnProgress,
-        cancel: CancelToken,
+        self, repository: str, commit: str, files: Sequence[_RemoteFile], on_progress: OnProgress, cancel: CancelToken
     ) -> Path:
         """Download files and return the directory of the snapshot."""
         total = sum(file.size for file in files)
@@ -223,9 +214,7 @@ class HuggingFaceHub:
             files = self._select(tree, repository, revision)
             paths = [self._get(repository, revision, file.path, None) for file in files]
             directory = _directory_of(paths[0], files[0].path)
-            verified = _verify(
-                repository, directory, files, on_progress, partial(_reject, repository, directory)
-            )
+            verified = _verify(repository, directory, files, on_progress, partial(_reject, repository, directory))
         except (HubError, OperationCancelledError):
             raise
         except Exception as error:
@@ -297,9 +286,7 @@ class HuggingFaceHub:
                 "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_HF_TOKEN."
             )
         if state in ("lacks", "refuses"):
-            problem = (
-                "is disabled" if isinstance(error, DisabledRepoError) else f"is not accessible: {credentials}"
-            )
+            problem = "is disabled" if isinstance(error, DisabledRepoError) else f"is not accessible: {credentials}"
             return AccessDeniedError(
                 f"{repository} on Hugging Face {problem} (HTTP {status}). Set EMB_PROVIDER_HF_TOKEN to a token "
                 "that can read it."

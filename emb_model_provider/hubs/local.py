@@ -55,8 +55,7 @@ class LocalHub:
         if not directory.is_dir():
             problem = "is not a directory" if directory.exists() else "does not exist"
             raise RepositoryNotFoundError(
-                f"The model directory {directory} {problem}. Check EMB_PROVIDER_MODEL_PATH or "
-                "EMB_PROVIDER_MODEL_NAME."
+                f"The model directory {directory} {problem}. Check EMB_PROVIDER_MODEL_PATH or EMB_PROVIDER_MODEL_NAME."
             )
         try:
             available = _list_files(directory)
@@ -93,9 +92,7 @@ class BundledHub:
             )
         directory = find_bundled()
         try:
-            available = (
-                path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
-            )
+            available = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
             snapshot = _snapshot_in_place(
                 ManifestKey("bundled", repository),
                 directory,
@@ -136,12 +133,7 @@ def find_bundled() -> Path:
 
 
 def _snapshot_in_place(
-    key: ManifestKey,
-    directory: Path,
-    revision: str,
-    paths: Sequence[str],
-    manifest_dir: Path,
-    on_progress: OnProgress,
+    key: ManifestKey, directory: Path, revision: str, paths: Sequence[str], manifest_dir: Path, on_progress: OnProgress
 ) -> Snapshot:
     """Return a snapshot of files that are not copied.
 

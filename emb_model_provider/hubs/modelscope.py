@@ -64,9 +64,7 @@ class ModelScopeHub:
     def __init__(self, config: HubConfig) -> None:
         self._config = config
 
-    def fetch(
-        self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken
-    ) -> Snapshot:
+    def fetch(self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
         """Check that the revision exists, list it, download the files that serving needs, and hash them all."""
         if self._config.offline:
             raise self._offline(repository, revision)
@@ -182,12 +180,7 @@ class ModelScopeHub:
         return [files[path] for path in select_files(files, self._config, repository, origin)]
 
     def _download(
-        self,
-        repository: str,
-        revision: str,
-        files: Sequence[FileInfo],
-        on_progress: OnProgress,
-        cancel: CancelToken,
+        self, repository: str, revision: str, files: Sequence[FileInfo], on_progress: OnProgress, cancel: CancelToken
     ) -> Path:
         """Download files and return the directory of the snapshot."""
         require_writable(self._root, _CACHE_SETTING)
@@ -373,9 +366,7 @@ def find_update(
         and found.snapshot.revision == revision
     ]
     known = {file.path: file.sha256 for _, snapshot in present for file in snapshot.files}
-    replaced = {
-        path for path, sha256 in hashes.items() if sha256 and known.get(path, sha256) != sha256.lower()
-    }
+    replaced = {path for path, sha256 in hashes.items() if sha256 and known.get(path, sha256) != sha256.lower()}
     if not replaced:
         return None
     return StagedUpdate(
@@ -392,9 +383,7 @@ def find_update(
     )
 
 
-def _verify(
-    repository: str, directory: Path, files: Sequence[FileInfo], on_progress: OnProgress
-) -> list[SnapshotFile]:
+def _verify(repository: str, directory: Path, files: Sequence[FileInfo], on_progress: OnProgress) -> list[SnapshotFile]:
     """Hash files. The client has checked those that it downloaded, but not every listing has hashes."""
     done, total = 0, sum(file.size for file in files)
     verified: list[SnapshotFile] = []

@@ -152,9 +152,7 @@ def require_all_parts(directory: Path, paths: Iterable[str], origin: str) -> Non
     """
     names = set(paths)
     missing: list[str] = []
-    for index in sorted(
-        name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))
-    ):
+    for index in sorted(name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))):
         weight_map = _read_json(directory / index, origin).get("weight_map")
         parent = _split(index)[0]
         shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
@@ -166,9 +164,7 @@ def require_all_parts(directory: Path, paths: Iterable[str], origin: str) -> Non
         )
 
 
-def _matching(
-    paths: Iterable[str], include: tuple[str, ...], exclude: tuple[str, ...], origin: str
-) -> list[str]:
+def _matching(paths: Iterable[str], include: tuple[str, ...], exclude: tuple[str, ...], origin: str) -> list[str]:
     matching = [
         path
         for path in paths

@@ -27,9 +27,7 @@ class TransferCancelled(BaseException):
 class ByteCounter:
     """Adds up the bytes of files that are transferred in parallel, and reports their total."""
 
-    def __init__(
-        self, repository: str, total_bytes: int, on_progress: OnProgress, cancel: CancelToken
-    ) -> None:
+    def __init__(self, repository: str, total_bytes: int, on_progress: OnProgress, cancel: CancelToken) -> None:
         self._repository = repository
         self._total = total_bytes
         self._done = 0
@@ -47,9 +45,7 @@ class ByteCounter:
         with self._lock:
             self._cancel.raise_if_cancelled()
             self._done = max(0, self._done + count)
-            self._on_progress(
-                Progress("download", self._repository, min(self._done, self._total), self._total)
-            )
+            self._on_progress(Progress("download", self._repository, min(self._done, self._total), self._total))
 
     def cancel(self) -> None:
         """End the threads that transfer files at their next byte."""

@@ -145,9 +145,7 @@ class DownloadJobs:
                 running += 1
                 job.state, job.started = "running", _now()
                 # A daemon, so that a transfer that hangs does not delay the end of the process.
-                job.thread = threading.Thread(
-                    target=self._run, args=(job,), name=f"download-{job.id}", daemon=True
-                )
+                job.thread = threading.Thread(target=self._run, args=(job,), name=f"download-{job.id}", daemon=True)
                 job.thread.start()
 
     def _end(self, job: _Job, state: JobState, failure: BaseException | None = None) -> None:
@@ -177,9 +175,7 @@ class DownloadJobs:
             logger.info("job %s: %s: %s", job.id, job.spec.name, state)
         else:
             trace = None if isinstance(failure, ProviderError) else failure
-            logger.error(
-                "job %s: %s failed: %s", job.id, job.spec.name, describe_error(failure), exc_info=trace
-            )
+            logger.error("job %s: %s failed: %s", job.id, job.spec.name, describe_error(failure), exc_info=trace)
 
     def _download(self, job: _Job) -> None:
         with ProgressReporter("log") as report:
@@ -191,9 +187,7 @@ class DownloadJobs:
 
             snapshot = None
             if job.force or not job.compiling:
-                snapshot = self._manager.ensure(
-                    job.spec, force=job.force, on_progress=on_progress, cancel=job.cancel
-                )
+                snapshot = self._manager.ensure(job.spec, force=job.force, on_progress=on_progress, cancel=job.cancel)
             if job.compiling:
                 compiled = self._manager.compile(job.spec, on_progress=on_progress, cancel=job.cancel)
                 snapshot = compiled.snapshot

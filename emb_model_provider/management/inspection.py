@@ -35,9 +35,7 @@ def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> 
         values |= _from_artifact(compiled[-1])
     else:
         values |= _from_files(spec, snapshot, trust_remote_code=trust_remote_code)
-    values["files"] = [
-        CachedFile(path=file.path, size=file.size, sha256=file.sha256) for file in snapshot.files
-    ]
+    values["files"] = [CachedFile(path=file.path, size=file.size, sha256=file.sha256) for file in snapshot.files]
     values["license"] = _license(snapshot.path)
     return Details(**values)
 

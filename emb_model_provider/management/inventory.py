@@ -139,11 +139,7 @@ class Inventory:
     def _roots(self) -> dict[HubName, tuple[Path, ...]]:
         own = [spec.cache_dir for spec in self._models.specs() if spec.cache_dir is not None]
         return {
-            hub: tuple(
-                dict.fromkeys(
-                    cache_root(hub, directory) for directory in (self._hubs.hub_cache_dir(hub), *own)
-                )
-            )
+            hub: tuple(dict.fromkeys(cache_root(hub, directory) for directory in (self._hubs.hub_cache_dir(hub), *own)))
             for hub in REMOTE_HUBS
         }
 
@@ -200,10 +196,7 @@ class Inventory:
         )
 
     def _downloaded(
-        self,
-        found: list[tuple[ManifestKey, Manifest]],
-        journals: Sequence[Journal],
-        artifacts: Sequence[ArtifactInfo],
+        self, found: list[tuple[ManifestKey, Manifest]], journals: Sequence[Journal], artifacts: Sequence[ArtifactInfo]
     ) -> CacheEntry:
         # Several requests can lead to one directory: show the one for the default branch without file patterns.
         found.sort(key=lambda each: (each[0].has_patterns, each[0].revision or ""))
@@ -213,9 +206,7 @@ class Inventory:
         digests = {each.snapshot.digest for _, each in found}
         own = [artifact for artifact in artifacts if artifact.snapshot in digests]
         keys = {each for each, _ in found}
-        is_damaged = any(each.is_invalidated for _, each in found) or not has_sizes(
-            snapshot.path, files.values()
-        )
+        is_damaged = any(each.is_invalidated for _, each in found) or not has_sizes(snapshot.path, files.values())
         return CacheEntry(
             hub=key.hub,
             name=key.repository,
@@ -256,9 +247,7 @@ class Inventory:
     def _journals(self) -> list[Journal]:
         """Return the journals of work in configured caches; other directories are not looked at."""
         return [
-            each
-            for each in journal.load_all(self.manifest_dir)
-            if set(each.roots) <= set(self.roots(each.key.hub))
+            each for each in journal.load_all(self.manifest_dir) if set(each.roots) <= set(self.roots(each.key.hub))
         ]
 
     def _unverified(self) -> Iterable[CacheEntry]:

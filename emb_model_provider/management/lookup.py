@@ -47,9 +47,7 @@ def find(
         requested = str(spec.path) if spec.path is not None else spec.name
         requested_revision = revision or spec.revision
     found = [
-        entry
-        for entry in _by_name(settings, requested, info.entries)
-        if _matches(entry, source, requested_revision)
+        entry for entry in _by_name(settings, requested, info.entries) if _matches(entry, source, requested_revision)
     ]
     if spec is not None and source is None:
         found = [entry for entry in found if entry.hub == spec.source] or found
@@ -93,12 +91,7 @@ def _matches(entry: CacheEntry, source: Source | None, revision: str | None) -> 
 
 
 def _raise_if_unverified(
-    info: CacheInfo,
-    inventory: Inventory,
-    settings: Settings,
-    name: str,
-    requested: str,
-    source: Source | None,
+    info: CacheInfo, inventory: Inventory, settings: Settings, name: str, requested: str, source: Source | None
 ) -> None:
     known = {entry.path for entry in info.entries}
     for hub in REMOTE_HUBS:

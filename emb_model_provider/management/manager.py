@@ -101,11 +101,7 @@ class ModelManager:
         )
 
     def acquire(
-        self,
-        spec: ModelSpec,
-        *,
-        on_progress: OnProgress = ignore_progress,
-        cancel: CancelToken | None = None,
+        self, spec: ModelSpec, *, on_progress: OnProgress = ignore_progress, cancel: CancelToken | None = None
     ) -> tuple[Snapshot, FileLock]:
         """Return the snapshot of a model, downloading it if necessary, with a lock that keeps it on disk.
 
@@ -146,11 +142,7 @@ class ModelManager:
         return found is not None and found.snapshot == snapshot
 
     def compile(
-        self,
-        spec: ModelSpec,
-        *,
-        on_progress: OnProgress = ignore_progress,
-        cancel: CancelToken | None = None,
+        self, spec: ModelSpec, *, on_progress: OnProgress = ignore_progress, cancel: CancelToken | None = None
     ) -> CompiledModel:
         """Prepare a model so that it can be loaded within seconds, downloading and compiling it if necessary. Blocks.
 
@@ -218,8 +210,7 @@ class ModelManager:
             AmbiguousNameError: An `id` is that of several models.
         """
         return [
-            self._inventory.record_of(entry)
-            for entry in self._find(self._inventory.scan(), name, source, revision)
+            self._inventory.record_of(entry) for entry in self._find(self._inventory.scan(), name, source, revision)
         ]
 
     def inspect(self, model: CachedModelRecord) -> Details:
@@ -235,11 +226,7 @@ class ModelManager:
         return describe(entry, spec, trust_remote_code=trusted)
 
     def verify(
-        self,
-        model: CachedModelRecord,
-        *,
-        on_progress: OnProgress = ignore_progress,
-        cancel: CancelToken | None = None,
+        self, model: CachedModelRecord, *, on_progress: OnProgress = ignore_progress, cancel: CancelToken | None = None
     ) -> Verification:
         """Hash all files of a model and of its compiled forms. Blocks.
 
@@ -271,9 +258,7 @@ class ModelManager:
             ]
         if verification.findings or entry.state != "complete":
             spec = resolve_model(self._settings, name, source=entry.hub, revision=entry.asked_revision)
-            self.ensure(
-                replace(spec, endpoint=entry.endpoint or spec.endpoint), force=True, on_progress=on_progress
-            )
+            self.ensure(replace(spec, endpoint=entry.endpoint or spec.endpoint), force=True, on_progress=on_progress)
         notes = [self._remove_damaged(name, key) for key in verification.damaged_artifacts]
         # A branch that has moved has another directory now.
         present = [each for each in self._inventory.scan().entries if set(entry.keys[:1]) & set(each.keys)]
@@ -320,15 +305,10 @@ class ModelManager:
             ManagementError: Files cannot be removed.
         """
         return self._remover.remove(
-            lambda info: self._find(info, name, source, revision),
-            wait_s=wait_s,
-            dry_run=dry_run,
-            released=released,
+            lambda info: self._find(info, name, source, revision), wait_s=wait_s, dry_run=dry_run, released=released
         )
 
-    def remove_all(
-        self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()
-    ) -> Removal:
+    def remove_all(self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()) -> Removal:
         """Remove every model that this package put on disk. Models that are in use are kept, with the reason.
 
         Args:
@@ -455,9 +435,7 @@ class ModelManager:
         models = self._settings.models
         if any(entry.source for alias, entry in models.model_mapping.items() if name in (alias, entry.name)):
             return True
-        return name.startswith(PATHS) or any(
-            spec.path for spec in models.specs() if name in (spec.alias, spec.name)
-        )
+        return name.startswith(PATHS) or any(spec.path for spec in models.specs() if name in (spec.alias, spec.name))
 
 
 def get_model_manager(

@@ -154,9 +154,7 @@ class Remover:
             raise _not_writable(self._inventory, error) from error
         if not dry_run:
             self._remove_stale_files()
-        return total.model_copy(
-            update={"artifacts": [*total.artifacts, *artifacts], "freed": total.freed + freed}
-        )
+        return total.model_copy(update={"artifacts": [*total.artifacts, *artifacts], "freed": total.freed + freed})
 
     # --- planning -------------------------------------------------------------------------------------
 
@@ -328,9 +326,7 @@ class _LockSet(ExitStack):
                     self._add(entry, artifact.key, lock, "a process serves its compiled form")
         return len(self._locked) > before
 
-    def _add(
-        self, entry: CacheEntry, resource: object, lock: Callable[..., FileLock | None], reason: str
-    ) -> None:
+    def _add(self, entry: CacheEntry, resource: object, lock: Callable[..., FileLock | None], reason: str) -> None:
         if resource in self._locked:
             return
         try:
@@ -356,9 +352,7 @@ def _find_again(entry: CacheEntry, info: CacheInfo, *, incomplete: bool = False)
 def _orphaned_digests(removed: Sequence[CacheEntry], info: CacheInfo) -> set[str]:
     """Return the digests of the snapshots that no model has when some models are removed."""
     locations = {entry.location for entry in removed}
-    remaining = {
-        digest for entry in info.entries if entry.location not in locations for digest in entry.digests
-    }
+    remaining = {digest for entry in info.entries if entry.location not in locations for digest in entry.digests}
     return {digest for entry in removed for digest in entry.digests} - remaining
 
 

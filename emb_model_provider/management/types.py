@@ -94,9 +94,7 @@ class Details(BaseModel):
     normalized: bool | None
     prompts: dict[str, str] | None
     default_prompt: str | None
-    matryoshka: list[int] | Literal["any"] | None = Field(
-        description="Smaller sizes that vectors can be cut to."
-    )
+    matryoshka: list[int] | Literal["any"] | None = Field(description="Smaller sizes that vectors can be cut to.")
     license: str | None
     notes: list[str]
     files: list[CachedFile]
@@ -138,9 +136,7 @@ class DownloadRecord(Record):
     id: str
     state: JobState
     model_name: str
-    source: str = Field(
-        description="The hub that is used; when it is done, the hub that the files came from."
-    )
+    source: str = Field(description="The hub that is used; when it is done, the hub that the files came from.")
     asked_revision: str | None
     revision: str | None = Field(description="Resolved; null until it is done.")
     force: bool
@@ -149,9 +145,7 @@ class DownloadRecord(Record):
     phase: JobPhase | None = Field(description="What it does, or did when it ended. Null before it begins.")
     done_bytes: int = Field(description="Of this phase. Decreases if a file is downloaded again.")
     total_bytes: int | None
-    bytes_per_s: float | None = Field(
-        description="Over the last seconds; null while nothing is transferred or read."
-    )
+    bytes_per_s: float | None = Field(description="Over the last seconds; null while nothing is transferred or read.")
     cancelling: bool = Field(description="It was cancelled, and ends as soon as it can.")
     error: str | None = Field(description="Why it failed, and what to do.")
     error_code: str | None

@@ -63,9 +63,7 @@ class Metrics:
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Callable[..., Histogram]:
             return cache(
-                Histogram(
-                    f"emb_provider_{name}", text, ("model",), buckets=buckets, registry=self._registry
-                ).labels
+                Histogram(f"emb_provider_{name}", text, ("model",), buckets=buckets, registry=self._registry).labels
             )
 
         self._requests = counter("requests", "Requests for embeddings.", "model", "status")
@@ -80,9 +78,7 @@ class Metrics:
         )
         self._batches = counter("batches", "Batches.", "model", "outcome")
         self._batch_inputs = histogram("batch_inputs", "Inputs per batch.", _SIZES)
-        self._batch_padding = histogram(
-            "batch_padding_ratio", "Share of padding among the tokens of a batch.", _SHARES
-        )
+        self._batch_padding = histogram("batch_padding_ratio", "Share of padding among the tokens of a batch.", _SHARES)
         self._inference_s = histogram("inference_seconds", "Time for running a batch.", _SECONDS)
 
     def on_batch(self, record: BatchRecord) -> None:
@@ -123,20 +119,14 @@ class _ModelCollector(Collector):
         inputs = GaugeMetricFamily("emb_provider_queue_inputs", "Inputs in the queue.", labels=("model",))
         tokens = GaugeMetricFamily("emb_provider_queue_tokens", "Tokens in the queue.", labels=("model",))
         restarts = CounterMetricFamily(
-            "emb_provider_model_restarts",
-            "Restarts of a model after a crash.",
-            labels=("model",),
+            "emb_provider_model_restarts", "Restarts of a model after a crash.", labels=("model",)
         )
         memory = GaugeMetricFamily(
             "emb_provider_model_memory_bytes",
             "Memory of a model in bytes, estimated from its weights; 0 if it is not loaded.",
             labels=("model",),
         )
-        unloads = CounterMetricFamily(
-            "emb_provider_model_unloads",
-            "Unloads of a model.",
-            labels=("model", "reason"),
-        )
+        unloads = CounterMetricFamily("emb_provider_model_unloads", "Unloads of a model.", labels=("model", "reason"))
         for model in self._models():
             memory.add_metric((model.spec.alias,), model.memory_bytes or 0)
             for reason, count in model.unloads.items():

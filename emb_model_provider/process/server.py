@@ -86,9 +86,7 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    def __init__(
-        self, config: uvicorn.Config, shutdown: ShutdownSignal, beat: Callable[[], None] | None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, shutdown: ShutdownSignal, beat: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._shutdown_signal = shutdown
         self._beat = beat

@@ -34,12 +34,7 @@ class ShutdownSignal:
     """Shuts the process down at the first signal, and ends it at once at the second."""
 
     def __init__(
-        self,
-        writer: LineWriter,
-        grace_s: float,
-        supervisor: socket.socket | None = None,
-        *,
-        slack_s: float = _SLACK_S,
+        self, writer: LineWriter, grace_s: float, supervisor: socket.socket | None = None, *, slack_s: float = _SLACK_S
     ) -> None:
         """Handle SIGTERM and SIGINT from now on. Call it on the main thread.
 
@@ -83,11 +78,7 @@ class ShutdownSignal:
             try:
                 source, number = self._signals.get(timeout=timeout_s)
             except queue.Empty:
-                end_at_once(
-                    self._writer,
-                    1,
-                    f"shutdown did not finish within {self._limit_s:g} s, exiting immediately",
-                )
+                end_at_once(self._writer, 1, f"shutdown did not finish within {self._limit_s:g} s, exiting immediately")
             if number is None:
                 # From now on only signals to this process are left.
                 self._counted, signals = "process", 1

@@ -79,9 +79,7 @@ def take_inherited_state() -> InheritedState | None:
     if text is None:
         return None
     state = json.loads(text)
-    parent_pipe, *sockets = (
-        socket.socket(fileno=number) for number in (state["parent_pipe"], *state["sockets"])
-    )
+    parent_pipe, *sockets = (socket.socket(fileno=number) for number in (state["parent_pipe"], *state["sockets"]))
     for inherited in (parent_pipe, *sockets):
         inherited.set_inheritable(False)
     return InheritedState(parent_pipe, sockets, state["previous_end"])
@@ -158,8 +156,7 @@ class Supervisor:
                     kill_at = time.monotonic() + kill_after_s
                 elif kill_at is None and not self._received and heartbeat.is_lost:
                     logger.error(
-                        "the service sent no heartbeat for %.0f s, aborting it",
-                        self._timings.heartbeat_timeout_s,
+                        "the service sent no heartbeat for %.0f s, aborting it", self._timings.heartbeat_timeout_s
                     )
                     child.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
                     kill_at = time.monotonic() + kill_after_s

@@ -200,8 +200,7 @@ class Lifecycle:
             else:
                 if not is_stopped:
                     logger.warning(
-                        "model %s hangs and could not be stopped: its memory is freed when the process ends",
-                        alias,
+                        "model %s hangs and could not be stopped: its memory is freed when the process ends", alias
                     )
                     self._on_abandoned(alias, engine)
         self._release(loaded_model, State.UNLOADED)
@@ -237,8 +236,6 @@ class Lifecycle:
 
     def _unavailable(self, entry: ModelEntry) -> ModelNotReadyError:
         reason = (
-            "The service is shutting down"
-            if self.stopping
-            else f"The model `{entry.spec.alias}` is no longer served"
+            "The service is shutting down" if self.stopping else f"The model `{entry.spec.alias}` is no longer served"
         )
         return ModelNotReadyError(f"{reason}. Try again later.", retry_after_s=_STOPPING_RETRY_AFTER_S)

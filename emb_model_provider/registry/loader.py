@@ -100,9 +100,7 @@ class Loader:
         entry.state = State.LOADING
         files = prepared.backend, prepared.size, entry.spec.precision
         await budget.reserve(
-            loaded_model,
-            entry.measured_bytes or minimum_bytes(*files),
-            entry.measured_bytes or expected_bytes(*files),
+            loaded_model, entry.measured_bytes or minimum_bytes(*files), entry.measured_bytes or expected_bytes(*files)
         )
         backend = ReloadableBackend(self._manager.preparer, entry.spec, snapshot, self._cancel, prepared)
         engine = await Engine.start(entry.spec, backend.open, self._config, on_change)
@@ -160,9 +158,7 @@ def _format_fidelity(description: ModelDescription) -> str:
     fidelity = description.fidelity
     if fidelity is None:
         return "the reference itself" if description.precision == "fp32" else "fidelity not measured"
-    parts = [
-        f"cosine to fp32 min {format_cosine(fidelity.min_cosine)}, mean {format_cosine(fidelity.mean_cosine)}"
-    ]
+    parts = [f"cosine to fp32 min {format_cosine(fidelity.min_cosine)}, mean {format_cosine(fidelity.mean_cosine)}"]
     if fidelity.top10_overlap is not None:
         parts.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbors kept")
     if fidelity.spearman is not None:

@@ -73,9 +73,7 @@ class MemoryBudget:
             LoadError: `minimum_bytes` exceeds the limit for all models.
         """
         self.check_fits(minimum_bytes)
-        model.expected_bytes = (
-            expected_bytes if self._max_bytes is None else min(expected_bytes, self._max_bytes)
-        )
+        model.expected_bytes = expected_bytes if self._max_bytes is None else min(expected_bytes, self._max_bytes)
         model.step_started_at, model.waiting_for = time.monotonic(), "other models are loaded first"
         async with self._turn:
             await self._evict_until_fits(model)

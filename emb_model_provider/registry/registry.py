@@ -109,10 +109,7 @@ class Registry:
         self._timings = config.timings
         self._entries = {
             spec.alias: ModelEntry(
-                spec,
-                preload=spec.alias in models.preload,
-                configured=True,
-                slow_load_s=config.timings.slow_load_s,
+                spec, preload=spec.alias in models.preload, configured=True, slow_load_s=config.timings.slow_load_s
             )
             for spec in models.specs
         }
@@ -197,9 +194,7 @@ class Registry:
         Returns:
             Whether at least one model of the registry has not failed.
         """
-        loads = [
-            self._lifecycle.begin_loading(entry).loading for entry in self._entries.values() if entry.preload
-        ]
+        loads = [self._lifecycle.begin_loading(entry).loading for entry in self._entries.values() if entry.preload]
         if loads:
             await asyncio.wait(loads)
         return any(entry.state is not State.FAILED for entry in self._entries.values())

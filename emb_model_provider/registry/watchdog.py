@@ -61,16 +61,10 @@ class Watchdog:
         pause_s = min(_CHECK_EVERY_S, self._watchdog_s / 2, (self._idle_unload_s or _CHECK_EVERY_S) / 2)
         while True:
             await asyncio.sleep(pause_s)
-            engines = {
-                entry.engine: entry.spec.alias for entry in self._entries() if entry.engine is not None
-            }
-            self._abandoned = {
-                engine: alias for engine, alias in self._abandoned.items() if engine.hang_report
-            }
+            engines = {entry.engine: entry.spec.alias for entry in self._entries() if entry.engine is not None}
+            self._abandoned = {engine: alias for engine, alias in self._abandoned.items() if engine.hang_report}
             engines |= self._abandoned
-            self._hung_since = {
-                engine: since for engine, since in self._hung_since.items() if engine in engines
-            }
+            self._hung_since = {engine: since for engine, since in self._hung_since.items() if engine in engines}
             for engine, alias in engines.items():
                 self._check_for_hang(engine, alias, on_hung)
             if self._idle_unload_s is not None:

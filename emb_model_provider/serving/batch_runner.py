@@ -90,8 +90,7 @@ def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
 
 def _batch(members: Sequence[Member]) -> TokenBatch:
     return TokenBatch(
-        ids=[job.ids[row] for job, row in members],
-        prompt_lengths=[job.prompt_lengths[row] for job, row in members],
+        ids=[job.ids[row] for job, row in members], prompt_lengths=[job.prompt_lengths[row] for job, row in members]
     )
 
 
@@ -103,9 +102,7 @@ def _bisect(
     if len(members) == 1:
         job, row = members[0]
         logger.error("model %s failed on an input of %d tokens", model, len(job.ids[row]), exc_info=failure)
-        result.failures.append(
-            (job, InferenceError(f"The model failed on an input ({type(failure).__name__})."))
-        )
+        result.failures.append((job, InferenceError(f"The model failed on an input ({type(failure).__name__}).")))
         return no_memory
     logger.warning(
         "model %s failed on a batch of %d inputs (%s), running its halves",
@@ -147,6 +144,4 @@ def _recompute(model: str, backend: Backend, members: Sequence[Member], result: 
                 "model %s returned a vector that is not finite for an input of %d tokens, and failed at fp32",
                 model, tokens,
             )  # fmt: skip
-        result.failures.append(
-            (job, InferenceError("The model returned a vector that is not finite for an input."))
-        )
+        result.failures.append((job, InferenceError("The model returned a vector that is not finite for an input.")))

@@ -157,9 +157,7 @@ class Batcher(Generic[JobT]):
             self._heap.clear()
             self._exclusive.clear()
 
-    def next_batch(
-        self, now: float, *, idle_streams: int = 1, may_wait: bool = True
-    ) -> Batch[JobT] | float | None:
+    def next_batch(self, now: float, *, idle_streams: int = 1, may_wait: bool = True) -> Batch[JobT] | float | None:
         """Return the next batch.
 
         Args:

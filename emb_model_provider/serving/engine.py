@@ -84,12 +84,7 @@ class Engine:
     """A loaded model that answers requests. Created by `start`, used on one event loop."""
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        config: EngineConfig,
-        description: ModelDescription,
-        core: _Core,
-        memory_bytes: int,
+        self, spec: ModelSpec, config: EngineConfig, description: ModelDescription, core: _Core, memory_bytes: int
     ) -> None:
         self.spec = spec
         self.description = description
@@ -157,9 +152,7 @@ class Engine:
         """
         return self._thread.stop(timeout_s)
 
-    async def embed(
-        self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions
-    ) -> Embeddings:
+    async def embed(self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions) -> Embeddings:
         """Return a vector for each input. Cancelling the call removes its inputs from the queue.
 
         Args:
@@ -198,9 +191,7 @@ class Engine:
         )
 
     async def _run(self, encoded: EncodedInputs) -> tuple[NDArray[np.float32], Timing]:
-        job = EmbeddingJob(
-            encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension
-        )
+        job = EmbeddingJob(encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension)
         self._scheduler.submit(job)
         try:
             return await job.result

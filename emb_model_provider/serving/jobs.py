@@ -48,9 +48,7 @@ class EmbeddingJob(BatchJob):
 
     __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "vectors")
 
-    def __init__(
-        self, ids: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int], dimension: int
-    ) -> None:
+    def __init__(self, ids: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int], dimension: int) -> None:
         super().__init__(ids)
         self.prompt_lengths = prompt_lengths
         self.loop = asyncio.get_running_loop()

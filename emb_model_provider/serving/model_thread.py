@@ -148,8 +148,7 @@ class ModelThread:
         self._on_change("failed", reason)
         self._scheduler.fail_all(
             ModelNotReadyError(
-                f"The model `{self._model}` failed: {reason}",
-                retry_after_s=self._timings.retry_after_failure_s,
+                f"The model `{self._model}` failed: {reason}", retry_after_s=self._timings.retry_after_failure_s
             )
         )
 

@@ -26,8 +26,7 @@ def load_cl100k() -> Encoding:
         import tiktoken
     except ImportError as error:
         raise LoadError(
-            "token_input=cl100k needs tiktoken: install it with `uv sync --extra cl100k`, "
-            "or `pip install tiktoken`."
+            "token_input=cl100k needs tiktoken: install it with `uv sync --extra cl100k`, or `pip install tiktoken`."
         ) from error
     try:
         return tiktoken.get_encoding("cl100k_base")

@@ -65,13 +65,7 @@ def check_dimensions(requested: int | None, description: ModelDescription, spec:
     declared, configured = description.matryoshka, spec.dimensions
     if (declared == "any" or configured == "any") and 1 <= requested < native:
         return requested
-    sizes = {
-        size
-        for group in (declared, configured)
-        if isinstance(group, tuple)
-        for size in group
-        if size < native
-    }
+    sizes = {size for group in (declared, configured) if isinstance(group, tuple) for size in group if size < native}
     if requested in sizes:
         return requested
     if "any" in (declared, configured):
@@ -79,9 +73,7 @@ def check_dimensions(requested: int | None, description: ModelDescription, spec:
     raise DimensionsError(", ".join(str(size) for size in sorted({*sizes, native})))
 
 
-def postprocess(
-    vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool
-) -> NDArray[np.float32]:
+def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
     """Truncate and normalize vectors.
 
     Args:

@@ -88,10 +88,7 @@ class BatchScheduler:
         """
         others = [
             threading.Thread(
-                target=self._run_stream,
-                args=(backend, stream),
-                name=f"model-{self._model}-{stream}",
-                daemon=True,
+                target=self._run_stream, args=(backend, stream), name=f"model-{self._model}-{stream}", daemon=True
             )
             for stream in range(1, backend.streams)
         ]
@@ -114,8 +111,7 @@ class BatchScheduler:
                 raise ModelNotReadyError(self._failure.message, retry_after_s=self._failure.retry_after_s)
             if self._stopping or self._batcher is None:
                 raise ModelNotReadyError(
-                    f"The model `{self._model}` is stopping. Try again later.",
-                    retry_after_s=_STOPPING_RETRY_AFTER_S,
+                    f"The model `{self._model}` is stopping. Try again later.", retry_after_s=_STOPPING_RETRY_AFTER_S
                 )
             now = time.monotonic()
             hanging = [running is not None and self._is_hanging(running, now) for running in self._running]

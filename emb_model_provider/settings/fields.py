@@ -16,12 +16,7 @@ RemoteHubName = Literal["huggingface", "modelscope"]
 FidelityPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?|mps)$"
 
-_POOLING_ALIASES = {
-    "last": "lasttoken",
-    "last_token": "lasttoken",
-    "weighted_mean": "weightedmean",
-    "avg": "mean",
-}
+_POOLING_ALIASES = {"last": "lasttoken", "last_token": "lasttoken", "weighted_mean": "weightedmean", "avg": "mean"}
 
 
 def _lower(value: object) -> object:
@@ -76,9 +71,7 @@ class MappingEntry(BaseModel):
     prompts: dict[str, str] | None = None
     token_input: Annotated[TokenInput, Lowered] = "reject"
     truncate: Annotated[Truncate, Uppered] = "END"
-    dimensions: (
-        Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | Literal["any"] | None
-    ) = None
+    dimensions: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | Literal["any"] | None = None
     endpoint: str | None = None
     token: SecretStr | None = None
     cache_dir: Directory | None = None

@@ -61,9 +61,7 @@ class ModelSettings(SettingsGroup):
         f"Unset: the first entry of MODEL_MAPPING, or the bundled `{BUNDLED_MODEL}`.",
     )
     model_path: Directory | None = setting(
-        None,
-        "Local directory that holds MODEL_NAME. It takes precedence over any hub.",
-        allowed="a directory",
+        None, "Local directory that holds MODEL_NAME. It takes precedence over any hub.", allowed="a directory"
     )
     model_source: Annotated[Source, Lowered] = setting(
         "auto",
@@ -149,8 +147,7 @@ class ModelSettings(SettingsGroup):
             cache_dir=entry.cache_dir,
             trust_remote_code=entry.trust_remote_code,
             precision=self._effective_precision(
-                entry.precision or self.model_precision,
-                f"the precision of {alias!r} in {PREFIX}MODEL_MAPPING",
+                entry.precision or self.model_precision, f"the precision of {alias!r} in {PREFIX}MODEL_MAPPING"
             ),
             device=entry.device or self.device,
             backend=entry.backend or self.backend,
@@ -197,14 +194,12 @@ class FidelitySettings(SettingsGroup):
 
     title = "Accuracy"
 
-    fidelity_floors: dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = (
-        setting(
-            dict(FIDELITY_FLOORS),
-            "A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not "
-            "served. Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses "
-            "fp32 instead. A model compiled at fp32, bf16 or fp16 is never served below 0.999.",
-            allowed='JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}',
-        )
+    fidelity_floors: dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = setting(
+        dict(FIDELITY_FLOORS),
+        "A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not "
+        "served. Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses "
+        "fp32 instead. A model compiled at fp32, bf16 or fp16 is never served below 0.999.",
+        allowed='JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}',
     )
     measure_fidelity: bool = setting(
         True,
@@ -314,8 +309,7 @@ class TrustSettings(SettingsGroup):
     title = "Code from repositories"
 
     modelscope_trust_remote_code: bool = setting(
-        False,
-        "Allow code from ModelScope repositories to run in this process. Only for repositories you trust.",
+        False, "Allow code from ModelScope repositories to run in this process. Only for repositories you trust."
     )
     trust_remote_code: bool = setting(
         False, "The same for models from Hugging Face and from directories. Only for repositories you trust."
@@ -385,11 +379,7 @@ class BatchSettings(SettingsGroup):
         ge=1,
     )
     max_wait_time_ms: float = setting(
-        50,
-        "Longest wait for MIN_BATCH_SIZE inputs, in milliseconds.",
-        allowed="0 to 60000",
-        ge=0,
-        le=60_000,
+        50, "Longest wait for MIN_BATCH_SIZE inputs, in milliseconds.", allowed="0 to 60000", ge=0, le=60_000
     )
     max_queue_tokens: int | None = setting(
         None,
@@ -425,9 +415,7 @@ class LimitSettings(SettingsGroup):
     max_request_tokens: int = setting(
         300_000, "Maximum number of tokens in all inputs of one request together.", allowed="1 or more", ge=1
     )
-    max_body_mb: float = setting(
-        32, "Largest request body, in MiB.", allowed="more than 0", gt=0, allow_inf_nan=False
-    )
+    max_body_mb: float = setting(32, "Largest request body, in MiB.", allowed="more than 0", gt=0, allow_inf_nan=False)
     max_pending_body_mb: float | None = setting(
         None,
         "Maximum size of the bodies of all requests that are being read or answered, in MiB; beyond it a request gets "
@@ -550,9 +538,7 @@ class LogSettings(SettingsGroup):
     log_format: Annotated[Literal["auto", "text", "json"], Lowered] = setting(
         "auto", "Format of log lines. auto: text on a terminal, else json."
     )
-    log_to_file: bool = setting(
-        True, "Also write `emb_model_provider.log` in LOG_DIR, rotated by size and age."
-    )
+    log_to_file: bool = setting(True, "Also write `emb_model_provider.log` in LOG_DIR, rotated by size and age.")
     log_dir: Directory = setting(Path("logs"), "Directory of the log file.", allowed="a directory")
 
 

@@ -42,15 +42,11 @@ _USE_MODELSCOPE = {
     **dict.fromkeys(("true", "1", "yes", "on"), "modelscope"),
     **dict.fromkeys(("false", "0", "no", "off"), "huggingface"),
 }
-_JSON_ASSIGNMENT = re.compile(
-    r"^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?=[{\[])", re.MULTILINE
-)
+_JSON_ASSIGNMENT = re.compile(r"^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?=[{\[])", re.MULTILINE)
 _REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
-def load_settings(
-    env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ
-) -> tuple[Settings, list[str]]:
+def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ) -> tuple[Settings, list[str]]:
     """Read the settings.
 
     Args:
@@ -182,9 +178,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"{path} cannot be read ({error}): make it a readable UTF-8 text file."
-        ) from error
+        raise SettingsError(f"{path} cannot be read ({error}): make it a readable UTF-8 text file.") from error
     rest, json_values = _extract_json_values(text.replace("\r\n", "\n"), path)
     plain = dotenv_values(stream=io.StringIO(rest), interpolate=False)
     return {**{name: value for name, value in plain.items() if value is not None}, **json_values}

@@ -98,12 +98,9 @@ class Settings(BaseModel):
             return ServedModels(specs, ())
         if limit is not None and len(preload) > limit:
             raise SettingsError(
-                f"{PREFIX}PRELOAD_MODELS={','.join(preload)}: must not be more than "
-                f"{PREFIX}MAX_LOADED_MODELS={limit}."
+                f"{PREFIX}PRELOAD_MODELS={','.join(preload)}: must not be more than {PREFIX}MAX_LOADED_MODELS={limit}."
             )
         for alias in preload:
             if alias not in aliases:
-                raise SettingsError(
-                    f"{PREFIX}PRELOAD_MODELS={alias}: must be one of {', '.join(aliases)}, or none."
-                )
+                raise SettingsError(f"{PREFIX}PRELOAD_MODELS={alias}: must be one of {', '.join(aliases)}, or none.")
         return ServedModels(specs, preload)

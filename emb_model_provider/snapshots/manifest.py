@@ -25,12 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from emb_model_provider.model_spec import HubName
-from emb_model_provider.snapshots.files import (
-    MUST_HASH,
-    check_files,
-    list_dir,
-    write_atomically,
-)
+from emb_model_provider.snapshots.files import MUST_HASH, check_files, list_dir, write_atomically
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, digest_of, is_safe_path
 
 if TYPE_CHECKING:
@@ -89,9 +84,7 @@ class ManifestKey:
         endpoint, revision = content["endpoint"], content["asked_revision"]
         include, exclude = content.get("include", []), content.get("exclude", [])
         texts = [repository, *(endpoint,) * (endpoint is not None), *(revision,) * (revision is not None)]
-        if hub not in get_args(HubName) or not all(
-            isinstance(text, str) for text in [*texts, *include, *exclude]
-        ):
+        if hub not in get_args(HubName) or not all(isinstance(text, str) for text in [*texts, *include, *exclude]):
             raise ValueError("it has an invalid key")
         if hub in ("huggingface", "modelscope") and (".." in repository or repository.startswith("/")):
             raise ValueError("its repository would lead outside a cache")

@@ -45,9 +45,7 @@ class Snapshot:
     """sha256 over the sorted paths, sizes and hashes of all files: equal files, equal digest."""
 
     @classmethod
-    def of(
-        cls, hub: HubName, repository: str, revision: str, path: Path, files: Iterable[SnapshotFile]
-    ) -> Snapshot:
+    def of(cls, hub: HubName, repository: str, revision: str, path: Path, files: Iterable[SnapshotFile]) -> Snapshot:
         """Create a snapshot of files that the caller has just hashed."""
         ordered = tuple(sorted(files, key=lambda file: file.path))
         return cls(hub, repository, revision, path, ordered, digest_of(ordered))

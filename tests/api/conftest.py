@@ -73,11 +73,7 @@ def strained(
     directory = tmp_path_factory.mktemp("strained")
     mapping = {
         "mini": {"name": BUNDLED},
-        "poisoned": {
-            "name": "poisoned",
-            "path": str(save_poisoned(directory / "poisoned")),
-            "backend": "torch",
-        },
+        "poisoned": {"name": "poisoned", "path": str(save_poisoned(directory / "poisoned")), "backend": "torch"},
         "broken": {"name": "broken", "path": str(directory / "not-there")},
         "stuck": {"name": "test/stuck", "source": "huggingface", "endpoint": silent_hub},
     }
@@ -105,12 +101,7 @@ def impatient(
     """
     mapping = {
         "mini": {"name": BUNDLED, "token": SECRETS["mini"]},
-        "stuck": {
-            "name": "test/stuck",
-            "source": "huggingface",
-            "endpoint": silent_hub,
-            "token": SECRETS["stuck"],
-        },
+        "stuck": {"name": "test/stuck", "source": "huggingface", "endpoint": silent_hub, "token": SECRETS["stuck"]},
     }
     settings = {
         "CACHE_DIR": service_cache,

@@ -121,9 +121,7 @@ def small_repository(seed: int) -> dict[str, bytes]:
 def read_files(directory: Path) -> dict[str, bytes]:
     """Return the files of a directory as a repository."""
     return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }
 
 

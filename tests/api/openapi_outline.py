@@ -40,12 +40,9 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
             if "requestBody" in operation:
                 yield f"    body {_compact(operation['requestBody'])}"
             contents = {
-                status: _compact(response.get("content", {}))
-                for status, response in operation["responses"].items()
+                status: _compact(response.get("content", {})) for status, response in operation["responses"].items()
             }
-            yield from (
-                f"    {status} {content}" for status, content in contents.items() if content != _ERROR
-            )
+            yield from (f"    {status} {content}" for status, content in contents.items() if content != _ERROR)
             if errors := [status for status, content in contents.items() if content == _ERROR]:
                 yield f"    errors {' '.join(errors)}"
     for name, schema in sorted(document["components"]["schemas"].items()):
@@ -57,9 +54,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _compact(schema: dict[str, Any]) -> str:
-    return json.dumps(_strip(schema), ensure_ascii=False, sort_keys=True).replace(
-        "#/components/schemas/", "#"
-    )
+    return json.dumps(_strip(schema), ensure_ascii=False, sort_keys=True).replace("#/components/schemas/", "#")
 
 
 def _strip(value: Any) -> Any:

@@ -15,15 +15,7 @@ from tests.service import assert_error
 if TYPE_CHECKING:
     from tests.service import Service
 
-WRONG_KEYS = [
-    "sk-wrong",
-    KEYS[0] + "x",
-    KEYS[0][:-1],
-    KEYS[0].upper(),
-    ",".join(KEYS).encode(),
-    "\xe9\xff",
-    "x" * 5000,
-]
+WRONG_KEYS = ["sk-wrong", KEYS[0] + "x", KEYS[0][:-1], KEYS[0].upper(), ",".join(KEYS).encode(), "\xe9\xff", "x" * 5000]
 ADMIN_PATHS = ["/api", "/api/", "/api/models/load", "/%61pi/models", "/api//x"]
 DIRECT: list[dict[str, str]] = [
     {},
@@ -100,9 +92,7 @@ def test_monitoring_and_documentation_require_no_key(guarded: Service, path: str
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer anything", "Basic xyz"])
-def test_any_authorization_header_is_accepted_without_configured_keys(
-    service: Service, header: str | None
-) -> None:
+def test_any_authorization_header_is_accepted_without_configured_keys(service: Service, header: str | None) -> None:
     """Clients that cannot omit the key can send any key."""
     headers = {} if header is None else {"authorization": header}
     assert call(service, "GET", "/v1/models", **headers).status_code == 200
@@ -185,9 +175,7 @@ def test_admin_key_admits_from_anywhere(impatient: Service, headers: dict[str, s
     assert_error(call(impatient, "POST", "/api/x", authorization=valid, **headers), 404, "unknown_url")
     assert_error(call(impatient, "POST", "/api/x", **headers), 401, "invalid_api_key")
     for wrong in ("Bearer x", valid + "x", valid[:-1], f"Basic {SECRETS['admin']}"):
-        assert_error(
-            call(impatient, "POST", "/api/x", authorization=wrong, **headers), 401, "invalid_api_key"
-        )
+        assert_error(call(impatient, "POST", "/api/x", authorization=wrong, **headers), 401, "invalid_api_key")
 
 
 @pytest.mark.parametrize(
@@ -214,9 +202,7 @@ def test_loopback_names_are_allowed_by_default(service: Service, host: str) -> N
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:9000", "localhost.evil.example", "127.0.0.1.evil.example", "::1.evil", "0.0.0.0", "192.168.1.1", "localhost@evil"])  # fmt: skip
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/health"), ("POST", "/v1/embeddings"), ("GET", "/docs")]
-)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("POST", "/v1/embeddings"), ("GET", "/docs")])
 def test_other_hosts_are_rejected_on_every_route(service: Service, method: str, path: str, host: str) -> None:
     """A page that reaches loopback through its own host name (DNS rebinding) is rejected."""
     response = call(service, method, path, host=host)
@@ -251,9 +237,7 @@ def test_preflight_returns_the_requested_headers_without_a_key(guarded: Service)
     ("origin", "method", "setting"),
     [("https://evil.example", "POST", "EMB_PROVIDER_CORS_ORIGINS"), (ORIGIN, "DELETE", "")],
 )
-def test_rejected_preflight_has_openais_form(
-    guarded: Service, origin: str, method: str, setting: str
-) -> None:
+def test_rejected_preflight_has_openais_form(guarded: Service, origin: str, method: str, setting: str) -> None:
     """Preflights for other origins and methods are rejected with an error in OpenAI's form."""
     response = call(guarded, "OPTIONS", "/v1/embeddings", origin=origin, access_control_request_method=method)
     assert_error(response, 400, "cors_refused", phrase="Disallowed CORS")
@@ -264,12 +248,7 @@ def test_rejected_preflight_has_openais_form(
 def test_preflight_for_another_host_is_rejected(guarded: Service) -> None:
     """The Host header is checked before CORS."""
     response = call(
-        guarded,
-        "OPTIONS",
-        "/v1/models",
-        host="evil.example",
-        origin=ORIGIN,
-        access_control_request_method="GET",
+        guarded, "OPTIONS", "/v1/models", host="evil.example", origin=ORIGIN, access_control_request_method="GET"
     )
     assert_error(response, 400, "host_not_allowed")
 

@@ -175,9 +175,7 @@ def test_remove_all_keeps_models_in_use(managed: Service) -> None:
     assert managed.http.get("/api/models/cache/list").json() == {"models": [], "total_size": 0}
 
 
-@pytest.mark.parametrize(
-    "model_id", ["nope", "../../etc", "..%2f..%2fetc", "acme", "/etc", "%00", "a" * 5000, "列"]
-)
+@pytest.mark.parametrize("model_id", ["nope", "../../etc", "..%2f..%2fetc", "acme", "/etc", "%00", "a" * 5000, "列"])
 def test_unknown_names_refer_to_nothing_on_disk(managed: Service, model_id: str) -> None:
     """A name is only compared with the listed models, so that it cannot refer to other files."""
     for method, suffix in (("GET", ""), ("POST", "/verify"), ("DELETE", "")):
@@ -190,9 +188,7 @@ def test_error_of_the_file_system_is_returned(managed: Service) -> None:
     """If files cannot be removed, the response has the reason, because the caller can do something about it."""
     download(managed, "acme/damaged")
     # A directory in place of the lock file cannot be locked.
-    lock = ManifestKey("huggingface", "acme/damaged").lock_path(
-        managed.directory / "disk" / "own" / "snapshots"
-    )
+    lock = ManifestKey("huggingface", "acme/damaged").lock_path(managed.directory / "disk" / "own" / "snapshots")
     lock.unlink(missing_ok=True)
     lock.mkdir()
     try:

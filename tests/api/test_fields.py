@@ -54,15 +54,11 @@ def test_ambiguous_name_is_unknown(guarded: Service, name: str) -> None:
     assert_error(response, 404, "model_not_found", param="model", phrase="Served here: mini, half")
 
 
-@pytest.mark.parametrize(
-    "name", ["", "nope", "ALL-MINILM-L6-V2", "x" * 5000, "a\nb\u2028c", "../../etc/passwd"]
-)
+@pytest.mark.parametrize("name", ["", "nope", "ALL-MINILM-L6-V2", "x" * 5000, "a\nb\u2028c", "../../etc/passwd"])
 def test_unknown_model(service: Service, name: str) -> None:
     """An unknown name gets a 404 that lists the served models."""
     response = service.embed("hello", model=name)
-    assert_error(
-        response, 404, "model_not_found", param="model", phrase=f"The model `{name[:200]}` does not exist"
-    )
+    assert_error(response, 404, "model_not_found", param="model", phrase=f"The model `{name[:200]}` does not exist")
     assert BUNDLED in response.json()["error"]["message"]
 
 
@@ -76,8 +72,7 @@ def test_text_fields_reject_other_types(service: Service, field: str, value: Any
 
 
 @pytest.mark.parametrize(
-    ("encoding", "expected"),
-    [("float", list), ("FLOAT", list), (None, list), ("base64", str), ("Base64", str)],
+    ("encoding", "expected"), [("float", list), ("FLOAT", list), (None, list), ("base64", str), ("Base64", str)]
 )
 def test_encoding_format(service: Service, encoding: str | None, expected: type) -> None:
     """Numbers are the default, and the case does not matter."""
@@ -99,13 +94,7 @@ def test_null_and_unknown_fields_are_ignored(service: Service) -> None:
         ["model", "encoding_format", "dimensions", "output_dimension", "user", "input_type", "task", "prompt_name",
          "truncate", "truncation", "truncate_prompt_tokens", "normalize", "normalized"]
     )  # fmt: skip
-    unknown = {
-        "user": "someone",
-        "extra_body": {"deep": [1]},
-        "late_chunking": True,
-        "": 0,
-        "embedding_type": 5,
-    }
+    unknown = {"user": "someone", "extra_body": {"deep": [1]}, "late_chunking": True, "": 0, "embedding_type": 5}
     assert embedding(service, **nulls) == embedding(service, **unknown) == embedding(service)
 
 
@@ -182,18 +171,12 @@ def test_truncate_of_the_settings(guarded: Service) -> None:
     assert guarded.embed(LONG, model="half", truncate=True).headers["x-truncated-inputs"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("value", "code"), [("LEFT", "invalid_value"), (1, "invalid_type"), ([], "invalid_type")]
-)
+@pytest.mark.parametrize(("value", "code"), [("LEFT", "invalid_value"), (1, "invalid_type"), ([], "invalid_type")])
 def test_invalid_truncate(service: Service, value: Any, code: str) -> None:
     """The error lists the supported values."""
     response = service.embed("hello", truncate=value)
     assert_error(
-        response,
-        400,
-        code,
-        param="truncate",
-        phrase="Supported values: [true, false, 'NONE', 'START', 'END']",
+        response, 400, code, param="truncate", phrase="Supported values: [true, false, 'NONE', 'START', 'END']"
     )
 
 
@@ -208,15 +191,11 @@ def test_truncate_prompt_tokens(service: Service, limit: int, tokens: int) -> No
 @pytest.mark.parametrize(("limit", "code"), [(0, "invalid_value"), (-2, "invalid_value"), (257, "invalid_value"), ("5", "invalid_type"), (1.0, "invalid_type"), (True, "invalid_type")])  # fmt: skip
 def test_invalid_truncate_prompt_tokens(service: Service, limit: object, code: str) -> None:
     """Limits outside of the range of the model are rejected."""
-    assert_error(
-        service.embed("hello", truncate_prompt_tokens=limit), 400, code, param="truncate_prompt_tokens"
-    )
+    assert_error(service.embed("hello", truncate_prompt_tokens=limit), 400, code, param="truncate_prompt_tokens")
 
 
 @pytest.mark.parametrize("field", ["normalize", "normalized"])
 @pytest.mark.parametrize("value", ["true", 1, 0.0])
 def test_invalid_normalize(service: Service, field: str, value: Any) -> None:
     """Only true and false are accepted."""
-    assert_error(
-        service.embed("hello", **{field: value}), 400, "invalid_type", param=field, phrase="[true, false]"
-    )
+    assert_error(service.embed("hello", **{field: value}), 400, "invalid_type", param=field, phrase="[true, false]")

@@ -34,9 +34,7 @@ class RawResponse:
         head, _, self.body = raw.partition(b"\r\n\r\n")
         lines = head.decode("latin-1").split("\r\n")
         self.status = int(lines[0].split()[1]) if raw else 0
-        self.headers = {
-            name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])
-        }
+        self.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
         self.closed = not raw
 
     def assert_error(self, status: int, code: str) -> None:
@@ -143,11 +141,7 @@ def test_expect_100_continue(service: Service) -> None:
         assert connection.recv(1024).startswith(b"HTTP/1.1 100 Continue")
         connection.sendall(BODY)
         assert _read(connection).status == 200
-    too_large = (
-        b"POST /v1/embeddings HTTP/1.1\r\n"
-        + HOST
-        + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
-    )
+    too_large = b"POST /v1/embeddings HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
     response = exchange(service, too_large)
     response.assert_error(413, "request_too_large")
     assert response.closed

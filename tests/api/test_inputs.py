@@ -88,9 +88,7 @@ def test_invalid_arrays(service: Service, value: Any) -> None:
 def test_token_ids_are_rejected_by_default(service: Service, value: Any) -> None:
     """The error names both remedies: the option of LangChain, and the setting of the model."""
     response = service.embed(value)
-    assert_error(
-        response, 400, "token_input_unsupported", param="input", phrase="check_embedding_ctx_length=False"
-    )
+    assert_error(response, 400, "token_input_unsupported", param="input", phrase="check_embedding_ctx_length=False")
     assert "token_input" in response.json()["error"]["message"]
 
 

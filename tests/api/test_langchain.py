@@ -108,9 +108,7 @@ def test_cl100k(guarded: Service) -> None:
     """With token_input=cl100k, LangChain's default returns the vectors of the texts."""
     if not _has_vocabulary():
         pytest.skip(f"the vocabulary of cl100k_base is not available: {CL100K_FILE} in TIKTOKEN_CACHE_DIR")
-    client = embeddings(
-        guarded.url, model="openai-ids", api_key=KEYS[0], tiktoken_model_name="text-embedding-3-small"
-    )
+    client = embeddings(guarded.url, model="openai-ids", api_key=KEYS[0], tiktoken_model_name="text-embedding-3-small")
     texts = ["hello world", "你好，世界 😀"]
     expected = [entry["embedding"] for entry in guarded.embed(texts, model="mini").json()["data"]]
     np.testing.assert_allclose(client.embed_documents(texts), expected, atol=1e-5)

@@ -128,9 +128,7 @@ def test_access_to_management_routes(service: Service, guarded: Service, impatie
 
 
 def trusting_settings(**mapping: MappingEntry) -> Settings:
-    return Settings.from_values(
-        model_mapping=mapping, trust_remote_code=True, modelscope_trust_remote_code=True
-    )
+    return Settings.from_values(model_mapping=mapping, trust_remote_code=True, modelscope_trust_remote_code=True)
 
 
 def test_directory_must_be_in_the_settings(tmp_path: Path) -> None:
@@ -165,9 +163,7 @@ def test_code_of_other_repositories_is_not_trusted(query: LoadQuery) -> None:
 
 def test_trust_of_configured_models_is_kept() -> None:
     """A model of the settings is trusted as they say, also under another alias or precision."""
-    settings = trusting_settings(
-        b=MappingEntry(name="a/b", trust_remote_code=True), c=MappingEntry(name="a/c")
-    )
+    settings = trusting_settings(b=MappingEntry(name="a/b", trust_remote_code=True), c=MappingEntry(name="a/c"))
     trusted = resolve_requested_model(settings, LoadQuery(model_name="b", precision="fp32"), "other")
     assert trusted.trust_remote_code is True
     default = resolve_requested_model(settings, LoadQuery(model_name="a/c"))

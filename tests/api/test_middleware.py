@@ -31,9 +31,7 @@ def test_valid_request_id_is_returned(service: Service, identifier: str) -> None
     assert service.logged(request_id=identifier, status=404)
 
 
-@pytest.mark.parametrize(
-    "identifier", ["", "a b", "a" * 129, "<script>", 'x"y', "{}", "ä", "a\tb", "a;b", "%0a"]
-)
+@pytest.mark.parametrize("identifier", ["", "a b", "a" * 129, "<script>", 'x"y', "{}", "ä", "a\tb", "a;b", "%0a"])
 def test_invalid_request_id_is_replaced(service: Service, identifier: str) -> None:
     """A request id with characters that are dangerous in a log or a page is not used."""
     response = call(service, "GET", "/health", x_request_id=identifier)
@@ -53,9 +51,7 @@ def test_head_returns_the_headers_of_get(service: Service, path: str) -> None:
 @pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP", "deflate, gzip"])
 def test_compressed_bodies_are_rejected(service: Service, encoding: str) -> None:
     """A compressed body is not reported as invalid JSON."""
-    response = service.http.post(
-        "/v1/embeddings", content=b"\x1f\x8b\x08", headers={"content-encoding": encoding}
-    )
+    response = service.http.post("/v1/embeddings", content=b"\x1f\x8b\x08", headers={"content-encoding": encoding})
     assert_error(response, 415, "unsupported_content_encoding", phrase="Content-Encoding")
 
 
@@ -73,10 +69,7 @@ def test_large_bodies_are_rejected(guarded: Service) -> None:
     assert_error(response, 413, "request_too_large", phrase="0.25 MiB")
     assert guarded.embed("hello").status_code == 200
     wrong_key = httpx.post(
-        f"{guarded.url}/v1/embeddings",
-        content=body,
-        headers={"authorization": f"Bearer {KEYS[0]}x"},
-        trust_env=False,
+        f"{guarded.url}/v1/embeddings", content=body, headers={"authorization": f"Bearer {KEYS[0]}x"}, trust_env=False
     )
     assert_error(wrong_key, 401, "invalid_api_key")
 

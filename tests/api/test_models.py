@@ -49,9 +49,7 @@ def test_model_is_found_by_each_of_its_names(service: Service, name: str) -> Non
     assert response.json() == service.http.get("/v1/models").json()["data"][0]
 
 
-@pytest.mark.parametrize(
-    "name", ["nope", "sentence-transformers", "no/such/model", "%2e%2e%2fetc", "x" * 3000]
-)
+@pytest.mark.parametrize("name", ["nope", "sentence-transformers", "no/such/model", "%2e%2e%2fetc", "x" * 3000])
 def test_unknown_model(service: Service, name: str) -> None:
     """The 404 for an unknown model names the served models."""
     response = service.http.get(f"/v1/models/{name}")

@@ -34,9 +34,7 @@ def test_default_call(client: openai.OpenAI, service: Service) -> None:
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == 9
     plain = service.embed(["hello", "world", "hello"]).json()["data"]
     returned = np.array([entry.embedding for entry in answer.data], dtype=np.float32)
-    np.testing.assert_array_equal(
-        returned, np.array([entry["embedding"] for entry in plain], dtype=np.float32)
-    )
+    np.testing.assert_array_equal(returned, np.array([entry["embedding"] for entry in plain], dtype=np.float32))
 
 
 def test_float_format(client: openai.OpenAI) -> None:
@@ -129,16 +127,11 @@ def test_full_queue_is_retried(strained: Service) -> None:
 
 def test_server_errors_are_retried(strained: Service) -> None:
     """500 and 503 are InternalServerErrors, and the client retries each twice."""
-    for fields, status in (
-        ({"model": "broken", "input": "x"}, 503),
-        ({"model": "poisoned", "input": POISON}, 500),
-    ):
+    for fields, status in (({"model": "broken", "input": "x"}, 503), ({"model": "poisoned", "input": POISON}, 500)):
         counted = {"model": fields["model"], "status": str(status)}
         before = strained.figure("emb_provider_requests_total", **counted)
         # No retries of 503, because the client waits for Retry-After, which is half a minute for a failed model.
-        client = openai.OpenAI(
-            base_url=f"{strained.url}/v1", api_key="unused", max_retries=0 if status == 503 else 2
-        )
+        client = openai.OpenAI(base_url=f"{strained.url}/v1", api_key="unused", max_retries=0 if status == 503 else 2)
         with client, pytest.raises(openai.InternalServerError) as failed:
             client.embeddings.create(**fields)  # type: ignore[arg-type]
         assert failed.value.status_code == status
@@ -148,9 +141,7 @@ def test_server_errors_are_retried(strained: Service) -> None:
 
 def test_threads_share_a_client(client: openai.OpenAI) -> None:
     """Each thread gets the vector of its own text."""
-    expected = {
-        str(n): client.embeddings.create(model=BUNDLED, input=f"text {n}").data[0].embedding for n in range(8)
-    }
+    expected = {str(n): client.embeddings.create(model=BUNDLED, input=f"text {n}").data[0].embedding for n in range(8)}
     returned: dict[str, list[float]] = {}
 
     def ask(name: str) -> None:

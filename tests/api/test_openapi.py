@@ -24,13 +24,7 @@ VALID_REQUESTS: list[dict[str, Any]] = [
     {"input": "hello"},
     {"model": BUNDLED, "input": ["a", "b"], "encoding_format": "base64", "user": "me"},
     {"model": None, "input": "", "dimensions": None, "normalize": None, "encoding_format": None},
-    {
-        "input": ["x"],
-        "dimensions": 384,
-        "input_type": "query",
-        "truncate": "START",
-        "truncate_prompt_tokens": 5,
-    },
+    {"input": ["x"], "dimensions": 384, "input_type": "query", "truncate": "START", "truncate_prompt_tokens": 5},
     {"input": "x", "truncate": True, "normalize": False, "anything": {"else": 1}},
 ]
 INVALID_REQUESTS: list[tuple[dict[str, Any], int]] = [
@@ -168,9 +162,7 @@ def test_requests_that_violate_the_document_are_rejected(
     assert_described(document, "post", "/v1/embeddings", response)
 
 
-def test_other_routes_match_the_document(
-    service: Service, strained: Service, document: dict[str, Any]
-) -> None:
+def test_other_routes_match_the_document(service: Service, strained: Service, document: dict[str, Any]) -> None:
     """The responses for models, health and readiness match, also if a model is not ready."""
     for path in ("/v1/models", "/health", "/ready"):
         assert_described(document, "get", path, service.http.get(path))

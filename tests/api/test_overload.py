@@ -59,9 +59,7 @@ def test_failing_input_fails_only_its_own_request(strained: Service) -> None:
     texts = [f"good {number}" if number % 3 else POISON for number in range(12)]
     with ThreadPoolExecutor(len(texts)) as threads:
         responses = list(threads.map(lambda text: strained.embed(text, model="poisoned"), texts))
-    assert [response.status_code for response in responses] == [
-        500 if text == POISON else 200 for text in texts
-    ]
+    assert [response.status_code for response in responses] == [500 if text == POISON else 200 for text in texts]
 
 
 def test_model_that_failed_to_load(strained: Service) -> None:
@@ -76,14 +74,7 @@ def test_model_that_failed_to_load(strained: Service) -> None:
 def test_model_that_is_loading(strained: Service) -> None:
     """A request that cannot wait until the model is loaded gets the model's state, and can be retried."""
     response = strained.embed("x", model="stuck")
-    assert_error(
-        response,
-        503,
-        "model_not_ready",
-        type="server_error",
-        param="model",
-        phrase="downloading",
-    )
+    assert_error(response, 503, "model_not_ready", type="server_error", param="model", phrase="downloading")
     assert_retry_after(response)
 
 
@@ -131,9 +122,7 @@ def test_request_that_the_shutdown_cuts_off(tmp_path: Path, silent_hub: str) -> 
         stopping.wait_for_state("stuck", "downloading")
         stopping.signal()
         response = request.result()
-        assert_error(
-            response, 503, "model_not_ready", type="server_error", param="model", phrase="shutting down"
-        )
+        assert_error(response, 503, "model_not_ready", type="server_error", param="model", phrase="shutting down")
         assert_retry_after(response)
         assert response.headers["connection"] == "close"
         assert stopping.ended() == 0

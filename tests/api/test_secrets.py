@@ -78,14 +78,10 @@ def test_requests_cannot_forge_log_lines(impatient: Service, text: str) -> None:
     assert impatient.log_text().count("status=404") == before + 3
 
 
-@pytest.mark.parametrize(
-    "raw", [b"a\x1b[31m", b"\xfc\xfd", b"a\tb", b"a\x0bb", b"a\rb", b"a\x00b"], ids=ascii
-)
+@pytest.mark.parametrize("raw", [b"a\x1b[31m", b"\xfc\xfd", b"a\tb", b"a\x0bb", b"a\rb", b"a\x00b"], ids=ascii)
 def test_control_characters_in_headers(impatient: Service, raw: bytes) -> None:
     """A header with control characters is rejected or replaced, and not repeated."""
-    lines = b"".join(
-        name + b": " + raw + b"\r\n" for name in (b"X-Request-ID", b"User-Agent", b"Authorization")
-    )
+    lines = b"".join(name + b": " + raw + b"\r\n" for name in (b"X-Request-ID", b"User-Agent", b"Authorization"))
     with connect(impatient) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n")
         response = connection.recv(65536)

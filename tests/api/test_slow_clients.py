@@ -136,12 +136,8 @@ def test_slow_request_is_logged(impatient: Service, slow: SlowClients) -> None:
 
 def test_timeout_applies_only_to_clients(slow: SlowClients) -> None:
     """A request that the service takes long for is answered, and an idle connection stays open for its next request."""
-    assert_error(
-        slow.working, 503, "model_not_ready", type="server_error", param="model", phrase="downloading"
-    )
-    assert slow.working.elapsed.total_seconds() > 2 * RECEIVE_TIMEOUT_S, (
-        "the request was too fast for this test"
-    )
+    assert_error(slow.working, 503, "model_not_ready", type="server_error", param="model", phrase="downloading")
+    assert slow.working.elapsed.total_seconds() > 2 * RECEIVE_TIMEOUT_S, "the request was too fast for this test"
     assert [statuses(raw) for raw in slow.idle] == [[200], [200]]
 
 
@@ -170,9 +166,7 @@ def test_client_that_reads_slowly(impatient: Service) -> None:
     """A client that reads slowly gets all responses in order, also those to pipelined requests."""
     bodies = [json.dumps({"model": "mini", "input": ["a"] * count}).encode() for count in (300, 1, 300, 2)]
     with connect(impatient) as connection:
-        connection.sendall(
-            b"".join(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies)
-        )
+        connection.sendall(b"".join(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies))
         reader = connection.makefile("rb")
         for count in (300, 1, 300, 2):
             head = b""

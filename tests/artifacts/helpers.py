@@ -228,10 +228,7 @@ class Harness:
             TrustSettings(),
         )
         return preparer.prepare(
-            spec_of(**spec),
-            snapshot_of(self.directory),
-            on_progress=self.progress.append,
-            cancel=cancel,
+            spec_of(**spec), snapshot_of(self.directory), on_progress=self.progress.append, cancel=cancel
         )
 
     def load(self, **options: Any) -> Backend:

@@ -135,9 +135,7 @@ def test_the_compiler_does_not_inherit_secrets(harness: Harness, monkeypatch: py
     """Tokens and settings are removed from its environment, because it may run code of a repository."""
     report = harness.root / "environment"
     program = f"import json, os; open({str(report)!r}, 'w').write(json.dumps(dict(os.environ)))"
-    monkeypatch.setattr(
-        "emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program)
-    )
+    monkeypatch.setattr("emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program))
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("EMB_PROVIDER_API_KEYS", "secret")
     prepared = harness.prepare()

@@ -48,9 +48,7 @@ def test_a_model_is_compiled_again_if_its_snapshot_changes(harness: Harness, tmp
     assert len(harness.artifacts) == 2
 
 
-@pytest.mark.parametrize(
-    "package", ["openvino", "torch", "transformers", "sentence-transformers", "tokenizers"]
-)
+@pytest.mark.parametrize("package", ["openvino", "torch", "transformers", "sentence-transformers", "tokenizers"])
 def test_a_model_is_compiled_again_if_a_library_changes(
     package: str, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,12 +170,7 @@ def test_compiling_can_be_cancelled(harness: Harness) -> None:
     ],
 )
 def test_the_backend_depends_on_the_device(
-    requested: str,
-    device: str,
-    cuda: bool,
-    expected: str,
-    harness: Harness,
-    monkeypatch: pytest.MonkeyPatch,
+    requested: str, device: str, cuda: bool, expected: str, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """auto is openvino on a CPU; a requested backend is used."""
     monkeypatch.setattr(prepare, "has_cuda", lambda: cuda)
@@ -185,9 +178,7 @@ def test_the_backend_depends_on_the_device(
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_auto_is_torch_with_a_cuda_device(
-    device: str, harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_torch_with_a_cuda_device(device: str, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled for a device that torch serves."""
     monkeypatch.setattr(prepare, "has_cuda", lambda: True)
     assert harness.prepare(device=device).backend == "torch"

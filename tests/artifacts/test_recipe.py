@@ -22,11 +22,7 @@ def directory(compiled: CompiledModels) -> Path:
 
 def recipe(directory: Path, precision: str = "int8", *, bf16: bool = True, int8: bool = False) -> Recipe:
     return recipe_for(
-        spec_of(precision=precision),
-        snapshot_of(directory),
-        trust_remote_code=False,
-        native_bf16=bf16,
-        fast_int8=int8,
+        spec_of(precision=precision), snapshot_of(directory), trust_remote_code=False, native_bf16=bf16, fast_int8=int8
     )
 
 
@@ -65,9 +61,7 @@ def test_an_artifact_of_another_processor_can_serve(directory: Path) -> None:
     assert not old.can_serve(fast.as_json())
 
 
-def test_tools_that_are_not_installed_are_not_compared(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tools_that_are_not_installed_are_not_compared(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without nncf can serve what nncf has quantized."""
     with_nncf = recipe(directory)
     real = recipes.installed_version

@@ -72,9 +72,7 @@ def test_a_damaged_artifact_is_compiled_again(name: str, harness: Harness) -> No
     assert harness.starts == 3
 
 
-def test_an_artifact_with_other_time_stamps_is_hashed_once(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_artifact_with_other_time_stamps_is_hashed_once(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are unchanged, so the new time stamps are recorded."""
     harness.prepare()
     os.utime(harness.artifacts[0] / "model.bin", (1, 1))

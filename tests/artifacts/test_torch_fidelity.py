@@ -32,9 +32,7 @@ def fidelity_of(description: ModelDescription) -> Fidelity:
 
 
 @pytest.fixture(scope="module")
-def first_load(
-    compiled: CompiledModels, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, ModelDescription]:
+def first_load(compiled: CompiledModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelDescription]:
     """Return the record that the first load of a model at bf16 writes, and the description of the model."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         harness = Harness(compiled(FAMILY), tmp_path_factory.mktemp("torch"), monkeypatch)
@@ -134,9 +132,7 @@ def test_a_record_belongs_to_one_pipeline(harness: Harness, record: Path) -> Non
         assert harness.describe(measure=False, **TORCH, **changed).fidelity is None
 
 
-def test_a_model_that_does_not_fit_at_fp32_is_not_measured(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_not_fit_at_fp32_is_not_measured(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is served without a measurement, and a note names both sizes."""
     monkeypatch.setattr("emb_model_provider.artifacts.torch_fidelity.free_memory", lambda: 1000)
     description = harness.describe(floors={"bf16": 1.0}, **TORCH)

@@ -141,19 +141,13 @@ def cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
 
 
 def assert_same(
-    ours: NDArray[np.float32],
-    theirs: NDArray[np.float32],
-    *,
-    min_cosine: float = 0.99999,
-    norm_tolerance: float = 1e-4,
+    ours: NDArray[np.float32], theirs: NDArray[np.float32], *, min_cosine: float = 0.99999, norm_tolerance: float = 1e-4
 ) -> None:
     """Assert that vectors have the same shape, directions and norms."""
     assert ours.shape == theirs.shape
     assert ours.dtype == np.float32
     assert cosines(ours, theirs).min() >= min_cosine
-    np.testing.assert_allclose(
-        np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1), rtol=norm_tolerance
-    )
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), np.linalg.norm(theirs, axis=1), rtol=norm_tolerance)
 
 
 def reference_kernel(

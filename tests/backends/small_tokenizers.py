@@ -52,10 +52,7 @@ def unigram(model_max_length: int | None = LENGTH) -> PreTrainedTokenizerFast:
 
 
 def byte_bpe(
-    *,
-    around: tuple[str, str] = ("[CLS]", "[SEP]"),
-    padding_side: str = "right",
-    chat_template: str | None = None,
+    *, around: tuple[str, str] = ("[CLS]", "[SEP]"), padding_side: str = "right", chat_template: str | None = None
 ) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer; `around` are the special tokens before and after a text, or ""."""
     tokenizer = _load("byte_bpe")

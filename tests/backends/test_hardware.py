@@ -47,9 +47,7 @@ if TYPE_CHECKING:
         ({"sys/fs/cgroup/cpu.max": "nonsense", "proc/self/cgroup": "0::/"}, None),
     ],
 )
-def test_the_cpu_limit_of_the_control_group(
-    files: dict[str, str], limit: float | None, tmp_path: Path
-) -> None:
+def test_the_cpu_limit_of_the_control_group(files: dict[str, str], limit: float | None, tmp_path: Path) -> None:
     """v2 and v1, nested groups, a group that is not mounted, no limit, and invalid files."""
     for name, content in files.items():
         path = tmp_path / name
@@ -80,12 +78,7 @@ def test_native_bf16_depends_on_the_flags(cpuinfo: str, native: bool, tmp_path: 
 
 @pytest.mark.parametrize(
     ("flags", "fast"),
-    [
-        ("avx512_vnni avx512_bf16", True),
-        ("avx512_vnni", True),
-        ("avx512_vnni amx_bf16", False),
-        ("avx2", False),
-    ],
+    [("avx512_vnni avx512_bf16", True), ("avx512_vnni", True), ("avx512_vnni amx_bf16", False), ("avx2", False)],
 )
 def test_int8_is_fast_with_vnni_and_without_amx(flags: str, fast: bool, tmp_path: Path) -> None:
     """It is not if the flags cannot be read."""

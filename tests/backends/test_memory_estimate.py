@@ -30,8 +30,7 @@ def graph(directory: Path, width: int, *, fp16: bool = False) -> Path:
     rng = np.random.default_rng(3)
     table, matrix = (rng.normal(size=(rows, width)).astype(np.float32) for rows in (100, width))
     rows = ops.multiply(
-        ops.gather(ops.constant(table), ids, ops.constant(0)),
-        ops.unsqueeze(ops.convert(mask, "f32"), ops.constant(2)),
+        ops.gather(ops.constant(table), ids, ops.constant(0)), ops.unsqueeze(ops.convert(mask, "f32"), ops.constant(2))
     )
     summed = ops.reduce_sum(ops.matmul(rows, ops.constant(matrix), False, True), ops.constant(1))
     path = directory / f"{width}.xml"

@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 
 def plan_of(
-    directory: Path,
-    files: dict[str, Any],
-    *,
-    repository: str = "someone/model",
-    trust: bool = False,
-    **spec: Any,
+    directory: Path, files: dict[str, Any], *, repository: str = "someone/model", trust: bool = False, **spec: Any
 ) -> PipelinePlan:
     for name, content in files.items():
         path = directory / name
@@ -49,23 +44,12 @@ GTE = {"task": "sentence-embedding", "model": {"type": "bert", "emb_pooler_type"
 def test_modules_json_takes_precedence_over_configuration_json(tmp_path: Path) -> None:
     """As in sentence-transformers."""
     plan = plan_of(tmp_path, {"config.json": {}, "modules.json": [], "configuration.json": GTE})
-    assert (plan.layout, plan.pooling, plan.normalize, plan.max_length) == (
-        "sentence-transformers",
-        None,
-        None,
-        None,
-    )
+    assert (plan.layout, plan.pooling, plan.normalize, plan.max_length) == ("sentence-transformers", None, None, None)
 
 
 @pytest.mark.parametrize(
     ("declared", "pooling"),
-    [
-        ("cls", "cls"),
-        ("avg", "mean"),
-        ("mean", "mean"),
-        ("weighted_mean", "weightedmean"),
-        ("last", "lasttoken"),
-    ],
+    [("cls", "cls"), ("avg", "mean"), ("mean", "mean"), ("weighted_mean", "weightedmean"), ("last", "lasttoken")],
 )
 def test_modelscope_pooling_names(tmp_path: Path, declared: str, pooling: str) -> None:
     """`model.emb_pooler_type` is the pooling."""
@@ -122,12 +106,7 @@ def test_spellings_of_the_sentence_embedding_task(configuration: dict[str, Any])
 
 @pytest.mark.parametrize(
     "configuration",
-    [
-        {},
-        {"task": "fill-mask"},
-        {"task": "fill-mask", "pipeline": {"type": "sentence-embedding"}},
-        {"task": 3},
-    ],
+    [{}, {"task": "fill-mask"}, {"task": "fill-mask", "pipeline": {"type": "sentence-embedding"}}, {"task": 3}],
 )
 def test_the_configuration_of_another_task_is_ignored(configuration: dict[str, Any]) -> None:
     assert modelscope_model_section(configuration) is None
@@ -163,12 +142,7 @@ def test_settings_take_precedence_over_files(tmp_path: Path) -> None:
         "config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": "d: "}},
     }
     plan = plan_of(
-        tmp_path,
-        files,
-        pooling="cls",
-        normalize=False,
-        max_length=99,
-        prompts={"query": "Q: ", "extra": "e: "},
+        tmp_path, files, pooling="cls", normalize=False, max_length=99, prompts={"query": "Q: ", "extra": "e: "}
     )
     assert (plan.pooling, plan.normalize, plan.max_length) == ("cls", False, 99)
     assert plan.prompts == {"query": "Q: ", "document": "d: ", "extra": "e: "}
@@ -177,14 +151,8 @@ def test_settings_take_precedence_over_files(tmp_path: Path) -> None:
 
 def test_prompts_and_truncate_dim_are_declared(tmp_path: Path) -> None:
     """In config_sentence_transformers.json."""
-    declared = {
-        "prompts": {"query": "q: ", "none": None},
-        "default_prompt_name": "query",
-        "truncate_dim": 128,
-    }
-    plan = plan_of(
-        tmp_path, {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared}
-    )
+    declared = {"prompts": {"query": "q: ", "none": None}, "default_prompt_name": "query", "truncate_dim": 128}
+    plan = plan_of(tmp_path, {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared})
     assert (plan.prompts, plan.default_prompt, plan.truncate_dim) == ({"query": "q: "}, "query", 128)
 
 
@@ -208,9 +176,7 @@ def test_another_type_of_model_is_an_error(tmp_path: Path, model_type: str) -> N
     """sentence-transformers would load it with mean pooling, for which it was not trained."""
     declared = {"model_type": model_type}
     with pytest.raises(UnsupportedModelError, match=model_type):
-        plan_of(
-            tmp_path, {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared}
-        )
+        plan_of(tmp_path, {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared})
 
 
 def test_a_custom_activation_is_an_error_unless_it_is_trusted(tmp_path: Path) -> None:
@@ -303,8 +269,7 @@ def test_warnings_are_distinguished_from_information(tmp_path: Path) -> None:
         *plan_of(tmp_path / "b", {"config.json": {}, "configuration.json": GTE}, max_length=9).notes,
         *plan_of(tmp_path / "c", {"config.json": {}}, repository=gte).notes,
         *plan_of(
-            tmp_path / "d",
-            {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared},
+            tmp_path / "d", {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared}
         ).notes,
     )
     assert len(information) == 4

@@ -57,12 +57,7 @@ def test_a_missing_device_is_an_error(requested: str, facts: DeviceFacts, messag
 
 @pytest.mark.parametrize(
     ("device", "facts", "precision"),
-    [
-        ("cpu", NO_GPU, "fp32"),
-        ("cuda:0", TURING, "fp16"),
-        ("cuda:1", TWO_HOPPERS, "bf16"),
-        ("mps", APPLE, "fp32"),
-    ],
+    [("cpu", NO_GPU, "fp32"), ("cuda:0", TURING, "fp16"), ("cuda:1", TWO_HOPPERS, "bf16"), ("mps", APPLE, "fp32")],
 )
 def test_auto_precision(device: str, facts: DeviceFacts, precision: str) -> None:
     """auto is fp32 on a CPU, and on CUDA bf16 if the device supports it natively, else fp16."""
@@ -78,9 +73,7 @@ def test_a_requested_precision_is_used(precision: str, device: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integer_precisions_on_an_apple_gpu_are_an_error(precision: str) -> None:
     """The message names precisions and a device that can be used."""
-    with pytest.raises(
-        UnsupportedPrecisionError, match=f"{precision} is not available on Apple.*fp16.*DEVICE=cpu"
-    ):
+    with pytest.raises(UnsupportedPrecisionError, match=f"{precision} is not available on Apple.*fp16.*DEVICE=cpu"):
         resolve_torch_precision(precision, "mps", APPLE)  # type: ignore[arg-type]  # from a list
 
 
@@ -96,9 +89,7 @@ def test_integer_precisions_on_an_apple_gpu_are_an_error(precision: str) -> None
         ("fp16", "cpu", NO_GPU, True, "fp16"),
     ],
 )
-def test_activations(
-    precision: str, device: str, facts: DeviceFacts, native_bf16: bool, activations: str
-) -> None:
+def test_activations(precision: str, device: str, facts: DeviceFacts, native_bf16: bool, activations: str) -> None:
     """Integer weights are computed in the fastest precision of the device; the others in their own."""
     resolved = resolve_activations(precision, device, facts, native_bf16=native_bf16)  # type: ignore[arg-type]  # from a list
     assert resolved == activations

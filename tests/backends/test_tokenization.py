@@ -63,9 +63,7 @@ def test_a_prompt_is_put_before_each_text() -> None:
     tokenizer = wordpiece()
     expected = tokenizer(["query: hello", "query: "])["input_ids"]
     included = tokenization_of(tokenizer).encode(["hello", ""], prompt="query: ", truncate="END")
-    excluded = tokenization_of(tokenizer, excludes_prompt=True).encode(
-        ["hello", ""], prompt="query: ", truncate="END"
-    )
+    excluded = tokenization_of(tokenizer, excludes_prompt=True).encode(["hello", ""], prompt="query: ", truncate="END")
     assert included.ids == excluded.ids == expected
     assert included.prompt_lengths == [0, 0]
     # Including the opening special token, but not the closing one.
@@ -109,9 +107,7 @@ def test_a_lone_surrogate_is_replaced(name: str) -> None:
     truncate=st.sampled_from(["END", "START"]),
     max_tokens=st.none() | st.integers(1, 60),
 )
-def test_any_text_can_be_tokenized(
-    name: str, texts: list[str], truncate: Truncate, max_tokens: int | None
-) -> None:
+def test_any_text_can_be_tokenized(name: str, texts: list[str], truncate: Truncate, max_tokens: int | None) -> None:
     """It has at least one token, at most the allowed number, and only ids of the tokenizer."""
     tokenizer = TOKENIZERS[name]()
     encoded = tokenization_of(tokenizer).encode(texts, truncate=truncate, max_tokens=max_tokens)

@@ -10,9 +10,7 @@ from benchmarks import CACHE
 
 
 @pytest.fixture(autouse=True)
-def cache(
-    service_cache: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def cache(service_cache: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the benchmarks use the compiled models of the other tests, because compiling takes tens of seconds."""
     home = tmp_path_factory.getbasetemp() / "benchmarks"
     service = home / CACHE.name / "service"

@@ -77,9 +77,7 @@ async def test_open_loop_measures_from_the_time_a_request_was_due(tmp_path: Path
         return _response("200 OK")
 
     async with _server(respond) as port:
-        result = await _generate(
-            port, tmp_path, mode="open", rate=100.0, seed=3, seconds=0.5, connections=connections
-        )
+        result = await _generate(port, tmp_path, mode="open", rate=100.0, seed=3, seconds=0.5, connections=connections)
     assert result["errors"] == {}
     assert result["latency_ms"]["max"] > 10 * 20
 

@@ -16,9 +16,7 @@ def test_a_process_tree_includes_children() -> None:
     """Memory and CPU time of a child count for the tree of its parent."""
     before = cpu_time(os.getpid())
     work = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
-    with subprocess.Popen(
-        [sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
         own, tree = resident_mib(os.getpid()), tree_resident_mib(os.getpid())

@@ -17,17 +17,13 @@ from benchmarks.soak_sender import Outages
 MODEL = "model"
 
 
-@pytest.mark.parametrize(
-    ("rows", "error"), [((0, 1), ""), ((1, 0), "wrong vector"), ((0,), "vectors of shape")]
-)
+@pytest.mark.parametrize(("rows", "error"), [((0, 1), ""), ((1, 0), "wrong vector"), ((0,), "vectors of shape")])
 def test_vectors_of_a_response_are_compared(rows: tuple[int, ...], error: str) -> None:
     """Vectors in the wrong order, and missing vectors, are errors."""
     pool = make_pool(8, seed=1)
     pool.vectors[MODEL] = np.eye(len(pool.texts), dtype=np.float32)
     vectors = [pool.vectors[MODEL][row].tolist() for row in rows]
-    response = _response(
-        {"data": [{"index": index, "embedding": vector} for index, vector in enumerate(vectors)]}
-    )
+    response = _response({"data": [{"index": index, "embedding": vector} for index, vector in enumerate(vectors)]})
     found = find_error(Request("short", model=MODEL, rows=(0, 1)), response, pool)
     assert found.startswith(error)
     assert bool(found) == bool(error)

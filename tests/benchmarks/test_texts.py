@@ -51,9 +51,7 @@ def test_bodies_contain_the_texts_of_requests(tmp_path: Path) -> None:
     assert [len(texts) for texts in inputs] == [3] * 5
 
 
-@pytest.mark.parametrize(
-    ("kind", "count", "text"), [("short", 1, "1 short text"), ("doc", 32, "32 documents")]
-)
+@pytest.mark.parametrize(("kind", "count", "text"), [("short", 1, "1 short text"), ("doc", 32, "32 documents")])
 def test_counts_of_texts(kind: Kind, count: int, text: str) -> None:
     """More than one text is a plural."""
     assert count_texts(kind, count) == text

@@ -48,9 +48,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
     """Yield a model that was pulled from a hub and compiled. Shared, because compiling takes tens of seconds."""
     directory = tmp_path_factory.mktemp("compiled")
     model = FAMILIES["bert-mean-normalize"](directory / "model")
-    files = {
-        path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()
-    }
+    files = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     mapping = {"small": {"name": SMALL, "source": "huggingface", "precision": "fp32"}}
     with HuggingFaceServer({SMALL: files, COPY: files}) as hub:
         settings = {

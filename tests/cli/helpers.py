@@ -36,9 +36,7 @@ def run(
     )
 
 
-def start(
-    directory: Path, *arguments: str, new_session: bool = False, **settings: str
-) -> subprocess.Popen[str]:
+def start(directory: Path, *arguments: str, new_session: bool = False, **settings: str) -> subprocess.Popen[str]:
     """Start a command in `directory`; its output is piped."""
     return subprocess.Popen(
         [str(SCRIPT), *arguments],
@@ -107,10 +105,7 @@ def run_doctor(*, status: int = 0) -> dict[str, dict[str, Any]]:
     report = invoke_json("doctor", status=status)
     assert report["ok"] is (status == 0)
     order = {"ok": 0, "warn": 1, "fail": 2}
-    return {
-        result["check"]: result
-        for result in sorted(report["checks"], key=lambda result: order[result["level"]])
-    }
+    return {result["check"]: result for result in sorted(report["checks"], key=lambda result: order[result["level"]])}
 
 
 def processes_in(directory: Path) -> list[int]:

@@ -129,9 +129,7 @@ def test_verify_reports_a_changed_byte_and_repairs_it(here: Path) -> None:
     assert invoke_json("verify", HF_REPO)["ok"] is True
     stamps = weights.stat()
     weights.resolve().write_bytes(b"?" + WEIGHTS[1:])
-    os.utime(
-        weights, ns=(stamps.st_atime_ns, stamps.st_mtime_ns)
-    )  # so that only hashing shows the difference
+    os.utime(weights, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))  # so that only hashing shows the difference
     result = invoke_json("verify", status=1)
     assert result["ok"] is False
     assert result["models"][0]["findings"] == [{"path": "model.safetensors", "problem": "bytes"}]

@@ -33,9 +33,7 @@ def place(compiled: Compiled) -> Path:
 def rows_of(table: str) -> dict[str, list[str]]:
     """Return the cells of a table's rows by the first cell, which is `precision` in the head."""
     rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in table.splitlines()
-        if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
     ]
     return {first: rest for first, *rest in rows}
 
@@ -135,10 +133,7 @@ def test_a_precision_below_its_floor_has_a_note() -> None:
 
 @pytest.mark.parametrize(
     ("program", "reason"),
-    [
-        ("import os; os.kill(os.getpid(), 9)", "lack of memory"),
-        ("raise SystemExit(3)", "ended with status 3"),
-    ],
+    [("import os; os.kill(os.getpid(), 9)", "lack of memory"), ("raise SystemExit(3)", "ended with status 3")],
 )
 def test_a_worker_that_dies_has_an_error(program: str, reason: str) -> None:
     """The other precisions are still measured."""

@@ -81,9 +81,7 @@ def test_completion_prints_a_script(shell: str) -> None:
     assert f"emb-provider completion {shell} >" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"), [("emb-provider pru", "prune"), ("emb-provider show my", "my-model")]
-)
+@pytest.mark.parametrize(("words", "expected"), [("emb-provider pru", "prune"), ("emb-provider show my", "my-model")])
 def test_completion_completes_commands_and_models(words: str, expected: str, tmp_path: Path) -> None:
     variables = {
         "_EMB_PROVIDER_COMPLETE": "bash_complete",
@@ -118,10 +116,7 @@ def test_completion_completes_commands_and_models(words: str, expected: str, tmp
         (("embed",), "TEXT"),
         (("embed", "-", "-"), "only once"),
         (("embed", "@nowhere.txt"), "no such file"),
-        (
-            ("fidelity", "model", "--precisions", "fp32,fp31"),
-            "fp31: choose from fp32, bf16, fp16, int8, int4",
-        ),
+        (("fidelity", "model", "--precisions", "fp32,fp31"), "fp31: choose from fp32, bf16, fp16, int8, int4"),
         (("fidelity", "model", "--precisions", ","), "the list is empty: choose from fp32"),
         (("fidelity", "model", "--rounds", "0"), "--rounds"),
         (("fidelity",), "MODEL"),

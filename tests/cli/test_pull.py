@@ -40,16 +40,11 @@ def test_a_second_pull_sends_no_request_unless_forced(here: Path, huggingface: H
     assert not huggingface.bodies()
 
 
-def test_pull_without_an_id_pulls_all_models_of_the_settings(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pull_without_an_id_pulls_all_models_of_the_settings(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mapping = {"one": {"name": HF_REPO}, "two": {"name": MS_REPO, "source": "modelscope"}}
     monkeypatch.setenv("EMB_PROVIDER_MODEL_MAPPING", json.dumps(mapping))
     models = invoke_json("pull", "--no-compile")["models"]
-    assert [(model["alias"], model["source"]) for model in models] == [
-        ("one", "huggingface"),
-        ("two", "modelscope"),
-    ]
+    assert [(model["alias"], model["source"]) for model in models] == [("one", "huggingface"), ("two", "modelscope")]
 
 
 def test_an_id_can_have_a_revision(here: Path, huggingface: HuggingFaceServer) -> None:

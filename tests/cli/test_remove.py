@@ -48,11 +48,7 @@ def test_rm_asks_on_a_terminal(here: Path) -> None:
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
-            [str(SCRIPT), "rm", HF_REPO],
-            stdin=theirs,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
+            [str(SCRIPT), "rm", HF_REPO], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
         )
         os.write(ours, b"n\n")
         stdout, stderr = process.communicate(timeout=60)

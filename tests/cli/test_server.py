@@ -105,9 +105,7 @@ def test_a_refused_request_exits_with_2(ours: Service, monkeypatch: pytest.Monke
     assert "wrong" not in refused.stderr
 
 
-def test_a_key_is_never_printed(
-    here: object, huggingface: HuggingFaceServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_is_never_printed(here: object, huggingface: HuggingFaceServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is not ASCII is sent. For one that is not allowed in a header, the error names the setting."""
     monkeypatch.setenv("EMB_PROVIDER_ADMIN_API_KEYS", "ключ")
     assert invoke("ps", "--url", huggingface.url).exit_code == 3  # sent to a program that is not the service

@@ -43,13 +43,9 @@ def test_exporters_are_tried_in_order(compiled: CompiledModels, tmp_path: Path) 
     assert manifest(tmp_path)["made_by"] == "third"
 
 
-def test_a_model_is_refused_if_all_exporters_make_other_vectors(
-    compiled: CompiledModels, tmp_path: Path
-) -> None:
+def test_a_model_is_refused_if_all_exporters_make_other_vectors(compiled: CompiledModels, tmp_path: Path) -> None:
     """The reason names exporter and cosine, and there is no manifest."""
-    result, _ = compile_here(
-        compiled.directory(FAMILY), tmp_path, exporters={"wrong": wrong_export}, precision="fp32"
-    )
+    result, _ = compile_here(compiled.directory(FAMILY), tmp_path, exporters={"wrong": wrong_export}, precision="fp32")
     assert result.outcome == "refused"
     assert "wrong: at fp32, cosine" in result.reason
     assert "less than 0.999" in result.reason
@@ -60,28 +56,20 @@ def test_a_model_is_unsupported_if_all_exporters_fail(compiled: CompiledModels, 
     exporters = {"first": failing_export, "second": failing_export}
     result, _ = compile_here(compiled.directory(FAMILY), tmp_path, exporters=exporters, precision="fp32")
     assert result.outcome == "unsupported"
-    assert result.reason == (
-        "first: RuntimeError: cannot be exported; second: RuntimeError: cannot be exported"
-    )
+    assert result.reason == ("first: RuntimeError: cannot be exported; second: RuntimeError: cannot be exported")
 
 
 @pytest.mark.parametrize("name", ["tracing", "tracing, attention not fused"])
 @pytest.mark.parametrize(
     "family", mark_slow_except(["bert-prompts-excluded", "modernbert", "qwen3-left"], "bert-prompts-excluded")
 )
-def test_each_exporter_makes_the_same_model(
-    name: str, family: str, compiled: CompiledModels, tmp_path: Path
-) -> None:
+def test_each_exporter_makes_the_same_model(name: str, family: str, compiled: CompiledModels, tmp_path: Path) -> None:
     """The other tests use torch.export."""
-    result, _ = compile_here(
-        compiled.directory(family), tmp_path, exporters={name: EXPORTERS[name]}, precision="fp32"
-    )
+    result, _ = compile_here(compiled.directory(family), tmp_path, exporters={name: EXPORTERS[name]}, precision="fp32")
     assert result.outcome == "done"
 
 
-def test_auto_falls_back_to_fp32(
-    compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_falls_back_to_fp32(compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A note says how far bf16 is off."""
     real = build.compare
 
@@ -98,9 +86,7 @@ def test_auto_falls_back_to_fp32(
     assert description["notes"] == ["computed in fp32, because it is not accurate enough at bf16, cosine 0.5"]
 
 
-def test_a_wrong_conversion_is_refused_before_it_is_quantized(
-    compiled: CompiledModels, tmp_path: Path
-) -> None:
+def test_a_wrong_conversion_is_refused_before_it_is_quantized(compiled: CompiledModels, tmp_path: Path) -> None:
     """Otherwise its error would be taken for the loss of accuracy by quantization."""
     result, steps = compile_here(
         compiled.directory(FAMILY), tmp_path, exporters={"wrong": wrong_export}, precision="int8"
@@ -109,9 +95,7 @@ def test_a_wrong_conversion_is_refused_before_it_is_quantized(
     assert "quantize to int8" not in steps
 
 
-def test_activations_are_quantized_only_if_that_is_accurate_enough(
-    compiled: CompiledModels, tmp_path: Path
-) -> None:
+def test_activations_are_quantized_only_if_that_is_accurate_enough(compiled: CompiledModels, tmp_path: Path) -> None:
     """Small models with random weights are not. They compute in bf16 or fp32, and a note says why."""
     result, _ = compile_here(compiled.directory(FAMILY), tmp_path, int8=True, precision="int8")
     assert result.outcome == "done"

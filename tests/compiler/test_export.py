@@ -105,9 +105,7 @@ def test_a_prebuilt_export_is_extended_by_the_later_stages(
     assert cosines(vectors, expected).min() >= 0.9999
 
 
-def test_a_prebuilt_export_without_token_vectors_is_not_used(
-    compiled: CompiledModels, tmp_path: Path
-) -> None:
+def test_a_prebuilt_export_without_token_vectors_is_not_used(compiled: CompiledModels, tmp_path: Path) -> None:
     """The reason names the outputs that are required."""
     directory = copy_of("bert-cls", compiled, tmp_path)
     add_export(directory, output="logits")
@@ -117,9 +115,7 @@ def test_a_prebuilt_export_without_token_vectors_is_not_used(
 
 
 @pytest.mark.parametrize("name", [OPENVINO, ONNX])
-def test_a_prebuilt_export_is_part_of_the_snapshot(
-    name: str, compiled: CompiledModels, tmp_path: Path
-) -> None:
+def test_a_prebuilt_export_is_part_of_the_snapshot(name: str, compiled: CompiledModels, tmp_path: Path) -> None:
     """It is hashed like the weights, so it changes the digest, and the compiler finds it."""
     directory = copy_of("bert-cls", compiled, tmp_path)
     spec, settings = ModelSpec(alias="a", name="a", path=directory), HubSettings(cache_dir=tmp_path / "cache")
@@ -140,9 +136,7 @@ def test_a_prebuilt_export_without_weights_is_an_error(compiled: CompiledModels,
     result, _ = compile_here(directory, tmp_path / "artifact", precision="fp32")
     assert result.outcome == "broken"
     with pytest.raises(IncompleteRepositoryError, match=r"no weights.*only an export \(onnx/model\.onnx\)"):
-        fetch_snapshot(
-            ModelSpec(alias="a", name="a", path=directory), HubSettings(cache_dir=tmp_path / "cache")
-        )
+        fetch_snapshot(ModelSpec(alias="a", name="a", path=directory), HubSettings(cache_dir=tmp_path / "cache"))
 
 
 def test_static_embeddings_are_not_exportable() -> None:

@@ -18,14 +18,7 @@ from emb_model_provider.backends.openvino_cpu.runtime import POOLING_MASK
 from emb_model_provider.compiler.export import suppress_warnings
 from emb_model_provider.compiler.quantize import QuantizeError, calibration_inputs, quantize
 from emb_model_provider.fidelity.texts import calibration_texts, probes
-from tests.artifacts.helpers import (
-    FAMILY,
-    ONE_TOKEN,
-    Compiled,
-    CompiledModels,
-    compile_here,
-    mark_slow_except,
-)
+from tests.artifacts.helpers import FAMILY, ONE_TOKEN, Compiled, CompiledModels, compile_here, mark_slow_except
 from tests.backends.helpers import TEXTS, cosines, description, embed_texts, reference
 
 if TYPE_CHECKING:
@@ -45,9 +38,7 @@ def weights_size(model: Compiled) -> int:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize(
     "family",
-    mark_slow_except(
-        ["bert-cls", "bert-dense", "xlm-roberta", "mpnet", "modernbert", "qwen3-left"], "qwen3-left"
-    ),
+    mark_slow_except(["bert-cls", "bert-dense", "xlm-roberta", "mpnet", "modernbert", "qwen3-left"], "qwen3-left"),
 )
 def test_quantized_families_are_close_to_fp32(
     family: str, precision: QuantizedWeights, compiled: CompiledModels, tmp_path: Path
@@ -77,10 +68,7 @@ def test_a_quantized_artifact_is_measured(family: str, precision: str, compiled:
     model = compiled(family, precision=precision)
     expected = reference(model.directory).encode(TEXTS, batch_size=5, show_progress_bar=False)
     assert cosines(embed_texts(model.load(), TEXTS), expected).min() >= MIN_COSINES[precision]
-    assert (model.description.precision, model.description.compute) == (
-        precision,
-        "bf16" if native_bf16() else "fp32",
-    )
+    assert (model.description.precision, model.description.compute) == (precision, "bf16" if native_bf16() else "fp32")
     fidelity = model.description.fidelity
     assert fidelity is not None
     assert MIN_COSINES[precision] <= fidelity.min_cosine < 0.99999
@@ -90,8 +78,7 @@ def test_a_quantized_artifact_is_measured(family: str, precision: str, compiled:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "min_cosine", "min_overlap", "max_size"),
-    [("int8", 0.995, 0.97, 0.30), ("int4", 0.97, 0.92, 0.22)],
+    ("precision", "min_cosine", "min_overlap", "max_size"), [("int8", 0.995, 0.97, 0.30), ("int4", 0.97, 0.92, 0.22)]
 )
 def test_the_bundled_model_reaches_the_documented_values(
     precision: str, min_cosine: float, min_overlap: float, max_size: float, compiled: CompiledModels
@@ -104,10 +91,7 @@ def test_the_bundled_model_reaches_the_documented_values(
     assert fidelity.top10_overlap is not None
     assert fidelity.top10_overlap >= min_overlap
     assert weights_size(model) <= max_size * weights_size(compiled("bundled"))
-    assert model.description.compute in {
-        "int8" if fast_int8() else "",
-        "bf16" if native_bf16() else "fp32",
-    }
+    assert model.description.compute in {"int8" if fast_int8() else "", "bf16" if native_bf16() else "fp32"}
     assert model.steps[-5:] == ["verify", f"quantize to {precision}", "save", "measure", "write"]
     assert model.load().embed(ONE_TOKEN).shape == (1, 384)
 
@@ -159,9 +143,7 @@ def test_nncf_sends_no_telemetry_and_is_not_imported_for_serving() -> None:
         "from nncf.telemetry import telemetry\n"
         "print(type(telemetry).__name__)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split()[-1] == "MagicMock"
 
 

@@ -21,9 +21,7 @@ def test_all_files_are_written_to_the_volume() -> None:
     """Every path in the environment variables, except PATH, is on the volume."""
     volume = Path(final("VOLUME"))
     assert volume.is_absolute()
-    paths = {
-        name: Path(value) for name, value in variables().items() if value.startswith("/") and name != "PATH"
-    }
+    paths = {name: Path(value) for name, value in variables().items() if value.startswith("/") and name != "PATH"}
     assert paths.pop("HOME") == volume
     assert all(path.is_relative_to(volume) for path in paths.values()), paths
 

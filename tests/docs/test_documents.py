@@ -95,7 +95,9 @@ def test_contributing_shows_every_package_and_module() -> None:
     """The picture of the architecture contains all packages and top-level modules, and no others."""
     (picture,) = (block.text for block in blocks(ROOT / "CONTRIBUTING.md") if block.language == "text")
     package, _, _ = picture.partition("\ntests/ ")
-    shown = set(re.findall(r"^  (\w+/)", package, re.MULTILINE)) | set(re.findall(r"\b\w+\.py(?=  |$)", package, re.MULTILINE))
+    shown = set(re.findall(r"^  (\w+/)", package, re.MULTILINE)) | set(
+        re.findall(r"\b\w+\.py(?=  |$)", package, re.MULTILINE)
+    )
     packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
     modules = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
     assert shown == packages | modules

@@ -58,10 +58,7 @@ def test_script_restores_the_caches(tmp_path: Path) -> None:
     for name in ("own", "modelscope", "huggingface"):  # the script does not remove the directories themselves
         (caches / name).mkdir(parents=True)
     port = free_port()
-    with (
-        ModelScopeServer({GTE: gte}) as modelscope,
-        HuggingFaceServer({BGE: bge, OTHER: other}) as huggingface,
-    ):
+    with ModelScopeServer({GTE: gte}) as modelscope, HuggingFaceServer({BGE: bge, OTHER: other}) as huggingface:
         environ = environment(
             tmp_path,
             CACHE_DIR=str(caches / "own"),
@@ -75,11 +72,7 @@ def test_script_restores_the_caches(tmp_path: Path) -> None:
         environ |= {"NO_PROXY": "localhost", "HOME": str(tmp_path)}
         environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
         subprocess.run(
-            ["emb-provider", "pull", "--no-compile", OTHER],
-            cwd=tmp_path,
-            env=environ,
-            timeout=120,
-            check=True,
+            ["emb-provider", "pull", "--no-compile", OTHER], cwd=tmp_path, env=environ, timeout=120, check=True
         )
         before = tree(caches)
         assert before

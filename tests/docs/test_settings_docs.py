@@ -51,9 +51,7 @@ def test_settings_table_is_up_to_date() -> None:
 
 def test_env_example_contains_the_defaults(tmp_path: Path) -> None:
     """With all lines uncommented, the settings are the defaults, and there are no warnings."""
-    (tmp_path / ".env").write_text(
-        re.sub(r"^#(?=EMB_PROVIDER_)", "", read(".env.example"), flags=re.MULTILINE)
-    )
+    (tmp_path / ".env").write_text(re.sub(r"^#(?=EMB_PROVIDER_)", "", read(".env.example"), flags=re.MULTILINE))
     settings, warnings = load_settings(tmp_path / ".env", {})
     assert warnings == []
     assert settings == Settings()
@@ -98,7 +96,6 @@ def test_variables_of_other_tools_are_listed(document: str) -> None:
     """The table lists the variables that are read if a setting is unset, in their order."""
     table = [row for row in rows(read(document)) if len(row) == 2 and row[0].startswith("`EMB_")]
     found = {
-        row[0].strip("`").removeprefix("EMB_PROVIDER_"): tuple(re.findall(r"`([A-Z_]+)`", row[1]))
-        for row in table
+        row[0].strip("`").removeprefix("EMB_PROVIDER_"): tuple(re.findall(r"`([A-Z_]+)`", row[1])) for row in table
     }
     assert {name: found.get(name) for name in OTHER_NAMES} == dict(OTHER_NAMES)

@@ -176,9 +176,7 @@ class FaultyBackend:
                 self._record(fault, batch)
                 raise error
 
-    def _spoil(
-        self, vectors: NDArray[np.float32], batch: TokenBatch, faults: tuple[Fault, ...]
-    ) -> NDArray[np.float32]:
+    def _spoil(self, vectors: NDArray[np.float32], batch: TokenBatch, faults: tuple[Fault, ...]) -> NDArray[np.float32]:
         for index, row in enumerate(batch.ids):
             for fault in self._faults_of(row):
                 if fault in faults and self._control.value("calm", self._alias) is None:

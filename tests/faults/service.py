@@ -35,9 +35,7 @@ def plant_faults(control: Control) -> None:
     """Wrap the preparation of backends and the recording of batches, so that they fail when `control` says so."""
     prepare, record_batch = BackendPreparer.prepare, Metrics.on_batch
 
-    def prepare_faulty(
-        preparer: BackendPreparer, spec: ModelSpec, *arguments: Any, **options: Any
-    ) -> PreparedBackend:
+    def prepare_faulty(preparer: BackendPreparer, spec: ModelSpec, *arguments: Any, **options: Any) -> PreparedBackend:
         prepared = prepare(preparer, spec, *arguments, **options)
 
         def load() -> Backend:

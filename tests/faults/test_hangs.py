@@ -51,13 +51,9 @@ def test_sigterm_ends_a_process_that_hangs(faulty: FaultyService) -> None:
     assert faulty.ended() == 0
 
 
-def test_second_signal_ends_a_process_that_hangs_at_once(
-    tmp_path: Path, service_cache: str, backend: str
-) -> None:
+def test_second_signal_ends_a_process_that_hangs_at_once(tmp_path: Path, service_cache: str, backend: str) -> None:
     """The process does not wait for the end of the grace period, and exits with 128 + the number of the signal."""
-    with FaultyService(
-        tmp_path, CACHE_DIR=service_cache, BACKEND=backend, SHUTDOWN_GRACE_S="3000"
-    ) as service:
+    with FaultyService(tmp_path, CACHE_DIR=service_cache, BACKEND=backend, SHUTDOWN_GRACE_S="3000") as service:
         service.wait()
         took_s = signal_while_hanging(service, [signal.SIGTERM, signal.SIGTERM])
         assert service.ended() == 128 + signal.SIGTERM

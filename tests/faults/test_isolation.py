@@ -57,9 +57,7 @@ def test_batches_stay_small_after_one_did_not_fit_into_memory(faulty: FaultyServ
         """Return the number of large batches that the requests cause."""
         before = count()
         responses = faulty.embed_together(requests, SHAKY)
-        assert all(
-            faulty.is_correct(response, texts) for response, texts in zip(responses, requests, strict=True)
-        )
+        assert all(faulty.is_correct(response, texts) for response, texts in zip(responses, requests, strict=True))
         return count() - before
 
     def count() -> int:
@@ -104,9 +102,7 @@ def test_error_while_recording_metrics_fails_no_request(faulty: FaultyService) -
         faulty.control.arm("on-batch", SHAKY, "RuntimeError")
     responses = faulty.embed_together(requests, SHAKY)
     assert faulty.control.events("fault", kind="on-batch")
-    assert all(
-        faulty.is_correct(response, texts) for response, texts in zip(responses, requests, strict=True)
-    )
+    assert all(faulty.is_correct(response, texts) for response, texts in zip(responses, requests, strict=True))
 
 
 def test_disconnected_client_leaves_the_queue(faulty: FaultyService) -> None:
@@ -127,17 +123,7 @@ def test_disconnected_client_leaves_the_queue(faulty: FaultyService) -> None:
 
 def test_concurrent_requests_get_their_own_vectors_while_others_fail(faulty: FaultyService) -> None:
     """Each response of concurrent requests, some of which fail in all possible ways, has the vectors of its request."""
-    kinds: list[tuple[Fault, ...]] = [
-        (),
-        ("raise",),
-        (),
-        ("nan",),
-        (),
-        ("exit",),
-        (),
-        ("memory-one",),
-        ("nan-always",),
-    ]
+    kinds: list[tuple[Fault, ...]] = [(), ("raise",), (), ("nan",), (), ("exit",), (), ("memory-one",), ("nan-always",)]
     requests = [(faulty.texts(1 + number % 4, *kinds[number % 9]), kinds[number % 9]) for number in range(90)]
 
     def send(number: int) -> httpx.Response:

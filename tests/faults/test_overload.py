@@ -24,9 +24,7 @@ BATCH_TOKENS = 512
 
 @pytest.fixture(scope="module")
 def faulty(start: Start) -> FaultyService:
-    return start(
-        REQUEST_TIMEOUT_S=str(TIMEOUT_S), MAX_QUEUE_TOKENS="1000", MAX_BATCH_TOKENS=str(BATCH_TOKENS)
-    )
+    return start(REQUEST_TIMEOUT_S=str(TIMEOUT_S), MAX_QUEUE_TOKENS="1000", MAX_BATCH_TOKENS=str(BATCH_TOKENS))
 
 
 def test_deadline_removes_the_request_from_the_queue(faulty: FaultyService) -> None:

@@ -38,9 +38,7 @@ def test_crash_of_a_stream_loses_no_request(faulty: FaultyService) -> None:
             wait_until(lambda: faulty.waiting(SHAKY) == 60)
             faulty.control.arm("on-batch", SHAKY, "SystemExit")
         responses = [task.result() for task in tasks]
-    assert all(
-        faulty.is_correct(response, texts) for response, texts in zip(responses, requests, strict=True)
-    )
+    assert all(faulty.is_correct(response, texts) for response, texts in zip(responses, requests, strict=True))
     assert loads(faulty, SHAKY) == before + 1
     assert loads(faulty, STEADY) == 1
     wait_until(lambda: faulty.http.get("/ready").status_code == 200)
@@ -57,8 +55,7 @@ def test_model_that_fails_on_everything_is_restarted(faulty: FaultyService) -> N
         responses = faulty.embed_together([culprit, *requests], SHAKY)
     assert faulty.control.events("fault", kind="broken")
     assert all(
-        faulty.is_correct(response, texts)
-        for response, texts in zip(responses, [culprit, *requests], strict=True)
+        faulty.is_correct(response, texts) for response, texts in zip(responses, [culprit, *requests], strict=True)
     )
     assert loads(faulty, SHAKY) == before + 1
     wait_until(lambda: faulty.http.get("/ready").status_code == 200)

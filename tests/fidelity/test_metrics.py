@@ -62,9 +62,7 @@ def naive_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count:
     shares = []
     for text in range(len(ours)):
         others = [other for other in range(len(ours)) if other != text]
-        nearest = [
-            set(sorted(others, key=lambda other: -side[text, other])[:count]) for side in (ours, theirs)
-        ]
+        nearest = [set(sorted(others, key=lambda other: -side[text, other])[:count]) for side in (ours, theirs)]
         shares.append(len(nearest[0] & nearest[1]) / count)
     return float(np.mean(shares))
 
@@ -113,10 +111,7 @@ def test_of_equally_near_texts_the_first_are_neighbours() -> None:
 
 def test_few_texts_have_all_others_as_neighbours() -> None:
     """With ten other texts, none can be lost. Without other texts there is no overlap."""
-    ours, theirs = (
-        similarities(some_vectors(NEIGHBOURS + 1)),
-        similarities(some_vectors(NEIGHBOURS + 1, seed=4)),
-    )
+    ours, theirs = (similarities(some_vectors(NEIGHBOURS + 1)), similarities(some_vectors(NEIGHBOURS + 1, seed=4)))
     assert neighbour_overlap(ours, theirs) == 1
     assert neighbour_overlap(ours[:1, :1], theirs[:1, :1]) is None
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import Precision
 
 
-def check(
-    requested: Precision, computed: ComputePrecision, min_cosine: float | None, **floors: float
-) -> None:
+def check(requested: Precision, computed: ComputePrecision, min_cosine: float | None, **floors: float) -> None:
     fidelity = None if min_cosine is None else Fidelity(min_cosine=min_cosine, mean_cosine=1.0, texts=500)
     check_accuracy(spec_of(precision=requested), computed, fidelity, {**FIDELITY_FLOORS, **floors})
 
@@ -62,9 +60,7 @@ def test_the_message_names_more_accurate_precisions(precision: ComputePrecision,
     with pytest.raises(AccuracyError) as caught:
         check(precision, precision, 0.123456, **{precision: 0.5})
     message = caught.value.message
-    assert message.startswith(
-        f"test/small is not accurate enough at {precision}: its lowest cosine to fp32 is 0.12345"
-    )
+    assert message.startswith(f"test/small is not accurate enough at {precision}: its lowest cosine to fp32 is 0.12345")
     assert f"the floor of {precision} in EMB_PROVIDER_FIDELITY_FLOORS is 0.5" in message
     assert message.endswith(advice)
     assert "\n" not in message

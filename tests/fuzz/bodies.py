@@ -102,9 +102,7 @@ class InvalidField:
     """The model for which the values are invalid; None: any."""
 
 
-def _invalid(
-    field: str, codes: str, *values: Any, status: int = 400, model: str | None = None
-) -> InvalidField:
+def _invalid(field: str, codes: str, *values: Any, status: int = 400, model: str | None = None) -> InvalidField:
     return InvalidField(field, values, frozenset((status, code) for code in codes.split("|")), model)
 
 
@@ -213,9 +211,5 @@ def arbitrary_bodies(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(body)))
         until = draw(st.integers(at, min(len(body), at + 20)))
-        body = (
-            body[:at]
-            + draw(st.sampled_from(_INSERTIONS) | st.binary(max_size=3) | st.just(b""))
-            + body[until:]
-        )
+        body = body[:at] + draw(st.sampled_from(_INSERTIONS) | st.binary(max_size=3) | st.just(b"")) + body[until:]
     return body

@@ -85,9 +85,7 @@ class Response:
 
     @classmethod
     def of(cls, response: httpx.Response) -> Response:
-        return cls(
-            response.status_code, {k.lower(): v for k, v in response.headers.items()}, response.content
-        )
+        return cls(response.status_code, {k.lower(): v for k, v in response.headers.items()}, response.content)
 
     @property
     def code(self) -> str | None:
@@ -105,9 +103,7 @@ def check(response: Response, *, path: str = "", has_body: bool = True) -> None:
         if has_body:
             _check_error(response)
     elif response.status == 200 and not path.startswith("/docs/"):
-        kind = next(
-            (kind for prefix, kind in _OTHER_TYPES.items() if path.startswith(prefix)), "application/json"
-        )
+        kind = next((kind for prefix, kind in _OTHER_TYPES.items() if path.startswith(prefix)), "application/json")
         assert response.headers["content-type"].startswith(kind)
 
 

@@ -75,9 +75,7 @@ class Fuzz:
 
     def assert_alive(self) -> None:
         """Check on a new connection that the service still answers."""
-        with httpx.Client(
-            base_url=self.service.url, headers=self.service.http.headers, trust_env=False
-        ) as http:
+        with httpx.Client(base_url=self.service.url, headers=self.service.http.headers, trust_env=False) as http:
             response = http.post("/v1/embeddings", json={"input": "hello"}, timeout=120)
         assert response.status_code == 200, response.text
         assert self.service.process.poll() is None

@@ -70,9 +70,7 @@ def test_requests_with_one_invalid_field(fuzz: Fuzz, scale: int) -> None:
     fuzz.assert_alive()
 
 
-@pytest.mark.parametrize(
-    "invalid", INVALID_FIELDS, ids=lambda invalid: f"{invalid.field} {min(invalid.expected)[1]}"
-)
+@pytest.mark.parametrize("invalid", INVALID_FIELDS, ids=lambda invalid: f"{invalid.field} {min(invalid.expected)[1]}")
 def test_each_invalid_value(fuzz: Fuzz, invalid: Any) -> None:
     """Every known invalid value is rejected with its code and the name of the field."""
     for value in invalid.values:

@@ -26,9 +26,7 @@ _TEXTS = [f"{color} {thing}" for color in _COLORS for thing in _THINGS]
 """500 texts whose vectors differ clearly, so that a vector can be matched to its text."""
 
 
-async def _send(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fields: dict[str, Any]
-) -> Response:
+async def _send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fields: dict[str, Any]) -> Response:
     """Send a request on an open connection and return its response, ten times as fast as an HTTP client."""
     body = json.dumps(fields).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -39,9 +37,7 @@ async def _send(
     return Response(int(first.split()[1]), headers, content)
 
 
-async def _embed_all(
-    service: Service, requests: list[list[int]], connections: int
-) -> list[tuple[list[int], Any]]:
+async def _embed_all(service: Service, requests: list[list[int]], connections: int) -> list[tuple[list[int], Any]]:
     """Send all requests over several connections; return the indices of each request's texts with its vectors."""
     remaining = iter(requests)
     results: list[tuple[list[int], Any]] = []
@@ -77,9 +73,7 @@ def _shuffled_requests(inputs: int, texts: int) -> list[list[int]]:
     return requests
 
 
-@pytest.mark.parametrize(
-    ("inputs", "texts"), [(1_000, 100), pytest.param(10_000, len(_TEXTS), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("inputs", "texts"), [(1_000, 100), pytest.param(10_000, len(_TEXTS), marks=pytest.mark.slow)])
 async def test_each_response_has_the_vectors_of_its_texts(service: Service, inputs: int, texts: int) -> None:
     """However many requests share batches, each response has the vectors of its own texts, in order."""
     # One request at a time, so that no batch is shared.

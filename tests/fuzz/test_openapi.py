@@ -47,11 +47,7 @@ NOT_FUZZED = {
     ("GET", "/api/models/jobs/{job_id}/events"),
 }
 """Operations that send requests to a hub, change the served models, or return an endless stream."""
-_CHECKS = [
-    checks.status_code_conformance,
-    checks.content_type_conformance,
-    checks.response_schema_conformance,
-]
+_CHECKS = [checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
 """Responses must match `/openapi.json`, besides the checks of `contract.py`."""
 
 

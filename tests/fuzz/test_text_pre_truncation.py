@@ -53,11 +53,7 @@ def test_kept_ids_are_those_of_the_whole_text(
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(valid)]
 
     @settings_for(pytestconfig, 0.15)
-    @given(
-        st.lists(st.sampled_from(_UNITS) | texts, min_size=1, max_size=30),
-        st.integers(1, 30),
-        st.integers(2, 20),
-    )
+    @given(st.lists(st.sampled_from(_UNITS) | texts, min_size=1, max_size=30), st.integers(1, 30), st.integers(2, 20))
     def check(parts: list[str], repeated: int, keep: int) -> None:
         text = "".join(parts) * repeated
         (piece,), (whole,) = truncator.encode([text], ids, keep=keep, from_end=from_end), ids([text])
@@ -69,9 +65,7 @@ def test_kept_ids_are_those_of_the_whole_text(
 
 
 @pytest.mark.parametrize("truncate", ["END", "START"])
-def test_only_a_piece_of_a_long_text_is_tokenized(
-    truncate: Truncate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_piece_of_a_long_text_is_tokenized(truncate: Truncate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of texts of 1 MB, the tokenizer gets a few thousand characters."""
     characters = 0
     real = TextPreTruncator.encode
@@ -118,9 +112,7 @@ def test_other_tokenizers_read_whole_texts(tokenizer: Any) -> None:
         ([], True),
     ],
 )
-def test_pieces_from_the_end_require_special_tokens_that_do_not_overlap(
-    contents: list[str], from_end: bool
-) -> None:
+def test_pieces_from_the_end_require_special_tokens_that_do_not_overlap(contents: list[str], from_end: bool) -> None:
     """Otherwise a piece could contain another special token than the whole text."""
     tokenizer = json.loads(Tokenizer.from_str(wordpiece().backend_tokenizer.to_str()).to_str())
     tokenizer["added_tokens"] = [{"content": content, "normalized": False} for content in contents]

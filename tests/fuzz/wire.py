@@ -119,9 +119,7 @@ _VALID_REQUESTS = st.sampled_from(
     ]
 )  # fmt: skip
 pipelines = st.lists(_VALID_REQUESTS, min_size=2, max_size=6).map(
-    lambda drawn: [
-        PipelinedRequest(*parts, identifier=f"pipelined-{index}") for index, parts in enumerate(drawn)
-    ]
+    lambda drawn: [PipelinedRequest(*parts, identifier=f"pipelined-{index}") for index, parts in enumerate(drawn)]
 )
 """Requests that are all sent before any is answered."""
 

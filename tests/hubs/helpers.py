@@ -19,9 +19,7 @@ def write_files(directory: Path, files: dict[str, bytes]) -> None:
         path.write_bytes(body)
 
 
-def server_of(
-    name: str, huggingface: HuggingFaceServer, modelscope: ModelScopeServer
-) -> tuple[HubServer, str]:
+def server_of(name: str, huggingface: HuggingFaceServer, modelscope: ModelScopeServer) -> tuple[HubServer, str]:
     """Return the server of a repository, and the name of its file of weights."""
     return (huggingface, "model.safetensors") if name == HF_REPO else (modelscope, "pytorch_model.bin")
 

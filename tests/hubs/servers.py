@@ -248,9 +248,7 @@ class ModelScopeServer(HubServer):
             # Like the real hub, which returns an empty listing for an unknown revision.
             names = [*self.repos[repo], *self.faults.listed_too] if revision in self.revisions else []
             files = [self._listed(repo, name) for name in names] or None
-            return json_answer(
-                {"Code": 200, "Success": True, "Data": {"Files": files, "LatestCommitter": {}}}
-            )
+            return json_answer({"Code": 200, "Success": True, "Data": {"Files": files, "LatestCommitter": {}}})
         file = request.query.get("FilePath", "")
         if rest != "repo" or file not in self.repos[repo] or revision not in self.revisions:
             return json_answer({"Code": 404, "Success": False, "Message": "not found"}, 404)

@@ -61,9 +61,7 @@ def test_complete_snapshot_of_a_branch_with_a_slash_is_kept(tmp_path: Path) -> N
     snapshots = root / "models" / "iic--tiny" / "snapshots"
     write_files(snapshots / "dev" / "a", {"config.json": b"{}"})
     write_files(snapshots / "dev" / "b", {"vocab.txt.incomplete": b"half"})
-    save_manifest(
-        ManifestKey("modelscope", MS_REPO, "dev/a"), snapshots / "dev" / "a", tmp_path / "snapshots"
-    )
+    save_manifest(ManifestKey("modelscope", MS_REPO, "dev/a"), snapshots / "dev" / "a", tmp_path / "snapshots")
     remove_leftovers(written, tmp_path / "snapshots")
     assert files_below(root) == {snapshots / "dev" / "a" / "config.json"}
 
@@ -77,9 +75,7 @@ def test_blobs_that_another_snapshot_uses_are_kept(tmp_path: Path) -> None:
     written = begin(HF_KEY, root, tmp_path / "snapshots")
     repository = root / "models--acme--tiny"
     write_files(root / "blobs" / "ab", {"store": b"weights"})
-    write_files(
-        repository / "blobs", {"1": b"{}", "2": b"new", "3": b"unused", "tmp_4": b"", "5.incomplete": b"?"}
-    )
+    write_files(repository / "blobs", {"1": b"{}", "2": b"new", "3": b"unused", "tmp_4": b"", "5.incomplete": b"?"})
     link(repository / "blobs" / "6", "../../blobs/ab/store")
     for commit, blobs in {"aaaa": ("1", "6"), "bbbb": ("1", "2", "6")}.items():
         for name, blob in zip(("config.json", "weights", "other"), blobs, strict=False):

@@ -56,10 +56,7 @@ def test_cancelled_download_leaves_nothing(
 
 
 def test_stalled_download_is_cancelled_and_can_be_repeated(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """A download from a hub that sends nothing ends soon after it is cancelled, and does not block the next one."""
     config = settings()
@@ -74,9 +71,7 @@ def test_stalled_download_is_cancelled_and_can_be_repeated(
 
     def fetch() -> None:
         try:
-            fetch_snapshot(
-                spec(repo), config, lambda progress: reports.append(progress.done_bytes), cancel=cancel
-            )
+            fetch_snapshot(spec(repo), config, lambda progress: reports.append(progress.done_bytes), cancel=cancel)
         except OperationCancelledError as error:
             errors.append(str(error))
 
@@ -93,10 +88,7 @@ def test_stalled_download_is_cancelled_and_can_be_repeated(
 
 
 def test_cancelled_update_keeps_earlier_files(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """Cancelling the download of a newer state removes neither the earlier files nor another revision."""
     config = settings()
@@ -107,17 +99,13 @@ def test_cancelled_update_keeps_earlier_files(
     with pytest.raises(OperationCancelledError):
         fetch_snapshot(spec(repo), config, on_progress, cancel=cancel, force=True)
     assert (first.path / weights).read_bytes() == WEIGHTS
-    assert not [
-        path for path in files_below(config.hf_cache_dir, config.modelscope_cache_dir) if "extra" in path.name
-    ]
+    assert not [path for path in files_below(config.hf_cache_dir, config.modelscope_cache_dir) if "extra" in path.name]
     server.forget()
     assert fetch_snapshot(spec(repo), config) == first
     assert not server.requests
 
 
-def test_cancelled_download_keeps_files_of_other_programs(
-    settings: Callable[..., HubSettings], repo: str
-) -> None:
+def test_cancelled_download_keeps_files_of_other_programs(settings: Callable[..., HubSettings], repo: str) -> None:
     """Snapshots without a manifest, files that are not complete, and empty directories that existed before are kept."""
     config = settings()
     if repo == HF_REPO:
@@ -137,10 +125,7 @@ def test_cancelled_download_keeps_files_of_other_programs(
 
 
 def test_waiting_for_another_download_can_be_cancelled(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """A caller that waits for the same download ends when it is cancelled, and the download goes on."""
     config = settings()
@@ -162,10 +147,7 @@ def test_waiting_for_another_download_can_be_cancelled(
 
 
 def test_failed_download_has_a_journal_until_it_is_resumed(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """What a failed download has left is used by the next one. A download that left nothing has no journal."""
     config = settings()
@@ -188,7 +170,5 @@ def test_failed_download_has_a_journal_until_it_is_resumed(
         fetch_snapshot(spec(f"{repo}-unknown"), config)
     assert not load_all(manifest_dir)
     assert not [
-        path
-        for path in files_below(config.hf_cache_dir, config.modelscope_cache_dir)
-        if "unknown" in path.name
+        path for path in files_below(config.hf_cache_dir, config.modelscope_cache_dir) if "unknown" in path.name
     ]

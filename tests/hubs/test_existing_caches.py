@@ -147,11 +147,7 @@ print(get_model_manager().ensure_model_cached(repo))
     ],
 )
 def test_cache_of_the_client_is_found(
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    tmp_path: Path,
-    hub: str,
-    variable: str | None,
+    huggingface: HuggingFaceServer, modelscope: ModelScopeServer, tmp_path: Path, hub: str, variable: str | None
 ) -> None:
     """With the client's own variables, or none, its files are found and not downloaded again."""
     server, repo = (huggingface, HF_REPO) if hub == "huggingface" else (modelscope, MS_REPO)
@@ -161,11 +157,7 @@ def test_cache_of_the_client_is_found(
     if variable is not None:
         environ[variable] = str(tmp_path / "chosen")
     output = subprocess.check_output(
-        [sys.executable, "-c", CLIENT_THEN_MANAGER, hub, repo],
-        cwd=tmp_path,
-        env=environ,
-        text=True,
-        timeout=240,
+        [sys.executable, "-c", CLIENT_THEN_MANAGER, hub, repo], cwd=tmp_path, env=environ, text=True, timeout=240
     )
     by_client, by_manager = output.splitlines()[-2:]
     assert by_client == by_manager

@@ -68,9 +68,7 @@ def test_source_is_resolved_from_the_name(name: str, fields: dict[str, str], hub
     assert resolve_source(spec(name, **fields)) == hub
 
 
-def test_existing_directory_takes_precedence_over_a_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_existing_directory_takes_precedence_over_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "iic" / "nlp_gte").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve_source(spec("iic/nlp_gte")) == "local"
@@ -79,10 +77,7 @@ def test_existing_directory_takes_precedence_over_a_hub(
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_snapshot_with_a_manifest_needs_no_request(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     first = fetch_snapshot(spec(repo), settings())
     huggingface.forget()
@@ -92,9 +87,7 @@ def test_snapshot_with_a_manifest_needs_no_request(
     assert not modelscope.requests
 
 
-def test_force_downloads_what_changed(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_force_downloads_what_changed(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     """A branch that has moved is followed only with `force`."""
     first = fetch_snapshot(spec(MS_REPO), settings())
     modelscope.repos[MS_REPO]["vocab.txt"] = b"[PAD]\n[UNK]\nnew\n"
@@ -117,10 +110,7 @@ def test_digest_depends_on_names_and_bytes_only(settings: Callable[..., HubSetti
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_offline_uses_a_verified_snapshot(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """Without one it is an error; in both cases no hub is asked."""
     first = fetch_snapshot(spec(repo), settings())
@@ -128,9 +118,7 @@ def test_offline_uses_a_verified_snapshot(
     modelscope.forget()
     assert fetch_snapshot(spec(repo), settings(offline=True)) == first
     with pytest.raises(OfflineError, match="EMB_PROVIDER_OFFLINE"):
-        fetch_snapshot(
-            spec(repo, revision="other"), settings(offline=True, modelscope_fallback_to_huggingface=True)
-        )
+        fetch_snapshot(spec(repo, revision="other"), settings(offline=True, modelscope_fallback_to_huggingface=True))
     assert not huggingface.requests
     assert not modelscope.requests
 
@@ -159,9 +147,7 @@ def test_offline_adopts_a_download_of_the_hugging_face_client(
     assert not huggingface.requests
 
 
-def test_offline_does_not_adopt_a_download_of_the_modelscope_client(
-    settings: Callable[..., HubSettings],
-) -> None:
+def test_offline_does_not_adopt_a_download_of_the_modelscope_client(settings: Callable[..., HubSettings]) -> None:
     """Files without a manifest cannot be checked, and the error says what to do."""
     config = settings()
     fetch_snapshot(spec(MS_REPO), config)
@@ -256,9 +242,7 @@ def test_manifest_is_valid_for_one_endpoint_only(
     assert huggingface.requests
 
 
-def test_cache_directory_of_a_model_takes_precedence(
-    settings: Callable[..., HubSettings], tmp_path: Path
-) -> None:
+def test_cache_directory_of_a_model_takes_precedence(settings: Callable[..., HubSettings], tmp_path: Path) -> None:
     snapshot = fetch_snapshot(spec(MS_REPO, cache_dir=tmp_path / "own"), settings())
     assert snapshot.path.is_relative_to(tmp_path / "own")
 
@@ -296,8 +280,7 @@ def test_fallback_to_hugging_face(
         fetch_snapshot(spec("iic/other"), settings())
     with caplog.at_level(logging.WARNING):
         snapshot = fetch_snapshot(
-            spec("iic/other", revision="master", token="ms_secret"),
-            settings(modelscope_fallback_to_huggingface=True),
+            spec("iic/other", revision="master", token="ms_secret"), settings(modelscope_fallback_to_huggingface=True)
         )
     assert snapshot.hub == "huggingface"
     assert "ModelScope has no repository iic/other" in caplog.text
@@ -307,16 +290,11 @@ def test_fallback_to_hugging_face(
 
 @pytest.mark.parametrize("status", [401, 403, 503])
 def test_fallback_if_modelscope_returns_an_error(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    status: int,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, status: int
 ) -> None:
     huggingface.repos[MS_REPO] = model_files()
     modelscope.faults.status = status
-    assert (
-        fetch_snapshot(spec(MS_REPO), settings(modelscope_fallback_to_huggingface=True)).hub == "huggingface"
-    )
+    assert fetch_snapshot(spec(MS_REPO), settings(modelscope_fallback_to_huggingface=True)).hub == "huggingface"
 
 
 def test_offline_uses_a_snapshot_of_the_fallback(
@@ -326,10 +304,7 @@ def test_offline_uses_a_snapshot_of_the_fallback(
     first = fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True))
     huggingface.forget()
     modelscope.forget()
-    assert (
-        fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True, offline=True))
-        == first
-    )
+    assert fetch_snapshot(spec("iic/other"), settings(modelscope_fallback_to_huggingface=True, offline=True)) == first
     assert not huggingface.requests + modelscope.requests
 
 
@@ -343,9 +318,7 @@ def test_error_names_the_reasons_of_both_hubs(
     assert "Hugging Face answered HTTP 503" in str(caught.value)
 
 
-def test_no_fallback_from_hugging_face(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_no_fallback_from_hugging_face(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     with pytest.raises(RevisionNotFoundError):
         fetch_snapshot(spec(HF_REPO, revision="none"), settings(modelscope_fallback_to_huggingface=True))
     assert not modelscope.requests
@@ -357,9 +330,7 @@ def test_unwritable_cache_is_an_error_before_the_download(
     """There is no fallback, because another hub would not help."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheNotWritableError, match="EMB_PROVIDER_CACHE_DIR"):
-        fetch_snapshot(
-            spec(MS_REPO), settings(cache_dir=tmp_path / "file", modelscope_fallback_to_huggingface=True)
-        )
+        fetch_snapshot(spec(MS_REPO), settings(cache_dir=tmp_path / "file", modelscope_fallback_to_huggingface=True))
     assert not modelscope.requests
 
 
@@ -397,10 +368,7 @@ def test_client_is_imported_only_if_its_hub_is_used() -> None:
         "fetch_snapshot(ModelSpec(alias='a', name=BUNDLED_MODEL), HubSettings(cache_dir=pathlib.Path('/dev/null')));"
         "print({'huggingface_hub', 'modelscope_hub', 'modelscope', 'torch', 'transformers'} & set(sys.modules))"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "set()\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(("source", "repo"), [("modelscope", MS_REPO), ("huggingface", HF_REPO)])
@@ -425,17 +393,13 @@ def test_fallback_uses_the_name_of_the_other_hub(
 def test_invalid_mapped_name_is_rejected(settings: Callable[..., HubSettings]) -> None:
     with pytest.raises(HubError, match="neither a directory on this machine nor a repository id"):
         fetch_snapshot(
-            spec("acme/model", source="huggingface"),
-            settings(hub_names={"acme/model": {"huggingface": "../../etc"}}),
+            spec("acme/model", source="huggingface"), settings(hub_names={"acme/model": {"huggingface": "../../etc"}})
         )
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_download_with_patterns_has_its_own_manifest(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """Only matching files are downloaded; a later download of the whole model is complete."""
     config = settings()

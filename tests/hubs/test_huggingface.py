@@ -70,9 +70,7 @@ def test_progress_ends_at_the_size_of_all_files(settings: Callable[..., HubSetti
     assert seen[-1].done_bytes == seen[-1].total_bytes == total
 
 
-def test_client_draws_no_progress_bars(
-    settings: Callable[..., HubSettings], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_client_draws_no_progress_bars(settings: Callable[..., HubSettings], capfd: pytest.CaptureFixture[str]) -> None:
     fetch_snapshot(spec(HF_REPO), settings())
     assert capfd.readouterr() == ("", "")
 
@@ -103,9 +101,7 @@ def test_bytes_that_are_wrong_twice_are_an_error(
     assert (fetch_snapshot(spec(HF_REPO), config).path / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_dropped_connection_is_resumed(
-    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
-) -> None:
+def test_dropped_connection_is_resumed(settings: Callable[..., HubSettings], huggingface: HuggingFaceServer) -> None:
     """The transfer continues after the client's last complete chunk (10 MiB)."""
     weights = bytes(12 << 20)
     huggingface.repos[HF_REPO]["model.safetensors"] = weights
@@ -120,9 +116,7 @@ def test_error_of_an_unknown_revision_names_existing_ones(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
 ) -> None:
     huggingface.revisions = ("main", "v2")
-    with pytest.raises(
-        RevisionNotFoundError, match=r"'v9'; it has main, v2\. Set EMB_PROVIDER_MODEL_REVISION"
-    ):
+    with pytest.raises(RevisionNotFoundError, match=r"'v9'; it has main, v2\. Set EMB_PROVIDER_MODEL_REVISION"):
         fetch_snapshot(spec(HF_REPO, revision="v9"), settings())
 
 
@@ -153,9 +147,7 @@ def test_token_gives_access_to_a_private_repository(
     assert fetch_snapshot(spec(HF_REPO, token="hf_right"), settings(hf_token="hf_wrong"))
 
 
-def test_http_503_is_an_unavailable_hub(
-    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
-) -> None:
+def test_http_503_is_an_unavailable_hub(settings: Callable[..., HubSettings], huggingface: HuggingFaceServer) -> None:
     huggingface.faults.status = 503
     with pytest.raises(HubUnavailableError, match=r"HTTP 503.*EMB_PROVIDER_HF_ENDPOINT"):
         fetch_snapshot(spec(HF_REPO), settings())
@@ -205,9 +197,7 @@ def test_repository_without_a_model_is_rejected(
     assert not huggingface.bodies()
 
 
-def test_missing_shard_is_an_error(
-    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
-) -> None:
+def test_missing_shard_is_an_error(settings: Callable[..., HubSettings], huggingface: HuggingFaceServer) -> None:
     files = huggingface.repos[HF_REPO]
     files["model-00001-of-00002.safetensors"] = files.pop("model.safetensors")
     files["model.safetensors.index.json"] = (

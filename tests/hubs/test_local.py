@@ -95,10 +95,7 @@ def test_invalid_directory_is_an_error(config: HubSettings, tmp_path: Path, prob
 
 @pytest.mark.parametrize(
     ("removed", "message"),
-    [
-        (("config.json", "modules.json"), "no config.json"),
-        (("model.safetensors", "pytorch_model.bin"), "no weights"),
-    ],
+    [(("config.json", "modules.json"), "no config.json"), (("model.safetensors", "pytorch_model.bin"), "no weights")],
 )
 def test_directory_without_a_model_is_rejected(
     config: HubSettings, directory: Path, removed: tuple[str, ...], message: str

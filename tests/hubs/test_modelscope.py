@@ -70,9 +70,7 @@ def test_token_gives_access_to_a_private_repository(
     assert "authorization" not in stored[0].headers
 
 
-def test_dropped_connection_is_resumed(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_dropped_connection_is_resumed(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.faults.drop_after["pytorch_model.bin"] = [70_000]
     snapshot = fetch_snapshot(spec(MS_REPO), settings())
     assert (snapshot.path / "pytorch_model.bin").read_bytes() == WEIGHTS
@@ -90,16 +88,12 @@ def test_progress_ends_at_the_size_of_all_files(settings: Callable[..., HubSetti
     assert seen[-1].done_bytes == seen[-1].total_bytes == total
 
 
-def test_client_draws_no_progress_bars(
-    settings: Callable[..., HubSettings], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_client_draws_no_progress_bars(settings: Callable[..., HubSettings], capfd: pytest.CaptureFixture[str]) -> None:
     fetch_snapshot(spec(MS_REPO), settings())
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_bytes_are_downloaded_again(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_wrong_bytes_are_downloaded_again(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.faults.wrong_bytes["pytorch_model.bin"] = 1
     snapshot = fetch_snapshot(spec(MS_REPO), settings())
     assert (snapshot.path / "pytorch_model.bin").read_bytes() == WEIGHTS
@@ -142,16 +136,12 @@ def test_download_of_a_tag(settings: Callable[..., HubSettings], modelscope: Mod
     assert {request.query.get("Revision") for request in modelscope.requests if request.query} == {"v1.0"}
 
 
-def test_default_branch_can_be_main(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_default_branch_can_be_main(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.revisions = ("main",)
     assert fetch_snapshot(spec(MS_REPO), settings()).revision == "main"
 
 
-def test_empty_repository_is_rejected(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_empty_repository_is_rejected(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.repos[MS_REPO].clear()
     with pytest.raises(IncompleteRepositoryError, match="is empty"):
         fetch_snapshot(spec(MS_REPO), settings())
@@ -188,9 +178,7 @@ def test_denied_access_names_the_setting_but_not_the_token(
     assert "ms_secret" not in str(caught.value)
 
 
-def test_http_503_is_an_unavailable_hub(
-    settings: Callable[..., HubSettings], modelscope: ModelScopeServer
-) -> None:
+def test_http_503_is_an_unavailable_hub(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.faults.status = 503
     with pytest.raises(HubUnavailableError, match="EMB_PROVIDER_MODELSCOPE_ENDPOINT") as caught:
         fetch_snapshot(spec(MS_REPO), settings())

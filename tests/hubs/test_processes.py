@@ -81,19 +81,14 @@ def start(
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_killed_download_leaves_no_manifest(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """Its lock is free, and the next process completes the download."""
     server, weights = server_of(repo, huggingface, modelscope)
     config = settings()
     server.faults.hold_after[weights] = 120_000
     child = start(repo, config)
-    wait_until(
-        lambda: any(path.stat().st_size == 120_000 for path in partial_files(config)) or repo == HF_REPO
-    )
+    wait_until(lambda: any(path.stat().st_size == 120_000 for path in partial_files(config)) or repo == HF_REPO)
     wait_until(lambda: server.bodies()[weights] == 1)
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -112,10 +107,7 @@ def test_killed_download_leaves_no_manifest(
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_interrupted_download_raises_at_once(
-    settings: Callable[..., HubSettings],
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """Even if the hub sends nothing. What was downloaded is kept, with its journal."""
     server, weights = server_of(repo, huggingface, modelscope)
@@ -152,9 +144,7 @@ def test_two_processes_download_each_file_once(
     children = [start(repo, settings(), log=log) for log in logs]
 
     def waiting() -> int:
-        return sum(
-            "Another process or thread is downloading" in log.read_text(encoding="utf-8") for log in logs
-        )
+        return sum("Another process or thread is downloading" in log.read_text(encoding="utf-8") for log in logs)
 
     try:
         wait_until(lambda: server.bodies()[weights] == 1 and waiting() == 1)

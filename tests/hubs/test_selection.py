@@ -15,16 +15,8 @@ def test_torch_weights_are_left_out_beside_safetensors() -> None:
 
 
 def test_shards_and_their_index_are_selected() -> None:
-    shards = [
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ]
-    torch = [
-        "pytorch_model-00001-of-00002.bin",
-        "pytorch_model-00002-of-00002.bin",
-        "pytorch_model.bin.index.json",
-    ]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    torch = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
     assert select(shards + torch) == sorted(shards)
     assert select(torch) == sorted(torch)
 
@@ -67,9 +59,7 @@ def test_one_export_is_selected_on_request(exports: list[str], kept: list[str]) 
     assert select(["config.json", *exports], with_export=True) == ["config.json", *kept]
 
 
-@pytest.mark.parametrize(
-    "export", ["onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml"]
-)
+@pytest.mark.parametrize("export", ["onnx/model.onnx", "onnx/model_quantized.onnx", "openvino/openvino_model.xml"])
 def test_error_of_a_repository_of_exports_names_the_export(export: str) -> None:
     with pytest.raises(IncompleteRepositoryError, match=rf"no weights.*only an export \({export}\)"):
         require_model(["config.json"], "Repository a/b", available=["config.json", export])

@@ -87,9 +87,7 @@ def add_fidelity(cache: Path, digest: str) -> Path:
 
 def artifact_keys(cache: Path) -> list[str]:
     """Return the names of everything in the store except locks."""
-    return sorted(
-        path.name for path in (cache / "artifacts").iterdir() if path.suffix not in (".lock", ".hold")
-    )
+    return sorted(path.name for path in (cache / "artifacts").iterdir() if path.suffix not in (".lock", ".hold"))
 
 
 def test_artifacts_are_listed_and_removed_with_their_model(
@@ -146,9 +144,7 @@ def test_artifact_of_two_models_is_removed_with_the_last(
     assert not fidelity.exists()
 
 
-def test_damaged_artifact_is_found_and_repaired(
-    manager: ModelManager, snapshot: Snapshot, tmp_path: Path
-) -> None:
+def test_damaged_artifact_is_found_and_repaired(manager: ModelManager, snapshot: Snapshot, tmp_path: Path) -> None:
     """An artifact with wrong bytes is no longer served, and a repair removes it."""
     key = add_artifact(tmp_path / "cache", snapshot.digest)
     assert manager.verify(manager.list()[0]).ok
@@ -164,9 +160,7 @@ def test_damaged_artifact_is_found_and_repaired(
     assert "emb-provider pull" in note
 
 
-def test_prune_removes_artifacts_without_a_snapshot(
-    manager: ModelManager, snapshot: Snapshot, tmp_path: Path
-) -> None:
+def test_prune_removes_artifacts_without_a_snapshot(manager: ModelManager, snapshot: Snapshot, tmp_path: Path) -> None:
     """So it does with records without a snapshot, and artifacts that were not finished."""
     cache = tmp_path / "cache"
     kept = add_artifact(cache, snapshot.digest)

@@ -72,9 +72,7 @@ def test_model_that_is_used_during_the_download_is_not_updated(
     answers = [False, True]
     settings = configured()
     with pytest.raises(ModelInUseError):
-        fetch_snapshot(
-            resolve_model(settings, MS_REPO), settings.hubs, force=True, is_held=lambda _: answers.pop(0)
-        )
+        fetch_snapshot(resolve_model(settings, MS_REPO), settings.hubs, force=True, is_held=lambda _: answers.pop(0))
     assert not answers
     assert manager.verify(manager.list()[0]).ok
     assert (older / "pytorch_model.bin").read_bytes() == WEIGHTS
@@ -83,10 +81,7 @@ def test_model_that_is_used_during_the_download_is_not_updated(
 
 
 def test_failed_update_keeps_the_older_state(
-    configured: Callable[..., Settings],
-    manager: ModelManager,
-    modelscope: ModelScopeServer,
-    older: Path,
+    configured: Callable[..., Settings], manager: ModelManager, modelscope: ModelScopeServer, older: Path
 ) -> None:
     """It is served, offline too. What was downloaded is removed by `prune`."""
     modelscope.faults.wrong_bytes["pytorch_model.bin"] = 99

@@ -45,9 +45,7 @@ class Manager:
     failure: BaseException | None = None
     steps: tuple[tuple[int, int], ...] = ((0, 100), (100, 100))
 
-    def ensure(
-        self, spec: ModelSpec, *, force: bool, on_progress: OnProgress, cancel: CancelToken
-    ) -> Snapshot:
+    def ensure(self, spec: ModelSpec, *, force: bool, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
         self.downloads.append(spec.name)
         for done, total in self.steps:
             on_progress(Progress("download", spec.name, done, total))

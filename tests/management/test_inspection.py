@@ -82,9 +82,7 @@ def test_repair_downloads_wrong_files_again(manager: ModelManager, repo: str) ->
     assert (repaired.ok, notes) == (True, [])
 
 
-def test_repair_follows_a_branch_that_has_moved(
-    manager: ModelManager, huggingface: HuggingFaceServer
-) -> None:
+def test_repair_follows_a_branch_that_has_moved(manager: ModelManager, huggingface: HuggingFaceServer) -> None:
     """The verification that is returned is that of the directory of the newer commit."""
     path = manager.ensure_model_cached(HF_REPO)
     corrupt((path / "config.json").resolve())

@@ -27,11 +27,7 @@ def test_list_describes_models(manager: ModelManager, huggingface: HuggingFaceSe
     path = manager.ensure_model_cached(HF_REPO)
     (model,) = manager.list()
     assert (model.model_name, model.id, model.source) == (HF_REPO, "acme_tiny", "huggingface")
-    assert (model.path, model.revision, model.asked_revision) == (
-        str(path),
-        huggingface.commit(HF_REPO),
-        None,
-    )
+    assert (model.path, model.revision, model.asked_revision) == (str(path), huggingface.commit(HF_REPO), None)
     assert model.size == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert (model.state, model.in_use, model.artifacts) == ("complete", False, [])
     assert model.fetched is not None
@@ -57,10 +53,7 @@ def test_use_of_a_cached_model_is_recorded(
 
 
 def test_requests_that_lead_to_one_directory_are_one_model(
-    manager: ModelManager,
-    huggingface: HuggingFaceServer,
-    empty: dict[str, tuple[str, int]],
-    tmp_path: Path,
+    manager: ModelManager, huggingface: HuggingFaceServer, empty: dict[str, tuple[str, int]], tmp_path: Path
 ) -> None:
     """A branch, its commit and a part of its files are listed once, found by each revision, and removed together."""
     commit = huggingface.commit(HF_REPO)
@@ -75,9 +68,7 @@ def test_requests_that_lead_to_one_directory_are_one_model(
     assert on_disk(tmp_path) == empty
 
 
-def test_models_of_other_programs_are_listed_on_request_and_not_removed(
-    manager: ModelManager, tmp_path: Path
-) -> None:
+def test_models_of_other_programs_are_listed_on_request_and_not_removed(manager: ModelManager, tmp_path: Path) -> None:
     directory = tmp_path / "ms" / "hub" / "models" / "iic" / "other-v1___5"
     write_files(directory, modelscope_files())
     manager.ensure_model_cached(MS_REPO)

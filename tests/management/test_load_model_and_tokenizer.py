@@ -26,16 +26,12 @@ def gte(modelscope: ModelScopeServer, tmp_path: Path) -> Path:
     """Return a GTE model without modules.json and with cls pooling, which is on the server, too."""
     directory = save_modelscope(tmp_path / "gte", gte_configuration(emb_pooler_type="cls", normalize=False))
     modelscope.repos[REPO] = {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }
     return directory
 
 
-def test_modelscope_model_has_its_own_pooling_and_is_kept_while_it_is_used(
-    manager: ModelManager, gte: Path
-) -> None:
+def test_modelscope_model_has_its_own_pooling_and_is_kept_while_it_is_used(manager: ModelManager, gte: Path) -> None:
     """The vector is that of the first token, as the configuration declares."""
     model, tokenizer = manager.load_model_and_tokenizer(REPO)
     with torch.no_grad():

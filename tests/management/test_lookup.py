@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 )
 def test_model_is_found_by_each_of_its_names(configured: Callable[..., Settings], name: str) -> None:
     settings = configured(
-        model_mapping={"model": {"name": HF_REPO}},
-        hub_names={"acme/model": {"huggingface": HF_REPO}},
+        model_mapping={"model": {"name": HF_REPO}}, hub_names={"acme/model": {"huggingface": HF_REPO}}
     )
     manager = ModelManager(settings)
     manager.ensure_model_cached("acme/model")
@@ -64,9 +63,7 @@ def test_ambiguous_id_removes_nothing(manager: ModelManager, huggingface: Huggin
     assert [model.model_name for model in manager.find("a_b_c")] == ["a_b/c"]
 
 
-def test_alias_refers_to_its_revision(
-    configured: Callable[..., Settings], huggingface: HuggingFaceServer
-) -> None:
+def test_alias_refers_to_its_revision(configured: Callable[..., Settings], huggingface: HuggingFaceServer) -> None:
     """Two aliases pin two revisions of a repository: removing one keeps the other's model."""
     huggingface.revisions = ("main", "v1")
     pinned = {"old": {"name": HF_REPO, "revision": "v1"}, "new": {"name": HF_REPO, "revision": "main"}}
@@ -102,9 +99,7 @@ def test_settings_of_a_model_take_precedence_over_the_hub_of_the_manager(
     assert not manager.list()
 
 
-def test_settings_of_a_model_apply_at_its_own_hub(
-    configured: Callable[..., Settings], tmp_path: Path
-) -> None:
+def test_settings_of_a_model_apply_at_its_own_hub(configured: Callable[..., Settings], tmp_path: Path) -> None:
     """Also if the hub that `auto` chooses is named, or another revision; at another hub only the name applies."""
     entry = {"name": MS_REPO, "pooling": "cls", "token": "ms_secret", "cache_dir": tmp_path / "own"}
     settings = configured(model_mapping={"small": entry})

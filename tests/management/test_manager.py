@@ -110,8 +110,7 @@ def test_acquired_model_is_complete_while_others_remove_it(
             failures.append(error)
 
     others = [
-        threading.Thread(target=repeat, args=(operation,))
-        for operation in (lambda: manager.remove(MS_REPO), verify)
+        threading.Thread(target=repeat, args=(operation,)) for operation in (lambda: manager.remove(MS_REPO), verify)
     ]
     users = [threading.Thread(target=use) for _ in range(2)]
     for thread in (*others, *users):

@@ -70,9 +70,7 @@ class Children:
 
     def __init__(self, settings: Settings) -> None:
         hubs = settings.hubs
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith("EMB_PROVIDER_")
-        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("EMB_PROVIDER_")}
         self._environment = inherited | {
             "EMB_PROVIDER_CACHE_DIR": str(hubs.cache_dir),
             "EMB_PROVIDER_HF_CACHE_DIR": str(hubs.hf_cache_dir),
@@ -161,11 +159,7 @@ def test_killed_download_is_listed_resumed_and_removed(
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_killed_removal_is_listed_and_completed(
-    manager: ModelManager,
-    children: Children,
-    empty: dict[str, tuple[str, int]],
-    tmp_path: Path,
-    repo: str,
+    manager: ModelManager, children: Children, empty: dict[str, tuple[str, int]], tmp_path: Path, repo: str
 ) -> None:
     """Its model is incomplete: prune completes the removal, pull downloads the model again."""
     for operation in (lambda: manager.ensure_model_cached(repo), manager.prune):
@@ -257,11 +251,7 @@ def test_one_of_two_processes_removes_a_model(
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
 def test_removal_waits_for_a_download(
-    manager: ModelManager,
-    children: Children,
-    huggingface: HuggingFaceServer,
-    modelscope: ModelScopeServer,
-    repo: str,
+    manager: ModelManager, children: Children, huggingface: HuggingFaceServer, modelscope: ModelScopeServer, repo: str
 ) -> None:
     """A model that another process downloads is removed when the download is complete."""
     server, weights = server_of(repo, huggingface, modelscope)

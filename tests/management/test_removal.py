@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 
 def test_removal_leaves_only_locks(
-    configured: Callable[..., Settings],
-    manager: ModelManager,
-    empty: dict[str, tuple[str, int]],
-    tmp_path: Path,
+    configured: Callable[..., Settings], manager: ModelManager, empty: dict[str, tuple[str, int]], tmp_path: Path
 ) -> None:
     """A model from each hub is downloaded, used and removed with its manifest and directories."""
     for name in (HF_REPO, MS_REPO):
@@ -41,9 +38,7 @@ def test_removal_leaves_only_locks(
     assert on_disk(tmp_path) == empty
 
 
-def test_removal_keeps_files_that_other_revisions_share(
-    manager: ModelManager, huggingface: HuggingFaceServer
-) -> None:
+def test_removal_keeps_files_that_other_revisions_share(manager: ModelManager, huggingface: HuggingFaceServer) -> None:
     huggingface.revisions = ("main", "v1")
     old = manager.ensure_model_cached(HF_REPO, revision="v1")
     huggingface.repos[HF_REPO]["config.json"] = b'{"model_type": "bert", "hidden_size": 16}'
@@ -71,9 +66,7 @@ def test_shared_files_of_removed_revisions_are_counted_once(
     size = sum(blob.stat().st_size for blob in blobs)
     assert len(WEIGHTS) < size < 2 * len(WEIGHTS)
     for dry_run in (True, False):
-        removal = (
-            manager.remove_all(dry_run=dry_run) if remove_all else manager.remove(HF_REPO, dry_run=dry_run)
-        )
+        removal = manager.remove_all(dry_run=dry_run) if remove_all else manager.remove(HF_REPO, dry_run=dry_run)
         assert removal.freed == size
     assert not manager.list()
 

@@ -37,9 +37,7 @@ def test_each_request_has_one_line(service: Service) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "model"), [({"input": "x", "model": "no\nsuch"}, 404, None), ({"input": "x", "dimensions": 3}, 400, BUNDLED)]
 )  # fmt: skip
-def test_error_has_one_line(
-    service: Service, body: dict[str, object], status: int, model: str | None
-) -> None:
+def test_error_has_one_line(service: Service, body: dict[str, object], status: int, model: str | None) -> None:
     """The line of an error does not contain an unknown model name."""
     service.http.post("/v1/embeddings", json=body, headers={"x-request-id": f"log-test-{status}"})
     (line,) = service.logged(request_id=f"log-test-{status}")

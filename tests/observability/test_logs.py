@@ -34,9 +34,7 @@ def restore_logging() -> Iterator[None]:
     logging.captureWarnings(capture=False)
 
 
-def log_messages(
-    directory: Path, as_json: bool, *messages: str, rotation: Rotation | None = None
-) -> list[str]:
+def log_messages(directory: Path, as_json: bool, *messages: str, rotation: Rotation | None = None) -> list[str]:
     """Log messages as a service does, and return the lines of its file."""
     writer = start_logging(LogSettings(log_format="json" if as_json else "text", log_dir=directory), rotation)
     for message in messages:
@@ -94,10 +92,7 @@ def test_line_has_the_id_of_its_request(tmp_path: Path) -> None:
     logger.info("after")
     writer.stop()
     lines = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-    assert [(line["message"], line.get("request_id")) for line in lines] == [
-        ("during", "mine"),
-        ("after", None),
-    ]
+    assert [(line["message"], line.get("request_id")) for line in lines] == [("during", "mine"), ("after", None)]
 
 
 def test_level_applies_to_this_package_only(tmp_path: Path) -> None:

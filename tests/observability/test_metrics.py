@@ -21,11 +21,7 @@ def test_format_is_valid(service: Service) -> None:
     families = list(text_string_to_metric_families(response.text))
     assert len(families) >= 12
     assert all(family.name.startswith("emb_provider_") and family.documentation for family in families)
-    samples = [
-        (sample.name, tuple(sorted(sample.labels.items())))
-        for family in families
-        for sample in family.samples
-    ]
+    samples = [(sample.name, tuple(sorted(sample.labels.items()))) for family in families for sample in family.samples]
     assert len(samples) == len(set(samples))
     assert not any(name.endswith("_created") for name, _ in samples)
 

@@ -52,15 +52,10 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *phrases: str) -> No
         ({"PORT": "http"}, ["EMB_PROVIDER_PORT=http", "1 to 65535"]),
         ({"MODEL_PRECISION": "fp8"}, ["EMB_PROVIDER_MODEL_PRECISION=fp8", "fp32, fp16, bf16"]),
         ({"HOST": "no-such-host.invalid"}, ["EMB_PROVIDER_HOST=no-such-host.invalid", "cannot be resolved"]),
-        (
-            {"LOG_DIR": "/proc/nowhere"},
-            ["EMB_PROVIDER_LOG_DIR=/proc/nowhere", "EMB_PROVIDER_LOG_TO_FILE=false"],
-        ),
+        ({"LOG_DIR": "/proc/nowhere"}, ["EMB_PROVIDER_LOG_DIR=/proc/nowhere", "EMB_PROVIDER_LOG_TO_FILE=false"]),
     ],
 )
-def test_invalid_setting_is_reported_in_one_line(
-    tmp_path: Path, settings: dict[str, str], phrases: list[str]
-) -> None:
+def test_invalid_setting_is_reported_in_one_line(tmp_path: Path, settings: dict[str, str], phrases: list[str]) -> None:
     """The process exits with one line and no traceback."""
     assert_one_line(run(tmp_path, **settings), *phrases)
 
@@ -94,9 +89,7 @@ def test_port_in_use_is_reported_in_one_line(tmp_path: Path, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         assert_one_line(
-            run(tmp_path, HOST=host, PORT=port),
-            f"EMB_PROVIDER_PORT={port}",
-            "another process listens on this port",
+            run(tmp_path, HOST=host, PORT=port), f"EMB_PROVIDER_PORT={port}", "another process listens on this port"
         )
 
 
@@ -143,9 +136,7 @@ def test_requests_fail_after_the_grace_period(tmp_path: Path) -> None:
         with Service(tmp_path, **settings) as service, ThreadPoolExecutor(1) as pool:
             service.wait("/health")
             with socket.create_connection(("localhost", service.port)) as incomplete:
-                incomplete.sendall(
-                    b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
-                )
+                incomplete.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
                 request = pool.submit(service.embed, "x")
                 service.wait_for_state("test/stuck", "downloading")
                 service.signal()
@@ -268,9 +259,7 @@ def test_lines_on_a_terminal_are_text(shutdown: Shutdown) -> None:
     """On a terminal, and then in the file too, lines are text. One of them is a command to try."""
     lines = shutdown.terminal.replace("\r\n", "\n").splitlines()
     assert [
-        line
-        for line in lines
-        if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (INFO|WARNING|ERROR) ", line)
+        line for line in lines if not re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (INFO|WARNING|ERROR) ", line)
     ] == []
     access = [line for line in lines if "POST /v1/embeddings status=200" in line]
     assert len(access) == 4

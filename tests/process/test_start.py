@@ -32,9 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(model: Path) -> Iterator[HuggingFaceServer]:
-    files = {
-        path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()
-    }
+    files = {path.relative_to(model).as_posix(): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     with HuggingFaceServer({REPO: files}) as server:
         yield server
 
@@ -106,9 +104,7 @@ def test_full_disk_affects_only_one_model(tmp_path: Path, service_cache: str, hu
 
 
 @pytest.mark.slow
-def test_start_after_sigkill_serves_correct_vectors(
-    tmp_path: Path, model: Path, hub: HuggingFaceServer
-) -> None:
+def test_start_after_sigkill_serves_correct_vectors(tmp_path: Path, model: Path, hub: HuggingFaceServer) -> None:
     """The service is killed while it downloads, compiles, loads and serves, with the same cache."""
     settings: dict[str, Any] = {
         "CACHE_DIR": str(tmp_path / "cache"),

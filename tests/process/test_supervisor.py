@@ -118,8 +118,7 @@ def test_crashed_and_hung_children_are_restarted(tmp_path: Path) -> None:
     pauses = ["at once", "in 0.1 s", "in 0.2 s", "in 0.2 s"]
     lines = [re.sub(r"after [\d.]+ s", "after N s", line) for line in program.lines]
     assert [line for line in lines if "restarting" in line] == [
-        f"the service {reason} after N s, restarting it {pause}"
-        for reason, pause in zip(reasons, pauses, strict=True)
+        f"the service {reason} after N s, restarting it {pause}" for reason, pause in zip(reasons, pauses, strict=True)
     ]
     starts = [re.sub(r"after [\d.]+ s", "after N s", start) for start in program.starts]
     assert starts == ["", *(f"{reason} after N s" for reason in reasons)]
@@ -278,9 +277,7 @@ def test_no_connection_is_refused_during_a_restart(supervised: Service) -> None:
     assert supervised.logged(logger="emb_model_provider.main", level="WARNING")[0]["message"].startswith(
         "restarted by the supervisor: the previous process was killed by SIGSEGV after"
     )
-    assert supervised.log_lines(logger="emb_model_provider.process.supervisor") == [], (
-        "two processes write the file"
-    )
+    assert supervised.log_lines(logger="emb_model_provider.process.supervisor") == [], "two processes write the file"
 
 
 def test_signal_to_both_processes_counts_once(supervised: Service) -> None:

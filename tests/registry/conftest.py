@@ -41,9 +41,7 @@ def fleet() -> Callable[..., Any]:
     ) -> AsyncIterator[Fleet]:
         models = Fleet(*aliases)
         models.registry = Registry(
-            ServedModels(
-                specs=tuple(ModelSpec(alias=alias, name=alias) for alias in aliases), preload=preload
-            ),
+            ServedModels(specs=tuple(ModelSpec(alias=alias, name=alias) for alias in aliases), preload=preload),
             cast("ModelManager", models),
             RegistryConfig(
                 limits=LimitSettings(request_timeout_s=request_timeout_s),

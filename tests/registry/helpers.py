@@ -90,9 +90,7 @@ class Fleet:
         return self.registry.status(alias).state
 
     def unloads(self) -> dict[str, dict[str, int]]:
-        return {
-            status.spec.alias: dict(status.unloads) for status in self.registry.statuses() if status.unloads
-        }
+        return {status.spec.alias: dict(status.unloads) for status in self.registry.statuses() if status.unloads}
 
     # --- as manager and preparer ----------------------------------------------------------------------
 

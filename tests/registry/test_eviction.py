@@ -25,10 +25,7 @@ EVICTED = "room for another model"
 def narrow(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Iterator[Service]:
     """Yield a service of three models, of which one can be loaded at a time."""
     with Service(
-        tmp_path_factory.mktemp("narrow"),
-        CACHE_DIR=service_cache,
-        MODEL_MAPPING=MAPPING,
-        MAX_LOADED_MODELS="1",
+        tmp_path_factory.mktemp("narrow"), CACHE_DIR=service_cache, MODEL_MAPPING=MAPPING, MAX_LOADED_MODELS="1"
     ) as started:
         yield started.wait()
 
@@ -82,9 +79,7 @@ def test_load_wait_and_idle_unload(tmp_path_factory: pytest.TempPathFactory, ser
     with Service(tmp_path_factory.mktemp("idle"), CACHE_DIR=service_cache, **settings) as service:
         service.wait()
         early = service.embed("hello", model="two")
-        assert_error(
-            early, 503, "model_not_ready", type="server_error", param="model", phrase="Try again later"
-        )
+        assert_error(early, 503, "model_not_ready", type="server_error", param="model", phrase="Try again later")
         assert 1 <= int(early.headers["retry-after"]) <= 120
         wait_until(lambda: service.embed("hello", model="two").status_code == 200)
         wait_until(lambda: states(service)["two"] == "unloaded")

@@ -28,9 +28,7 @@ TEXTS = ["你好，世界", "hello world", "a longer text, of which there is a l
 
 def files_of(directory: Path) -> dict[str, bytes]:
     return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }
 
 
@@ -59,11 +57,7 @@ def modelscope(gte: Path) -> Iterator[ModelScopeServer]:
 
 
 def make_registry(
-    tmp_path: Path,
-    *specs: ModelSpec,
-    preload: tuple[str, ...] = (),
-    retry_after_failure_s: float = 30.0,
-    **hubs: Any,
+    tmp_path: Path, *specs: ModelSpec, preload: tuple[str, ...] = (), retry_after_failure_s: float = 30.0, **hubs: Any
 ) -> Registry:
     settings = Settings.from_values(
         cache_dir=tmp_path / "own", modelscope_cache_dir=tmp_path / "ms", hf_cache_dir=tmp_path / "hf", **hubs
@@ -72,8 +66,7 @@ def make_registry(
         ServedModels(specs=specs, preload=preload),
         ModelManager(settings),
         RegistryConfig(
-            limits=LimitSettings(request_timeout_s=280),
-            timings=Timings(retry_after_failure_s=retry_after_failure_s),
+            limits=LimitSettings(request_timeout_s=280), timings=Timings(retry_after_failure_s=retry_after_failure_s)
         ),
     )
 
@@ -97,12 +90,7 @@ async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
         ModelSpec(alias="chinese", name=GTE, source="modelscope", device="cpu", backend="torch"),
         ModelSpec(alias="english", name="acme/bert", source="huggingface", device="cpu", backend="torch"),
         ModelSpec(
-            alias="english-16",
-            name="acme/bert",
-            source="huggingface",
-            device="cpu",
-            backend="torch",
-            precision="fp16",
+            alias="english-16", name="acme/bert", source="huggingface", device="cpu", backend="torch", precision="fp16"
         ),
         ModelSpec(alias="gte-dir", name=str(gte), path=gte, device="cpu", backend="torch"),
         ModelSpec(alias="bert-dir", name="bert-dir", path=bert, device="cpu", backend="torch"),
@@ -113,12 +101,8 @@ async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
     try:
         assert await registry.preload()
         assert {status.state for status in registry.statuses()} == {State.READY}
-        np.testing.assert_allclose(
-            await vectors(registry, "chinese"), await vectors(registry, "gte-dir"), atol=1e-5
-        )
-        np.testing.assert_allclose(
-            await vectors(registry, "english"), await vectors(registry, "bert-dir"), atol=1e-5
-        )
+        np.testing.assert_allclose(await vectors(registry, "chinese"), await vectors(registry, "gte-dir"), atol=1e-5)
+        np.testing.assert_allclose(await vectors(registry, "english"), await vectors(registry, "bert-dir"), atol=1e-5)
         half = await vectors(registry, "english-16")
         assert not np.array_equal(half, await vectors(registry, "bert-dir"))
         status = registry.status("chinese")
@@ -133,9 +117,7 @@ async def test_models_of_different_hubs_and_precisions_serve_side_by_side(
 async def test_concurrent_requests_load_a_model_once(tmp_path: Path, huggingface: HuggingFaceServer) -> None:
     """A model that is not preloaded is loaded by the first request, for all requests that wait for it."""
     registry = make_registry(
-        tmp_path,
-        ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
-        hf_endpoint=huggingface.url,
+        tmp_path, ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"), hf_endpoint=huggingface.url
     )
     try:
         assert registry.status("m").state is State.UNLOADED
@@ -147,14 +129,10 @@ async def test_concurrent_requests_load_a_model_once(tmp_path: Path, huggingface
         await registry.stop()
 
 
-async def test_cancelled_request_does_not_cancel_the_load(
-    tmp_path: Path, huggingface: HuggingFaceServer
-) -> None:
+async def test_cancelled_request_does_not_cancel_the_load(tmp_path: Path, huggingface: HuggingFaceServer) -> None:
     """The load is shared, so another request that waits for it is served."""
     registry = make_registry(
-        tmp_path,
-        ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"),
-        hf_endpoint=huggingface.url,
+        tmp_path, ModelSpec(alias="m", name="acme/bert", device="cpu", backend="torch"), hf_endpoint=huggingface.url
     )
     try:
         first, second = (asyncio.create_task(dimension(registry, "m")) for _ in range(2))
@@ -195,9 +173,7 @@ async def test_failed_model_reports_its_error_and_does_not_affect_others(
         await registry.stop()
 
 
-async def test_failed_model_is_loaded_again_after_a_while(
-    tmp_path: Path, huggingface: HuggingFaceServer
-) -> None:
+async def test_failed_model_is_loaded_again_after_a_while(tmp_path: Path, huggingface: HuggingFaceServer) -> None:
     """A model is loaded when its hub is available again, without a restart of the service."""
     registry = make_registry(
         tmp_path,

@@ -54,9 +54,7 @@ async def test_busy_model_is_evicted_after_its_requests(fleet: Callable[..., Any
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-async def test_every_request_is_answered_if_models_evict_each_other(
-    fleet: Callable[..., Any], limit: int
-) -> None:
+async def test_every_request_is_answered_if_models_evict_each_other(fleet: Callable[..., Any], limit: int) -> None:
     """Concurrent requests for four models with a limit of one or two: none fails, and the limit holds."""
     async with fleet(*"abcd", max_loaded_models=limit) as models:
 
@@ -110,9 +108,7 @@ async def test_memory_limit_evicts_only_if_exceeded(fleet: Callable[..., Any]) -
         assert models.unloads() == {"a": {ROOM: 1}, "b": {ROOM: 1}}
 
 
-async def test_model_larger_than_expected_evicts_others_after_its_load(
-    fleet: Callable[..., Any],
-) -> None:
+async def test_model_larger_than_expected_evicts_others_after_its_load(fleet: Callable[..., Any]) -> None:
     """Its memory is measured when it is loaded, and the measured value is used for the next load."""
     async with fleet(*"ab", model_memory_limit=500 * MIB) as models:
         await models.embed("a")
@@ -134,8 +130,7 @@ async def test_model_larger_than_the_limit_fails(fleet: Callable[..., Any], size
         models["b"].size_on_disk = size_on_disk
         models["b"].memory_bytes = 1000 * MIB
         with pytest.raises(
-            ModelNotReadyError,
-            match=r"needs 1\.0 GB of memory, .* 419 MB\. Increase EMB_PROVIDER_MODEL_MEMORY_LIMIT",
+            ModelNotReadyError, match=r"needs 1\.0 GB of memory, .* 419 MB\. Increase EMB_PROVIDER_MODEL_MEMORY_LIMIT"
         ):
             await models.embed("b")
         assert models.state("b") is State.FAILED
@@ -146,9 +141,7 @@ async def test_model_larger_than_the_limit_fails(fleet: Callable[..., Any], size
 
 async def test_model_that_hangs_is_evicted(fleet: Callable[..., Any]) -> None:
     """After the deadline of its requests it is evicted like any other model."""
-    async with fleet(
-        *"ab", max_loaded_models=1, watchdog_s=0.05, request_timeout_s=1.0, load_wait_s=60.0
-    ) as models:
+    async with fleet(*"ab", max_loaded_models=1, watchdog_s=0.05, request_timeout_s=1.0, load_wait_s=60.0) as models:
         holding = await models.hold("a")
         assert len(await models.embed("b")) == 1
         await asyncio.gather(holding, return_exceptions=True)
@@ -169,9 +162,7 @@ async def test_load_that_does_not_end_is_reported(fleet: Callable[..., Any]) -> 
         assert "waiting for memory" in models.registry.status("b").error
         assert not models.registry.status("b").is_available
         assert "restart the service" in models.registry.status("a").error
-        with pytest.raises(
-            ModelNotReadyError, match=r"still loading, waiting for memory \(`a` is unloaded first"
-        ):
+        with pytest.raises(ModelNotReadyError, match=r"still loading, waiting for memory \(`a` is unloaded first"):
             await models.embed("b")
         models["a"].can_load.set()
         assert (await waiting).error is None

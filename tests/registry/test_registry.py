@@ -115,9 +115,7 @@ def test_names_refer_to_aliases_ids_and_unique_last_parts() -> None:
             registry.alias_of(unknown)
 
 
-async def test_added_model_is_served_under_all_its_names_until_it_is_removed(
-    fleet: Callable[..., Any],
-) -> None:
+async def test_added_model_is_served_under_all_its_names_until_it_is_removed(fleet: Callable[..., Any]) -> None:
     """An added model is served like a configured one. After its removal its names refer to no model."""
     async with fleet("a", "b") as models:
         await models.registry.remove(models.registry.add(ModelSpec(alias="b2", name="b2")))

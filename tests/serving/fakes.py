@@ -22,9 +22,7 @@ FAILS, NOT_FINITE, NEVER_FINITE, BREAKS = "w98", "w99", "w97", "w96"
 
 def word_tokenizer() -> Tokenizer:
     """Return a tokenizer of whole words between [CLS] and [SEP], so that tests can count tokens."""
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {
-        word: 4 + i for i, word in enumerate(WORDS)
-    }
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -57,9 +55,7 @@ def expected(ids: list[int]) -> list[float]:
 class FakeBackend:
     """Returns `expected` vectors, records its batches, and blocks while `gate` is closed."""
 
-    def __init__(
-        self, description: ModelDescription | None = None, streams: int = 1, memory_bytes: int = 1000
-    ) -> None:
+    def __init__(self, description: ModelDescription | None = None, streams: int = 1, memory_bytes: int = 1000) -> None:
         self.streams = streams
         self.memory_bytes = memory_bytes
         self.description = description or describe()

@@ -30,11 +30,7 @@ class EngineRun:
     """An engine, and what tests observe of it."""
 
     def __init__(
-        self,
-        engine: Engine,
-        backends: list[FakeBackend],
-        records: list[BatchRecord],
-        changes: list[tuple[str, str]],
+        self, engine: Engine, backends: list[FakeBackend], records: list[BatchRecord], changes: list[tuple[str, str]]
     ) -> None:
         self.engine, self.backends, self.records, self.changes = engine, backends, records, changes
         self.backend.batches.clear()  # the test text of the load

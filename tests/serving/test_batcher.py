@@ -208,12 +208,7 @@ def test_request_without_inputs_is_rejected() -> None:
     between=st.integers(0, 3),
 )
 def test_every_input_runs_exactly_once(
-    requests: list[list[int]],
-    cancelled: set[int],
-    batch_size: int,
-    batch_tokens: int,
-    dynamic: bool,
-    between: int,
+    requests: list[list[int]], cancelled: set[int], batch_size: int, batch_tokens: int, dynamic: bool, between: int
 ) -> None:
     """For any order of arrivals, cancellations and batches, each input runs once, limits hold, and counts agree."""
     batcher: Batcher[BatchJob] = Batcher(

@@ -74,9 +74,7 @@ def test_threads_share_arenas() -> None:
     def count_arenas(mode: str, **variables: str) -> int:
         command = [sys.executable, "-c", ARENAS, mode, str(2 * limit)]
         environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=environment | variables
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment | variables)
         return done.stdout.count("<heap nr=")
 
     assert count_arenas("limited") <= limit < count_arenas("unlimited")

@@ -150,9 +150,7 @@ async def test_requests_wait_during_a_restart() -> None:
         assert not any(ids("w3") in batch for batch in run.backend.batches)
 
 
-async def test_model_rejects_requests_while_a_hang_delays_its_restart(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_model_rejects_requests_while_a_hang_delays_its_restart(caplog: pytest.LogCaptureFixture) -> None:
     """The restart waits for the stream that hangs. After it, the accepted requests are answered."""
     on_batch = CrashOnce()
     assert on_batch.armed.acquire(blocking=False)

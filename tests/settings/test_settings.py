@@ -20,9 +20,7 @@ NO_FILE = Path("/nonexistent/.env")
 
 def load(**variables: str) -> Settings:
     """Read settings from variables, which get the prefix unless their name starts with an underscore."""
-    environ = {
-        name[1:] if name.startswith("_") else PREFIX + name: value for name, value in variables.items()
-    }
+    environ = {name[1:] if name.startswith("_") else PREFIX + name: value for name, value in variables.items()}
     settings, warnings = load_settings(NO_FILE, environ)
     assert warnings == []
     return settings
@@ -70,12 +68,7 @@ def test_mapping_of_the_guide(tmp_path: Path) -> None:
     assert [(s.alias, s.name, s.source, s.precision) for s in models.specs] == [
         ("gte-chinese", "damo/nlp_gte_sentence-embedding_chinese-base", "modelscope", "fp16"),
         ("gte-english", "sentence-transformers/all-MiniLM-L12-v2", "huggingface", "fp16"),
-        (
-            "multilingual",
-            "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
-            "huggingface",
-            "fp32",
-        ),
+        ("multilingual", "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2", "huggingface", "fp32"),
     ]
     assert models.preload == ("gte-chinese", "gte-english", "multilingual")
 
@@ -132,9 +125,7 @@ def test_model_can_have_another_name_on_a_hub() -> None:
 def test_limits_of_loaded_models() -> None:
     """Sizes have units. No more models than MAX_LOADED_MODELS are preloaded, and naming more is an error."""
     mapping = '{"a": {"name": "x"}, "b": {"name": "y"}}'
-    settings = load(
-        MODEL_MEMORY_LIMIT="1.5GiB", MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, LOAD_WAIT_S="0"
-    )
+    settings = load(MODEL_MEMORY_LIMIT="1.5GiB", MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, LOAD_WAIT_S="0")
     memory = settings.memory
     assert memory.model_memory_limit == 3 * 2**29
     assert (memory.max_loaded_models, memory.load_wait_s, memory.idle_unload_s) == (1, 0, None)
@@ -173,9 +164,7 @@ def test_mapping_entry_accepts_every_key() -> None:
 
 def test_name_and_mapping_are_both_served() -> None:
     """MODEL_NAME comes first and is the default model."""
-    models = load(
-        MODEL_NAME="o/main", MODEL_MAPPING='{"a": {"name": "x"}}', PRELOAD_MODELS="a"
-    ).served_models()
+    models = load(MODEL_NAME="o/main", MODEL_MAPPING='{"a": {"name": "x"}}', PRELOAD_MODELS="a").served_models()
     assert [spec.alias for spec in models.specs] == ["o/main", "a"]
     assert models.preload == ("a",)
     assert load(PRELOAD_MODELS="none").served_models().preload == ()
@@ -205,11 +194,7 @@ def test_variables_of_the_hubs_are_read() -> None:
         _HF_ENDPOINT="https://mirror.example", _HF_TOKEN="t2", _HF_HUB_OFFLINE="1",
     ).hubs  # fmt: skip
     assert (hubs.modelscope_cache_dir, hubs.modelscope_endpoint) == (Path("/ms"), "https://ms.example")
-    assert (hubs.hf_cache_dir, hubs.hf_endpoint, hubs.offline) == (
-        Path("/hf/hub"),
-        "https://mirror.example",
-        True,
-    )
+    assert (hubs.hf_cache_dir, hubs.hf_endpoint, hubs.offline) == (Path("/hf/hub"), "https://mirror.example", True)
     assert (hubs.token("modelscope"), hubs.token("huggingface")) == ("t1", "t2")
     own = load(_HF_TOKEN="other", HF_TOKEN="own", _HF_HUB_CACHE="/a", _HF_HOME="/b").hubs
     assert (own.token("huggingface"), own.hf_cache_dir) == ("own", Path("/a"))
@@ -305,8 +290,7 @@ def test_error_in_the_mapping_is_located(mapping: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "floors",
-    ['{"int9": 0.5}', '{"auto": 0.99}', '{"int8": 1.01}', '{"int8": -0.1}', '{"int8": NaN}', '{"int8": "x"}'],
+    "floors", ['{"int9": 0.5}', '{"auto": 0.99}', '{"int8": 1.01}', '{"int8": -0.1}', '{"int8": NaN}', '{"int8": "x"}']
 )
 def test_floor_of_an_unknown_precision_or_out_of_range_is_rejected(floors: str) -> None:
     """The line names the allowed precisions and the range."""
@@ -350,17 +334,13 @@ def test_duplicate_alias_is_rejected() -> None:
 
 def test_body_budget_has_room_for_one_request() -> None:
     """MAX_PENDING_BODY_MB must not be less than MAX_BODY_MB, so that an idle service accepts any allowed request."""
-    assert error_of(MAX_PENDING_BODY_MB="1").startswith(
-        "EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less"
-    )
+    assert error_of(MAX_PENDING_BODY_MB="1").startswith("EMB_PROVIDER_MAX_PENDING_BODY_MB=1: must not be less")
     assert load(MAX_BODY_MB="3").limits.max_pending_body_bytes == 24 * 1024 * 1024
 
 
 def test_unknown_name_is_reported_with_a_suggestion() -> None:
     """A misspelled setting is reported and does not prevent the start."""
-    _, warnings = load_settings(
-        NO_FILE, {"EMB_PROVIDER_MAX_BATCHSIZE": "1", "EMB_PROVIDER_XYZZY": "1", "OTHER": "1"}
-    )
+    _, warnings = load_settings(NO_FILE, {"EMB_PROVIDER_MAX_BATCHSIZE": "1", "EMB_PROVIDER_XYZZY": "1", "OTHER": "1"})
     assert len(warnings) == 2
     assert "did you mean EMB_PROVIDER_MAX_BATCH_SIZE?" in warnings[0]
     assert "docs/configuration.md" in warnings[1]
@@ -387,9 +367,7 @@ def test_user_without_a_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setattr(pwd, "getpwnam", nobody)
-    with pytest.raises(
-        SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR or HOME\.$"
-    ):
+    with pytest.raises(SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR or HOME\.$"):
         load()
     assert load(CACHE_DIR=str(tmp_path)).hubs.cache_dir == tmp_path
     with pytest.raises(SettingsError, match=r"^EMB_PROVIDER_LOG_DIR=~/logs: must be a directory\.$"):

@@ -44,12 +44,7 @@ def test_journal_of_a_download_by_an_earlier_version(tmp_path: Path, before: set
     write_files(begun, {"README.md": b"# tiny", "pytorch_model.bin.incomplete": b"half"})
     write_files(begun.with_name("v0"), {"vocab.txt.incomplete": b"half"})
     (found,) = journal.load_all(manifest_dir)
-    assert (found.key, found.operation, found.roots, found.path) == (
-        KEY,
-        "fetch",
-        (tmp_path / "ms",),
-        None,
-    )
+    assert (found.key, found.operation, found.roots, found.path) == (KEY, "fetch", (tmp_path / "ms",), None)
     left = leftovers(found, [])
     assert left.snapshots == (begun,)
     assert left.size == 14

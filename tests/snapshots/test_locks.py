@@ -13,13 +13,7 @@ import pytest
 
 from emb_model_provider.errors import OperationCancelledError
 from emb_model_provider.progress import CancelToken
-from emb_model_provider.snapshots.locks import (
-    FileLock,
-    is_locked,
-    lock_exclusive,
-    lock_shared,
-    try_lock_exclusive,
-)
+from emb_model_provider.snapshots.locks import FileLock, is_locked, lock_exclusive, lock_shared, try_lock_exclusive
 
 ROOT = Path(__file__).parents[2]
 HOLD = """

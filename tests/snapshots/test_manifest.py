@@ -27,9 +27,7 @@ def snapshot(tmp_path: Path) -> Snapshot:
     """Return a snapshot of two files."""
     directory = tmp_path / "ms"
     write_files(directory, {"config.json": b"{}", "weights.bin": b"weights"})
-    files = [
-        SnapshotFile(path.name, path.stat().st_size, hash_file(path).sha256) for path in directory.iterdir()
-    ]
+    files = [SnapshotFile(path.name, path.stat().st_size, hash_file(path).sha256) for path in directory.iterdir()]
     return Snapshot.of("modelscope", MS_REPO, "master", directory, files)
 
 
@@ -57,11 +55,7 @@ def load(manifest_dir: Path) -> Manifest:
             "iic--tiny--2ece89783d569e2e",
             "modelscope/iic--tiny--a20a262a56e73119.lock",
         ),
-        (
-            ManifestKey("local", "/models/模型"),
-            "models--2de3af4078f2738c",
-            "local/models--6f60d94bc8572ebf.lock",
-        ),
+        (ManifestKey("local", "/models/模型"), "models--2de3af4078f2738c", "local/models--6f60d94bc8572ebf.lock"),
     ],
 )
 def test_file_names_are_those_of_earlier_versions(key: ManifestKey, stem: str, lock: str) -> None:
@@ -93,10 +87,7 @@ def test_changed_time_stamp_is_recorded_after_hashing(snapshot: Snapshot, tmp_pa
     os.utime(snapshot.path / "weights.bin", ns=(5, 5))
     hashed: list[tuple[int, int]] = []
     for _ in range(2):
-        assert (
-            manifest.load_verified(KEY, tmp_path / "snapshots", lambda *count: hashed.append(count))
-            == snapshot
-        )
+        assert manifest.load_verified(KEY, tmp_path / "snapshots", lambda *count: hashed.append(count)) == snapshot
     assert hashed == [(7, 7)]
     assert load(tmp_path / "snapshots").mtimes["weights.bin"] == 5
     assert load(tmp_path / "snapshots").fetched == 1.0

@@ -49,9 +49,7 @@ router = APIRouter(tags=["management"])
 async def list_cached(services: ServicesDep, query: Annotated[ListQuery, Query()]) -> CachedModels:
     models = await services.in_disk_thread(partial(services.manager.list, everything=query.all))
     statuses = services.registry.statuses()
-    return CachedModels(
-        models=[_with_aliases(model, statuses) for model in models], total_size=_total_size(models)
-    )
+    return CachedModels(models=[_with_aliases(model, statuses) for model in models], total_size=_total_size(models))
 
 
 @router.delete(
@@ -61,9 +59,7 @@ async def list_cached(services: ServicesDep, query: Annotated[ListQuery, Query()
     "not changed.",
     responses=error_responses(400, 401, 403, 500, 503),
 )
-async def remove_all(
-    services: ServicesDep, request: Request, query: Annotated[RemoveAllQuery, Query()]
-) -> Removed:
+async def remove_all(services: ServicesDep, request: Request, query: Annotated[RemoveAllQuery, Query()]) -> Removed:
     models = await services.in_disk_thread(services.manager.list)
     before = services.registry.statuses()
     removal, unloaded = await CacheRemoval(services, request, query).run(models, services.manager.remove_all)
@@ -76,9 +72,7 @@ async def remove_all(
     description="By its id, or by its name with slashes or `%2F`. Returns each revision of it from each hub.",
     responses=error_responses(400, 401, 403, 404),
 )
-async def look(
-    services: ServicesDep, model_id: str, query: Annotated[CachedQuery, Query()]
-) -> CachedModelsDetails:
+async def look(services: ServicesDep, model_id: str, query: Annotated[CachedQuery, Query()]) -> CachedModelsDetails:
     models = await _find(services, model_id, query)
     details = [await services.in_disk_thread(partial(services.manager.inspect, model)) for model in models]
     statuses = services.registry.statuses()
@@ -101,9 +95,7 @@ async def verify(
     models = await _find(services, model_id, query)
     cancel = CancelToken()
     verify_model = partial(
-        services.manager.verify,
-        on_progress=lambda _: services.background.raise_if_shutting_down(),
-        cancel=cancel,
+        services.manager.verify, on_progress=lambda _: services.background.raise_if_shutting_down(), cancel=cancel
     )
     await request.body()
     async with cancelled_on_disconnect(request):
@@ -159,9 +151,7 @@ def _total_size(models: Sequence[CachedModelRecord]) -> int:
     return sum(files.values()) + sum(artifacts.values())
 
 
-def _removed(
-    removal: Removal, unloaded: list[str], before: Sequence[ModelStatus], *, dry_run: bool
-) -> Removed:
+def _removed(removal: Removal, unloaded: list[str], before: Sequence[ModelStatus], *, dry_run: bool) -> Removed:
     return Removed(
         dry_run=dry_run,
         models=[_with_aliases(model, before) for model in removal.models],

@@ -91,9 +91,7 @@ async def watch(services: ServicesDep, request: Request, job_id: str) -> Respons
     return EventSourceResponse(events, headers=headers)
 
 
-async def _events(
-    jobs: DownloadJobs, job_id: str, is_shutting_down: Callable[[], bool]
-) -> AsyncIterator[bytes]:
+async def _events(jobs: DownloadJobs, job_id: str, is_shutting_down: Callable[[], bool]) -> AsyncIterator[bytes]:
     """Yield the events of a job until it has ended or the service shuts down.
 
     The job is polled, because it changes with each block of bytes.

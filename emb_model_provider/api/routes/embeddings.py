@@ -72,9 +72,7 @@ class EmbeddingsFastPath:
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": f"#/components/schemas/{EmbeddingRequest.__name__}"}}
-            },
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{EmbeddingRequest.__name__}"}}},
         }
     },
 )
@@ -209,9 +207,7 @@ def _parse_integer(digits: str) -> int | float:
 def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
     value = fields.get("input")
     if value is None:
-        raise RequestError(
-            "Missing required parameter: 'input'.", param="input", code="missing_required_parameter"
-        )
+        raise RequestError("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -237,9 +233,7 @@ def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] |
             raise _invalid_input("an array of token ids is empty")
         if all(type(item) is int for row in value for item in row):
             return cast("list[list[int]]", value)
-    raise _invalid_input(
-        "all items must be strings, or all token ids, or all arrays of token ids, and not null"
-    )
+    raise _invalid_input("all items must be strings, or all token ids, or all arrays of token ids, and not null")
 
 
 def _invalid_input(reason: str) -> RequestError:
@@ -313,9 +307,7 @@ def _first(fields: Mapping[str, Any], *names: str) -> tuple[str, Any]:
 
 def _unsupported(name: str, value: object, supported: str, *, code: str = "invalid_value") -> RequestError:
     return RequestError(
-        f"Invalid value for '{name}' = {_quote(value)}. Supported values: [{supported}].",
-        param=name,
-        code=code,
+        f"Invalid value for '{name}' = {_quote(value)}. Supported values: [{supported}].", param=name, code=code
     )
 
 

@@ -16,13 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
 from emb_model_provider.api.routes.models import common_fields
-from emb_model_provider.api.schemas.management import (
-    LoadQuery,
-    Process,
-    ServedModel,
-    ServedModels,
-    UnloadQuery,
-)
+from emb_model_provider.api.schemas.management import LoadQuery, Process, ServedModel, ServedModels, UnloadQuery
 from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import AliasInUseError, ModelNotFoundError, NotAllowedError, RequestError
 from emb_model_provider.model_resolver import resolve_model, resolve_source
@@ -36,11 +30,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["management"])
 
 
-@router.get(
-    "/api/models",
-    summary="List the served models and their memory",
-    responses=error_responses(401, 403),
-)
+@router.get("/api/models", summary="List the served models and their memory", responses=error_responses(401, 403))
 async def list_served(services: ServicesDep) -> ServedModels:
     statuses = services.registry.statuses()
     memory = services.settings.memory
@@ -130,17 +120,11 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
     for param, value in (("model_name", name), ("alias", alias)):
         if value is not None and (not value.isprintable() or value != value.strip() or not value):
             raise RequestError(
-                f"Invalid value for '{param}' = {value!r}. Use printable text without surrounding spaces.",
-                param=param,
+                f"Invalid value for '{param}' = {value!r}. Use printable text without surrounding spaces.", param=param
             )
     try:
         spec = resolve_model(
-            settings,
-            name,
-            alias=alias,
-            source=query.source,
-            revision=query.revision,
-            precision=query.precision,
+            settings, name, alias=alias, source=query.source, revision=query.revision, precision=query.precision
         )
         is_directory = resolve_source(spec) == "local"
     except (OSError, RuntimeError, ValueError):  # the operating system rejects the name as a path

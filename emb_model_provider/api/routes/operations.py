@@ -19,11 +19,7 @@ from emb_model_provider.api.schemas.openai import Health, ModelReadiness, Readin
 if TYPE_CHECKING:
     from emb_model_provider.registry import ModelStatus
 
-_ASSETS = {
-    "swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui.css": "text/css",
-    "favicon-32x32.png": "image/png",
-}
+_ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css", "favicon-32x32.png": "image/png"}
 """Files of Swagger UI, with their media types."""
 
 router = APIRouter(tags=["operations"])

@@ -7,13 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from emb_model_provider.management.types import (
-    CachedModelRecord,
-    Details,
-    DownloadRecord,
-    FidelityObject,
-    Verification,
-)
+from emb_model_provider.management.types import CachedModelRecord, Details, DownloadRecord, FidelityObject, Verification
 from emb_model_provider.model_spec import Precision, Source
 from emb_model_provider.settings import Lowered
 
@@ -38,9 +32,7 @@ class ModelQuery(_Query):
     source: Annotated[Source, Lowered] | None = Field(
         None, description="The hub: auto, modelscope or huggingface. Default: that of the settings."
     )
-    revision: Name | None = Field(
-        None, description="Branch, tag or commit. Default: the hub's default branch."
-    )
+    revision: Name | None = Field(None, description="Branch, tag or commit. Default: the hub's default branch.")
     precision: Annotated[Precision, Lowered] | None = Field(
         None,
         description="Precision of the computation: auto, fp32, fp16, bf16, int8 or int4. Default: that of the settings.",
@@ -51,8 +43,7 @@ class LoadQuery(ModelQuery):
     """A model to load."""
 
     alias: Name | None = Field(
-        None,
-        description="The name that requests will use. Default: the alias of the settings, or `model_name`.",
+        None, description="The name that requests will use. Default: the alias of the settings, or `model_name`."
     )
     wait: bool = Field(True, description="false: respond with 202 at once, while the model is being loaded.")
 
@@ -69,9 +60,7 @@ class UnloadQuery(_Query):
 class DownloadQuery(ModelQuery):
     """A model to download."""
 
-    force: bool = Field(
-        False, description="Ask the hub even if the model is on disk, and download what changed."
-    )
+    force: bool = Field(False, description="Ask the hub even if the model is on disk, and download what changed.")
     compile: bool = Field(
         False, description="Also compile the model (at `precision`), so that it loads within seconds."
     )
@@ -123,18 +112,14 @@ class ServedModel(_Response):
     path: str | None = Field(description="The directory of its files.")
     configured: bool = Field(description="Whether it is in the settings.")
     preload: bool = Field(description="Whether it is loaded at startup.")
-    state: str = Field(
-        description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
-    )
+    state: str = Field(description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading.")
     error: str | None = Field(description="Why it failed, hangs, is being reloaded, or takes long to load.")
     unloaded_because: str | None
     loaded_at: datetime | None
     last_used: datetime | None = Field(description="Time of the last answered request.")
     requests_served: int = Field(description="Since the service started.")
     requests_per_s: float = Field(description="Over the last 60 seconds.")
-    p95_s: float | None = Field(
-        description="95th percentile of the latency over the last 60 seconds, in seconds."
-    )
+    p95_s: float | None = Field(description="95th percentile of the latency over the last 60 seconds, in seconds.")
     waiting_inputs: int
     waiting_tokens: int
     memory_bytes: int | None = Field(description="Memory that it takes, as far as it is known.")

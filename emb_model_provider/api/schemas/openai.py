@@ -33,9 +33,7 @@ _ERROR_DESCRIPTIONS = {
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that can fail with these statuses."""
-    return {
-        status: {"model": ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses
-    }
+    return {status: {"model": ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
 class EmbeddingRequest(BaseModel):
@@ -56,8 +54,7 @@ class EmbeddingRequest(BaseModel):
         description="One text, or up to 2048. Token ids are accepted only if the model's `token_input` allows them."
     )
     model: str | None = Field(
-        None,
-        description="An alias, a model's id, or the unique last part of an id. Default: the default model.",
+        None, description="An alias, a model's id, or the unique last part of an id. Default: the default model."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="`base64` is padded standard base64 of little-endian float32."
@@ -82,8 +79,7 @@ class EmbeddingRequest(BaseModel):
         None, description="Truncate inputs to this many tokens; -1 is the model's own limit."
     )
     normalize: bool | None = Field(
-        None,
-        description="Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`.",
+        None, description="Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`."
     )
     user: str | None = Field(None, description="Accepted and not used.")
 
@@ -121,9 +117,7 @@ class ModelObject(BaseModel):
     object: Literal["model"]
     created: int = Field(description="Unix time in seconds.")
     owned_by: str
-    state: str = Field(
-        description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading."
-    )
+    state: str = Field(description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading.")
     error: str | None = Field(description="Why it failed, hangs, is being reloaded, or takes long to load.")
     name: str = Field(description="The repository's id or directory.")
     source: str | None = Field(description="The hub it came from; before it is loaded, the requested hub.")
@@ -167,9 +161,7 @@ class ModelReadiness(BaseModel):
     """The state of a served model."""
 
     state: str
-    error: str | None = Field(
-        None, description="Why it failed, hangs, is being reloaded, or takes long to load."
-    )
+    error: str | None = Field(None, description="Why it failed, hangs, is being reloaded, or takes long to load.")
     notes: list[str] | None = Field(
         None, description="Notes on how it was loaded, for example why it runs on torch instead of OpenVINO."
     )

@@ -121,9 +121,7 @@ class OpenVinoBackend:
             self._fp32_request = None
             self._on_close()
 
-    def _embed(
-        self, batch: TokenBatch, acquire: Callable[[], AbstractContextManager[Any]]
-    ) -> NDArray[np.float32]:
+    def _embed(self, batch: TokenBatch, acquire: Callable[[], AbstractContextManager[Any]]) -> NDArray[np.float32]:
         if self._closed:
             raise RuntimeError("the backend is closed")
         self._check(batch)
@@ -139,9 +137,7 @@ class OpenVinoBackend:
         """Reject inputs for which the graph would read beyond its tables."""
         longest = max(map(len, batch.ids))
         if longest > self.description.max_length:
-            raise InferenceError(
-                f"An input has {longest} tokens; the model supports {self.description.max_length}."
-            )
+            raise InferenceError(f"An input has {longest} tokens; the model supports {self.description.max_length}.")
         lowest, highest = min(map(min, batch.ids)), max(map(max, batch.ids))
         if lowest < 0 or highest >= self.description.vocab_size:
             wrong = lowest if lowest < 0 else highest

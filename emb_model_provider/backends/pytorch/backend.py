@@ -14,11 +14,7 @@ from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.memory_estimate import torch_bytes
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
-from emb_model_provider.backends.precision import (
-    resolve_activations,
-    resolve_device,
-    resolve_torch_precision,
-)
+from emb_model_provider.backends.precision import resolve_activations, resolve_device, resolve_torch_precision
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.packing import (
     PROBES,
@@ -94,9 +90,7 @@ class TorchBackend:
         try:
             dimension = self._forward([[0]], prompt_length=0).shape[1]
         except Exception as error:
-            raise LoadError(
-                f"{snapshot.repository} was loaded but cannot embed: {describe_error(error)}"
-            ) from error
+            raise LoadError(f"{snapshot.repository} was loaded but cannot embed: {describe_error(error)}") from error
         description = describe(
             pipeline,
             plan,
@@ -126,9 +120,7 @@ class TorchBackend:
         """
         longest = max(map(len, batch.ids))
         if longest > self.description.max_length:
-            raise InferenceError(
-                f"An input has {longest} tokens; the model supports {self.description.max_length}."
-            )
+            raise InferenceError(f"An input has {longest} tokens; the model supports {self.description.max_length}.")
         if not self.description.excludes_prompt:
             return self._forward(batch.ids, prompt_length=0)
         lengths = sorted(set(batch.prompt_lengths))
@@ -221,37 +213,24 @@ class TorchBackend:
     def _padded_features(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         batch = TokenBatch(ids=ids, prompt_lengths=())
         tokens, mask = batch.pad(self._pad_token_id, self._padding_side)
-        return {
-            "input_ids": self._to_device(tokens),
-            "attention_mask": torch.from_numpy(mask).to(self._device),
-        }
+        return {"input_ids": self._to_device(tokens), "attention_mask": torch.from_numpy(mask).to(self._device)}
 
     def _bag_features(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return concatenated ids and the start of each input, which static embeddings read."""
         starts = np.cumsum([0, *(len(row) for row in ids[:-1])])
-        return {
-            "input_ids": self._to_device(_concatenate(ids)),
-            "offsets": torch.from_numpy(starts).to(self._device),
-        }
+        return {"input_ids": self._to_device(_concatenate(ids)), "offsets": torch.from_numpy(starts).to(self._device)}
 
     def _to_device(self, ids: NDArray[np.int64]) -> torch.Tensor:
         # Checked first, because on CUDA the lookup of a missing row breaks the CUDA context of the whole process.
         lowest, highest = int(ids.min()), int(ids.max())
         if lowest < 0 or highest >= self._vocab_size:
             wrong = lowest if lowest < 0 else highest
-            raise InferenceError(
-                f"An input has the token id {wrong}; the model has 0 to {self._vocab_size - 1}."
-            )
+            raise InferenceError(f"An input has the token id {wrong}; the model has 0 to {self._vocab_size - 1}.")
         return torch.from_numpy(ids).to(self._device)
 
 
 def _load(
-    plan: PipelinePlan,
-    precision: ComputePrecision,
-    device: str,
-    facts: DeviceFacts,
-    *,
-    trust_remote_code: bool,
+    plan: PipelinePlan, precision: ComputePrecision, device: str, facts: DeviceFacts, *, trust_remote_code: bool
 ) -> tuple[SentenceTransformer, tuple[str, ...]]:
     """Return the pipeline of a plan on a device, with its weights in a precision, and notes for the operator."""
     compute = resolve_activations(precision, device, facts, native_bf16=native_bf16())

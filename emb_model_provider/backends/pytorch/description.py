@@ -72,9 +72,7 @@ def describe(
                 "the tokenizer of the model truncates long inputs at their start, which is truncate=START here"
             )
         if getattr(tokenizer, "chat_template", None):
-            notes.append(
-                "the tokenizer has a chat template, which is not used: inputs are embedded as plain text"
-            )
+            notes.append("the tokenizer has a chat template, which is not used: inputs are embedded as plain text")
         highest = max(tokenizer.get_vocab().values(), default=0)
         if highest >= vocab_size:
             notes.append(
@@ -155,21 +153,14 @@ def _embedding_rows(pipeline: SentenceTransformer, tokens: int) -> int:
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast, pipeline: SentenceTransformer, vocab_size: int) -> int:
     # If there is none, any id can be used, because the attention mask hides it.
-    for candidate in (
-        tokenizer.pad_token_id,
-        getattr(pipeline.config, "pad_token_id", None),
-        tokenizer.eos_token_id,
-    ):
+    for candidate in (tokenizer.pad_token_id, getattr(pipeline.config, "pad_token_id", None), tokenizer.eos_token_id):
         if isinstance(candidate, int) and 0 <= candidate < vocab_size:
             return candidate
     return 0
 
 
 def _max_length(
-    pipeline: SentenceTransformer,
-    tokenizer: PreTrainedTokenizerFast,
-    plan: PipelinePlan,
-    notes: list[str],
+    pipeline: SentenceTransformer, tokenizer: PreTrainedTokenizerFast, plan: PipelinePlan, notes: list[str]
 ) -> int:
     """Return the longest input in tokens: that of the settings or the tokenizer, within the positions of the model."""
     settings = getattr(pipeline[0], "processing_kwargs", None) or {}
@@ -189,9 +180,7 @@ def _max_length(
         return positions or _FALLBACK_MAX_LENGTH
     if positions is not None and wanted > positions:
         if wanted != MODELSCOPE_MAX_LENGTH or plan.layout != "modelscope":
-            notes.append(
-                f"max length {wanted} exceeds the model's {positions} positions: {positions} is used"
-            )
+            notes.append(f"max length {wanted} exceeds the model's {positions} positions: {positions} is used")
         return positions
     return wanted
 

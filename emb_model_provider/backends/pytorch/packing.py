@@ -202,9 +202,7 @@ class Packing:
         return np.concatenate(counted).astype(np.int64)
 
 
-def disagreement(
-    packed: NDArray[np.float32], padded: NDArray[np.float32], alone: NDArray[np.float32]
-) -> str | None:
+def disagreement(packed: NDArray[np.float32], padded: NDArray[np.float32], alone: NDArray[np.float32]) -> str | None:
     """Return how packed vectors differ from padded ones, or None if the difference is acceptable.
 
     At half precision vectors depend slightly on the shape of the batch, so the tolerance for packing is derived from
@@ -261,9 +259,7 @@ def _attention_function(kernel: Kernel) -> Callable[..., tuple[torch.Tensor, Non
     ) -> tuple[torch.Tensor, None]:
         """Map (1, heads, tokens, width) to (1, tokens, heads, width), as transformers requires."""
         if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None or softcap is not None:
-            raise ValueError(
-                "packed attention requires packed rows, and supports neither a mask nor a soft cap"
-            )
+            raise ValueError("packed attention requires packed rows, and supports neither a mask nor a soft cap")
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", False))
         # The window of transformers includes the token itself.
         reach = -1 if sliding_window is None else sliding_window - 1

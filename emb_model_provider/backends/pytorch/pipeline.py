@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-DTYPES: dict[ComputePrecision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+DTYPES: dict[ComputePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _LOADING = threading.Lock()
 """Held while a model is loaded, because transformers changes the default dtype of the process. Of two loads at the same
@@ -176,9 +172,7 @@ class _CheckedSentenceTransformer(SentenceTransformer):
         return _CheckedTransformer if module is Transformer else module
 
 
-def _build(
-    plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool
-) -> SentenceTransformer:
+def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool) -> SentenceTransformer:
     """Build the pipeline of a directory without `modules.json`."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     # Set to plain text, because sentence-transformers would render every input as a chat message if the tokenizer has
@@ -259,14 +253,9 @@ def _check(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
             "which is not supported. Choose a model that embeds plain text."
         )
     if "text" not in modalities:
-        raise UnsupportedModelError(
-            f"{name} does not embed text (its inputs are: {', '.join(map(str, modalities))})."
-        )
+        raise UnsupportedModelError(f"{name} does not embed text (its inputs are: {', '.join(map(str, modalities))}).")
     settings = getattr(first, "processing_kwargs", None) or {}
-    unknown = {
-        **settings.get("text", {}),
-        **settings.get("common", {}),
-    }.keys() - _TEXT_SETTINGS_WITHOUT_EFFECT
+    unknown = {**settings.get("text", {}), **settings.get("common", {})}.keys() - _TEXT_SETTINGS_WITHOUT_EFFECT
     if unknown:
         raise UnsupportedModelError(
             f"{name} changes how text is tokenized ({', '.join(sorted(unknown))} in its processing_kwargs), "

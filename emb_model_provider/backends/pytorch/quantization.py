@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.base import ComputePrecision
 
-PACKAGES: dict[ComputePrecision, tuple[str, ...]] = {
-    "int8": ("torchao",),
-    "int4": ("torchao", "bitsandbytes"),
-}
+PACKAGES: dict[ComputePrecision, tuple[str, ...]] = {"int8": ("torchao",), "int4": ("torchao", "bitsandbytes")}
 """Packages that a precision requires besides PyTorch; precisions that are not listed require none."""
 
 _GROUP = 32
@@ -46,9 +43,7 @@ def require_packages(precision: ComputePrecision) -> None:
 
 
 @torch.no_grad()
-def quantize_pipeline(
-    pipeline: SentenceTransformer, *, precision: ComputePrecision, device: str
-) -> tuple[str, ...]:
+def quantize_pipeline(pipeline: SentenceTransformer, *, precision: ComputePrecision, device: str) -> tuple[str, ...]:
     """Quantize the linear layers and the word table of a pipeline in place, and move it to a device.
 
     Layers are moved and quantized one by one, so that a GPU never holds the model at full size. Subclasses of Linear
@@ -117,9 +112,7 @@ class Int8Embedding(torch.nn.Module):
             rows = slice(start, min(start + _TABLE_ROWS_PER_STEP, self.num_embeddings))
             values = source(torch.arange(rows.start, rows.stop, device=weight.device)).float()
             # The minimum is for rows of zeros (padding), which have no scale.
-            scale[rows] = (
-                values.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-            )
+            scale[rows] = values.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
             weight[rows] = (values / scale[rows]).round().to(torch.int8)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)

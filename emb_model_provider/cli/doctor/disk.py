@@ -26,13 +26,9 @@ def check_directories(settings: Settings) -> Iterator[CheckResult]:
 
     hubs, logs = settings.hubs, settings.logs
     yield _check("cache", hubs.cache_dir, "EMB_PROVIDER_CACHE_DIR")
+    yield _check("cache of huggingface", cache_root("huggingface", hubs.hf_cache_dir), "EMB_PROVIDER_HF_CACHE_DIR")
     yield _check(
-        "cache of huggingface", cache_root("huggingface", hubs.hf_cache_dir), "EMB_PROVIDER_HF_CACHE_DIR"
-    )
-    yield _check(
-        "cache of modelscope",
-        cache_root("modelscope", hubs.modelscope_cache_dir),
-        "EMB_PROVIDER_MODELSCOPE_CACHE_DIR",
+        "cache of modelscope", cache_root("modelscope", hubs.modelscope_cache_dir), "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
     )
     if logs.log_to_file:
         yield _check("log", logs.log_dir, "EMB_PROVIDER_LOG_DIR", small=True)

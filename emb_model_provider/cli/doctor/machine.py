@@ -38,12 +38,7 @@ def check_python() -> Iterator[CheckResult]:
 
 def check_packages() -> Iterator[CheckResult]:
     """Check the packages that serve, compile and download models."""
-    from emb_model_provider.artifacts.recipe import (
-        QUANTIZER,
-        RUNTIME_PACKAGES,
-        TOOL_PACKAGES,
-        installed_version,
-    )
+    from emb_model_provider.artifacts.recipe import QUANTIZER, RUNTIME_PACKAGES, TOOL_PACKAGES, installed_version
 
     hubs = ("huggingface-hub", "modelscope-hub")
     names = ("emb-model-provider", *RUNTIME_PACKAGES, *TOOL_PACKAGES, QUANTIZER, *hubs)
@@ -161,15 +156,11 @@ def _memory_limit(root: Path) -> int | None:
 
 def _no_device(configured: list[str]) -> CheckResult:
     if configured:
-        advice = (
-            "Set EMB_PROVIDER_DEVICE to auto or cpu, or give this process a device (docker run --gpus all)."
-        )
+        advice = "Set EMB_PROVIDER_DEVICE to auto or cpu, or give this process a device (docker run --gpus all)."
         return CheckResult("cuda", "fail", f"no device, but {', '.join(configured)} is configured", advice)
     if Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia").exists():
         advice = "In a container: docker run --gpus all, and NVIDIA_DRIVER_CAPABILITIES=compute,utility."
-        return CheckResult(
-            "cuda", "warn", "this machine has an NVIDIA device that this process cannot use", advice
-        )
+        return CheckResult("cuda", "warn", "this machine has an NVIDIA device that this process cannot use", advice)
     return CheckResult("cuda", "ok", "no device: models run on the processor")
 
 

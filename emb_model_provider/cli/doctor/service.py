@@ -86,9 +86,7 @@ def check_models(settings: Settings) -> Iterator[CheckResult]:
             yield _not_compiled(check, hub, pull)
         elif settings.hubs.offline:
             advice = f"Unset EMB_PROVIDER_OFFLINE, and run once: {pull}"
-            yield CheckResult(
-                check, "fail", f"not on disk, and EMB_PROVIDER_OFFLINE forbids requests to {hub}", advice
-            )
+            yield CheckResult(check, "fail", f"not on disk, and EMB_PROVIDER_OFFLINE forbids requests to {hub}", advice)
         else:
             advice = f"The first start downloads it. To download it now: {pull}"
             yield CheckResult(check, "warn", f"not on disk yet ({hub})", advice)
@@ -134,24 +132,18 @@ def _judge(status: HubStatus, *, is_needed: bool) -> CheckResult:
         )
     failure = "answers with an error" if status.state == "fails" else "cannot be reached"
     alternative = (
-        "or EMB_PROVIDER_MODEL_SOURCE to the other hub"
-        if status.hub == "huggingface"
-        else "or try again later"
+        "or EMB_PROVIDER_MODEL_SOURCE to the other hub" if status.hub == "huggingface" else "or try again later"
     )
     advice = f"Check the network and the proxy; set {prefix}_ENDPOINT to a mirror, {alternative}."
     if not is_needed:
-        advice += (
-            " Models on disk are served without it (EMB_PROVIDER_OFFLINE=true sends no requests to hubs)."
-        )
+        advice += " Models on disk are served without it (EMB_PROVIDER_OFFLINE=true sends no requests to hubs)."
     return CheckResult(name, level, f"{found}: {failure} ({status.reason})", advice)
 
 
 def _check_compiled(check: str, models: list[CachedModelRecord], pull: str, spec: ModelSpec) -> CheckResult:
     artifacts = [artifact for model in models for artifact in model.artifacts]
     if artifacts:
-        labels = dict.fromkeys(
-            precision_label(artifact.precision, artifact.computed) for artifact in artifacts
-        )
+        labels = dict.fromkeys(precision_label(artifact.precision, artifact.computed) for artifact in artifacts)
         return CheckResult(check, "ok", f"on disk, compiled at {', '.join(labels)}")
     if spec.backend == "torch" or spec.device.startswith(("cuda", "mps")):
         return CheckResult(check, "ok", "on disk")

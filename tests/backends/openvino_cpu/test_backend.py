@@ -12,11 +12,7 @@ import pytest
 
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.hardware import native_bf16
-from emb_model_provider.backends.openvino_cpu.backend import (
-    MICRO_BATCH_TOKENS,
-    OpenVinoBackend,
-    RequestPool,
-)
+from emb_model_provider.backends.openvino_cpu.backend import MICRO_BATCH_TOKENS, OpenVinoBackend, RequestPool
 from emb_model_provider.backends.openvino_cpu.runtime import Compiled, compile_streams
 from emb_model_provider.errors import InferenceError, LoadError
 

@@ -38,8 +38,4 @@ def test_the_first_use_in_two_threads_does_not_deadlock() -> None:
 def test_the_number_of_streams(cpus: int, streams: int, has_latency_request: bool) -> None:
     """One per processor, up to four. One stream needs no latency request."""
     layout = stream_layout(cpus)
-    assert (layout.streams, layout.threads, layout.has_latency_request) == (
-        streams,
-        cpus,
-        has_latency_request,
-    )
+    assert (layout.streams, layout.threads, layout.has_latency_request) == (streams, cpus, has_latency_request)

@@ -52,8 +52,7 @@ def test_no_other_split_costs_less(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "longest", "expected"),
-    [(13, 256, 13), (64, 256, 64), (65, 256, 72), (250, 254, 254), (300, 256, 300)],
+    ("length", "longest", "expected"), [(13, 256, 13), (64, 256, 64), (65, 256, 72), (250, 254, 254), (300, 256, 300)]
 )
 def test_lengths_above_64_are_rounded_up(length: int, longest: int, expected: int) -> None:
     """But not beyond the maximum length of the model."""

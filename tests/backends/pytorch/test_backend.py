@@ -100,9 +100,7 @@ def test_models_loaded_at_the_same_time_keep_their_precision(family_directory: C
     """transformers changes the default dtype of the process while it loads a model; it must be restored."""
     directory = family_directory("bert-mean-normalize")
     with ThreadPoolExecutor(4) as pool:
-        loads = [
-            pool.submit(load_torch, directory, precision=p) for p in ("bf16", "fp32", "fp16", "fp32") * 2
-        ]
+        loads = [pool.submit(load_torch, directory, precision=p) for p in ("bf16", "fp32", "fp16", "fp32") * 2]
         precisions = [future.result().description.precision for future in loads]
     assert precisions == ["bf16", "fp32", "fp16", "fp32"] * 2
     assert torch.get_default_dtype() == torch.float32

@@ -55,9 +55,7 @@ def test_prompts_equal_sentence_transformers(family: str, family_directory: Call
             assert cosines(expected, plain).min() < 0.999
 
 
-def test_an_empty_prompt_replaces_the_default_prompt(
-    family_directory: Callable[[str], Path],
-) -> None:
+def test_an_empty_prompt_replaces_the_default_prompt(family_directory: Callable[[str], Path]) -> None:
     """The vectors are those of the texts without a prompt."""
     directory = family_directory("bert-prompts-excluded")
     backend = load_torch(directory)

@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.pytorch.backend import TorchBackend
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def load(directory: Path, **spec: object) -> TorchBackend:
@@ -41,9 +38,7 @@ def load(directory: Path, **spec: object) -> TorchBackend:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_equals_sentence_transformers_at_fp32(
-    family: str, family_directory: Callable[[str], Path]
-) -> None:
+def test_family_equals_sentence_transformers_at_fp32(family: str, family_directory: Callable[[str], Path]) -> None:
     """Vectors and norms are those of the reference on the CPU."""
     directory = family_directory(family)
     expected = reference(directory).encode(TEXTS, show_progress_bar=False)
@@ -147,9 +142,7 @@ def test_families_with_integer_weights(
 def test_the_bundled_model_with_integer_weights(precision: str, bound: float) -> None:
     texts = [text for text in TEXTS if text.strip()]
     expected = reference(bundled_directory()).encode(texts, show_progress_bar=False)
-    assert (
-        cosines(embed_texts(load(bundled_directory(), precision=precision), texts), expected).min() >= bound
-    )
+    assert cosines(embed_texts(load(bundled_directory(), precision=precision), texts), expected).min() >= bound
 
 
 def test_integer_weights_save_memory() -> None:
@@ -170,14 +163,7 @@ def test_integer_weights_save_memory() -> None:
 
 # --- attention ------------------------------------------------------------------------------------------
 
-PACKED = [
-    "bert-mean-normalize",
-    "bert-cls",
-    "bert-dense",
-    "bert-prompts-excluded",
-    "xlm-roberta",
-    "modernbert",
-]
+PACKED = ["bert-mean-normalize", "bert-cls", "bert-dense", "bert-prompts-excluded", "xlm-roberta", "modernbert"]
 PACKED += ["qwen3-left", "qwen3-right"]
 
 
@@ -188,13 +174,7 @@ def needs_varlen() -> None:
 
 @pytest.mark.parametrize(
     ("heads", "shared", "width", "window"),
-    [
-        (4, 4, 64, (-1, -1)),
-        (4, 2, 128, (-1, 0)),
-        (4, 4, 12, (-1, -1)),
-        (4, 4, 64, (8, 8)),
-        (4, 2, 64, (8, 0)),
-    ],
+    [(4, 4, 64, (-1, -1)), (4, 2, 128, (-1, 0)), (4, 4, 12, (-1, -1)), (4, 4, 64, (8, 8)), (4, 2, 64, (8, 0))],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_kernel_equals_the_reference(
@@ -216,9 +196,7 @@ def test_the_kernel_equals_the_reference(
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("family", PACKED)
-def test_supported_families_are_packed(
-    family: str, precision: str, family_directory: Callable[[str], Path]
-) -> None:
+def test_supported_families_are_packed(family: str, precision: str, family_directory: Callable[[str], Path]) -> None:
     """At half precision and with integer weights. Otherwise a note says why they are not."""
     needs_varlen()
     backend = load(family_directory(family), precision=precision)
@@ -238,9 +216,7 @@ def test_packed_vectors_equal_the_reference() -> None:
 
 
 @pytest.mark.parametrize(("family", "precision"), [("mpnet", "bf16"), ("bert-cls", "fp32")])
-def test_other_models_are_padded(
-    family: str, precision: str, family_directory: Callable[[str], Path]
-) -> None:
+def test_other_models_are_padded(family: str, precision: str, family_directory: Callable[[str], Path]) -> None:
     """Those with relative position biases, and those at fp32, without a note."""
     backend = load(family_directory(family), precision=precision)
     assert not backend.packs

@@ -46,9 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-def kernel_without_starts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **_: Any
-) -> Any:
+def kernel_without_starts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **_: Any) -> Any:
     """Compute attention over all inputs together, which is wrong."""
     starts = torch.tensor([0, len(query)], dtype=torch.int32)
     return reference_kernel(query, key, value, starts, len(query), scale=0.3, window=(-1, -1))
@@ -58,10 +56,7 @@ def failing_kernel(*args: Any, **_: Any) -> torch.Tensor:
     raise RuntimeError("no kernel for this device")
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["bert-dense", "bert-prompts-excluded", "xlm-roberta", "modernbert", "qwen3-left"],
-)
+@pytest.mark.parametrize("family", ["bert-dense", "bert-prompts-excluded", "xlm-roberta", "modernbert", "qwen3-left"])
 def test_packed_equals_padded(family: str, family_directory: Callable[[str], Path]) -> None:
     """For mixed texts, each prompt, and single texts."""
     backend = load_torch(family_directory(family))

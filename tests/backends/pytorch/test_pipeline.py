@@ -52,9 +52,7 @@ def test_missing_weights_are_an_error(layout: str, bert_copy: Path, tmp_path: Pa
     directory = bert_copy if layout == "modules.json" else save_bare(tmp_path / "bare", bert, wordpiece())
     weights = load_file(directory / "model.safetensors")
     name = "encoder.layer.1.output.dense.weight"
-    save_file(
-        {k: v for k, v in weights.items() if k != name}, directory / "model.safetensors", {"format": "pt"}
-    )
+    save_file({k: v for k, v in weights.items() if k != name}, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(LoadError, match=name):
         load_torch(directory)
 
@@ -73,9 +71,7 @@ def test_weights_of_another_model_class_are_an_error(tmp_path: Path) -> None:
     """All weights of the model would be random, because the names differ."""
     directory = save_modelscope(tmp_path / "gte", None, safetensors=True)
     weights = load_file(directory / "model.safetensors")
-    save_file(
-        {f"tower.{k}": v for k, v in weights.items()}, directory / "model.safetensors", {"format": "pt"}
-    )
+    save_file({f"tower.{k}": v for k, v in weights.items()}, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(LoadError, match="noise"):
         load_torch(directory)
 
@@ -165,9 +161,7 @@ def test_a_model_of_chat_messages_is_an_error(bert_copy: Path) -> None:
 
 def test_processing_kwargs_that_change_the_tokens_are_an_error(bert_copy: Path) -> None:
     """The message names them."""
-    edit_json(
-        bert_copy / "sentence_bert_config.json", processing_kwargs={"text": {"add_special_tokens": False}}
-    )
+    edit_json(bert_copy / "sentence_bert_config.json", processing_kwargs={"text": {"add_special_tokens": False}})
     with pytest.raises(UnsupportedModelError, match="add_special_tokens"):
         load_torch(bert_copy)
 

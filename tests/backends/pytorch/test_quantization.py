@@ -14,14 +14,7 @@ import torch
 
 from emb_model_provider.backends.pytorch.quantization import Int8Embedding, quantize_pipeline
 from emb_model_provider.errors import UnsupportedModelError, UnsupportedPrecisionError
-from tests.backends.helpers import (
-    TEXTS,
-    cosines,
-    embed_texts,
-    load_torch,
-    load_torch_pipeline,
-    reference,
-)
+from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, load_torch_pipeline, reference
 from tests.backends.small_tokenizers import wordpiece
 from tests.models import bundled_directory
 
@@ -74,9 +67,7 @@ def test_quantized_modules(precision: ComputePrecision, nf4_layers: int) -> None
     assert any("feed-forward" in note for note in notes) == (precision == "int4")
 
 
-@pytest.mark.parametrize(
-    ("precision", "package"), [("int8", "torchao"), ("int4", "bitsandbytes"), ("int4", "torchao")]
-)
+@pytest.mark.parametrize(("precision", "package"), [("int8", "torchao"), ("int4", "bitsandbytes"), ("int4", "torchao")])
 def test_a_missing_package_is_an_error(
     precision: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

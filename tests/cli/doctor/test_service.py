@@ -39,8 +39,7 @@ def test_a_port_in_use_by_another_program_fails(
 
 
 @pytest.mark.parametrize(
-    ("hub", "model", "name"),
-    [("huggingface", HF_REPO, "Hugging Face"), ("modelscope", MS_REPO, "ModelScope")],
+    ("hub", "model", "name"), [("huggingface", HF_REPO, "Hugging Face"), ("modelscope", MS_REPO, "ModelScope")]
 )
 def test_a_token_that_the_hub_rejects_fails(
     hub: str, model: str, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
