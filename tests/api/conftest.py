@@ -44,7 +44,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backen
         "CORS_ORIGINS": ORIGIN,
         "ALLOWED_HOSTS": "localhost,emb.example:8443",
         "MODEL_MAPPING": json.dumps(MAPPING),
-        "PRELOAD_MODELS": "mini,half",
+        "PRELOAD_MODELS": "mini,strict",
         "MAX_INPUTS": "20",
         "MAX_REQUEST_TOKENS": "2000",
         "MAX_BODY_MB": "0.25",

@@ -40,12 +40,13 @@ MAPPING: dict[str, dict[str, Any]] = {
         "dimensions": "any",
         "prompts": {"query": "query: ", "document": "passage: "},
     },
-    "half": {"name": BUNDLED, "precision": "bf16", "backend": "torch", "truncate": "NONE"},
+    "strict": {"name": BUNDLED, "precision": "fp32", "truncate": "NONE"},
     "team/own-ids": {"name": BUNDLED, "precision": "fp32", "token_input": "model", "dimensions": [64, 128]},
     "openai-ids": {"name": BUNDLED, "precision": "fp32", "token_input": "cl100k"},
     "late": {"name": BUNDLED},
+    "half": {"name": BUNDLED, "precision": "bf16", "backend": "torch"},
 }
-"""Models of the `guarded` service. The last three are loaded by their first request."""
+"""Models of the `guarded` service, of which only `mini` and `strict` are loaded at startup."""
 
 MANY_TEXTS = [f"{number} " + "word " * 254 for number in range(1000)]
 """256,000 tokens, which no machine embeds within the request timeout of the `strained` service."""

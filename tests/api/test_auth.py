@@ -103,7 +103,7 @@ def test_logs_contain_neither_keys_nor_inputs(guarded: Service) -> None:
     secret = "a-text-that-nobody-else-may-read"
     call(guarded, "POST", "/v1/embeddings", authorization="Bearer sk-wrong-but-secret")
     guarded.embed(secret)
-    guarded.embed(secret + " word" * 300, model="half")
+    guarded.embed(secret + " word" * 300, model="strict")
     guarded.embed([secret, None])
     guarded.embed("x", encoding_format=secret)
     guarded.post(f'{{"input": "{secret}'.encode())
