@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.api.helpers import cosines
-from tests.backends.test_tokenization import TOKENIZERS, tokenization_of
+from tests.backends.helpers import TOKENIZERS, tokenization_of
 from tests.fuzz.contract import Response, check, vectors
 from tests.fuzz.odd_texts import odd_texts
 from tests.service import BUNDLED
