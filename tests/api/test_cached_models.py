@@ -36,6 +36,12 @@ def repositories(hub: HuggingFaceServer) -> None:
         hub.repos.setdefault(name, small_repository(seed))
 
 
+@pytest.fixture(scope="module")
+def small_model(managed: Service, small_hub: HuggingFaceServer) -> None:
+    """Compile acme/small. acme/served shares its compiled form, which is kept when acme/served is removed."""
+    download(managed, "acme/small", compile="true")
+
+
 def hold(service: Service, path: str) -> FileLock:
     """Lock a snapshot as another process that uses it does."""
     return SnapshotLocks(service.directory / "disk" / "own").hold(Path(path))
@@ -83,7 +89,7 @@ def test_verify_finds_a_changed_byte(managed: Service) -> None:
     assert result["models"][0]["findings"] == [{"path": "model.safetensors", "problem": "bytes"}]
 
 
-@pytest.mark.usefixtures("small_hub")
+@pytest.mark.usefixtures("small_model")
 def test_model_in_use_is_removed_only_with_unload(managed: Service) -> None:
     """A loaded model is not removed, and the error names its alias; with `unload` it is unloaded and removed."""
     assert load(managed, "acme/served", alias="busy").status_code == 200
@@ -106,7 +112,7 @@ def test_model_in_use_is_removed_only_with_unload(managed: Service) -> None:
     assert not Path(before["path"]).exists()
 
 
-@pytest.mark.usefixtures("small_hub")
+@pytest.mark.usefixtures("small_model")
 def test_model_is_served_again_if_another_process_uses_it(managed: Service) -> None:
     """If a model was unloaded and cannot be removed, it is served as before."""
     assert load(managed, "acme/served", alias="busy").status_code == 200
@@ -119,7 +125,7 @@ def test_model_is_served_again_if_another_process_uses_it(managed: Service) -> N
     assert remove(managed, "acme_served", unload="true").status_code == 200
 
 
-@pytest.mark.usefixtures("small_hub")
+@pytest.mark.usefixtures("small_model")
 def test_removal_waits_for_a_model_in_use(managed: Service) -> None:
     """With `wait_s`, a model that is in use is removed as soon as it is not."""
     assert load(managed, "acme/served", alias="leaving").status_code == 200
@@ -144,7 +150,7 @@ def test_one_revision_is_removed(managed: Service, hub: HuggingFaceServer) -> No
     assert [model["revision"] for model in cached_models(managed, "acme/old")] == [second["revision"]]
 
 
-@pytest.mark.usefixtures("small_hub")
+@pytest.mark.usefixtures("small_model")
 def test_remove_all_keeps_models_in_use(managed: Service) -> None:
     """`all` removes models that are not in use, and lists the others with the reason; with `unload` also those."""
     two = download(managed, "acme/two")

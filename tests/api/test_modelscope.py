@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 import torch
 
 from tests.hubs.servers import ModelScopeServer
@@ -18,6 +19,7 @@ GTE = "damo/nlp_gte_sentence-embedding_chinese-base"
 TEXTS = ["这是一个中文文本示例", "hello world", "一"]
 
 
+@pytest.mark.slow
 def test_gte_from_modelscope(tmp_path: Path, service_cache: str, backend: str) -> None:
     """The settings of the guide serve a GTE repository with the vectors of its CLS token, and a second start sends no request to the hub."""
     directory = save_modelscope(tmp_path / "gte", gte_configuration())
