@@ -183,7 +183,7 @@ class RequestFactory:
         long = "word " * 300
         many = [long] * (MAX_REQUEST_TOKENS // 256 + 2)
         contents: dict[str, tuple[Any, int, str]] = {
-            "unknown model": ({"model": "nobody", "input": text}, 404, "model_not_found"),
+            "unknown model": ({"model": "unknown", "input": text}, 404, "model_not_found"),
             "bad JSON": ('{"input": "' + text, 400, "invalid_json"),
             "no inputs": ({"model": model, "input": []}, 400, "invalid_input"),
             "null input": ({"model": model, "input": [text, None]}, 400, "invalid_input"),

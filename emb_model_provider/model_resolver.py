@@ -36,7 +36,7 @@ def resolve_model(
 
     1. The alias or the name of a configured model. A name does not match if another hub or revision is requested than
        the configured one, because the other settings of the model may not apply there. An alias does match at another
-       revision; at another hub it stands for the name.
+       revision; on another hub it replaces the name.
     2. A directory that exists.
     3. The id of a repository.
 

@@ -1,4 +1,4 @@
-"""What is installed is what was tested: exact versions of the whole tree stand in pyproject.toml."""
+"""The installed versions are the tested ones, which pyproject.toml pins."""
 
 from __future__ import annotations
 

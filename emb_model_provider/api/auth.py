@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _PROXY_HEADERS = frozenset({"forwarded", "x-real-ip", "via"})
-"""Headers that proxies add, beside those that begin with `X-Forwarded`."""
+"""Headers that proxies add, next to those that begin with `X-Forwarded`."""
 
 
 class AccessPolicy:

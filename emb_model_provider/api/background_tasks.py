@@ -34,7 +34,7 @@ class BackgroundTasks:
         # Keep a reference, because the event loop does not, and the task could be garbage-collected.
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        # Retrieve the exception, because nobody may wait for the task. The model's status shows the failure.
+        # Retrieve the exception, because it is possible that no caller waits for the task. The model's status shows the failure.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return task
 

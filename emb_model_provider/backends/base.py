@@ -26,7 +26,7 @@ class Fidelity:
     texts: int
     """Number of texts compared."""
     top10_overlap: float | None = None
-    """Mean share of each text's ten nearest neighbours that are also its ten nearest at fp32, 0 to 1."""
+    """Mean share of each text's ten nearest neighbors that are also its ten nearest at fp32, 0 to 1."""
     spearman: float | None = None
     """Spearman's rank correlation of the similarities of all pairs of those texts, -1 to 1."""
 

@@ -109,7 +109,7 @@ def resolve_activations(
         return precision
     if device.startswith("cuda"):
         return _half_precision(device, facts)
-    # With int8 weights bf16 costs 0.0001 of the lowest cosine, and is 1.7 times as fast (see docs/performance.md).
+    # With int8 weights bf16 costs 0.0001 of the lowest cosine, and is 1.7 times as fast (see docs/precision.md).
     return "bf16" if native_bf16 else "fp32"
 
 

@@ -167,7 +167,7 @@ class TextPreTruncator:
             return None
         contents = [token["content"] for token in added]
         longest = max(map(len, contents), default=0)
-        # Two more characters: the neighbour of a special token, which decides whether it is one, and half a surrogate
+        # Two more characters: the neighbor of a special token, which decides whether it is one, and half a surrogate
         # pair.
         at_end = _MAX_DECOMPOSITION * (longest + 2)
         return cls(

@@ -120,7 +120,7 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
     if not dry_run:
         if _has_models(result):
             _confirm(result, yes=yes)
-        # Even if no model is listed, because there can be partial files beside a complete model.
+        # Even if no model is listed, because there can be partial files next to a complete model.
         removal = run_until_interrupted(lambda: manager.prune(dry_run=False), _INTERRUPTED)
         result = _to_json([removal], dry_run=False)
     _print(result, quiet=quiet, as_json=as_json)
@@ -140,7 +140,7 @@ class _LocalRemoval:
         """Return what `remove` is going to remove. A model that can be waited for may be in use.
 
         Raises:
-            NotCachedError: There is no such model.
+            NotCachedError: The model is not on disk.
             ModelInUseError: A model is in use, and `wait_s` is 0.
         """
         from emb_model_provider.management.types import Removal
@@ -161,7 +161,7 @@ class _LocalRemoval:
         """Remove the models. Nothing is removed if one of several is in use already.
 
         Raises:
-            NotCachedError: There is no such model.
+            NotCachedError: The model is not on disk.
             ModelInUseError: A model is in use for longer than `wait_s`.
         """
         if not self.names:
@@ -196,7 +196,7 @@ class _RemoteRemoval:
 
         Raises:
             ServerUnreachableError: No server answers.
-            ServerRefusedError: There is no such model, or it cannot be unloaded.
+            ServerRefusedError: The model does not exist, or it cannot be unloaded.
         """
         options = {"wait_s": self.wait_s, "unload": True, "dry_run": dry_run}
         if not self.names:

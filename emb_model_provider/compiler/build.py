@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ACCURACY_TARGETS: Mapping[ComputePrecision, tuple[float, float]] = {"int8": (0.995, 0.97), "int4": (0.97, 0.92)}
-"""Targets of integer weights: the lowest cosine to fp32, and the share of the ten nearest neighbours kept."""
+"""Targets of integer weights: the lowest cosine to fp32, and the share of the ten nearest neighbors kept."""
 _EXACT_GRAPH = "exact.xml"
 """The graph before quantization, in the directory of the artifact."""
 
@@ -216,7 +216,7 @@ def _first_accurate(
         if target is not None and precision == "int8" and not _reaches(fidelity, *target):
             reasons.append(
                 f"with activations in 8 bits (lowest cosine {fidelity.min_cosine:.4f}, "
-                f"{fidelity.top10_overlap or 0:.4f} of neighbours kept; the targets are {target[0]} and {target[1]})"
+                f"{fidelity.top10_overlap or 0:.4f} of neighbors kept; the targets are {target[0]} and {target[1]})"
             )
             continue
         notes = (f"computed in {precision}, because it is not accurate enough {reason}" for reason in reasons)

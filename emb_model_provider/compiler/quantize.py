@@ -6,7 +6,7 @@ that exceeds 21.5 % of the size at fp32, as many matrices as necessary are in 4 
 GPTQ over the calibration texts.
 
 So int4 takes at most 22 % of fp32. The table comes first, because an error in a table affects one token, and an error
-in a matrix affects all tokens (see docs/performance.md).
+in a matrix affects all tokens (see docs/precision.md).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 
 from emb_model_provider.backends.base import Fidelity, TokenBatch
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.fidelity.metrics import cosines, neighbour_overlap, similarities, spearman
+from emb_model_provider.fidelity.metrics import cosines, neighbor_overlap, similarities, spearman
 from emb_model_provider.fidelity.texts import corpus, long_probes, probes
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Case:
     prompt: str
     expected: NDArray[np.float32]
     """float32 of shape (texts, dimension)."""
-    neighbours: bool = False
-    """Whether to compare the neighbours among the texts. Such texts are many and ordinary: they are embedded in
+    neighbors: bool = False
+    """Whether to compare the neighbors among the texts. Such texts are many and ordinary: they are embedded in
     batches only, not also one by one."""
 
 
@@ -83,7 +83,7 @@ def make_cases(
     inputs += [(probes()[_PROBES_WITH_PROMPT], prompt) for prompt in description.prompts.values() if prompt]
     cases += [Case(texts, prompt, embed(texts, prompt)) for texts, prompt in inputs]
     texts = corpus(corpus_s * speed / count_tokens(corpus()))
-    cases.append(Case(texts, "", embed(texts, ""), neighbours=True))
+    cases.append(Case(texts, "", embed(texts, ""), neighbors=True))
     return cases
 
 
@@ -103,12 +103,12 @@ def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> F
     measured: list[NDArray[np.float64]] = []
     overlap, correlation = None, None
     for case in cases:
-        for size in (_BATCH,) if case.neighbours else (_BATCH, 1):
+        for size in (_BATCH,) if case.neighbors else (_BATCH, 1):
             vectors = _embed(backend, tokenization, case.texts, case.prompt, limit=limit, batch_size=size)
             measured.append(_compare(vectors, case, "in a batch" if size > 1 else "alone", exact=exact))
-            if case.neighbours:
+            if case.neighbors:
                 ours, theirs = similarities(vectors), similarities(case.expected)
-                overlap, correlation = neighbour_overlap(ours, theirs), spearman(ours, theirs)
+                overlap, correlation = neighbor_overlap(ours, theirs), spearman(ours, theirs)
     every = np.concatenate(measured)
     return Fidelity(
         min_cosine=float(every.min()),

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 _SMALLEST = 1e-30
 """Keeps divisions by the norm of a zero vector finite."""
 
@@ -41,15 +41,15 @@ def similarities(vectors: ArrayLike) -> NDArray[np.float64]:
     return result
 
 
-def neighbour_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBOURS) -> float | None:
-    """Return the mean share of each text's nearest neighbours in `theirs` that are also nearest in `ours`.
+def neighbor_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBORS) -> float | None:
+    """Return the mean share of each text's nearest neighbors in `theirs` that are also nearest in `ours`.
 
-    A text is not its own neighbour, and of equally near texts the first ones count.
+    A text is not its own neighbor, and of equally near texts the first ones count.
 
     Args:
         ours: Similarities of shape (texts, texts).
         theirs: Similarities of shape (texts, texts).
-        count: Number of neighbours. With fewer other texts, all of them are neighbours.
+        count: Number of neighbors. With fewer other texts, all of them are neighbors.
 
     Returns:
         0 to 1, or None if there are no other texts.

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 MIN_TOPICS = 4
-"""Topics of the smallest part of the corpus. With fewer, ten neighbours would be a large part of all texts."""
+"""Topics of the smallest part of the corpus. With fewer, ten neighbors would be a large part of all texts."""
 
 _DATA = Path(__file__).with_name("data")
 _CORPUS = _DATA / "corpus.json"
@@ -45,7 +45,7 @@ def long_probes(max_tokens: int) -> tuple[str, ...]:
 def topics() -> dict[str, tuple[str, ...]]:
     """Return the corpus by topic: ten texts each, of a few words to a paragraph, in several languages.
 
-    The texts of one topic are expected to be neighbours of each other.
+    The texts of one topic are expected to be neighbors of each other.
     """
     return _read(_CORPUS.name)
 

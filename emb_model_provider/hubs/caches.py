@@ -334,7 +334,7 @@ def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
 def _tidy(hub: HubName, repository: str, path: Path, root: Path) -> None:
     """Remove what a client keeps for a snapshot that was removed, and with the last snapshot for its repository."""
     if hub != "huggingface":
-        # ModelScope's older clients leave a link with dots beside a directory without dots.
+        # ModelScope's older clients leave a link with dots next to a directory without dots.
         alias = path.with_name(path.name.replace("___", "."))
         with contextlib.suppress(OSError):
             if alias.is_symlink() and not alias.exists():

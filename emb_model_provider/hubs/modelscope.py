@@ -291,7 +291,7 @@ class ModelScopeHub:
 
 @dataclass(frozen=True, slots=True)
 class StagedUpdate:
-    """A newer state of a branch, which is downloaded beside the snapshot and then takes its place."""
+    """A newer state of a branch, which is downloaded next to the snapshot and then takes its place."""
 
     repository: str
     directory: Path

@@ -47,7 +47,7 @@ class CacheEntry:
     files_size: int
     """Bytes, without artifacts."""
     leftover_size: int = 0
-    """Bytes of what an interrupted download or removal has left, beside a snapshot that is being removed."""
+    """Bytes of what an interrupted download or removal has left, next to a snapshot that is being removed."""
     fetched: datetime | None
     last_used: datetime | None
     in_use: bool

@@ -300,7 +300,7 @@ class ModelManager:
             released: Of a dry run, directories that their users will release before the removal.
 
         Raises:
-            NotCachedError: There is no such model.
+            NotCachedError: The model is not on disk.
             ModelInUseError: A model is in use for longer than `wait_s`.
             ManagementError: Files cannot be removed.
         """

@@ -245,7 +245,7 @@ class Remover:
             written.delete(self._manifest_dir)
 
     def _remove_beside(self, entry: CacheEntry, info: CacheInfo, *, dry_run: bool) -> int:
-        """Remove what an interrupted download has left beside a complete snapshot; return the freed bytes."""
+        """Remove what an interrupted download has left next to a complete snapshot; return the freed bytes."""
         freed = 0
         for each in entry.journals:
             path = each.key.lock_path(self._manifest_dir)

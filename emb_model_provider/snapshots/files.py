@@ -27,7 +27,7 @@ MUST_HASH = -1
 """A time stamp that no file has: a file that is recorded with it is hashed before it is used again."""
 
 _CACHE_TAGS = {"CACHEDIR.TAG"}
-"""Files that the Hugging Face client writes into its cache beside the repositories."""
+"""Files that the Hugging Face client writes into its cache next to the repositories."""
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SECOND = 10**9

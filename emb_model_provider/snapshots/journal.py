@@ -1,6 +1,6 @@
 """Journals: records on disk of a download or a removal that has begun and not ended.
 
-A journal is written beside the manifest before the first change, touched while the work goes on, and deleted at the
+A journal is written next to the manifest before the first change, touched while the work goes on, and deleted at the
 end. One that is left on disk belongs to work that was interrupted: the download can be resumed or removed, the removal
 finished. It lists everything that existed before in the directories of the repository. Those files belong to other
 programs or to complete snapshots, and so does everything that changed after the journal was last touched.

@@ -83,7 +83,7 @@ def test_a_quantized_artifact_is_measured(family: str, precision: str, compiled:
 def test_the_bundled_model_reaches_the_documented_values(
     precision: str, min_cosine: float, min_overlap: float, max_size: float, compiled: CompiledModels
 ) -> None:
-    """Lowest cosine, neighbours kept, and size on disk, in the best computation of this processor."""
+    """Lowest cosine, neighbors kept, and size on disk, in the best computation of this processor."""
     model = compiled("bundled", precision=precision)
     fidelity = model.description.fidelity
     assert fidelity is not None

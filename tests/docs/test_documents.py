@@ -127,7 +127,7 @@ def test_tests_in_documents_exist(name: str) -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
     named = set(re.findall(r"\btest_\w+", read(name)))
-    assert len(named) >= 10
+    assert len(named) >= 8
     assert named <= existing
 
 
@@ -137,11 +137,12 @@ def test_messages_in_troubleshooting_exist(name: str) -> None:
     source = "\n".join(path.read_text(encoding="utf-8") for path in python_files(PACKAGE))
     texts = re.sub(r'"\n\s+f?"', "", source)
     headings = re.findall(r"^\*\*(.+?)\*\*", read(name), re.MULTILINE)
+    values = r"…|:|'\w+'|ModelScope|Hugging Face|int8|torchao|SIGKILL|the service|/data/"
     parts = [
-        part
+        part.strip(" .?")
         for quoted in re.findall(r"`([^`]+)`", "\n".join(headings))
-        for part in re.split(r"…|:|'\w+'|\bModelScope\b|\bHugging Face\b|\bint8\b|\bSIGKILL\b", quoted)
-        if part.count(" ") >= 2 and not part.startswith(("pip install", "Fatal Python", " command not found"))
+        for part in re.split(values, quoted)
+        if part.strip().count(" ") >= 2 and not part.startswith(("pip install", "Fatal Python", " command not found"))
     ]
     assert len(parts) >= 15
-    assert [part for part in parts if part.strip(" .?") not in texts] == []
+    assert [part for part in parts if part not in texts] == []

@@ -101,10 +101,10 @@ def test_inexact_vectors_are_measured(loaded: OpenVinoBackend, cases: list[Case]
         compare(ChangedBackend(loaded, lambda v: _with_value(v, 0, np.nan)), cases, exact=False)
 
 
-def test_neighbours_are_compared_for_the_corpus(loaded: OpenVinoBackend) -> None:
+def test_neighbors_are_compared_for_the_corpus(loaded: OpenVinoBackend) -> None:
     texts = corpus(0)
     vectors = embed_texts(loaded, Tokenization(loaded.description), texts, "")
-    fidelity = compare(loaded, [Case(texts, "", vectors, neighbours=True)])
+    fidelity = compare(loaded, [Case(texts, "", vectors, neighbors=True)])
     assert fidelity.top10_overlap == 1
     assert fidelity.spearman == pytest.approx(1)
 

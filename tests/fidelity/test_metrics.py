@@ -1,4 +1,4 @@
-"""Cosines, neighbour overlap and rank correlation equal naive computations."""
+"""Cosines, neighbor overlap and rank correlation equal naive computations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from emb_model_provider.fidelity.metrics import NEIGHBOURS, cosines, neighbour_overlap, similarities, spearman
+from emb_model_provider.fidelity.metrics import NEIGHBORS, cosines, neighbor_overlap, similarities, spearman
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def test_similarities_are_the_cosines_of_all_pairs() -> None:
     assert not similarities(rows)[5].any()
 
 
-# --- neighbours -------------------------------------------------------------------------------------------------
+# --- neighbors -------------------------------------------------------------------------------------------------
 
 
 def naive_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int) -> float:
@@ -68,58 +68,58 @@ def naive_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count:
 
 
 def test_overlap_of_four_texts() -> None:
-    """The last of four texts on a line moves to the front, so three of four keep their nearest neighbour."""
+    """The last of four texts on a line moves to the front, so three of four keep their nearest neighbor."""
     before, after = line(0, 1, 3, 7), line(0, 1, 3, -1.5)
     # nearest before: 1, 0, 1, 2; after: 1, 0, 1, 0
-    assert neighbour_overlap(before, after, 1) == 3 / 4
+    assert neighbor_overlap(before, after, 1) == 3 / 4
     # the two nearest before: 12, 02, 10, 21; after: 13, 02, 10, 01
-    assert neighbour_overlap(before, after, 2) == (1 + 2 + 2 + 1) / 8
+    assert neighbor_overlap(before, after, 2) == (1 + 2 + 2 + 1) / 8
 
 
-@pytest.mark.parametrize("count", [1, 3, NEIGHBOURS, 39])
+@pytest.mark.parametrize("count", [1, 3, NEIGHBORS, 39])
 def test_overlap_equals_a_naive_computation(count: int) -> None:
     """Of random vectors with noise."""
     vectors = some_vectors()
     ours, theirs = similarities(vectors), similarities(vectors + some_vectors(seed=2) / 3)
-    assert neighbour_overlap(ours, theirs, count) == pytest.approx(naive_overlap(ours, theirs, count))
+    assert neighbor_overlap(ours, theirs, count) == pytest.approx(naive_overlap(ours, theirs, count))
 
 
 def test_all_measures_of_identical_vectors_are_1() -> None:
     vectors = some_vectors()
     same = similarities(vectors)
     assert cosines(vectors, vectors) == pytest.approx(np.ones(40))
-    assert neighbour_overlap(same, same) == 1
+    assert neighbor_overlap(same, same) == 1
     assert spearman(same, same) == pytest.approx(1)
 
 
-def test_shuffled_vectors_lose_their_neighbours() -> None:
+def test_shuffled_vectors_lose_their_neighbors() -> None:
     """Overlap and correlation are about those of chance."""
     vectors = some_vectors(200)
     ours, theirs = similarities(vectors[np.random.default_rng(3).permutation(200)]), similarities(vectors)
-    overlap, correlation = neighbour_overlap(ours, theirs), spearman(ours, theirs)
+    overlap, correlation = neighbor_overlap(ours, theirs), spearman(ours, theirs)
     assert overlap is not None
     assert correlation is not None
     assert overlap < 0.15
     assert abs(correlation) < 0.1
 
 
-def test_of_equally_near_texts_the_first_are_neighbours() -> None:
-    """Texts that are all alike have the same neighbours on both sides."""
+def test_of_equally_near_texts_the_first_are_neighbors() -> None:
+    """Texts that are all alike have the same neighbors on both sides."""
     alike = np.ones((30, 30))
-    assert neighbour_overlap(alike, alike) == 1
+    assert neighbor_overlap(alike, alike) == 1
 
 
-def test_few_texts_have_all_others_as_neighbours() -> None:
+def test_few_texts_have_all_others_as_neighbors() -> None:
     """With ten other texts, none can be lost. Without other texts there is no overlap."""
-    ours, theirs = (similarities(some_vectors(NEIGHBOURS + 1)), similarities(some_vectors(NEIGHBOURS + 1, seed=4)))
-    assert neighbour_overlap(ours, theirs) == 1
-    assert neighbour_overlap(ours[:1, :1], theirs[:1, :1]) is None
+    ours, theirs = (similarities(some_vectors(NEIGHBORS + 1)), similarities(some_vectors(NEIGHBORS + 1, seed=4)))
+    assert neighbor_overlap(ours, theirs) == 1
+    assert neighbor_overlap(ours[:1, :1], theirs[:1, :1]) is None
 
 
-def test_a_text_is_not_its_own_neighbour() -> None:
+def test_a_text_is_not_its_own_neighbor() -> None:
     """Otherwise every overlap would be too high."""
     before, after = line(0, 1, 3), line(0, 1, -0.5)
-    assert neighbour_overlap(before, after, 1) == naive_overlap(before, after, 1) == 1 / 3
+    assert neighbor_overlap(before, after, 1) == naive_overlap(before, after, 1) == 1 / 3
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.service import Service
 
-_NEIGHBOUR = "How do I reset my password?"
+_NEIGHBOR = "How do I reset my password?"
 
 
 def _embed(service: Service, value: Any) -> NDArray[np.float32]:
@@ -35,11 +35,11 @@ def test_unusual_texts_alone_and_together(service: Service) -> None:
     """In one request with all the others, each text has the vector that it has alone."""
     texts = odd_texts(1_000_000)
     alone = np.concatenate([_embed(service, text) for text in texts.values()])
-    neighbour = _embed(service, _NEIGHBOUR)
-    together = _embed(service, [part for text in texts.values() for part in (text, _NEIGHBOUR)])
+    neighbor = _embed(service, _NEIGHBOR)
+    together = _embed(service, [part for text in texts.values() for part in (text, _NEIGHBOR)])
     closeness = dict(zip(texts, cosines(together[::2], alone), strict=True))
     assert min(closeness.values()) > 0.999, closeness
-    assert cosines(together[1::2], np.repeat(neighbour, len(texts), axis=0)).min() > 0.999
+    assert cosines(together[1::2], np.repeat(neighbor, len(texts), axis=0)).min() > 0.999
 
 
 def test_2048_equal_texts(service: Service) -> None:
@@ -54,8 +54,8 @@ def test_tokens_of_unusual_texts(name: str) -> None:
     """With the tokenizers of all families, an unusual text has the same tokens alone and in a batch."""
     tokenizer = TOKENIZERS[name]()
     tokenization = tokenization_of(tokenizer)
-    texts = [*odd_texts(100_000).values(), _NEIGHBOUR]
+    texts = [*odd_texts(100_000).values(), _NEIGHBOR]
     together = tokenization.encode(texts, truncate="END")
     assert together.ids == [tokenization.encode([text], truncate="END").ids[0] for text in texts]
-    assert together.ids[-1] == tokenizer(_NEIGHBOUR)["input_ids"]
+    assert together.ids[-1] == tokenizer(_NEIGHBOR)["input_ids"]
     assert {0 <= token < len(tokenizer) for row in together.ids for token in row} == {True}

@@ -44,7 +44,7 @@ class Faults:
     status: int | None = None
     """Respond to everything with this status."""
     error_code: str | None = None
-    """The X-Error-Code beside `status` (Hugging Face)."""
+    """The X-Error-Code next to `status` (Hugging Face)."""
     wrong_bytes: dict[str, int] = field(default_factory=dict)
     """How many times to send other bytes of the same size."""
     drop_after: dict[str, list[int]] = field(default_factory=dict)

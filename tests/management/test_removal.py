@@ -178,7 +178,7 @@ def test_manifest_of_another_directory_removes_nothing(
 def test_removal_from_an_older_cache_keeps_other_models(
     manager: ModelManager, modelscope: ModelScopeServer, tmp_path: Path
 ) -> None:
-    """The link that an older client left beside the directory is removed, too."""
+    """The link that an older client left next to the directory is removed, too."""
     root = tmp_path / "ms" / "hub" / "models" / "iic"
     modelscope.repos["iic/tiny-v1.5"] = modelscope_files()
     write_files(root / "tiny-v1___5", modelscope_files())

@@ -98,7 +98,7 @@ async def test_model_that_fails_on_everything_is_restarted() -> None:
 
 @pytest.mark.parametrize("streams", [1, 2])
 async def test_input_that_crashes_the_model_fails_alone(streams: int) -> None:
-    """It runs once more, exclusively. The requests that shared its batch or ran beside it are answered."""
+    """It runs again, exclusively. The requests that shared its batch or ran next to it are answered."""
     config = {"batching": BatchSettings(max_batch_size=8)}
     async with started_engine(streams=streams, config=config) as run:
         *good, bad = await run.embed_together(20, f"w5 {BREAKS}")

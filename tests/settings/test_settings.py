@@ -123,7 +123,7 @@ def test_model_can_have_another_name_on_a_hub() -> None:
 
 
 def test_limits_of_loaded_models() -> None:
-    """Sizes have units. No more models than MAX_LOADED_MODELS are preloaded, and naming more is an error."""
+    """Sizes have units. At most MAX_LOADED_MODELS models are preloaded, and naming more is an error."""
     mapping = '{"a": {"name": "x"}, "b": {"name": "y"}}'
     settings = load(MODEL_MEMORY_LIMIT="1.5GiB", MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, LOAD_WAIT_S="0")
     memory = settings.memory
@@ -360,13 +360,13 @@ def test_error_does_not_contain_secrets() -> None:
 def test_user_without_a_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user of a container may have none. The cache directory must be set then, and `~` is rejected."""
 
-    def nobody(_: object) -> NoReturn:
+    def no_user(_: object) -> NoReturn:
         raise KeyError
 
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
-    monkeypatch.setattr(pwd, "getpwnam", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", no_user)
+    monkeypatch.setattr(pwd, "getpwnam", no_user)
     with pytest.raises(SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR or HOME\.$"):
         load()
     assert load(CACHE_DIR=str(tmp_path)).hubs.cache_dir == tmp_path

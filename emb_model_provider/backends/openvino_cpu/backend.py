@@ -64,7 +64,7 @@ class OpenVinoBackend:
         """Read a graph and compile it for this processor.
 
         Args:
-            graph: An OpenVINO `.xml` file with its `.bin` file beside it.
+            graph: An OpenVINO `.xml` file with its `.bin` file next to it.
             description: The description of the model. The graph computes in its `compute` or else its `precision`,
                 which must be fp32, bf16 or, for integer weights, int8.
             cpus: Number of processors to use; None for all that this process can use.

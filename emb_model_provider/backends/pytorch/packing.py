@@ -4,7 +4,7 @@ PyTorch's fastest attention kernels support no padding mask. In a packed batch n
 gets the start of each input. Pooling of sentence-transformers supports such rows.
 
 Only families that are known to work are packed, and only if packed and padded vectors agree for this model on this
-device. Everything else is padded. A packed batch has no more tokens than the padded one that the batcher planned, and
+device. Everything else is padded. A packed batch has at most as many tokens as the padded one that the batcher planned, and
 the memory for attention grows linearly with them.
 """
 

@@ -1,6 +1,6 @@
 """Quantizes the weights of the torch backend to int8 (torchao) and int4 (bitsandbytes' nf4), and the word table to int8.
 
-These methods keep more of the accuracy than the alternatives at the same size (see docs/performance.md). The packages
+These methods keep more of the accuracy than the alternatives at the same size (see docs/precision.md). The packages
 are in the extra `quantization`, and are imported only for a model that uses them.
 """
 
