@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import CachedModelRecord, Details, Verification
     from emb_model_provider.model_spec import Source
-    from emb_model_provider.progress_reporter import Mode
+    from emb_model_provider.progress import Mode
     from emb_model_provider.settings import Settings
 
 _HEAD = ("ID", "SOURCE", "REVISION", "SIZE", "PRECISION", "STATE", "FIDELITY", "LAST USED")

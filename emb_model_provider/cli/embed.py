@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from emb_model_provider.model_spec import Precision, Source
-    from emb_model_provider.progress_reporter import Mode
+    from emb_model_provider.progress import Mode
 
 _BATCH_SIZE = 256
 """Texts that are read before their vectors are printed. It bounds the memory that a long file takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from emb_model_provider.progress_reporter import ProgressReporter
+from emb_model_provider.progress import ProgressReporter
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import CompiledModel
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
-    from emb_model_provider.progress_reporter import Mode
+    from emb_model_provider.progress import Mode
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _COMPILER_STOP_S = 30.0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.cli.server_client import ServerClient
     from emb_model_provider.model_spec import Precision, Source
-    from emb_model_provider.progress_reporter import Mode
+    from emb_model_provider.progress import Mode
 
 _POLL_S = 1.0
 _INTERRUPTED = "the server continues. To see its models: emb-provider ps"
