@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from emb_model_provider.cli.options import json_option
+from emb_model_provider.cli import options
 from emb_model_provider.cli.output import out, print_json, say, styled
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import SettingsError
@@ -34,7 +34,7 @@ class CheckResult:
 
 
 @click.command()
-@json_option
+@options.json
 def doctor(*, as_json: bool) -> None:
     """Check this machine, and suggest what to do.
 
