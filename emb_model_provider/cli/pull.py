@@ -20,7 +20,7 @@ from emb_model_provider.cli.output import (
     show_progress,
     warn,
 )
-from emb_model_provider.errors import ProviderError
+from emb_model_provider.errors import OperationCancelledError, ProviderError
 from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import CancelToken, Mode, ProgressReporter
 
@@ -98,6 +98,8 @@ def pull(
             for spec in specs:
                 try:
                     results.append(task.run(spec, report))
+                except OperationCancelledError:
+                    return  # interrupted: the process ends
                 except ProviderError as error:
                     failures.append(error)
                     if len(specs) > 1:
