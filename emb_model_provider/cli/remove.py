@@ -87,7 +87,7 @@ def rm(
         remove = partial(_remove, manager, names, source, wait_s)
     waits = wait_s > 0 and not unload and not dry_run
     result = _plan(manager, names, source) if waits else remove(dry_run=True)
-    if not dry_run and _has_models(result):
+    if not dry_run and not _is_empty(result):
         _confirm(result, yes=yes)
         result = run_until_interrupted(partial(remove, dry_run=False), _INTERRUPTED)
     _print({**result, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
@@ -108,9 +108,7 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
     _, manager = options.open_manager()
     result = _to_json([manager.prune(dry_run=True)], dry_run=True)
     if not dry_run:
-        if _has_models(result):
-            _confirm(result, yes=yes)
-        # Even if no model is listed, because there can be partial files next to a complete model.
+        _confirm(result, yes=yes)
         removal = run_until_interrupted(lambda: manager.prune(dry_run=False), _INTERRUPTED)
         result = _to_json([removal], dry_run=False)
     _print(result, quiet=quiet, as_json=as_json)
@@ -118,13 +116,16 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
 
 def _plan(manager: ModelManager, names: _Names, source: Source | None) -> dict[str, Any]:
     """Return what is going to be removed if the models that are in use are released."""
-    from emb_model_provider.management.types import Removal
+    from emb_model_provider.management.types import CachedModelRecord, Removal
 
-    models = [model for name, revision in names for model in manager.find(name, source=source, revision=revision)]
-    if not names:
-        models = manager.list()
-    freed = sum(model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models)
-    return _to_json([Removal(models=models, artifacts=[], freed=freed, kept=[])], dry_run=True)
+    plan = Removal(models=[], artifacts=[], freed=0, kept=[]) if names else manager.remove_all(dry_run=True)
+    models: list[CachedModelRecord] = [*plan.kept]
+    for name, revision in names:
+        models += manager.find(name, source=source, revision=revision)
+    plan.models += models
+    plan.freed += sum(model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models)
+    plan.kept = []
+    return _to_json([plan], dry_run=True)
 
 
 def _remove(
@@ -172,12 +173,15 @@ def _to_json(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _has_models(result: dict[str, Any]) -> bool:
-    return bool(result["models"] or result["artifacts"])
+def _is_empty(result: dict[str, Any]) -> bool:
+    return not (result["models"] or result["artifacts"] or result["freed"])
 
 
 def _confirm(result: dict[str, Any], *, yes: bool) -> None:
+    """Ask before models or compiled forms are removed, but not if there are only partial files."""
     names = dict.fromkeys(model["model_name"] for model in result["models"])
+    if not names and not result["artifacts"]:
+        return
     content = ", ".join(names) or f"{len(result['artifacts'])} compiled form(s) without a model"
     confirm(f"Remove {content} ({format_size(result['freed'])})?", yes=yes)
 
@@ -198,7 +202,7 @@ def _print(result: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     if not quiet or result["kept"]:
         for model in result["kept"]:
             say(f"kept {model['model_name']}: {model['reason']}")
-        if not _has_models(result) and not result["freed"]:
+        if _is_empty(result):
             say("There is nothing to remove.")
         else:
             say(f"{format_size(result['freed'])} {'would be freed' if dry_run else 'freed'}")
