@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from emb_model_provider.cli.output import ServerError
 from emb_model_provider.error_table import FAILED, UNREACHABLE, USAGE_ERROR
@@ -62,7 +61,7 @@ class ServerClient:
                 headers=self._headers,
                 timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
                 # A request through a proxy would not count as one from this machine.
-                trust_env=not _is_loopback(self._url),
+                trust_env=not _is_loopback(httpx.URL(self._url).host),
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ServerError(
@@ -109,8 +108,7 @@ class ServerClient:
         )
 
 
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
