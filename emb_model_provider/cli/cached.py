@@ -103,7 +103,11 @@ def verify(
     if models:
         records = [record for name in models for record in _find(settings, manager, name, source, revision)]
     else:
-        records = [record for record in manager.list() if source in (None, "auto", record.source)]
+        records = [
+            record
+            for record in manager.list()
+            if source in (None, "auto", record.source) and revision in (None, record.revision, record.asked_revision)
+        ]
 
     def work() -> list[Verification]:
         with show_progress(progress) as report:
