@@ -59,7 +59,7 @@ def embed(
     def work() -> None:
         with show_progress(progress) as report:
             report.model(embedder.spec.alias)
-            ModelManager(settings).ensure(embedder.spec, on_progress=report)
+            ModelManager(settings).compile(embedder.spec, on_progress=report)
             report(Progress("load", embedder.spec.name))
             embedder.load()
         with embedder:

@@ -87,12 +87,18 @@ def show_progress(mode: Mode) -> Iterator[ProgressReporter]:
 
 
 class _NoteHandler(logging.Handler):
+    """Shows each warning once, even if a model is prepared twice."""
+
     def __init__(self, reporter: ProgressReporter) -> None:
         super().__init__(logging.WARNING)
         self._reporter = reporter
+        self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reporter.note(f"warning: {record.getMessage()}")
+        message = record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            self._reporter.note(f"warning: {message}")
 
 
 # --- formatting ---------------------------------------------------------------------------------------
