@@ -46,13 +46,7 @@ def format_cosine(cosine: float) -> str:
 
 
 def first_line(error: BaseException, *, limit: int = 200, secret: str | None = None) -> str:
-    """Return the first line of an error's message, or the error's class name if it has no message.
-
-    Args:
-        error: The error.
-        limit: Longest result, in characters.
-        secret: A text that is replaced by `***`.
-    """
+    """Return the first line of an error's message, or its class name if it has none, with `***` for `secret`."""
     lines = str(getattr(error, "message", None) or error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
     return (line.replace(secret, "***") if secret else line)[:limit]

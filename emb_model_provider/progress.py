@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import shutil
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from emb_model_provider.errors import OperationCancelledError
+from emb_model_provider.formatting import format_duration, format_size
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["resolve", "download", "verify", "compile", "compare", "load"]
 """Phases of preparing a model: look it up on its hub, download its files, hash them, compile the model, compare the
 compiled model with the reference, load it into memory."""
+Mode = Literal["auto", "plain", "json", "none", "log"]
+"""How progress is shown. auto: one line that is redrawn on a terminal, else plain lines. log: log lines."""
+
+_REDRAW_S = 0.2
+_SAMPLE_S = 0.5
+_SMOOTHING = 0.2
+"""Weight of the latest sample in the rate. Samples of more than a few seconds ago count little."""
+_MIN_NAME_WIDTH = 8
+_CLEAR_LINE = "\r\x1b[2K"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +63,11 @@ class CancelToken:
     """Tells long work to stop. Thread-safe; cancelling cannot be undone."""
 
     def __init__(self, is_cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Create a token.
-
-        Args:
-            is_cancelled: A further condition under which the work stops. It is called on any thread.
-        """
+        """Create a token; `is_cancelled` is a further condition under which the work stops, called on any thread."""
         self._event = threading.Event()
         self._condition = is_cancelled
 
     def cancel(self) -> None:
-        """Tell the work to stop."""
         self._event.set()
 
     @property
@@ -58,10 +75,241 @@ class CancelToken:
         return self._event.is_set() or self._condition()
 
     def raise_if_cancelled(self) -> None:
-        """Stop the work of the caller if the token was cancelled.
-
-        Raises:
-            OperationCancelledError: The token was cancelled.
-        """
+        """Raise OperationCancelledError if the token was cancelled."""
         if self.is_cancelled:
             raise OperationCancelledError("The operation was cancelled.")
+
+
+class ProgressReporter:
+    """Shows the progress of one model after the other. A context manager, and an `OnProgress` callback. Thread-safe.
+
+    There is a line at the start of each phase, every `every_s` seconds, and for every tenth of the bytes except in the
+    log; a terminal is redrawn several times a second. A download without a byte for `stall_s` seconds is reported.
+    """
+
+    def __init__(
+        self, mode: Mode, *, stream: TextIO | None = None, every_s: float = 10.0, stall_s: float = 20.0
+    ) -> None:
+        """Create a reporter that writes to `stream`, or to stderr if it is None."""
+        self._mode = mode
+        self._stream = stream or sys.stderr
+        self._redraws = mode == "auto" and self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._every_s = every_s
+        self._stall_s = stall_s
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._label: str | None = None
+        self._name = ""
+        self._last: Progress | None = None
+        self._started_at = self._moved_at = self._stalled_at = self._shown_at = time.monotonic()
+        self._rate = RateMeter(0, self._started_at)
+        self._shown_tenth = 0
+        self._is_drawn = False
+
+    def __enter__(self) -> Self:
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._watcher.join()
+        with self._lock:
+            self._clear()
+
+    def model(self, name: str) -> None:
+        """Set the name under which the progress that follows is shown. Default: the name in the progress."""
+        with self._lock:
+            if name != self._label:
+                self._label = self._name = name
+                self._last = None
+
+    def __call__(self, progress: Progress) -> None:
+        with self._lock:
+            now = time.monotonic()
+            last, self._last = self._last, progress
+            self._name = self._label or progress.model
+            if last is None or (last.phase, last.model) != (progress.phase, progress.model):
+                self._started_at = self._moved_at = self._stalled_at = now
+                self._rate = RateMeter(progress.done_bytes, now)
+                self._show(progress, now)
+                return
+            if last.done_bytes != progress.done_bytes:
+                self._moved_at = self._stalled_at = now
+            self._rate.update(progress.done_bytes, now)
+            if self._is_due(progress, now):
+                self._show(progress, now)
+
+    def note(self, text: str) -> None:
+        """Show a line that is not redrawn."""
+        with self._lock:
+            self._clear()
+            match self._mode:
+                case "log":
+                    logger.warning("%s", text)
+                case "json":
+                    self._write(json.dumps({"model": self._name, "note": text}) + "\n")
+                case _:
+                    self._write(text + "\n")
+
+    def done(self) -> None:
+        """Show that the model is ready."""
+        with self._lock:
+            self._last = None
+            self._print(Status(phase="ready"))
+
+    def _is_due(self, progress: Progress, now: float) -> bool:
+        waited_s = now - self._shown_at
+        if self._redraws:
+            return waited_s >= _REDRAW_S or progress.done_bytes == progress.total_bytes
+        is_next_tenth = self._mode != "log" and _tenth_of(progress) > self._shown_tenth
+        return is_next_tenth or waited_s >= self._every_s
+
+    def _show(self, progress: Progress, now: float) -> None:
+        self._shown_at, self._shown_tenth = now, _tenth_of(progress)
+        total = progress.total_bytes or None
+        rate = self._rate.bytes_per_s if progress.phase in ("download", "verify") else None
+        self._print(
+            Status(
+                phase=progress.phase,
+                step=progress.step,
+                done_bytes=progress.done_bytes if total else None,
+                total_bytes=total,
+                bytes_per_s=rate,
+                seconds_left=(total - progress.done_bytes) / rate if total and rate else None,
+                elapsed_s=now - self._started_at,
+            )
+        )
+
+    def _print(self, status: Status) -> None:
+        match self._mode:
+            case "none":
+                pass
+            case "log":
+                logger.info("%s: %s", self._name, status.descriptions()[0])
+            case "json":
+                self._write(json.dumps(status.to_json(self._name)) + "\n")
+            case _ if self._redraws:
+                self._write(_CLEAR_LINE + _fit(self._name, status.descriptions(), _columns(self._stream) - 1))
+                self._is_drawn = True
+            case _:
+                self._write(f"{self._name}: {status.descriptions()[0]}\n")
+
+    def _watch(self) -> None:
+        """Show phases that take long without a report, and downloads that receive nothing."""
+        while not self._stop.wait(min(1.0, self._stall_s / 4)):
+            with self._lock:
+                progress, now = self._last, time.monotonic()
+                if progress is None or self._mode == "none":
+                    continue
+                self._rate.update(progress.done_bytes, now)
+                is_downloading = progress.phase == "download" and bool(progress.total_bytes)
+                if is_downloading and now - self._stalled_at >= self._stall_s:
+                    self._stalled_at = now
+                    self.note(f"{self._name}: no bytes for {now - self._moved_at:.0f} s, still trying")
+                if self._redraws or now - self._shown_at >= self._every_s:
+                    self._show(progress, now)
+
+    def _clear(self) -> None:
+        if self._is_drawn:
+            self._write(_CLEAR_LINE)
+            self._is_drawn = False
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The content of one line of progress."""
+
+    phase: str
+    step: str = ""
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+    bytes_per_s: float | None = None
+    seconds_left: float | None = None
+    elapsed_s: float = 0.0
+    """Since the phase began."""
+
+    def descriptions(self) -> list[str]:
+        """Return a text such as `download 12.0 MB of 90.9 MB (13 %), 4.1 MB/s, 0:19 left`, then shorter ones."""
+        phase = f"{self.phase} ({self.step})" if self.step else self.phase
+        if self.done_bytes is None or not self.total_bytes:
+            elapsed = f", {format_duration(self.elapsed_s)}" if self.elapsed_s >= 1 else ""
+            return [f"{phase}{elapsed}", f"{self.phase}{elapsed}"]
+        sizes = f"{format_size(self.done_bytes)} of {format_size(self.total_bytes)}"
+        share = f"{self.done_bytes * 100 // self.total_bytes} %"
+        rest = f", {format_size(self.bytes_per_s)}/s" if self.bytes_per_s is not None else ""
+        if self.seconds_left is not None:
+            rest += f", {format_duration(self.seconds_left)} left"
+        return [f"{phase} {sizes} ({share}){rest}", f"{phase} {share}{rest}", f"{share}{rest}"]
+
+    def to_json(self, model: str) -> dict[str, str | int | None]:
+        return {
+            "model": model,
+            "phase": self.phase,
+            "done_bytes": self.done_bytes,
+            "total_bytes": self.total_bytes,
+            "bytes_per_s": round(self.bytes_per_s) if self.bytes_per_s is not None else None,
+            "seconds_left": round(self.seconds_left) if self.seconds_left is not None else None,
+        }
+
+
+class RateMeter:
+    """Measures bytes per second, as an exponential moving average over the last seconds."""
+
+    def __init__(self, done_bytes: int, now: float) -> None:
+        from tqdm.std import EMA  # here, because it takes 25 ms, and most processes show no progress
+
+        self._bytes, self._seconds = EMA(_SMOOTHING), EMA(_SMOOTHING)
+        self._done_bytes, self._sampled_at = done_bytes, now
+
+    def update(self, done_bytes: int, now: float) -> None:
+        """Take a sample. Call it also while nothing arrives, so that the rate falls."""
+        if done_bytes < self._done_bytes:  # a file is downloaded again
+            self._done_bytes, self._sampled_at = done_bytes, now
+        elif now - self._sampled_at >= _SAMPLE_S:
+            self._bytes(done_bytes - self._done_bytes)
+            self._seconds(now - self._sampled_at)
+            self._done_bytes, self._sampled_at = done_bytes, now
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """None if it is unknown, which it is at first, or less than 1."""
+        seconds: float = self._seconds()
+        rate: float = self._bytes() / seconds if seconds else 0.0
+        return rate if rate >= 1 else None
+
+
+def _tenth_of(progress: Progress) -> int:
+    return progress.done_bytes * 10 // progress.total_bytes if progress.total_bytes else 0
+
+
+def _columns(stream: TextIO) -> int:
+    """Return the width of a terminal. `shutil` only asks stdout, which may be a file."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    return columns or shutil.get_terminal_size().columns
+
+
+def _fit(name: str, descriptions: list[str], width: int) -> str:
+    """Return a line of at most `width` columns, with the longest description that leaves space for the name.
+
+    A name that is too long loses its beginning, because its end says more.
+    """
+    from tqdm.utils import disp_len
+
+    needed = min(disp_len(name), _MIN_NAME_WIDTH) + len(": ")
+    text = next((text for text in descriptions if len(text) + needed <= width), descriptions[-1])
+    space = width - len(text) - len(": ")
+    if disp_len(name) > space:
+        while name and disp_len(name) > space - len("..."):
+            name = name[1:]
+        name = f"...{name}" if name else ""
+    return f"{name}: {text}" if name else text[:width]

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.options import (
-    ModelId,
-    json_option,
-    open_manager,
-    progress_option,
-    quiet_option,
-    revision_option,
-    source_option,
-    split_revision,
-)
-from emb_model_provider.cli.output import out, pairs, precision_label, print_json, say, table
+from emb_model_provider.cli.output import out, pairs, precision_label, print_json, say, show_progress, table
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import format_age, format_cosine, format_size
@@ -26,11 +18,10 @@ from emb_model_provider.formatting import format_age, format_cosine, format_size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import CachedModelRecord, Details, Verification
     from emb_model_provider.model_spec import Source
-    from emb_model_provider.progress_reporter import Mode
+    from emb_model_provider.progress import Mode, ProgressReporter
     from emb_model_provider.settings import Settings
 
 _HEAD = ("ID", "SOURCE", "REVISION", "SIZE", "PRECISION", "STATE", "FIDELITY", "LAST USED")
@@ -44,8 +35,8 @@ _PROBLEMS = {
 
 @click.command("list")
 @click.option("--all", "everything", is_flag=True, help="Include models that other programs left in the hubs' caches.")
-@quiet_option("ids")
-@json_option
+@options.quiet("ids")
+@options.json
 def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     """List the models on disk.
 
@@ -56,7 +47,7 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     JSON: {"models": [{id, model_name, source, revision, asked_revision, path, state, size, files_size, artifacts:
     [{key, precision, computed, size, last_used, fidelity, in_use}], fetched, last_used, in_use}], "total_size"}.
     """
-    _, manager = open_manager()
+    _, manager = options.open_manager()
     models = manager.list(everything=everything)
     if as_json:
         print_json({"models": [model.model_dump(mode="json") for model in models], "total_size": _total_size(models)})
@@ -71,10 +62,10 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model", type=ModelId(), metavar="ID[@REV]")
-@source_option
-@revision_option
-@json_option
+@click.argument("model", type=options.ModelId(), metavar="ID[@REV]")
+@options.source
+@options.revision
+@options.json
 def show(model: str, source: Source | None, revision: str | None, *, as_json: bool) -> None:
     """Show details of a model on disk.
 
@@ -82,23 +73,22 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
 
     JSON: {"models": [...]}: each as in `list`, with `details`.
     """
-    settings, manager = open_manager()
-    models = [(found, manager.inspect(found)) for found in _find(settings, manager, model, source, revision)]
+    settings, manager = options.open_manager()
+    records = _find(settings, manager, model, source, revision)
+    models = [(record, manager.inspect(record)) for record in records]
     if as_json:
         print_json({"models": [_to_json(record, details) for record, details in models]})
-        return
-    for index, (record, details) in enumerate(models):
-        out(("\n" if index else "") + record.model_name)
-        out(_describe(record, details))
+    else:
+        out("\n\n".join(f"{record.model_name}\n{_describe(record, details)}" for record, details in models))
 
 
 @click.command()
-@click.argument("models", nargs=-1, type=ModelId(), metavar="[ID]...")
+@click.argument("models", nargs=-1, type=options.ModelId(), metavar="[ID]...")
 @click.option("--repair", is_flag=True, help="Download wrong files again, and remove damaged compiled forms.")
-@source_option
-@revision_option
-@progress_option
-@json_option
+@options.source
+@options.revision
+@options.progress
+@options.json
 def verify(
     models: tuple[str, ...], source: Source | None, revision: str | None, progress: Mode, *, repair: bool, as_json: bool
 ) -> None:
@@ -109,32 +99,30 @@ def verify(
 
     JSON: {"ok", "models": [...]}: each as in `list`, with `ok`, `findings` [{path, problem}] and `damaged_artifacts`.
     """
-    from emb_model_provider.cli.progress import CommandProgress
-
-    settings, manager = open_manager()
+    settings, manager = options.open_manager()
     if models:
         records = [record for name in models for record in _find(settings, manager, name, source, revision)]
     else:
-        records = [record for record in manager.list() if source in (None, "auto", record.source)]
+        records = [
+            record
+            for record in manager.list()
+            if source in (None, "auto", record.source) and revision in (None, record.revision, record.asked_revision)
+        ]
 
     def work() -> list[Verification]:
-        with CommandProgress(progress) as report:
+        with show_progress(progress) as report:
             return [_verify(manager, record, report, repair=repair) for record in records]
 
     results = run_until_interrupted(work, "nothing was changed, except for files that were repaired completely.")
+    ok = all(result.ok for result in results)
     if as_json:
-        print_json(
-            {
-                "ok": all(result.ok for result in results),
-                "models": [result.model_dump(mode="json") for result in results],
-            }
-        )
+        print_json({"ok": ok, "models": [result.model_dump(mode="json") for result in results]})
     else:
         for result in results:
             _print_verification(result)
         if not results:
             say("There are no models on disk to verify.")
-    if not all(result.ok for result in results):
+    if not ok:
         if not repair:
             say("To download wrong files again: emb-provider verify --repair")
         raise SystemExit(FAILED)
@@ -150,13 +138,14 @@ def _total_size(models: Sequence[CachedModelRecord]) -> int:
 
 
 def _row(model: CachedModelRecord) -> Sequence[str]:
-    artifacts = model.artifacts
-    labels = [precision_label(artifact.precision, artifact.computed) for artifact in artifacts]
-    cosines = [format_cosine(a.fidelity.min_cosine) if a.fidelity is not None else "-" for a in artifacts]
+    labels = [precision_label(artifact.precision, artifact.computed) for artifact in model.artifacts]
+    revision = model.revision or model.asked_revision or "-"
+    is_commit = re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+    cosines = [format_cosine(each.fidelity.min_cosine) if each.fidelity else "-" for each in model.artifacts]
     return (
         model.model_name,
         model.source,
-        _short_revision(model.revision or model.asked_revision),
+        revision[:8] if is_commit else revision,
         format_size(model.size),
         ", ".join(labels) or "-",
         model.state + (", in use" if model.in_use else ""),
@@ -165,22 +154,14 @@ def _row(model: CachedModelRecord) -> Sequence[str]:
     )
 
 
-def _short_revision(revision: str | None) -> str:
-    """Return a branch or tag as it is, and the beginning of a commit."""
-    if revision is None:
-        return "-"
-    is_commit = len(revision) == 40 and all(char in "0123456789abcdef" for char in revision)
-    return revision[:8] if is_commit else revision
-
-
 # --- show ---------------------------------------------------------------------------------------------
 
 
 def _find(
     settings: Settings, manager: ModelManager, argument: str, source: Source | None, revision: str | None
 ) -> list[CachedModelRecord]:
-    name, own_revision = split_revision(settings, argument)
-    return manager.find(name, source=source, revision=own_revision or revision)
+    name, revision = options.split_revision(settings, argument, revision)
+    return manager.find(name, source=source, revision=revision)
 
 
 def _to_json(model: CachedModelRecord, details: Details) -> dict[str, Any]:
@@ -231,7 +212,7 @@ def _format_value(value: object) -> str:
 # --- verify -------------------------------------------------------------------------------------------
 
 
-def _verify(manager: ModelManager, model: CachedModelRecord, report: CommandProgress, *, repair: bool) -> Verification:
+def _verify(manager: ModelManager, model: CachedModelRecord, report: ProgressReporter, *, repair: bool) -> Verification:
     report.model(model.model_name)
     result = manager.verify(model, on_progress=report)
     if result.ok or not repair:

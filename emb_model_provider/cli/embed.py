@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,23 +11,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.options import (
-    ModelId,
-    open_settings,
-    precision_option,
-    progress_option,
-    revision_option,
-    source_option,
-    split_revision,
-)
-from emb_model_provider.cli.output import print_json_line
+from emb_model_provider.cli.output import out, show_progress
+from emb_model_provider.progress import Mode, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from emb_model_provider.model_spec import Precision, Source
-    from emb_model_provider.progress_reporter import Mode
 
 _BATCH_SIZE = 256
 """Texts that are read before their vectors are printed. It bounds the memory that a long file takes."""
@@ -35,11 +27,11 @@ _BATCH_SIZE = 256
 
 @click.command()
 @click.argument("texts", nargs=-1, required=True, metavar="TEXT|-|@FILE...")
-@click.option("--model", "-m", type=ModelId(), help="Model to use. Default: the first model of the settings.")
-@source_option
-@revision_option
-@precision_option
-@progress_option
+@click.option("--model", "-m", type=options.ModelId(), help="Model to use. Default: the first model of the settings.")
+@options.source
+@options.revision
+@options.precision
+@options.progress
 @click.option("--json", "as_json", is_flag=True, help="Print one object per line: index, text, embedding.")
 def embed(
     texts: tuple[str, ...],
@@ -57,32 +49,26 @@ def embed(
     is downloaded and compiled if necessary, and runs in this process: no server is used.
     """
     _check_texts(texts)
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.embedder import Embedder
     from emb_model_provider.management.manager import ModelManager
-    from emb_model_provider.model_resolver import resolve_model
-    from emb_model_provider.progress import Progress
 
-    settings = open_settings()
-    name, own_revision = split_revision(settings, model or settings.models.specs()[0].alias)
-    revision = own_revision or revision
-    spec = resolve_model(settings, name, source=source, revision=revision, precision=precision)
+    settings = options.open_settings()
+    name, revision = options.split_revision(settings, model or settings.models.specs()[0].alias, revision)
+    embedder = Embedder(name, source=source, revision=revision, precision=precision, settings=settings)
 
     def work() -> None:
-        lines = _read_texts(texts)
-        with contextlib.ExitStack() as stack:
-            with CommandProgress(progress) as report:
-                report.model(spec.alias)
-                ModelManager(settings).ensure(spec, on_progress=report)
-                report(Progress("load", spec.name))
-                embedder = stack.enter_context(
-                    Embedder(name, source=source, revision=revision, precision=precision, settings=settings)
-                )
+        with show_progress(progress) as report:
+            report.model(embedder.spec.alias)
+            ModelManager(settings).compile(embedder.spec, on_progress=report)
+            report(Progress("load", embedder.spec.name))
+            embedder.load()
+        with embedder:
             index = 0
+            lines = _read_texts(texts)
             while batch := list(itertools.islice(lines, _BATCH_SIZE)):
                 for text, vector in zip(batch, embedder.embed(batch), strict=True):
-                    values = [float(value) for value in vector]
-                    print_json_line({"index": index, "text": text, "embedding": values} if as_json else values)
+                    values = vector.tolist()
+                    out(json.dumps({"index": index, "text": text, "embedding": values} if as_json else values))
                     index += 1
 
     run_until_interrupted(work, "the vectors above are complete.")

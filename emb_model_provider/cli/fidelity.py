@@ -10,14 +10,13 @@ import statistics
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import RESUME_HINT, delayed_interrupts, run_until_interrupted
-from emb_model_provider.cli.options import ModelId, json_option, open_manager, source_option
-from emb_model_provider.cli.output import out, print_json, say
+from emb_model_provider.cli.output import out, print_json, say, show_progress
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.formatting import format_cosine
 
@@ -49,15 +48,15 @@ class _Precisions(click.ParamType[tuple[str, ...]]):
 
 
 @click.command()
-@click.argument("model", type=ModelId(), metavar="MODEL")
+@click.argument("model", type=options.ModelId(), metavar="MODEL")
 @click.option("--precisions", type=_Precisions(), default=",".join(PRECISIONS), show_default=True,
               help="Precisions to measure. The throughput of the others is compared with the first.")  # fmt: skip
-@source_option
+@options.source
 @click.option("--backend", type=click.Choice(["auto", "openvino", "torch"]), help="Default: as configured.")
 @click.option("--device", help="auto, cpu, cuda, cuda:N or mps. Default: as configured.")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True,
               help="Rounds of throughput measurements. The result is their median.")  # fmt: skip
-@json_option
+@options.json
 def fidelity(
     model: str,
     precisions: tuple[str, ...],
@@ -111,14 +110,11 @@ class FidelityWorker:
 
     def __init__(self, process: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
         self._process = process
-        self.loaded = self._request(json.dumps(job))
+        self.loaded = self.request(json.dumps(job))
         """Figures of the loaded model, or `error`."""
 
-    def measure_rate(self, kind: str) -> dict[str, Any]:
-        """Return `texts_per_s`, or `error`."""
-        return self._request(kind)
-
-    def _request(self, line: str) -> dict[str, Any]:
+    def request(self, line: str) -> dict[str, Any]:
+        """Send a line, and return the answer: `texts_per_s` to a kind of texts, or `error`."""
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the process was started without pipes")
         with contextlib.suppress(BrokenPipeError):
@@ -133,12 +129,7 @@ class FidelityWorker:
 
 @contextlib.contextmanager
 def start_fidelity_worker(job: Mapping[str, Any], command: Sequence[str] = WORKER_COMMAND) -> Iterator[FidelityWorker]:
-    """Start a child process that loads a model, and end it with the context.
-
-    Args:
-        job: Arguments of `fidelity_worker.load`.
-        command: The command of the child process.
-    """
+    """Start a child process that loads a model, and end it with the context. The job has the arguments of its `load`."""
     with contextlib.ExitStack() as stack:
         with delayed_interrupts():
             process = stack.enter_context(
@@ -167,12 +158,11 @@ def _describe_exit(status: int) -> str:
 
 
 def _download(model: str, source: Source | None) -> None:
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.model_resolver import resolve_model
 
-    settings, manager = open_manager()
+    settings, manager = options.open_manager()
     spec = resolve_model(settings, model, source=source)
-    with CommandProgress("auto") as report:
+    with show_progress("auto") as report:
         run_until_interrupted(lambda: manager.ensure(spec, on_progress=report), RESUME_HINT)
 
 
@@ -186,7 +176,7 @@ def _measure_throughput(workers: Mapping[str, FidelityWorker], rounds: int, rows
         say(f"throughput: round {number + 1} of {rounds}")
         for kind in _KINDS:
             for precision in tuple(rates):
-                response = workers[precision].measure_rate(kind)
+                response = workers[precision].request(kind)
                 if "error" in response:
                     rows[precision] = response
                     del rates[precision]
@@ -209,17 +199,16 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
 
 
 def _about() -> dict[str, str]:
+    from emb_model_provider.artifacts.recipe import installed_version
     from emb_model_provider.backends.hardware import usable_cpus
     from emb_model_provider.cli.doctor.machine import processor_name
 
-    versions = []
-    for package in ("emb-model-provider", *_PACKAGES):
-        with contextlib.suppress(PackageNotFoundError):
-            versions.append(f"{package} {version(package)}")
+    versions = {package: installed_version(package) for package in ("emb-model-provider", *_PACKAGES)}
+    installed = ", ".join(f"{package} {found}" for package, found in versions.items() if found is not None)
     return {
         "machine": f"{processor_name() or 'unknown processor'}, {usable_cpus()} cores, "
         f"{platform.system()} {platform.machine()}",
-        "versions": f"Python {platform.python_version()}, {', '.join(versions)}",
+        "versions": f"Python {platform.python_version()}, {installed}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -235,9 +224,8 @@ def _format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     )  # fmt: skip
     lines = [head, *(_cells(precision, row) for precision, row in rows.items())]
     widths = [max(len(line[column]) for line in lines if len(line) == len(head)) for column in range(len(head))]
-    table = [_format_line(line, widths) for line in lines]
-    table.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(table)
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(_format_line(line, widths) for line in lines)
 
 
 def _format_line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -72,22 +72,9 @@ def main() -> None:
 def load(
     model: str, source: str | None, precision: str, backend: str | None, device: str | None
 ) -> tuple[Backend, dict[str, Any]]:
-    """Prepare and load a model, and measure what that takes.
+    """Prepare and load a model, and return its backend and figures. None: as configured.
 
     Floors do not apply, because the result shows the figures of models that are below their floor.
-
-    Args:
-        model: An alias, a repository id or a directory.
-        source: The hub; None: as configured.
-        precision: The precision.
-        backend: The backend; None: as configured.
-        device: The device; None: as configured.
-
-    Returns:
-        The backend and its figures.
-
-    Raises:
-        ProviderError: The model cannot be downloaded or loaded.
     """
     settings, _ = load_settings()
     configured = resolve_model(settings, model, source=source)  # type: ignore[arg-type]  # click has checked it

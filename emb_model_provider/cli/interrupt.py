@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from emb_model_provider.cli.output import say
 from emb_model_provider.error_table import INTERRUPTED
@@ -23,22 +23,11 @@ _POLL_S = 0.2
 
 
 def run_until_interrupted(work: Callable[[], T], message: str, *, stop: Callable[[], float] = lambda: 0.0) -> T:
-    """Run `work` on a thread; on Ctrl-C print a message and end this process.
+    """Return the result of `work`, which runs on a thread; on Ctrl-C call `stop`, print a message and end this process.
 
-    The process does not wait for its threads, because nothing can interrupt a transfer of a hub client, which could
-    take minutes. Its locks end with it, and what was downloaded is kept.
-
-    Args:
-        work: What to run.
-        message: What the user should know after an interrupt.
-        stop: Called on Ctrl-C. It tells `work` to stop, and returns how many seconds to wait for that. A second Ctrl-C
-            ends the wait.
-
-    Returns:
-        The result of `work`.
-
-    Raises:
-        Exception: What `work` raised.
+    `stop` tells the work to stop, and returns how many seconds to wait for that; a second Ctrl-C ends the wait. By
+    default the process does not wait, because nothing can interrupt a transfer of a hub client, which could take
+    minutes. Its locks end with it, and what was downloaded is kept.
     """
     done: Future[T] = Future()
 
@@ -56,18 +45,18 @@ def run_until_interrupted(work: Callable[[], T], message: str, *, stop: Callable
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):
             wait([done], stop())
-        _end(message)
+        say(f"\ninterrupted: {message}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     return done.result()
 
 
 @contextlib.contextmanager
 def delayed_interrupts() -> Iterator[None]:
-    """Delay Ctrl-C while a child process is started and registered to be ended with this process.
+    """Raise a KeyboardInterrupt only at the end of the context, in which a child process is started and registered.
 
     The child inherits the blocked signal. So only this process ends it, and it prints no traceback.
-
-    Raises:
-        KeyboardInterrupt: At the end of the context, if Ctrl-C was pressed meanwhile.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -84,10 +73,3 @@ def delayed_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if received:
         raise KeyboardInterrupt
-
-
-def _end(message: str) -> NoReturn:
-    say(f"\ninterrupted: {message}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(INTERRUPTED)

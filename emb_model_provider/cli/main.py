@@ -16,26 +16,24 @@ from emb_model_provider.errors import ProviderError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_CLI = "emb_model_provider.cli"
-
 COMMANDS = {
-    "serve": f"{_CLI}.serve:serve",
-    "pull": f"{_CLI}.pull:pull",
-    "list": f"{_CLI}.cached:list_models",
-    "show": f"{_CLI}.cached:show",
-    "verify": f"{_CLI}.cached:verify",
-    "rm": f"{_CLI}.remove:rm",
-    "prune": f"{_CLI}.remove:prune",
-    "ps": f"{_CLI}.server:ps",
-    "load": f"{_CLI}.server:load",
-    "unload": f"{_CLI}.server:unload",
-    "embed": f"{_CLI}.embed:embed",
-    "fidelity": f"{_CLI}.fidelity:fidelity",
-    "doctor": f"{_CLI}.doctor:doctor",
-    "models": f"{_CLI}.main:models",
-    "completion": f"{_CLI}.serve:completion",
+    "serve": "serve:serve",
+    "pull": "pull:pull",
+    "list": "cached:list_models",
+    "show": "cached:show",
+    "verify": "cached:verify",
+    "rm": "remove:rm",
+    "prune": "remove:prune",
+    "ps": "server:ps",
+    "load": "server:load",
+    "unload": "server:unload",
+    "embed": "embed:embed",
+    "fidelity": "fidelity:fidelity",
+    "doctor": "doctor:doctor",
+    "models": "main:models",
+    "completion": "serve:completion",
 }
-"""Names of the commands, and where their functions are."""
+"""Names of the commands, and where their functions are in this package."""
 MODEL_COMMANDS = ("pull", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")
 """Commands that are also available as `emb-provider models COMMAND`."""
 
@@ -54,7 +52,7 @@ class CommandGroup(click.Group):
         if cmd_name not in self._names:
             return None
         module, _, name = COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(import_module(module), name)
+        command: click.Command = getattr(import_module(f"emb_model_provider.cli.{module}"), name)
         return command
 
     def make_context(self, *arguments: Any, **options: Any) -> click.Context:
@@ -67,18 +65,15 @@ class CommandGroup(click.Group):
         try:
             return super().invoke(ctx)
         except ProviderError as error:
-            _fail(error.message)
-            raise SystemExit(exit_code_of(error)) from error
+            _fail(error.message, exit_code_of(error))
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of stdout has ended, which click handles
                 raise
             _fail(f"{error}. To check this machine: emb-provider doctor")
-            raise SystemExit(FAILED) from error
         except RuntimeError as error:
             if "home directory" not in str(error):  # raised by pathlib for a ~ that it cannot expand
                 raise
             _fail(f"{str(error).rstrip('.')}. Set HOME to a directory, or write the path without ~.")
-            raise SystemExit(FAILED) from error
         except (KeyboardInterrupt, click.Abort):
             _end_interrupted()
 
@@ -105,5 +100,6 @@ def _end_interrupted() -> NoReturn:
     raise SystemExit(INTERRUPTED) from None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int = FAILED) -> NoReturn:
     say(f"{styled('Error:', fg='red')} {message}")
+    raise SystemExit(exit_code)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
-PROGRESS = ("auto", "plain", "json", "none")
-
 
 class ModelId(click.ParamType[str]):
     """The name of a model. Shells complete it from the models that are configured or on disk."""
@@ -43,63 +41,37 @@ class ModelId(click.ParamType[str]):
         return [CompletionItem(name) for name in _known_names() if name.startswith(incomplete)]
 
 
-def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")(function)
+json = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout instead of text.")
+yes = click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
+dry_run = click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
+source = click.option(
+    "--source", type=click.Choice(get_args(Source)), help="Hub that the model comes from. Default: as configured."
+)
+revision = click.option("--revision", metavar="REV", help="Branch, tag or commit.")
+precision = click.option(
+    "--precision", type=click.Choice(get_args(Precision)), help="Precision of the model. Default: as configured."
+)
+progress = click.option(
+    "--progress",
+    type=click.Choice(["auto", "plain", "json", "none"]),
+    default="auto",
+    show_default=True,
+    help="How to show progress on stderr. plain: a line every 10 % or 10 s. json: one object per line. "
+    "auto: one line that is redrawn on a terminal, else plain.",
+)
+url = click.option(
+    "--url",
+    metavar="URL",
+    help="URL of the server. Default: http:// with EMB_PROVIDER_HOST and EMB_PROVIDER_PORT of the settings.",
+)
 
 
-def quiet_option(content: str) -> Callable[[F], F]:
+def quiet(content: str) -> Callable[[F], F]:
     return click.option("-q", "--quiet", is_flag=True, help=f"Print only {content}.")
 
 
-def yes_option(function: F) -> F:
-    return click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")(function)
-
-
-def dry_run_option(function: F) -> F:
-    return click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")(function)
-
-
-def source_option(function: F) -> F:
-    return click.option(
-        "--source", type=click.Choice(get_args(Source)), help="Hub that the model comes from. Default: as configured."
-    )(function)
-
-
-def revision_option(function: F) -> F:
-    return click.option("--revision", metavar="REV", help="Branch, tag or commit.")(function)
-
-
-def precision_option(function: F) -> F:
-    return click.option(
-        "--precision", type=click.Choice(get_args(Precision)), help="Precision of the model. Default: as configured."
-    )(function)
-
-
-def progress_option(function: F) -> F:
-    return click.option(
-        "--progress",
-        type=click.Choice(PROGRESS),
-        default="auto",
-        show_default=True,
-        help="How to show progress on stderr. plain: a line every 10 % or 10 s. json: one object per line. "
-        "auto: one line that is redrawn on a terminal, else plain.",
-    )(function)
-
-
-def url_option(function: F) -> F:
-    return click.option(
-        "--url",
-        metavar="URL",
-        help="URL of the server. Default: http:// with EMB_PROVIDER_HOST and EMB_PROVIDER_PORT of the settings.",
-    )(function)
-
-
 def open_settings() -> Settings:
-    """Read the settings, and print warnings about them on stderr.
-
-    Raises:
-        SettingsError: A setting is invalid.
-    """
+    """Read the settings, and print warnings about them on stderr."""
     from emb_model_provider.settings.loading import load_settings
 
     settings, warnings = load_settings()
@@ -109,41 +81,33 @@ def open_settings() -> Settings:
 
 
 def open_manager() -> tuple[Settings, ModelManager]:
-    """Read the settings, and return them with a manager of the models on disk.
-
-    Raises:
-        SettingsError: A setting is invalid.
-    """
+    """Read the settings, and return them with a manager of the models on disk."""
     from emb_model_provider.management.manager import ModelManager
 
     settings = open_settings()
     return settings, ModelManager(settings)
 
 
-def split_revision(settings: Settings, argument: str) -> tuple[str, str | None]:
-    """Split `ID@REV` into the name and the revision.
+def split_revision(settings: Settings, argument: str, default: str | None = None) -> tuple[str, str | None]:
+    """Split `ID@REV` into the name and the revision, which is the default for an ID without one.
 
     A name that contains an @ is not split if it is a configured model or a directory.
     """
     from emb_model_provider.model_resolver import directory_of
 
-    name, at, revision = argument.rpartition("@")
+    name, _, own = argument.rpartition("@")
     configured = {name for spec in settings.models.specs() for name in (spec.alias, spec.name)}
-    if not at or not name or not revision or argument in configured or directory_of(argument) is not None:
-        return argument, None
-    return name, revision
+    if not name or not own or argument in configured or directory_of(argument) is not None:
+        return argument, default
+    return name, own
 
 
-def split_single_revision(settings: Settings, argument: str, revision: str | None) -> tuple[str, str | None]:
-    """Split `ID@REV` like `split_revision`, and fall back to the value of `--revision`.
-
-    Raises:
-        click.UsageError: Both name a revision.
-    """
+def split_single_revision(settings: Settings, argument: str, default: str | None) -> tuple[str, str | None]:
+    """Split the only ID of a command like `split_revision`; it is an error if both name a revision."""
     name, own = split_revision(settings, argument)
-    if own is not None and revision is not None:
-        raise click.UsageError(f"{argument} and --revision {revision} both name a revision: remove one.")
-    return name, own or revision
+    if own is not None and default is not None:
+        raise click.UsageError(f"{argument} and --revision {default} both name a revision: remove one.")
+    return name, own or default
 
 
 def _known_names() -> list[str]:

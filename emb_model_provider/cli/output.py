@@ -1,19 +1,22 @@
-"""Output of commands: data on stdout, everything else on stderr; and the exit codes of errors."""
+"""Output of commands: data on stdout, progress and everything else on stderr; and the exit codes of errors."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.error_table import UNREACHABLE, error_info
+from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import ProviderError
+from emb_model_provider.progress import Mode, ProgressReporter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 # --- printing -----------------------------------------------------------------------------------------
@@ -43,7 +46,6 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Print a warning on stderr."""
     say(f"{styled('warning:', fg='yellow')} {message}")
 
 
@@ -53,26 +55,11 @@ def styled(text: str, *, fg: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON on stdout."""
     out(json.dumps(value, indent=1))
 
 
-def print_json_line(value: Any) -> None:
-    """Print a value as one line of JSON on stdout."""
-    out(json.dumps(value))
-
-
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask for confirmation before something is deleted.
-
-    Args:
-        question: The question.
-        yes: The answer was given on the command line.
-
-    Raises:
-        click.UsageError: Stdin is not a terminal.
-        click.exceptions.Exit: The answer is no.
-    """
+    """Ask before something is deleted, unless the command line contains the answer. Without a yes the command ends."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -84,22 +71,52 @@ def confirm(question: str, *, yes: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+# --- progress -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def show_progress(mode: Mode) -> Iterator[ProgressReporter]:
+    """Show progress on stderr, with the warnings of the package and its libraries between the lines."""
+    with ProgressReporter(mode) as report:
+        handler = _NoteHandler(report)
+        logging.getLogger().addHandler(handler)
+        try:
+            yield report
+        finally:
+            logging.getLogger().removeHandler(handler)
+
+
+class _NoteHandler(logging.Handler):
+    """Shows each warning once, even if a model is prepared twice."""
+
+    def __init__(self, reporter: ProgressReporter) -> None:
+        super().__init__(logging.WARNING)
+        self._reporter = reporter
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            self._reporter.note(f"warning: {message}")
+
+
 # --- formatting ---------------------------------------------------------------------------------------
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows of cells as aligned columns."""
     lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
-def pairs(values: Sequence[tuple[str, str]], *, indent: int = 2) -> str:
+def pairs(values: Sequence[tuple[str, str]]) -> str:
     """Return names and values as two columns."""
     width = max((len(name) for name, _ in values), default=0)
-    return "\n".join(f"{'':{indent}}{name:{width}}  {value}" for name, value in values)
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in values)
 
 
 def precision_label(precision: str, computed: str) -> str:
@@ -110,18 +127,8 @@ def precision_label(precision: str, computed: str) -> str:
 # --- errors -------------------------------------------------------------------------------------------
 
 
-class ServerUnreachableError(ProviderError):
-    """No server of this service answers at the address."""
-
-    exit_code = UNREACHABLE
-
-
-class ServerRefusedError(ProviderError):
-    """The server refused a request, or the request could not be sent.
-
-    Attributes:
-        exit_code: Exit code of the command.
-    """
+class ServerError(ProviderError):
+    """The server cannot be reached, or refused a request, or the request could not be sent."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -130,6 +137,4 @@ class ServerRefusedError(ProviderError):
 
 def exit_code_of(error: ProviderError) -> int:
     """Return the exit code of a command that failed with an error."""
-    if isinstance(error, ServerUnreachableError | ServerRefusedError):
-        return error.exit_code
-    return error_info(error).exit_code
+    return error.exit_code if isinstance(error, ServerError) else error_info(error).exit_code

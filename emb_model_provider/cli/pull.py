@@ -8,29 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import RESUME_HINT, run_until_interrupted
-from emb_model_provider.cli.options import (
-    ModelId,
-    json_option,
-    open_manager,
-    precision_option,
-    progress_option,
-    quiet_option,
-    revision_option,
-    source_option,
-    split_single_revision,
+from emb_model_provider.cli.output import (
+    exit_code_of,
+    out,
+    pairs,
+    precision_label,
+    print_json,
+    say,
+    show_progress,
+    warn,
 )
-from emb_model_provider.cli.output import exit_code_of, out, pairs, precision_label, print_json, say, warn
-from emb_model_provider.errors import ProviderError
+from emb_model_provider.errors import OperationCancelledError, ProviderError
 from emb_model_provider.formatting import format_cosine, format_size
-from emb_model_provider.progress import CancelToken
+from emb_model_provider.progress import CancelToken, Mode, ProgressReporter
 
 if TYPE_CHECKING:
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import CompiledModel
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
-    from emb_model_provider.progress_reporter import Mode
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _COMPILER_STOP_S = 30.0
@@ -38,10 +35,10 @@ _COMPILER_STOP_S = 30.0
 
 
 @click.command()
-@click.argument("models", nargs=-1, type=ModelId(), metavar="[ID[@REV]]...")
-@source_option
-@revision_option
-@precision_option
+@click.argument("models", nargs=-1, type=options.ModelId(), metavar="[ID[@REV]]...")
+@options.source
+@options.revision
+@options.precision
 @click.option("--force", is_flag=True, help="Ask the hub again, and download what has changed.")
 @click.option("--no-compile", is_flag=True, help="Download and verify only.")
 @click.option(
@@ -53,9 +50,9 @@ _COMPILER_STOP_S = 30.0
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Do not download matching files. Can be repeated.")
 @click.option("--to", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Also copy the files to DIR, to serve them with EMB_PROVIDER_MODEL_PATH.")  # fmt: skip
-@progress_option
-@quiet_option("the directories of the files")
-@json_option
+@options.progress
+@options.quiet("the directories of the files")
+@options.json
 def pull(
     models: tuple[str, ...],
     source: Source | None,
@@ -81,27 +78,28 @@ def pull(
     JSON: {"models": [{model_name, alias, source, revision, path, files, size, compiled: {backend, size, precision,
     computed, fidelity, notes} or null, copied_to}]}.
     """
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.model_resolver import resolve_model
 
-    settings, manager = open_manager()
+    settings, manager = options.open_manager()
     if revision is not None and len(models) != 1:
         raise click.UsageError("--revision requires exactly one ID. For several, write ID@REV.")
     if directory is not None and len(models) != 1:
         raise click.UsageError("--to requires exactly one ID.")
     specs = []
     for argument in models or [spec.alias for spec in settings.models.specs()]:
-        name, wanted = split_single_revision(settings, argument, revision)
+        name, wanted = options.split_single_revision(settings, argument, revision)
         specs.append(resolve_model(settings, name, source=source, revision=wanted, precision=precision))
     task = _PullTask(manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude))
     failures: list[ProviderError] = []
     results: list[dict[str, Any]] = []
 
     def work() -> None:
-        with CommandProgress("none" if quiet and progress == "auto" else progress) as report:
+        with show_progress("none" if quiet and progress == "auto" else progress) as report:
             for spec in specs:
                 try:
                     results.append(task.run(spec, report))
+                except OperationCancelledError:
+                    return  # interrupted: the process ends
                 except ProviderError as error:
                     failures.append(error)
                     if len(specs) > 1:
@@ -132,7 +130,7 @@ class _PullTask:
         self.cancel.cancel()
         return _COMPILER_STOP_S if self.is_compiling else 0.0
 
-    def run(self, spec: ModelSpec, report: CommandProgress) -> dict[str, Any]:
+    def run(self, spec: ModelSpec, report: ProgressReporter) -> dict[str, Any]:
         self.is_compiling = False
         report.model(spec.alias)
         snapshot = self.manager.ensure(
@@ -162,19 +160,12 @@ def _to_json(spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None
 
 
 def _compiled_to_json(compiled: CompiledModel) -> dict[str, Any]:
+    values = {"backend": compiled.backend, "size": compiled.size, "precision": None, "computed": None, "fidelity": None}
     description = compiled.description
     if description is None:
-        return {
-            "backend": compiled.backend,
-            "size": compiled.size,
-            "precision": None,
-            "computed": None,
-            "fidelity": None,
-            "notes": [*compiled.notes],
-        }
+        return {**values, "notes": [*compiled.notes]}
     return {
-        "backend": compiled.backend,
-        "size": compiled.size,
+        **values,
         "precision": description.precision,
         "computed": description.compute or description.precision,
         "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,

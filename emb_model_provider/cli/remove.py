@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.options import (
-    ModelId,
-    dry_run_option,
-    json_option,
-    open_manager,
-    quiet_option,
-    revision_option,
-    source_option,
-    split_revision,
-    url_option,
-    yes_option,
-)
 from emb_model_provider.cli.output import confirm, out, print_json, say
 from emb_model_provider.error_table import USAGE_ERROR
 from emb_model_provider.formatting import format_size
@@ -36,13 +25,15 @@ if TYPE_CHECKING:
 _INTERRUPTED = "some of it may be removed already. To see what is left: emb-provider list"
 _KEEPS_FILES = ("local", "bundled")
 """Sources whose files are never removed, only what was compiled from them."""
+_Names = list[tuple[str, str | None]]
+"""Names and revisions; empty for all models."""
 
 
 @click.command()
-@click.argument("models", nargs=-1, type=ModelId(), metavar="[ID[@REV]]...")
+@click.argument("models", nargs=-1, type=options.ModelId(), metavar="[ID[@REV]]...")
 @click.option("--all", "everything", is_flag=True, help="Remove all models that are listed.")
-@source_option
-@revision_option
+@options.source
+@options.revision
 @click.option("--wait", "wait_s", type=click.FloatRange(0, 3600), default=0.0, metavar="SECONDS",
               help="How long to wait for a model that is in use. Default: not at all.")  # fmt: skip
 @click.option(
@@ -50,11 +41,11 @@ _KEEPS_FILES = ("local", "bundled")
     is_flag=True,
     help="Let the running server unload the models after their pending requests, and remove them.",
 )
-@url_option
-@dry_run_option
-@yes_option
-@quiet_option("the ids of removed models")
-@json_option
+@options.url
+@options.dry_run
+@options.yes
+@options.quiet("the ids of removed models")
+@options.json
 def rm(
     models: tuple[str, ...],
     source: Source | None,
@@ -86,28 +77,27 @@ def rm(
         raise click.UsageError("--all cannot be combined with --source or --revision.")
     if url is not None and not unload:
         raise click.UsageError("--url requires --unload, because without it the models on this disk are removed.")
-    settings, manager = open_manager()
-    arguments = [split_revision(settings, argument) for argument in models]
-    names = list(dict.fromkeys((name, own_revision or revision) for name, own_revision in arguments))
-    removal: _LocalRemoval | _RemoteRemoval
+    settings, manager = options.open_manager()
+    names = list(dict.fromkeys(options.split_revision(settings, argument, revision) for argument in models))
     if unload:
         from emb_model_provider.cli.server_client import ServerClient
 
-        removal = _RemoteRemoval(ServerClient(settings, url), names, source, wait_s)
+        remove = partial(_remove_on_server, ServerClient(settings, url), names, source, wait_s)
     else:
-        removal = _LocalRemoval(manager, names, source, wait_s)
-    result = removal.remove(dry_run=True) if dry_run else removal.plan()
-    if not dry_run and _has_models(result):
+        remove = partial(_remove, manager, names, source, wait_s)
+    waits = wait_s > 0 and not unload and not dry_run
+    result = _plan(manager, names, source) if waits else remove(dry_run=True)
+    if not dry_run and not _is_empty(result):
         _confirm(result, yes=yes)
-        result = run_until_interrupted(lambda: removal.remove(dry_run=False), _INTERRUPTED)
+        result = run_until_interrupted(partial(remove, dry_run=False), _INTERRUPTED)
     _print({**result, "dry_run": dry_run}, quiet=quiet, as_json=as_json)
 
 
 @click.command()
-@dry_run_option
-@yes_option
-@quiet_option("the ids of removed models")
-@json_option
+@options.dry_run
+@options.yes
+@options.quiet("the ids of removed models")
+@options.json
 def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
     """Remove leftovers that cannot be used.
 
@@ -115,102 +105,59 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
 
     JSON: as for rm.
     """
-    _, manager = open_manager()
+    _, manager = options.open_manager()
     result = _to_json([manager.prune(dry_run=True)], dry_run=True)
     if not dry_run:
-        if _has_models(result):
-            _confirm(result, yes=yes)
-        # Even if no model is listed, because there can be partial files next to a complete model.
+        _confirm(result, yes=yes)
         removal = run_until_interrupted(lambda: manager.prune(dry_run=False), _INTERRUPTED)
         result = _to_json([removal], dry_run=False)
     _print(result, quiet=quiet, as_json=as_json)
 
 
-@dataclass(frozen=True, slots=True)
-class _LocalRemoval:
-    """Removes models from the disk of this machine."""
+def _plan(manager: ModelManager, names: _Names, source: Source | None) -> dict[str, Any]:
+    """Return what is going to be removed if the models that are in use are released."""
+    from emb_model_provider.management.types import CachedModelRecord, Removal
 
-    manager: ModelManager
-    names: list[tuple[str, str | None]]
-    """Names and revisions; empty for all models."""
-    source: Source | None
-    wait_s: float
-
-    def plan(self) -> dict[str, Any]:
-        """Return what `remove` is going to remove. A model that can be waited for may be in use.
-
-        Raises:
-            NotCachedError: The model is not on disk.
-            ModelInUseError: A model is in use, and `wait_s` is 0.
-        """
-        from emb_model_provider.management.types import Removal
-
-        if self.wait_s == 0:
-            return self.remove(dry_run=True)
-        models = [
-            model
-            for name, revision in self.names
-            for model in self.manager.find(name, source=self.source, revision=revision)
-        ]
-        if not self.names:
-            models = self.manager.list()
-        freed = sum(model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models)
-        return _to_json([Removal(models=models, artifacts=[], freed=freed, kept=[])], dry_run=True)
-
-    def remove(self, *, dry_run: bool) -> dict[str, Any]:
-        """Remove the models. Nothing is removed if one of several is in use already.
-
-        Raises:
-            NotCachedError: The model is not on disk.
-            ModelInUseError: A model is in use for longer than `wait_s`.
-        """
-        if not self.names:
-            return _to_json([self.manager.remove_all(wait_s=self.wait_s, dry_run=dry_run)], dry_run=dry_run)
-        if self.wait_s == 0 and not dry_run:
-            self._remove_each(dry_run=True)
-        return _to_json(self._remove_each(dry_run=dry_run), dry_run=dry_run)
-
-    def _remove_each(self, *, dry_run: bool) -> list[Removal]:
-        return [
-            self.manager.remove(name, source=self.source, revision=revision, wait_s=self.wait_s, dry_run=dry_run)
-            for name, revision in self.names
-        ]
+    plan = Removal(models=[], artifacts=[], freed=0, kept=[]) if names else manager.remove_all(dry_run=True)
+    models: list[CachedModelRecord] = [*plan.kept]
+    for name, revision in names:
+        models += manager.find(name, source=source, revision=revision)
+    plan.models += models
+    plan.freed += sum(model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models)
+    plan.kept = []
+    return _to_json([plan], dry_run=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _RemoteRemoval:
-    """Lets the running server unload and remove models."""
+def _remove(
+    manager: ModelManager, names: _Names, source: Source | None, wait_s: float, *, dry_run: bool
+) -> dict[str, Any]:
+    if not names:
+        return _to_json([manager.remove_all(wait_s=wait_s, dry_run=dry_run)], dry_run=dry_run)
+    if wait_s == 0 and not dry_run:
+        _remove(manager, names, source, wait_s, dry_run=True)  # so that nothing is removed if one is in use
+    removals = [
+        manager.remove(name, source=source, revision=revision, wait_s=wait_s, dry_run=dry_run)
+        for name, revision in names
+    ]
+    return _to_json(removals, dry_run=dry_run)
 
-    client: ServerClient
-    names: list[tuple[str, str | None]]
-    """Names and revisions; empty for all models."""
-    source: Source | None
-    wait_s: float
 
-    def plan(self) -> dict[str, Any]:
-        """Return what `remove` is going to remove. Raises as `remove` does."""
-        return self.remove(dry_run=True)
-
-    def remove(self, *, dry_run: bool) -> dict[str, Any]:
-        """Remove the models.
-
-        Raises:
-            ServerUnreachableError: No server answers.
-            ServerRefusedError: The model does not exist, or it cannot be unloaded.
-        """
-        options = {"wait_s": self.wait_s, "unload": True, "dry_run": dry_run}
-        if not self.names:
-            return self.client.delete("/api/models/cache/all", **options)
-        first, *others = [
-            self.client.delete(
-                f"/api/models/cache/{quote(name, safe='')}", source=self.source, revision=revision, **options
-            )
-            for name, revision in self.names
-        ]
-        for other in others:
-            for key in ("models", "artifacts", "kept", "unloaded", "freed"):
-                first[key] += other[key]
-        return first
+def _remove_on_server(
+    client: ServerClient, names: _Names, source: Source | None, wait_s: float, *, dry_run: bool
+) -> dict[str, Any]:
+    parameters = {"wait_s": wait_s, "unload": True, "dry_run": dry_run}
+    if not names:
+        return client.request("DELETE", "/api/models/cache/all", **parameters)
+    first, *others = [
+        client.request(
+            "DELETE", f"/api/models/cache/{quote(name, safe='')}", source=source, revision=revision, **parameters
+        )
+        for name, revision in names
+    ]
+    for other in others:
+        for key in ("models", "artifacts", "kept", "unloaded", "freed"):
+            first[key] += other[key]
+    return first
 
 
 def _to_json(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any]:
@@ -226,12 +173,15 @@ def _to_json(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _has_models(result: dict[str, Any]) -> bool:
-    return bool(result["models"] or result["artifacts"])
+def _is_empty(result: dict[str, Any]) -> bool:
+    return not (result["models"] or result["artifacts"] or result["freed"])
 
 
 def _confirm(result: dict[str, Any], *, yes: bool) -> None:
+    """Ask before models or compiled forms are removed, but not if there are only partial files."""
     names = dict.fromkeys(model["model_name"] for model in result["models"])
+    if not names and not result["artifacts"]:
+        return
     content = ", ".join(names) or f"{len(result['artifacts'])} compiled form(s) without a model"
     confirm(f"Remove {content} ({format_size(result['freed'])})?", yes=yes)
 
@@ -252,7 +202,7 @@ def _print(result: dict[str, Any], *, quiet: bool, as_json: bool) -> None:
     if not quiet or result["kept"]:
         for model in result["kept"]:
             say(f"kept {model['model_name']}: {model['reason']}")
-        if not _has_models(result) and not result["freed"]:
+        if _is_empty(result):
             say("There is nothing to remove.")
         else:
             say(f"{format_size(result['freed'])} {'would be freed' if dry_run else 'freed'}")

@@ -8,43 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.options import (
-    ModelId,
-    json_option,
-    open_settings,
-    precision_option,
-    progress_option,
-    quiet_option,
-    revision_option,
-    source_option,
-    split_single_revision,
-    url_option,
-)
-from emb_model_provider.cli.output import out, print_json, say, table
+from emb_model_provider.cli.output import out, print_json, say, show_progress, table
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import format_size
-from emb_model_provider.progress import Phase, Progress
+from emb_model_provider.progress import Mode, Phase, Progress, ProgressReporter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Iterator
 
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.cli.server_client import ServerClient
     from emb_model_provider.model_spec import Precision, Source
-    from emb_model_provider.progress_reporter import Mode
 
 _POLL_S = 1.0
 _INTERRUPTED = "the server continues. To see its models: emb-provider ps"
 _HEAD = ("MODEL", "STATE", "PRECISION", "MEMORY", "QUEUE", "REQUESTS/S", "P95", "SERVED")
-_PHASES: Mapping[str, Phase] = {"downloading": "download", "compiling": "compile", "loading": "load"}
+_PHASES: dict[str, Phase] = {"downloading": "download", "compiling": "compile", "loading": "load"}
 """States of a model to the phases that are shown."""
 
 
 @click.command()
-@url_option
-@quiet_option("the names of loaded models")
-@json_option
+@options.url
+@options.quiet("the names of loaded models")
+@options.json
 def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
     """List the models of the running server.
 
@@ -55,7 +42,7 @@ def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
     """
     from emb_model_provider.cli.server_client import ServerClient
 
-    response = ServerClient(open_settings(), url).models()
+    response = ServerClient(options.open_settings(), url).models()
     models = response["models"]
     if as_json:
         print_json(response)
@@ -78,15 +65,15 @@ def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model", type=ModelId(), metavar="ID[@REV]")
+@click.argument("model", type=options.ModelId(), metavar="ID[@REV]")
 @click.option("--alias", metavar="NAME", help="Name that requests use. Default: as configured, or ID.")
-@source_option
-@revision_option
-@precision_option
+@options.source
+@options.revision
+@options.precision
 @click.option("--no-wait", is_flag=True, help="Do not wait until the model is ready.")
-@url_option
-@progress_option
-@json_option
+@options.url
+@options.progress
+@options.json
 def load(
     model: str,
     alias: str | None,
@@ -106,16 +93,16 @@ def load(
 
     JSON: the model, as in `ps --json`.
     """
-    from emb_model_provider.cli.progress import CommandProgress
     from emb_model_provider.cli.server_client import ServerClient
 
-    settings = open_settings()
-    name, revision = split_single_revision(settings, model, revision)
+    settings = options.open_settings()
+    name, revision = options.split_single_revision(settings, model, revision)
     client = ServerClient(settings, url)
 
     def work() -> dict[str, Any]:
-        with CommandProgress(progress) as report, _show_state(client, {alias or name, name}, report):
-            return client.post(
+        with show_progress(progress) as report, _show_state(client, {alias or name, name}, report):
+            return client.request(
+                "POST",
                 "/api/models/load",
                 model_name=name,
                 alias=alias,
@@ -129,12 +116,12 @@ def load(
 
 
 @click.command()
-@click.argument("model", type=ModelId(), metavar="ID")
+@click.argument("model", type=options.ModelId(), metavar="ID")
 @click.option(
     "--forget", is_flag=True, help="Also stop serving the model. Only for models that are not in the server's settings."
 )
-@url_option
-@json_option
+@options.url
+@options.json
 def unload(model: str, url: str | None, *, forget: bool, as_json: bool) -> None:
     """Unload a model from the running server.
 
@@ -144,9 +131,9 @@ def unload(model: str, url: str | None, *, forget: bool, as_json: bool) -> None:
     """
     from emb_model_provider.cli.server_client import ServerClient
 
-    client = ServerClient(open_settings(), url)
+    client = ServerClient(options.open_settings(), url)
     response = run_until_interrupted(
-        lambda: client.post("/api/models/unload", model_name=model, forget=forget), _INTERRUPTED
+        lambda: client.request("POST", "/api/models/unload", model_name=model, forget=forget), _INTERRUPTED
     )
     _print(response, as_json=as_json)
 
@@ -174,7 +161,7 @@ def _print(model: dict[str, Any], *, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _show_state(client: ServerClient, names: Collection[str], report: CommandProgress) -> Iterator[None]:
+def _show_state(client: ServerClient, names: set[str], report: ProgressReporter) -> Iterator[None]:
     """Show the state of a model while the caller waits for the response of the server."""
     done = threading.Event()
 
@@ -186,7 +173,7 @@ def _show_state(client: ServerClient, names: Collection[str], report: CommandPro
                 continue  # the request of the caller fails for the same reason
             for model in models:
                 phase = _PHASES.get(model["state"])
-                if phase is not None and not {model["alias"], model["model_name"]}.isdisjoint(names):
+                if phase is not None and names & {model["alias"], model["model_name"]}:
                     report.model(model["alias"])
                     report(Progress(phase, model["model_name"]))
 

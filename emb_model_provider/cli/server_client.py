@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from emb_model_provider.cli.output import ServerRefusedError, ServerUnreachableError
-from emb_model_provider.error_table import FAILED, USAGE_ERROR
+from emb_model_provider.cli.output import ServerError
+from emb_model_provider.error_table import FAILED, UNREACHABLE, USAGE_ERROR
 
 if TYPE_CHECKING:
     import httpx
@@ -28,15 +27,12 @@ def server_url(server: ServerSettings) -> str:
 
 
 class ServerClient:
-    """Client of one server. Its key is the first of ADMIN_API_KEYS, else the first of API_KEYS."""
+    """Client of the server at a URL, else of the one in the settings. Its methods raise ServerError.
+
+    Its key is the first of ADMIN_API_KEYS, else the first of API_KEYS.
+    """
 
     def __init__(self, settings: Settings, url: str | None = None) -> None:
-        """Create a client.
-
-        Args:
-            settings: Where the server listens, and its keys.
-            url: Where the server listens, if not as in the settings.
-        """
         server = settings.server
         self._has_own_url = url is not None
         self._url = (url or server_url(server)).rstrip("/")
@@ -45,64 +41,46 @@ class ServerClient:
         self._headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
 
     def models(self) -> dict[str, Any]:
-        """Return the response of GET /api/models.
-
-        Raises:
-            ServerUnreachableError: No server answers.
-            ServerRefusedError: The server refused the request.
-        """
-        body = self._request("GET", "/api/models", {}, _LIST_TIMEOUT_S)
+        """Return the response of GET /api/models."""
+        body = self.request("GET", "/api/models", timeout_s=_LIST_TIMEOUT_S)
         if not {"models", "process"} <= body.keys():  # other services have this route, too
             raise self._not_this_service(200)
         return body
 
-    def post(self, path: str, **parameters: object) -> dict[str, Any]:
-        """Send a POST request, and wait for the response for as long as it takes.
-
-        Raises:
-            ServerUnreachableError: No server answers.
-            ServerRefusedError: The server refused the request.
-        """
-        return self._request("POST", path, parameters, None)
-
-    def delete(self, path: str, **parameters: object) -> dict[str, Any]:
-        """Send a DELETE request, and wait for the response for as long as it takes.
-
-        Raises:
-            ServerUnreachableError: No server answers.
-            ServerRefusedError: The server refused the request.
-        """
-        return self._request("DELETE", path, parameters, None)
-
-    def _request(
-        self, method: str, path: str, parameters: dict[str, object], timeout_s: float | None
+    def request(
+        self, method: str, path: str, *, timeout_s: float | None = None, **parameters: str | float | None
     ) -> dict[str, Any]:
+        """Send a request, and wait for the response; without a timeout for as long as it takes."""
         import httpx
 
-        query = {name: _to_query(value) for name, value in parameters.items() if value is not None}
         try:
             response = httpx.request(
                 method,
                 self._url + path,
-                params=query,
+                params={name: value for name, value in parameters.items() if value is not None},
                 headers=self._headers,
                 timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
                 # A request through a proxy would not count as one from this machine.
-                trust_env=not _is_loopback(self._url),
+                trust_env=not _is_loopback(httpx.URL(self._url).host),
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise ServerRefusedError(
+            raise ServerError(
                 f"{self._url} is not the URL of a server ({error}). Write it as --url http://HOST:PORT.",
                 exit_code=USAGE_ERROR,
             ) from error
         except httpx.LocalProtocolError:  # its message contains the key
-            raise ServerRefusedError(
+            raise ServerError(
                 "The first key of EMB_PROVIDER_ADMIN_API_KEYS (or EMB_PROVIDER_API_KEYS) contains a character that "
                 "is not allowed in a header, such as a line break. Set it to a key of the server.",
                 exit_code=USAGE_ERROR,
             ) from None
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+            hint = "To start one: emb-provider serve. If it runs elsewhere, add --url URL."
+            raise ServerError(
+                f"No server answers at {self._url} ({str(error) or type(error).__name__}). "
+                f"{'Check the URL.' if self._has_own_url else hint}",
+                exit_code=UNREACHABLE,
+            ) from error
         return self._read(response)
 
     def _read(self, response: httpx.Response) -> dict[str, Any]:
@@ -121,29 +99,16 @@ class ServerClient:
         if error.get("code") == "unknown_url":
             message += f" The server at {self._url} has another version. To start this one: emb-provider serve"
         exit_code = USAGE_ERROR if response.status_code in _USAGE_STATUSES else FAILED
-        raise ServerRefusedError(message, exit_code=exit_code)
+        raise ServerError(message, exit_code=exit_code)
 
-    def _unreachable(self, error: Exception) -> ServerUnreachableError:
-        reason = str(error) or type(error).__name__
-        hint = (
-            "Check the URL."
-            if self._has_own_url
-            else "To start one: emb-provider serve. If it runs elsewhere, add --url URL."
-        )
-        return ServerUnreachableError(f"No server answers at {self._url} ({reason}). {hint}")
-
-    def _not_this_service(self, status: int) -> ServerUnreachableError:
-        return ServerUnreachableError(
-            f"The program at {self._url} is not this service (HTTP {status}). Set the URL of the service with --url URL."
+    def _not_this_service(self, status: int) -> ServerError:
+        return ServerError(
+            f"The program at {self._url} is not this service (HTTP {status}). Set the URL of the service with --url URL.",
+            exit_code=UNREACHABLE,
         )
 
 
-def _to_query(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

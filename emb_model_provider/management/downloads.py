@@ -16,8 +16,7 @@ from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFull
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.types import DownloadRecord
 from emb_model_provider.model_resolver import resolve_source
-from emb_model_provider.progress import CancelToken, Phase
-from emb_model_provider.progress_reporter import ProgressReporter
+from emb_model_provider.progress import CancelToken, Phase, ProgressReporter
 
 if TYPE_CHECKING:
     from pathlib import Path

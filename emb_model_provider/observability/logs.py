@@ -11,7 +11,6 @@ import copy
 import json
 import logging
 import logging.handlers
-import os
 import random
 import sys
 import threading
@@ -35,8 +34,6 @@ LOG_FILE = "emb_model_provider.log"
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 _COLLECT_S = 0.05
-_ERASE_LINE = "\r\x1b[2K"
-"""Written to a terminal before each log line, because a `ProgressReporter` draws lines without a line break."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +70,6 @@ def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> Li
         handlers.append(_file_handler(settings, rotation or Rotation()))
     for handler in handlers:
         handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
-    if not as_json and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        handlers[0].setFormatter(_TextFormatter(_ERASE_LINE))
 
     writer = LineWriter(handlers)
     root = logging.getLogger()
@@ -201,8 +196,8 @@ def _printable(text: str) -> str:
 
 
 class _TextFormatter(logging.Formatter):
-    def __init__(self, prefix: str = "") -> None:
-        super().__init__(f"{prefix}%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)

@@ -11,7 +11,7 @@ from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_
 from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import LoadError
 from emb_model_provider.formatting import format_cosine, format_size
-from emb_model_provider.progress_reporter import ProgressReporter
+from emb_model_provider.progress import ProgressReporter
 from emb_model_provider.registry.model_entry import State
 from emb_model_provider.serving.engine import Engine
 
@@ -114,7 +114,7 @@ class Loader:
         return engine
 
     def _fetch(self, spec: ModelSpec) -> tuple[Snapshot, FileLock]:
-        with ProgressReporter("log", every_s=30.0) as report:
+        with ProgressReporter("log") as report:
             return self._manager.acquire(spec, on_progress=report, cancel=self._cancel)
 
     def _prepare(self, entry: ModelEntry, snapshot: Snapshot) -> PreparedBackend:
@@ -125,7 +125,7 @@ class Loader:
                 "model %s: trust_remote_code is on: code from %s at revision %s may run in this process",
                 entry.spec.alias, snapshot.repository, snapshot.revision,
             )  # fmt: skip
-        with ProgressReporter("log", every_s=30.0) as report:
+        with ProgressReporter("log") as report:
 
             def on_progress(progress: Progress) -> None:
                 entry.state = State.COMPILING

@@ -70,8 +70,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
 
 
 def interrupt_while_compiling(directory: Path, settings: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `pull small`, and interrupt it as soon as there is an unfinished artifact."""
-    with start(directory, "pull", "small", "--json", "--progress", "json", **settings) as process:
+    """Run `pull` of two models, and interrupt it as soon as there is an unfinished artifact of the first."""
+    arguments = ("pull", "small", COPY, "--source", "huggingface", "--json", "--progress", "json")
+    with start(directory, *arguments, **settings) as process:
         wait_until(lambda: process.poll() is not None or [*directory.glob("cache/artifacts/.*.tmp")])
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=120)

@@ -141,6 +141,17 @@ def test_verify_reports_a_changed_byte_and_repairs_it(here: Path) -> None:
     assert weights.read_bytes() == WEIGHTS
 
 
+def test_verify_without_an_id_is_limited_by_revision_and_source(here: Path) -> None:
+    pull_files(HF_REPO)
+    pull_files(MS_REPO, "--source", "modelscope")
+    names = {
+        MS_REPO: ("--source", "modelscope"),
+        HF_REPO: ("--revision", invoke_json("show", HF_REPO)["models"][0]["revision"]),
+    }
+    for name, options in names.items():
+        assert [model["model_name"] for model in invoke_json("verify", *options)["models"]] == [name]
+
+
 def test_verify_repair_removes_a_damaged_compiled_form(
     compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

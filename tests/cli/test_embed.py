@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cli.helpers import SCRIPT, invoke, run
+from tests.cli.helpers import SCRIPT, invoke, phases, run
 from tests.service import environment
 
 if TYPE_CHECKING:
@@ -38,6 +38,15 @@ def test_embed_as_json_prints_an_object_per_text(compiled: Compiled) -> None:
     result = json.loads(line)
     assert (result["index"], result["text"]) == (0, "one")
     assert result["embedding"] == pytest.approx(json.loads(vector), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_embed_shows_that_it_compiles(compiled: Compiled, tmp_path: Path) -> None:
+    shutil.copytree(compiled.directory / "cache" / "snapshots", tmp_path / "cache" / "snapshots")
+    settings = compiled.settings | {"CACHE_DIR": str(tmp_path / "cache"), "OFFLINE": "true"}
+    done = run(tmp_path, "embed", "one", "--progress", "json", **settings)
+    assert done.returncode == 0, done.stderr
+    assert phases(done.stderr) == ["compile", "compare", "load"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

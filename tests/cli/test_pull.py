@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cli.conftest import SMALL
+from tests.cli.conftest import COPY, SMALL
 from tests.cli.helpers import invoke, invoke_json, phases, pull_files, run, start
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 from tests.service import wait_until
@@ -100,12 +100,16 @@ def test_pull_compiles_and_reports_the_fidelity(compiled: Compiled) -> None:
 
 
 def test_an_interrupt_while_compiling_leaves_nothing_behind(compiled: Compiled) -> None:
-    """No process and no unfinished artifact is left. The next pull uses the files that were downloaded."""
+    """No process and no unfinished artifact is left. The next pull uses the files that were downloaded.
+
+    The command does not begin with the next model.
+    """
     done = compiled.interrupted
     assert phases(done.stderr) == ["resolve", "download", "verify", "compile"]
     assert (done.returncode, done.stdout) == (130, "")
     assert "run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
+    assert COPY not in done.stderr
     assert compiled.left == []
     assert "download" not in phases(compiled.stderr)
 

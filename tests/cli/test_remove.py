@@ -9,6 +9,8 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING
 
+import pytest
+
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.settings.loading import load_settings
@@ -18,9 +20,14 @@ from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
-
     from tests.cli.conftest import Compiled
+
+
+def create_unfinished_artifact(directory: Path) -> Path:
+    path = directory / "cache" / "artifacts" / ".0a1b.made.tmp"
+    path.mkdir(parents=True)
+    (path / "model.bin").write_bytes(b"?" * 1000)
+    return path
 
 
 # --- confirmation -------------------------------------------------------------------------------------
@@ -105,8 +112,9 @@ def test_wait_waits_until_a_model_is_released(here: Path) -> None:
     assert invoke_json("list")["models"] == []
 
 
+@pytest.mark.parametrize("options", [(), ("--wait", "60")])
 def test_rm_all_removes_compiled_forms_without_a_model(
-    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It asks before that, too."""
     cache = shutil.copytree(compiled.directory / "cache", tmp_path / "cache")
@@ -116,11 +124,11 @@ def test_rm_all_removes_compiled_forms_without_a_model(
     artifacts = {path.parent for path in cache.glob("artifacts/*/model.bin")}
     assert artifacts
     shutil.rmtree(cache / "snapshots")
-    refused = invoke("rm", "--all")
+    refused = invoke("rm", "--all", *options)
     assert refused.exit_code == 2
     assert f"{len(artifacts)} compiled form(s)" in refused.stderr
     assert all(artifact.exists() for artifact in artifacts)
-    removed = invoke_json("rm", "--all", "-y")["artifacts"]
+    removed = invoke_json("rm", "--all", "-y", *options)["artifacts"]
     assert set(removed) == {artifact.name for artifact in artifacts}
     assert not any(artifact.exists() for artifact in artifacts)
 
@@ -147,13 +155,18 @@ def test_prune_keeps_complete_models(here: Path) -> None:
     assert len(invoke_json("list")["models"]) == 1
 
 
+def test_rm_all_removes_unfinished_artifacts(here: Path) -> None:
+    """Even without models. It does not ask."""
+    unfinished = create_unfinished_artifact(here)
+    assert invoke_json("rm", "--all")["freed"] == 1000
+    assert not unfinished.exists()
+
+
 def test_prune_removes_unfinished_artifacts(here: Path) -> None:
     """Such as those of a killed compiler. They are in no list, so that it does not ask."""
     directory = pull_files(HF_REPO)
     before = cache_content(here)
-    unfinished = here / "cache" / "artifacts" / ".0a1b.made.tmp"
-    unfinished.mkdir(parents=True)
-    (unfinished / "model.bin").write_bytes(b"?" * 1000)
+    unfinished = create_unfinished_artifact(here)
     planned = invoke_json("prune", "--dry-run")
     assert (planned["dry_run"], planned["freed"], unfinished.exists()) == (True, 1000, True)
     pruned = invoke_json("prune")

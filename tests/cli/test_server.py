@@ -166,8 +166,9 @@ def test_load_shows_the_state_of_the_model(here: object) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, "x: ready\n", "x: compile\n")
 
 
-def test_an_invalid_url_exits_with_2(here: object) -> None:
-    result = invoke("ps", "--url", "nonsense")
+@pytest.mark.parametrize("url", ["nonsense", "http://[::1"])
+def test_an_invalid_url_exits_with_2(url: str, here: object) -> None:
+    result = invoke("ps", "--url", url)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--url http://HOST:PORT" in result.stderr
 

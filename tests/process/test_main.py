@@ -236,8 +236,7 @@ def shutdown(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backe
         shutdown.log = service.log_text()
     reader.join()
     os.close(ours)
-    # As a user sees it: without the progress of the model, which is erased and redrawn on one line.
-    shutdown.terminal = re.sub(r"[^\r\n]*\r\x1b\[2K", "", b"".join(chunks).decode())
+    shutdown.terminal = b"".join(chunks).decode()
     return shutdown
 
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from emb_model_provider.cli.options import json_option
+from emb_model_provider.cli import options
 from emb_model_provider.cli.output import out, print_json, say, styled
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from emb_model_provider.settings import Settings
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -36,7 +34,7 @@ class CheckResult:
 
 
 @click.command()
-@json_option
+@options.json
 def doctor(*, as_json: bool) -> None:
     """Check this machine, and suggest what to do.
 
@@ -62,32 +60,28 @@ def doctor(*, as_json: bool) -> None:
 def _run_checks() -> Iterator[CheckResult]:
     # A setting of ModelScope's client, which it reads when it is imported: its default of five tries takes too long.
     os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
-    from emb_model_provider.cli.doctor import disk, machine, service
+    from emb_model_provider.cli.doctor import machine, service
     from emb_model_provider.settings.loading import load_settings
 
     yield from machine.check_python()
-    yield from machine.check_packages()
-    yield from machine.check_processor()
-    yield from machine.check_memory()
+    yield machine.check_processor()
+    yield machine.check_memory()
     try:
         settings, warnings = load_settings()
     except SettingsError as error:
         advice = "Correct the setting, and run doctor again: the remaining checks need the settings."
         yield CheckResult("settings", "fail", error.message, advice)
         return
-    yield CheckResult("settings", "ok", _describe_models(settings))
+    aliases = [spec.alias for spec in settings.models.specs()]
+    found = f"valid; {len(aliases)} model{'s' if len(aliases) > 1 else ''}: {', '.join(aliases)}"
+    yield CheckResult("settings", "ok", found)
     for warning in warnings:
         yield CheckResult("settings", "warn", warning, "Rename or remove it.")
-    yield from machine.check_cuda(settings)
-    yield from disk.check_directories(settings)
-    yield from service.check_port(settings)
+    yield machine.check_cuda(settings)
+    yield from machine.check_directories(settings)
+    yield service.check_port(settings)
     yield from service.check_hubs(settings)
     yield from service.check_models(settings)
-
-
-def _describe_models(settings: Settings) -> str:
-    aliases = [spec.alias for spec in settings.models.specs()]
-    return f"valid; {len(aliases)} model{'s' if len(aliases) > 1 else ''}: {', '.join(aliases)}"
 
 
 def _print(result: CheckResult) -> None:

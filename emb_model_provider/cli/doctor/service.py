@@ -25,7 +25,7 @@ _NAMES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 _PREFIXES = {"huggingface": "EMB_PROVIDER_HF", "modelscope": "EMB_PROVIDER_MODELSCOPE"}
 
 
-def check_port(settings: Settings) -> Iterator[CheckResult]:
+def check_port(settings: Settings) -> CheckResult:
     """Check that the port is free, or that this service listens on it."""
     from emb_model_provider.cli.server_client import server_url
     from emb_model_provider.main import listen
@@ -36,13 +36,11 @@ def check_port(settings: Settings) -> Iterator[CheckResult]:
         sockets = listen(server)
     except SettingsError as error:
         if _is_this_service(server_url(server)):
-            yield CheckResult("port", "ok", f"{address}: the service is running")
-        else:
-            yield CheckResult("port", "fail", f"{address} is not available", error.message)
-        return
+            return CheckResult("port", "ok", f"{address}: the service is running")
+        return CheckResult("port", "fail", f"{address} is not available", error.message)
     for listening in sockets:
         listening.close()
-    yield CheckResult("port", "ok", f"{address} is free")
+    return CheckResult("port", "ok", f"{address} is free")
 
 
 def check_hubs(settings: Settings) -> Iterator[CheckResult]:
@@ -56,8 +54,7 @@ def check_hubs(settings: Settings) -> Iterator[CheckResult]:
     hubs: tuple[RemoteHubName, ...] = get_args(RemoteHubName)
 
     def check(hub: RemoteHubName) -> HubStatus:
-        repository = next(iter(missing.get(hub, ())), None)
-        return check_hub(hub, settings.hubs, repository=repository, timeout_s=_HUB_TIMEOUT_S)
+        return check_hub(hub, settings.hubs, repository=missing.get(hub), timeout_s=_HUB_TIMEOUT_S)
 
     with ThreadPoolExecutor(len(hubs)) as pool:
         for status in pool.map(check, hubs):
@@ -102,15 +99,15 @@ def _is_this_service(url: str) -> bool:
         return False
 
 
-def _missing_models(settings: Settings) -> dict[str, list[str]]:
-    """Return, for each hub, the repositories that are configured and not on disk yet."""
+def _missing_models(settings: Settings) -> dict[str, str]:
+    """Return, for each hub, the first repository that is configured and not on disk yet."""
     from emb_model_provider.model_resolver import resolve_source
 
-    missing: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
     for spec in settings.models.specs():
         hub = resolve_source(spec)
         if hub in _NAMES and not any(model.state == "complete" for model in _on_disk(settings, spec)):
-            missing.setdefault(hub, []).append(settings.hubs.name_on(hub, spec.name))
+            missing.setdefault(hub, settings.hubs.name_on(hub, spec.name))
     return missing
 
 

@@ -8,6 +8,8 @@ import logging
 import os
 import pty
 import re
+import subprocess
+import sys
 import time
 from fcntl import ioctl
 from struct import pack
@@ -15,8 +17,7 @@ from termios import TIOCSWINSZ
 
 import pytest
 
-from emb_model_provider.progress import Progress
-from emb_model_provider.progress_reporter import ProgressReporter, RateMeter, Status
+from emb_model_provider.progress import Progress, ProgressReporter, RateMeter, Status
 from tests.service import wait_until
 
 LONG_NAME = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
@@ -198,25 +199,25 @@ def test_none_shows_only_notes() -> None:
     assert stream.getvalue() == "careful\n"
 
 
-def test_a_log_gets_lines_and_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    stream = io.StringIO()
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["file", "terminal"])
+def test_a_log_gets_a_line_per_phase_and_warnings(stream: io.StringIO, caplog: pytest.LogCaptureFixture) -> None:
+    """Also on a terminal, where other log lines would overwrite a line that is redrawn."""
     with caplog.at_level(logging.INFO), ProgressReporter("log", stream=stream, every_s=600) as report:
         download(report)
         report.note("careful")
     assert stream.getvalue() == ""
-    assert caplog.messages[0] == "acme/tiny: resolve"
-    assert caplog.messages[1] == "acme/tiny: download 0 B of 1.0 kB (0 %)"
-    assert [record.levelname for record in caplog.records] == ["INFO"] * 13 + ["WARNING"]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "acme/tiny: resolve"),
+        ("INFO", "acme/tiny: download 0 B of 1.0 kB (0 %)"),
+        ("INFO", "acme/tiny: verify 1.0 kB of 1.0 kB (100 %)"),
+        ("WARNING", "careful"),
+    ]
 
 
-def test_notes_are_logged_even_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    """Otherwise the log file would lack them."""
-    stream = Terminal()
-    with caplog.at_level(logging.INFO), ProgressReporter("log", stream=stream) as report:
-        download(report)
-        report.note("careful")
-    assert caplog.messages == ["careful"]
-    assert "acme/tiny: resolve" in stream.shown()
+def test_a_slow_phase_gets_a_log_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), ProgressReporter("log", every_s=0.05, stall_s=0.1) as report:
+        report(Progress("compile", "acme/tiny", step="convert"))
+        wait_until(lambda: caplog.messages.count("acme/tiny: compile (convert)") >= 3)
 
 
 def test_a_process_without_stderr_logs(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +282,12 @@ def test_descriptions() -> None:
     download = Status(
         phase="download", done_bytes=25_000_000, total_bytes=100_000_000, bytes_per_s=5e6, seconds_left=15.0
     )
-    assert download.describe() == "download 25.0 MB of 100 MB (25 %), 5.0 MB/s, 0:15 left"
-    assert Status(phase="compile", step="convert", elapsed_s=75.0).describe() == "compile (convert), 1:15"
-    assert Status(phase="ready").describe() == "ready"
+    assert download.descriptions()[0] == "download 25.0 MB of 100 MB (25 %), 5.0 MB/s, 0:15 left"
+    assert Status(phase="compile", step="convert", elapsed_s=75.0).descriptions()[0] == "compile (convert), 1:15"
+    assert Status(phase="ready").descriptions()[0] == "ready"
+
+
+def test_progress_and_cancellation_do_not_import_tqdm() -> None:
+    """Its import takes longer than all other imports of the module."""
+    program = "import sys, emb_model_provider.progress; sys.exit('tqdm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
