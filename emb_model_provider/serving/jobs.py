@@ -1,4 +1,8 @@
-"""Requests in the queue of a model, and the futures through which they are answered."""
+"""Requests in the queue of a model, the futures through which they are answered, and what happens to them at a crash.
+
+A crash loses no request: the unanswered ones run again after the restart. A request that was running when the model
+crashed may be the cause, so its next batches are exclusive to it.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,14 @@ import numpy as np
 from emb_model_provider.serving.batcher import BatchJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from emb_model_provider.errors import ProviderError
+
+_MAX_ATTEMPTS = 2
+"""A request that was running at this many crashes fails, because it may be their cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +60,85 @@ class EmbeddingJob(BatchJob):
         self.prompt_lengths = prompt_lengths
         self.loop = asyncio.get_running_loop()
         self.result: asyncio.Future[tuple[NDArray[np.float32], Timing]] = self.loop.create_future()
-        """Vectors of the backend, float32 of shape (inputs, dimension), and their timing."""
         self.vectors = np.empty((len(ids), dimension), dtype=np.float32)
-        self.remaining = len(ids)
-        """Number of inputs that have no vector yet."""
         self.started_at: float | None = None
         self.attempts = 0
         """How often the model crashed while it ran an input of this request."""
 
     def reset(self) -> None:
-        """Queue all inputs again, as if none had run."""
+        """Mark all inputs as waiting and without a vector. The request must not be in a batcher."""
         super().reset()
         self.remaining = len(self.ids)
 
 
 Member = tuple[EmbeddingJob, int]
 """An input of a batch: a request and the row of its `ids`."""
+
+
+class PendingJobs:
+    """Accepted requests that are not answered yet. Not thread-safe; guarded by the scheduler's lock."""
+
+    def __init__(self) -> None:
+        self.waiting: set[EmbeddingJob] = set()
+        """Requests in the queue or running."""
+        self._detached: set[EmbeddingJob] = set()
+        """Requests that survived a crash and are not queued again yet."""
+        self._suspects: set[EmbeddingJob] = set()
+        """Detached requests that were running when the model crashed: one of them may be the cause."""
+        self._isolated: set[EmbeddingJob] = set()
+        """Suspects of the last crash that are queued again, exclusively."""
+
+    @property
+    def isolating(self) -> bool:
+        """Whether suspects are running. Only one stream works then, so that a crash has one suspect."""
+        return bool(self._isolated)
+
+    def remove(self, job: EmbeddingJob) -> bool:
+        """Remove a request that is answered or cancelled; return whether it was the last isolated one."""
+        self.waiting.discard(job)
+        self._detached.discard(job)
+        if job not in self._isolated:
+            return False
+        self._isolated.discard(job)
+        return not self._isolated
+
+    def is_detached(self, job: EmbeddingJob) -> bool:
+        """Return whether a request waits for the restart of the model, outside the queue."""
+        return job in self._detached
+
+    def mark_suspect(self, jobs: Iterable[EmbeddingJob]) -> None:
+        """Record the requests that a stream was running when it crashed."""
+        self._suspects.update(jobs)
+
+    def on_crash(self) -> None:
+        """Keep the requests of the queue until the model is restarted."""
+        self._detached, self.waiting = self.waiting, set()
+
+    def resume(self) -> tuple[list[EmbeddingJob], list[EmbeddingJob]]:
+        """Return the requests to queue again after a restart, oldest first, and the requests that fail."""
+        queued: list[EmbeddingJob] = []
+        failed: list[EmbeddingJob] = []
+        self._isolated = set()
+        for job in sorted(self._detached, key=lambda job: job.arrived_at):
+            if job in self._suspects:
+                job.attempts += 1
+                job.exclusive = True
+            if job.attempts >= _MAX_ATTEMPTS:
+                failed.append(job)
+                continue
+            if job.exclusive:
+                self._isolated.add(job)
+            job.reset()
+            queued.append(job)
+        self._detached, self._suspects = set(), set()
+        self.waiting.update(queued)
+        return queued, failed
+
+    def drain(self) -> set[EmbeddingJob]:
+        """Remove and return all requests."""
+        pending = self._detached | self.waiting
+        self._detached, self.waiting = set(), set()
+        return pending
 
 
 def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:

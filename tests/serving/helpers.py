@@ -103,7 +103,8 @@ async def started_engine(
         engine = await Engine.start(
             ModelSpec(alias="fake", name="fake", **spec),  # type: ignore[arg-type]
             load,
-            EngineConfig(executor=executor, **values),  # type: ignore[arg-type]
+            EngineConfig(**values),  # type: ignore[arg-type]
+            executor,
             on_change=lambda change, reason: changes.append((change, reason)),
         )
         try:
