@@ -229,10 +229,8 @@ class Lifecycle:
             task.exception()
 
     def _unavailable(self, entry: ModelEntry) -> ModelNotReadyError:
-        is_stopping = self._cancel.is_cancelled
-        reason = (
-            "The service is shutting down" if is_stopping else f"The model `{entry.spec.alias}` is no longer served"
-        )
+        unserved = f"The model `{entry.spec.alias}` is no longer served"
+        reason = "The service is shutting down" if self._cancel.is_cancelled else unserved
         return ModelNotReadyError(f"{reason}. Try again later.", retry_after_s=_STOPPING_RETRY_AFTER_S)
 
 

@@ -87,7 +87,8 @@ class Loader:
             loaded_model, entry.measured_bytes or minimum_bytes(*files), entry.measured_bytes or expected_bytes(*files)
         )
         backend = ReloadableBackend(self._manager.preparer, entry.spec, snapshot, self._cancel, prepared)
-        engine = await Engine.start(entry.spec, backend.open, self._config, self._executor, on_change)
+        engine = Engine(entry.spec, backend.open, self._config, self._executor, on_change)
+        await engine.start()
         entry.measured_bytes = engine.memory_bytes
         try:
             budget.check_fits(engine.memory_bytes)
@@ -102,7 +103,6 @@ class Loader:
             return self._manager.acquire(spec, on_progress=report, cancel=self._cancel)
 
     def _prepare(self, entry: ModelEntry, snapshot: Snapshot) -> PreparedBackend:
-        """Prepare the backend, compiling it if necessary. Blocks."""
         preparer = self._manager.preparer
         if preparer.allows_code(entry.spec, snapshot):
             logger.warning(

@@ -36,7 +36,6 @@ class MemoryBudget:
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether the models take more memory than the limit."""
         total = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
         return self._max_bytes is not None and total > self._max_bytes
 

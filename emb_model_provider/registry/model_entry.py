@@ -49,7 +49,6 @@ class ModelStatus:
     error: str | None
     """Why it failed, hangs, is being restarted, or takes long to load, in one line."""
     restarts: int
-    """Number of restarts after a crash."""
     snapshot: Snapshot | None
     description: ModelDescription | None
     waiting_inputs: int
@@ -158,7 +157,6 @@ class LoadedModel:
         return f"It has been loading for {took_s:.0f} s. {advice}"
 
     def release_ref(self) -> None:
-        """Decrement the reference count."""
         self.ref_count -= 1
         if not self.ref_count and self._idle is not None:
             self._idle.set()
@@ -176,9 +174,7 @@ class ModelEntry:
 
     spec: ModelSpec
     preload: bool = False
-    """Whether it is loaded at startup."""
     configured: bool = False
-    """Whether it is in the settings."""
     slow_load_s: float
     """After how many seconds a load that has not ended is reported."""
     created: int = field(default_factory=lambda: int(time.time()))

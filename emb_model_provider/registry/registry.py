@@ -21,7 +21,6 @@ from emb_model_provider.registry.model_entry import ModelEntry, ModelStatus, Sta
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from types import TracebackType
 
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.model_spec import ModelSpec
@@ -58,9 +57,7 @@ class Lease:
             raise RuntimeError("the load returned without an engine")
         return engine
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._loaded_model.release_ref()
         self._entry.stats.record(self._began, time.monotonic(), answered=kind is None)
 
@@ -127,8 +124,8 @@ class Registry:
     async def watch(self, on_hung: Callable[[str], None] | None = None) -> None:
         """Watch all models until cancelled: report those that hang, and unload those that are idle.
 
-        `on_hung` is called with the reason when a model has hung for another `watchdog_s` seconds after it was
-        reported, because a computation that does not end can only be ended with its process.
+        `on_hung` is called with the reason `watchdog_s` seconds after a hang was reported, because a computation that
+        does not end can only be ended with its process.
         """
         await self._watchdog.run(on_hung)
 

@@ -123,7 +123,6 @@ class Batcher(Generic[JobT]):
         return Batcher(self._base_policy)
 
     def submit(self, job: JobT) -> None:
-        """Queue all inputs of a request."""
         job._tag = self._virtual_time
         self._push(job)
         self._jobs += 1

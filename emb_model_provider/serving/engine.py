@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
-_TEST_TEXT = "This is a test."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,7 @@ class Embeddings:
 
 
 class Engine:
-    """A loaded model that answers requests. Created by `start`, used on one event loop."""
+    """A loaded model that answers requests. Used on one event loop."""
 
     def __init__(
         self,
@@ -88,6 +87,15 @@ class Engine:
         executor: Executor,
         on_change: Callable[[StateChange, str], None],
     ) -> None:
+        """Create an engine that answers requests after `start`.
+
+        Args:
+            spec: The model.
+            load: Loads the backend on the thread of the model, and again if the model has crashed.
+            config: Configuration of the engine.
+            executor: Tokenizes long inputs, so that they do not block the event loop.
+            on_change: Called on the thread of the model when the model crashes, recovers or fails, with the reason.
+        """
         self.spec = spec
         self.description: ModelDescription
         self.memory_bytes: int
@@ -98,40 +106,19 @@ class Engine:
         self._scheduler = BatchScheduler(spec.alias, config, self._loader.check)
         self._thread = ModelThread(spec.alias, self._scheduler, self._loader.load, config, on_change)
 
-    @classmethod
-    async def start(
-        cls,
-        spec: ModelSpec,
-        load: Callable[[], Backend],
-        config: EngineConfig,
-        executor: Executor,
-        on_change: Callable[[StateChange, str], None],
-    ) -> Engine:
-        """Load a model on its own thread, and embed a test text to check that it works.
+    async def start(self) -> None:
+        """Load the model on its own thread, and embed a test text to check that it works.
 
-        If the call is cancelled, the thread frees the model as soon as it is loaded.
-
-        Args:
-            spec: The model.
-            load: Loads the backend. Called again if the model has crashed.
-            config: Configuration of the engine.
-            executor: Tokenizes long inputs, so that they do not block the event loop.
-            on_change: Called on the thread of the model when the model crashes, recovers or fails, with the reason.
-
-        Raises:
-            LoadError: `token_input` needs a package that is not installed, or the model returns no finite vector.
-            Exception: Any error of `load`.
+        If the call is cancelled, the thread frees the model as soon as it is loaded. Any error of the load is raised.
         """
-        if spec.token_input == "cl100k":
-            await asyncio.get_running_loop().run_in_executor(executor, load_cl100k)
-        engine = cls(spec, load, config, executor, on_change)
+        if self.spec.token_input == "cl100k":
+            await asyncio.get_running_loop().run_in_executor(self._executor, load_cl100k)
         try:
-            engine.description = await asyncio.wrap_future(engine._thread.start())
+            self.description = await asyncio.wrap_future(self._thread.start())
         except asyncio.CancelledError:
-            engine._scheduler.stop()
+            self._scheduler.stop()
             raise
-        engine._tokenization, engine.memory_bytes = engine._loader.tokenization, engine._loader.memory_bytes
-        return engine
+        self._tokenization, self.memory_bytes = self._loader.tokenization, self._loader.memory_bytes
 
     @property
     def waiting_inputs(self) -> int:
@@ -151,11 +138,9 @@ class Engine:
         return self._thread.stop(timeout_s)
 
     async def embed(self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions) -> Embeddings:
-        """Return a vector for each input. Cancelling the call removes its inputs from the queue.
+        """Return a vector for each input: at least one text or row of token ids, all of the same kind.
 
-        Args:
-            inputs: At least one text or row of token ids; all of the same kind.
-            options: Options of the request.
+        Cancelling the call removes its inputs from the queue.
 
         Raises:
             RequestError: The request is invalid.
@@ -270,7 +255,7 @@ class _BackendLoader:
 
     def check(self, backend: Backend) -> None:
         """Embed a test text; raise LoadError if the model fails or returns a vector that is not finite."""
-        encoded = self.tokenization.encode([_TEST_TEXT], truncate="END")
+        encoded = self.tokenization.encode(["This is a test."], truncate="END")
         try:
             vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
         except Exception as error:

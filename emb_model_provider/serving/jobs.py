@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from emb_model_provider.serving.batcher import BatchJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -75,69 +75,56 @@ Member = tuple[EmbeddingJob, int]
 """An input of a batch: a request and the row of its `ids`."""
 
 
+@dataclass(slots=True)
 class PendingJobs:
     """Accepted requests that are not answered yet. Not thread-safe; guarded by the scheduler's lock."""
 
-    def __init__(self) -> None:
-        self.waiting: set[EmbeddingJob] = set()
-        """Requests in the queue or running."""
-        self._detached: set[EmbeddingJob] = set()
-        """Requests that survived a crash and are not queued again yet."""
-        self._suspects: set[EmbeddingJob] = set()
-        """Detached requests that were running when the model crashed: one of them may be the cause."""
-        self._isolated: set[EmbeddingJob] = set()
-        """Suspects of the last crash that are queued again, exclusively."""
-
-    @property
-    def isolating(self) -> bool:
-        """Whether suspects are running. Only one stream works then, so that a crash has one suspect."""
-        return bool(self._isolated)
+    waiting: set[EmbeddingJob] = field(default_factory=set)
+    """Requests in the queue or running."""
+    detached: set[EmbeddingJob] = field(default_factory=set)
+    """Requests that survived a crash and wait for the restart of the model, outside the queue."""
+    suspects: set[EmbeddingJob] = field(default_factory=set)
+    """Detached requests that were running when the model crashed: one of them may be the cause."""
+    isolated: set[EmbeddingJob] = field(default_factory=set)
+    """Suspects that are queued again, exclusively. Only one stream works then, so that a crash has one suspect."""
 
     def remove(self, job: EmbeddingJob) -> bool:
         """Remove a request that is answered or cancelled; return whether it was the last isolated one."""
         self.waiting.discard(job)
-        self._detached.discard(job)
-        if job not in self._isolated:
+        self.detached.discard(job)
+        if job not in self.isolated:
             return False
-        self._isolated.discard(job)
-        return not self._isolated
-
-    def is_detached(self, job: EmbeddingJob) -> bool:
-        """Return whether a request waits for the restart of the model, outside the queue."""
-        return job in self._detached
-
-    def mark_suspect(self, jobs: Iterable[EmbeddingJob]) -> None:
-        """Record the requests that a stream was running when it crashed."""
-        self._suspects.update(jobs)
+        self.isolated.discard(job)
+        return not self.isolated
 
     def on_crash(self) -> None:
         """Keep the requests of the queue until the model is restarted."""
-        self._detached, self.waiting = self.waiting, set()
+        self.detached, self.waiting = self.waiting, set()
 
     def resume(self) -> tuple[list[EmbeddingJob], list[EmbeddingJob]]:
         """Return the requests to queue again after a restart, oldest first, and the requests that fail."""
         queued: list[EmbeddingJob] = []
         failed: list[EmbeddingJob] = []
-        self._isolated = set()
-        for job in sorted(self._detached, key=lambda job: job.arrived_at):
-            if job in self._suspects:
+        self.isolated = set()
+        for job in sorted(self.detached, key=lambda job: job.arrived_at):
+            if job in self.suspects:
                 job.attempts += 1
                 job.exclusive = True
             if job.attempts >= _MAX_ATTEMPTS:
                 failed.append(job)
                 continue
             if job.exclusive:
-                self._isolated.add(job)
+                self.isolated.add(job)
             job.reset()
             queued.append(job)
-        self._detached, self._suspects = set(), set()
+        self.detached, self.suspects = set(), set()
         self.waiting.update(queued)
         return queued, failed
 
     def drain(self) -> set[EmbeddingJob]:
         """Remove and return all requests."""
-        pending = self._detached | self.waiting
-        self._detached, self.waiting = set(), set()
+        pending = self.detached | self.waiting
+        self.detached, self.waiting = set(), set()
         return pending
 
 
@@ -151,7 +138,6 @@ def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
 
 
 def set_exception(job: EmbeddingJob, error: ProviderError) -> None:
-    """Answer a request with an error."""
     _call_on_loop(job.loop, _set_exception, job, error)
 
 

@@ -42,15 +42,7 @@ class ModelThread:
         config: EngineConfig,
         on_change: Callable[[StateChange, str], None],
     ) -> None:
-        """Create the thread.
-
-        Args:
-            model: Alias of the model.
-            scheduler: The queue of the model.
-            load: Loads the backend. Called on the thread, and again for each restart.
-            config: Configuration of the engine.
-            on_change: Called on the thread with the state after a crash and its reason, which is empty for `running`.
-        """
+        """Create the thread. It calls `load`, and `on_change` with the state after a crash and its reason."""
         self._model = model
         self._scheduler = scheduler
         self._load = load

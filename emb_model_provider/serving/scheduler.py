@@ -118,7 +118,7 @@ class BatchScheduler:
     def cancel(self, job: EmbeddingJob) -> None:
         """Remove the waiting inputs of a request whose caller was cancelled."""
         with self._wake:
-            if self._pending.is_detached(job):
+            if job in self._pending.detached:
                 job.cancelled = True
             else:
                 self._batcher.cancel(job)
@@ -214,7 +214,7 @@ class BatchScheduler:
         with self._wake:
             running = self._running[stream]
             if running is not None:
-                self._pending.mark_suspect(job for job, _ in running.batch.members)
+                self._pending.suspects.update(job for job, _ in running.batch.members)
             if self._crash is None:
                 self._crash = error
                 self._pending.on_crash()
@@ -224,7 +224,7 @@ class BatchScheduler:
     def _next_batch(self, stream: int) -> Batch[EmbeddingJob] | None:
         """Wait for the next batch; return None if the stream is to end."""
         with self._wake:
-            while stream and self._pending.isolating and self._crash is None:
+            while stream and self._pending.isolated and self._crash is None:
                 self._wake.wait()
             self._idle += 1
             while True:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 async def start(load: Callable[[], FakeBackend]) -> None:
     with ThreadPoolExecutor(1) as executor:
         spec = ModelSpec(alias="fake", name="fake")
-        await Engine.start(spec, load, EngineConfig(), executor, lambda _change, _reason: None)
+        await Engine(spec, load, EngineConfig(), executor, lambda _change, _reason: None).start()
 
 
 class CrashOnce:
