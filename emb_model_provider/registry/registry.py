@@ -66,7 +66,6 @@ class Registry:
     """The models of one service. Used on one event loop."""
 
     def __init__(self, models: ServedModels, manager: ModelManager, config: RegistryConfig) -> None:
-        """Create a registry of the configured models; it loads nothing yet."""
         memory = config.memory
         self._load_wait_s = config.limits.request_timeout_s if memory.load_wait_s is None else memory.load_wait_s
         self._timings = config.timings

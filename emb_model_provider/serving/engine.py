@@ -89,12 +89,8 @@ class Engine:
     ) -> None:
         """Create an engine that answers requests after `start`.
 
-        Args:
-            spec: The model.
-            load: Loads the backend on the thread of the model, and again if the model has crashed.
-            config: Configuration of the engine.
-            executor: Tokenizes long inputs, so that they do not block the event loop.
-            on_change: Called on the thread of the model when the model crashes, recovers or fails, with the reason.
+        `load` and `on_change` are called on the thread of the model: `load` again after each crash, `on_change` with the
+        state after a crash and its reason. The executor tokenizes long inputs, so that they do not block the event loop.
         """
         self.spec = spec
         self.description: ModelDescription

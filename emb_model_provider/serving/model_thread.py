@@ -42,7 +42,6 @@ class ModelThread:
         config: EngineConfig,
         on_change: Callable[[StateChange, str], None],
     ) -> None:
-        """Create the thread. It calls `load`, and `on_change` with the state after a crash and its reason."""
         self._model = model
         self._scheduler = scheduler
         self._load = load
