@@ -15,18 +15,10 @@ T = TypeVar("T")
 
 
 async def run_in_daemon_thread(name: str, work: Callable[[], T]) -> T:
-    """Call `work` on a daemon thread, and return its result.
+    """Call `work` on a daemon thread, and return its result. Cancelling the call does not stop the thread.
 
     Unlike `asyncio.to_thread`, it needs no thread of the loop's pool, where downloads that hang would block requests,
-    and neither the end of the loop nor that of the process waits for the thread. Cancelling the call does not stop the
-    thread.
-
-    Args:
-        name: Name of the thread.
-        work: The function to call.
-
-    Raises:
-        BaseException: Any error of `work`.
+    and neither the end of the loop nor that of the process waits for the thread.
     """
     done: Future[T] = Future()
     context = contextvars.copy_context()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from emb_model_provider.errors import ModelNotReadyError
+from emb_model_provider.errors import InputTooLongError, ModelNotReadyError
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.registry import Registry, RegistryConfig
@@ -21,7 +21,6 @@ from emb_model_provider.settings.loading import load_settings
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
     from concurrent.futures import Future
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -77,8 +76,7 @@ class Embedder:
         self._settings = settings if settings is not None else load_settings()[0]
         name = model if model is not None else self._settings.models.specs()[0].alias
         spec = resolve_model(self._settings, name, source=source, revision=revision, precision=precision)
-        changes: dict[str, Any] = {"device": device, "backend": backend}
-        self.spec: ModelSpec = replace(spec, **{key: value for key, value in changes.items() if value is not None})
+        self.spec: ModelSpec = replace(spec, device=device or spec.device, backend=backend or spec.backend)
         self._running: _Running | None = None
         self._starting = threading.Lock()
 
@@ -98,14 +96,15 @@ class Embedder:
             if self._running is None:
                 running = _Running(self.spec, self._settings)
                 try:
-                    running.call(running.load())
+                    running.call(running.registry.load(self.spec.alias))
                 except BaseException:
                     running.close()
                     raise
                 self._running = running
                 # For programs that drop the object without closing it. On a thread, because garbage can be collected on
                 # the thread that closing waits for. Not at exit, because no thread can be started then.
-                weakref.finalize(self, _close_on_thread, running).atexit = False
+                closing = threading.Thread(target=running.close, name="embedder-close", daemon=True)
+                weakref.finalize(self, closing.start).atexit = False
         return self
 
     def close(self) -> None:
@@ -121,17 +120,13 @@ class Embedder:
     def __enter__(self) -> Self:
         return self.load()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
         return await asyncio.to_thread(self.load)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
     # --- embedding ------------------------------------------------------------------------------------
@@ -141,9 +136,13 @@ class Embedder:
         """The properties of the loaded model: dimension, max_length, precision, fidelity and others.
 
         Raises:
-            ModelNotReadyError: The model is not loaded.
+            ModelNotReadyError: The model is not loaded, or is being restarted.
         """
-        return self._loaded().description
+        alias = self.spec.alias
+        description = self._loaded().registry.status(alias).description
+        if description is None:
+            raise ModelNotReadyError(f"The model {alias} is being restarted. Try again later.", retry_after_s=1.0)
+        return description
 
     def embed(
         self,
@@ -209,11 +208,8 @@ class _Running:
 
     def __init__(self, spec: ModelSpec, settings: Settings) -> None:
         self._alias = spec.alias
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=f"embedder-{spec.alias}", daemon=True)
-        self._thread.start()
         # Without the limits of the service, because a program decides itself how much it embeds.
-        self._registry = Registry(
+        self.registry = Registry(
             ServedModels(specs=(spec,), preload=(spec.alias,)),
             ModelManager(settings),
             RegistryConfig(
@@ -226,32 +222,31 @@ class _Running:
         )
         self._is_open = True
         self._open_lock = threading.Lock()
-
-    @property
-    def description(self) -> ModelDescription:
-        description = self._registry.status(self._alias).description
-        if description is None:
-            raise ModelNotReadyError(f"The model {self._alias} is being restarted. Try again later.", retry_after_s=1.0)
-        return description
-
-    async def load(self) -> None:
-        await self._registry.load(self._alias)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=f"embedder-{spec.alias}", daemon=True)
+        self._thread.start()
 
     async def embed(self, texts: str | Sequence[str], options: EmbedOptions) -> NDArray[np.float32]:
         inputs = [texts] if isinstance(texts, str) else list(texts)
         for index, text in enumerate(inputs):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{index}] must be a str, not {type(text).__name__}")
-        async with self._registry.lease(self._alias) as engine:
+        async with self.registry.lease(self._alias) as engine:
             if not inputs:
                 return np.empty((0, options.dimensions or engine.description.dimension), dtype=np.float32)
-            chunks = [inputs[first : first + _CHUNK_SIZE] for first in range(0, len(inputs), _CHUNK_SIZE)]
-            parts = [await engine.embed(chunks[0], options)]
-            for first in range(1, len(chunks), 2):
+
+            async def embed_chunk(start: int) -> NDArray[np.float32]:
+                try:
+                    return (await engine.embed(inputs[start : start + _CHUNK_SIZE], options)).vectors
+                except InputTooLongError as error:
+                    raise InputTooLongError(start + error.index, error.max_length) from None
+
+            starts = range(0, len(inputs), _CHUNK_SIZE)
+            chunks = [await embed_chunk(0)]
+            for index in range(1, len(starts), 2):
                 # Two at a time, so that one is tokenized while the other is embedded.
-                pair = chunks[first : first + 2]
-                parts += await asyncio.gather(*(engine.embed(chunk, options) for chunk in pair))
-        vectors = np.concatenate([part.vectors for part in parts])
+                chunks += await asyncio.gather(*map(embed_chunk, starts[index : index + 2]))
+        vectors = np.concatenate(chunks)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -277,7 +272,7 @@ class _Running:
             if not self._is_open:
                 return
             self._is_open = False
-            stopped = asyncio.run_coroutine_threadsafe(self._registry.stop(), self._loop)
+            stopped = asyncio.run_coroutine_threadsafe(self.registry.stop(), self._loop)
         stopped.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -286,7 +281,3 @@ class _Running:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.get_loop().run_forever()
             # Leaving the block cancels the remaining tasks, so that no caller waits for them forever.
-
-
-def _close_on_thread(running: _Running) -> None:
-    threading.Thread(target=running.close, name="embedder-close", daemon=True).start()

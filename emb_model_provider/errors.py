@@ -154,6 +154,8 @@ class InputTooLongError(RequestError):
 
     def __init__(self, index: int, max_length: int) -> None:
         super().__init__(f"Invalid 'input[{index}]': maximum input length is {max_length} tokens.", param="input")
+        self.index = index
+        self.max_length = max_length
 
 
 class TooManyTokensError(RequestError):

@@ -12,8 +12,7 @@ import os
 import socket
 import sys
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
@@ -48,11 +47,7 @@ For other commands see emb-provider --help."""
 def run(*, supervise: bool = False) -> NoReturn:
     """Run `main`, then end the process at once.
 
-    The interpreter waits for all threads before it exits, even for one that is downloading and cannot be interrupted.
-    The next start continues the download.
-
-    Args:
-        supervise: As for `main`.
+    The interpreter would wait for all threads, even for one that is downloading and cannot be interrupted.
     """
     code = main(supervise=supervise)
     sys.stdout.flush()
@@ -61,13 +56,9 @@ def run(*, supervise: bool = False) -> NoReturn:
 
 
 def main(*, supervise: bool = False) -> int:
-    """Serve until the process is shut down.
+    """Serve until the process is shut down, and return its exit code.
 
-    Args:
-        supervise: Serve in a child process, even if EMB_PROVIDER_SUPERVISE is false.
-
-    Returns:
-        The exit code of the process.
+    With `supervise` it serves in a child process, even if EMB_PROVIDER_SUPERVISE is false.
     """
     inherited = take_inherited_state()
     try:
@@ -82,7 +73,8 @@ def main(*, supervise: bool = False) -> int:
         return 1
     try:
         if supervise:
-            return Supervisor(sockets, _supervisor_timings(settings.lifecycle)).run()
+            heartbeat_timeout_s = max(SupervisorTimings().heartbeat_timeout_s, settings.lifecycle.watchdog_s)
+            return Supervisor(sockets, SupervisorTimings(heartbeat_timeout_s=heartbeat_timeout_s)).run()
         for warning in warnings:
             logger.warning("%s", warning)
         return _serve(settings, sockets, writer, inherited)
@@ -91,13 +83,7 @@ def main(*, supervise: bool = False) -> int:
 
 
 def listen(server: ServerSettings) -> list[socket.socket]:
-    """Open a listening socket for each address of the host. `localhost` often has two.
-
-    If the host has several addresses, those that this machine lacks are skipped.
-
-    Raises:
-        SettingsError: No socket could be opened.
-    """
+    """Open a listening socket for each address of the host that this machine has. `localhost` often has two."""
     setting = f"EMB_PROVIDER_HOST={server.host}, EMB_PROVIDER_PORT={server.port}"
     try:
         addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -108,38 +94,34 @@ def listen(server: ServerSettings) -> list[socket.socket]:
         missing: OSError | None = None
         for family, _, _, _, address in dict.fromkeys(addresses):
             try:
-                sockets.append(opened.enter_context(_open_socket(family, address)))
+                listening = socket.create_server(address, family=family, backlog=_BACKLOG)
+                sockets.append(opened.enter_context(listening))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise SettingsError(
                         f"{setting}: another process listens on this port. Stop it, or set another port."
                     ) from error
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise SettingsError(f"{setting}: cannot listen ({error.strerror}).") from error
+                    raise SettingsError(f"{setting}: cannot listen: {error.strerror}.") from error
                 missing = error
         if not sockets and missing is not None:
-            raise SettingsError(f"{setting}: cannot listen ({missing.strerror}).") from missing
+            raise SettingsError(f"{setting}: cannot listen: {missing.strerror}.") from missing
         opened.pop_all()
         return sockets
 
 
 def reject_arguments(arguments: Sequence[str]) -> None:
-    """Exit if there are arguments, because ignoring `--port 8000` would serve on another port.
-
-    Raises:
-        SystemExit: There are arguments.
-    """
-    if not arguments:
-        return
+    """Exit if there are arguments, because ignoring `--port 8000` would serve on another port."""
     if {"-h", "--help"} & set(arguments):
         print(_USAGE)  # noqa: T201 - the output of the command
         raise SystemExit(0)
-    print(  # noqa: T201 - there is no log yet
-        f"error: {' '.join(arguments)}: the service takes no arguments. Set an environment variable or a line of .env "
-        "instead, such as EMB_PROVIDER_PORT=8000. docs/configuration.md lists all settings.",
-        file=sys.stderr,
-    )
-    raise SystemExit(2)
+    if arguments:
+        print(  # noqa: T201 - there is no log yet
+            f"error: {' '.join(arguments)}: the service takes no arguments. Set an environment variable or a line of "
+            ".env instead, such as EMB_PROVIDER_PORT=8000. docs/configuration.md lists all settings.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 def _should_supervise(lifecycle: LifecycleSettings, requested: bool) -> bool:
@@ -150,11 +132,6 @@ def _should_supervise(lifecycle: LifecycleSettings, requested: bool) -> bool:
             "process. Set it to false."
         )
     return supervise
-
-
-def _supervisor_timings(lifecycle: LifecycleSettings) -> SupervisorTimings:
-    defaults = SupervisorTimings()
-    return SupervisorTimings(heartbeat_timeout_s=max(defaults.heartbeat_timeout_s, lifecycle.watchdog_s))
 
 
 def _serve(
@@ -171,29 +148,13 @@ def _serve(
 
     if inherited is None:
         return serve(settings, sockets, shutdown)
-    on_hung = partial(_end_hung_process, shutdown, writer)
+
+    def on_hung(reason: str) -> None:
+        # A thread that hangs can only be ended with its process.
+        if shutdown.reason is None:
+            end_at_once(writer, HUNG_EXIT, f"{reason}, exiting for a restart by the supervisor")
+
     return serve(settings, sockets, shutdown, on_hung=on_hung, beat=inherited.beat)
-
-
-def _end_hung_process(shutdown: ShutdownSignal, writer: LineWriter, reason: str) -> None:
-    """End this process so that the supervisor restarts it, because a thread that hangs cannot be ended otherwise."""
-    if shutdown.reason is None:  # else the process is about to end
-        end_at_once(writer, HUNG_EXIT, f"{reason}, exiting for a restart by the supervisor")
-
-
-def _open_socket(family: int, address: Any) -> socket.socket:
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if os.name == "posix":  # on Windows it would allow two processes to use one port
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listening.bind(address)
-        listening.listen(_BACKLOG)
-    except OSError:
-        listening.close()
-        raise
-    return listening
 
 
 if __name__ == "__main__":

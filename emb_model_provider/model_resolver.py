@@ -30,7 +30,7 @@ def resolve_model(
     revision: str | None = None,
     precision: Precision | None = None,
 ) -> ModelSpec:
-    """Return the model that a name refers to under these settings.
+    """Return the model that a name refers to. The keyword arguments take precedence over the settings.
 
     The name is one of, in this order:
 
@@ -40,21 +40,11 @@ def resolve_model(
     2. A directory that exists.
     3. The id of a repository.
 
-    Args:
-        settings: All settings.
-        model: The name.
-        alias: Alias of the result, instead of the configured one.
-        source: Hub of the model, instead of the configured one.
-        revision: Branch, tag or commit, instead of the configured one.
-        precision: Precision, instead of the configured one.
-
     Raises:
         SettingsError: The precision contradicts the settings.
     """
-    overrides: dict[str, Any] = {
-        "alias": alias, "source": source, "revision": revision, "precision": precision,
-    }  # fmt: skip
-    changes = {name: value for name, value in overrides.items() if value is not None}
+    overrides = {"alias": alias, "source": source, "revision": revision, "precision": precision}
+    changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     named = [spec for spec in settings.models.specs() if model in (spec.alias, spec.name)]
     at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
     for spec in at_hub:
@@ -78,7 +68,7 @@ def resolve_model(
 
 
 def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "local", "bundled"]:
-    """Return the hub of a model. Checks whether directories exist, and sends no requests."""
+    """Return the hub of a model, without requests. Checks whether directories exist."""
     if spec.path is not None:
         return "local"
     if spec.source != "auto":
@@ -104,10 +94,8 @@ def directory_of(model: str) -> Path | None:
 def build_alias_index(configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> dict[str, str]:
     """Return the alias that each name refers to: ids, and last parts of ids and aliases that are unique.
 
-    Args:
-        configured: The models of the settings. An id that several of them have refers to the first one.
-        added: Models that were added later. They change the meaning of no earlier name and make none ambiguous, because
-            a client that uses the name would get an error or the vectors of another model.
+    An id of several configured models refers to the first one. Models that were added later change the meaning of no
+    earlier name, because a client that uses it would get an error or the vectors of another model.
     """
     names = _names_of(configured)
     for spec in added:

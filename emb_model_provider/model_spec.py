@@ -26,8 +26,7 @@ BUNDLED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 class ModelSpec:
     """A model to serve.
 
-    A field that is None takes its value from the repository, the hub or the service-wide settings. Any other value
-    takes precedence over what the repository declares.
+    None selects the value of the repository, the hub or the service-wide settings. Any other value takes precedence.
     """
 
     alias: str

@@ -91,6 +91,8 @@ def test_invalid_arguments_raise(embedder: Embedder) -> None:
         embedder.embed(["a"], input_type="nonsense")
     with pytest.raises(InputTooLongError, match=r"input\[1\]"):
         embedder.embed(["short", "long " * 1000], truncate="NONE")
+    with pytest.raises(InputTooLongError, match=r"input\[2047\]"):
+        embedder.embed([*["short"] * 2047, "long " * 1000], truncate="NONE")
     with pytest.raises(TypeError, match=r"texts\[1\] must be a str, not int"):
         embedder.embed(["a", 1])  # type: ignore[list-item]
     assert embedder.embed("still here").shape == (384,)

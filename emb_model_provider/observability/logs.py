@@ -52,18 +52,7 @@ def new_request_id() -> str:
 
 
 def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> LineWriter:
-    """Write all log lines of this process as the settings say.
-
-    Args:
-        settings: Where lines are written, and how.
-        rotation: When a new log file is started; None: the default.
-
-    Returns:
-        The writer. Call its `stop` before the process ends.
-
-    Raises:
-        SettingsError: The log file cannot be written.
-    """
+    """Write all log lines of this process as the settings say; call `stop` of the result before the process ends."""
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
     handlers: list[logging.StreamHandler[Any]] = [logging.StreamHandler(sys.stderr)]
     if settings.log_to_file:
@@ -118,11 +107,9 @@ class LineWriter:
             # Cleared before the lines are taken, so that a line that is queued meanwhile wakes the thread again.
             self._available.clear()
             self._urgent.clear()
-            batch = [self._lines.popleft() for _ in range(len(self._lines))]
-            if not batch:
-                continue
-            for handler in self._handlers:
-                _write(handler, batch)
+            if batch := [self._lines.popleft() for _ in range(len(self._lines))]:
+                for handler in self._handlers:
+                    _write(handler, batch)
 
 
 def _file_handler(settings: LogSettings, rotation: Rotation) -> _RotatingFileHandler:
@@ -177,16 +164,12 @@ class _Enqueue(logging.handlers.QueueHandler):
         prepared = copy.copy(record)
         prepared.msg, prepared.args = _printable(record.getMessage().rstrip("\n")), None
         prepared.request_id = request_id.get()
-        prepared.traceback = _traceback(record)
+        prepared.traceback = []
+        if record.exc_info:
+            lines = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n").split("\n")
+            prepared.traceback = [_printable(line) for line in lines]
         prepared.exc_info = prepared.exc_text = prepared.stack_info = None
         return prepared
-
-
-def _traceback(record: logging.LogRecord) -> list[str]:
-    if not record.exc_info:
-        return []
-    text = "".join(traceback.format_exception(*record.exc_info))
-    return [_printable(line) for line in text.rstrip("\n").split("\n")]
 
 
 def _printable(text: str) -> str:

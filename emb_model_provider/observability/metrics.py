@@ -47,11 +47,6 @@ class Metrics:
     """The metrics of one service. Those of models and queues are read at each scrape."""
 
     def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
-        """Create the metrics.
-
-        Args:
-            models: Returns the status of all models.
-        """
         # They would add a series for each counter and histogram that dashboards do not use.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
@@ -128,13 +123,13 @@ class _ModelCollector(Collector):
         )
         unloads = CounterMetricFamily("emb_provider_model_unloads", "Unloads of a model.", labels=("model", "reason"))
         for model in self._models():
-            memory.add_metric((model.spec.alias,), model.memory_bytes or 0)
-            for reason, count in model.unloads.items():
-                unloads.add_metric((model.spec.alias, reason), count)
-            restarts.add_metric((model.spec.alias,), model.restarts)
+            alias = model.spec.alias
             for candidate in State:
-                is_current = model.state is candidate
-                state.add_metric((model.spec.alias, candidate.value), float(is_current))
-            inputs.add_metric((model.spec.alias,), model.waiting_inputs)
-            tokens.add_metric((model.spec.alias,), model.waiting_tokens)
+                state.add_metric((alias, candidate.value), float(model.state is candidate))
+            inputs.add_metric((alias,), model.waiting_inputs)
+            tokens.add_metric((alias,), model.waiting_tokens)
+            restarts.add_metric((alias,), model.restarts)
+            memory.add_metric((alias,), model.memory_bytes or 0)
+            for reason, count in model.unloads.items():
+                unloads.add_metric((alias, reason), count)
         return (state, inputs, tokens, restarts, memory, unloads)

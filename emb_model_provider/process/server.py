@@ -39,30 +39,16 @@ def serve(
     on_hung: Callable[[str], None] | None = None,
     beat: Callable[[], None] | None = None,
 ) -> int:
-    """Serve until the process is to shut down. Call it on the main thread.
+    """Serve on the main thread until the process is to shut down; return its exit code, 1 if no model could be loaded.
 
-    Args:
-        settings: All settings.
-        sockets: Listening sockets.
-        shutdown: Tells when to shut down.
-        on_hung: Called with the reason if a model hangs permanently.
-        beat: Called every `HEARTBEAT_EVERY_S` seconds on the event loop.
-
-    Returns:
-        The exit code of the process: 1 if no model could be loaded.
+    `on_hung` is called with the reason if a model hangs permanently, and `beat` every `HEARTBEAT_EVERY_S` seconds on the
+    event loop.
     """
     limit_malloc_arenas()
-    nothing_to_serve = False
-
-    def on_nothing_to_serve() -> None:
-        nonlocal nothing_to_serve
-        nothing_to_serve = True
-        server.request_shutdown()
-
     config = uvicorn.Config(
         create_app(
             settings,
-            on_nothing_to_serve=on_nothing_to_serve,
+            on_nothing_to_serve=lambda: server.request_shutdown(exit_code=1),
             on_hung=on_hung,
             is_shutting_down=lambda: server.should_exit,
         ),
@@ -82,12 +68,13 @@ def serve(
     # Not `server.run()`, because that waits for all threads at the end, even for one that is downloading.
     new_loop = config.get_loop_factory() or asyncio.new_event_loop
     new_loop().run_until_complete(server.serve(sockets))
-    return 1 if nothing_to_serve else 0
+    return server.exit_code
 
 
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, shutdown: ShutdownSignal, beat: Callable[[], None] | None) -> None:
         super().__init__(config)
+        self.exit_code = 0
         self._shutdown_signal = shutdown
         self._beat = beat
 
@@ -96,14 +83,15 @@ class _Server(uvicorn.Server):
         """Install no signal handlers, because `ShutdownSignal` has done so."""
         yield
 
-    def request_shutdown(self) -> None:
+    def request_shutdown(self, exit_code: int = 0) -> None:
         """Shut down gracefully. Can be called from any thread, and before the server has started."""
+        self.exit_code = self.exit_code or exit_code
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self._beat is not None:
-            self._beating = asyncio.create_task(_call_periodically(self._beat, HEARTBEAT_EVERY_S))
+            self._beating = asyncio.create_task(_send_heartbeats(self._beat))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._shutdown_signal.reason is not None:
@@ -114,7 +102,7 @@ class _Server(uvicorn.Server):
             await asyncio.wait(cancelled, timeout=_CANCELLED_REQUESTS_S)
 
 
-async def _call_periodically(function: Callable[[], None], every_s: float) -> None:
+async def _send_heartbeats(beat: Callable[[], None]) -> None:
     while True:
-        function()
-        await asyncio.sleep(every_s)
+        beat()
+        await asyncio.sleep(HEARTBEAT_EVERY_S)

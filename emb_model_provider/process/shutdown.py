@@ -6,6 +6,7 @@ and the event loop may be busy or hang.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -22,28 +23,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SLACK_S = 30.0
-"""How long a shutdown may take beyond the grace period before the process is ended anyway."""
 _FLUSH_S = 2.0
 
 _Source = Literal["process", "supervisor"]
-"""Recipient of a signal."""
 
 
 class ShutdownSignal:
     """Shuts the process down at the first signal, and ends it at once at the second."""
 
     def __init__(
-        self, writer: LineWriter, grace_s: float, supervisor: socket.socket | None = None, *, slack_s: float = _SLACK_S
+        self, writer: LineWriter, grace_s: float, supervisor: socket.socket | None, *, slack_s: float = 30.0
     ) -> None:
         """Handle SIGTERM and SIGINT from now on. Call it on the main thread.
 
-        Args:
-            writer: The log, which is flushed before the process is ended.
-            grace_s: How long accepted requests have to finish, in seconds.
-            supervisor: Socket on which a supervisor forwards the numbers of its signals. Signals to this process then
-                only shut down and never end it at once, because they may be copies of the supervisor's.
-            slack_s: How long the shutdown may take beyond `grace_s`, in seconds.
+        If a supervisor forwards the numbers of its signals on a socket, signals to this process only shut down and never
+        end it at once, because they may be copies of the supervisor's. A shutdown that takes `slack_s` longer than the
+        grace period ends the process.
         """
         self.reason: str | None = None
         """Why the process shuts down; None if it does not."""
@@ -51,7 +46,7 @@ class ShutdownSignal:
         self._limit_s = grace_s + slack_s
         self._callback: Callable[[], None] | None = None
         self._counted: _Source = "process" if supervisor is None else "supervisor"
-        """The source whose second signal ends the process."""
+        """The recipient whose second signal ends the process."""
         self._signals: queue.SimpleQueue[tuple[_Source, int | None]] = queue.SimpleQueue()
         """Received signals; the number is None at the end of the supervisor. Its `put` is safe in a signal handler."""
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -67,8 +62,9 @@ class ShutdownSignal:
             callback()
 
     def _listen(self, supervisor: socket.socket) -> None:
-        while (number := _receive(supervisor)) is not None:
-            self._signals.put(("supervisor", number))
+        with contextlib.suppress(ConnectionResetError):  # the other end was closed before it had read everything
+            while received := supervisor.recv(1):
+                self._signals.put(("supervisor", received[0]))
         self._signals.put(("supervisor", None))
 
     def _watch(self) -> None:
@@ -110,12 +106,3 @@ def flush(writer: LineWriter) -> None:
     thread = threading.Thread(target=writer.stop, daemon=True)
     thread.start()
     thread.join(_FLUSH_S)
-
-
-def _receive(connection: socket.socket) -> int | None:
-    """Return the next byte, or None at the end of a connection."""
-    try:
-        received = connection.recv(1)
-    except ConnectionResetError:  # the other end was closed before it had read everything
-        return None
-    return received[0] if received else None

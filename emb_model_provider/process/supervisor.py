@@ -1,15 +1,15 @@
 """A small process that keeps the port open and restarts the service (`EMB_PROVIDER_SUPERVISE=true`).
 
-The supervisor opens the listening sockets and starts the service as a child process that inherits them. It restarts the
-child if it crashes, or if it exits with `HUNG_EXIT` because a model hangs. Meanwhile new connections wait in the
-backlog of the sockets, so none is refused. If the child ends in any other way, the supervisor exits with its exit code.
+The service runs as a child process that inherits the listening sockets. It is restarted if it crashes, or exits with
+`HUNG_EXIT` because a model hangs. Meanwhile new connections wait in the backlog of the sockets, so none is refused. If
+the child ends in any other way, the supervisor exits with its exit code.
 
-The event loop of the child sends a heartbeat: one byte per second. If the heartbeat stops, because the loop is blocked
-or native code holds the GIL, the child is aborted, which prints the stacks of its threads to stderr, and restarted.
+The event loop of the child sends a heartbeat: one byte per second. If it stops, because the loop is blocked or native
+code holds the GIL, the child is aborted, which prints the stacks of its threads to stderr, and restarted.
 
-Signals are forwarded as bytes over a pair of connected sockets, the parent pipe, and not as signals. A terminal and
-systemd send signals to the whole process group, and a second one would end the child at once. If the supervisor ends,
-however it does, the pipe is closed and the child shuts down.
+Signals are forwarded as bytes over a pair of connected sockets, the parent pipe, because a terminal and systemd send
+signals to the whole process group, and a second one would end the child at once. If the supervisor ends, however it
+does, the pipe is closed and the child shuts down.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import FrameType
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ HUNG_EXIT = 70
 """Exit code (EX_SOFTWARE) with which the service asks for a restart."""
 HEARTBEAT_EVERY_S = 1.0
 _VARIABLE = "_EMB_PROVIDER_SUPERVISED"
-"""Environment variable of the child that describes what it inherits. Its name shows that it is not a setting."""
+"""Environment variable of the child that describes the inherited state. Its name shows that it is not a setting."""
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -46,7 +45,7 @@ class SupervisorTimings:
     """How long a supervisor waits, in seconds."""
 
     heartbeat_timeout_s: float = 20.0
-    """How long a heartbeat may be late. A busy machine or the import of a large library can delay it by seconds."""
+    """A busy machine or the import of a large library can delay a heartbeat by seconds."""
     restart_pauses_s: tuple[float, ...] = (0, 1, 2, 4, 8, 16, 30)
     """Pauses before restarts, by the number of consecutive children that ended early."""
     stable_after_s: float = 60.0
@@ -62,7 +61,6 @@ class InheritedState:
     parent_pipe: socket.socket
     """Transfers the numbers of signals to the child and heartbeats to the supervisor, one byte each."""
     sockets: list[socket.socket]
-    """Listening sockets."""
     previous_end: str
     """How the previous child ended; empty for the first child."""
 
@@ -89,12 +87,7 @@ class Supervisor:
     """Runs the command line of this process as a child process. Used once, on the main thread."""
 
     def __init__(self, sockets: Sequence[socket.socket], timings: SupervisorTimings) -> None:
-        """Create a supervisor and handle signals from now on.
-
-        Args:
-            sockets: Listening sockets. They are closed as soon as the service is to shut down.
-            timings: How long the supervisor waits.
-        """
+        """Handle signals from now on. The sockets are closed as soon as the service is to shut down."""
         self._sockets = sockets
         self._timings = timings
         self._received: list[int] = []
@@ -105,7 +98,7 @@ class Supervisor:
         self._wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
         for number in (*_FORWARDED_SIGNALS, signal.SIGCHLD):
-            signal.signal(number, _do_nothing)
+            signal.signal(number, lambda *_: None)  # because signals without a handler are not written to the socket
 
     def run(self) -> int:
         """Keep the service running until it exits by itself or is shut down; return the exit code."""
@@ -134,7 +127,7 @@ class Supervisor:
                 return 0
 
     def _run_child(self, previous_end: str) -> int:
-        """Start the service and wait for its end; return its exit code, negative for a signal. Raises OSError."""
+        """Start the service and wait for its end; return its exit code, negative for a signal."""
         parent_pipe, child_end = socket.socketpair()
         with parent_pipe:
             with child_end:
@@ -204,15 +197,10 @@ class Supervisor:
 
 
 class _Heartbeat:
-    """The heartbeat of a child.
-
-    A late heartbeat is measured by the number of checks, one every `HEARTBEAT_EVERY_S` seconds, and not by the clock,
-    because no process runs while the machine sleeps.
-    """
+    """The heartbeat of a child, in numbers of checks and not in time, because the machine may sleep meanwhile."""
 
     def __init__(self, parent_pipe: socket.socket, timeout_s: float) -> None:
         self.sockets = [parent_pipe]
-        """Sockets to wait for."""
         self._max_missed = timeout_s / HEARTBEAT_EVERY_S
         self._missed: int | None = None
         """Checks since the last heartbeat. None before the first one, because the start takes any time."""
@@ -243,10 +231,6 @@ class _Heartbeat:
             self.sockets, self._missed = [], None
         if is_due and self._missed is not None:
             self._missed += 1
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Handle a signal, so that it is written to the wakeup descriptor."""
 
 
 def _describe_exit(code: int) -> str:

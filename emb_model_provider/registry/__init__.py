@@ -1,6 +1,7 @@
 """The served models in memory: names, states, loading and unloading."""
 
+from emb_model_provider.registry.lifecycle import RegistryConfig
 from emb_model_provider.registry.model_entry import ModelStatus, State
-from emb_model_provider.registry.registry import Registry, RegistryConfig
+from emb_model_provider.registry.registry import Registry
 
 __all__ = ["ModelStatus", "Registry", "RegistryConfig", "State"]

@@ -1,4 +1,4 @@
-"""Loads and unloads models, and tracks their states."""
+"""Loads, unloads and watches models, and tracks their states. Everything here is used on one event loop."""
 
 from __future__ import annotations
 
@@ -6,55 +6,53 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError
 from emb_model_provider.formatting import describe_error
+from emb_model_provider.progress import CancelToken
+from emb_model_provider.registry.loader import Loader
 from emb_model_provider.registry.memory_budget import MemoryBudget
 from emb_model_provider.registry.model_entry import LoadedModel, State
+from emb_model_provider.serving.config import EngineConfig
+from emb_model_provider.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
+    from concurrent.futures import Executor
 
-    from emb_model_provider.registry.loader import Loader
+    from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.registry.model_entry import ModelEntry
     from emb_model_provider.serving.engine import Engine
     from emb_model_provider.serving.model_thread import StateChange
-    from emb_model_provider.settings import MemorySettings
 
 logger = logging.getLogger(__name__)
 
 _STOPPING_RETRY_AFTER_S = 5.0
+_CHECK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryConfig(EngineConfig):
+    """Configuration of a registry and its engines."""
+
+    memory: MemorySettings = field(default_factory=MemorySettings)
 
 
 class Lifecycle:
-    """Loads and unloads models, and tracks their states. Used on one event loop."""
+    """Loads and unloads models, and tracks their states."""
 
-    def __init__(
-        self,
-        loader: Loader,
-        memory: MemorySettings,
-        *,
-        watchdog_s: float,
-        stop_s: float,
-        on_abandoned: Callable[[str, Engine], None],
-    ) -> None:
-        """Create a lifecycle without loaded models.
-
-        Args:
-            loader: Loads models.
-            memory: Limits of the loaded models.
-            watchdog_s: How long a batch may run before it counts as hung, in seconds.
-            stop_s: How long a model may take to stop when its requests are answered, in seconds.
-            on_abandoned: Called with the alias and the engine of a model that could not be stopped.
-        """
-        self.stopping = False
-        self._loader = loader
-        self._budget = MemoryBudget(memory, self.begin_unloading)
-        self._watchdog_s = watchdog_s
-        self._stop_s = stop_s
-        self._on_abandoned = on_abandoned
+    def __init__(self, manager: ModelManager, config: RegistryConfig, executor: Executor) -> None:
+        self.abandoned: dict[Engine, str] = {}
+        """Engines that hang and could not be stopped, with their aliases."""
+        self._cancel = CancelToken()
+        """Cancelled when the service shuts down."""
+        self._loader = Loader(manager, config, executor, self._cancel)
+        self._budget = MemoryBudget(config.memory, self.begin_unloading)
+        self._watchdog_s = config.watchdog_s
+        self._stop_s = config.timings.stop_s
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ensure_loaded(self, entry: ModelEntry) -> LoadedModel:
@@ -68,7 +66,7 @@ class Lifecycle:
         """
         while entry.unloading is not None and entry.is_unloading:
             await asyncio.wait([entry.unloading])
-        if self.stopping or entry.removed:
+        if self._cancel.is_cancelled or entry.removed:
             raise self._unavailable(entry)
         loaded_model = self.begin_loading(entry)
         loaded_model.ref_count += 1
@@ -99,17 +97,14 @@ class Lifecycle:
             entry.state, entry.error, entry.unload_reason = State.UNLOADED, None, reason
 
     def begin_unloading(self, entry: ModelEntry, reason: str) -> asyncio.Task[None]:
-        """Start to unload a model, or return the task that already does so.
-
-        Later requests wait for its end, except those that join a load in progress.
-        """
+        """Start to unload a model, or return the task that already does so. Later requests wait for its end."""
         if entry.unloading is None or not entry.is_unloading:
             entry.unloading = self._create_task(self._unload(entry, reason))
         return entry.unloading
 
     async def stop(self) -> None:
         """Accept no further requests, answer the accepted ones, and unload all models."""
-        self.stopping = True
+        self._cancel.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -146,6 +141,11 @@ class Lifecycle:
         if self._budget.is_exceeded:
             self._create_task(self._budget.rebalance(loaded_model))
 
+    def _raise_load_error(self, loaded_model: LoadedModel) -> None:
+        if loaded_model.loading.cancelled():
+            raise self._unavailable(loaded_model.entry)
+        loaded_model.loading.result()
+
     def _state_callback(self, loaded_model: LoadedModel) -> Callable[[StateChange, str], None]:
         """Return a thread-safe callback for the model's state after a crash."""
         loop = asyncio.get_running_loop()
@@ -159,7 +159,7 @@ class Lifecycle:
 
     def _on_state_change(self, loaded_model: LoadedModel, change: StateChange, reason: str) -> None:
         entry = loaded_model.entry
-        if self.stopping or entry.loaded_model is not loaded_model:
+        if self._cancel.is_cancelled or entry.loaded_model is not loaded_model:
             return
         entry.error = reason or None
         if change == "restarting":
@@ -202,20 +202,19 @@ class Lifecycle:
                     logger.warning(
                         "model %s hangs and could not be stopped: its memory is freed when the process ends", alias
                     )
-                    self._on_abandoned(alias, engine)
+                    self.abandoned[engine] = alias
         self._release(loaded_model, State.UNLOADED)
 
     def _release(self, loaded_model: LoadedModel, state: State) -> None:
         """Release memory budget and snapshot of a model that is no longer loaded, and set its state."""
         entry = loaded_model.entry
         self._budget.loaded.discard(loaded_model)
-        loaded_model.release_snapshot()
+        if loaded_model.snapshot_lock is not None:
+            loaded_model.snapshot_lock.release()
         entry.loaded_model = None
         entry.state = state
         if state is State.FAILED:
             entry.failed_at = time.monotonic()
-
-    # --- helpers --------------------------------------------------------------------------------------
 
     def _create_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -229,13 +228,58 @@ class Lifecycle:
             # Retrieved here, because asyncio logs the error of a task that is not awaited.
             task.exception()
 
-    def _raise_load_error(self, loaded_model: LoadedModel) -> None:
-        if loaded_model.loading.cancelled():
-            raise self._unavailable(loaded_model.entry)
-        loaded_model.loading.result()
-
     def _unavailable(self, entry: ModelEntry) -> ModelNotReadyError:
-        reason = (
-            "The service is shutting down" if self.stopping else f"The model `{entry.spec.alias}` is no longer served"
-        )
+        unserved = f"The model `{entry.spec.alias}` is no longer served"
+        reason = "The service is shutting down" if self._cancel.is_cancelled else unserved
         return ModelNotReadyError(f"{reason}. Try again later.", retry_after_s=_STOPPING_RETRY_AFTER_S)
+
+
+class Watchdog:
+    """Checks the models periodically: reports those that hang, and unloads those that are idle."""
+
+    def __init__(
+        self, entries: Callable[[], Iterable[ModelEntry]], lifecycle: Lifecycle, config: RegistryConfig
+    ) -> None:
+        self._entries = entries
+        self._lifecycle = lifecycle
+        self._watchdog_s = config.watchdog_s
+        self._idle_unload_s = config.memory.idle_unload_s
+        self._hung_since: dict[Engine, float] = {}
+
+    async def run(self, on_hung: Callable[[str], None] | None) -> None:
+        """Watch the models until cancelled; call `on_hung` when one has hung for `watchdog_s` after it was reported."""
+        pause_s = min(_CHECK_EVERY_S, self._watchdog_s / 2, (self._idle_unload_s or _CHECK_EVERY_S) / 2)
+        abandoned = self._lifecycle.abandoned
+        while True:
+            await asyncio.sleep(pause_s)
+            for engine in [engine for engine in abandoned if not engine.hang_report]:
+                del abandoned[engine]
+            engines = {entry.engine: entry.spec.alias for entry in self._entries() if entry.engine is not None}
+            engines |= abandoned
+            self._hung_since = {engine: since for engine, since in self._hung_since.items() if engine in engines}
+            for engine, alias in engines.items():
+                self._check_for_hang(engine, alias, on_hung)
+            if self._idle_unload_s is not None:
+                self._unload_idle(self._idle_unload_s)
+
+    def _check_for_hang(self, engine: Engine, alias: str, on_hung: Callable[[str], None] | None) -> None:
+        hang_report = engine.hang_report
+        now = time.monotonic()
+        if not hang_report:
+            if self._hung_since.pop(engine, None) is not None:
+                logger.warning("model %s has recovered", alias)
+            return
+        if engine not in self._hung_since:
+            self._hung_since[engine] = now
+            logger.error("model %s hangs: %s", alias, hang_report)
+        if on_hung is not None and now - self._hung_since[engine] >= self._watchdog_s:
+            on_hung(f"model {alias} hangs: {hang_report}")
+
+    def _unload_idle(self, idle_s: float) -> None:
+        now = time.monotonic()
+        for entry in self._entries():
+            loaded_model = entry.loaded_model
+            if entry.state is not State.READY or loaded_model is None or loaded_model.ref_count:
+                continue
+            if now - loaded_model.last_used_at >= idle_s:
+                self._lifecycle.begin_unloading(entry, "idle")

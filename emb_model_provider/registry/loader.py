@@ -1,4 +1,4 @@
-"""Loads a model into memory: files, backend, memory, engine."""
+"""Loads a model into memory: fetches its files, prepares its backend, reserves memory, starts its engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_bytes
+from emb_model_provider.backends.pipeline_plan import is_warning
 from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import LoadError
 from emb_model_provider.formatting import format_cosine, format_size
@@ -17,6 +18,7 @@ from emb_model_provider.serving.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Executor
 
     from emb_model_provider.artifacts.prepare import BackendPreparer, PreparedBackend
     from emb_model_provider.backends.base import Backend, ModelDescription
@@ -45,11 +47,7 @@ class ReloadableBackend:
     """Used by the first `open`. Later ones prepare again, because an artifact may have been removed meanwhile."""
 
     def open(self) -> Backend:
-        """Load the backend. Call it on the thread that will own it.
-
-        Raises:
-            LoadError: It cannot be loaded.
-        """
+        """Load the backend, on the thread that will own it."""
         prepared, self.prepared = self.prepared, None
         if prepared is None:
             prepared = self.preparer.prepare(self.spec, self.snapshot, cancel=self.cancel)
@@ -59,16 +57,11 @@ class ReloadableBackend:
 class Loader:
     """Loads models, any number of them in parallel."""
 
-    def __init__(self, manager: ModelManager, config: EngineConfig, cancel: CancelToken) -> None:
-        """Create a loader.
-
-        Args:
-            manager: Provides the files and the backends.
-            config: Configuration of the engines.
-            cancel: Ends downloads and compiling when the service shuts down.
-        """
+    def __init__(self, manager: ModelManager, config: EngineConfig, executor: Executor, cancel: CancelToken) -> None:
+        """Create a loader; `cancel` ends downloads and compiling when the service shuts down."""
         self._manager = manager
         self._config = config
+        self._executor = executor
         self._cancel = cancel
 
     async def load(
@@ -76,20 +69,11 @@ class Loader:
     ) -> Engine:
         """Load a model as soon as the memory budget allows it, and update the state of its entry.
 
-        If this raises or is cancelled, the caller must release the resources of `loaded_model`.
-
-        Args:
-            loaded_model: The model to load.
-            budget: Reserves memory for it.
-            on_change: Called on the model's thread when the model crashes, recovers or fails.
-
-        Raises:
-            HubError, LoadError: It cannot be loaded.
-            OperationCancelledError: The service shuts down.
+        If this raises or is cancelled, the caller must release the resources of `loaded_model`. `on_change` is called
+        on the model's thread when the model crashes, recovers or fails.
         """
         entry, started = loaded_model.entry, time.monotonic()
         alias = entry.spec.alias
-        entry.state = State.DOWNLOADING
         logger.info("loading model %s", alias)
         snapshot, loaded_model.snapshot_lock = await run_in_daemon_thread(
             f"fetch-{alias}", lambda: self._fetch(entry.spec)
@@ -103,7 +87,8 @@ class Loader:
             loaded_model, entry.measured_bytes or minimum_bytes(*files), entry.measured_bytes or expected_bytes(*files)
         )
         backend = ReloadableBackend(self._manager.preparer, entry.spec, snapshot, self._cancel, prepared)
-        engine = await Engine.start(entry.spec, backend.open, self._config, on_change)
+        engine = Engine(entry.spec, backend.open, self._config, self._executor, on_change)
+        await engine.start()
         entry.measured_bytes = engine.memory_bytes
         try:
             budget.check_fits(engine.memory_bytes)
@@ -118,7 +103,6 @@ class Loader:
             return self._manager.acquire(spec, on_progress=report, cancel=self._cancel)
 
     def _prepare(self, entry: ModelEntry, snapshot: Snapshot) -> PreparedBackend:
-        """Prepare the backend, compiling it if necessary. Blocks."""
         preparer = self._manager.preparer
         if preparer.allows_code(entry.spec, snapshot):
             logger.warning(
@@ -138,7 +122,7 @@ def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
     description = engine.description
     alias = engine.spec.alias
     for note in description.notes:
-        _log_note(alias, note)
+        logger.log(logging.WARNING if is_warning(note) else logging.INFO, "model %s: %s", alias, note)
     logger.info(
         "model %s is ready: %d-dim %s, %s, %.1f s",
         alias, description.dimension, description.precision, format_size(engine.memory_bytes), took_s,
@@ -148,10 +132,6 @@ def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
         alias, snapshot.repository, snapshot.revision, snapshot.hub, description.backend, description.device,
         description.max_length, description.pooling, _format_fidelity(description),
     )  # fmt: skip
-
-
-def _log_note(alias: str, note: str) -> None:
-    logger.info("model %s: %s", alias, note)
 
 
 def _format_fidelity(description: ModelDescription) -> str:

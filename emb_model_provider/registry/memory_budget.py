@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVICTED = "room for another model"
-
 
 class MemoryBudget:
     """Keeps the loaded models within MAX_LOADED_MODELS and MODEL_MEMORY_LIMIT. Used on one event loop."""
@@ -27,12 +25,7 @@ class MemoryBudget:
     def __init__(
         self, limits: MemorySettings, begin_unloading: Callable[[ModelEntry, str], asyncio.Task[None]]
     ) -> None:
-        """Create an empty budget.
-
-        Args:
-            limits: The limits.
-            begin_unloading: Starts to unload a model, for a reason, and returns the task that does so.
-        """
+        """Create an empty budget; `begin_unloading` starts to unload a model, for a reason."""
         self.loaded: set[LoadedModel] = set()
         """Models that take memory: those that are loading, loaded or unloading."""
         self._max_models = limits.max_loaded_models
@@ -43,16 +36,11 @@ class MemoryBudget:
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether the models take more memory than the limit."""
         total = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
         return self._max_bytes is not None and total > self._max_bytes
 
     def check_fits(self, needed_bytes: int) -> None:
-        """Check that a model fits if no other model is loaded.
-
-        Raises:
-            LoadError: It needs more memory than the limit for all models.
-        """
+        """Raise LoadError if a model needs more memory than the limit for all models."""
         if self._max_bytes is not None and needed_bytes > self._max_bytes:
             raise LoadError(
                 f"it needs {format_size(needed_bytes)} of memory, and all models together are limited to "
@@ -63,14 +51,8 @@ class MemoryBudget:
     async def reserve(self, model: LoadedModel, minimum_bytes: int, expected_bytes: int) -> None:
         """Wait until a model may be loaded, evicting others after their requests are answered.
 
-        Args:
-            model: The model.
-            minimum_bytes: Memory that it takes at least, in bytes.
-            expected_bytes: Memory that it probably takes, in bytes. If this exceeds the limit, the model is loaded
-                nevertheless and checked afterwards.
-
-        Raises:
-            LoadError: `minimum_bytes` exceeds the limit for all models.
+        Raises LoadError if `minimum_bytes` exceeds the limit for all models. If only `expected_bytes` does, the model is
+        loaded nevertheless, and checked afterwards.
         """
         self.check_fits(minimum_bytes)
         model.expected_bytes = expected_bytes if self._max_bytes is None else min(expected_bytes, self._max_bytes)
@@ -97,7 +79,7 @@ class MemoryBudget:
             when = "after its requests are answered" if evicted.engine is not None else "after it is loaded"
             model.waiting_for = f"`{evicted.entry.spec.alias}` is unloaded first, {when}"
             # asyncio.wait, because an error or a cancellation of the unload task does not concern this load.
-            await asyncio.wait([self._begin_unloading(evicted.entry, EVICTED)])
+            await asyncio.wait([self._begin_unloading(evicted.entry, "room for another model")])
             self.loaded.discard(evicted)
         model.waiting_for = ""
 

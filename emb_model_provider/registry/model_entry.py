@@ -49,7 +49,6 @@ class ModelStatus:
     error: str | None
     """Why it failed, hangs, is being restarted, or takes long to load, in one line."""
     restarts: int
-    """Number of restarts after a crash."""
     snapshot: Snapshot | None
     description: ModelDescription | None
     waiting_inputs: int
@@ -79,34 +78,61 @@ class ModelStatus:
         return self.state is State.READY or (self.unload_reason is not None and self.error is None)
 
 
+class RequestStats:
+    """Statistics of the requests of one model. Used on one event loop; `record` takes less than a microsecond."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        """Number of answered requests."""
+        self.last: float | None = None
+        """When the last request ended, as `time.monotonic()`."""
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_MAX_SAMPLES)
+
+    def record(self, began: float, ended: float, *, answered: bool) -> None:
+        """Record a request. Times are those of `time.monotonic()`."""
+        self.last = ended
+        if answered:
+            self.served += 1
+            self._recent.append((ended, ended - began))
+
+    def recent(self, now: float) -> tuple[float, float | None]:
+        """Return answered requests per second and the 95th-percentile latency, over the 60 seconds before `now`.
+
+        The latency is in seconds, or None without requests.
+        """
+        samples = [(ended, took) for ended, took in self._recent if now - ended <= WINDOW_S]
+        if not samples:
+            return 0.0, None
+        # If the buffer is full, it may cover less than the period.
+        period_s = now - samples[0][0] if len(samples) == _MAX_SAMPLES else WINDOW_S
+        latencies = sorted(took for _, took in samples)
+        p95_s = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
+        return len(samples) / max(period_s, 1e-3), p95_s
+
+
+@dataclass(eq=False, slots=True)
 class LoadedModel:
     """One stay of a model in memory, from the start of the load to the end of the unload.
 
     Requests waiting for the load count as users, so that the model cannot be evicted before it has served them.
     """
 
-    __slots__ = (
-        "_idle", "engine", "entry", "expected_bytes", "loading", "ref_count", "since", "snapshot_lock",
-        "step_started_at", "waiting_for",
-    )  # fmt: skip
-
-    def __init__(self, entry: ModelEntry) -> None:
-        self.entry = entry
-        self.engine: Engine | None = None
-        """None until the model is loaded."""
-        self.loading: asyncio.Task[None]
-        self.snapshot_lock: FileLock | None = None
-        """Lock that keeps the snapshot on disk, because a crashed model is loaded from it again."""
-        self.ref_count = 0
-        """Number of requests that use the model or wait for it."""
-        self.since = time.monotonic()
-        """When the load started; once the model is loaded, when it ended."""
-        self.expected_bytes = 0
-        self.waiting_for = ""
-        """What the load waits for before it gets memory, or an empty string."""
-        self.step_started_at: float | None = None
-        """When the load began to wait for memory, or when it got memory. None before."""
-        self._idle: asyncio.Event | None = None
+    entry: ModelEntry
+    engine: Engine | None = None
+    """None until the model is loaded."""
+    loading: asyncio.Task[None] = field(init=False)
+    snapshot_lock: FileLock | None = None
+    """Lock that keeps the snapshot on disk, because a crashed model is loaded from it again."""
+    ref_count: int = 0
+    """Number of requests that use the model or wait for it."""
+    since: float = field(default_factory=time.monotonic)
+    """When the load started; once the model is loaded, when it ended."""
+    expected_bytes: int = 0
+    waiting_for: str = ""
+    """What the load waits for before it gets memory, or an empty string."""
+    step_started_at: float | None = None
+    """When the load began to wait for memory, or when it got memory. None before."""
+    _idle: asyncio.Event | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -131,7 +157,6 @@ class LoadedModel:
         return f"It has been loading for {took_s:.0f} s. {advice}"
 
     def release_ref(self) -> None:
-        """Decrement the reference count."""
         self.ref_count -= 1
         if not self.ref_count and self._idle is not None:
             self._idle.set()
@@ -142,44 +167,32 @@ class LoadedModel:
             self._idle = asyncio.Event()
             await self._idle.wait()
 
-    def release_snapshot(self) -> None:
-        """Release the lock on the snapshot. Does nothing if it is released already."""
-        if self.snapshot_lock is not None:
-            self.snapshot_lock.release()
 
-
+@dataclass(eq=False, slots=True, kw_only=True)
 class ModelEntry:
     """A served model, in memory or not."""
 
-    def __init__(self, spec: ModelSpec, *, preload: bool, configured: bool, slow_load_s: float) -> None:
-        """Create an entry for a model that is not loaded.
-
-        Args:
-            spec: The model.
-            preload: Whether it is loaded at startup.
-            configured: Whether it is in the settings.
-            slow_load_s: After how many seconds a load that has not ended is reported.
-        """
-        self.spec = spec
-        self.preload = preload
-        self.configured = configured
-        self.slow_load_s = slow_load_s
-        self.created = int(time.time())
-        self.state = State.UNLOADED
-        self.loaded_model: LoadedModel | None = None
-        """The stay in memory that new requests use."""
-        self.unloading: asyncio.Task[None] | None = None
-        self.snapshot: Snapshot | None = None
-        self.measured_bytes: int | None = None
-        """Memory of the model when it was last loaded, in bytes."""
-        self.error: str | None = None
-        self.failed_at = 0.0
-        self.restarts = 0
-        self.loaded_at: float | None = None
-        self.unload_reason: str | None = None
-        self.unloads: Counter[str] = Counter()
-        self.removed = False
-        self.stats = RequestStats()
+    spec: ModelSpec
+    preload: bool = False
+    configured: bool = False
+    slow_load_s: float
+    """After how many seconds a load that has not ended is reported."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    state: State = State.UNLOADED
+    loaded_model: LoadedModel | None = None
+    """The stay in memory that new requests use."""
+    unloading: asyncio.Task[None] | None = None
+    snapshot: Snapshot | None = None
+    measured_bytes: int | None = None
+    """Memory of the model when it was last loaded, in bytes."""
+    error: str | None = None
+    failed_at: float = 0.0
+    restarts: int = 0
+    loaded_at: float | None = None
+    unload_reason: str | None = None
+    unloads: Counter[str] = field(default_factory=Counter)
+    removed: bool = False
+    stats: RequestStats = field(default_factory=RequestStats)
 
     @property
     def engine(self) -> Engine | None:
@@ -189,17 +202,12 @@ class ModelEntry:
     def is_unloading(self) -> bool:
         return self.unloading is not None and not self.unloading.done()
 
-    @property
-    def blocked_by(self) -> str:
-        """What the load waits for, as a clause to add to a sentence; an empty string if nothing."""
-        waiting_for = self.loaded_model.waiting_for if self.loaded_model is not None else ""
-        return f", waiting for memory ({waiting_for})" if waiting_for else ""
-
     def status(self) -> ModelStatus:
         engine = self.engine
         hang_report = engine.hang_report if engine is not None and self.state is State.READY else ""
         slow_load_warning = self.loaded_model.slow_load_warning() if self.loaded_model is not None else ""
-        requests_per_s, p95_s = self.stats.recent()
+        now = time.monotonic()
+        requests_per_s, p95_s = self.stats.recent(now)
         return ModelStatus(
             spec=self.spec,
             state=State.HUNG if hang_report else self.state,
@@ -213,7 +221,7 @@ class ModelEntry:
             waiting_tokens=engine.waiting_tokens if engine is not None else 0,
             configured=self.configured,
             loaded_at=self.loaded_at if engine is not None else None,
-            last_used=self.stats.last_unix,
+            last_used=None if self.stats.last is None else time.time() - (now - self.stats.last),
             requests_served=self.stats.served,
             requests_per_s=requests_per_s,
             p95_s=p95_s,
@@ -221,45 +229,3 @@ class ModelEntry:
             unload_reason=self.unload_reason,
             unloads=dict(self.unloads),
         )
-
-
-class RequestStats:
-    """Statistics of the requests of one model. Used on one event loop; `record` takes less than a microsecond."""
-
-    def __init__(self) -> None:
-        self.served = 0
-        """Number of answered requests."""
-        self.last: float | None = None
-        """When the last request ended, as `time.monotonic()`."""
-        self._recent: deque[tuple[float, float]] = deque(maxlen=_MAX_SAMPLES)
-
-    def record(self, began: float, ended: float, *, answered: bool) -> None:
-        """Record a request. Times are those of `time.monotonic()`."""
-        self.last = ended
-        if answered:
-            self.served += 1
-            self._recent.append((ended, ended - began))
-
-    @property
-    def last_unix(self) -> float | None:
-        """When the last request ended, as Unix time in seconds."""
-        return None if self.last is None else time.time() - (time.monotonic() - self.last)
-
-    def recent(self, now: float | None = None) -> tuple[float, float | None]:
-        """Return statistics of the last 60 seconds.
-
-        Args:
-            now: End of the period, as `time.monotonic()`; None: the present.
-
-        Returns:
-            Answered requests per second, and the 95th-percentile latency in seconds, or None without requests.
-        """
-        now = time.monotonic() if now is None else now
-        samples = [(ended, took) for ended, took in self._recent if now - ended <= WINDOW_S]
-        if not samples:
-            return 0.0, None
-        # If the buffer is full, it may cover less than the period.
-        period_s = now - samples[0][0] if len(samples) == _MAX_SAMPLES else WINDOW_S
-        latencies = sorted(took for _, took in samples)
-        p95_s = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
-        return len(samples) / max(period_s, 1e-3), p95_s

@@ -16,67 +16,38 @@ from emb_model_provider.errors import (
     ProviderError,
 )
 from emb_model_provider.model_resolver import build_alias_index
-from emb_model_provider.progress import CancelToken
-from emb_model_provider.registry.lifecycle import Lifecycle
-from emb_model_provider.registry.loader import Loader
+from emb_model_provider.registry.lifecycle import Lifecycle, Watchdog
 from emb_model_provider.registry.model_entry import ModelEntry, ModelStatus, State
-from emb_model_provider.registry.watchdog import Watchdog
-from emb_model_provider.serving.config import EngineConfig, Timings
-from emb_model_provider.settings import BatchSettings, LimitSettings, MemorySettings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from types import TracebackType
 
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.registry.lifecycle import RegistryConfig
     from emb_model_provider.registry.model_entry import LoadedModel
     from emb_model_provider.serving.engine import Engine
-    from emb_model_provider.serving.jobs import BatchRecord
     from emb_model_provider.settings import ServedModels
 
 _LOADING_RETRY_AFTER_S = 5.0
 _TOKENIZER_THREADS = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistryConfig:
-    """Configuration of a registry and its engines."""
-
-    batching: BatchSettings = field(default_factory=BatchSettings)
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    memory: MemorySettings = field(default_factory=MemorySettings)
-    watchdog_s: float = 60.0
-    """A batch that runs longer counts as hung, in seconds."""
-    on_batch: Callable[[BatchRecord], None] = lambda _: None
-    """Called on a thread of the model after each batch."""
-    timings: Timings = field(default_factory=Timings)
-
-
+@dataclass(slots=True)
 class Lease:
     """A request's use of a loaded model. `async with` it once to get the engine; the model is loaded if necessary."""
 
-    __slots__ = ("_began", "_entry", "_load", "_loaded_model")
-
-    def __init__(self, entry: ModelEntry, load: Callable[[ModelEntry], Awaitable[LoadedModel]]) -> None:
-        """Create a lease.
-
-        Args:
-            entry: The model.
-            load: Loads the model and increments its reference count.
-        """
-        self._entry = entry
-        self._load = load
+    _entry: ModelEntry
+    _ensure_loaded: Callable[[ModelEntry], Awaitable[LoadedModel]]
+    """Loads the model and increments its reference count."""
+    _loaded_model: LoadedModel = field(init=False)
+    _began: float = field(init=False)
 
     async def __aenter__(self) -> Engine:
-        """Load the model if necessary, and return its engine.
-
-        Raises:
-            ModelNotReadyError: The model cannot be loaded, or not within LOAD_WAIT_S, or the service is shutting down.
-        """
+        """Return the engine; raise ModelNotReadyError if the model cannot be loaded, or not within LOAD_WAIT_S."""
         loaded_model = self._entry.loaded_model
         if loaded_model is None or loaded_model.engine is None:
-            loaded_model = await self._load(self._entry)
+            loaded_model = await self._ensure_loaded(self._entry)
         else:
             loaded_model.ref_count += 1
         self._loaded_model = loaded_model
@@ -86,9 +57,7 @@ class Lease:
             raise RuntimeError("the load returned without an engine")
         return engine
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._loaded_model.release_ref()
         self._entry.stats.record(self._began, time.monotonic(), answered=kind is None)
 
@@ -97,64 +66,28 @@ class Registry:
     """The models of one service. Used on one event loop."""
 
     def __init__(self, models: ServedModels, manager: ModelManager, config: RegistryConfig) -> None:
-        """Create a registry; it loads nothing yet.
-
-        Args:
-            models: The configured models.
-            manager: Provides files and backends.
-            config: Configuration of the registry and its engines.
-        """
-        memory, limits = config.memory, config.limits
-        self._load_wait_s = limits.request_timeout_s if memory.load_wait_s is None else memory.load_wait_s
+        memory = config.memory
+        self._load_wait_s = config.limits.request_timeout_s if memory.load_wait_s is None else memory.load_wait_s
         self._timings = config.timings
         self._entries = {
             spec.alias: ModelEntry(
-                spec, preload=spec.alias in models.preload, configured=True, slow_load_s=config.timings.slow_load_s
+                spec=spec, preload=spec.alias in models.preload, configured=True, slow_load_s=self._timings.slow_load_s
             )
             for spec in models.specs
         }
-        self._default = models.specs[0].alias
-        self._alias_index = build_alias_index(models.specs)
+        self.default_alias = models.specs[0].alias
+        """Alias of the model that serves requests without a model name."""
+        self._alias_index = self._build_index()
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
-        self._watchdog = Watchdog(
-            self._entries.values,
-            watchdog_s=config.watchdog_s,
-            idle_unload_s=memory.idle_unload_s,
-            unload=lambda entry, reason: self._lifecycle.begin_unloading(entry, reason),
-        )
-        engine_config = EngineConfig(
-            executor=self._executor,
-            batching=config.batching,
-            limits=limits,
-            watchdog_s=config.watchdog_s,
-            on_batch=config.on_batch,
-            timings=config.timings,
-        )
-        cancel = CancelToken(lambda: self._lifecycle.stopping)
-        self._lifecycle = Lifecycle(
-            Loader(manager, engine_config, cancel),
-            memory,
-            watchdog_s=config.watchdog_s,
-            stop_s=config.timings.stop_s,
-            on_abandoned=self._watchdog.track,
-        )
+        self._lifecycle = Lifecycle(manager, config, self._executor)
+        self._watchdog = Watchdog(self._entries.values, self._lifecycle, config)
 
     # --- names and states -----------------------------------------------------------------------------
 
-    @property
-    def default_alias(self) -> str:
-        """Alias of the model that serves requests without a model name."""
-        return self._default
-
     def alias_of(self, name: str) -> str:
-        """Return the alias that a name refers to.
+        """Return the alias that a name refers to: an alias, an id, or the last part of one if it is unique.
 
-        Args:
-            name: An alias, the id of a model (its first alias is returned), or the last part of an id or alias if it is
-                unique.
-
-        Raises:
-            ModelNotFoundError: The name refers to no served model, or to several.
+        All methods with a name raise ModelNotFoundError if it refers to no served model, or to several.
         """
         if name in self._entries:
             return name
@@ -164,11 +97,6 @@ class Registry:
         return alias
 
     def status(self, name: str) -> ModelStatus:
-        """Return the status of a model.
-
-        Raises:
-            ModelNotFoundError: The name refers to no served model.
-        """
         return self._entries[self.alias_of(name)].status()
 
     def statuses(self) -> list[ModelStatus]:
@@ -182,18 +110,11 @@ class Registry:
 
         A model that is not in memory is loaded first, once for all requests that wait for it. A model is not unloaded
         during a lease.
-
-        Raises:
-            ModelNotFoundError: The name refers to no served model.
         """
         return Lease(self._entries[self.alias_of(name)], self._ensure_loaded)
 
     async def preload(self) -> bool:
-        """Load the models that are to be loaded at startup.
-
-        Returns:
-            Whether at least one model of the registry has not failed.
-        """
+        """Load the models that are to be loaded at startup; return whether a model of the registry has not failed."""
         loads = [self._lifecycle.begin_loading(entry).loading for entry in self._entries.values() if entry.preload]
         if loads:
             await asyncio.wait(loads)
@@ -202,10 +123,8 @@ class Registry:
     async def watch(self, on_hung: Callable[[str], None] | None = None) -> None:
         """Watch all models until cancelled: report those that hang, and unload those that are idle.
 
-        Args:
-            on_hung: Called with the reason when a model has hung for another `watchdog_s` seconds after it was
-                reported.
-                A computation that does not end can only be ended with its process.
+        `on_hung` is called with the reason `watchdog_s` seconds after a hang was reported, because a computation that
+        does not end can only be ended with its process.
         """
         await self._watchdog.run(on_hung)
 
@@ -215,7 +134,6 @@ class Registry:
         """Load a model, however long it takes, and return its status. A model that failed is loaded again at once.
 
         Raises:
-            ModelNotFoundError: The name refers to no served model.
             HubError, LoadError: The model cannot be loaded.
             ModelNotReadyError: The service is shutting down, or the model was removed.
         """
@@ -227,35 +145,22 @@ class Registry:
     async def unload(self, name: str, reason: str = "asked to") -> ModelStatus:
         """Unload a model after its requests are answered, and return its status.
 
-        If the model is being loaded, it is unloaded after the load. The next request loads it again.
-
-        Args:
-            name: A name of the model.
-            reason: One of few fixed texts, because it is a label of a metric.
-
-        Raises:
-            ModelNotFoundError: The name refers to no served model.
+        If the model is being loaded, it is unloaded after the load. The next request loads it again. The reason must be
+        one of few fixed texts, because it is a label of a metric.
         """
         entry = self._entries[self.alias_of(name)]
         await self._lifecycle.unload(entry, reason)
         return entry.status()
 
     def add(self, spec: ModelSpec) -> str:
-        """Serve another model, which is loaded at its first request.
-
-        Except for the alias, no name that refers to another model changes its meaning.
-
-        Returns:
-            The alias of the model.
+        """Serve another model, which is loaded at its first request, and return its alias.
 
         Raises:
             ModelInUseError: Another model has this alias.
         """
         entry = self._entries.get(spec.alias)
         if entry is None:
-            self._entries[spec.alias] = ModelEntry(
-                spec, preload=False, configured=False, slow_load_s=self._timings.slow_load_s
-            )
+            self._entries[spec.alias] = ModelEntry(spec=spec, slow_load_s=self._timings.slow_load_s)
             self._alias_index = self._build_index()
         elif entry.spec != spec:
             raise ModelInUseError(
@@ -264,14 +169,9 @@ class Registry:
         return spec.alias
 
     async def remove(self, alias: str) -> ModelStatus:
-        """Stop serving a model that was added at run time, unload it after its requests are answered.
+        """Stop serving a model that was added at run time, and unload it after its requests are answered.
 
-        Args:
-            alias: The alias of the model. Other names are not accepted, because they may refer to another model
-                meanwhile.
-
-        Returns:
-            The status of the unloaded model.
+        Names other than the alias are not accepted, because they may refer to another model meanwhile.
 
         Raises:
             ModelNotFoundError: No model has this alias.
@@ -315,8 +215,10 @@ class Registry:
             async with asyncio.timeout(self._load_wait_s):
                 return await self._lifecycle.ensure_loaded(entry)
         except TimeoutError:
+            waiting_for = entry.loaded_model.waiting_for if entry.loaded_model is not None else ""
+            reason = f", waiting for memory ({waiting_for})" if waiting_for else ""
             raise ModelNotReadyError(
-                f"The model `{entry.spec.alias}` is still {entry.state}{entry.blocked_by}. Try again later.",
+                f"The model `{entry.spec.alias}` is still {entry.state}{reason}. Try again later.",
                 retry_after_s=_LOADING_RETRY_AFTER_S,
             ) from None
         except ModelNotReadyError:

@@ -21,14 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY_PHRASES = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "bad_alloc",
-)
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 """Parts of error messages in lower case: of CUDA, PyTorch on a CPU, operating systems and C++."""
+_NOT_FINITE = "model %s returned a vector that is not finite for an input of %d tokens"
 
 
 @dataclass(slots=True)
@@ -56,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     message = str(error).lower()
-    return any(phrase in message for phrase in _OUT_OF_MEMORY_PHRASES)
+    return any(phrase in message for phrase in _OUT_OF_MEMORY)
 
 
 def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> bool:
@@ -81,14 +76,14 @@ def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchR
 
 
 def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
-    vectors = backend.embed(_batch(members))
+    vectors = backend.embed(_token_batch(members))
     expected = len(members), backend.description.dimension
     if vectors.shape != expected:
         raise InferenceError(f"The model returned vectors of shape {vectors.shape} instead of {expected}.")
     return vectors
 
 
-def _batch(members: Sequence[Member]) -> TokenBatch:
+def _token_batch(members: Sequence[Member]) -> TokenBatch:
     return TokenBatch(
         ids=[job.ids[row] for job, row in members], prompt_lengths=[job.prompt_lengths[row] for job, row in members]
     )
@@ -123,25 +118,14 @@ def _recompute(model: str, backend: Backend, members: Sequence[Member], result: 
     for job, row in members:
         tokens = len(job.ids[row])
         try:
-            vectors = backend.embed_fp32(_batch([(job, row)]))
+            vectors = backend.embed_fp32(_token_batch([(job, row)]))
             if vectors.shape == (1, backend.description.dimension) and np.isfinite(vectors).all():
                 job.vectors[row] = vectors[0]
-                logger.warning(
-                    "model %s returned a vector that is not finite for an input of %d tokens; it is finite at fp32",
-                    model, tokens,
-                )  # fmt: skip
+                logger.warning(f"{_NOT_FINITE}; it is finite at fp32", model, tokens)
                 continue
-            logger.error(
-                "model %s returned a vector that is not finite for an input of %d tokens, at fp32 too",
-                model, tokens,
-            )  # fmt: skip
+            logger.error(f"{_NOT_FINITE}, at fp32 too", model, tokens)
         except NotImplementedError:
-            logger.error(  # noqa: TRY400 - the traceback says nothing
-                "model %s returned a vector that is not finite for an input of %d tokens", model, tokens
-            )
+            logger.error(_NOT_FINITE, model, tokens)  # noqa: TRY400 - the traceback says nothing
         except BaseException:  # a runtime can raise anything
-            logger.exception(
-                "model %s returned a vector that is not finite for an input of %d tokens, and failed at fp32",
-                model, tokens,
-            )  # fmt: skip
+            logger.exception(f"{_NOT_FINITE}, and failed at fp32", model, tokens)
         result.failures.append((job, InferenceError("The model returned a vector that is not finite for an input.")))

@@ -1,12 +1,10 @@
 """Chooses the inputs that run together next. Pure logic, without threads, a model or a clock.
 
-Requests share the model fairly by *virtual time* (start-time fair queuing). The tag of a request is the virtual time at
-which it arrived plus the number of its tokens that have run since. The request with the lowest tag is served first, so
-a request of one short text runs between the batches of a request of 2048 documents. Each batch advances the virtual
-time by its tokens, divided by the number of waiting requests. A new request starts at the current virtual time, so
-newer requests cannot starve it.
-
-The longest input of the first request leads a batch. Other inputs are added as long as padding stays cheap.
+Requests share the model fairly by *virtual time* (start-time fair queuing). The request with the lowest tag is served
+first: the virtual time at which it arrived plus its tokens that have run since. Each batch advances the virtual time by
+its tokens, divided by the number of waiting requests. So a request of one short text runs between the batches of a
+request of 2048 documents, and newer requests cannot starve it. The longest input of the first request leads a batch;
+other inputs are added as long as padding stays cheap.
 """
 
 from __future__ import annotations
@@ -49,14 +47,10 @@ class BatchJob:
             raise ValueError("a request needs at least one input")
         self.ids = ids
         self.arrived_at = arrived_at
-        """Time of its submission on the clock of the caller, in seconds."""
+        """When it was submitted, on the clock of `Batcher.next_batch`."""
         self.cancelled = False
         self.exclusive = False
         """Whether its inputs share no batch with other requests. Such requests get every second batch."""
-        self.waiting_tokens = 0
-        """Tokens of the waiting inputs."""
-        self._rows: list[int] = []
-        self._lengths: list[int] = []
         self._tag = 0.0
         self.reset()
 
@@ -67,10 +61,10 @@ class BatchJob:
 
     def reset(self) -> None:
         """Mark all inputs as waiting. The request must not be in a batcher."""
-        ids = self.ids
-        self.waiting_tokens = sum(map(len, ids))
-        self._rows = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        self._lengths = [len(ids[row]) for row in self._rows]
+        lengths = [len(row) for row in self.ids]
+        self.waiting_tokens = sum(lengths)
+        self._rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+        self._lengths = sorted(lengths)
 
     def _nearest(self, length: int) -> int:
         """Return the position of the waiting input whose length is nearest to `length`; of two, the shorter one."""
@@ -119,12 +113,7 @@ class Batcher(Generic[JobT]):
         self.waiting_tokens = 0
 
     def lower_budget(self, padded_tokens: int, *, until: float) -> None:
-        """Limit batches of several inputs to `padded_tokens` for a while.
-
-        Args:
-            padded_tokens: The limit.
-            until: Time at which the limit ends, on the clock of `next_batch`.
-        """
+        """Limit batches of several inputs to `padded_tokens` until a time on the clock of `next_batch`."""
         budget = max(1, min(padded_tokens, self._policy.max_batch_tokens))
         self._policy = replace(self._policy, max_batch_tokens=budget)
         self._lowered_until = until
@@ -134,7 +123,6 @@ class Batcher(Generic[JobT]):
         return Batcher(self._base_policy)
 
     def submit(self, job: JobT) -> None:
-        """Queue all inputs of a request."""
         job._tag = self._virtual_time
         self._push(job)
         self._jobs += 1
@@ -158,16 +146,12 @@ class Batcher(Generic[JobT]):
             self._exclusive.clear()
 
     def next_batch(self, now: float, *, idle_streams: int = 1, may_wait: bool = True) -> Batch[JobT] | float | None:
-        """Return the next batch.
+        """Return the next batch; the time of the next call if waiting for more inputs pays; None if no input waits.
 
         Args:
             now: The current time in seconds.
-            idle_streams: Number of streams that are idle, including the caller's. The waiting inputs are divided among
-                them.
+            idle_streams: Number of idle streams, including the caller's. They share the waiting inputs.
             may_wait: Whether a batch smaller than the minimum may wait for more inputs. False if none will come.
-
-        Returns:
-            The batch; the time of the next call if waiting for more inputs pays; None if no input waits.
         """
         if not self.waiting_inputs:
             return None

@@ -10,7 +10,6 @@ from emb_model_provider.settings import BatchSettings, LimitSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Executor
 
     from emb_model_provider.serving.jobs import BatchRecord
 
@@ -25,34 +24,32 @@ class Timings:
     """How long the service waits in unusual situations, in seconds."""
 
     restart_pauses_s: tuple[float, ...] = (0.0, 1.0, 4.0)
-    """Pauses before the restarts of a crashed model. After as many restarts within ten minutes the model has failed."""
+    """Pauses before the restarts of a crashed model. It fails after as many restarts within ten minutes."""
     retry_after_failure_s: float = 30.0
-    """Until a model that failed may be loaded again."""
+    """How long a model that failed is not loaded again."""
     lowered_budget_s: float = 60.0
     """How long batches stay small after one did not fit into memory."""
     stop_s: float = 5.0
     """How long a model may take to stop when all its requests are answered or cancelled."""
     slow_load_s: float = 300.0
-    """After which a load that has not ended is reported."""
+    """How long a load may take before it is reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Configuration that the engines of one service share."""
 
-    executor: Executor
-    """Tokenizes long inputs, so that they do not block the event loop."""
     batching: BatchSettings = field(default_factory=BatchSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     watchdog_s: float = 60.0
-    """A batch that runs longer counts as hung, in seconds."""
+    """After how many seconds a batch counts as hung."""
     on_batch: Callable[[BatchRecord], None] = lambda _: None
     """Called on a thread of the model after each batch."""
     timings: Timings = field(default_factory=Timings)
 
 
 def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:
-    """Return the batch policy for a device. What is set takes precedence over the device's default."""
+    """Return the batch policy for a device. The settings take precedence over the device's default."""
     on_cpu = device == "cpu"
     return BatchPolicy(
         max_batch_size=settings.max_batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,12 +21,18 @@ from emb_model_provider.errors import (
 from emb_model_provider.serving.jobs import EmbeddingJob, Timing
 from emb_model_provider.serving.memory_tuning import freeze_gc
 from emb_model_provider.serving.model_thread import ModelThread
-from emb_model_provider.serving.openai_tokens import decode_cl100k, load_cl100k
-from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, postprocess
+from emb_model_provider.serving.request_options import (
+    check_dimensions,
+    choose_prompt,
+    decode_cl100k,
+    load_cl100k,
+    postprocess,
+)
 from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Executor
 
     from numpy.typing import NDArray
 
@@ -38,7 +44,6 @@ if TYPE_CHECKING:
 
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
-_TEST_TEXT = "This is a test."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,65 +73,48 @@ class Embeddings:
     truncated: int
     """Number of inputs that were truncated."""
     tokenize_s: float
-    """Time for tokenizing, in seconds."""
     timing: Timing
 
 
-class _Core(NamedTuple):
-    """The parts of a started engine."""
-
-    tokenization: Tokenization
-    scheduler: BatchScheduler
-    thread: ModelThread
-
-
 class Engine:
-    """A loaded model that answers requests. Created by `start`, used on one event loop."""
+    """A loaded model that answers requests. Used on one event loop."""
 
     def __init__(
-        self, spec: ModelSpec, config: EngineConfig, description: ModelDescription, core: _Core, memory_bytes: int
-    ) -> None:
-        self.spec = spec
-        self.description = description
-        self.memory_bytes = memory_bytes
-        """Memory of the model in bytes, as reported by its backend."""
-        self._config = config
-        self._tokenization, self._scheduler, self._thread = core
-
-    @classmethod
-    async def start(
-        cls,
+        self,
         spec: ModelSpec,
         load: Callable[[], Backend],
         config: EngineConfig,
-        on_change: Callable[[StateChange, str], None] = lambda _change, _reason: None,
-    ) -> Engine:
-        """Load a model on its own thread, and embed a test text to check that it works.
+        executor: Executor,
+        on_change: Callable[[StateChange, str], None],
+    ) -> None:
+        """Create an engine that answers requests after `start`.
 
-        If the call is cancelled, the thread frees the model as soon as it is loaded.
-
-        Args:
-            spec: The model.
-            load: Loads the backend. Called again if the model has crashed.
-            config: Configuration of the engine.
-            on_change: Called on the thread of the model when the model crashes, recovers or fails, with the reason.
-
-        Raises:
-            LoadError: `token_input` needs a package that is not installed, or the model returns no finite vector.
-            Exception: Any error of `load`.
+        `load` and `on_change` are called on the thread of the model: `load` again after each crash, `on_change` with the
+        state after a crash and its reason. The executor tokenizes long inputs, so that they do not block the event loop.
         """
-        if spec.token_input == "cl100k":
-            await asyncio.get_running_loop().run_in_executor(config.executor, load_cl100k)
-        loader = _BackendLoader(load)
-        scheduler = BatchScheduler(spec.alias, config, loader.check)
-        thread = ModelThread(spec.alias, scheduler, loader.load, config, on_change)
+        self.spec = spec
+        self.description: ModelDescription
+        self.memory_bytes: int
+        self._tokenization: Tokenization
+        self._limits = config.limits
+        self._executor = executor
+        self._loader = _BackendLoader(load)
+        self._scheduler = BatchScheduler(spec.alias, config, self._loader.check)
+        self._thread = ModelThread(spec.alias, self._scheduler, self._loader.load, config, on_change)
+
+    async def start(self) -> None:
+        """Load the model on its own thread, and embed a test text to check that it works.
+
+        If the call is cancelled, the thread frees the model as soon as it is loaded. Any error of the load is raised.
+        """
+        if self.spec.token_input == "cl100k":
+            await asyncio.get_running_loop().run_in_executor(self._executor, load_cl100k)
         try:
-            description = await asyncio.wrap_future(thread.start())
+            self.description = await asyncio.wrap_future(self._thread.start())
         except asyncio.CancelledError:
-            thread.request_stop()
+            self._scheduler.stop()
             raise
-        core = _Core(loader.tokenization, scheduler, thread)
-        return cls(spec, config, description, core, loader.memory_bytes)
+        self._tokenization, self.memory_bytes = self._loader.tokenization, self._loader.memory_bytes
 
     @property
     def waiting_inputs(self) -> int:
@@ -142,22 +130,13 @@ class Engine:
         return self._scheduler.hang_report
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Answer the accepted requests, then free the model. Blocks.
-
-        Args:
-            timeout_s: Longest wait in seconds; None: no limit.
-
-        Returns:
-            Whether the model is freed. False: it hangs.
-        """
+        """Answer the accepted requests, then free the model; return False if that took longer. Blocks."""
         return self._thread.stop(timeout_s)
 
     async def embed(self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions) -> Embeddings:
-        """Return a vector for each input. Cancelling the call removes its inputs from the queue.
+        """Return a vector for each input: at least one text or row of token ids, all of the same kind.
 
-        Args:
-            inputs: At least one text or row of token ids; all of the same kind.
-            options: Options of the request.
+        Cancelling the call removes its inputs from the queue.
 
         Raises:
             RequestError: The request is invalid.
@@ -167,19 +146,19 @@ class Engine:
             InferenceError: The model failed on an input.
         """
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
-        prompt = choose_prompt(options.input_type, self.description.prompts, self.description.default_prompt)
+        prompt = choose_prompt(options.input_type, self.description)
         try:
-            async with asyncio.timeout(self._config.limits.request_timeout_s):
+            async with asyncio.timeout(self._limits.request_timeout_s):
                 started = time.perf_counter()
                 encoded = await self._encode(inputs, prompt, options)
                 tokenize_s = time.perf_counter() - started
                 tokens = sum(map(len, encoded.ids))
-                if tokens > self._config.limits.max_request_tokens:
-                    raise TooManyTokensError(tokens, self._config.limits.max_request_tokens)
+                if tokens > self._limits.max_request_tokens:
+                    raise TooManyTokensError(tokens, self._limits.max_request_tokens)
                 vectors, timing = await self._run(encoded)
         except TimeoutError:
             raise DeadlineExceededError(
-                f"The request was not answered within {self._config.limits.request_timeout_s:g} seconds."
+                f"The request was not answered within {self._limits.request_timeout_s:g} seconds."
             ) from None
         normalize = self.description.normalize if options.normalize is None else options.normalize
         return Embeddings(
@@ -207,30 +186,25 @@ class Engine:
         if limit < self.description.max_length and options.truncate is None:
             # A request that sets a limit wants its inputs truncated, even if the model's default is to reject them.
             truncate = "END"
+
+        def encode(texts: Sequence[str]) -> EncodedInputs:
+            return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
+
         if isinstance(inputs[0], str):
             texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API rejects mixed inputs
             if sum(map(len, texts)) <= _INLINE_CHARACTERS:
-                return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
-            return await self._in_executor(
-                lambda: self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
-            )
+                return encode(texts)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, encode, texts)
         rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
         if self.spec.token_input == "model":
             return self._tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
         if self.spec.token_input == "cl100k":
-            return await self._in_executor(
-                lambda: self._tokenization.encode(
-                    decode_cl100k(rows), prompt=prompt, truncate=truncate, max_tokens=limit
-                )
-            )
+            return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: encode(decode_cl100k(rows)))
         raise TokenInputError(
             f"The model `{self.spec.alias}` does not accept token ids. Send text (in LangChain: "
             "OpenAIEmbeddings(check_embedding_ctx_length=False)), or set its token_input in "
             "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or to 'model' for those of the model."
         )
-
-    async def _in_executor(self, encode: Callable[[], EncodedInputs]) -> EncodedInputs:
-        return await asyncio.get_running_loop().run_in_executor(self._config.executor, encode)
 
     def _token_limit(self, requested: int | None) -> int:
         longest = self.description.max_length
@@ -245,13 +219,16 @@ class Engine:
 
 
 class _BackendLoader:
-    """Loads and checks the backend of one model, at first and after each crash. Used on the thread of the model."""
+    """Loads and checks the backend of one model, at first and after each crash. Used on the thread of the model.
+
+    It does not refer to the engine, because a cycle would keep the tokenizer of an unloaded model in memory.
+    """
 
     def __init__(self, load: Callable[[], Backend]) -> None:
         self._load = load
         self._tokenizer_json: str | None = None
         self.tokenization: Tokenization
-        self.memory_bytes = 0
+        self.memory_bytes: int
 
     def load(self) -> Backend:
         backend = self._load()
@@ -267,19 +244,14 @@ class _BackendLoader:
 
     def _prepare_tokenization(self, description: ModelDescription) -> None:
         if self._tokenizer_json is None:
-            self.tokenization = Tokenization(description)
-            self._tokenizer_json = description.tokenizer_json
-        if description.tokenizer_json != self._tokenizer_json:
+            self.tokenization, self._tokenizer_json = Tokenization(description), description.tokenizer_json
+        elif self._tokenizer_json != description.tokenizer_json:
             # The waiting requests were tokenized for the model that was loaded before.
             raise LoadError("its files now contain another model than before it was restarted")
 
     def check(self, backend: Backend) -> None:
-        """Embed a test text.
-
-        Raises:
-            LoadError: The model fails, or returns a vector that is not finite.
-        """
-        encoded = self.tokenization.encode([_TEST_TEXT], truncate="END")
+        """Embed a test text; raise LoadError if the model fails or returns a vector that is not finite."""
+        encoded = self.tokenization.encode(["This is a test."], truncate="END")
         try:
             vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
         except Exception as error:

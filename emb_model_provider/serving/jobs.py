@@ -1,10 +1,14 @@
-"""Requests in the queue of a model, and the futures through which they are answered."""
+"""Requests in the queue of a model, the futures through which they are answered, and what happens to them at a crash.
+
+A crash loses no request: the unanswered ones run again after the restart. A request that was running when the model
+crashed may be the cause, so its next batches are exclusive to it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from emb_model_provider.errors import ProviderError
+
+_MAX_ATTEMPTS = 2
+"""A request that was running at this many crashes fails, because it may be their cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +60,72 @@ class EmbeddingJob(BatchJob):
         self.prompt_lengths = prompt_lengths
         self.loop = asyncio.get_running_loop()
         self.result: asyncio.Future[tuple[NDArray[np.float32], Timing]] = self.loop.create_future()
-        """Vectors of the backend, float32 of shape (inputs, dimension), and their timing."""
         self.vectors = np.empty((len(ids), dimension), dtype=np.float32)
-        self.remaining = len(ids)
-        """Number of inputs that have no vector yet."""
         self.started_at: float | None = None
         self.attempts = 0
         """How often the model crashed while it ran an input of this request."""
 
     def reset(self) -> None:
-        """Queue all inputs again, as if none had run."""
+        """Mark all inputs as waiting and without a vector. The request must not be in a batcher."""
         super().reset()
         self.remaining = len(self.ids)
 
 
 Member = tuple[EmbeddingJob, int]
 """An input of a batch: a request and the row of its `ids`."""
+
+
+@dataclass(slots=True)
+class PendingJobs:
+    """Accepted requests that are not answered yet. Not thread-safe; guarded by the scheduler's lock."""
+
+    waiting: set[EmbeddingJob] = field(default_factory=set)
+    """Requests in the queue or running."""
+    detached: set[EmbeddingJob] = field(default_factory=set)
+    """Requests that survived a crash and wait for the restart of the model, outside the queue."""
+    suspects: set[EmbeddingJob] = field(default_factory=set)
+    """Detached requests that were running when the model crashed: one of them may be the cause."""
+    isolated: set[EmbeddingJob] = field(default_factory=set)
+    """Suspects that are queued again, exclusively. Only one stream works then, so that a crash has one suspect."""
+
+    def remove(self, job: EmbeddingJob) -> bool:
+        """Remove a request that is answered or cancelled; return whether it was the last isolated one."""
+        self.waiting.discard(job)
+        self.detached.discard(job)
+        if job not in self.isolated:
+            return False
+        self.isolated.discard(job)
+        return not self.isolated
+
+    def on_crash(self) -> None:
+        """Keep the requests of the queue until the model is restarted."""
+        self.detached, self.waiting = self.waiting, set()
+
+    def resume(self) -> tuple[list[EmbeddingJob], list[EmbeddingJob]]:
+        """Return the requests to queue again after a restart, oldest first, and the requests that fail."""
+        queued: list[EmbeddingJob] = []
+        failed: list[EmbeddingJob] = []
+        self.isolated = set()
+        for job in sorted(self.detached, key=lambda job: job.arrived_at):
+            if job in self.suspects:
+                job.attempts += 1
+                job.exclusive = True
+            if job.attempts >= _MAX_ATTEMPTS:
+                failed.append(job)
+                continue
+            if job.exclusive:
+                self.isolated.add(job)
+            job.reset()
+            queued.append(job)
+        self.detached, self.suspects = set(), set()
+        self.waiting.update(queued)
+        return queued, failed
+
+    def drain(self) -> set[EmbeddingJob]:
+        """Remove and return all requests."""
+        pending = self.detached | self.waiting
+        self.detached, self.waiting = set(), set()
+        return pending
 
 
 def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
@@ -81,7 +138,6 @@ def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
 
 
 def set_exception(job: EmbeddingJob, error: ProviderError) -> None:
-    """Answer a request with an error."""
     _call_on_loop(job.loop, _set_exception, job, error)
 
 

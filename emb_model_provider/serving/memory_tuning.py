@@ -16,11 +16,10 @@ _GC_THRESHOLD = 20_000
 
 
 def freeze_gc() -> None:
-    """Exclude all present objects from later collections, and collect less often.
+    """Exclude all present objects from later collections, and collect less often. Takes tenths of a second.
 
-    Call it after loading a model; it takes tenths of a second. By default the collector scans the objects of libraries
-    and models again and again, although they are rarely freed, which takes a quarter of the event loop's time under
-    load (see docs/performance.md).
+    Otherwise the collector scans the objects of libraries and models again and again, which takes a quarter of the
+    event loop's time under load (see docs/performance.md).
     """
     # Objects frozen by an earlier call may belong to a model that has been unloaded, so they are collected too.
     gc.unfreeze()
@@ -30,10 +29,7 @@ def freeze_gc() -> None:
 
 
 def trim_malloc() -> None:
-    """Return the memory of a closed model to the operating system, because glibc keeps freed pages for later use.
-
-    Takes tenths of a second.
-    """
+    """Return the memory of a closed model to the system, because glibc keeps it. Takes tenths of a second."""
     gc.unfreeze()
     gc.collect()
     # musl, macOS and Windows have no malloc_trim, or cannot look it up.
@@ -44,9 +40,8 @@ def trim_malloc() -> None:
 def limit_malloc_arenas() -> None:
     """Limit glibc's malloc to one arena per processor and one more. Call it before threads are started.
 
-    By default each thread gets its own arena, up to eight per processor, and the free memory of one arena is not
-    available to other threads. The limit saves memory and costs no throughput (see docs/performance.md). It is not
-    applied if MALLOC_ARENA_MAX or GLIBC_TUNABLES is set.
+    The free memory of an arena is not available to threads with another one. By default there are eight arenas per
+    processor. The limit costs no throughput (see docs/performance.md).
     """
     if {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
         return

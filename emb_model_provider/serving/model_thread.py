@@ -42,19 +42,10 @@ class ModelThread:
         config: EngineConfig,
         on_change: Callable[[StateChange, str], None],
     ) -> None:
-        """Create the thread.
-
-        Args:
-            model: Alias of the model.
-            scheduler: The queue of the model.
-            load: Loads the backend. Called on the thread, and again for each restart.
-            config: Configuration of the engine.
-            on_change: Called on the thread with the state after a crash and its reason, which is empty for `running`.
-        """
         self._model = model
         self._scheduler = scheduler
         self._load = load
-        self._config = config
+        self._batching = config.batching
         self._timings = config.timings
         self._on_change = on_change
         self._restarts: list[float] = []
@@ -69,52 +60,37 @@ class ModelThread:
         self._thread.start()
         return self._loaded
 
-    def request_stop(self) -> None:
-        """Tell the thread to stop, without waiting. Can be called while the model is being loaded."""
-        self._scheduler.stop()
-
-    def stop(self, timeout_s: float | None = None) -> bool:
-        """Answer the accepted requests, then close the backend. Blocks.
-
-        Args:
-            timeout_s: Longest wait in seconds; None: no limit.
-
-        Returns:
-            Whether the thread has ended. False: a stream hangs.
-        """
+    def stop(self, timeout_s: float | None) -> bool:
+        """Answer the accepted requests and close the backend; return False if that took longer than `timeout_s`."""
         self._scheduler.stop()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _main(self) -> None:
+        backend: Backend | None
         try:
             backend = self._load()
-            policy = batch_policy(self._config.batching, backend.description.device)
-            self._scheduler.open(backend, policy)
+            description = backend.description
+            self._scheduler.open(backend, batch_policy(self._batching, description.device))
         except BaseException as error:  # noqa: BLE001 - the caller of `start` must get any error
             self._loaded.set_exception(error)
             return
-        self._loaded.set_result(backend.description)
+        self._loaded.set_result(description)
         try:
-            self._serve(backend)
+            while backend is not None:
+                crash = self._scheduler.run(backend)
+                try:
+                    backend.close()
+                except Exception:
+                    logger.exception("model %s could not be closed", self._model)
+                backend = None  # so that all its memory is free before a restart
+                trim_malloc()
+                if crash is not None:
+                    backend = self._restart(crash)
         except BaseException as error:  # such as a thread that cannot be started: no request may wait forever
             logger.exception("model %s: its thread crashed", self._model)
             self._fail(_reason(error))
-
-    def _serve(self, backend: Backend) -> None:
-        """Run the model until it is stopped or fails."""
-        loaded: Backend | None = backend
-        while loaded is not None:
-            crash = self._scheduler.run(loaded)
-            try:
-                loaded.close()
-            except Exception:
-                logger.exception("model %s could not be closed", self._model)
-            loaded = None
-            trim_malloc()
-            if crash is not None:
-                loaded = self._restart(crash)
 
     def _restart(self, crash: BaseException) -> Backend | None:
         """Load the model again and queue its unanswered requests; return None if it has failed."""

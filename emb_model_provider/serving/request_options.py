@@ -1,17 +1,20 @@
-"""Options of a request: the prompt before its inputs, and the size and length of its vectors."""
+"""Options of a request: its prompt, the dimensions and length of its vectors, and token ids of OpenAI as inputs."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.errors import DimensionsError, RequestError
+from emb_model_provider.errors import DimensionsError, LoadError, RequestError, TokenInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from tiktoken import Encoding
 
     from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.model_spec import ModelSpec
@@ -25,29 +28,24 @@ _PROMPT_SYNONYMS = (
 """Names of the two sides of a search in common APIs. The names of a line are interchangeable."""
 
 
-def choose_prompt(input_type: str | None, prompts: Mapping[str, str], default: str | None) -> str:
+def choose_prompt(input_type: str | None, description: ModelDescription) -> str:
     """Return the text to put before each input; empty for none.
 
-    Args:
-        input_type: The requested prompt: its name, or a synonym of `query` or `document`. None: the default.
-        prompts: The prompts of the model.
-        default: Name of the prompt that applies if none is requested, or if the model has none for the synonym.
-
-    Raises:
-        RequestError: Neither the model nor a common API knows the name.
+    `input_type` is the name of a prompt, or a synonym of `query` or `document`. The default prompt applies if it is
+    None, or if the model has no prompt for the synonym.
     """
+    prompts, default = description.prompts, description.default_prompt
     if input_type is not None:
         if input_type in prompts:
             return prompts[input_type]
-        group = next((names for names in _PROMPT_SYNONYMS if input_type in names), None)
-        if group is None:
-            known = [*prompts, *(name for names in _PROMPT_SYNONYMS for name in names if name not in prompts)]
-            supported = ", ".join(f"'{name}'" for name in known)
+        synonyms = next((names for names in _PROMPT_SYNONYMS if input_type in names), None)
+        if synonyms is None:
+            supported = ", ".join(f"'{name}'" for name in dict.fromkeys(chain(prompts, *_PROMPT_SYNONYMS)))
             raise RequestError(
                 f"Invalid value for 'input_type' = {input_type[:100]!r}. Supported values: [{supported}].",
                 param="input_type",
             )
-        for name in group:
+        for name in synonyms:
             if name in prompts:
                 return prompts[name]
     return prompts.get(default, "") if default is not None else ""
@@ -62,36 +60,66 @@ def check_dimensions(requested: int | None, description: ModelDescription, spec:
     native = description.dimension
     if requested is None or requested == native:
         return None
-    declared, configured = description.matryoshka, spec.dimensions
-    if (declared == "any" or configured == "any") and 1 <= requested < native:
-        return requested
-    sizes = {size for group in (declared, configured) if isinstance(group, tuple) for size in group if size < native}
+    allowed = description.matryoshka, spec.dimensions
+    if "any" in allowed:
+        if 1 <= requested < native:
+            return requested
+        raise DimensionsError(f"1 to {native}")
+    sizes = {size for group in allowed if isinstance(group, tuple) for size in group if size < native}
     if requested in sizes:
         return requested
-    if "any" in (declared, configured):
-        raise DimensionsError(f"1 to {native}")
-    raise DimensionsError(", ".join(str(size) for size in sorted({*sizes, native})))
+    raise DimensionsError(", ".join(map(str, sorted({*sizes, native}))))
 
 
 def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
-    """Truncate and normalize vectors.
+    """Return float32 vectors of shape (inputs, dimension) truncated and normalized, or unchanged if neither is needed.
 
-    Args:
-        vectors: float32 of shape (inputs, dimension).
-        dimensions: Size to truncate to; None keeps the size. Truncated vectors are always normalized.
-        normalize: Whether to normalize vectors that are not truncated.
-
-    Returns:
-        float32 of shape (inputs, dimensions); the input itself if nothing is to be done.
+    Truncated vectors are always normalized. Zero vectors stay zero.
     """
     if dimensions is not None:
         vectors = vectors[:, :dimensions]
-    return l2_normalize(vectors) if normalize or dimensions is not None else vectors
-
-
-def l2_normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the rows of `vectors`, float32 of shape (inputs, dimension), scaled to length 1. Zero rows stay zero."""
+    elif not normalize:
+        return vectors
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     np.maximum(norms, _MIN_NORM, out=norms)
     result: NDArray[np.float32] = vectors / norms[:, np.newaxis]
     return result
+
+
+@lru_cache(maxsize=1)
+def load_cl100k() -> Encoding:
+    """Return the encoding cl100k_base, whose vocabulary is read from TIKTOKEN_CACHE_DIR or downloaded once."""
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise LoadError(
+            "token_input=cl100k needs tiktoken: install it with `uv sync --extra cl100k`, or `pip install tiktoken`."
+        ) from error
+    try:
+        return tiktoken.get_encoding("cl100k_base")
+    except Exception as error:
+        raise LoadError(
+            "token_input=cl100k needs the vocabulary cl100k_base, which could not be downloaded "
+            f"({type(error).__name__}): allow the download, or set TIKTOKEN_CACHE_DIR to a directory in which tiktoken "
+            "has stored it."
+        ) from error
+
+
+def decode_cl100k(rows: Sequence[Sequence[int]]) -> list[str]:
+    """Return the text of each row of token ids, for clients that tokenize before they send (as LangChain does).
+
+    Raises:
+        TokenInputError: An id is unknown, or a row is not complete UTF-8. Replacing half a character would embed a
+            different text.
+    """
+    encoding = load_cl100k()
+    texts = []
+    for index, row in enumerate(rows):
+        try:
+            texts.append(encoding.decode_bytes(row).decode("utf-8"))
+        except (KeyError, OverflowError, UnicodeDecodeError) as error:
+            raise TokenInputError(
+                f"Invalid 'input[{index}]': these cl100k_base token ids cannot be decoded to text.",
+                code="invalid_value",
+            ) from error
+    return texts

@@ -1,8 +1,7 @@
 """The queue of one model, and the streams that run batches from it.
 
-An error that an input causes fails only its request (see `batch_runner.py`). Any other error is a crash: an error in
-the scheduler itself, or a model that no longer answers at all. A crash ends all streams of this model and of no other.
-Requests that are not answered are kept until the model is restarted (see `pending_jobs.py`).
+An error that an input causes fails only its request. Any other error is a crash: an error in the scheduler itself, or a
+model that no longer answers at all. A crash ends all streams of this model and of no other.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING
 from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError
 from emb_model_provider.serving.batch_runner import run_batch
 from emb_model_provider.serving.batcher import Batch, Batcher
-from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, Timing, set_exception, set_results
-from emb_model_provider.serving.pending_jobs import PendingJobs
+from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, PendingJobs, Timing, set_exception, set_results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QUEUE_SECONDS = 20.0
+"""Without a configured limit, the queue holds what the model processes in this time at its measured speed."""
 _ASSUMED_TOKENS_PER_S = 5_000.0
 """Speed of a stream until its first batches are measured."""
 _RATE_SMOOTHING = 0.1
@@ -47,13 +46,7 @@ class BatchScheduler:
     """The queue of one model and its streams. Thread-safe."""
 
     def __init__(self, model: str, config: EngineConfig, check: Callable[[Backend], object]) -> None:
-        """Create a scheduler that accepts requests after `open`.
-
-        Args:
-            model: Alias of the model.
-            config: Configuration of the engine.
-            check: Raises an error if a backend can no longer answer at all.
-        """
+        """Create a scheduler; `check` raises an error if a backend can no longer answer at all."""
         self._model = model
         self._check = check
         self._max_queue_tokens = config.batching.max_queue_tokens
@@ -62,11 +55,11 @@ class BatchScheduler:
         self._timings = config.timings
         self._wake = threading.Condition()
         """Guards the attributes below and the counts of the requests. Idle streams wait on it."""
-        self._batcher: Batcher[EmbeddingJob] | None = None
+        self._batcher: Batcher[EmbeddingJob]
+        self._running: list[_RunningBatch | None]
+        """The current batch of each stream."""
         self._pending = PendingJobs()
         self._idle = 0
-        self._running: list[_RunningBatch | None] = [None]
-        """The current batch of each stream."""
         self._stopping = False
         self._crash: BaseException | None = None
         self._failure: ModelNotReadyError | None = None
@@ -79,13 +72,7 @@ class BatchScheduler:
             self._batcher = Batcher(policy)
 
     def run(self, backend: Backend) -> BaseException | None:
-        """Run batches on all streams until `stop` is called or a stream crashes.
-
-        The first stream runs on the thread of the caller.
-
-        Returns:
-            The error of the stream that crashed, or None.
-        """
+        """Run batches on all streams, the first on this thread, until `stop` is called; return the error of a crash."""
         others = [
             threading.Thread(
                 target=self._run_stream, args=(backend, stream), name=f"model-{self._model}-{stream}", daemon=True
@@ -109,7 +96,7 @@ class BatchScheduler:
         with self._wake:
             if self._failure is not None:
                 raise ModelNotReadyError(self._failure.message, retry_after_s=self._failure.retry_after_s)
-            if self._stopping or self._batcher is None:
+            if self._stopping:
                 raise ModelNotReadyError(
                     f"The model `{self._model}` is stopping. Try again later.", retry_after_s=_STOPPING_RETRY_AFTER_S
                 )
@@ -123,7 +110,7 @@ class BatchScheduler:
                 )
             self._check_capacity(job, self._batcher.waiting_tokens)
             job.arrived_at = now
-            self._pending.add(job)
+            self._pending.waiting.add(job)
             self._batcher.submit(job)
             if self._idle:
                 self._wake.notify(len(job.ids))
@@ -131,24 +118,21 @@ class BatchScheduler:
     def cancel(self, job: EmbeddingJob) -> None:
         """Remove the waiting inputs of a request whose caller was cancelled."""
         with self._wake:
-            if self._pending.is_detached(job):
+            if job in self._pending.detached:
                 job.cancelled = True
-            elif self._batcher is not None:
+            else:
                 self._batcher.cancel(job)
             self._remove(job)
 
     def resume(self, backend: Backend) -> None:
         """Queue the unanswered requests again after a crash, before the next `run`."""
         with self._wake:
-            batcher = self._batcher
-            if batcher is None:
-                raise RuntimeError("resume was called before open")
             self._crash = None
             self._idle = 0
             self._running = [None] * backend.streams
             queued, failed = self._pending.resume()
             for job in queued:
-                batcher.submit(job)
+                self._batcher.submit(job)
         for job in failed:
             set_exception(job, InferenceError("The model crashed each time it ran an input of this request."))
 
@@ -167,17 +151,12 @@ class BatchScheduler:
             self._wake.notify_all()
 
     @property
-    def max_queue_tokens(self) -> int:
-        """The configured limit, or the tokens that the model processes in about 20 seconds at its measured speed."""
-        return self._max_queue_tokens or int(_QUEUE_SECONDS * self._tokens_per_s)
-
-    @property
     def waiting_inputs(self) -> int:
-        return self._batcher.waiting_inputs if self._batcher is not None else 0
+        return self._batcher.waiting_inputs
 
     @property
     def waiting_tokens(self) -> int:
-        return self._batcher.waiting_tokens if self._batcher is not None else 0
+        return self._batcher.waiting_tokens
 
     @property
     def hang_report(self) -> str:
@@ -200,11 +179,10 @@ class BatchScheduler:
     def _check_capacity(self, job: EmbeddingJob, waiting: int) -> None:
         """Raise QueueFullError if the queue has no room for a request.
 
-        The largest waiting request is not counted. An empty queue accepts a request of any size, because one that
-        exceeds the limit could never be answered otherwise, and smaller requests overtake it, so it is no reason to
-        reject them.
+        An empty queue accepts a request of any size, because one that exceeds the limit could never be answered
+        otherwise. The largest waiting request is not counted, because smaller ones overtake it.
         """
-        limit = self.max_queue_tokens
+        limit = self._max_queue_tokens or int(_QUEUE_SECONDS * self._tokens_per_s)
         if waiting + job.waiting_tokens <= limit:
             return
         others = waiting - max((other.waiting_tokens for other in self._pending.waiting), default=0)
@@ -226,7 +204,7 @@ class BatchScheduler:
         try:
             while (batch := self._next_batch(stream)) is not None:
                 self._run_batch(backend, batch, stream)
-        except BaseException as error:  # whatever it is, it ends the streams of this model and nothing else
+        except BaseException as error:  # any error ends the streams of this model and nothing else
             self._on_crash(stream, error)
             logger.exception("model %s: stream %d crashed", self._model, stream)
         finally:
@@ -236,22 +214,21 @@ class BatchScheduler:
         with self._wake:
             running = self._running[stream]
             if running is not None:
-                self._pending.mark_suspect(job for job, _ in running.batch.members)
+                self._pending.suspects.update(job for job, _ in running.batch.members)
             if self._crash is None:
                 self._crash = error
                 self._pending.on_crash()
-                if self._batcher is not None:
-                    self._batcher = self._batcher.drained()
+                self._batcher = self._batcher.drained()
             self._wake.notify_all()
 
     def _next_batch(self, stream: int) -> Batch[EmbeddingJob] | None:
         """Wait for the next batch; return None if the stream is to end."""
         with self._wake:
-            while stream and self._pending.isolating and self._crash is None:
+            while stream and self._pending.isolated and self._crash is None:
                 self._wake.wait()
             self._idle += 1
             while True:
-                if self._crash is not None or self._batcher is None:
+                if self._crash is not None:
                     return None
                 now = time.monotonic()
                 decision = self._batcher.next_batch(now, idle_streams=self._idle, may_wait=not self._stopping)
@@ -297,8 +274,7 @@ class BatchScheduler:
 
     def _lower_budget(self, padded_tokens: int, *, until: float) -> None:
         with self._wake:
-            if self._batcher is not None:
-                self._batcher.lower_budget(padded_tokens, until=until)
+            self._batcher.lower_budget(padded_tokens, until=until)
         logger.warning(
             "model %s ran out of memory: its batches are limited to %d padded tokens for %d s",
             self._model, padded_tokens, self._timings.lowered_budget_s,

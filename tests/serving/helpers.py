@@ -100,12 +100,14 @@ async def started_engine(
 
     with ThreadPoolExecutor(1) as executor:
         values = {"timings": NO_PAUSES, "on_batch": on_batch or records.append, **(config or {})}
-        engine = await Engine.start(
+        engine = Engine(
             ModelSpec(alias="fake", name="fake", **spec),  # type: ignore[arg-type]
             load,
-            EngineConfig(executor=executor, **values),  # type: ignore[arg-type]
+            EngineConfig(**values),  # type: ignore[arg-type]
+            executor,
             on_change=lambda change, reason: changes.append((change, reason)),
         )
+        await engine.start()
         try:
             yield EngineRun(engine, backends, records, changes)
         finally:

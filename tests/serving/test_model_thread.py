@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 async def start(load: Callable[[], FakeBackend]) -> None:
     with ThreadPoolExecutor(1) as executor:
-        await Engine.start(ModelSpec(alias="fake", name="fake"), load, EngineConfig(executor=executor))
+        spec = ModelSpec(alias="fake", name="fake")
+        await Engine(spec, load, EngineConfig(), executor, lambda _change, _reason: None).start()
 
 
 class CrashOnce:
