@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from emb_model_provider.artifacts.compile_job import CompileJob
-from emb_model_provider.artifacts.compiler_process import run_compiler
+from emb_model_provider.artifacts.compiler_process import CompileJob, run_compiler
 from emb_model_provider.artifacts.recipe import recipe_for
 from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.errors import HubError, LoadError, SettingsError

@@ -13,8 +13,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from emb_model_provider.artifacts.compile_job import CompileJob
-from emb_model_provider.artifacts.compiler_process import CompilerDiedError, run_compiler
+from emb_model_provider.artifacts.compiler_process import CompileJob, CompilerDiedError, run_compiler
 from emb_model_provider.artifacts.manifest import GRAPH, with_configured_prompts
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore

@@ -21,7 +21,6 @@ from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
-from emb_model_provider.backends.pytorch.import_guards import quiet_imports
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.fidelity.compare import MismatchError, compare, embed_texts, make_cases
 from emb_model_provider.fidelity.texts import corpus_digest
@@ -97,8 +96,8 @@ class TorchModel:
             ImportError: torch is not installed.
         """
         spec = replace(self.spec, backend="torch", precision=precision)
-        with quiet_imports():
-            from emb_model_provider.backends.pytorch.backend import TorchBackend
+        from emb_model_provider.backends.pytorch.backend import TorchBackend
+
         return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
 
     def _candidates(self, chosen: ComputePrecision, device: str) -> tuple[ComputePrecision, ...]:

@@ -8,10 +8,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _ROOT = Path("/")
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
@@ -26,9 +22,6 @@ def usable_cpus(root: Path = _ROOT) -> int:
 
     This is the number of processors that it may run on, or the CPU limit of its control group (`cpu.max` in v2,
     `cpu.cfs_quota_us` in v1) if that is lower. A limit of 1.5 counts as 1, because a second thread would be throttled.
-
-    Args:
-        root: The directory that contains `proc` and `sys`.
     """
     try:
         allowed = len(os.sched_getaffinity(0))
@@ -42,9 +35,9 @@ def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
     """Return the lowest CPU limit of this process's control group and its ancestors, in CPUs; None without a limit."""
     limits = [
         limit
-        for read, mount, group in _cgroups(root)
+        for mount, group in _cgroups(root)
         for directory in (mount / group, *(mount / group).parents)
-        if directory.is_relative_to(mount) and (limit := read(directory)) is not None
+        if directory.is_relative_to(mount) and (limit := _cpu_limit(directory)) is not None
     ]
     return min(limits, default=None)
 
@@ -97,13 +90,13 @@ def _cpu_flags(root: Path) -> list[tuple[str, set[str]]]:
     return [(kind, set(flags.split())) for kind, flags in lines]
 
 
-def _cgroups(root: Path) -> list[tuple[Callable[[Path], float | None], Path, str]]:
-    """Return, for v2 and v1: a function that reads the limit, the mount point, and the group of this process."""
+def _cgroups(root: Path) -> list[tuple[Path, str]]:
+    """Return the possible mount points of the control group of this process, with its path below each."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    groups: list[tuple[Callable[[Path], float | None], Path, str]] = []
+    groups = []
     for line in lines:
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
@@ -111,22 +104,21 @@ def _cgroups(root: Path) -> list[tuple[Callable[[Path], float | None], Path, str
         # mount point is read, which is the group of the container.
         inside = "" if ".." in group else group.lstrip("/")
         if number == "0" and not controllers:
-            groups.append((_limit_v2, root / "sys/fs/cgroup", inside))
+            groups.append((root / "sys/fs/cgroup", inside))
         elif "cpu" in controllers.split(","):
-            groups.append((_limit_v1, root / "sys/fs/cgroup" / controllers, inside))
-            groups.append((_limit_v1, root / "sys/fs/cgroup/cpu", inside))
+            groups += [(root / "sys/fs/cgroup" / name, inside) for name in (controllers, "cpu")]
     return groups
 
 
-def _limit_v2(directory: Path) -> float | None:
-    values = _read_values(directory / "cpu.max")
-    return _ratio(values[0], values[1]) if len(values) == 2 else None
-
-
-def _limit_v1(directory: Path) -> float | None:
-    quota = _read_values(directory / "cpu.cfs_quota_us")
-    period = _read_values(directory / "cpu.cfs_period_us")
-    return _ratio(quota[0], period[0]) if quota and period else None
+def _cpu_limit(directory: Path) -> float | None:
+    values = _read_values(directory / "cpu.max") or [
+        *_read_values(directory / "cpu.cfs_quota_us"),
+        *_read_values(directory / "cpu.cfs_period_us"),
+    ]
+    # "max" (v2) and -1 (v1) mean no limit.
+    if len(values) != 2 or not all(value.isdecimal() for value in values) or not int(values[1]):
+        return None
+    return int(values[0]) / int(values[1]) or None
 
 
 def _read_values(path: Path) -> list[str]:
@@ -134,10 +126,3 @@ def _read_values(path: Path) -> list[str]:
         return path.read_text(encoding="ascii").split()
     except (OSError, ValueError):
         return []
-
-
-def _ratio(quota: str, period: str) -> float | None:
-    # "max" (v2) and -1 (v1) mean no limit.
-    if not quota.isdecimal() or not period.isdecimal() or not int(period):
-        return None
-    return int(quota) / int(period) or None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from types import MappingProxyType
@@ -19,16 +17,13 @@ from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.selection import EXPORTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 Exporter = Callable[[SentenceTransformer, Callable[[str], None]], Graph]
-"""Makes the graph of a pipeline, and calls its second argument with the name of each step when it begins.
-
-It raises whatever torch or OpenVINO raises.
-"""
+"""Makes the graph of a pipeline, and calls its second argument with the name of each step when it begins."""
 
 _EXAMPLE_SHAPE = (3, 11)
 """Shape of the example inputs, because torch.export treats sizes of 0 and 1 as constants, and equal sizes as one."""
@@ -82,11 +77,7 @@ class PipelineModule(torch.nn.Module):
 
 
 def check_exportable(pipeline: SentenceTransformer) -> None:
-    """Check that a pipeline can be exported.
-
-    Raises:
-        UnsupportedModelError: Only the torch backend can run it.
-    """
+    """Raise UnsupportedModelError if only the torch backend can run a pipeline."""
     if isinstance(pipeline[0], StaticEmbedding):
         raise UnsupportedModelError("static embeddings are only looked up and averaged, so there is nothing to compile")
     for stage in pipeline:
@@ -97,7 +88,6 @@ def check_exportable(pipeline: SentenceTransformer) -> None:
 
 
 def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Export a pipeline with torch.export; see `Exporter`."""
     module = PipelineModule(pipeline).eval()
     inputs = module.example()
     dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
@@ -109,7 +99,6 @@ def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Gra
 
 
 def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Export a pipeline by tracing it; see `Exporter`."""
     module = PipelineModule(pipeline).eval()
     inputs = module.example()
     on_step("trace")
@@ -121,7 +110,6 @@ def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Grap
 
 
 def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Export a pipeline by tracing it with eager attention; see `Exporter`."""
     if pipeline.transformers_model is not None:
         pipeline.transformers_model.set_attn_implementation("eager")
     return trace(pipeline, on_step)
@@ -134,21 +122,9 @@ EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
 
 
 def prebuilt_exporters(snapshot: Snapshot) -> dict[str, Exporter]:
-    """Return an exporter for each prebuilt export among the files of a snapshot, by the path of the file.
-
-    A prebuilt export contains the transformer only; the exporter appends the later stages of the pipeline.
-    """
+    """Return an exporter for each prebuilt export among the files of a snapshot, by the path of the file."""
     present = {file.path for file in snapshot.files}
     return {name: partial(_extend_prebuilt, snapshot.path / name) for name in EXPORTS if name in present}
-
-
-def embedding_dimension(pipeline: SentenceTransformer) -> int:
-    """Run a pipeline, and return the size of its vectors."""
-    if isinstance(pipeline[0], StaticEmbedding):
-        return int(pipeline.get_embedding_dimension() or 0)
-    module = PipelineModule(pipeline).eval()
-    with torch.no_grad():
-        return int(module(**module.example()).shape[1])
 
 
 def disable_kv_cache(pipeline: SentenceTransformer) -> None:
@@ -156,14 +132,6 @@ def disable_kv_cache(pipeline: SentenceTransformer) -> None:
     model = pipeline.transformers_model
     if model is not None and getattr(model.config, "use_cache", False):
         model.config.use_cache = False
-
-
-@contextlib.contextmanager
-def suppress_warnings() -> Iterator[None]:
-    """Suppress the warnings of the libraries about tracing and deprecations."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
@@ -233,7 +201,7 @@ class _Tail(torch.nn.Module):
 
 
 def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Append the later stages of a pipeline to a prebuilt export of its transformer."""
+    """Append the later stages of a pipeline to a prebuilt export, which contains its transformer only."""
     on_step(f"read {path.name}")
     ov = openvino()
     body = ov.Core().read_model(path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emb_model_provider.backends.pytorch.import_guards import quiet_imports
+from emb_model_provider.backends.pytorch import quiet_imports
 from emb_model_provider.errors import UnsupportedModelError, UnsupportedPrecisionError
 from emb_model_provider.formatting import describe_error
 
@@ -33,11 +33,7 @@ _TABLE_ROWS_PER_STEP = 8192
 
 
 def require_packages(precision: ComputePrecision) -> None:
-    """Import the packages that a precision requires; none for fp32, bf16 and fp16.
-
-    Raises:
-        UnsupportedPrecisionError: One is not installed, or cannot be imported. The message names the extra.
-    """
+    """Raise UnsupportedPrecisionError, which names the extra, if a package that a precision requires is missing."""
     for name in PACKAGES.get(precision, ()):
         _import(name, precision)
 
@@ -55,14 +51,10 @@ def quantize_pipeline(pipeline: SentenceTransformer, *, precision: ComputePrecis
     Args:
         pipeline: A pipeline on the CPU, in the dtype that it computes in.
         precision: int8 or int4.
-        device: A device that `resolve_device` returned.
+        device: The device to move it to.
 
     Returns:
         Notes for the operator.
-
-    Raises:
-        UnsupportedPrecisionError: A package of the extra is missing.
-        UnsupportedModelError: The model has no linear layers.
     """
     packages = {name: _import(name, precision) for name in PACKAGES[precision]}
     linears = [
@@ -172,11 +164,8 @@ def _import(name: str, precision: ComputePrecision) -> Any:
             return import_module(name)
     except Exception as error:
         # Not only ImportError, because a package built for another version of PyTorch can raise other errors.
-        reason = (
-            "which is not installed"
-            if isinstance(error, ModuleNotFoundError)
-            else f"whose import failed: {describe_error(error)}"
-        )
+        is_missing = isinstance(error, ModuleNotFoundError)
+        reason = "which is not installed" if is_missing else f"whose import failed: {describe_error(error)}"
         raise UnsupportedPrecisionError(
             f"Precision {precision} in the torch backend needs {name}, {reason}. Install the extra: "
             'uv sync --extra quantization (from a checkout), or pip install "emb-model-provider[quantization]". On a '
