@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, TextIO
 
@@ -50,7 +50,7 @@ class CompileJob:
     directory: Path
     """An empty directory for its files."""
     threads: int
-    parent: int
+    parent: int = field(default_factory=os.getpid)
     """Process id of the service; the compiler ends when it ends."""
 
     def to_json(self) -> str:

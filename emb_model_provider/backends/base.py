@@ -55,11 +55,9 @@ class ModelDescription:
     default_prompt: str | None
     """Name of the prompt for requests that name none."""
     excludes_prompt: bool
-    """Whether pooling excludes the tokens of the prompt."""
     matryoshka: tuple[int, ...] | Literal["any"] | None
     """Smaller sizes to which, as the model declares, its vectors can be truncated."""
     precision: ComputePrecision
-    """The precision in use; never `auto`."""
     device: str
     """The device in use: cpu, cuda:N or mps; never `auto`."""
     backend: Literal["openvino", "torch"]

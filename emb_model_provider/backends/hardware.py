@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 _ROOT = Path("/")
-_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-_ARM_BF16_FLAGS = {"bf16", "svebf16"}
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
+"""Of x86 and of ARM."""
 _AMX_FLAG, _VNNI_FLAG = "amx_bf16", "avx512_vnni"
 _DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _TORCH_CUDA = ("libtorch_cuda.so", "torch_cuda.dll")
@@ -44,7 +44,7 @@ def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
 
 def native_bf16(root: Path = _ROOT) -> bool:
     """Return whether the processor multiplies bf16 numbers natively: AMX, AVX512-BF16, or BF16 on ARM."""
-    return any(flags & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, flags in _cpu_flags(root))
+    return any(flags & _BF16_FLAGS for flags in _cpu_flags(root))
 
 
 def fast_int8(root: Path = _ROOT) -> bool:
@@ -52,7 +52,7 @@ def fast_int8(root: Path = _ROOT) -> bool:
 
     With AMX, bf16 is faster than OpenVINO's computation with integers.
     """
-    return any(_VNNI_FLAG in flags and _AMX_FLAG not in flags for _, flags in _cpu_flags(root))
+    return any(_VNNI_FLAG in flags and _AMX_FLAG not in flags for flags in _cpu_flags(root))
 
 
 def has_cuda() -> bool:
@@ -80,14 +80,12 @@ def cuda_devices() -> int:
     return 0
 
 
-def _cpu_flags(root: Path) -> list[tuple[str, set[str]]]:
-    """Return the name of the flags line (it differs by architecture) and the flags of each processor."""
+def _cpu_flags(root: Path) -> list[set[str]]:
     try:
         text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    lines = re.findall(r"^(flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return [(kind, set(flags.split())) for kind, flags in lines]
+    return [set(flags.split()) for flags in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)]
 
 
 def _cgroups(root: Path) -> list[tuple[Path, str]]:

@@ -36,7 +36,7 @@ class EncodedInputs:
     prompt_lengths: list[int]
     """Number of prompt tokens at the start of each input; 0 unless the model excludes prompts."""
     truncated: int
-    """Number of inputs."""
+    """Number of inputs that were truncated."""
 
 
 class Tokenization:

@@ -15,7 +15,7 @@ from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline
-from emb_model_provider.compiler.export import EXPORTERS, check_exportable, disable_kv_cache, prebuilt_exporters
+from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporters
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.fidelity.compare import (
@@ -116,7 +116,9 @@ def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
     name, trusted = job.snapshot.repository, job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
     pipeline = load_pipeline(plan, name, precision="fp32", device="cpu", trust_remote_code=trusted)
-    disable_kv_cache(pipeline)
+    if pipeline.transformers_model is not None:
+        # The key-value cache of a decoder would become part of the graph without being used.
+        pipeline.transformers_model.config.use_cache = False
     description = describe(pipeline, plan, name, precision="fp32", device="cpu", backend="openvino")
     if description.max_length > LONGEST_COMPARED:
         note = (

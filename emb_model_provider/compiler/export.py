@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,14 +98,10 @@ def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Gra
 
 
 def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    module = PipelineModule(pipeline).eval()
+    module = PipelineModule(pipeline)
     inputs = module.example()
     on_step("trace")
-    with torch.no_grad():
-        example = tuple(inputs.values())
-        traced: Any = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        on_step("convert")
-        return _finalize(openvino().convert_model(traced, example_input=example), list(inputs), pipeline)
+    return _finalize(_trace(module, tuple(inputs.values()), on_step), list(inputs), pipeline)
 
 
 def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
@@ -115,9 +110,11 @@ def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callab
     return trace(pipeline, on_step)
 
 
-EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
-    {"torch.export": export, "tracing": trace, "tracing, attention not fused": trace_without_fused_attention}
-)
+EXPORTERS: Mapping[str, Exporter] = {
+    "torch.export": export,
+    "tracing": trace,
+    "tracing, attention not fused": trace_without_fused_attention,
+}
 """Exporters by name, in the order in which they are tried."""
 
 
@@ -127,11 +124,11 @@ def prebuilt_exporters(snapshot: Snapshot) -> dict[str, Exporter]:
     return {name: partial(_extend_prebuilt, snapshot.path / name) for name in EXPORTS if name in present}
 
 
-def disable_kv_cache(pipeline: SentenceTransformer) -> None:
-    """Disable the key-value cache of a decoder, because it would become part of the graph without being used."""
-    model = pipeline.transformers_model
-    if model is not None and getattr(model.config, "use_cache", False):
-        model.config.use_cache = False
+def _trace(module: torch.nn.Module, example: tuple[torch.Tensor, ...], on_step: Callable[[str], None]) -> Graph:
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(module.eval(), example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        on_step("convert")
+        return openvino().convert_model(traced, example_input=example)
 
 
 def _finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
@@ -206,15 +203,11 @@ def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callabl
     ov = openvino()
     body = ov.Core().read_model(path)
     vectors = _token_vectors(body)
-    on_step("convert")
-    whole = PipelineModule(pipeline).eval()
+    whole = PipelineModule(pipeline)
     masks = {name: value for name, value in whole.example().items() if name != INPUT_IDS}
     first: Any = pipeline[0]
     hidden = torch.randn(*masks[ATTENTION_MASK].shape, int(first.get_embedding_dimension()))
-    example = (hidden, *masks.values())
-    with torch.no_grad():
-        traced: Any = torch.jit.trace(_Tail(whole).eval(), example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        tail = ov.convert_model(traced, example_input=example)
+    tail = _trace(_Tail(whole), (hidden, *masks.values()), on_step)
     ids, mask = _token_inputs(body)
     ports = [_find_input(tail, name, index) for index, name in enumerate([_TOKEN_EMBEDDINGS, *masks])]
     ports[0].replace(vectors)

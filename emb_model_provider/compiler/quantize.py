@@ -64,7 +64,7 @@ class _Weight:
 
 
 def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescription) -> Graph:
-    """Return a graph at fp32, which may be changed, with integer weights. Blocks for seconds to minutes.
+    """Quantize the weights of a graph at fp32, which may be changed in place. Blocks for seconds to minutes.
 
     Raises:
         QuantizeError: nncf failed.
@@ -92,9 +92,7 @@ def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[
     """Return the inputs of the graph for each calibration text, with the default prompt: int64 of shape (1, length)."""
     prompt = description.prompts.get(description.default_prompt or "", "")
     limit = min(description.max_length, _MAX_CALIBRATION_TOKENS)
-    encoded = Tokenization(description).encode(
-        list(calibration_texts()), prompt=prompt, truncate="END", max_tokens=limit
-    )
+    encoded = Tokenization(description).encode(calibration_texts(), prompt=prompt, truncate="END", max_tokens=limit)
     batches = []
     for ids, prompt_length in zip(encoded.ids, encoded.prompt_lengths, strict=True):
         mask = np.ones((1, len(ids)), dtype=np.int64)

@@ -79,9 +79,7 @@ def compile_here(
         fast_int8=int8,
     )
     artifact.mkdir(parents=True, exist_ok=True)
-    job = CompileJob(
-        spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2, parent=os.getpid()
-    )
+    job = CompileJob(spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2)
     steps: list[str] = []
     with warnings.catch_warnings(action="ignore"):
         result = build_artifact(job, steps.append, exporters=exporters, corpus_s=corpus_s)

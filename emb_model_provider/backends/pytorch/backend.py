@@ -25,7 +25,7 @@ from emb_model_provider.backends.pytorch.packing import (
     varlen_kernel,
 )
 from emb_model_provider.backends.pytorch.pipeline import explain_error, load_pipeline, torch_device_facts
-from emb_model_provider.backends.pytorch.quantization import PACKAGES, quantize_pipeline, require_packages
+from emb_model_provider.backends.pytorch.quantization import PACKAGES, import_packages, quantize_pipeline
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import LoadError
 from emb_model_provider.formatting import describe_error
@@ -60,7 +60,7 @@ class TorchBackend:
         device = resolve_device(spec.device, facts)
         precision = resolve_torch_precision(spec.precision, device, facts)
         compute = resolve_activations(precision, device, facts, native_bf16=native_bf16())
-        require_packages(precision)
+        import_packages(precision)  # before anything is read, because it fails most often
         plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
         quantized = precision in PACKAGES
         # Quantizing moves the layers to the device one by one, so that a GPU never holds the model at full size.
@@ -129,7 +129,7 @@ class TorchBackend:
         ids = Tokenization(self.description).encode(PROBES, truncate="END").ids
         padded = self._forward(ids)
         alone = np.concatenate([self._forward([row]) for row in ids])
-        packing = Packing(self._pipeline, kernel=kernel)
+        packing = Packing(self._pipeline, kernel)
         self._packing = packing
         try:
             reason = disagreement(self._forward(ids), padded, alone)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from emb_model_provider.backends.base import ModelDescription
 from emb_model_provider.backends.pipeline_plan import MODELSCOPE_MAX_LENGTH
-from emb_model_provider.backends.pytorch.pipeline import embedding_dimension, strip_final_normalize
+from emb_model_provider.backends.pytorch.pipeline import embedding_dimension, strip_final_normalize, word_table
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.formatting import describe_error
 
@@ -134,14 +134,8 @@ def _portable(tokenizer_json: str, **changes: object) -> str:
 
 
 def _embedding_rows(pipeline: SentenceTransformer, tokens: int) -> int:
-    model = pipeline.transformers_model
-    if model is None:
-        return tokens
-    try:
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
-        rows = None
-    return int(rows or getattr(model.config, "vocab_size", None) or tokens)
+    rows = getattr(word_table(pipeline), "num_embeddings", None)
+    return int(rows or getattr(pipeline.config, "vocab_size", None) or tokens)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast, pipeline: SentenceTransformer, vocab_size: int) -> int:

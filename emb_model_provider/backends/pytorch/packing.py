@@ -138,7 +138,7 @@ def packable(pipeline: SentenceTransformer) -> bool:
 class Packing:
     """Makes packed rows for one pipeline, and replaces its attention."""
 
-    def __init__(self, pipeline: SentenceTransformer, *, kernel: Kernel = varlen_kernel) -> None:
+    def __init__(self, pipeline: SentenceTransformer, kernel: Kernel) -> None:
         """Replace the attention of a `packable` pipeline, which then accepts packed rows only."""
         first: Any = pipeline[0]
         self._padding_idx = _padding_idx(first.model)

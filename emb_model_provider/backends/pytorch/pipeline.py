@@ -6,7 +6,7 @@ It reads local files only: weights from safetensors or, with PyTorch's weights-o
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,6 +106,14 @@ def embedding_dimension(pipeline: SentenceTransformer) -> int:
     return vectors[:, : pipeline.truncate_dim].shape[1]
 
 
+def word_table(pipeline: SentenceTransformer) -> Any:
+    """Return the module that looks up token vectors, or None for a model without one, such as that of images."""
+    if pipeline.transformers_model is not None:
+        with suppress(NotImplementedError):
+            return pipeline.transformers_model.get_input_embeddings()
+    return None
+
+
 def strip_final_normalize(pipeline: SentenceTransformer, plan: PipelinePlan) -> bool:
     """Remove the final normalization from a pipeline in place, and return whether there was one.
 
@@ -159,7 +167,7 @@ class _CheckedSentenceTransformer(SentenceTransformer):
 
 
 def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool) -> SentenceTransformer:
-    """Build the pipeline of a directory without `modules.json`."""
+    """Build the pipeline of a directory without `modules.json`. Its normalization is added by `_apply_overrides`."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     # Set to plain text, because sentence-transformers would render every input as a chat message if the tokenizer has
     # a chat template.
@@ -173,8 +181,6 @@ def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remot
     )
     pooling = plan.pooling or _default_pooling(transformer)
     modules: list[torch.nn.Module] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
-    if plan.normalize:
-        modules.append(Normalize())
     return SentenceTransformer(modules=modules, device=device, local_files_only=True)
 
 
@@ -224,9 +230,9 @@ def _remove_final_normalize(pipeline: SentenceTransformer) -> bool:
 
 
 def _normalizes_embedding(module: torch.nn.Module) -> bool:
-    if not isinstance(module, Normalize):
-        return False
-    return module.module_input_name == module.module_output_name == "sentence_embedding"
+    return (
+        isinstance(module, Normalize) and module.module_input_name == module.module_output_name == "sentence_embedding"
+    )
 
 
 def _check(pipeline: SentenceTransformer, name: str) -> None:

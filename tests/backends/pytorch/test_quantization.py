@@ -95,7 +95,7 @@ def test_a_model_without_linear_layers_is_an_error(tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_is_imported_for_int4_only() -> None:
-    """Its import writes nothing to the log."""
+    """The imports of the backend and of bitsandbytes write nothing to the log."""
     program = (
         "import sys; from emb_model_provider.backends.pytorch.backend import TorchBackend; from tests.models import *\n"
         "def load(p): return TorchBackend(spec_of(precision=p), snapshot_of(bundled_directory()), "
