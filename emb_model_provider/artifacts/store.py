@@ -1,4 +1,4 @@
-"""The artifacts of a cache directory, made once, and removed when they take too much space.
+"""The artifacts of a cache directory: made once, and removed when they take too much space.
 
 Below `<cache directory>/artifacts/`:
 
@@ -124,6 +124,7 @@ class ArtifactStore:
         return [info for path in directories if (info := read_info(path)) is not None]
 
     def is_held(self, key: str) -> bool:
+        """Return whether a process serves an artifact or makes it."""
         return is_locked(self._root / f"{key}.hold") or is_locked(self._root / f"{key}.lock")
 
     def try_lock(self, key: str, *, wait_s: float = 0.0) -> FileLock | None:
@@ -161,12 +162,12 @@ class ArtifactStore:
         return [path for path in list_dir(self._root, ".*.tmp") if not is_locked(self._root / f"{_key_of(path)}.lock")]
 
     def remove_unfinished(self, own_key: str | None = None) -> None:
-        """Remove these directories. The caller can hold the lock of the artifact `own_key`."""
+        """Remove the directories that `unfinished` returns, and those of `own_key`, whose lock the caller holds."""
         for path in list_dir(self._root, ".*.tmp"):
             key = _key_of(path)
             with contextlib.suppress(OSError):
-                path_of_lock = self._root / f"{key}.lock"
-                lock = contextlib.nullcontext() if key == own_key else try_lock_exclusive(path_of_lock)
+                lock_path = self._root / f"{key}.lock"
+                lock = contextlib.nullcontext() if key == own_key else try_lock_exclusive(lock_path)
                 if lock is not None:
                     with lock:
                         shutil.rmtree(path, ignore_errors=True)

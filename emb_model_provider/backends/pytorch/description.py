@@ -55,7 +55,7 @@ def describe(
     side: Literal["left", "right"] = "right"
     if isinstance(first, StaticEmbedding):
         vocab_size = first.num_embeddings
-        tokenizer_json = _portable(first.tokenizer.to_str(), post_processor=None)  # it adds no special tokens
+        tokenizer_json = _portable(first.tokenizer.to_str(), post_processor=None)  # without special tokens
         pad_token_id = 0
         max_length = min(_STATIC_MAX_LENGTH, plan.max_length or _STATIC_MAX_LENGTH)
     else:
