@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import subprocess
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from emb_model_provider.artifacts.compile_job import CompileJob
-from emb_model_provider.artifacts.compiler_process import run_compiler
+from emb_model_provider.artifacts.compiler_process import CompileJob, run_compiler
 from emb_model_provider.artifacts.recipe import recipe_for
 from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.errors import HubError, LoadError, SettingsError
@@ -232,7 +230,7 @@ def test_compiler_gets_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr("emb_model_provider.artifacts.compiler_process.COMMAND", (sys.executable, "-c", program))
     spec, snapshot = spec_of(token="hush"), snapshot_of(save_st(tmp_path / "model", bert, wordpiece()))
     recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=False)
-    job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1, parent=os.getpid())
+    job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=1)
     variables = json.loads(run_compiler(job, ignore_progress, CancelToken()).reason)
     assert variables["HF_HUB_OFFLINE"] == "1"
     assert "hush" not in variables.values()

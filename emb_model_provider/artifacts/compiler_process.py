@@ -1,8 +1,12 @@
-"""Runs the compiler in a child process, which frees torch and its memory when it ends."""
+"""Runs the compiler in a child process, which frees torch and its memory when it ends.
+
+Both exchange one JSON object per line over stdin and stdout of the child: a job, then the steps and the result.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -12,15 +16,18 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import IO, TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal, TextIO
 
-from emb_model_provider.artifacts.compile_job import CompileResult, CompileStep, read_event
+from emb_model_provider.artifacts.recipe import Recipe
+from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.progress import Progress
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.artifacts.compile_job import CompileJob
     from emb_model_provider.progress import CancelToken, OnProgress, Phase
 
 logger = logging.getLogger(__name__)
@@ -33,6 +40,62 @@ _COMPARE_STEPS = ("reference vectors", "verify", "measure")
 """Steps that compare the compiled model with the reference; the others make it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileJob:
+    """An artifact to compile."""
+
+    spec: ModelSpec
+    snapshot: Snapshot
+    recipe: Recipe
+    directory: Path
+    """An empty directory for its files."""
+    threads: int
+    parent: int = field(default_factory=os.getpid)
+    """Process id of the service; the compiler ends when it ends."""
+
+    def to_json(self) -> str:
+        """Return the job as one line, without the token, because nothing is downloaded."""
+        spec = replace(self.spec, token=None, cache_dir=None, endpoint=None, path=None)
+        return json.dumps(asdict(replace(self, spec=spec)), default=os.fspath)
+
+    @classmethod
+    def from_json(cls, line: str) -> CompileJob:
+        values = json.loads(line)
+        spec, snapshot, recipe = values["spec"], values["snapshot"], values["recipe"]
+        if isinstance(spec["dimensions"], list):
+            spec["dimensions"] = tuple(spec["dimensions"])
+        snapshot["path"] = Path(snapshot["path"])
+        snapshot["files"] = tuple(SnapshotFile(**file) for file in snapshot["files"])
+        recipe["compute"] = tuple(recipe["compute"])
+        return cls(
+            spec=ModelSpec(**spec),
+            snapshot=Snapshot(**snapshot),
+            recipe=Recipe(**recipe),
+            directory=Path(values["directory"]),
+            threads=values["threads"],
+            parent=values["parent"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompileStep:
+    """The compiler began a step that takes a while."""
+
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """The last message of the compiler."""
+
+    outcome: Literal["done", "refused", "unsupported", "broken", "unable"]
+    """`done`: the directory contains an artifact. `refused`: it was made, but its vectors are not accurate enough.
+    `unsupported`: the pipeline cannot be exported. `broken`: the snapshot cannot be loaded by any backend.
+    `unable`: this machine cannot compile now, because a disk is full or a package cannot be imported."""
+    reason: str = ""
+    """Why there is no artifact, in one line."""
+
+
 class CompilerDiedError(Exception):
     """The compiler process ended without a result: it was killed, or ran out of memory."""
 
@@ -42,11 +105,6 @@ def run_compiler(job: CompileJob, on_progress: OnProgress, cancel: CancelToken) 
 
     The child has its own process group, and is killed when this process ends, when `cancel` is cancelled, and on
     any exception here.
-
-    Args:
-        job: What to compile.
-        on_progress: Called at the start of each step.
-        cancel: Kills the child.
 
     Raises:
         CompilerDiedError: The child ended without a result.
@@ -102,6 +160,18 @@ def run_compiler(job: CompileJob, on_progress: OnProgress, cancel: CancelToken) 
                     stream.close()
 
 
+def reserve_stdout() -> TextIO:
+    """Return a stream to stdout for messages; from now on, whatever a library prints goes to stderr."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+def to_line(event: CompileStep | CompileResult) -> str:
+    """Return a message of the compiler as one line."""
+    return json.dumps(asdict(event)) + "\n"
+
+
 def _follow(
     job: CompileJob, lines: queue.Queue[str | None], on_progress: OnProgress, cancel: CancelToken
 ) -> CompileResult | None:
@@ -116,17 +186,21 @@ def _follow(
         if line is None:
             return None
         try:
-            event = read_event(line)
-        except (ValueError, KeyError, TypeError):
+            event = _read_event(line)
+        except (ValueError, TypeError):  # not a message
             continue
         now = time.monotonic()
         logger.debug("model %s: compiling: %s took %.1f s", job.spec.alias, step, now - since)
         if isinstance(event, CompileResult):
             return event
-        if isinstance(event, CompileStep):
-            step, since = event.name, now
-            phase: Phase = "compare" if step in _COMPARE_STEPS else "compile"
-            on_progress(Progress(phase, job.snapshot.repository, step=step))
+        step, since = event.step, now
+        phase: Phase = "compare" if step in _COMPARE_STEPS else "compile"
+        on_progress(Progress(phase, job.snapshot.repository, step=step))
+
+
+def _read_event(line: str) -> CompileStep | CompileResult:
+    values = json.loads(line)
+    return CompileStep(**values) if "step" in values else CompileResult(**values)
 
 
 def _forward(stream: IO[str] | None, receive: Callable[[str | None], None]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.base import Fidelity, ModelDescription
@@ -18,7 +18,7 @@ from emb_model_provider.snapshots.files import MUST_HASH, check_files, write_ato
 from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from emb_model_provider.artifacts.recipe import Recipe
@@ -42,7 +42,7 @@ class ArtifactInfo:
     description: Mapping[str, Any]
     """Values of its ModelDescription, without the tokenizer."""
     made_by: str
-    """How the graph was exported: `torch.export`, `tracing`, or the name of a prebuilt export."""
+    """The name of its exporter, or of a prebuilt export."""
     files: tuple[SnapshotFile, ...]
     mtimes: Mapping[str, int]
     """Time stamps of the files when they were hashed, in nanoseconds."""
@@ -56,7 +56,7 @@ class ArtifactInfo:
 
     @property
     def snapshot(self) -> str:
-        """The digest of the snapshot that it was made from."""
+        """The digest of its snapshot."""
         return str(self.recipe["snapshot"])
 
     @property
@@ -71,7 +71,7 @@ class ArtifactInfo:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """In bytes."""
         return sum(file.size for file in self.files)
 
     @property
@@ -87,24 +87,20 @@ class Artifact:
     directory: Path
     description: ModelDescription
     """As compiled: with the prompts of the repository, not those of the settings."""
-    recipe: Mapping[str, Any]
-    """What it was made from, as JSON."""
     made_by: str
     size: int
-    """Bytes of all its files."""
+    """In bytes."""
 
 
 def write_manifest(directory: Path, recipe: Recipe, description: ModelDescription, *, made_by: str) -> None:
-    """Hash the files of a directory and write the manifest that makes it an artifact; flush all of it to disk.
-
-    Raises:
-        OSError: A file cannot be read or written.
-    """
+    """Hash the files of a directory and write the manifest that makes it an artifact; flush all of it to disk."""
     files = []
     for name in FILES:
         path = directory / name
         _flush(path)
-        files.append({"path": name, "sha256": hash_file(path).sha256, **_stamp(path)})
+        hashes = hash_file(path)
+        entry = {"path": name, "sha256": hashes.sha256, "size": hashes.size, "mtime_ns": path.stat().st_mtime_ns}
+        files.append(entry)
     values = asdict(description)
     del values["tokenizer_json"]
     _write(directory, {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files})
@@ -145,8 +141,8 @@ def read_artifact(directory: Path) -> Artifact | None:
         logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
         return None
     if check.hashed:
-        _update_stamps(directory)
-    return Artifact(directory, description, info.recipe, info.made_by, info.size)
+        _record_mtimes(directory, check.hashed)
+    return Artifact(directory, description, info.made_by, info.size)
 
 
 def verify_artifact(directory: Path) -> bool:
@@ -158,22 +154,16 @@ def verify_artifact(directory: Path) -> bool:
     if info is None:
         return False
     check = check_files(directory, info.files)
-    wrong = {problem.path for problem in check.problems if problem.problem == "bytes"}
+    wrong = [problem.path for problem in check.problems if problem.problem == "bytes"]
     if wrong:
-        _update_stamps(directory, invalid=wrong)
+        _record_mtimes(directory, dict.fromkeys(wrong, MUST_HASH))
     return check.ok
-
-
-def with_configured_prompts(description: ModelDescription, prompts: Mapping[str, str] | None) -> ModelDescription:
-    """Return a description in which the prompts of the settings take precedence over those of the repository."""
-    return replace(description, prompts={**description.prompts, **(prompts or {})})
 
 
 def read_fidelity(values: Mapping[str, Any]) -> Fidelity:
     """Read a fidelity that this or an earlier version wrote. Missing values are None, unknown ones are ignored.
 
-    Raises:
-        KeyError, TypeError: A value is missing that every version has written.
+    TypeError is raised if a value is missing that every version has written.
     """
     known = {field.name for field in fields(Fidelity)}
     return Fidelity(**{name: value for name, value in values.items() if name in known})
@@ -209,14 +199,12 @@ def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescrip
     )
 
 
-def _update_stamps(directory: Path, *, invalid: Collection[str] = ()) -> None:
-    """Record the present time stamps of files that were hashed, so that the next start need not hash them."""
+def _record_mtimes(directory: Path, mtimes: Mapping[str, int]) -> None:
+    """Replace the recorded time stamps of some files, so that the next start need not hash them, or must do so."""
     try:
         content = json.loads((directory / MANIFEST).read_bytes())
         for entry in content["files"]:
-            entry.update(_stamp(directory / entry["path"]))
-            if entry["path"] in invalid:
-                entry["mtime_ns"] = MUST_HASH
+            entry["mtime_ns"] = mtimes.get(entry["path"], entry["mtime_ns"])
         _write(directory, content)
     except OSError as error:
         logger.debug("Could not update the manifest of %s: %s", directory, error)
@@ -224,11 +212,6 @@ def _update_stamps(directory: Path, *, invalid: Collection[str] = ()) -> None:
 
 def _write(directory: Path, content: Mapping[str, Any]) -> None:
     write_atomically(directory / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def _stamp(path: Path) -> dict[str, int]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _flush(path: Path) -> None:

@@ -1,32 +1,27 @@
 """Prepares the backend of a model: an artifact, compiled here if necessary, or the torch backend.
 
-The serving process runs this and imports no torch: choosing and looking up need none, and compiling happens in a child
-process.
+This imports no torch, because models are compiled in a child process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from emb_model_provider.artifacts.compile_job import CompileJob
-from emb_model_provider.artifacts.compiler_process import CompilerDiedError, run_compiler
-from emb_model_provider.artifacts.manifest import GRAPH, with_configured_prompts
+from emb_model_provider.artifacts.compiler_process import CompileJob, CompilerDiedError, run_compiler
+from emb_model_provider.artifacts.manifest import GRAPH
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.artifacts.torch_fidelity import TorchModel
 from emb_model_provider.backends.hardware import fast_int8, has_cuda, native_bf16, usable_cpus
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
-from emb_model_provider.fidelity.thresholds import AccuracyError, check_accuracy
+from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.recipe import Recipe
@@ -51,7 +46,7 @@ class PreparedBackend:
     """Why it is not the expected backend or precision. They are also among the notes of its description."""
     backend: Literal["openvino", "torch"] = "torch"
     size: int = 0
-    """Bytes on disk of what it is loaded from."""
+    """Bytes on disk."""
     description: ModelDescription | None = None
     """Description of an artifact. A torch backend is described when it is loaded."""
 
@@ -68,8 +63,8 @@ class BackendPreparer:
         self._fidelity = fidelity
         self._trust = trust
         self._store = ArtifactStore(hubs.cache_dir, max_bytes=hubs.max_artifact_bytes)
+        # Held while compiling, because compiling takes all processors.
         self._turn = threading.Lock()
-        """Held while compiling, because compiling takes all processors."""
 
     def prepare(
         self,
@@ -84,12 +79,6 @@ class BackendPreparer:
         Blocks, for seconds to minutes if the model is compiled. The torch backend is compared with fp32 when it is
         loaded, which then takes as long.
 
-        Args:
-            spec: The model.
-            snapshot: Its files.
-            on_progress: Called with the phases `compile` and `compare` if the model is compiled.
-            cancel: Ends compiling at once when it is cancelled.
-
         Raises:
             LoadError: No backend can serve the model, or not the requested one, or its accuracy is below the floor.
             CacheNotWritableError: `openvino` was requested, and the cache for its artifact cannot be written.
@@ -100,22 +89,20 @@ class BackendPreparer:
         try:
             return self._prepare_openvino(spec, snapshot, on_progress, cancel or CancelToken())
         except (NoArtifactError, CacheNotWritableError) as error:
-            if spec.backend == "openvino":
-                if isinstance(error, CacheNotWritableError):
-                    raise
-                raise LoadError(
-                    f"{snapshot.repository} cannot be served with EMB_PROVIDER_BACKEND=openvino: "
-                    f"{str(error).rstrip('.')}. Fix this, or set it to auto or torch."
-                ) from error
-            note = f"served by the torch backend, because it could not be compiled for OpenVINO: {error}"
-            logger.warning("model %s: %s", spec.alias, note)
-            return self._prepare_torch(spec, snapshot, (note,))
+            if spec.backend != "openvino":
+                note = f"served by the torch backend, because it could not be compiled for OpenVINO: {error}"
+                logger.warning("model %s: %s", spec.alias, note)
+                return self._prepare_torch(spec, snapshot, (note,))
+            if isinstance(error, CacheNotWritableError):
+                raise
+            raise LoadError(
+                f"{snapshot.repository} cannot be served with EMB_PROVIDER_BACKEND=openvino: "
+                f"{str(error).rstrip('.')}. Fix this, or set it to auto or torch."
+            ) from error
 
     def allows_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
         """Return whether code from the repository of a model may run."""
         return self._trust.allows(spec, snapshot.hub)
-
-    # --- torch ----------------------------------------------------------------------------------------
 
     def _prepare_torch(self, spec: ModelSpec, snapshot: Snapshot, notes: tuple[str, ...] = ()) -> PreparedBackend:
         model = TorchModel(spec, snapshot, self.allows_code(spec, snapshot), self._cache_dir, self._fidelity)
@@ -124,57 +111,43 @@ class BackendPreparer:
             try:
                 backend = model.load()
             except ImportError as error:
-                raise LoadError(
-                    f"{' '.join((*notes, ''))}the torch backend cannot be imported here: {error}"
-                ) from error
+                reason = " ".join((*notes, "the torch backend cannot be imported here"))
+                raise LoadError(f"{reason}: {error}") from error
             backend.description = replace(backend.description, notes=(*backend.description.notes, *notes))
             return backend
 
         return PreparedBackend(load, notes, "torch", sum(file.size for file in snapshot.files))
 
-    # --- OpenVINO -------------------------------------------------------------------------------------
-
     def _prepare_openvino(
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
     ) -> PreparedBackend:
-        """Find or make an artifact that is accurate enough; if the first choice of `auto` is not, one at fp32.
-
-        Raises:
-            NoArtifactError, CacheNotWritableError: There is none.
-            AccuracyError: It is not accurate enough.
-        """
-        artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
+        """Find or make an artifact that is accurate enough; if the first choice of `auto` is not, one at fp32."""
         notes: tuple[str, ...] = ()
-        try:
-            self._check_accuracy(spec, artifact)
-        except AccuracyError as error:
-            lock.release()
-            if spec.precision != "auto" or artifact.description.precision == "fp32":
-                raise
-            notes = (f"computed in fp32: {error.reason}",)
-            logger.warning("model %s: %s", spec.alias, notes[0])
-            spec = replace(spec, precision="fp32")
+        while True:
             artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
+            description = artifact.description
             try:
-                self._check_accuracy(spec, artifact)
-            except AccuracyError:
+                check_accuracy(spec, description.precision, description.fidelity, self._fidelity.floors)
+                break
+            except AccuracyError as error:
                 lock.release()
-                raise
-        description = with_configured_prompts(artifact.description, spec.prompts)
-        note = precision_note(spec.precision, description.compute or description.precision)
-        notes = (*((note,) if note is not None else ()), *notes)
-        description = replace(description, notes=(*description.notes, *notes))
+                if spec.precision != "auto" or description.precision == "fp32":
+                    raise
+                notes = (f"computed in fp32: {error.reason}",)
+                logger.warning("model %s: %s", spec.alias, notes[0])
+                spec = replace(spec, precision="fp32")
+        if (note := precision_note(spec.precision, description.compute or description.precision)) is not None:
+            notes = (note, *notes)
+        description = replace(
+            description, prompts={**description.prompts, **(spec.prompts or {})}, notes=(*description.notes, *notes)
+        )
 
         def load() -> Backend:
             from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 
             return OpenVinoBackend(artifact.directory / GRAPH, description, on_close=lock.release)
 
-        return PreparedBackend(load, (), "openvino", artifact.size, description)
-
-    def _check_accuracy(self, spec: ModelSpec, artifact: Artifact) -> None:
-        description = artifact.description
-        check_accuracy(spec, description.precision, description.fidelity, self._fidelity.floors)
+        return PreparedBackend(load, backend="openvino", size=artifact.size, description=description)
 
     def _artifact(
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
@@ -189,98 +162,70 @@ class BackendPreparer:
             native_bf16=native_bf16(),
             fast_int8=fast_int8(),
         )
-        if (found := self._store.find(recipe)) is not None:
+        if (found := self._find(recipe)) is not None:
             logger.debug("model %s: using the artifact %s", spec.alias, recipe.key[:12])
             return found
-        if (reason := self._store.refusal(recipe)) is not None:
-            raise NoArtifactError(reason)
-        obstacle = self._obstacle()
-        if obstacle is not None:
+        try:
+            self._check_can_compile()
+        except (NoArtifactError, CacheNotWritableError):
             if (found := self._store.find_compatible(recipe)) is None:
-                raise obstacle
+                raise
             name = found[0].directory.name[:12]
             logger.info("model %s: using the artifact %s, compiled on another machine", spec.alias, name)
             return found
         on_progress(Progress("compile", snapshot.repository))
-        with self._compile_turn(cancel):
-            return self._make(spec, snapshot, recipe, on_progress, cancel)
+        while not self._turn.acquire(timeout=_TURN_POLL_S):
+            cancel.raise_if_cancelled()
+        try:
+            return self._compile(spec, snapshot, recipe, on_progress, cancel)
+        finally:
+            self._turn.release()
 
-    def _make(
+    def _find(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
+        """Return the artifact of a recipe; None if it must be compiled; NoArtifactError if it was refused before."""
+        found = self._store.find(recipe)
+        if found is None and (reason := self._store.refusal(recipe)) is not None:
+            raise NoArtifactError(reason)
+        return found
+
+    def _check_can_compile(self) -> None:
+        missing = [name for name in TOOL_PACKAGES if installed_version(name) is None]
+        if missing:
+            raise NoArtifactError(f"it has no artifact, and compiling needs {', '.join(missing)}")
+        try:
+            self._store.require_writable()
+        except CacheNotWritableError:
+            raise
+        except HubError as error:
+            raise NoArtifactError(error.message) from error
+
+    def _compile(
         self, spec: ModelSpec, snapshot: Snapshot, recipe: Recipe, on_progress: OnProgress, cancel: CancelToken
     ) -> tuple[Artifact, FileLock]:
         try:
             with self._store.making(recipe, cancel) as directory:
-                if (found := self._store.find(recipe)) is not None:  # another process has just made it
+                if (found := self._find(recipe)) is not None:  # another process has just made it
                     return found
-                if (reason := self._store.refusal(recipe)) is not None:
-                    raise NoArtifactError(reason)
-                self._compile(spec, snapshot, recipe, directory, on_progress, cancel)
-                return self._store.add(recipe, directory)
+                job = CompileJob(
+                    spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=usable_cpus()
+                )
+                result = run_compiler(job, on_progress, cancel)
+                if result.outcome == "done":
+                    return self._store.add(recipe, directory)
+                if result.outcome == "broken":
+                    raise LoadError(result.reason)
+                if result.outcome in ("refused", "unsupported"):
+                    self._store.refuse(recipe, result.reason)
+                raise NoArtifactError(result.reason)
         except CacheNotWritableError:
             raise
-        except (HubError, OSError) as error:
+        except (CompilerDiedError, HubError, OSError) as error:
+            # Not recorded, because the next attempt may have more memory or space.
             raise NoArtifactError(str(error)) from error
-
-    def _compile(
-        self,
-        spec: ModelSpec,
-        snapshot: Snapshot,
-        recipe: Recipe,
-        directory: Path,
-        on_progress: OnProgress,
-        cancel: CancelToken,
-    ) -> None:
-        """Let a child process fill `directory`.
-
-        Raises:
-            NoArtifactError: It could not.
-            LoadError: No backend could load the snapshot.
-        """
-        job = CompileJob(
-            spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=usable_cpus(), parent=os.getpid()
-        )
-        try:
-            result = run_compiler(job, on_progress, cancel)
-        except (CompilerDiedError, OSError) as error:
-            # Not recorded, because the next attempt may have more memory.
-            raise NoArtifactError(str(error)) from error
-        if result.outcome == "done":
-            return
-        if result.outcome == "broken":
-            raise LoadError(result.reason)
-        if result.outcome in ("refused", "unsupported"):
-            self._store.refuse(recipe, result.reason)
-        raise NoArtifactError(result.reason)
-
-    def _obstacle(self) -> NoArtifactError | CacheNotWritableError | None:
-        """Return why nothing can be compiled here, or None."""
-        missing = [name for name in TOOL_PACKAGES if installed_version(name) is None]
-        if missing:
-            return NoArtifactError(f"it has no artifact, and compiling needs {', '.join(missing)}")
-        try:
-            self._store.require_writable()
-        except CacheNotWritableError as error:
-            return error
-        except HubError as error:
-            return NoArtifactError(error.message)
-        return None
-
-    @contextlib.contextmanager
-    def _compile_turn(self, cancel: CancelToken) -> Iterator[None]:
-        while not self._turn.acquire(timeout=_TURN_POLL_S):
-            cancel.raise_if_cancelled()
-        try:
-            yield
-        finally:
-            self._turn.release()
 
 
 def _uses_openvino(spec: ModelSpec) -> bool:
-    """Return whether OpenVINO is to serve a model.
-
-    Raises:
-        LoadError: The requested backend does not support the requested device.
-    """
+    """Return whether OpenVINO is to serve a model; LoadError if it was requested for another device than the CPU."""
     device = spec.device.strip().lower()
     if spec.backend == "torch":
         return False

@@ -1,7 +1,4 @@
-"""The recipe of an artifact: everything that the artifact depends on. Equal recipes have equal artifacts.
-
-No runtime is imported, because versions are read from the metadata of installed packages.
-"""
+"""The recipe of an artifact: everything that the artifact depends on. Equal recipes have equal artifacts."""
 
 from __future__ import annotations
 
@@ -40,8 +37,7 @@ class Recipe:
     snapshot: str
     """The digest of the snapshot."""
     plan: Mapping[str, Any]
-    """The pipeline plan as plain values, without the directory and without the prompts of the settings, because
-    those are not part of the graph: they are applied when the artifact is loaded."""
+    """See `plan_values`."""
     trust_remote_code: bool
     weights: Weights
     """The precision of the stored weights."""
@@ -56,18 +52,14 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain JSON values, which are equal for equal recipes."""
         values: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True))
         return values
 
     def can_serve(self, other: Mapping[str, Any]) -> bool:
-        """Return whether an artifact of another recipe can serve this one on a machine that cannot compile.
+        """Return whether an artifact of another recipe (as JSON) can serve this one on a machine that cannot compile.
 
         Tools that are not installed here are not compared. An artifact that was made for a processor with fewer
         precisions, such as one in an image built elsewhere, is accurate but slower.
-
-        Args:
-            other: The recipe of the artifact, as JSON.
         """
         own = self.as_json()
         theirs = dict(other.get("versions") or {})
@@ -83,33 +75,29 @@ class Recipe:
 def recipe_for(
     spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool, native_bf16: bool, fast_int8: bool = False
 ) -> Recipe:
-    """Return the recipe of a model for a processor.
-
-    Args:
-        spec: The model.
-        snapshot: Its files.
-        trust_remote_code: Whether code from the repository may run.
-        native_bf16: Whether the processor multiplies bf16 numbers natively.
-        fast_int8: Whether the processor is fastest at 8-bit integers.
-
-    Raises:
-        LoadError: The files of the snapshot describe no pipeline, or one that is not supported.
-    """
+    """Return the recipe of a model for a processor (see `backends.hardware`); LoadError if it has no pipeline."""
     weights, compute = _precisions(spec.precision, native_bf16=native_bf16, fast_int8=fast_int8)
-    plan = plan_pipeline(replace(spec, prompts=None), snapshot, trust_remote_code=trust_remote_code)
-    values = asdict(plan)
-    del values["directory"]
-    packages: tuple[str, ...] = (*RUNTIME_PACKAGES, *TOOL_PACKAGES)
+    packages = [*RUNTIME_PACKAGES, *TOOL_PACKAGES]
     if weights in ("int8", "int4"):
-        packages = (*packages, QUANTIZER)
+        packages.append(QUANTIZER)
     return Recipe(
         snapshot=snapshot.digest,
-        plan=values,
+        plan=plan_values(spec, snapshot, trust_remote_code=trust_remote_code),
         trust_remote_code=trust_remote_code,
         weights=weights,
         compute=compute,
         versions={name: installed_version(name) for name in packages},
     )
+
+
+def plan_values(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the pipeline plan as plain values, without the directory and without the prompts of the settings.
+
+    Those are not part of the graph: they are applied when the artifact is loaded.
+    """
+    values = asdict(plan_pipeline(replace(spec, prompts=None), snapshot, trust_remote_code=trust_remote_code))
+    del values["directory"]
+    return values
 
 
 def installed_version(package: str) -> str | None:
@@ -121,12 +109,7 @@ def installed_version(package: str) -> str | None:
 
 
 def precision_note(requested: Precision, computed: ComputePrecision) -> str | None:
-    """Return a note on why a model computes in another precision than the requested one, or None.
-
-    Args:
-        requested: The precision of the settings.
-        computed: `compute` of the model's description or, if that is None, its `precision`.
-    """
+    """Return a note on why a model computes in another precision than the requested one, or None."""
     if requested in ("int8", "int4"):
         stored = {
             "int8": "in 8 bits",

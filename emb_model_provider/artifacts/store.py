@@ -1,4 +1,4 @@
-"""The artifacts of a cache directory: found again, made once, and removed when they take too much space.
+"""The artifacts of a cache directory: made once, and removed when they take too much space.
 
 Below `<cache directory>/artifacts/`:
 
@@ -53,8 +53,6 @@ class ArtifactStore:
         self._fidelity = cache_dir / "fidelity"
         self._max_bytes = max_bytes
 
-    # --- serving --------------------------------------------------------------------------------------
-
     def find(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
         """Return the artifact of a recipe, and the lock that keeps it on disk. Needs no write access."""
         return self._hold(self._root / recipe.key)
@@ -74,14 +72,8 @@ class ArtifactStore:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    # --- making ---------------------------------------------------------------------------------------
-
     def require_writable(self) -> None:
-        """Check that artifacts can be written.
-
-        Raises:
-            HubError: They cannot; most often a CacheNotWritableError, which names the setting.
-        """
+        """Raise a HubError if artifacts cannot be written; most often a CacheNotWritableError."""
         require_writable(self._root, CACHE_SETTING)
 
     @contextlib.contextmanager
@@ -95,27 +87,18 @@ class ArtifactStore:
             OperationCancelledError: `cancel` was cancelled while waiting.
         """
         self.require_writable()
-        try:
-            lock = self._wait_for(self._root / f"{recipe.key}.lock", cancel)
-        except OSError as error:
-            raise translate_os_error(error, self._root, CACHE_SETTING) or error from error
-        with lock:
+        with contextlib.ExitStack() as stack:
             try:
+                stack.enter_context(self._wait_for(self._root / f"{recipe.key}.lock", cancel))
                 self.remove_unfinished(recipe.key)
                 directory = tempfile.mkdtemp(dir=self._root, prefix=f".{recipe.key}.", suffix=".tmp")
             except OSError as error:
                 raise translate_os_error(error, self._root, CACHE_SETTING) or error from error
-            try:
-                yield self._root / directory
-            finally:
-                shutil.rmtree(directory, ignore_errors=True)
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            yield self._root / directory
 
     def add(self, recipe: Recipe, made: Path) -> tuple[Artifact, FileLock]:
-        """Add a finished artifact, within `making`, then remove old artifacts if there are too many.
-
-        Raises:
-            OSError: It cannot be added.
-        """
+        """Add a finished artifact, within `making`, then remove old artifacts if there are too many."""
         directory = self._root / recipe.key
         if directory.exists():  # damaged, else it would have been found
             self.remove(recipe.key)
@@ -135,8 +118,6 @@ class ArtifactStore:
         with contextlib.suppress(OSError):
             write_atomically(self._refusal_path(recipe), json.dumps(content, indent=1).encode())
 
-    # --- managing -------------------------------------------------------------------------------------
-
     def list(self) -> list[ArtifactInfo]:
         """Return the artifacts that have a valid manifest, by key."""
         directories = (path for path in list_dir(self._root) if path.name[0] != "." and path.is_dir())
@@ -147,11 +128,7 @@ class ArtifactStore:
         return is_locked(self._root / f"{key}.hold") or is_locked(self._root / f"{key}.lock")
 
     def try_lock(self, key: str, *, wait_s: float = 0.0) -> FileLock | None:
-        """Lock an artifact in order to remove it; None if it is still in use after `wait_s` seconds.
-
-        Raises:
-            OSError: The cache is not writable.
-        """
+        """Lock an artifact in order to remove it; None if it is still in use after `wait_s` seconds."""
         return try_lock_exclusive(self._root / f"{key}.hold", wait_s=wait_s)
 
     def remove(self, key: str) -> bool:
@@ -170,12 +147,7 @@ class ArtifactStore:
         return verify_artifact(self._root / key)
 
     def records_of(self, snapshots: set[str], *, others: bool = False) -> builtins.list[Path]:
-        """Return the files of refusals and of measured fidelity that belong to snapshots.
-
-        Args:
-            snapshots: Digests.
-            others: Return the files of all other snapshots instead.
-        """
+        """Return the files of refusals and of measured fidelity of these snapshots (digests), or of all others."""
         found: builtins.list[Path] = []
         for path in (*list_dir(self._root, "*.refused.json"), *list_dir(self._fidelity, "*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -190,18 +162,13 @@ class ArtifactStore:
         return [path for path in list_dir(self._root, ".*.tmp") if not is_locked(self._root / f"{_key_of(path)}.lock")]
 
     def remove_unfinished(self, own_key: str | None = None) -> None:
-        """Remove the directories of artifacts that no process makes any longer.
-
-        Args:
-            own_key: An artifact whose lock the caller holds.
-        """
+        """Remove the directories that `unfinished` returns, and those of `own_key`, whose lock the caller holds."""
         for path in list_dir(self._root, ".*.tmp"):
             key = _key_of(path)
-            if key == own_key:
-                shutil.rmtree(path, ignore_errors=True)
-                continue
             with contextlib.suppress(OSError):
-                if (lock := try_lock_exclusive(self._root / f"{key}.lock")) is not None:
+                lock_path = self._root / f"{key}.lock"
+                lock = contextlib.nullcontext() if key == own_key else try_lock_exclusive(lock_path)
+                if lock is not None:
                     with lock:
                         shutil.rmtree(path, ignore_errors=True)
 
@@ -225,14 +192,13 @@ class ArtifactStore:
             if total <= self._max_bytes:
                 return
             with contextlib.suppress(OSError):
-                if (lock := self.try_lock(info.key)) is not None:
-                    with lock:
-                        if self.remove(info.key):
-                            logger.info(
-                                "Removed the artifact %s (%s) to free space",
-                                info.key[:12], format_size(info.size),
-                            )  # fmt: skip
-                            total -= info.size
+                if (lock := self.try_lock(info.key)) is None:
+                    continue
+                with lock:
+                    if self.remove(info.key):
+                        size = format_size(info.size)
+                        logger.info("Removed the artifact %s (%s) to free space", info.key[:12], size)
+                        total -= info.size
         if total > self._max_bytes:
             logger.warning(
                 "The artifacts in %s take %s, more than the limit of %s: all are in use",

@@ -1,7 +1,7 @@
 """Loads a model with the torch backend, and compares it with itself at fp32 on the same device before it is served.
 
-This runs on the thread that will own the backend, and imports torch only there. The measured fidelity is kept in the
-cache directory, so that only the first load of a model at a precision takes the time.
+The measured fidelity is kept in the cache directory, so that only the first load of a model at a precision takes the
+time. torch is imported only when a model is loaded.
 """
 
 from __future__ import annotations
@@ -11,27 +11,31 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from emb_model_provider.artifacts.manifest import read_fidelity
-from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version
+from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, plan_values
 from emb_model_provider.backends.hardware import native_bf16
-from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
-from emb_model_provider.backends.pytorch.import_guards import quiet_imports
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.fidelity.compare import MismatchError, compare, embed_texts, make_cases
+from emb_model_provider.fidelity.compare import (
+    SETTING,
+    AccuracyError,
+    MismatchError,
+    check_accuracy,
+    compare,
+    embed_texts,
+    make_cases,
+)
 from emb_model_provider.fidelity.texts import corpus_digest
-from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError, check_accuracy
 from emb_model_provider.formatting import first_line, format_size
 from emb_model_provider.snapshots.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity
     from emb_model_provider.backends.precision import DeviceFacts
     from emb_model_provider.fidelity.compare import Case
@@ -66,8 +70,7 @@ class TorchModel:
         If `auto` chose a precision that is not accurate enough, more accurate ones are tried, with a note.
 
         Raises:
-            LoadError: The model cannot be loaded; for example an AccuracyError, if the requested precision is not
-                accurate enough.
+            LoadError: The model cannot be loaded; an AccuracyError if the requested precision is not accurate enough.
             ImportError: torch is not installed.
         """
         from emb_model_provider.backends.pytorch.pipeline import torch_device_facts
@@ -90,15 +93,9 @@ class TorchModel:
         raise AssertionError("fp32, the last candidate, is always accurate")
 
     def load_at(self, precision: ComputePrecision) -> Backend:
-        """Load the model at one precision, without measuring it.
+        from emb_model_provider.backends.pytorch.backend import TorchBackend
 
-        Raises:
-            LoadError: It cannot be loaded.
-            ImportError: torch is not installed.
-        """
         spec = replace(self.spec, backend="torch", precision=precision)
-        with quiet_imports():
-            from emb_model_provider.backends.pytorch.backend import TorchBackend
         return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
 
     def _candidates(self, chosen: ComputePrecision, device: str) -> tuple[ComputePrecision, ...]:
@@ -111,45 +108,38 @@ class TorchModel:
         if precision == "fp32":
             return self.load_at(precision)
         if (known := _read_record(record)) is not None:
-            self._check_accuracy(precision, known)
+            check_accuracy(self.spec, precision, known, self.fidelity.floors)
             return _annotate(self.load_at(precision), fidelity=known)
-        obstacle = "EMB_PROVIDER_MEASURE_FIDELITY=false"
-        cases = None
+        cases: list[Case] | str = "EMB_PROVIDER_MEASURE_FIDELITY=false"
         if self.fidelity.measure_fidelity:
-            cases, obstacle = reference.cases(precision)
+            cases = reference.cases(precision)
         backend = self.load_at(precision)
-        if cases is None:
-            note = f"its fidelity at {precision} was not measured ({obstacle}), so {SETTING} was not checked"
+        if isinstance(cases, str):
+            note = f"its fidelity at {precision} was not measured ({cases}), so {SETTING} was not checked"
             return _annotate(backend, notes=(note,))
         try:
             fidelity = compare(backend, cases, exact=False)
             _write_record(record, fidelity, self.snapshot)
-            self._check_accuracy(precision, fidelity)
+            check_accuracy(self.spec, precision, fidelity, self.fidelity.floors)
         except MismatchError as error:
             backend.close()
-            message = (
-                f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32."
-            )
-            raise AccuracyError(message, reason=f"at {precision}, {error}") from error
+            raise AccuracyError(
+                f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32.",
+                reason=f"at {precision}, {error}",
+            ) from error
         except BaseException:
             backend.close()
             raise
         return _annotate(backend, fidelity=fidelity)
 
-    def _check_accuracy(self, precision: ComputePrecision, fidelity: Fidelity) -> None:
-        check_accuracy(self.spec, precision, fidelity, self.fidelity.floors)
-
     def _record_path(self, precision: ComputePrecision, device: str, facts: DeviceFacts) -> Path:
         """Return the file of a measured fidelity. Its name is a digest of everything the value depends on."""
-        plan = plan_pipeline(replace(self.spec, prompts=None), self.snapshot, trust_remote_code=self.trust_remote_code)
-        values = asdict(plan)
-        del values["directory"]
         kind, _, number = device.partition(":")
         on = [kind, facts.cuda_capabilities[int(number or 0)] if kind == "cuda" else native_bf16()]
         key: dict[str, Any] = {
             "format": FORMAT,
             "snapshot": self.snapshot.digest,
-            "plan": values,
+            "plan": plan_values(self.spec, self.snapshot, trust_remote_code=self.trust_remote_code),
             "trust_remote_code": self.trust_remote_code,
             "precision": precision,
             "device": on,
@@ -165,39 +155,34 @@ class _Reference:
 
     def __init__(self, model: TorchModel) -> None:
         self._model = model
-        self._result: tuple[Sequence[Case] | None, str] | None = None
+        self._cases: list[Case] | str | None = None
 
-    def cases(self, precision: ComputePrecision) -> tuple[Sequence[Case] | None, str]:
-        """Return the cases, or None and the reason; most often, the model does not fit into memory at fp32."""
-        if self._result is None:
-            self._result = self._embed(precision)
-        return self._result
+    def cases(self, precision: ComputePrecision) -> list[Case] | str:
+        """Return the cases or why there are none; most often, the model does not fit into memory at fp32."""
+        if self._cases is None:
+            self._cases = self._embed(precision)
+        return self._cases
 
-    def _embed(self, precision: ComputePrecision) -> tuple[Sequence[Case] | None, str]:
+    def _embed(self, precision: ComputePrecision) -> list[Case] | str:
         model = self._model
         needed, free = bytes_at_fp32(model.snapshot), free_memory()
         if needed > free:
-            return None, f"at fp32 it needs about {format_size(needed)}, and {format_size(free)} are free"
+            return f"at fp32 it needs about {format_size(needed)}, and {format_size(free)} are free"
         logger.info(
             "model %s: measuring its fidelity at %s; this is done once, and the result is kept",
             model.spec.alias, precision,
         )  # fmt: skip
         try:
-            backend = model.load_at("fp32")
-            try:
-                tokenization = Tokenization(backend.description)
-                return make_cases(
-                    lambda texts, prompt: embed_texts(backend, tokenization, texts, prompt), backend.description
-                ), ""
-            finally:
-                backend.close()
+            with contextlib.closing(model.load_at("fp32")) as backend:
+                embed = partial(embed_texts, backend, Tokenization(backend.description))
+                return make_cases(embed, backend.description)
         except ImportError:
             raise
         except Exception as error:
             # Not fatal, because the model may load at the precision that is to be served.
             reason = first_line(error)
             logger.warning("model %s: it cannot run at fp32: %s", model.spec.alias, reason, exc_info=error)
-            return None, f"it cannot run at fp32: {reason}"
+            return f"it cannot run at fp32: {reason}"
 
 
 def bytes_at_fp32(snapshot: Snapshot) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from emb_model_provider.errors import InferenceError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -18,13 +20,12 @@ ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 class Fidelity:
     """How close the vectors of a model are to those at fp32, over the probes and the corpus.
 
-    The reference is sentence-transformers for a compiled model, and the torch backend at fp32 for a model served by torch.
+    The reference of a compiled model is sentence-transformers; that of the torch backend is itself at fp32.
     """
 
     min_cosine: float
     mean_cosine: float
     texts: int
-    """Number of texts compared."""
     top10_overlap: float | None = None
     """Mean share of each text's ten nearest neighbors that are also its ten nearest at fp32, 0 to 1."""
     spearman: float | None = None
@@ -54,11 +55,9 @@ class ModelDescription:
     default_prompt: str | None
     """Name of the prompt for requests that name none."""
     excludes_prompt: bool
-    """Whether pooling excludes the tokens of the prompt."""
     matryoshka: tuple[int, ...] | Literal["any"] | None
     """Smaller sizes to which, as the model declares, its vectors can be truncated."""
     precision: ComputePrecision
-    """The precision in use; never `auto`."""
     device: str
     """The device in use: cpu, cuda:N or mps; never `auto`."""
     backend: Literal["openvino", "torch"]
@@ -77,22 +76,9 @@ class TokenBatch:
     """Tokenized inputs that run together. Row i of the result belongs to `ids[i]`."""
 
     ids: Sequence[Sequence[int]]
-    """Token ids of each input, special tokens included. None is empty, and none is longer than `max_length`."""
+    """Special tokens included. No input is empty."""
     prompt_lengths: Sequence[int]
     """Number of prompt tokens at the start of each input. Used only if the model excludes prompts."""
-
-    def pad(self, pad_token_id: int, side: Literal["left", "right"]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return ids and attention mask, each int64 of shape (inputs, longest input)."""
-        import numpy as np  # here, because listing models needs the other types, but not numpy
-
-        longest = max(len(row) for row in self.ids)
-        ids = np.full((len(self.ids), longest), pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(self.ids), longest), dtype=np.int64)
-        for i, row in enumerate(self.ids):
-            span = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-            ids[i, span] = row
-            mask[i, span] = 1
-        return ids, mask
 
 
 class Backend(Protocol):
@@ -109,6 +95,9 @@ class Backend(Protocol):
 
         Values may be non-finite; the caller checks. It raises whatever the runtime raises, and the backend remains
         usable.
+
+        Raises:
+            InferenceError: An input is longer than the model supports, or has an id that the model does not have.
         """
         ...
 
@@ -125,3 +114,33 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the memory of the model. The backend cannot be used afterwards."""
         ...
+
+
+def check_lengths(batch: TokenBatch, max_length: int) -> None:
+    """Raise InferenceError if an input is longer than the model supports."""
+    longest = max(map(len, batch.ids))
+    if longest > max_length:
+        raise InferenceError(f"An input has {longest} tokens; the model supports {max_length}.")
+
+
+def check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
+    """Raise InferenceError if the model has no such id, because it would read beyond its tables."""
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise InferenceError(f"An input has the token id {wrong}; the model has 0 to {vocab_size - 1}.")
+
+
+def pad(
+    rows: Sequence[Sequence[int]], length: int, pad_token_id: int, side: Literal["left", "right"]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ids and attention mask, each int64 of shape (rows, length)."""
+    import numpy as np  # here, because listing models needs the types of this module, but not numpy
+
+    ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.int64)
+    for i, row in enumerate(rows):
+        span = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, span] = row
+        mask[i, span] = 1
+    return ids, mask

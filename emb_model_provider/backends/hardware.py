@@ -8,14 +8,10 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _ROOT = Path("/")
-_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-_ARM_BF16_FLAGS = {"bf16", "svebf16"}
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
+"""Of x86 and of ARM."""
 _AMX_FLAG, _VNNI_FLAG = "amx_bf16", "avx512_vnni"
 _DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _TORCH_CUDA = ("libtorch_cuda.so", "torch_cuda.dll")
@@ -26,9 +22,6 @@ def usable_cpus(root: Path = _ROOT) -> int:
 
     This is the number of processors that it may run on, or the CPU limit of its control group (`cpu.max` in v2,
     `cpu.cfs_quota_us` in v1) if that is lower. A limit of 1.5 counts as 1, because a second thread would be throttled.
-
-    Args:
-        root: The directory that contains `proc` and `sys`.
     """
     try:
         allowed = len(os.sched_getaffinity(0))
@@ -42,16 +35,16 @@ def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
     """Return the lowest CPU limit of this process's control group and its ancestors, in CPUs; None without a limit."""
     limits = [
         limit
-        for read, mount, group in _cgroups(root)
+        for mount, group in _cgroups(root)
         for directory in (mount / group, *(mount / group).parents)
-        if directory.is_relative_to(mount) and (limit := read(directory)) is not None
+        if directory.is_relative_to(mount) and (limit := _cpu_limit(directory)) is not None
     ]
     return min(limits, default=None)
 
 
 def native_bf16(root: Path = _ROOT) -> bool:
     """Return whether the processor multiplies bf16 numbers natively: AMX, AVX512-BF16, or BF16 on ARM."""
-    return any(flags & (_BF16_FLAGS if kind == "flags" else _ARM_BF16_FLAGS) for kind, flags in _cpu_flags(root))
+    return any(flags & _BF16_FLAGS for flags in _cpu_flags(root))
 
 
 def fast_int8(root: Path = _ROOT) -> bool:
@@ -59,7 +52,7 @@ def fast_int8(root: Path = _ROOT) -> bool:
 
     With AMX, bf16 is faster than OpenVINO's computation with integers.
     """
-    return any(_VNNI_FLAG in flags and _AMX_FLAG not in flags for _, flags in _cpu_flags(root))
+    return any(_VNNI_FLAG in flags and _AMX_FLAG not in flags for flags in _cpu_flags(root))
 
 
 def has_cuda() -> bool:
@@ -87,23 +80,21 @@ def cuda_devices() -> int:
     return 0
 
 
-def _cpu_flags(root: Path) -> list[tuple[str, set[str]]]:
-    """Return the name of the flags line (it differs by architecture) and the flags of each processor."""
+def _cpu_flags(root: Path) -> list[set[str]]:
     try:
         text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    lines = re.findall(r"^(flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return [(kind, set(flags.split())) for kind, flags in lines]
+    return [set(flags.split()) for flags in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)]
 
 
-def _cgroups(root: Path) -> list[tuple[Callable[[Path], float | None], Path, str]]:
-    """Return, for v2 and v1: a function that reads the limit, the mount point, and the group of this process."""
+def _cgroups(root: Path) -> list[tuple[Path, str]]:
+    """Return the possible mount points of the control group of this process, with its path below each."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    groups: list[tuple[Callable[[Path], float | None], Path, str]] = []
+    groups = []
     for line in lines:
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
@@ -111,22 +102,21 @@ def _cgroups(root: Path) -> list[tuple[Callable[[Path], float | None], Path, str
         # mount point is read, which is the group of the container.
         inside = "" if ".." in group else group.lstrip("/")
         if number == "0" and not controllers:
-            groups.append((_limit_v2, root / "sys/fs/cgroup", inside))
+            groups.append((root / "sys/fs/cgroup", inside))
         elif "cpu" in controllers.split(","):
-            groups.append((_limit_v1, root / "sys/fs/cgroup" / controllers, inside))
-            groups.append((_limit_v1, root / "sys/fs/cgroup/cpu", inside))
+            groups += [(root / "sys/fs/cgroup" / name, inside) for name in (controllers, "cpu")]
     return groups
 
 
-def _limit_v2(directory: Path) -> float | None:
-    values = _read_values(directory / "cpu.max")
-    return _ratio(values[0], values[1]) if len(values) == 2 else None
-
-
-def _limit_v1(directory: Path) -> float | None:
-    quota = _read_values(directory / "cpu.cfs_quota_us")
-    period = _read_values(directory / "cpu.cfs_period_us")
-    return _ratio(quota[0], period[0]) if quota and period else None
+def _cpu_limit(directory: Path) -> float | None:
+    values = _read_values(directory / "cpu.max") or [
+        *_read_values(directory / "cpu.cfs_quota_us"),
+        *_read_values(directory / "cpu.cfs_period_us"),
+    ]
+    # "max" (v2) and -1 (v1) mean no limit.
+    if len(values) != 2 or not all(value.isdecimal() for value in values) or not int(values[1]):
+        return None
+    return int(values[0]) / int(values[1]) or None
 
 
 def _read_values(path: Path) -> list[str]:
@@ -134,10 +124,3 @@ def _read_values(path: Path) -> list[str]:
         return path.read_text(encoding="ascii").split()
     except (OSError, ValueError):
         return []
-
-
-def _ratio(quota: str, period: str) -> float | None:
-    # "max" (v2) and -1 (v1) mean no limit.
-    if not quota.isdecimal() or not period.isdecimal() or not int(period):
-        return None
-    return int(quota) / int(period) or None

@@ -1,9 +1,8 @@
-"""Estimates how much memory a model takes, from the size of its weights.
+"""Estimates how much memory a model takes in its process or on its device, from the size of its weights.
 
-The estimate is how much the process, or the device if it has its own memory, grows after the model has run batches of
-many lengths. It is calculated and not measured, because the growth of the process includes that of other models. It is
-within about a quarter of the measured growth, except for OpenVINO models with a large token table, whose rows are read only
-when they are used (see docs/performance.md). It excludes the runtimes themselves.
+It is not measured, because the growth of the process includes that of other models. The estimate excludes the runtimes,
+and is within about a quarter of the measured growth, except for OpenVINO models with a large token table, whose rows
+are read only when they are used (see docs/performance.md).
 """
 
 from __future__ import annotations
@@ -36,36 +35,21 @@ _MINIMUM_SHARES: Mapping[Precision, float] = {"fp32": 1.0, "int8": 0.25, "int4":
 def openvino_bytes(
     stored: int, matrix_items: int, dequantized_bytes: int, compute: ComputePrecision, description: ModelDescription
 ) -> int:
-    """Estimate the memory of a compiled graph in bytes.
-
-    Args:
-        stored: Size of its weights file in bytes.
-        matrix_items: Number of values in its matrices.
-        dequantized_bytes: Bytes of the matrices that were dequantized when it was loaded.
-        compute: The precision of the computation.
-        description: The description of the model.
-    """
+    """Estimate the memory of a compiled graph in bytes, whose weights file has `stored` bytes."""
     copies = _FP32_COPIES if compute == "fp32" else _OTHER_COPIES
     kernels = copies * matrix_items * _ITEM_BYTES[compute]
     return stored + dequantized_bytes + kernels + _OPENVINO_WORKING_BYTES + _tokenizer_bytes(description)
 
 
 def torch_bytes(held: int, description: ModelDescription) -> int:
-    """Estimate the memory of a torch pipeline in bytes.
-
-    Args:
-        held: Bytes of its parameters and buffers.
-        description: The description of the model.
-    """
+    """Estimate the memory of a torch pipeline in bytes, whose parameters and buffers have `held` bytes."""
     # sentence-transformers has a second tokenizer.
     return held + _TORCH_WORKING_BYTES + 2 * _tokenizer_bytes(description)
 
 
 def minimum_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
     """Return a lower bound of the memory of a model before it is loaded, from the size of its files in bytes."""
-    if backend == "openvino":
-        return size
-    return int(size * _MINIMUM_SHARES.get(precision, 0.5))
+    return size if backend == "openvino" else int(size * _MINIMUM_SHARES.get(precision, 0.5))
 
 
 def expected_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:

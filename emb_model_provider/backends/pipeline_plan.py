@@ -1,13 +1,14 @@
 """Plans the pipeline of a model: how its configuration files say that token vectors become one embedding.
 
-It reads JSON files only and imports no runtime, so that all backends start from the same plan.
+It reads JSON files only, and imports no runtime.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from emb_model_provider.errors import LoadError, UnsupportedModelError
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from emb_model_provider.model_spec import ModelSpec, Pooling
     from emb_model_provider.snapshots.snapshot import Snapshot
-
-RepositoryLayout = Literal["sentence-transformers", "modelscope", "transformers"]
 
 MODELSCOPE_MAX_LENGTH = 512
 """Longest input of ModelScope's sentence-embedding pipelines in tokens, whatever the model supports."""
@@ -50,20 +49,20 @@ class PipelinePlan:
     """How to turn a snapshot into a pipeline, as the repository declares it and the settings override it."""
 
     directory: Path
-    layout: RepositoryLayout
-    pooling: Pooling | None
+    layout: Literal["sentence-transformers", "modelscope", "transformers"]
+    pooling: Pooling | None = None
     """None: as `modules.json` says or, without one, the default of sentence-transformers (last token for a causal
     language model, mean for all others)."""
-    normalize: bool | None
+    normalize: bool | None = None
     """Whether vectors are normalized to length 1. None: as `modules.json` says."""
-    max_length: int | None
+    max_length: int | None = None
     """Upper bound of tokens per input, special tokens included. None: that of the tokenizer and the model."""
-    prompts: Mapping[str, str]
-    default_prompt: str | None
-    truncate_dim: int | None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    truncate_dim: int | None = None
     """Size to which vectors are truncated after all modules have run."""
-    matryoshka: tuple[int, ...] | Literal["any"] | None
-    notes: tuple[str, ...]
+    matryoshka: tuple[int, ...] | Literal["any"] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +76,7 @@ class DeclaredValues:
 
 
 def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> PipelinePlan:
-    """Read the configuration files of a snapshot, and plan its pipeline.
-
-    Args:
-        spec: The model. Its values override those of the repository.
-        snapshot: Its files.
-        trust_remote_code: Whether code from the repository may run.
+    """Read the configuration files of a snapshot, and plan its pipeline. Values of `spec` override those of the files.
 
     Raises:
         UnsupportedModelError: The repository declares something that is not supported.
@@ -95,8 +89,9 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
 
     _reject_external_parts(snapshot, present)
     config = read("config.json")
-    modules = _read_modules(snapshot.path) if "modules.json" in present else []
+    modules = []
     if "modules.json" in present:
+        modules = _read_modules(snapshot.path)
         if not trust_remote_code:
             _reject_custom_activations(snapshot, modules)
         plan = _from_modules(snapshot, read("config_sentence_transformers.json"), config)
@@ -120,7 +115,9 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
 
 def declared_values(plan: PipelinePlan) -> DeclaredValues:
     """Read the values that the configuration files of a model declare, without loading it."""
-    modules = _optional_modules(plan.directory)
+    modules: list[dict[str, Any]] = []
+    with contextlib.suppress(LoadError):
+        modules = _read_modules(plan.directory)
     configs = [
         _optional_object(plan.directory / str(module["path"]) / "config.json")
         for module in modules
@@ -131,7 +128,7 @@ def declared_values(plan: PipelinePlan) -> DeclaredValues:
     normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
     return DeclaredValues(
         dimensions=plan.truncate_dim or _declared_dimension(configs, config),
-        max_tokens=(plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings")),
+        max_tokens=plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings"),
         pooling=plan.pooling or _declared_pooling(configs),
         normalized=plan.normalize if plan.normalize is not None else normalized,
     )
@@ -187,24 +184,21 @@ def _from_modules(snapshot: Snapshot, st_config: Mapping[str, Any], config: Mapp
         )
     prompts = {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
     truncate_dim = st_config.get("truncate_dim")
-    notes = []
+    notes: tuple[str, ...] = ()
     if truncate_dim is not None:
-        notes.append(
+        notes = (
             f"vectors are cut to {truncate_dim} values after the model's last step (truncate_dim), as "
             "sentence-transformers does, so a normalized model's vectors are shorter than 1; set the key "
-            '"normalize" of this model in EMB_PROVIDER_MODEL_MAPPING to true to have length 1'
+            '"normalize" of this model in EMB_PROVIDER_MODEL_MAPPING to true to have length 1',
         )
     return PipelinePlan(
         directory=snapshot.path,
         layout="sentence-transformers",
-        pooling=None,
-        normalize=None,
-        max_length=None,
         prompts=prompts,
         default_prompt=st_config.get("default_prompt_name"),
         truncate_dim=truncate_dim if isinstance(truncate_dim, int) else None,
         matryoshka=_matryoshka(config) or _matryoshka(st_config),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -237,29 +231,18 @@ def _bare_plan(
         layout="transformers",
         pooling=pooling,
         normalize=normalize,
-        max_length=None,
-        prompts={},
-        default_prompt=None,
-        truncate_dim=None,
         matryoshka=_matryoshka(config),
         notes=(note,),
     )
 
 
 def _apply_overrides(plan: PipelinePlan, spec: ModelSpec) -> PipelinePlan:
-    notes = list(plan.notes)
-    overrides = {"pooling": spec.pooling, "normalize": spec.normalize, "max_length": spec.max_length}
-    values = ", ".join(f"{key}={value}" for key, value in overrides.items() if value is not None)
-    if values:
-        notes.append(f"set by the operator: {values}")
-    return replace(
-        plan,
-        pooling=spec.pooling if spec.pooling is not None else plan.pooling,
-        normalize=spec.normalize if spec.normalize is not None else plan.normalize,
-        max_length=spec.max_length if spec.max_length is not None else plan.max_length,
-        prompts={**plan.prompts, **(spec.prompts or {})},
-        notes=tuple(notes),
-    )
+    values = {"pooling": spec.pooling, "normalize": spec.normalize, "max_length": spec.max_length}
+    overrides: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+    if overrides:
+        note = f"set by the operator: {', '.join(f'{key}={value}' for key, value in overrides.items())}"
+        overrides["notes"] = (*plan.notes, note)
+    return replace(plan, prompts={**plan.prompts, **(spec.prompts or {})}, **overrides)
 
 
 def _matryoshka(config: Mapping[str, Any]) -> tuple[int, ...] | Literal["any"] | None:
@@ -345,13 +328,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LoadError(f"{path} is not a JSON object. Download the model again, or correct the file.")
     return value
-
-
-def _optional_modules(directory: Path) -> list[dict[str, Any]]:
-    try:
-        return _read_modules(directory)
-    except LoadError:
-        return []
 
 
 def _optional_object(path: Path) -> dict[str, Any]:

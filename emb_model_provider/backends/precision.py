@@ -23,15 +23,7 @@ class DeviceFacts:
 
 
 def resolve_device(requested: str, facts: DeviceFacts) -> str:
-    """Return `cpu`, `cuda:N` or `mps` for a requested device.
-
-    Args:
-        requested: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        facts: The accelerators of this machine.
-
-    Raises:
-        DeviceUnavailableError: This machine has no such device.
-    """
+    """Return `cpu`, `cuda:N` or `mps` for a requested device, which can be `auto` or `cuda`, too."""
     count = len(facts.cuda_capabilities)
     kind, _, number = requested.strip().lower().partition(":")
     if kind == "auto" and not number:
@@ -65,16 +57,7 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
 
 
 def resolve_torch_precision(requested: Precision, device: str, facts: DeviceFacts) -> ComputePrecision:
-    """Return the precision that the torch backend serves in.
-
-    Args:
-        requested: The precision of the settings.
-        device: A device that `resolve_device` returned.
-        facts: The accelerators of this machine.
-
-    Raises:
-        UnsupportedPrecisionError: bf16, int8 or int4 was requested on an Apple GPU.
-    """
+    """Return the precision that the torch backend serves in on a device that `resolve_device` returned."""
     if device == "mps":
         if requested == "bf16":
             raise UnsupportedPrecisionError("Precision bf16 is not reliable on Apple GPUs. Use fp16, fp32 or auto.")
@@ -95,15 +78,9 @@ def resolve_torch_precision(requested: Precision, device: str, facts: DeviceFact
 def resolve_activations(
     precision: ComputePrecision, device: str, facts: DeviceFacts, *, native_bf16: bool
 ) -> Literal["fp32", "fp16", "bf16"]:
-    """Return the precision in which the torch backend computes activations.
+    """Return the precision in which the torch backend computes activations: that of the weights.
 
-    For int8 and int4 it is the fastest type of the device that is accurate enough; otherwise it is that of the weights.
-
-    Args:
-        precision: The precision of the weights.
-        device: A device that `resolve_device` returned.
-        facts: The accelerators of this machine.
-        native_bf16: Whether the processor multiplies bf16 numbers natively.
+    For integer weights it is the fastest type of the device that is accurate enough.
     """
     if precision in ("fp32", "fp16", "bf16"):
         return precision

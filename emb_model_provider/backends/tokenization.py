@@ -1,9 +1,8 @@
 """Tokenizes texts, and checks token ids, for a backend.
 
-Texts are tokenized with `encode_batch_fast`, which is faster than `encode`, because it computes no character offsets.
 Token ids are truncated here and not by the library, which tokenizes the whole text anyway; so tokenizers have no state,
-and any number of threads can share one. With some tokenizers, long texts are truncated before they are tokenized; see
-`TextPreTruncator` (see docs/performance.md).
+and any number of threads can share one. With some tokenizers, long texts are truncated before they are tokenized (see
+docs/performance.md).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class EncodedInputs:
     """The inputs of a request as tokens, in the order of the request."""
 
     ids: list[list[int]]
-    """Token ids of each input, special tokens included. None is empty, and none is longer than allowed."""
+    """Special tokens included. No input is empty, and none is longer than allowed."""
     prompt_lengths: list[int]
     """Number of prompt tokens at the start of each input; 0 unless the model excludes prompts."""
     truncated: int
@@ -61,20 +60,14 @@ class Tokenization:
     def encode(
         self, texts: Sequence[str], *, prompt: str = "", truncate: Truncate, max_tokens: int | None = None
     ) -> EncodedInputs:
-        """Tokenize texts, and add the special tokens of the model.
+        """Put a prompt before each text, tokenize them, and add the special tokens of the model.
 
         Special tokens are kept when an input is truncated, as in transformers. A lone surrogate, which valid Unicode
         text cannot contain, is read as U+FFFD. A text without any token (an empty one, if the tokenizer adds no special
         tokens) becomes one padding token, so that it gets a vector instead of an error.
 
-        Args:
-            texts: The inputs.
-            prompt: A text to put before each input.
-            truncate: The side on which inputs that are too long are truncated; NONE rejects them.
-            max_tokens: A lower limit than the maximum length of the model.
-
         Raises:
-            InputTooLongError: An input is too long, and `truncate` is NONE.
+            InputTooLongError: An input is longer than the model or `max_tokens` allows, and `truncate` is NONE.
         """
         whole = [prompt + text for text in texts] if prompt else list(texts)
         prompt_length = self._prompt_length(prompt) if prompt and self._excludes_prompt else 0
@@ -91,14 +84,9 @@ class Tokenization:
     ) -> EncodedInputs:
         """Check token ids of the model, and truncate them. No special tokens are added, or kept when truncating.
 
-        Args:
-            rows: The token ids of each input.
-            truncate: The side on which inputs that are too long are truncated; NONE rejects them.
-            max_tokens: A lower limit than the maximum length of the model.
-
         Raises:
-            TokenInputError: An input is empty, or has an id that the model does not have; its code is `invalid_value`.
-            InputTooLongError: An input is too long, and `truncate` is NONE.
+            TokenInputError: An input is empty, or has an id that the model does not have.
+            InputTooLongError: An input is longer than the model or `max_tokens` allows, and `truncate` is NONE.
         """
         for index, row in enumerate(rows):
             if not row:
@@ -179,14 +167,7 @@ class TextPreTruncator:
     ) -> list[list[int]]:
         """Return the ids of each text, or of a piece of it whose first (or last) `keep` ids are those of the whole text.
 
-        Args:
-            texts: The texts.
-            encode: Returns the ids of texts, special tokens included.
-            keep: The number of ids that are needed, special tokens included.
-            from_end: Whether the last ids are needed.
-
-        Returns:
-            One row per text. The row of a piece has more than `keep` ids.
+        `encode` returns the ids of texts. `keep` includes special tokens. The row of a piece has more than `keep` ids.
         """
         enough = keep + self.margin
         characters = self.characters_per_token * enough

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import psutil
 
-from emb_model_provider.artifacts.compile_job import reserve_stdout
+from emb_model_provider.artifacts.compiler_process import reserve_stdout
 from emb_model_provider.artifacts.prepare import BackendPreparer
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import ProviderError

@@ -1,7 +1,6 @@
 """The compiler process, `python -m emb_model_provider.compiler`, started by `artifacts.compiler_process`.
 
-It reads a job from stdin as one line, writes one JSON object per line to stdout (the steps, then the result), and logs
-to stderr. It computes at low priority, opens no connections, and ends with the process that started it.
+It computes at low priority, opens no connections, logs to stderr, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -12,9 +11,16 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import TYPE_CHECKING
 
-from emb_model_provider.artifacts.compile_job import CompileJob, CompileResult, CompileStep, reserve_stdout
+from emb_model_provider.artifacts.compiler_process import (
+    CompileJob,
+    CompileResult,
+    CompileStep,
+    reserve_stdout,
+    to_line,
+)
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
@@ -34,18 +40,14 @@ def main() -> None:
         os.nice(_NICE)
 
     def send(event: CompileStep | CompileResult) -> None:
-        out.write(event.to_json() + "\n")
+        out.write(to_line(event))
         out.flush()
 
     send(_run(job, lambda name: send(CompileStep(name))))
 
 
 def exit_with_parent(parent: int) -> None:
-    """End this process when its parent ends, however that happens.
-
-    Args:
-        parent: Process id of the parent.
-    """
+    """End this process when its parent, whose process id is `parent`, ends, however that happens."""
     if sys.platform == "linux":
         # The signal is sent when the thread that started us ends. It does not end earlier, because it waits for us.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -69,12 +71,11 @@ def _run(job: CompileJob, on_step: Callable[[str], None]) -> CompileResult:
         import torch
 
         from emb_model_provider.compiler.build import build_artifact
-        from emb_model_provider.compiler.export import suppress_warnings
     except (ImportError, LoadError) as error:
         return CompileResult("unable", f"a package that compiling needs cannot be imported: {error}")
     torch.set_num_threads(job.threads)
     try:
-        with suppress_warnings():
+        with warnings.catch_warnings(action="ignore"):
             return build_artifact(job, on_step)
     except OSError as error:
         return CompileResult("unable", f"{error.strerror or error} ({error.filename or job.directory})")

@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.artifacts.compile_job import CompileResult
+from emb_model_provider.artifacts.compiler_process import CompileResult
 from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, write_manifest
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
-from emb_model_provider.backends.pytorch.pipeline import load_pipeline, strip_final_normalize
-from emb_model_provider.compiler.export import (
-    EXPORTERS,
-    check_exportable,
-    disable_kv_cache,
-    embedding_dimension,
-    prebuilt_exporters,
-)
+from emb_model_provider.backends.pytorch.pipeline import load_pipeline
+from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporters
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.fidelity.compare import (
@@ -41,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-    from emb_model_provider.artifacts.compile_job import CompileJob
+    from emb_model_provider.artifacts.compiler_process import CompileJob
     from emb_model_provider.backends.base import ComputePrecision, Fidelity, ModelDescription
     from emb_model_provider.compiler.export import Exporter
     from emb_model_provider.compiler.quantize import QuantizedWeights
@@ -64,15 +58,8 @@ def build_artifact(
 ) -> CompileResult:
     """Make the artifact of a job. Its manifest is written only if the vectors are accurate enough.
 
-    Args:
-        job: The artifact to make.
-        on_step: Called with the name of each step when it begins.
-        exporters: How to export a graph, in the order in which they are tried. Prebuilt exports among the files of
-            the snapshot are tried after them.
-        corpus_s: Seconds that embedding the corpus with the reference model may take.
-
-    Raises:
-        OSError: A file cannot be read or written.
+    `exporters` are tried in order, and after them the prebuilt exports among the files of the snapshot. Embedding the
+    corpus with the reference model may take `corpus_s` seconds. Errors of reading and writing files are raised.
     """
     on_step("load")
     try:
@@ -126,20 +113,13 @@ def build_artifact(
 
 def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
     spec = replace(job.spec, prompts=None)
-    trusted = job.recipe.trust_remote_code
+    name, trusted = job.snapshot.repository, job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
-    pipeline = load_pipeline(plan, precision="fp32", device="cpu", trust_remote_code=trusted)
-    disable_kv_cache(pipeline)
-    # As in the torch backend: a Normalize before the truncation to truncate_dim is not the last step of the model.
-    truncated_after_normalize = plan.truncate_dim is not None and plan.normalize is None
-    normalize = False if truncated_after_normalize else strip_final_normalize(pipeline)
-    try:
-        dimension = embedding_dimension(pipeline)
-    except Exception as error:
-        raise LoadError(f"it was loaded but cannot embed: {describe_error(error)}") from error
-    description = describe(
-        pipeline, plan, dimension=dimension, normalize=normalize, precision="fp32", device="cpu", backend="openvino"
-    )  # fmt: skip
+    pipeline = load_pipeline(plan, name, precision="fp32", device="cpu", trust_remote_code=trusted)
+    if pipeline.transformers_model is not None:
+        # The key-value cache of a decoder would become part of the graph without being used.
+        pipeline.transformers_model.config.use_cache = False
+    description = describe(pipeline, plan, name, precision="fp32", device="cpu", backend="openvino")
     if description.max_length > LONGEST_COMPARED:
         note = (
             f"compared with the reference on texts of up to {LONGEST_COMPARED} tokens, of the "

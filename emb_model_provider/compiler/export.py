@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,16 +16,13 @@ from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.selection import EXPORTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 Exporter = Callable[[SentenceTransformer, Callable[[str], None]], Graph]
-"""Makes the graph of a pipeline, and calls its second argument with the name of each step when it begins.
-
-It raises whatever torch or OpenVINO raises.
-"""
+"""Makes the graph of a pipeline, and calls its second argument with the name of each step when it begins."""
 
 _EXAMPLE_SHAPE = (3, 11)
 """Shape of the example inputs, because torch.export treats sizes of 0 and 1 as constants, and equal sizes as one."""
@@ -82,11 +76,7 @@ class PipelineModule(torch.nn.Module):
 
 
 def check_exportable(pipeline: SentenceTransformer) -> None:
-    """Check that a pipeline can be exported.
-
-    Raises:
-        UnsupportedModelError: Only the torch backend can run it.
-    """
+    """Raise UnsupportedModelError if only the torch backend can run a pipeline."""
     if isinstance(pipeline[0], StaticEmbedding):
         raise UnsupportedModelError("static embeddings are only looked up and averaged, so there is nothing to compile")
     for stage in pipeline:
@@ -97,7 +87,6 @@ def check_exportable(pipeline: SentenceTransformer) -> None:
 
 
 def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Export a pipeline with torch.export; see `Exporter`."""
     module = PipelineModule(pipeline).eval()
     inputs = module.example()
     dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
@@ -109,61 +98,37 @@ def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Gra
 
 
 def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Export a pipeline by tracing it; see `Exporter`."""
-    module = PipelineModule(pipeline).eval()
+    module = PipelineModule(pipeline)
     inputs = module.example()
     on_step("trace")
-    with torch.no_grad():
-        example = tuple(inputs.values())
-        traced: Any = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        on_step("convert")
-        return _finalize(openvino().convert_model(traced, example_input=example), list(inputs), pipeline)
+    return _finalize(_trace(module, tuple(inputs.values()), on_step), list(inputs), pipeline)
 
 
 def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Export a pipeline by tracing it with eager attention; see `Exporter`."""
     if pipeline.transformers_model is not None:
         pipeline.transformers_model.set_attn_implementation("eager")
     return trace(pipeline, on_step)
 
 
-EXPORTERS: Mapping[str, Exporter] = MappingProxyType(
-    {"torch.export": export, "tracing": trace, "tracing, attention not fused": trace_without_fused_attention}
-)
+EXPORTERS: Mapping[str, Exporter] = {
+    "torch.export": export,
+    "tracing": trace,
+    "tracing, attention not fused": trace_without_fused_attention,
+}
 """Exporters by name, in the order in which they are tried."""
 
 
 def prebuilt_exporters(snapshot: Snapshot) -> dict[str, Exporter]:
-    """Return an exporter for each prebuilt export among the files of a snapshot, by the path of the file.
-
-    A prebuilt export contains the transformer only; the exporter appends the later stages of the pipeline.
-    """
+    """Return an exporter for each prebuilt export among the files of a snapshot, by the path of the file."""
     present = {file.path for file in snapshot.files}
     return {name: partial(_extend_prebuilt, snapshot.path / name) for name in EXPORTS if name in present}
 
 
-def embedding_dimension(pipeline: SentenceTransformer) -> int:
-    """Run a pipeline, and return the size of its vectors."""
-    if isinstance(pipeline[0], StaticEmbedding):
-        return int(pipeline.get_embedding_dimension() or 0)
-    module = PipelineModule(pipeline).eval()
+def _trace(module: torch.nn.Module, example: tuple[torch.Tensor, ...], on_step: Callable[[str], None]) -> Graph:
     with torch.no_grad():
-        return int(module(**module.example()).shape[1])
-
-
-def disable_kv_cache(pipeline: SentenceTransformer) -> None:
-    """Disable the key-value cache of a decoder, because it would become part of the graph without being used."""
-    model = pipeline.transformers_model
-    if model is not None and getattr(model.config, "use_cache", False):
-        model.config.use_cache = False
-
-
-@contextlib.contextmanager
-def suppress_warnings() -> Iterator[None]:
-    """Suppress the warnings of the libraries about tracing and deprecations."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+        traced: Any = torch.jit.trace(module.eval(), example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        on_step("convert")
+        return openvino().convert_model(traced, example_input=example)
 
 
 def _finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
@@ -233,20 +198,16 @@ class _Tail(torch.nn.Module):
 
 
 def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Append the later stages of a pipeline to a prebuilt export of its transformer."""
+    """Append the later stages of a pipeline to a prebuilt export, which contains its transformer only."""
     on_step(f"read {path.name}")
     ov = openvino()
     body = ov.Core().read_model(path)
     vectors = _token_vectors(body)
-    on_step("convert")
-    whole = PipelineModule(pipeline).eval()
+    whole = PipelineModule(pipeline)
     masks = {name: value for name, value in whole.example().items() if name != INPUT_IDS}
     first: Any = pipeline[0]
     hidden = torch.randn(*masks[ATTENTION_MASK].shape, int(first.get_embedding_dimension()))
-    example = (hidden, *masks.values())
-    with torch.no_grad():
-        traced: Any = torch.jit.trace(_Tail(whole).eval(), example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        tail = ov.convert_model(traced, example_input=example)
+    tail = _trace(_Tail(whole), (hidden, *masks.values()), on_step)
     ids, mask = _token_inputs(body)
     ports = [_find_input(tail, name, index) for index, name in enumerate([_TOKEN_EMBEDDINGS, *masks])]
     ports[0].replace(vectors)

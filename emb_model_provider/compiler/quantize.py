@@ -64,12 +64,7 @@ class _Weight:
 
 
 def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescription) -> Graph:
-    """Return a graph with integer weights. Blocks for seconds to minutes.
-
-    Args:
-        graph: A graph at fp32, which may be changed. If it has no weights to quantize, it is returned as it is.
-        weights: The precision to quantize to.
-        description: The description of the model, for tokenizing the calibration texts.
+    """Quantize the weights of a graph at fp32, which may be changed in place. Blocks for seconds to minutes.
 
     Raises:
         QuantizeError: nncf failed.
@@ -94,16 +89,10 @@ def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescript
 
 
 def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[np.int64]]]:
-    """Return the inputs of the graph for each calibration text, with the default prompt of the model.
-
-    Returns:
-        One batch per text: name to int64 of shape (1, length).
-    """
+    """Return the inputs of the graph for each calibration text, with the default prompt: int64 of shape (1, length)."""
     prompt = description.prompts.get(description.default_prompt or "", "")
     limit = min(description.max_length, _MAX_CALIBRATION_TOKENS)
-    encoded = Tokenization(description).encode(
-        list(calibration_texts()), prompt=prompt, truncate="END", max_tokens=limit
-    )
+    encoded = Tokenization(description).encode(calibration_texts(), prompt=prompt, truncate="END", max_tokens=limit)
     batches = []
     for ids, prompt_length in zip(encoded.ids, encoded.prompt_lengths, strict=True):
         mask = np.ones((1, len(ids)), dtype=np.int64)
@@ -165,7 +154,6 @@ def _matrix_share(graph: Graph, weights: Sequence[_Weight], table: _Weight | Non
 
 
 def _find_weights(graph: Graph) -> list[_Weight]:
-    """Return the tables and matrices of a graph."""
     weights = []
     for node in graph.get_ordered_ops():
         kind = node.get_type_name()

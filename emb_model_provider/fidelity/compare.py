@@ -1,4 +1,4 @@
-"""Compares the vectors of a backend with reference vectors at fp32, before the model is served.
+"""Compares the vectors of a backend with reference vectors at fp32, and decides whether the model is served.
 
 It uses the tokenization and the backends that serve requests.
 """
@@ -13,24 +13,39 @@ import numpy as np
 
 from emb_model_provider.backends.base import Fidelity, TokenBatch
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.fidelity.metrics import cosines, neighbor_overlap, similarities, spearman
+from emb_model_provider.errors import LoadError
 from emb_model_provider.fidelity.texts import corpus, long_probes, probes
+from emb_model_provider.formatting import format_cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
-    from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.backends.base import Backend, ComputePrecision, ModelDescription
+    from emb_model_provider.model_spec import ModelSpec
 
 MIN_COSINE = 0.999
 """The lowest cosine, on any text, of an artifact that must equal its reference."""
+AUTO_MIN_COSINE = 0.999
+"""The floor of `auto`, however low the configured floors are, because its user did not trade accuracy for speed."""
+SETTING = "EMB_PROVIDER_FIDELITY_FLOORS"
 LONGEST_COMPARED = 4096
 """In tokens. Comparing a text of 32,000 tokens at fp32 takes many minutes on a CPU."""
 CORPUS_S = 60.0
 """Seconds that embedding the corpus at fp32 may take, approximately. A slow model embeds a part of the corpus."""
+NEIGHBORS = 10
+
+_MORE_ACCURATE: Mapping[str, str] = {
+    "int4": "int8, bf16, fp16 or fp32",
+    "int8": "bf16, fp16 or fp32",
+    "bf16": "fp16 or fp32",
+    "fp16": "fp32",
+}
 _NORM_TOLERANCE = 0.05
 """Relative tolerance of vector norms, which matter because not every model normalizes its vectors."""
+_SMALLEST = 1e-30
+"""Keeps divisions by the norm of a zero vector finite."""
 _BATCH = 16
 _BATCH_TOKENS = 8192
 """Padded tokens of a batch, because a batch of the longest texts would take gigabytes."""
@@ -45,7 +60,7 @@ class Case:
     texts: Sequence[str]
     prompt: str
     expected: NDArray[np.float32]
-    """float32 of shape (texts, dimension)."""
+    """Shape (texts, dimension)."""
     neighbors: bool = False
     """Whether to compare the neighbors among the texts. Such texts are many and ordinary: they are embedded in
     batches only, not also one by one."""
@@ -53,6 +68,18 @@ class Case:
 
 class MismatchError(Exception):
     """The vectors of a backend are not those of the reference; the message contains the difference."""
+
+
+class AccuracyError(LoadError):
+    """The lowest cosine of a model to fp32 is below its floor."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """The measured value and the floor, for a note on the precision that is used instead."""
+
+
+# --- measuring ----------------------------------------------------------------------------------------
 
 
 def make_cases(
@@ -73,7 +100,7 @@ def make_cases(
     tokenization = Tokenization(description)
 
     def count_tokens(texts: Sequence[str]) -> int:
-        return sum(map(len, tokenization.encode(list(texts), truncate="END", max_tokens=limit).ids))
+        return sum(map(len, tokenization.encode(texts, truncate="END", max_tokens=limit).ids))
 
     embed(probes()[:_BATCH], "")  # warms up, so that one-time costs do not count as the speed of the model
     started = time.perf_counter()
@@ -90,21 +117,17 @@ def make_cases(
 def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> Fidelity:
     """Embed the cases, each text in a batch of mixed lengths and alone, and compare with the reference vectors.
 
-    Args:
-        backend: The model to compare.
-        cases: Texts and reference vectors.
-        exact: Whether the vectors must equal the reference. Otherwise they are only measured.
+    If not `exact`, vectors may differ from the reference, and the difference is only measured.
 
     Raises:
         MismatchError: A vector is not finite or has another size or, if `exact`, differs from the reference.
     """
     tokenization = Tokenization(backend.description)
-    limit = comparison_limit(backend.description)
     measured: list[NDArray[np.float64]] = []
     overlap, correlation = None, None
     for case in cases:
         for size in (_BATCH,) if case.neighbors else (_BATCH, 1):
-            vectors = _embed(backend, tokenization, case.texts, case.prompt, limit=limit, batch_size=size)
+            vectors = embed_texts(backend, tokenization, case.texts, case.prompt, batch_size=size)
             measured.append(_compare(vectors, case, "in a batch" if size > 1 else "alone", exact=exact))
             if case.neighbors:
                 ours, theirs = similarities(vectors), similarities(case.expected)
@@ -119,21 +142,12 @@ def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> F
     )
 
 
-def embed_texts(backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
+def embed_texts(
+    backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str, *, batch_size: int = _BATCH
+) -> NDArray[np.float32]:
     """Return the vectors of a backend as it would serve them: float32 of shape (texts, dimension)."""
     limit = comparison_limit(backend.description)
-    return _embed(backend, tokenization, texts, prompt, limit=limit, batch_size=_BATCH)
-
-
-def comparison_limit(description: ModelDescription) -> int:
-    """Return the length in tokens at which texts are truncated for the comparison."""
-    return min(description.max_length, LONGEST_COMPARED)
-
-
-def _embed(
-    backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str, *, limit: int, batch_size: int
-) -> NDArray[np.float32]:
-    encoded = tokenization.encode(list(texts), prompt=prompt, truncate="END", max_tokens=limit)
+    encoded = tokenization.encode(texts, prompt=prompt, truncate="END", max_tokens=limit)
     vectors, start = [], 0
     while start < len(encoded.ids):
         longest = max(map(len, encoded.ids[start : start + batch_size]))
@@ -141,6 +155,93 @@ def _embed(
         vectors.append(backend.embed(TokenBatch(ids=encoded.ids[rows], prompt_lengths=encoded.prompt_lengths[rows])))
         start = rows.stop
     return np.concatenate(vectors)
+
+
+def comparison_limit(description: ModelDescription) -> int:
+    """Return the length in tokens at which texts are truncated for the comparison."""
+    return min(description.max_length, LONGEST_COMPARED)
+
+
+def check_accuracy(
+    spec: ModelSpec, computed: ComputePrecision, fidelity: Fidelity | None, floors: Mapping[str, float]
+) -> None:
+    """Check a model's lowest cosine to fp32 against its floor. A model that was not measured passes.
+
+    The floor is that of the requested precision, whatever the model computes in; for `auto`, it is that of the
+    precision that was chosen.
+
+    Raises:
+        AccuracyError: It is below the floor. The message says which settings to change.
+    """
+    precision = computed if spec.precision == "auto" else spec.precision
+    floor = floors[precision]
+    if spec.precision == "auto" and computed != "fp32":
+        floor = max(AUTO_MIN_COSINE, floor)
+    if fidelity is None or fidelity.min_cosine >= floor:
+        return
+    advice = "Lower that floor."
+    if precision in _MORE_ACCURATE:
+        advice = (
+            f'Set EMB_PROVIDER_MODEL_PRECISION (or "precision" in the mapping) to {_MORE_ACCURATE[precision]}, or '
+            "lower that floor."
+        )
+    cosine = format_cosine(fidelity.min_cosine)
+    raise AccuracyError(
+        f"{spec.name} is not accurate enough at {precision}: its lowest cosine to fp32 is {cosine} over "
+        f"{fidelity.texts} texts, and the floor of {precision} in {SETTING} is {floor:g}. {advice}",
+        reason=f"its lowest cosine to fp32 at {computed} is {cosine}, below {floor:g}",
+    )
+
+
+# --- metrics ------------------------------------------------------------------------------------------
+
+
+def cosines(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
+    """Return the cosine of each row of `ours` to the same row of `theirs`: float64 of shape (rows,).
+
+    A zero vector has no direction, so if a row of `theirs` is zero, the result is 1 if that of `ours` is zero, else 0.
+    """
+    left, right = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    our_norms, their_norms = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
+    products = (left * right).sum(axis=1) / np.maximum(our_norms * their_norms, _SMALLEST)
+    result: NDArray[np.float64] = np.where(their_norms > 0, products, (our_norms == 0).astype(np.float64))
+    return result
+
+
+def similarities(vectors: ArrayLike) -> NDArray[np.float64]:
+    """Return the cosines of all pairs of rows: float64 of shape (rows, rows)."""
+    rows = np.asarray(vectors, dtype=np.float64)
+    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALLEST)
+    result: NDArray[np.float64] = unit @ unit.T
+    return result
+
+
+def neighbor_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBORS) -> float | None:
+    """Return the mean share of each text's `count` nearest neighbors in `theirs` that are also nearest in `ours`.
+
+    Both are `similarities`. A text is not its own neighbor, and of equally near texts the first ones count. With fewer
+    other texts, all of them are neighbors; without any, the result is None.
+    """
+    texts = len(ours)
+    count = min(count, texts - 1)
+    if count < 1:
+        return None
+    kept = _nearest(ours, count) & _nearest(theirs, count)
+    return float(kept.sum() / (count * texts))
+
+
+def spearman(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float | None:
+    """Return Spearman's rank correlation of the similarities of all pairs of different texts, -1 to 1.
+
+    It is None if it is undefined, because there are fewer than three texts or all pairs are equally similar.
+    """
+    if len(ours) < 3:
+        return None
+    pairs = np.triu_indices(len(ours), k=1)
+    left, right = _ranks(ours[pairs]), _ranks(theirs[pairs])
+    left, right = left - left.mean(), right - right.mean()
+    scale = float(np.sqrt((left @ left) * (right @ right)))
+    return float(left @ right) / scale if scale > 0 else None
 
 
 def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool) -> NDArray[np.float64]:
@@ -169,3 +270,21 @@ def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool)
             f"a vector has norm {ours[row]:.4g}, and its reference {theirs[row]:.4g} ({how}, {case.texts[row][:30]!r})"
         )
     return similar
+
+
+def _nearest(similar: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Return which texts are among the nearest of each text: bool of shape (texts, texts)."""
+    others = similar.copy()
+    np.fill_diagonal(others, -np.inf)
+    order = np.argsort(-others, axis=1, kind="stable")[:, :count]
+    nearest = np.zeros(similar.shape, dtype=np.bool_)
+    np.put_along_axis(nearest, order, values=True, axis=1)
+    return nearest
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the rank of each value, from 1; equal values share the mean of their ranks."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: NDArray[np.float64] = last - (counts - 1) / 2
+    return mean[places.reshape(-1)]

@@ -51,12 +51,9 @@ def topics() -> dict[str, tuple[str, ...]]:
 
 
 def corpus(share: float = 1.0) -> tuple[str, ...]:
-    """Return the corpus, or a part of it with at least `MIN_TOPICS` topics.
+    """Return the corpus, or about a share (0 to 1) of it with at least `MIN_TOPICS` topics.
 
     Topics are kept whole and are chosen evenly, so that values measured on a part are comparable with those of all.
-
-    Args:
-        share: About the share of texts to return, 0 to 1.
     """
     every = list(topics().values())
     count = min(len(every), max(MIN_TOPICS, int(share * len(every))))

@@ -400,10 +400,7 @@ class ModelManager:
                 f"Precision {precision} is not available here: choose fp32, fp16, bf16 or auto. `Embedder` and the "
                 "service support it."
             )
-        from emb_model_provider.backends.pytorch.import_guards import quiet_imports
-
-        with quiet_imports():
-            from emb_model_provider.backends.pytorch.pipeline import load_sentence_transformer
+        from emb_model_provider.backends.pytorch.pipeline import load_sentence_transformer
 
         snapshot, lock = self.acquire(spec)
         try:

@@ -14,13 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-from emb_model_provider.artifacts.compile_job import CompileJob, CompileResult, CompileStep
+from emb_model_provider.artifacts.compiler_process import CompileJob, CompileResult, CompileStep, to_line
 from emb_model_provider.artifacts.manifest import FILES, read_artifact, write_manifest
 from emb_model_provider.compiler.__main__ import exit_with_parent
 
 
-def send(line: str) -> None:
-    sys.stdout.write(line + "\n")
+def send(event: CompileStep | CompileResult) -> None:
+    sys.stdout.write(to_line(event))
     sys.stdout.flush()
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     exit_with_parent(job.parent)
     with Path(options["log"]).open("a") as log:
         log.write(f"{os.getpid()}\n")
-    send(CompileStep("pretend").to_json())
+    send(CompileStep("pretend"))
     source = Path(options["copy"])
     for name in FILES:
         shutil.copyfile(source / name, job.directory / name)
@@ -39,12 +39,12 @@ def main() -> None:
     if "die" in options:
         os.kill(os.getpid(), options["die"])
     if "outcome" in options:
-        send(CompileResult(options["outcome"], "as the test requests").to_json())
+        send(CompileResult(options["outcome"], "as the test requests"))
         return
     artifact = read_artifact(source)
     assert artifact is not None
     write_manifest(job.directory, job.recipe, artifact.description, made_by="the fake compiler")
-    send(CompileResult("done").to_json())
+    send(CompileResult("done"))
 
 
 if __name__ == "__main__":

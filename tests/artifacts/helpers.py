@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 from filelock import FileLock
 
-from emb_model_provider.artifacts.compile_job import CompileJob
+from emb_model_provider.artifacts.compiler_process import CompileJob
 from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
 from emb_model_provider.artifacts.prepare import BackendPreparer
 from emb_model_provider.artifacts.recipe import recipe_for
@@ -21,7 +22,7 @@ from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.hardware import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.compiler.build import build_artifact
-from emb_model_provider.compiler.export import EXPORTERS, suppress_warnings
+from emb_model_provider.compiler.export import EXPORTERS
 from emb_model_provider.fidelity.compare import CORPUS_S
 from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from _pytest.mark import ParameterSet
 
-    from emb_model_provider.artifacts.compile_job import CompileResult
+    from emb_model_provider.artifacts.compiler_process import CompileResult
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.prepare import PreparedBackend
     from emb_model_provider.backends.base import Backend, ModelDescription
@@ -78,11 +79,9 @@ def compile_here(
         fast_int8=int8,
     )
     artifact.mkdir(parents=True, exist_ok=True)
-    job = CompileJob(
-        spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2, parent=os.getpid()
-    )
+    job = CompileJob(spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2)
     steps: list[str] = []
-    with suppress_warnings():
+    with warnings.catch_warnings(action="ignore"):
         result = build_artifact(job, steps.append, exporters=exporters, corpus_s=corpus_s)
     return result, steps
 

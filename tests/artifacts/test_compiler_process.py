@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from emb_model_provider.artifacts.compiler_process import CompileJob
+from emb_model_provider.artifacts.recipe import recipe_for
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, wait_for
-from tests.models import bundled_directory
+from tests.models import bundled_directory, snapshot_of, spec_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +125,19 @@ def test_the_compiler_ends_with_a_killed_service(compiled: CompiledModels, tmp_p
     assert (result["backend"], result["dimension"]) == ("openvino", 48)
     assert not HEAVY & set(result["modules"])
     assert not list((tmp_path / "artifacts").glob(".*.tmp"))
+
+
+def test_the_compiler_reads_the_job_that_was_written(tmp_path: Path) -> None:
+    """All values are equal except those for downloading, which the compiler does not get."""
+    spec, snapshot = spec_of(prompts={"query": "q: "}, dimensions=(8, 16)), snapshot_of(bundled_directory())
+    recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=True)
+    job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=3)
+    assert job.parent == os.getpid()
+    written = replace(job, spec=replace(spec, token="secret", endpoint="https://hub", path=tmp_path))
+    assert written.to_json() == job.to_json()
+    read = CompileJob.from_json(job.to_json())
+    assert (read.spec, read.snapshot, read.directory, read.threads) == (spec, snapshot, tmp_path, 3)
+    assert read.recipe.key == recipe.key
 
 
 def test_steps_are_logged_with_their_duration(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from emb_model_provider.artifacts import prepare
 from emb_model_provider.artifacts import recipe as recipes
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.errors import LoadError, OperationCancelledError
-from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError
+from emb_model_provider.fidelity.compare import SETTING, AccuracyError
 from emb_model_provider.formatting import format_cosine
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings import FIDELITY_FLOORS

@@ -11,7 +11,7 @@ import pytest
 
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.torch_fidelity import bytes_at_fp32, free_memory
-from emb_model_provider.fidelity.thresholds import SETTING, AccuracyError
+from emb_model_provider.fidelity.compare import SETTING, AccuracyError
 from emb_model_provider.formatting import format_cosine
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness
 from tests.models import snapshot_of

@@ -97,7 +97,7 @@ def load_torch(directory: Path, *, trust: bool = False, **spec: Any) -> TorchBac
 def load_torch_pipeline(directory: Path, *, device: str = "cpu") -> SentenceTransformer:
     """Load the pipeline that the torch backend runs, at fp32."""
     plan = plan_pipeline(spec_of(), snapshot_of(directory), trust_remote_code=False)
-    return load_pipeline(plan, precision="fp32", device=device, trust_remote_code=False)
+    return load_pipeline(plan, "test/small", precision="fp32", device=device, trust_remote_code=False)
 
 
 def reference(directory: Path, **options: Any) -> SentenceTransformer:
@@ -160,7 +160,7 @@ def reference_kernel(
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """Compute attention input by input, as `Kernel` specifies it: slow, exact, and on any device."""
+    """Compute attention input by input, as `varlen_kernel` specifies it: slow, exact, and on any device."""
     assert starts.dtype == torch.int32
     rows = []
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
-from emb_model_provider.compiler.export import check_exportable, prebuilt_exporters, suppress_warnings
+from emb_model_provider.compiler.export import check_exportable, prebuilt_exporters
 from emb_model_provider.errors import IncompleteRepositoryError, UnsupportedModelError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_spec import ModelSpec
@@ -58,7 +59,7 @@ def add_export(directory: Path, name: str = OPENVINO, output: str = "last_hidden
     padded[1, 7:] = 0
     example = (ones, padded, torch.zeros_like(ones))
     (directory / name).parent.mkdir()
-    with torch.no_grad(), suppress_warnings():
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         if name == ONNX:
             dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
             torch.onnx.export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from emb_model_provider.artifacts.manifest import FILES, GRAPH, MANIFEST, WEIGHT
 from emb_model_provider.backends.hardware import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import POOLING_MASK
-from emb_model_provider.compiler.export import suppress_warnings
 from emb_model_provider.compiler.quantize import QuantizeError, calibration_inputs, quantize
 from emb_model_provider.fidelity.texts import calibration_texts, probes
 from tests.artifacts.helpers import FAMILY, ONE_TOKEN, Compiled, CompiledModels, compile_here, mark_slow_except
@@ -48,7 +48,7 @@ def test_quantized_families_are_close_to_fp32(
     texts = TEXTS + list(probes()[24:60])
     expected = embed_texts(exact.load(), texts)
     described = replace(exact.description, precision=precision)
-    with suppress_warnings():
+    with warnings.catch_warnings(action="ignore"):
         graph = quantize(openvino.Core().read_model(exact.artifact.directory / GRAPH), precision, described)
     openvino.save_model(graph, tmp_path / GRAPH, compress_to_fp16=False)
     assert (tmp_path / WEIGHTS).stat().st_size < 0.4 * weights_size(exact)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.backends.base import Fidelity
-from emb_model_provider.fidelity.thresholds import AccuracyError, check_accuracy
+from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.formatting import format_cosine
 from emb_model_provider.settings import FIDELITY_FLOORS
 from tests.models import spec_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.artifacts.compile_job import CompileResult
+from emb_model_provider.artifacts.compiler_process import CompileResult
 from emb_model_provider.artifacts.manifest import FILES, GRAPH, write_manifest
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.backends.base import ModelDescription
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from emb_model_provider.artifacts.compile_job import CompileJob
+    from emb_model_provider.artifacts.compiler_process import CompileJob
     from emb_model_provider.progress import OnProgress
     from emb_model_provider.settings import Settings
     from emb_model_provider.snapshots.snapshot import Snapshot

@@ -1,8 +1,7 @@
 """The OpenVINO backend: runs batches of tokens through a compiled graph on the CPU. It does not import torch.
 
-Memory is bounded, because a batch is split into micro-batches of at most 2,048 padded tokens, which are as fast as
-larger ones. They contain inputs of similar length. Lengths above 64 are rounded up to a multiple of 8, because the
-runtime keeps kernels for each shape (see docs/performance.md).
+Batches are split into micro-batches of inputs of similar length, which bound the memory and are as fast as larger ones.
+Long inputs are padded to a multiple of 8, because the runtime keeps kernels for each shape (see docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emb_model_provider.backends.base import check_ids, check_lengths, pad
 from emb_model_provider.backends.hardware import usable_cpus
 from emb_model_provider.backends.memory_estimate import openvino_bytes
 from emb_model_provider.backends.openvino_cpu.runtime import (
@@ -24,7 +24,6 @@ from emb_model_provider.backends.openvino_cpu.runtime import (
     compile_streams,
     stream_layout,
 )
-from emb_model_provider.errors import InferenceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,10 +48,6 @@ _LENGTH_STEP = 8
 class OpenVinoBackend:
     """A compiled graph. Up to `streams` threads run `embed` at the same time; further threads wait."""
 
-    description: ModelDescription
-    streams: int
-    memory_bytes: int
-
     def __init__(
         self,
         graph: Path,
@@ -65,8 +60,8 @@ class OpenVinoBackend:
 
         Args:
             graph: An OpenVINO `.xml` file with its `.bin` file next to it.
-            description: The description of the model. The graph computes in its `compute` or else its `precision`,
-                which must be fp32, bf16 or, for integer weights, int8.
+            description: The graph computes in its `compute` or else its `precision`: fp32, bf16 or, for integer
+                weights, int8.
             cpus: Number of processors to use; None for all that this process can use.
             on_close: Called once, when the backend is closed.
 
@@ -78,12 +73,9 @@ class OpenVinoBackend:
         self.streams = layout.streams
         compute = description.compute or description.precision
         compiled = compile_streams(graph, compute, layout)
+        stored = graph.with_suffix(".bin").stat().st_size
         self.memory_bytes = openvino_bytes(
-            graph.with_suffix(".bin").stat().st_size,
-            compiled.matrix_items,
-            compiled.dequantized_bytes,
-            compute,
-            description,
+            stored, compiled.matrix_items, compiled.dequantized_bytes, compute, description
         )
         self._requests = RequestPool(
             (compiled.streams.create_infer_request() for _ in range(layout.streams)),
@@ -96,25 +88,13 @@ class OpenVinoBackend:
         self._closed = False
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
-
-        Raises:
-            InferenceError: An input is longer than the model supports, or has an id that the model does not have.
-        """
         return self._embed(batch, self._requests.acquire)
 
     def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """Return the same vectors, computed at fp32 from the stored weights on one thread.
-
-        The first call compiles the graph again.
-
-        Raises:
-            InferenceError: An input is longer than the model supports, or has an id that the model does not have.
-        """
+        """Compute at fp32 from the stored weights, on one thread. The first call compiles the graph again."""
         return self._embed(batch, self._acquire_fp32)
 
     def close(self) -> None:
-        """Free the memory of the model. The backend cannot be used afterwards."""
         if not self._closed:
             self._closed = True
             self._requests.close()
@@ -124,7 +104,8 @@ class OpenVinoBackend:
     def _embed(self, batch: TokenBatch, acquire: Callable[[], AbstractContextManager[Any]]) -> NDArray[np.float32]:
         if self._closed:
             raise RuntimeError("the backend is closed")
-        self._check(batch)
+        check_lengths(batch, self.description.max_length)
+        check_ids(np.concatenate(batch.ids), self.description.vocab_size)
         vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
         for rows, length in split_batch([len(row) for row in batch.ids], self.description.max_length):
             inputs = self._inputs(batch, rows, length)
@@ -133,33 +114,15 @@ class OpenVinoBackend:
                 vectors[rows] = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
         return vectors
 
-    def _check(self, batch: TokenBatch) -> None:
-        """Reject inputs for which the graph would read beyond its tables."""
-        longest = max(map(len, batch.ids))
-        if longest > self.description.max_length:
-            raise InferenceError(f"An input has {longest} tokens; the model supports {self.description.max_length}.")
-        lowest, highest = min(map(min, batch.ids)), max(map(max, batch.ids))
-        if lowest < 0 or highest >= self.description.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InferenceError(
-                f"An input has the token id {wrong}; the model has 0 to {self.description.vocab_size - 1}."
-            )
-
     def _inputs(self, batch: TokenBatch, rows: Sequence[int], length: int) -> dict[str, NDArray[np.int64]]:
-        shape = len(rows), length
-        ids = np.full(shape, self.description.pad_token_id, dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
-        pooled = np.zeros(shape, dtype=np.int64)
-        for i, row in enumerate(rows):
-            tokens = batch.ids[row]
-            start = length - len(tokens) if self.description.padding_side == "left" else 0
-            end = start + len(tokens)
-            ids[i, start:end] = tokens
-            mask[i, start:end] = 1
-            if self.description.excludes_prompt:
-                pooled[i, start + batch.prompt_lengths[row] : end] = 1
+        description = self.description
+        ids, mask = pad([batch.ids[row] for row in rows], length, description.pad_token_id, description.padding_side)
         inputs = {INPUT_IDS: ids, ATTENTION_MASK: mask}
-        if self.description.excludes_prompt:
+        if description.excludes_prompt:
+            pooled = mask.copy()
+            for i, row in enumerate(rows):
+                start = length - len(batch.ids[row]) if description.padding_side == "left" else 0
+                pooled[i, start : start + batch.prompt_lengths[row]] = 0
             inputs[POOLING_MASK] = pooled
         return inputs
 
@@ -178,27 +141,26 @@ class RequestPool:
     def __init__(self, requests: Iterable[Any], latency_request: Any | None = None) -> None:
         # The request that was returned last is taken first: its buffers are in the processor's caches, and the buffers
         # of requests that are not needed are never allocated.
-        self._requests: queue.LifoQueue[Any] = queue.LifoQueue()
+        self._requests: queue.LifoQueue[Any] | None = queue.LifoQueue()
         for request in requests:
             self._requests.put(request)
         self._latency_request = latency_request
-        self._latency_is_free = latency_request is not None
         self._running = 0
         self._lock = threading.Lock()
-        self._closed = False
 
     @contextmanager
     def acquire(self) -> Iterator[Any]:
-        """Wait for a request: the latency request while no other one is in use, else one of the streams."""
+        """Wait for a request: the latency request if no other one is in use, else one of the streams."""
         with self._lock:
-            is_lone = self._latency_is_free and not self._running
-            self._running += 1
-            self._latency_is_free &= not is_lone
-        try:
-            if is_lone:
-                yield self._latency_request
-                return
             requests = self._requests
+            if requests is None:
+                raise RuntimeError("the backend is closed")
+            latency_request = None if self._running else self._latency_request
+            self._running += 1
+        try:
+            if latency_request is not None:
+                yield latency_request
+                return
             request = requests.get()
             try:
                 yield request
@@ -207,21 +169,15 @@ class RequestPool:
         finally:
             with self._lock:
                 self._running -= 1
-                self._latency_is_free |= is_lone and not self._closed
 
     def close(self) -> None:
         """Release the requests. Those in use are freed when they are returned."""
-        self._closed = True
-        self._requests = queue.LifoQueue()
-        self._latency_request, self._latency_is_free = None, False
+        with self._lock:
+            self._requests = self._latency_request = None
 
 
 def split_batch(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int], int]]:
-    """Split a batch into the micro-batches that cost least in total, in padded tokens and in number.
-
-    Args:
-        lengths: Number of tokens of each row.
-        longest: Number of tokens that the model supports.
+    """Split rows of these lengths into the micro-batches that cost least in total, for a model that reads `longest` tokens.
 
     Yields:
         The rows of a micro-batch, and the length that they are padded to; the longest rows first.
@@ -236,12 +192,7 @@ def split_batch(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int
 
 
 def bucket_length(length: int, longest: int) -> int:
-    """Return the length that a micro-batch is padded to, which bounds the number of shapes.
-
-    Args:
-        length: Number of tokens of its longest row.
-        longest: Number of tokens that the model supports.
-    """
+    """Return the length that a micro-batch is padded to, which bounds the number of shapes."""
     if length <= _EXACT_LENGTHS:
         return length
     return min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, max(length, longest))

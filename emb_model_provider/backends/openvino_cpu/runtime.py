@@ -1,13 +1,7 @@
 """OpenVINO on this processor: import it, and compile a graph for it.
 
-A graph is compiled twice, with shared weights, which costs 30 MB. One thread per stream gives the highest throughput,
-and all threads on one batch answer a lone request in little more than half the time.
-
-Integer weights can be computed in three ways. With activations quantized to 8 bits during inference, int8 is slightly
-faster than bf16 and nearly twice as fast as fp32, so it is used on processors for which `hardware.fast_int8` is true if
-the model is accurate enough. At bf16, matrices are dequantized when they are loaded (tables are not, because only single
-rows are read), because dequantizing them in each inference costs 10 to 25 %; at fp32 it costs nothing (see
-docs/performance.md).
+A graph is compiled twice, with shared weights, which costs 30 MB: one thread per stream has the highest throughput, and
+all threads on one batch answer a lone request in little more than half the time (see docs/performance.md).
 """
 
 from __future__ import annotations
@@ -56,7 +50,6 @@ class StreamLayout:
     """How the processors are shared among batches."""
 
     streams: int
-    """Number of batches that run at the same time."""
     threads: int
     """Threads of all streams together, and those of the latency request."""
 
@@ -72,14 +65,7 @@ def stream_layout(cpus: int) -> StreamLayout:
 
 
 def openvino() -> Any:
-    """Import OpenVINO without the package that reports its use to Google Analytics.
-
-    Returns:
-        The module. Untyped, because its stubs are incomplete.
-
-    Raises:
-        LoadError: It is not installed, or does not support this machine.
-    """
+    """Import OpenVINO without the package that reports its use to Google Analytics; LoadError if that fails."""
     # A name that maps to None cannot be imported; OpenVINO then uses a stub that sends nothing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as the import system documents
     try:
@@ -109,20 +95,11 @@ class Compiled(NamedTuple):
 
 
 def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayout) -> Compiled:
-    """Compile a graph for all streams and, if the layout has it, for the latency request. They share the weights.
-
-    Args:
-        path: An OpenVINO `.xml` file.
-        precision: The precision of the computation.
-        layout: How the processors are shared.
-
-    Raises:
-        LoadError: The graph cannot be read or compiled.
-    """
+    """Compile a graph for all streams and, if the layout has it, for the latency request. They share the weights."""
     core = openvino().Core()
     try:
         graph = core.read_model(path)
-        matrix_items = sum(math.prod(value.get_shape()) for value in _matrices(graph))
+        matrix_items = sum(math.prod(operand.get_source_output().get_shape()) for operand, _ in _matrices(graph))
         dequantized_bytes = _dequantize_matrices(graph) if precision == "bf16" else 0
         streams = core.compile_model(graph, "CPU", _options(precision, layout.streams, layout.threads))
         latency_model = None
@@ -136,32 +113,34 @@ def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayou
     return Compiled(streams, latency_model, matrix_items, dequantized_bytes)
 
 
-def _matrices(graph: Graph) -> Iterator[Any]:
-    """Yield the constant operands of matrix multiplications."""
+def _matrices(graph: Graph) -> Iterator[tuple[Any, Literal["floats", "integers"]]]:
+    """Yield the constant operands of matrix multiplications, and how they are stored."""
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "MatMul":
-            values = (node.input_value(port) for port in (0, 1))
-            yield from (value for value in values if _stored(value) is not None)
+            for operand in node.inputs():
+                stored = _stored(operand.get_source_output())
+                if stored is not None:
+                    yield operand, stored
 
 
 def _dequantize_matrices(graph: Graph) -> int:
-    """Replace matrices that are stored as integers by their dequantized values; return the bytes of those."""
+    """Replace matrices that are stored as integers by their dequantized values, and return the bytes of these.
+
+    Dequantizing them in each inference costs 10 to 25 % at bf16, and nothing at fp32. Tables remain integers, because
+    only single rows of them are read.
+    """
     dequantized_bytes = 0
     passes = importlib.import_module("openvino.passes")
-    for node in graph.get_ordered_ops():
-        if node.get_type_name() != "MatMul":
+    for operand, stored in _matrices(graph):
+        if stored == "floats":
             continue
-        for port in (0, 1):
-            value = node.input_value(port)
-            if _stored(value) != "integers":
-                continue
-            manager = passes.Manager()
-            manager.register_pass(passes.ConstantFolding())
-            weights = openvino().Model([value.get_node()], [], "weights")
-            manager.run_passes(weights)
-            folded = weights.outputs[0].get_node().input_value(0)
-            dequantized_bytes += math.prod(folded.get_shape()) * folded.get_element_type().size
-            node.input(port).replace_source_output(folded)
+        manager = passes.Manager()
+        manager.register_pass(passes.ConstantFolding())
+        weights = openvino().Model([operand.get_source_output().get_node()], [], "weights")
+        manager.run_passes(weights)
+        folded = weights.outputs[0].get_node().input_value(0)
+        dequantized_bytes += math.prod(folded.get_shape()) * folded.get_element_type().size
+        operand.replace_source_output(folded)
     return dequantized_bytes
 
 

@@ -1,1 +1,47 @@
-"""The torch backend. Imported only if torch serves a model."""
+"""The torch backend. Imported only if torch serves a model.
+
+Importing this package imports sentence-transformers, so that its modules cannot do so without `quiet_imports`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LOGGERS = ("torch.utils._pytree", "torchao", "bitsandbytes.backends.cpu.ops")
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Silence the import of torchao (which transformers imports, if it is installed) and bitsandbytes.
+
+    Their deprecation warnings do not concern the operator. And on some CPUs, bitsandbytes downloads code from a
+    Hugging Face repository when it is imported and the package `kernels` is installed. That code is not verified, and
+    must not be downloaded by an offline service, so `kernels` is hidden.
+    """
+    with _LOCK, warnings.catch_warnings(action="ignore"):
+        levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+        hidden = "kernels" not in sys.modules
+        if hidden:
+            sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            if hidden:
+                sys.modules.pop("kernels", None)
+
+
+with quiet_imports():
+    import sentence_transformers  # noqa: F401

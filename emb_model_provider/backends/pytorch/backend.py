@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from emb_model_provider.backends.base import ModelDescription, TokenBatch
+from emb_model_provider.backends.base import check_ids, check_lengths, pad
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.memory_estimate import torch_bytes
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
@@ -24,15 +24,10 @@ from emb_model_provider.backends.pytorch.packing import (
     varlen_available,
     varlen_kernel,
 )
-from emb_model_provider.backends.pytorch.pipeline import (
-    explain_error,
-    load_pipeline,
-    strip_final_normalize,
-    torch_device_facts,
-)
-from emb_model_provider.backends.pytorch.quantization import PACKAGES, quantize_pipeline, require_packages
+from emb_model_provider.backends.pytorch.pipeline import explain_error, load_pipeline, torch_device_facts
+from emb_model_provider.backends.pytorch.quantization import PACKAGES, import_packages, quantize_pipeline
 from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.errors import InferenceError, LoadError
+from emb_model_provider.errors import LoadError
 from emb_model_provider.formatting import describe_error
 
 if TYPE_CHECKING:
@@ -41,9 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-    from emb_model_provider.backends.base import ComputePrecision
-    from emb_model_provider.backends.pipeline_plan import PipelinePlan
-    from emb_model_provider.backends.precision import DeviceFacts
+    from emb_model_provider.backends.base import TokenBatch
     from emb_model_provider.backends.pytorch.packing import Kernel
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.snapshots.snapshot import Snapshot
@@ -52,77 +45,50 @@ if TYPE_CHECKING:
 class TorchBackend:
     """A pipeline loaded with PyTorch. One thread creates, uses and closes it."""
 
-    description: ModelDescription
-    memory_bytes: int
     streams = 1
     """Two batches at a time would not be faster, because one batch uses all cores, or the GPU."""
 
     def __init__(self, spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> None:
         """Load a snapshot, and run one token through it.
 
-        Args:
-            spec: The model, with the requested device and precision.
-            snapshot: Its files.
-            trust_remote_code: Whether code from the repository may run.
-
         Raises:
             LoadError: It cannot be loaded; for example a DeviceUnavailableError, UnsupportedPrecisionError or
                 UnsupportedModelError.
         """
+        name = snapshot.repository
         facts = torch_device_facts()
         device = resolve_device(spec.device, facts)
         precision = resolve_torch_precision(spec.precision, device, facts)
-        require_packages(precision)
+        compute = resolve_activations(precision, device, facts, native_bf16=native_bf16())
+        import_packages(precision)  # before anything is read, because it fails most often
         plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
-        pipeline, notes = _load(plan, precision, device, facts, trust_remote_code=trust_remote_code)
-        # sentence-transformers truncates to truncate_dim after the last module. A Normalize before that is not the last
-        # step of the model, so it is kept, and truncated vectors are shorter than 1, like those of `encode`.
-        truncated_after_normalize = plan.truncate_dim is not None and plan.normalize is None
-        normalize = False if truncated_after_normalize else strip_final_normalize(pipeline)
-        self._pipeline: SentenceTransformer | None = pipeline
-        self._static = isinstance(pipeline[0], StaticEmbedding)
-        self._device = torch.device(device)
-        self._truncate_dim = plan.truncate_dim
-        # Sufficient for the run of one token below, which determines the dimension.
-        self._vocab_size, self._pad_token_id = 1, 0
-        self._padding_side: Literal["left", "right"] = "right"
-        self._packing: Packing | None = None
-        try:
-            dimension = self._forward([[0]], prompt_length=0).shape[1]
-        except Exception as error:
-            raise LoadError(f"{snapshot.repository} was loaded but cannot embed: {describe_error(error)}") from error
-        description = describe(
-            pipeline,
-            plan,
-            dimension=dimension,
-            normalize=normalize,
-            precision=precision,
-            device=device,
-            backend="torch",
+        quantized = precision in PACKAGES
+        # Quantizing moves the layers to the device one by one, so that a GPU never holds the model at full size.
+        pipeline = load_pipeline(
+            plan, name, precision=compute, device="cpu" if quantized else device, trust_remote_code=trust_remote_code
         )
+        notes: tuple[str, ...] = ()
+        if quantized:
+            try:
+                notes = quantize_pipeline(pipeline, precision=precision, device=device)
+            except LoadError:
+                raise
+            except Exception as error:
+                raise explain_error(error, name) from error
+        description = describe(pipeline, plan, name, precision=precision, device=device, backend="torch")
         self.description = replace(description, notes=(*description.notes, *notes))
-        self._vocab_size = self.description.vocab_size
-        self._pad_token_id = self.description.pad_token_id
-        self._padding_side = self.description.padding_side
-        half = resolve_activations(precision, device, facts, native_bf16=False) != "fp32"
-        if half and varlen_available(self._device):
+        self._pipeline: SentenceTransformer | None = pipeline
+        self._device = torch.device(device)
+        self._packing: Packing | None = None
+        if compute != "fp32" and varlen_available(self._device):
             self.pack(varlen_kernel)
         weights = (*pipeline.parameters(), *pipeline.buffers())
         self.memory_bytes = torch_bytes(sum(map(_tensor_bytes, weights)), self.description)
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """Return float32 vectors of shape (inputs, dimension), before a final length normalization.
-
-        It raises whatever PyTorch raises, and the backend remains usable.
-
-        Raises:
-            InferenceError: An input is longer than the model supports, or has an id that the model does not have.
-        """
-        longest = max(map(len, batch.ids))
-        if longest > self.description.max_length:
-            raise InferenceError(f"An input has {longest} tokens; the model supports {self.description.max_length}.")
+        check_lengths(batch, self.description.max_length)
         if not self.description.excludes_prompt:
-            return self._forward(batch.ids, prompt_length=0)
+            return self._forward(batch.ids)
         lengths = sorted(set(batch.prompt_lengths))
         if len(lengths) == 1:
             return self._forward(batch.ids, prompt_length=lengths[0])
@@ -134,12 +100,7 @@ class TorchBackend:
         return vectors
 
     def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """Return the same vectors, computed at fp32 from a temporary copy of the weights.
-
-        Raises:
-            NotImplementedError: The weights are integers.
-            InferenceError: An input is longer than the model supports, or has an id that the model does not have.
-        """
+        """Compute at fp32 with a temporary copy of the weights; NotImplementedError if these are integers."""
         pipeline, packing, precision = self._pipeline, self._packing, self.description.precision
         if precision in PACKAGES:
             raise NotImplementedError(f"weights at {precision} are not computed at fp32")
@@ -159,22 +120,19 @@ class TorchBackend:
         return self._packing is not None
 
     def pack(self, kernel: Kernel) -> None:
-        """Pack batches from now on, if packing does not change the vectors of this model.
+        """Pack batches from now on, with `kernel` for attention, if packing does not change the vectors of this model.
 
         If it does, batches are padded as before, and a note in the description says so.
-
-        Args:
-            kernel: Computes attention over concatenated inputs.
         """
         if self._pipeline is None or not packable(self._pipeline):
             return
-        ids = Tokenization(self.description).encode(PROBES, prompt="", truncate="END").ids
-        padded = self._forward(ids, prompt_length=0)
-        alone = np.concatenate([self._forward([row], prompt_length=0) for row in ids])
-        packing = Packing(self._pipeline, kernel=kernel)
+        ids = Tokenization(self.description).encode(PROBES, truncate="END").ids
+        padded = self._forward(ids)
+        alone = np.concatenate([self._forward([row]) for row in ids])
+        packing = Packing(self._pipeline, kernel)
         self._packing = packing
         try:
-            reason = disagreement(self._forward(ids, prompt_length=0), padded, alone)
+            reason = disagreement(self._forward(ids), padded, alone)
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises, batches are padded
             reason = describe_error(error)
         if reason is None:
@@ -185,21 +143,15 @@ class TorchBackend:
         self.description = replace(self.description, notes=(*self.description.notes, note))
 
     def close(self) -> None:
-        """Free the memory of the model. The backend cannot be used afterwards."""
         self._pipeline = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[Sequence[int]], *, prompt_length: int) -> NDArray[np.float32]:
+    def _forward(self, ids: Sequence[Sequence[int]], *, prompt_length: int = 0) -> NDArray[np.float32]:
         if self._pipeline is None:
             raise RuntimeError("the backend is closed")
-        if self._static:
-            features: dict[str, Any] = self._bag_features(ids)
-        elif self._packing is not None:
-            features = self._packing.features(ids, self._to_device(_concatenate(ids)))
-        else:
-            features = self._padded_features(ids)
+        features = self._features(self._pipeline, ids)
         if prompt_length:
             features["prompt_length"] = prompt_length
         try:
@@ -208,43 +160,23 @@ class TorchBackend:
             # The memory that PyTorch keeps may be too fragmented for the next attempt.
             torch.cuda.empty_cache()
             raise
-        return vectors[:, : self._truncate_dim].float().cpu().numpy()
+        return vectors[:, : self._pipeline.truncate_dim].float().cpu().numpy()
 
-    def _padded_features(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        batch = TokenBatch(ids=ids, prompt_lengths=())
-        tokens, mask = batch.pad(self._pad_token_id, self._padding_side)
+    def _features(self, pipeline: SentenceTransformer, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+        if self._packing is not None:
+            return self._packing.features(ids, self._to_device(_concatenate(ids)))
+        if isinstance(pipeline[0], StaticEmbedding):
+            starts = np.cumsum([0, *(len(row) for row in ids[:-1])])
+            offsets = torch.from_numpy(starts).to(self._device)
+            return {"input_ids": self._to_device(_concatenate(ids)), "offsets": offsets}
+        description = self.description
+        tokens, mask = pad(ids, max(map(len, ids)), description.pad_token_id, description.padding_side)
         return {"input_ids": self._to_device(tokens), "attention_mask": torch.from_numpy(mask).to(self._device)}
-
-    def _bag_features(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Return concatenated ids and the start of each input, which static embeddings read."""
-        starts = np.cumsum([0, *(len(row) for row in ids[:-1])])
-        return {"input_ids": self._to_device(_concatenate(ids)), "offsets": torch.from_numpy(starts).to(self._device)}
 
     def _to_device(self, ids: NDArray[np.int64]) -> torch.Tensor:
         # Checked first, because on CUDA the lookup of a missing row breaks the CUDA context of the whole process.
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= self._vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InferenceError(f"An input has the token id {wrong}; the model has 0 to {self._vocab_size - 1}.")
+        check_ids(ids, self.description.vocab_size)
         return torch.from_numpy(ids).to(self._device)
-
-
-def _load(
-    plan: PipelinePlan, precision: ComputePrecision, device: str, facts: DeviceFacts, *, trust_remote_code: bool
-) -> tuple[SentenceTransformer, tuple[str, ...]]:
-    """Return the pipeline of a plan on a device, with its weights in a precision, and notes for the operator."""
-    compute = resolve_activations(precision, device, facts, native_bf16=native_bf16())
-    if precision not in PACKAGES:
-        pipeline = load_pipeline(plan, precision=compute, device=device, trust_remote_code=trust_remote_code)
-        return pipeline, ()
-    pipeline = load_pipeline(plan, precision=compute, device="cpu", trust_remote_code=trust_remote_code)
-    try:
-        notes = quantize_pipeline(pipeline, precision=precision, device=device)
-    except LoadError:
-        raise
-    except Exception as error:
-        raise explain_error(error, plan) from error
-    return pipeline, notes
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:

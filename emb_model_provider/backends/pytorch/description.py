@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from emb_model_provider.backends.base import ModelDescription
 from emb_model_provider.backends.pipeline_plan import MODELSCOPE_MAX_LENGTH
-from emb_model_provider.errors import UnsupportedModelError
+from emb_model_provider.backends.pytorch.pipeline import embedding_dimension, strip_final_normalize, word_table
+from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.formatting import describe_error
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -30,38 +32,34 @@ _STATIC_MAX_LENGTH = 1_000_000
 def describe(
     pipeline: SentenceTransformer,
     plan: PipelinePlan,
+    name: str,
     *,
-    dimension: int,
-    normalize: bool,
     precision: ComputePrecision,
     device: str,
     backend: Literal["torch", "openvino"],
 ) -> ModelDescription:
-    """Describe a loaded pipeline.
-
-    Args:
-        pipeline: The pipeline.
-        plan: The plan that it was loaded from.
-        dimension: Size of the vectors that the backend returns.
-        normalize: Whether the vectors are to be normalized after the backend.
-        precision: The precision in use.
-        device: The device in use.
-        backend: The backend in use.
+    """Remove the final normalization of a loaded pipeline in place, run one token through it, and describe it.
 
     Raises:
-        UnsupportedModelError: The tokenizer cannot be used outside transformers.
+        LoadError: The pipeline cannot embed, or its tokenizer cannot be used outside transformers. The message begins
+            with `name`.
     """
+    normalize = strip_final_normalize(pipeline, plan)
+    try:
+        dimension = embedding_dimension(pipeline)
+    except Exception as error:
+        raise LoadError(f"{name} was loaded but cannot embed: {describe_error(error)}") from error
     first: Any = pipeline[0]
     notes = list(plan.notes)
     poolings = [module for module in pipeline if isinstance(module, Pooling)]
     side: Literal["left", "right"] = "right"
     if isinstance(first, StaticEmbedding):
         vocab_size = first.num_embeddings
-        tokenizer_json = _without_special_tokens(_portable(first.tokenizer.to_str()))
+        tokenizer_json = _portable(first.tokenizer.to_str(), post_processor=None)  # without special tokens
         pad_token_id = 0
         max_length = min(_STATIC_MAX_LENGTH, plan.max_length or _STATIC_MAX_LENGTH)
     else:
-        tokenizer = _fast_tokenizer(pipeline, plan)
+        tokenizer = _fast_tokenizer(pipeline, name)
         tokenizer_json = _portable(tokenizer.backend_tokenizer.to_str())
         vocab_size = _embedding_rows(pipeline, len(tokenizer))
         pad_token_id = _pad_token_id(tokenizer, pipeline, vocab_size)
@@ -111,44 +109,33 @@ def _smaller_than(
     return tuple(size for size in sizes if 0 < size < dimension) or None
 
 
-def _fast_tokenizer(pipeline: SentenceTransformer, plan: PipelinePlan) -> PreTrainedTokenizerFast:
+def _fast_tokenizer(pipeline: SentenceTransformer, name: str) -> PreTrainedTokenizerFast:
     tokenizer = getattr(pipeline[0], "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedModelError(
-            f"{plan.directory.name} has its own tokenizer ({type(tokenizer).__name__}) without a fast version "
+            f"{name} has its own tokenizer ({type(tokenizer).__name__}) without a fast version "
             "(tokenizer.json), which is not supported."
         )
     if getattr(tokenizer, "split_special_tokens", False):
         raise UnsupportedModelError(
-            f"{plan.directory.name} splits special tokens in texts (split_special_tokens), which is not supported."
+            f"{name} splits special tokens in texts (split_special_tokens), which is not supported."
         )
-    probe = tokenizer("a", return_token_type_ids=True)
-    if any(probe["token_type_ids"]):
+    if any(tokenizer("a", return_token_type_ids=True)["token_type_ids"]):
         raise UnsupportedModelError(
-            f"{plan.directory.name} gives the tokens of a single text different types (token_type_ids), which "
-            "is not supported."
+            f"{name} gives the tokens of a single text different types (token_type_ids), which is not supported."
         )
     return tokenizer
 
 
-def _portable(tokenizer_json: str) -> str:
+def _portable(tokenizer_json: str, **changes: object) -> str:
     """Remove truncation and padding, which depend on the request and on the batch."""
-    return json.dumps({**json.loads(tokenizer_json), "truncation": None, "padding": None}, ensure_ascii=False)
-
-
-def _without_special_tokens(tokenizer_json: str) -> str:
-    return json.dumps({**json.loads(tokenizer_json), "post_processor": None}, ensure_ascii=False)
+    contents = {**json.loads(tokenizer_json), "truncation": None, "padding": None, **changes}
+    return json.dumps(contents, ensure_ascii=False)
 
 
 def _embedding_rows(pipeline: SentenceTransformer, tokens: int) -> int:
-    model = pipeline.transformers_model
-    if model is None:
-        return tokens
-    try:
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
-        rows = None
-    return int(rows or getattr(model.config, "vocab_size", None) or tokens)
+    rows = getattr(word_table(pipeline), "num_embeddings", None)
+    return int(rows or getattr(pipeline.config, "vocab_size", None) or tokens)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerFast, pipeline: SentenceTransformer, vocab_size: int) -> int:
@@ -178,11 +165,11 @@ def _max_length(
                 'used. Set the key "max_length" of this model in EMB_PROVIDER_MODEL_MAPPING to change this'
             )
         return positions or _FALLBACK_MAX_LENGTH
-    if positions is not None and wanted > positions:
-        if wanted != MODELSCOPE_MAX_LENGTH or plan.layout != "modelscope":
-            notes.append(f"max length {wanted} exceeds the model's {positions} positions: {positions} is used")
-        return positions
-    return wanted
+    if positions is None or wanted <= positions:
+        return wanted
+    if wanted != MODELSCOPE_MAX_LENGTH or plan.layout != "modelscope":
+        notes.append(f"max length {wanted} exceeds the model's {positions} positions: {positions} is used")
+    return positions
 
 
 def _positions(pipeline: SentenceTransformer) -> int | None:

@@ -1,17 +1,15 @@
 """Packing: batches whose inputs are concatenated in one row instead of padded. Each input attends to itself only.
 
-PyTorch's fastest attention kernels support no padding mask. In a packed batch no padding is computed, and the kernel
-gets the start of each input. Pooling of sentence-transformers supports such rows.
-
-Only families that are known to work are packed, and only if packed and padded vectors agree for this model on this
-device. Everything else is padded. A packed batch has at most as many tokens as the padded one that the batcher planned, and
-the memory for attention grows linearly with them.
+PyTorch's fastest attention kernels support no padding mask. Only families that are known to work are packed, and only
+if packed and padded vectors agree for this model on this device. A packed batch has at most as many tokens as the padded
+one that the batcher planned, and the memory for attention grows linearly with them.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,10 +18,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import AttentionInterface
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
+
+Kernel = Callable[..., torch.Tensor]
+"""Computes attention over concatenated inputs. Parameters and result are those of `varlen_kernel`."""
 
 FAMILIES = frozenset(
     {
@@ -61,37 +62,6 @@ _MAX_TOLERANCE = 0.01
 _MAX_HEAD_WIDTH = 256
 
 
-class Kernel(Protocol):
-    """Computes attention over concatenated inputs."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        starts: torch.Tensor,
-        longest: int,
-        *,
-        scale: float,
-        window: tuple[int, int],
-    ) -> torch.Tensor:
-        """Compute attention.
-
-        Args:
-            query: Shape (tokens, heads, head width).
-            key: Like `query`, possibly with fewer heads, each shared by a group of the query's heads.
-            value: Like `key`.
-            starts: int32 of shape (inputs + 1): the start of each input, and the end of the last one.
-            longest: Number of tokens of the longest input.
-            scale: Factor of the products of queries and keys.
-            window: Number of tokens to the left and right that a token attends to; -1 for all.
-
-        Returns:
-            Shape (tokens, heads, head width).
-        """
-        ...
-
-
 def varlen_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -102,7 +72,20 @@ def varlen_kernel(
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """Compute attention with PyTorch's kernels for variable lengths (cuDNN or flash attention); see `Kernel`."""
+    """Compute attention with PyTorch's kernels for variable lengths (cuDNN or flash attention).
+
+    Args:
+        query: Shape (tokens, heads, head width).
+        key: Like `query`, possibly with fewer heads, each shared by a group of the query's heads.
+        value: Like `key`.
+        starts: int32 of shape (inputs + 1): the start of each input, and the end of the last one.
+        longest: Number of tokens of the longest input.
+        scale: Factor of the products of queries and keys.
+        window: Number of tokens to the left and right that a token attends to; -1 for all.
+
+    Returns:
+        Shape (tokens, heads, head width).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     width = query.shape[-1]
@@ -155,7 +138,7 @@ def packable(pipeline: SentenceTransformer) -> bool:
 class Packing:
     """Makes packed rows for one pipeline, and replaces its attention."""
 
-    def __init__(self, pipeline: SentenceTransformer, *, kernel: Kernel = varlen_kernel) -> None:
+    def __init__(self, pipeline: SentenceTransformer, kernel: Kernel) -> None:
         """Replace the attention of a `packable` pipeline, which then accepts packed rows only."""
         first: Any = pipeline[0]
         self._padding_idx = _padding_idx(first.model)
@@ -171,14 +154,11 @@ class Packing:
         first.model.set_attn_implementation(self._original_attention)
 
     def features(self, ids: Sequence[Sequence[int]], tokens: torch.Tensor) -> dict[str, Any]:
-        """Return the features that the pipeline reads.
+        """Return the features that the pipeline reads, of shape (1, tokens).
 
         Args:
             ids: The token ids of each input.
             tokens: The same ids, concatenated, on the device of the pipeline.
-
-        Returns:
-            Among others, `input_ids`, `position_ids` and `seq_idx` (the input of each token), of shape (1, tokens).
         """
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         starts = np.zeros(len(ids) + 1, dtype=np.int32)
@@ -206,12 +186,7 @@ def disagreement(packed: NDArray[np.float32], padded: NDArray[np.float32], alone
     """Return how packed vectors differ from padded ones, or None if the difference is acceptable.
 
     At half precision vectors depend slightly on the shape of the batch, so the tolerance for packing is derived from
-    the difference that padding makes.
-
-    Args:
-        packed: Vectors of a packed batch, of shape (inputs, dimension).
-        padded: Vectors of the same batch, padded.
-        alone: Vectors of the same inputs, one by one, without padding.
+    the difference between inputs that are padded and those that are embedded alone.
     """
     noise = 1 - _lowest_cosine(padded, alone)
     allowed = min(max(_TOLERANCE, _NOISE_FACTOR * noise), _MAX_TOLERANCE)

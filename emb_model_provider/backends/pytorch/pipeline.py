@@ -1,12 +1,12 @@
 """Loads the pipeline of a plan with sentence-transformers, for the torch backend and for the compiler.
 
-It reads local files only. Weights are read from safetensors or, with PyTorch's weights-only loader, from `.bin` files.
+It reads local files only: weights from safetensors or, with PyTorch's weights-only loader, from `.bin` files.
 """
 
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import ComputePrecision
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
     from emb_model_provider.model_spec import ModelSpec, Precision
+    from emb_model_provider.model_spec import Pooling as PoolingName
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 DTYPES: dict[ComputePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +40,6 @@ _TEXT_SETTINGS_WITHOUT_EFFECT = {"padding", "truncation", "max_length"}
 
 
 def torch_device_facts() -> DeviceFacts:
-    """Return the accelerators that PyTorch can use on this machine."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return DeviceFacts(
         cuda_capabilities=tuple(torch.cuda.get_device_capability(index) for index in range(count)),
@@ -50,46 +50,23 @@ def torch_device_facts() -> DeviceFacts:
 def load_sentence_transformer(
     spec: ModelSpec, snapshot: Snapshot, precision: Precision, *, trust_remote_code: bool
 ) -> SentenceTransformer:
-    """Load a snapshot on the device of `spec`, with the pipeline that its files declare.
-
-    Args:
-        spec: The model.
-        snapshot: Its files.
-        precision: fp32, fp16, bf16 or auto.
-        trust_remote_code: Whether code from the repository may run.
-
-    Raises:
-        LoadError: It cannot be loaded.
-    """
+    """Load a snapshot on the device of `spec`, with the pipeline that its files declare; not at int8 or int4."""
     facts = torch_device_facts()
     device = resolve_device(spec.device, facts)
     plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
+    resolved = resolve_torch_precision(precision, device, facts)
     return load_pipeline(
-        plan,
-        precision=resolve_torch_precision(precision, device, facts),
-        device=device,
-        trust_remote_code=trust_remote_code,
+        plan, snapshot.repository, precision=resolved, device=device, trust_remote_code=trust_remote_code
     )
 
 
 def load_pipeline(
-    plan: PipelinePlan, *, precision: ComputePrecision, device: str, trust_remote_code: bool
+    plan: PipelinePlan, name: str, *, precision: ComputePrecision, device: str, trust_remote_code: bool
 ) -> SentenceTransformer:
-    """Load the pipeline of a plan. One load runs at a time in a process.
+    """Load the pipeline of a plan at fp32, fp16 or bf16, in evaluation mode. One load runs at a time in a process.
 
-    Args:
-        plan: The plan.
-        precision: fp32, fp16 or bf16.
-        device: A device that `resolve_device` returned.
-        trust_remote_code: Whether code from the repository may run.
-
-    Returns:
-        The pipeline in evaluation mode. It ends in Normalize if the plan or `modules.json` says so. Like `encode` of
-        sentence-transformers, the caller applies its `truncate_dim` after the last module.
-
-    Raises:
-        UnsupportedModelError: The model requires something that is not supported.
-        LoadError: The files do not contain a model.
+    The pipeline ends in Normalize if the plan or `modules.json` says so. Like `encode` of sentence-transformers, the
+    caller truncates its vectors to `truncate_dim` after the last module. Errors are LoadErrors that begin with `name`.
     """
     # The dtype is always specified, because the default of a repository may be fp16, which is slow or wrong on a CPU.
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
@@ -108,34 +85,51 @@ def load_pipeline(
     except LoadError:
         raise
     except Exception as error:
-        raise explain_error(error, plan) from error
-    _check(pipeline, plan)
-    _apply_overrides(pipeline, plan)
+        raise explain_error(error, name) from error
+    _check(pipeline, name)
+    _apply_overrides(pipeline, plan, name)
     pipeline.truncate_dim = plan.truncate_dim
     if isinstance(pipeline[0], StaticEmbedding):
         pipeline.to(dtype=DTYPES[precision])
     return pipeline.eval()
 
 
-def strip_final_normalize(pipeline: SentenceTransformer) -> bool:
-    """Remove Normalize modules from the end of a pipeline, in place.
+def embedding_dimension(pipeline: SentenceTransformer) -> int:
+    """Run one token through a pipeline, and return the size of its vectors."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=pipeline.device)
+    if isinstance(pipeline[0], StaticEmbedding):
+        features = {"input_ids": ids[0], "offsets": ids[0]}
+    else:
+        features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        vectors: torch.Tensor = pipeline(features)["sentence_embedding"]
+    return vectors[:, : pipeline.truncate_dim].shape[1]
 
-    A Normalize before another module, such as Dense, is part of the model and is kept.
 
-    Returns:
-        Whether there was one.
+def word_table(pipeline: SentenceTransformer) -> Any:
+    """Return the module that looks up token vectors, or None for a model without one, such as that of images."""
+    if pipeline.transformers_model is not None:
+        with suppress(NotImplementedError):
+            return pipeline.transformers_model.get_input_embeddings()
+    return None
+
+
+def strip_final_normalize(pipeline: SentenceTransformer, plan: PipelinePlan) -> bool:
+    """Remove the final normalization from a pipeline in place, and return whether there was one.
+
+    A Normalize before another module, such as Dense, is part of the model and is kept. So is one whose vectors
+    sentence-transformers truncates to `truncate_dim` afterwards; truncated vectors are shorter than 1, like those of
+    `encode`.
     """
-    removed = False
-    while len(pipeline) > 1 and _normalizes_embedding(pipeline[len(pipeline) - 1]):
-        del pipeline[len(pipeline) - 1]
-        removed = True
-    return removed
+    if plan.truncate_dim is not None and plan.normalize is None:
+        return False
+    return _remove_final_normalize(pipeline)
 
 
-def explain_error(error: Exception, plan: PipelinePlan) -> LoadError:
+def explain_error(error: Exception, name: str) -> LoadError:
     """Return a LoadError that says what to do about an error of the libraries that load a model."""
     # All lines, because PyTorch names the weights that do not fit in the later ones.
-    name, text = plan.directory.name, " ".join(str(error).split())
+    text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return UnsupportedModelError(
             f"{name} needs code from its repository to run. If you trust it, set "
@@ -173,7 +167,7 @@ class _CheckedSentenceTransformer(SentenceTransformer):
 
 
 def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool) -> SentenceTransformer:
-    """Build the pipeline of a directory without `modules.json`."""
+    """Build the pipeline of a directory without `modules.json`. Its normalization is added by `_apply_overrides`."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     # Set to plain text, because sentence-transformers would render every input as a chat message if the tokenizer has
     # a chat template.
@@ -187,8 +181,6 @@ def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remot
     )
     pooling = plan.pooling or _default_pooling(transformer)
     modules: list[torch.nn.Module] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
-    if plan.normalize:
-        modules.append(Normalize())
     return SentenceTransformer(modules=modules, device=device, local_files_only=True)
 
 
@@ -199,46 +191,52 @@ def _default_pooling(transformer: Transformer) -> Any:
     return "lasttoken" if causal else "mean"
 
 
-def _apply_overrides(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
-    """Replace pooling and normalization of `modules.json` by those of the plan."""
+def _apply_overrides(pipeline: SentenceTransformer, plan: PipelinePlan, name: str) -> None:
     if plan.layout == "sentence-transformers" and plan.pooling is not None:
-        _replace_pooling(pipeline, plan)
+        _replace_pooling(pipeline, plan.pooling, name)
     if plan.normalize is not None:
-        strip_final_normalize(pipeline)
+        _remove_final_normalize(pipeline)
         if plan.normalize:
             # Not `append`, because it uses a number as name, which modules.json may have used already.
             pipeline.add_module("final_normalize", Normalize())
 
 
-def _replace_pooling(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
+def _replace_pooling(pipeline: SentenceTransformer, pooling: PoolingName, name: str) -> None:
     indexes = [index for index, module in enumerate(pipeline) if isinstance(module, Pooling)]
     if len(indexes) != 1:
         raise UnsupportedModelError(
-            f"{plan.directory.name}: pooling={plan.pooling} cannot be applied, because modules.json has {len(indexes)} Pooling "
-            'modules. Remove the key "pooling" of this model from EMB_PROVIDER_MODEL_MAPPING.'
+            f"{name}: pooling={pooling} cannot be applied, because modules.json has {len(indexes)} Pooling modules. "
+            'Remove the key "pooling" of this model from EMB_PROVIDER_MODEL_MAPPING.'
         )
-    old: Any = pipeline[indexes[0]]
-    new = Pooling(old.embedding_dimension, plan.pooling or "mean", include_prompt=old.include_prompt)
-    if new.pooling_output_dimension != old.pooling_output_dimension and indexes[0] + 1 < len(pipeline):
-        following = {type(module).__name__ for module in list(pipeline)[indexes[0] + 1 :]} - {"Normalize"}
-        if following:
-            raise UnsupportedModelError(
-                f"{plan.directory.name}: pooling={plan.pooling} returns {new.pooling_output_dimension} values, but "
-                f'{", ".join(sorted(following))} requires {old.pooling_output_dimension}. Remove the key "pooling" '
-                "of this model from EMB_PROVIDER_MODEL_MAPPING."
-            )
-    pipeline[indexes[0]] = new
+    index = indexes[0]
+    old: Any = pipeline[index]
+    new = Pooling(old.embedding_dimension, pooling, include_prompt=old.include_prompt)
+    following = {type(module).__name__ for module in list(pipeline)[index + 1 :]} - {"Normalize"}
+    if following and new.pooling_output_dimension != old.pooling_output_dimension:
+        raise UnsupportedModelError(
+            f"{name}: pooling={pooling} returns {new.pooling_output_dimension} values, but "
+            f'{", ".join(sorted(following))} requires {old.pooling_output_dimension}. Remove the key "pooling" '
+            "of this model from EMB_PROVIDER_MODEL_MAPPING."
+        )
+    pipeline[index] = new
+
+
+def _remove_final_normalize(pipeline: SentenceTransformer) -> bool:
+    removed = False
+    while len(pipeline) > 1 and _normalizes_embedding(pipeline[len(pipeline) - 1]):
+        del pipeline[len(pipeline) - 1]
+        removed = True
+    return removed
 
 
 def _normalizes_embedding(module: torch.nn.Module) -> bool:
-    if not isinstance(module, Normalize):
-        return False
-    return module.module_input_name == module.module_output_name == "sentence_embedding"
+    return (
+        isinstance(module, Normalize) and module.module_input_name == module.module_output_name == "sentence_embedding"
+    )
 
 
-def _check(pipeline: SentenceTransformer, plan: PipelinePlan) -> None:
+def _check(pipeline: SentenceTransformer, name: str) -> None:
     """Reject pipelines whose vectors would be noise, or whose inputs are not plain text."""
-    name = plan.directory.name
     first: Any = pipeline[0]
     if isinstance(first, Router):
         raise UnsupportedModelError(

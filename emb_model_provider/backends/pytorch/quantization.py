@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emb_model_provider.backends.pytorch.import_guards import quiet_imports
+from emb_model_provider.backends.pytorch import quiet_imports
+from emb_model_provider.backends.pytorch.pipeline import word_table
 from emb_model_provider.errors import UnsupportedModelError, UnsupportedPrecisionError
 from emb_model_provider.formatting import describe_error
 
@@ -32,14 +33,23 @@ _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 _TABLE_ROWS_PER_STEP = 8192
 
 
-def require_packages(precision: ComputePrecision) -> None:
-    """Import the packages that a precision requires; none for fp32, bf16 and fp16.
-
-    Raises:
-        UnsupportedPrecisionError: One is not installed, or cannot be imported. The message names the extra.
-    """
+def import_packages(precision: ComputePrecision) -> dict[str, Any]:
+    """Import the packages that a precision requires; UnsupportedPrecisionError, which names the extra, if one is missing."""
+    packages = {}
     for name in PACKAGES.get(precision, ()):
-        _import(name, precision)
+        try:
+            with quiet_imports():
+                packages[name] = import_module(name)
+        except Exception as error:
+            # Not only ImportError, because a package built for another version of PyTorch can raise other errors.
+            is_missing = isinstance(error, ModuleNotFoundError)
+            reason = "which is not installed" if is_missing else f"whose import failed: {describe_error(error)}"
+            raise UnsupportedPrecisionError(
+                f"Precision {precision} in the torch backend needs {name}, {reason}. Install the extra: "
+                'uv sync --extra quantization (from a checkout), or pip install "emb-model-provider[quantization]". On '
+                "a CPU, OpenVINO needs no extra: set EMB_PROVIDER_BACKEND=auto."
+            ) from error
+    return packages
 
 
 @torch.no_grad()
@@ -55,16 +65,12 @@ def quantize_pipeline(pipeline: SentenceTransformer, *, precision: ComputePrecis
     Args:
         pipeline: A pipeline on the CPU, in the dtype that it computes in.
         precision: int8 or int4.
-        device: A device that `resolve_device` returned.
+        device: The device to move it to.
 
     Returns:
         Notes for the operator.
-
-    Raises:
-        UnsupportedPrecisionError: A package of the extra is missing.
-        UnsupportedModelError: The model has no linear layers.
     """
-    packages = {name: _import(name, precision) for name in PACKAGES[precision]}
+    packages = import_packages(precision)
     linears = [
         (parent, name, child, f"{path}.{name}")
         for path, parent in pipeline.named_modules()
@@ -124,12 +130,7 @@ class Int8Embedding(torch.nn.Module):
 
 def _quantize_word_table(pipeline: SentenceTransformer, device: str) -> None:
     model: Any = pipeline.transformers_model
-    if model is None:
-        return
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:  # raised for models without words, such as those of images
-        return
+    table = word_table(pipeline)
     if not isinstance(table, torch.nn.Embedding) or table.max_norm is not None:
         return
     for parent in model.modules():
@@ -164,21 +165,3 @@ def _to_nf4(linear: torch.nn.Linear, bitsandbytes: Any, device: str) -> torch.nn
         layer.support_avx512bf16_for_cpu = False
     quantized: torch.nn.Module = layer.eval().to(device)
     return quantized
-
-
-def _import(name: str, precision: ComputePrecision) -> Any:
-    try:
-        with quiet_imports():
-            return import_module(name)
-    except Exception as error:
-        # Not only ImportError, because a package built for another version of PyTorch can raise other errors.
-        reason = (
-            "which is not installed"
-            if isinstance(error, ModuleNotFoundError)
-            else f"whose import failed: {describe_error(error)}"
-        )
-        raise UnsupportedPrecisionError(
-            f"Precision {precision} in the torch backend needs {name}, {reason}. Install the extra: "
-            'uv sync --extra quantization (from a checkout), or pip install "emb-model-provider[quantization]". On a '
-            "CPU, OpenVINO needs no extra: set EMB_PROVIDER_BACKEND=auto."
-        ) from error

@@ -201,6 +201,15 @@ def test_further_batches_wait_for_a_request() -> None:
     assert second.result(10) == "only"
 
 
+def test_a_closed_pool_raises() -> None:
+    """A batch that is running when the model is closed must not wait forever for its next micro-batch."""
+    pool = RequestPool(["only"], "latency")
+    with pool.acquire():
+        pool.close()
+    with pytest.raises(RuntimeError, match="closed"), pool.acquire():
+        pass
+
+
 # --- errors, fp32, closing --------------------------------------------------------------------------------------
 
 

@@ -148,7 +148,7 @@ def test_a_model_is_padded_if_packing_changes_its_vectors(
 def test_a_packed_row_is_as_long_as_its_inputs(family_directory: Callable[[str], Path]) -> None:
     """There is no padding, and the positions of each input start at 0."""
     pipeline = load_torch_pipeline(family_directory("bert-mean-normalize"))
-    packing = Packing(pipeline, kernel=reference_kernel)
+    packing = Packing(pipeline, reference_kernel)
     features = packing.features([[5, 6, 7], [8], [9, 10]], torch.tensor([5, 6, 7, 8, 9, 10]))
     assert features["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert features["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]

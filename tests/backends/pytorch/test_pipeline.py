@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, reference
 from tests.backends.small_tokenizers import byte_bpe, wordpiece
-from tests.models import bert, qwen3, save_bare, save_modelscope, save_st
+from tests.models import bert, qwen3, save_bare, save_modelscope, save_st, snapshot_of, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,6 +124,14 @@ def test_trusted_code_of_the_repository_is_run(tmp_path: Path, monkeypatch: pyte
     backend = load_torch(directory, trust=True)
     assert cosines(embed_texts(backend, TEXTS), expected).min() >= 0.99999
     assert any("trust_remote_code is on" in note for note in backend.description.notes)
+
+
+def test_errors_name_the_repository(bert_copy: Path) -> None:
+    """And not the directory, which in the caches of the hubs has the name of a commit."""
+    snapshot = snapshot_of(Path(bert_copy.rename(bert_copy.with_name("0123abcd"))), repository="someone/model")
+    edit_json(snapshot.path / "config.json", model_type="homemade")
+    with pytest.raises(LoadError, match=r"^someone/model cannot be loaded: "):
+        TorchBackend(spec_of(), snapshot, trust_remote_code=False)
 
 
 def test_a_router_is_an_error(tmp_path: Path) -> None:

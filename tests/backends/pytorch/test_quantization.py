@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from emb_model_provider.backends.pytorch import quiet_imports
 from emb_model_provider.backends.pytorch.quantization import Int8Embedding, quantize_pipeline
 from emb_model_provider.errors import UnsupportedModelError, UnsupportedPrecisionError
 from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, load_torch_pipeline, reference
@@ -94,18 +95,13 @@ def test_a_model_without_linear_layers_is_an_error(tmp_path: Path) -> None:
 
 
 def test_bitsandbytes_is_imported_for_int4_only() -> None:
-    """Its import writes nothing to the log."""
+    """The imports of the backend and of bitsandbytes write nothing to the log."""
     program = (
-        "import sys; from tests.models import *; from emb_model_provider.backends.pytorch.backend import TorchBackend\n"
+        "import sys; from emb_model_provider.backends.pytorch.backend import TorchBackend; from tests.models import *\n"
         "def load(p): return TorchBackend(spec_of(precision=p), snapshot_of(bundled_directory()), "
         "trust_remote_code=False)\n"
         "load('fp32'); assert 'bitsandbytes' not in sys.modules\n"
         "load('int4'); assert 'bitsandbytes' in sys.modules; assert 'kernels' not in sys.modules\n"
-    )
-    # tests.models imports transformers, and with it torchao.
-    program = (
-        "from emb_model_provider.backends.pytorch.import_guards import quiet_imports\nwith quiet_imports(): import transformers.modeling_utils\n"
-        + program
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -114,8 +110,6 @@ def test_bitsandbytes_is_imported_for_int4_only() -> None:
 
 
 def test_a_failed_import_restores_the_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from emb_model_provider.backends.pytorch.import_guards import quiet_imports
-
     logger = logging.getLogger("torch.utils._pytree")
     level = logger.level
     with pytest.raises(ModuleNotFoundError), quiet_imports():
