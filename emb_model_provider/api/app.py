@@ -13,6 +13,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
 from emb_model_provider.api.background_tasks import BackgroundTasks
@@ -30,6 +31,8 @@ from emb_model_provider.registry import Registry, RegistryConfig, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
     from emb_model_provider.settings import ServerSettings, Settings
 
@@ -54,12 +57,67 @@ _ROUTERS = (
 )
 
 
+class Application(FastAPI):
+    """FastAPI with the middleware of the service around it.
+
+    `EmbeddingsFastPath` is outside of FastAPI, because FastAPI's own outer layers take a sixth of the time of a request
+    for a short text (see docs/performance.md).
+    """
+
+    def __init__(self, services: Services, lifespan: Lifespan[Application]) -> None:
+        super().__init__(
+            title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
+            lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
+        )  # fmt: skip
+        self.state.services = services
+        for router in _ROUTERS:
+            self.include_router(router)
+        # All other errors are handled by AuthAndLimitsMiddleware.
+        self.add_exception_handler(HTTPException, on_http_exception)
+        self.add_exception_handler(RequestValidationError, on_validation_error)
+        self._app = _add_middleware(super().__call__, services)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        # Starlette's layer would respond to errors, and raise them again, before AuthAndLimitsMiddleware sees them.
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document.
+
+        It has what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, and
+        the API keys. It lacks FastAPI's own error responses, which are never sent.
+        """
+        if self.openapi_schema is not None:
+            return self.openapi_schema
+        document = super().openapi()
+        schemas = document["components"]["schemas"]
+        request = EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(request.pop("$defs", {}))
+        schemas[EmbeddingRequest.__name__] = request
+        del schemas["HTTPValidationError"], schemas["ValidationError"]
+        keys = _openapi_keys(self.state.services.settings.server)
+        for path, path_item in document["paths"].items():
+            for operation in path_item.values():
+                operation["responses"].pop("422", None)
+                if (key := keys.get(f"/{path.split('/')[1]}")) is not None:
+                    operation["security"] = [{key: []}]
+        if keys:
+            document["components"]["securitySchemes"] = {
+                key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))
+            }
+        return document
+
+
 def create_app(
     settings: Settings,
     on_nothing_to_serve: Callable[[], None],
     on_hung: Callable[[str], None] | None = None,
     is_shutting_down: Callable[[], bool] = lambda: False,
-) -> FastAPI:
+) -> Application:
     """Return the service as an ASGI application.
 
     Args:
@@ -73,7 +131,7 @@ def create_app(
     registry = services.registry
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, ConnectionLimiter]]:
+    async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
         starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
         watching = asyncio.create_task(registry.watch(on_hung))
         yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
@@ -83,19 +141,7 @@ def create_app(
         await registry.stop()
         logger.info("stopped")
 
-    app = FastAPI(
-        title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
-        lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
-    )  # fmt: skip
-    app.state.services = services
-    app.openapi = _openapi(app, settings.server)  # type: ignore[method-assign]  # as FastAPI documents
-    for router in _ROUTERS:
-        app.include_router(router)
-    # All other errors are handled by AuthAndLimitsMiddleware.
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
-    _add_middleware(app, services)
-    return app
+    return Application(services, lifespan)
 
 
 def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -> Services:
@@ -122,23 +168,17 @@ def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -
     )
 
 
-def _add_middleware(app: FastAPI, services: Services) -> None:
-    """Add all middleware, from the innermost to the outermost."""
+def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     policy = AccessPolicy(server)
-    app.add_middleware(EmbeddingsFastPath, services=services)
-    app.add_middleware(
-        AuthAndLimitsMiddleware,
-        policy=policy,
-        max_body_bytes=limits.max_body_bytes,
-        budget=BodyBudget(limits.max_pending_body_bytes),
-    )
+    app = EmbeddingsFastPath(app, services)
+    app = AuthAndLimitsMiddleware(app, policy, limits.max_body_bytes, BodyBudget(limits.max_pending_body_bytes))
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
-        app.add_middleware(CorsMiddleware, origins=server.cors_origins)
+        app = CorsMiddleware(app, server.cors_origins)
     if server.accepted_hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, policy=policy)
-    app.add_middleware(AccessLogMiddleware, on_request=services.metrics.on_request)
+        app = TrustedHostMiddleware(app, policy)
+    return AccessLogMiddleware(app, services.metrics.on_request)
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:
@@ -165,35 +205,9 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
     )
 
 
-def _openapi(app: FastAPI, server: ServerSettings) -> Callable[[], dict[str, Any]]:
-    """Return the function that creates the OpenAPI document.
-
-    It adds what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, and the
-    API keys. It removes FastAPI's own error responses, which are never sent.
-    """
-    original = app.openapi
+def _openapi_keys(server: ServerSettings) -> dict[str, str]:
+    """Return the names of the keys that routes require, by the first part of their path."""
     keys = {"/v1": "apiKey"} if server.accepted_keys else {}
     if server.accepted_admin_keys or server.accepted_keys:
         keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = original()  # it sets app.openapi_schema
-            request = EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas = schema["components"]["schemas"]
-            schemas.update(request.pop("$defs", {}))
-            schemas[EmbeddingRequest.__name__] = request
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)
-                    if (key := keys.get(f"/{path.split('/')[1]}")) is not None:
-                        operation["security"] = [{key: []}]
-            if keys:
-                schema["components"]["securitySchemes"] = {
-                    key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))
-                }
-        return app.openapi_schema or {}
-
-    return openapi
+    return keys
