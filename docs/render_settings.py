@@ -37,7 +37,7 @@ _HEAD = """\
 def settings_in_groups() -> dict[str, dict[str, FieldInfo]]:
     """Return all settings as title → variable → field, in the order of the code."""
     return {
-        group.title: {PREFIX + name.upper(): info for name, info in group.model_fields.items()}
+        group.model_config["title"]: {PREFIX + name.upper(): info for name, info in group.model_fields.items()}
         for group in Settings.groups().values()
     }
 

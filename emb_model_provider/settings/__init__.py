@@ -89,12 +89,7 @@ class Settings(BaseModel):
 
     @classmethod
     def from_values(cls, **values: Any) -> Self:
-        """Make settings from single values, such as `Settings.from_values(port=9001)`.
-
-        Raises:
-            pydantic.ValidationError: A value is not allowed, or a name is not a setting.
-            SettingsError: Values contradict each other.
-        """
+        """Make settings from single values, such as `Settings.from_values(port=9001)`."""
         grouped: dict[str, Any] = {}
         for group, kind in cls.groups().items():
             grouped[group] = {name: values.pop(name) for name in kind.model_fields if name in values}

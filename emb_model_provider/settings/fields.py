@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from emb_model_provider.model_spec import BackendName, Pooling, Precision, Source, TokenInput, Truncate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic.fields import FieldInfo
 
 RemoteHubName = Literal["huggingface", "modelscope"]
@@ -19,29 +21,18 @@ FidelityPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 _POOLING_ALIASES = {"last": "lasttoken", "last_token": "lasttoken", "weighted_mean": "weightedmean", "avg": "mean"}
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _text_converter(convert: Callable[[str], Any]) -> BeforeValidator:
+    """Return a validator that converts text before pydantic checks it, and does not change other values."""
+    return BeforeValidator(lambda value: convert(value) if isinstance(value, str) else value)
 
 
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
+def _split_commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _split_commas(value: object) -> object:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
-
-
-def _pooling_name(value: object) -> object:
-    return _POOLING_ALIASES.get(value.lower(), value.lower()) if isinstance(value, str) else value
-
-
-def _expand_user(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _expand_user(text: str) -> Path:
     try:
-        return Path(value).expanduser()
+        return Path(text).expanduser()
     except RuntimeError as error:  # pydantic reports only ValueError as a validation error
         raise ValueError("~ cannot be expanded, because this user has no home directory") from error
 
@@ -53,10 +44,10 @@ class Allowed:
     text: str
 
 
-Lowered = BeforeValidator(_lower)
-Uppered = BeforeValidator(_upper)
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
-Directory = Annotated[Path, BeforeValidator(_expand_user), Allowed("a directory")]
+Lowered = _text_converter(str.lower)
+Uppered = _text_converter(str.upper)
+Names = Annotated[tuple[str, ...], _text_converter(_split_commas)]
+Directory = Annotated[Path, _text_converter(_expand_user), Allowed("a directory")]
 Url = Annotated[str, Allowed("a URL")]
 Device = Annotated[
     str, Lowered, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$"), Allowed("auto, cpu, cuda, cuda:N, mps")
@@ -78,7 +69,9 @@ class MappingEntry(BaseModel):
     path: Directory | None = None
     device: Device | None = None
     backend: Annotated[BackendName, Lowered] | None = None
-    pooling: Annotated[Pooling, BeforeValidator(_pooling_name)] | None = None
+    pooling: (
+        Annotated[Pooling, _text_converter(lambda text: _POOLING_ALIASES.get(text.lower(), text.lower()))] | None
+    ) = None
     normalize: bool | None = None
     max_length: Count | None = None
     trust_remote_code: bool | None = None

@@ -1,15 +1,14 @@
 """The settings, in groups.
 
-The name of a field is the name of its variable in lower case, without the prefix `EMB_PROVIDER_`. `.env.example` and the
-table in docs/configuration.md are generated from its docstring, default and allowed values.
+The name of a field is the name of its variable in lower case, without the prefix `EMB_PROVIDER_`. `.env.example` and
+the table in docs/configuration.md are generated from its docstring, default and allowed values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads it
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 import platformdirs
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
@@ -34,9 +33,9 @@ from emb_model_provider.settings.fields import (
 
 PREFIX = "EMB_PROVIDER_"
 
-FIDELITY_FLOORS: Mapping[FidelityPrecision, float] = MappingProxyType(
-    {"fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9}
-)
+FIDELITY_FLOORS: Mapping[FidelityPrecision, float] = {
+    "fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9
+}  # fmt: skip
 """Default lowest cosine to fp32 at which a model is served, by precision."""
 
 _MIB = 1024**2
@@ -45,18 +44,13 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class SettingsGroup(BaseModel):
-    """Settings that belong together. Each field is one variable."""
+    """Settings that belong together. Each field is one variable; the title is the heading in the documents."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
 
-    title: ClassVar[str]
-    """Heading of the group in `.env.example` and in docs/configuration.md."""
 
-
-class ModelSettings(SettingsGroup):
+class ModelSettings(SettingsGroup, title="Models"):
     """Which models are served, and how they compute by default."""
-
-    title = "Models"
 
     model_name: str | None = None
     """Model to serve: a repository id on a hub, or a directory. Unset: the first entry of MODEL_MAPPING, or the bundled
@@ -127,9 +121,9 @@ class ModelSettings(SettingsGroup):
         name, source = self.model_name, self.model_source
         if name is None and self.model_path is not None:
             name = self.model_path.resolve().name
-        if name is None and self.model_mapping:
+        elif name is None and self.model_mapping:
             return None
-        if name is None:
+        elif name is None:
             # MODEL_HUB or USE_MODELSCOPE alone must not turn the bundled model into a download.
             name, source = BUNDLED_MODEL, "bundled"
         return ModelSpec(
@@ -152,10 +146,8 @@ class ModelSettings(SettingsGroup):
         return "int8" if precision == "auto" and self.enable_quantization else precision
 
 
-class FidelitySettings(SettingsGroup):
+class FidelitySettings(SettingsGroup, title="Accuracy"):
     """How close to fp32 a model must be, and whether that is measured."""
-
-    title = "Accuracy"
 
     fidelity_floors: Annotated[
         dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]],
@@ -184,10 +176,8 @@ def _default_cache_dir() -> Path:
         ) from error
 
 
-class HubSettings(SettingsGroup):
+class HubSettings(SettingsGroup, title="Downloads and caches"):
     """How the hubs are reached, and where files are kept. A model's own values take precedence."""
-
-    title = "Downloads and caches"
 
     modelscope_cache_dir: Directory | None = None
     """Directory for ModelScope downloads. Unset: MODELSCOPE_CACHE, MODEL_CACHE_DIR, or `~/.cache/modelscope`."""
@@ -241,10 +231,8 @@ class HubSettings(SettingsGroup):
         return int(self.max_artifacts_gb * _GIB)
 
 
-class TrustSettings(SettingsGroup):
+class TrustSettings(SettingsGroup, title="Code from repositories"):
     """Whether code from a repository may run, by the hub that the model comes from."""
-
-    title = "Code from repositories"
 
     modelscope_trust_remote_code: bool = False
     """Allow code from ModelScope repositories to run in this process. Only for repositories you trust."""
@@ -257,10 +245,8 @@ class TrustSettings(SettingsGroup):
         return by_hub if spec.trust_remote_code is None else spec.trust_remote_code
 
 
-class MemorySettings(SettingsGroup):
+class MemorySettings(SettingsGroup, title="Models in memory"):
     """Which models stay in memory, and for how long."""
-
-    title = "Models in memory"
 
     max_loaded_models: Count | None = None
     """Maximum number of models in memory. A further model replaces the least recently used one, after that one's
@@ -276,10 +262,8 @@ class MemorySettings(SettingsGroup):
     `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S."""
 
 
-class BatchSettings(SettingsGroup):
+class BatchSettings(SettingsGroup, title="Batching"):
     """How inputs are grouped into batches."""
-
-    title = "Batching"
 
     max_batch_size: Count = 64
     """Maximum number of sequences in one batch."""
@@ -306,10 +290,8 @@ class BatchSettings(SettingsGroup):
         return self
 
 
-class LimitSettings(SettingsGroup):
+class LimitSettings(SettingsGroup, title="Limits of requests"):
     """What requests may take."""
-
-    title = "Limits of requests"
 
     request_timeout_s: PositiveNumber = 60
     """A request that is not answered after this many seconds gets 504, and its work is dropped."""
@@ -345,10 +327,8 @@ class LimitSettings(SettingsGroup):
         return int((self.max_pending_body_mb or 8 * self.max_body_mb) * _MIB)
 
 
-class ServerSettings(SettingsGroup):
+class ServerSettings(SettingsGroup, title="Server"):
     """Where the service listens, and which clients it answers."""
-
-    title = "Server"
 
     host: str = "localhost"
     """Address to listen on. The container sets 0.0.0.0."""
@@ -382,10 +362,8 @@ class ServerSettings(SettingsGroup):
         return None if "*" in self.allowed_hosts else self.allowed_hosts
 
 
-class LifecycleSettings(SettingsGroup):
+class LifecycleSettings(SettingsGroup, title="Faults and shutdown"):
     """How the service notices faults, recovers from them, and shuts down."""
-
-    title = "Faults and shutdown"
 
     watchdog_s: PositiveNumber = 60
     """A batch that runs longer than this many seconds (or ten times as long as its tokens should take, if that is more)
@@ -398,10 +376,8 @@ class LifecycleSettings(SettingsGroup):
     once."""
 
 
-class LogSettings(SettingsGroup):
+class LogSettings(SettingsGroup, title="Logs"):
     """Where log lines go, and in which format."""
-
-    title = "Logs"
 
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Uppered] = "INFO"
     """Lowest level of log lines to write."""

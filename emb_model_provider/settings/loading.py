@@ -52,11 +52,7 @@ _REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ) -> tuple[Settings, list[str]]:
     """Read the settings from `env_file` and from `environ`, which takes precedence.
 
-    Returns:
-        The settings, and warnings about names that look like settings but are unknown.
-
-    Raises:
-        SettingsError: A value is wrong. The message is one line with the variable, its value and what is allowed.
+    Also return warnings about names that look like settings but are unknown. A SettingsError has a message of one line.
     """
     variables = read_environment(env_file, environ)
     warnings = _unknown_names(variables)
