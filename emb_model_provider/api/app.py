@@ -16,8 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
-from emb_model_provider.api.background_tasks import BackgroundTasks
-from emb_model_provider.api.dependencies import Services
+from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
@@ -53,16 +52,11 @@ _ROUTERS = (
     downloads.router,
     cached_models.router,
     operations.router,
-    operations.docs_router,
 )
 
 
 class Application(FastAPI):
-    """FastAPI with the middleware of the service around it.
-
-    `EmbeddingsFastPath` is outside of FastAPI, because FastAPI's own outer layers take a sixth of the time of a request
-    for a short text (see docs/performance.md).
-    """
+    """FastAPI, with the middleware of the service and `EmbeddingsFastPath` around all of its own layers."""
 
     def __init__(self, services: Services, lifespan: Lifespan[Application]) -> None:
         super().__init__(
@@ -82,7 +76,7 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         stack = super().build_middleware_stack()
-        # Starlette's layer would respond to errors, and raise them again, before AuthAndLimitsMiddleware sees them.
+        # Starlette's outermost layer would respond to errors itself, before AuthAndLimitsMiddleware receives them.
         return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
 
     def openapi(self) -> dict[str, Any]:
@@ -95,20 +89,20 @@ class Application(FastAPI):
             return self.openapi_schema
         document = super().openapi()
         schemas = document["components"]["schemas"]
-        request = EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(request.pop("$defs", {}))
-        schemas[EmbeddingRequest.__name__] = request
+        schemas[EmbeddingRequest.__name__] = EmbeddingRequest.model_json_schema()
         del schemas["HTTPValidationError"], schemas["ValidationError"]
-        keys = _openapi_keys(self.state.services.settings.server)
+        server: ServerSettings = self.state.services.settings.server
+        keys = {"/v1": "apiKey"} if server.accepted_keys else {}
+        if server.accepted_admin_keys or server.accepted_keys:
+            keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
         for path, path_item in document["paths"].items():
             for operation in path_item.values():
                 operation["responses"].pop("422", None)
                 if (key := keys.get(f"/{path.split('/')[1]}")) is not None:
                     operation["security"] = [{key: []}]
         if keys:
-            document["components"]["securitySchemes"] = {
-                key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))
-            }
+            schemes = {key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))}
+            document["components"]["securitySchemes"] = schemes
         return document
 
 
@@ -118,33 +112,7 @@ def create_app(
     on_hung: Callable[[str], None] | None = None,
     is_shutting_down: Callable[[], bool] = lambda: False,
 ) -> Application:
-    """Return the service as an ASGI application.
-
-    Args:
-        settings: All settings.
-        on_nothing_to_serve: Called if no model could be loaded at startup.
-        on_hung: Called with a message if a model hangs permanently.
-        is_shutting_down: Returns whether the service was asked to stop, so that long operations end. Called on any
-            thread.
-    """
-    services = _create_services(settings, is_shutting_down)
-    registry = services.registry
-
-    @asynccontextmanager
-    async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
-        starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
-        watching = asyncio.create_task(registry.watch(on_hung))
-        yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
-        starting.cancel()
-        watching.cancel()
-        await asyncio.to_thread(services.jobs.stop, _JOBS_STOP_S)
-        await registry.stop()
-        logger.info("stopped")
-
-    return Application(services, lifespan)
-
-
-def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -> Services:
+    """Return the service as an ASGI application. `is_shutting_down` is called on any thread."""
     manager = ModelManager(settings)
     metrics = Metrics(lambda: registry.statuses())
     registry = Registry(
@@ -158,14 +126,24 @@ def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -
             on_batch=metrics.on_batch,
         ),
     )
-    return Services(
-        settings=settings,
-        registry=registry,
-        manager=manager,
-        jobs=DownloadJobs(manager),
-        metrics=metrics,
-        background=BackgroundTasks(is_shutting_down),
+    jobs = DownloadJobs(manager)
+
+    @asynccontextmanager
+    async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
+        starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
+        watching = asyncio.create_task(registry.watch(on_hung))
+        yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
+        starting.cancel()
+        watching.cancel()
+        await asyncio.to_thread(jobs.stop, _JOBS_STOP_S)
+        await registry.stop()
+        logger.info("stopped")
+
+    background = BackgroundTasks(is_shutting_down)
+    services = Services(
+        settings=settings, registry=registry, manager=manager, jobs=jobs, metrics=metrics, background=background
     )
+    return Application(services, lifespan)
 
 
 def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
@@ -203,11 +181,3 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
     logger.info(
         "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s", address, key, shlex.quote(body)
     )
-
-
-def _openapi_keys(server: ServerSettings) -> dict[str, str]:
-    """Return the names of the keys that routes require, by the first part of their path."""
-    keys = {"/v1": "apiKey"} if server.accepted_keys else {}
-    if server.accepted_admin_keys or server.accepted_keys:
-        keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
-    return keys
