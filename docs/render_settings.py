@@ -37,7 +37,7 @@ _HEAD = """\
 def settings_in_groups() -> dict[str, dict[str, FieldInfo]]:
     """Return all settings as title → variable → field, in the order of the code."""
     return {
-        group.title: {PREFIX + name.upper(): info for name, info in group.model_fields.items()}
+        group.model_config["title"]: {PREFIX + name.upper(): info for name, info in group.model_fields.items()}
         for group in Settings.groups().values()
     }
 
@@ -66,13 +66,17 @@ def shown_allowed(info: FieldInfo) -> str:
     return allowed_values(info) or "text"
 
 
+def shown_description(info: FieldInfo) -> str:
+    return " ".join((info.description or "").split())
+
+
 def env_example() -> str:
     parts = [_HEAD]
     for title, settings in settings_in_groups().items():
         parts.append(f"\n# --- {title} {'-' * (_WIDTH - len(title) - 7)}\n")
         for variable, info in settings.items():
             allowed = shown_allowed(info)
-            text = f"{info.description} Allowed: {allowed}."
+            text = f"{shown_description(info)} Allowed: {allowed}."
             parts.append("\n" + textwrap.fill(text, _WIDTH, initial_indent="# ", subsequent_indent="# ",
                                               break_long_words=False, break_on_hyphens=False))  # fmt: skip
             parts.append(f"\n#{variable}={env_value(info)}\n")
@@ -84,7 +88,7 @@ def settings_table() -> str:
     for title, settings in settings_in_groups().items():
         lines += [f"### {title}", "", "| variable | allowed | default | meaning |", "|---|---|---|---|"]
         for variable, info in settings.items():
-            cells = (f"`{variable}`", shown_allowed(info), shown_default(info), info.description or "")
+            cells = (f"`{variable}`", shown_allowed(info), shown_default(info), shown_description(info))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

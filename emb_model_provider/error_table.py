@@ -6,16 +6,12 @@ from typing import Final, NamedTuple
 
 from emb_model_provider import errors
 
+# Exit codes
 OK: Final = 0
-"""Exit code: success."""
-FAILED: Final = 1
-"""Exit code: the command failed, or a check found a difference."""
-USAGE_ERROR: Final = 2
-"""Exit code: invalid usage, not found, or not allowed."""
-UNREACHABLE: Final = 3
-"""Exit code: no server responds."""
-INTERRUPTED: Final = 130
-"""Exit code: interrupted by Ctrl-C."""
+FAILED: Final = 1  # the command failed, or a check found a difference
+USAGE_ERROR: Final = 2  # invalid usage, not found, or not allowed
+UNREACHABLE: Final = 3  # no server responds
+INTERRUPTED: Final = 130  # by Ctrl-C
 
 
 class ErrorInfo(NamedTuple):
@@ -24,7 +20,6 @@ class ErrorInfo(NamedTuple):
     code: str
     """Machine-readable name in responses and in download jobs."""
     status: int
-    """HTTP status code."""
     exit_code: int = FAILED
 
 

@@ -1,8 +1,4 @@
-"""Errors of this package.
-
-They know nothing of HTTP: `error_table.py` maps each class to its code, HTTP status and exit code. A message says what
-happened and what to do.
-"""
+"""Errors of this package. `error_table.py` maps each class to its code, HTTP status and exit code."""
 
 from __future__ import annotations
 
@@ -21,9 +17,6 @@ class SettingsError(ProviderError):
 
 class OperationCancelledError(ProviderError):
     """The operation was cancelled by its caller."""
-
-
-# --- downloading --------------------------------------------------------------------------------------
 
 
 class HubError(ProviderError):
@@ -62,9 +55,6 @@ class CacheNotWritableError(HubError):
     """A cache directory is not writable."""
 
 
-# --- managing -----------------------------------------------------------------------------------------
-
-
 class ManagementError(ProviderError):
     """A request to manage a model on disk or in memory failed."""
 
@@ -93,9 +83,6 @@ class NotAllowedError(ManagementError):
     """The operation is not allowed, for example loading a directory over HTTP."""
 
 
-# --- loading ------------------------------------------------------------------------------------------
-
-
 class LoadError(ProviderError):
     """A snapshot could not be loaded."""
 
@@ -112,9 +99,6 @@ class DeviceUnavailableError(LoadError):
     """The requested device is not present on this machine."""
 
 
-# --- receiving requests -------------------------------------------------------------------------------
-
-
 class BodyTooLargeError(ProviderError):
     """The request body exceeds MAX_BODY_MB."""
 
@@ -127,24 +111,17 @@ class ReceiveTimeoutError(ProviderError):
     """The client did not send its whole request within RECEIVE_TIMEOUT_S."""
 
 
-# --- serving requests ---------------------------------------------------------------------------------
-
-
 class RequestError(ProviderError):
-    """The request is invalid.
-
-    Attributes:
-        param: The invalid field of the request, or None.
-        code: Machine-readable name of the error.
-    """
+    """The request is invalid."""
 
     code = "invalid_value"
+    """Machine-readable name of the error."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
-        if code is not None:
-            self.code = code
+        """The invalid field of the request."""
+        self.code = code or self.code
 
 
 class InputTooLongError(RequestError):
@@ -194,28 +171,21 @@ class ModelNotFoundError(RequestError):
         super().__init__(f"The model `{model}` does not exist. Served here: {served}.", param="model")
 
 
-class ModelNotReadyError(ProviderError):
-    """The model is not loaded yet, or failed to load.
-
-    Attributes:
-        retry_after_s: How long the client should wait before it retries, in seconds.
-    """
+class RetryLaterError(ProviderError):
+    """The request cannot be answered now."""
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        """How long the client should wait before it retries, in seconds."""
 
 
-class QueueFullError(ProviderError):
-    """The queue is full.
+class ModelNotReadyError(RetryLaterError):
+    """The model is not loaded yet, or failed to load."""
 
-    Attributes:
-        retry_after_s: Estimated time until the queue has room, in seconds.
-    """
 
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+class QueueFullError(RetryLaterError):
+    """The queue is full."""
 
 
 class DeadlineExceededError(ProviderError):

@@ -13,10 +13,10 @@ import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
-from emb_model_provider.api.background_tasks import BackgroundTasks
-from emb_model_provider.api.dependencies import Services
+from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
@@ -30,6 +30,8 @@ from emb_model_provider.registry import Registry, RegistryConfig, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
     from emb_model_provider.settings import ServerSettings, Settings
 
@@ -50,8 +52,58 @@ _ROUTERS = (
     downloads.router,
     cached_models.router,
     operations.router,
-    operations.docs_router,
 )
+
+
+class Application(FastAPI):
+    """FastAPI, with the middleware of the service and `EmbeddingsFastPath` around all of its own layers."""
+
+    def __init__(self, services: Services, lifespan: Lifespan[Application]) -> None:
+        super().__init__(
+            title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
+            lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
+        )  # fmt: skip
+        self.state.services = services
+        for router in _ROUTERS:
+            self.include_router(router)
+        # All other errors are handled by AuthAndLimitsMiddleware.
+        self.add_exception_handler(HTTPException, on_http_exception)
+        self.add_exception_handler(RequestValidationError, on_validation_error)
+        self._app = _add_middleware(super().__call__, services)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        stack = super().build_middleware_stack()
+        # Starlette's outermost layer would respond to errors itself, before AuthAndLimitsMiddleware receives them.
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document.
+
+        It has what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, and
+        the API keys. It lacks FastAPI's own error responses, which are never sent.
+        """
+        if self.openapi_schema is not None:
+            return self.openapi_schema
+        document = super().openapi()
+        schemas = document["components"]["schemas"]
+        schemas[EmbeddingRequest.__name__] = EmbeddingRequest.model_json_schema()
+        del schemas["HTTPValidationError"], schemas["ValidationError"]
+        server: ServerSettings = self.state.services.settings.server
+        keys = {"/v1": "apiKey"} if server.accepted_keys else {}
+        if server.accepted_admin_keys or server.accepted_keys:
+            keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
+        for path, path_item in document["paths"].items():
+            for operation in path_item.values():
+                operation["responses"].pop("422", None)
+                if (key := keys.get(f"/{path.split('/')[1]}")) is not None:
+                    operation["security"] = [{key: []}]
+        if keys:
+            schemes = {key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))}
+            document["components"]["securitySchemes"] = schemes
+        return document
 
 
 def create_app(
@@ -59,46 +111,8 @@ def create_app(
     on_nothing_to_serve: Callable[[], None],
     on_hung: Callable[[str], None] | None = None,
     is_shutting_down: Callable[[], bool] = lambda: False,
-) -> FastAPI:
-    """Return the service as an ASGI application.
-
-    Args:
-        settings: All settings.
-        on_nothing_to_serve: Called if no model could be loaded at startup.
-        on_hung: Called with a message if a model hangs permanently.
-        is_shutting_down: Returns whether the service was asked to stop, so that long operations end. Called on any
-            thread.
-    """
-    services = _create_services(settings, is_shutting_down)
-    registry = services.registry
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, ConnectionLimiter]]:
-        starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
-        watching = asyncio.create_task(registry.watch(on_hung))
-        yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
-        starting.cancel()
-        watching.cancel()
-        await asyncio.to_thread(services.jobs.stop, _JOBS_STOP_S)
-        await registry.stop()
-        logger.info("stopped")
-
-    app = FastAPI(
-        title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
-        lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
-    )  # fmt: skip
-    app.state.services = services
-    app.openapi = _openapi(app, settings.server)  # type: ignore[method-assign]  # as FastAPI documents
-    for router in _ROUTERS:
-        app.include_router(router)
-    # All other errors are handled by AuthAndLimitsMiddleware.
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(RequestValidationError, on_validation_error)
-    _add_middleware(app, services)
-    return app
-
-
-def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -> Services:
+) -> Application:
+    """Return the service as an ASGI application. `is_shutting_down` is called on any thread."""
     manager = ModelManager(settings)
     metrics = Metrics(lambda: registry.statuses())
     registry = Registry(
@@ -112,33 +126,37 @@ def _create_services(settings: Settings, is_shutting_down: Callable[[], bool]) -
             on_batch=metrics.on_batch,
         ),
     )
-    return Services(
-        settings=settings,
-        registry=registry,
-        manager=manager,
-        jobs=DownloadJobs(manager),
-        metrics=metrics,
-        background=BackgroundTasks(is_shutting_down),
+    jobs = DownloadJobs(manager)
+
+    @asynccontextmanager
+    async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
+        starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
+        watching = asyncio.create_task(registry.watch(on_hung))
+        yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
+        starting.cancel()
+        watching.cancel()
+        await asyncio.to_thread(jobs.stop, _JOBS_STOP_S)
+        await registry.stop()
+        logger.info("stopped")
+
+    background = BackgroundTasks(is_shutting_down)
+    services = Services(
+        settings=settings, registry=registry, manager=manager, jobs=jobs, metrics=metrics, background=background
     )
+    return Application(services, lifespan)
 
 
-def _add_middleware(app: FastAPI, services: Services) -> None:
-    """Add all middleware, from the innermost to the outermost."""
+def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     policy = AccessPolicy(server)
-    app.add_middleware(EmbeddingsFastPath, services=services)
-    app.add_middleware(
-        AuthAndLimitsMiddleware,
-        policy=policy,
-        max_body_bytes=limits.max_body_bytes,
-        budget=BodyBudget(limits.max_pending_body_bytes),
-    )
+    app = EmbeddingsFastPath(app, services)
+    app = AuthAndLimitsMiddleware(app, policy, limits.max_body_bytes, BodyBudget(limits.max_pending_body_bytes))
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
-        app.add_middleware(CorsMiddleware, origins=server.cors_origins)
+        app = CorsMiddleware(app, server.cors_origins)
     if server.accepted_hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, policy=policy)
-    app.add_middleware(AccessLogMiddleware, on_request=services.metrics.on_request)
+        app = TrustedHostMiddleware(app, policy)
+    return AccessLogMiddleware(app, services.metrics.on_request)
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:
@@ -163,37 +181,3 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
     logger.info(
         "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s", address, key, shlex.quote(body)
     )
-
-
-def _openapi(app: FastAPI, server: ServerSettings) -> Callable[[], dict[str, Any]]:
-    """Return the function that creates the OpenAPI document.
-
-    It adds what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, and the
-    API keys. It removes FastAPI's own error responses, which are never sent.
-    """
-    original = app.openapi
-    keys = {"/v1": "apiKey"} if server.accepted_keys else {}
-    if server.accepted_admin_keys or server.accepted_keys:
-        keys["/api"] = "adminKey" if server.accepted_admin_keys else "apiKey"
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = original()  # it sets app.openapi_schema
-            request = EmbeddingRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas = schema["components"]["schemas"]
-            schemas.update(request.pop("$defs", {}))
-            schemas[EmbeddingRequest.__name__] = request
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)
-                    if (key := keys.get(f"/{path.split('/')[1]}")) is not None:
-                        operation["security"] = [{key: []}]
-            if keys:
-                schema["components"]["securitySchemes"] = {
-                    key: {"type": "http", "scheme": "bearer"} for key in sorted(set(keys.values()))
-                }
-        return app.openapi_schema or {}
-
-    return openapi

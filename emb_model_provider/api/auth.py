@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from starlette.middleware.cors import CORSMiddleware
 
-from emb_model_provider.api.errors import error_response, unauthorized
+from emb_model_provider.api.errors import error_response
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
@@ -53,13 +53,8 @@ class AccessPolicy:
     def authorize(self, scope: Scope, headers: Headers) -> Response | None:
         """Return an error response if a request is not allowed or has no valid key, else None."""
         path = scope["path"]
-        if is_admin_path(path):
-            return self._authorize_admin(scope, headers)
-        if self._keys and (path == "/v1" or path.startswith("/v1/")):
-            return _check_key(headers, self._keys)
-        return None
-
-    def _authorize_admin(self, scope: Scope, headers: Headers) -> Response | None:
+        if not is_admin_path(path):
+            return _check_key(headers, self._keys) if path == "/v1" or path.startswith("/v1/") else None
         if self._admin_keys:
             return _check_key(headers, self._admin_keys)
         if not _is_direct_local(scope, headers) or _is_cross_origin(headers):
@@ -69,7 +64,7 @@ class AccessPolicy:
                 "operator can set EMB_PROVIDER_ADMIN_API_KEYS; send one of those keys.",
                 code="admin_only",
             )
-        return _check_key(headers, self._keys) if self._keys else None
+        return _check_key(headers, self._keys)
 
 
 class CorsMiddleware(CORSMiddleware):
@@ -111,13 +106,19 @@ def is_admin_path(path: str) -> bool:
 
 
 def _check_key(headers: Headers, keys: tuple[bytes, ...]) -> Response | None:
+    if not keys:
+        return None
     scheme, _, value = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not value.strip():
-        return unauthorized("You didn't provide an API key. Send it as 'Authorization: Bearer <key>'.")
     # All keys are compared, so that the time does not depend on which one matches. Header text is Latin-1.
     key = value.strip().encode("latin-1")
     matches = [hmac.compare_digest(key, accepted) for accepted in keys]
-    return None if any(matches) else unauthorized("Incorrect API key provided.")
+    if scheme.lower() != "bearer" or not key:
+        message = "You didn't provide an API key. Send it as 'Authorization: Bearer <key>'."
+    elif any(matches):
+        return None
+    else:
+        message = "Incorrect API key provided."
+    return error_response(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def _is_direct_local(scope: Scope, headers: Headers) -> bool:

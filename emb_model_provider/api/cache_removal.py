@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,91 +28,75 @@ if TYPE_CHECKING:
 _RETRY_EVERY_S = 0.25
 _UNLOAD_ATTEMPTS = 5
 """How often a model is unloaded if requests load it again before its files are removed."""
-_NOT_LOADED = (State.UNLOADED, State.FAILED)
 
 
+@dataclass
 class CacheRemoval:
     """One request to remove models from disk."""
 
-    def __init__(self, services: Services, request: Request, query: RemoveAllQuery) -> None:
-        self._services = services
-        self._registry = services.registry
-        self._request = request
-        self._query = query
+    services: Services
+    request: Request
+    query: RemoveAllQuery
+    models: Sequence[CachedModelRecord]
+    remove: Callable[..., Removal]
+    """Removes the models. Takes `dry_run` and `released`, as `ModelManager.remove` does."""
+
+    def __post_init__(self) -> None:
+        self._registry = self.services.registry
         self._unloaded: list[ModelStatus] = []
-        self._deadline = time.monotonic() + query.wait_s
-        self._attempts_left = _UNLOAD_ATTEMPTS if query.unload else 1
+        self._deadline = time.monotonic() + self.query.wait_s
+        self._attempts_left = _UNLOAD_ATTEMPTS if self.query.unload else 1
 
-    async def run(
-        self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]
-    ) -> tuple[Removal, list[str]]:
-        """Remove models, unloading them first if the query asks for it.
-
-        Args:
-            models: The models to remove.
-            remove: Removes them. Takes `dry_run` and `released`, as `ModelManager.remove` does.
-
-        Returns:
-            What was removed, and the aliases that were unloaded; of a dry run, what would be.
-
-        Raises:
-            ModelInUseError: A model is in use.
-            ModelNotReadyError: The service shuts down.
-            ClientDisconnect: The client disconnected.
-        """
-        if self._query.dry_run:
-            return await self._dry_run(models, remove)
+    async def run(self) -> tuple[Removal, list[str]]:
+        """Remove the models, or only plan it. Return what is removed, and the aliases that are unloaded for this."""
+        if self.query.dry_run:
+            return await self._dry_run()
         try:
-            removal = await self._remove(models, remove)
-            while removal.kept and await self._should_retry():
-                again = await self._remove(models, remove)
-                removal = again.model_copy(
-                    update={
-                        "models": [*removal.models, *again.models],
-                        "artifacts": [*removal.artifacts, *again.artifacts],
-                        "freed": removal.freed + again.freed,
-                    }
-                )
+            removal = await self._remove()
         except BaseException:
             self._serve_again(self._unloaded)
             raise
         self._serve_again(models_using(removal.kept, self._unloaded))
         return removal, _aliases(self._unloaded)
 
-    async def _dry_run(
-        self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]
-    ) -> tuple[Removal, list[str]]:
-        holders = models_using(models, self._registry.statuses())
-        released = [Path(model.path) for model in models if model.path and models_using([model], holders)]
-        if not self._query.unload:
-            released = []
+    async def _dry_run(self) -> tuple[Removal, list[str]]:
+        unloaded = self._holders() if self.query.unload else []
+        released = [Path(model.path) for model in self.models if model.path and models_using([model], unloaded)]
         try:
-            removal = await self._services.in_disk_thread(partial(remove, dry_run=True, released=released))
+            removal = await self.services.in_disk_thread(partial(self.remove, dry_run=True, released=released))
         except ModelInUseError as error:
-            raise self._explain(error, holders) from error
-        return removal, _aliases(holders) if self._query.unload else []
+            raise self._explain(error) from error
+        return removal, _aliases(unloaded)
 
-    async def _remove(self, models: Sequence[CachedModelRecord], remove: Callable[..., Removal]) -> Removal:
+    async def _remove(self) -> Removal:
+        total: Removal | None = None
         while True:
-            if self._query.unload:
-                await self._unload(models_using(models, self._registry.statuses()))
+            if self.query.unload:
+                await self._unload()
             try:
-                return await self._services.in_disk_thread(remove)
+                removal = await self.services.in_disk_thread(self.remove)
             except ModelInUseError as error:
                 if not await self._should_retry():
-                    raise self._explain(error, models_using(models, self._registry.statuses())) from error
+                    raise self._explain(error) from error
+                continue
+            total = _combine(total, removal) if total is not None else removal
+            if not total.kept or not await self._should_retry():
+                return total
 
-    async def _unload(self, holders: Sequence[ModelStatus]) -> None:
+    def _holders(self) -> list[ModelStatus]:
+        return models_using(self.models, self._registry.statuses())
+
+    async def _unload(self) -> None:
+        holders = self._holders()
         self._unloaded += holders
         for status in holders:
             alias = status.spec.alias
             if status.configured:
-                unloading = self._registry.unload(alias, reason="its files are removed")
-                await self._services.background.wait(unloading)
+                await self.services.background.wait(self._registry.unload(alias, reason="its files are removed"))
             else:
                 # Stop serving it, because the next request would download the files again.
                 with suppress(ModelNotFoundError):
-                    await self._services.background.wait(self._registry.remove(alias))
+                    await self.services.background.wait(self._registry.remove(alias))
 
     def _serve_again(self, unloaded: Sequence[ModelStatus]) -> None:
         """Add models to the registry again that are not in the settings, because their files were not removed."""
@@ -125,20 +110,19 @@ class CacheRemoval:
         self._attempts_left -= 1
         if self._attempts_left <= 0 and time.monotonic() >= self._deadline:
             return False
-        await self._request.body()
-        if await self._request.is_disconnected():
+        await self.request.body()
+        if await self.request.is_disconnected():
             raise ClientDisconnect
-        self._services.background.raise_if_shutting_down()
+        self.services.background.raise_if_shutting_down()
         await asyncio.sleep(_RETRY_EVERY_S)
         return True
 
-    def _explain(self, error: ModelInUseError, holders: Sequence[ModelStatus]) -> ModelInUseError:
+    def _explain(self, error: ModelInUseError) -> ModelInUseError:
         """Return the error with what the client can do about models of this service."""
-        if holders and not self._query.unload:
-            first, *_ = aliases = _aliases(holders)
+        if not self.query.unload and (aliases := _aliases(self._holders())):
             return ModelInUseError(
                 f"The model is loaded as {_quote(aliases)}. Nothing was removed. To unload it first, add unload=true, or "
-                f"POST /api/models/unload?model_name={first}."
+                f"POST /api/models/unload?model_name={aliases[0]}."
             )
         if self._unloaded:
             return ModelInUseError(
@@ -152,13 +136,18 @@ def models_using(models: Sequence[CachedModelRecord], statuses: Sequence[ModelSt
     """Return the served models that are loaded from the files of any of these models, or are being loaded."""
 
     def uses(status: ModelStatus) -> bool:
-        if status.state in _NOT_LOADED:
+        if status.state in (State.UNLOADED, State.FAILED):
             return False
         if status.snapshot is None:
             return any(status.spec.name == model.model_name for model in models)
         return any(str(status.snapshot.path) == model.path for model in models)
 
     return [status for status in statuses if uses(status)]
+
+
+def _combine(first: Removal, second: Removal) -> Removal:
+    sums = {name: getattr(first, name) + getattr(second, name) for name in ("models", "artifacts", "freed")}
+    return second.model_copy(update=sums)
 
 
 def _aliases(statuses: Sequence[ModelStatus]) -> list[str]:

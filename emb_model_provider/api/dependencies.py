@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends
 from starlette.requests import Request
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from emb_model_provider.errors import ModelNotReadyError
 
-    from emb_model_provider.api.background_tasks import BackgroundTasks
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from emb_model_provider.management.downloads import DownloadJobs
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.observability.metrics import Metrics, RequestRecord
@@ -24,6 +25,38 @@ T = TypeVar("T")
 
 RECORD = "emb_provider.record"
 """Key of the `RequestRecord` in a request's scope."""
+
+_POLL_S = 0.25
+_RETRY_AFTER_S = 5.0
+
+
+class BackgroundTasks:
+    """Tasks that continue when their caller goes away, and that do not delay the shutdown."""
+
+    def __init__(self, is_shutting_down: Callable[[], bool]) -> None:
+        self.is_shutting_down = is_shutting_down
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        # Keep a reference, because the event loop does not, and the task could be garbage-collected.
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # Retrieve the exception, because no caller may be left. The model's status shows the failure.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return task
+
+    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Start a task and return its result, or raise ModelNotReadyError if the service shuts down."""
+        task = self.start(work)
+        while not task.done():
+            self.raise_if_shutting_down()
+            await asyncio.wait({task}, timeout=_POLL_S)
+        return task.result()
+
+    def raise_if_shutting_down(self) -> None:
+        if self.is_shutting_down():
+            raise ModelNotReadyError("The service is shutting down. Try again later.", retry_after_s=_RETRY_AFTER_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +76,9 @@ class Services:
     )
 
     async def in_disk_thread(self, work: Callable[[], T]) -> T:
-        """Run work that reads or changes the caches on a thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._disk_threads, work)
 
     async def in_verify_thread(self, work: Callable[[], T]) -> T:
-        """Run work that reads many gigabytes on a thread, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._verify_threads, work)
 
 

@@ -73,36 +73,15 @@ def response_for(error: Exception) -> Response:
             headers["connection"] = "close"  # because it is unknown where the next request would begin
         case QueueFullError():
             kind = "rate_limit_error"
-            headers = _retry_after(error.retry_after_s)
+            headers = retry_after(error.retry_after_s)
         case ModelNotReadyError():
             param = "model"
-            headers = _retry_after(error.retry_after_s)
+            headers = retry_after(error.retry_after_s)
     return error_response(info.status, error.message, type=kind, param=param, code=info.code, headers=headers)
 
 
-def _retry_after(seconds: float) -> dict[str, str]:
+def retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(seconds))))}
-
-
-RETRY_SOON = _retry_after(1)
-"""Headers of responses to clients that are rejected before their request is read."""
-
-
-def shutting_down_response() -> Response:
-    """Return the response to a request that was cancelled at the end of the grace period."""
-    return error_response(
-        503,
-        "The service is shutting down and did not finish this request. Try again later.",
-        type="server_error",
-        param="model",
-        code="model_not_ready",
-        headers={**RETRY_SOON, "connection": "close"},
-    )
-
-
-def unauthorized(message: str) -> Response:
-    """Return the response to a request without a valid API key."""
-    return error_response(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:

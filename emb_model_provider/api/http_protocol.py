@@ -1,14 +1,11 @@
 """The HTTP/1.1 protocol of the server: uvicorn's, with corrections for which uvicorn has no setting.
 
-- Requests that ask for an upgrade to HTTP/2 (`Upgrade: h2c`), as Java's HttpClient and so Spring AI send them to
-  `http://` addresses, are answered in HTTP/1.1. A server may ignore the upgrade (RFC 9110, 7.8), but uvicorn with
-  httptools loses the body of such a request.
+- Requests that ask for an upgrade to HTTP/2 (`Upgrade: h2c`), as Java's HttpClient and so Spring AI send them, are
+  answered in HTTP/1.1 (RFC 9110, 7.8). uvicorn with httptools loses the body of such a request.
 - Invalid HTTP is answered with an error in OpenAI's form and with a request id.
-- The head and the body of a response are written together, because two system calls and packets take 1.5 times as long
-  as one.
-- Each connection takes bounded memory and time, however slowly its client sends or reads, and however many requests it
-  sends ahead. uvicorn limits neither the time in which a request arrives, nor the size of its head, nor the number of
-  pipelined requests.
+- The head and the body of a response are written together, because two writes take 1.5 times as long as one.
+- Each connection takes bounded memory and time: uvicorn limits neither the time in which a request arrives, nor the
+  size of its head, nor the number of pipelined requests.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from emb_model_provider.api.errors import RETRY_SOON, error_response
+from emb_model_provider.api.errors import error_response, retry_after
 from emb_model_provider.api.limits import CONNECTIONS, RECEIVE_TIMED_OUT
 from emb_model_provider.observability.logs import new_request_id
 
@@ -129,9 +126,10 @@ class HttpProtocol(HttpToolsProtocol):
             self._waiting_since = self.loop.time()
 
     def on_headers_complete(self) -> None:
-        if len(self.headers) > MAX_HEADERS or (
-            self._bytes_outside_body > MAX_HEADER_BYTES and _size(self.url, self.headers) > MAX_HEADER_BYTES
-        ):
+        is_too_large = self._bytes_outside_body > MAX_HEADER_BYTES and (
+            len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES
+        )
+        if is_too_large or len(self.headers) > MAX_HEADERS:
             self._reject_headers()
             raise _StopParsingError
         if not self.parser.should_upgrade():
@@ -252,6 +250,7 @@ class HttpProtocol(HttpToolsProtocol):
         return self.timeout_keep_alive
 
     def _time_out(self) -> None:
+        has_head = self.cycle is not None and self.cycle.scope is self.scope  # of the request that is being received
         if self.flow.write_paused or self.transport.is_closing() or self._has_stopped_reading:
             self.abort()
         elif self._active is not None and self._is_responding():
@@ -260,14 +259,10 @@ class HttpProtocol(HttpToolsProtocol):
             # The middleware waits for the rest of the body. It wakes up, and finds this key.
             self._active.scope[RECEIVE_TIMED_OUT] = True  # type: ignore[literal-required]  # servers add keys
             self._active.message_event.set()
-        elif self._is_receiving and not self._has_head():
+        elif self._is_receiving and not has_head:
             self._reject(408, "The request was not sent in time.", "request_timeout")
         else:
             self.transport.close()
-
-    def _has_head(self) -> bool:
-        """Return whether the head of the request that is being received is complete."""
-        return self.cycle is not None and self.cycle.scope is self.scope
 
     # --- rejecting ----------------------------------------------------------------------------------------
 
@@ -289,7 +284,8 @@ class HttpProtocol(HttpToolsProtocol):
         headers = {"connection": "close", "x-request-id": identifier}
         kind = "invalid_request_error"
         if status >= 500:
-            headers, kind = {**headers, **RETRY_SOON}, "server_error"
+            headers |= retry_after(1)
+            kind = "server_error"
         response = error_response(status, message, type=kind, code=code, headers=headers)
         head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + bytes(response.body))
@@ -338,7 +334,6 @@ class CoalescingTransport(asyncio.Transport):
         return self._transport.is_closing()
 
     def flush(self) -> None:
-        """Write the delayed data."""
         if self._pending:
             self._transport.write(self._pending)
             self._pending = b""
@@ -346,7 +341,3 @@ class CoalescingTransport(asyncio.Transport):
 
 class _StopParsingError(Exception):
     """Raised in callbacks of the parser after the connection has been dealt with."""
-
-
-def _size(url: bytes, headers: list[tuple[bytes, bytes]]) -> int:
-    return len(url) + sum(len(name) + len(value) for name, value in headers)

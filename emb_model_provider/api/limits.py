@@ -42,11 +42,7 @@ class BodyBudget:
         self._reserved = 0
 
     def check(self, size: int) -> None:
-        """Check that a body of `size` bytes fits now.
-
-        Raises:
-            QueueFullError: It does not fit.
-        """
+        """Raise QueueFullError if a body of `size` bytes does not fit now."""
         if self._reserved + size > self._max_bytes:
             raise QueueFullError(
                 f"The bodies of all current requests exceed {self._max_bytes / 1024**2:g} MiB. Try again later.",
@@ -54,27 +50,19 @@ class BodyBudget:
             )
 
     def reserve(self, size: int) -> None:
-        """Reserve `size` bytes until they are released.
-
-        Raises:
-            QueueFullError: They do not fit. Nothing is reserved.
-        """
         self.check(size)
         self._reserved += size
 
     def release(self, size: int) -> None:
-        """Release bytes that were reserved."""
         self._reserved -= size
 
 
 class Connection(Protocol):
     """A connection with responses that its client has not read yet."""
 
-    def unsent_bytes(self) -> int:
-        """Return how many bytes wait in memory for the client to read them."""
+    def unsent_bytes(self) -> int: ...
 
-    def abort(self) -> None:
-        """Close the connection at once. Unsent bytes are lost."""
+    def abort(self) -> None: ...
 
 
 class ConnectionLimiter:
@@ -100,11 +88,7 @@ class ConnectionLimiter:
         return True
 
     def on_paused(self, connection: Connection) -> None:
-        """Record that a client reads slower than it is answered.
-
-        If the unsent bytes of all such connections exceed the limit, those that have been paused for longest are
-        aborted, but never the last one.
-        """
+        """Abort the connections that were paused first, but never all, if more bytes are unsent than the limit."""
         self._paused[connection] = None
         unsent = sum(paused.unsent_bytes() for paused in self._paused)
         while unsent > self._max_unsent_bytes and len(self._paused) > 1:
@@ -114,7 +98,6 @@ class ConnectionLimiter:
             longest.abort()
 
     def on_resumed(self, connection: Connection) -> None:
-        """Record that a client has caught up with its responses, or is gone."""
         self._paused.pop(connection, None)
 
 
@@ -124,12 +107,12 @@ def _raise_file_limit() -> int:
         return _MAX_CONNECTIONS
     wanted = _MAX_CONNECTIONS + _RESERVED_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY:
+        return _MAX_CONNECTIONS
+    if soft < wanted:
         # Not higher than necessary, because some libraries iterate over all possible file descriptors.
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-    if soft == resource.RLIM_INFINITY:
-        return _MAX_CONNECTIONS
     return min(_MAX_CONNECTIONS, max(soft - _RESERVED_FILES, soft // 2))

@@ -7,16 +7,16 @@ import logging
 import re
 import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from emb_model_provider.api.dependencies import RECORD
-from emb_model_provider.api.errors import response_for, shutting_down_response
+from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
-from emb_model_provider.errors import BodyTooLargeError, CompressedBodyError, ReceiveTimeoutError
+from emb_model_provider.errors import BodyTooLargeError, CompressedBodyError, ModelNotReadyError, ReceiveTimeoutError
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
@@ -160,7 +160,12 @@ class AuthAndLimitsMiddleware:
             # The server cancels the remaining requests at the end of the grace period, and would answer with a 500.
             if response_started:
                 raise
-            await shutting_down_response()(scope, receive, tracked_send)
+            error = ModelNotReadyError(
+                "The service is shutting down and did not finish this request. Try again later.", retry_after_s=1
+            )
+            response = response_for(error)
+            response.headers["connection"] = "close"
+            await response(scope, receive, tracked_send)
         except Exception as error:
             if response_started:
                 raise
@@ -188,14 +193,8 @@ class AuthAndLimitsMiddleware:
 
 @asynccontextmanager
 async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancel the block if the client disconnects. The body must have been read before.
-
-    Raises:
-        ClientDisconnect: The client disconnected.
-    """
-    task = asyncio.current_task()
-    if task is None:
-        raise RuntimeError("cancelled_on_disconnect() needs a task to cancel")
+    """Cancel the block and raise ClientDisconnect if the client disconnects. The body must have been read before."""
+    task = cast("asyncio.Task[object]", asyncio.current_task())
     is_disconnected = False
     watcher: asyncio.Task[None] | None = None
 

@@ -1,5 +1,13 @@
 """The settings: read from the environment and `.env`, checked, and handed to each part in groups."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from emb_model_provider.errors import SettingsError
 from emb_model_provider.settings.fields import Lowered, MappingEntry, allowed_values
 from emb_model_provider.settings.groups import (
     FIDELITY_FLOORS,
@@ -13,9 +21,14 @@ from emb_model_provider.settings.groups import (
     MemorySettings,
     ModelSettings,
     ServerSettings,
+    SettingsGroup,
     TrustSettings,
 )
-from emb_model_provider.settings.settings import ServedModels, Settings
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from emb_model_provider.model_spec import ModelSpec
 
 __all__ = [
     "FIDELITY_FLOORS",
@@ -36,3 +49,71 @@ __all__ = [
     "TrustSettings",
     "allowed_values",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModels:
+    """The models that a registry starts with."""
+
+    specs: tuple[ModelSpec, ...]
+    """In the order of the settings; the first is the default model."""
+    preload: tuple[str, ...]
+    """Aliases that are loaded at startup."""
+
+
+class Settings(BaseModel):
+    """All settings, as one group for each part of the service."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    models: ModelSettings = Field(default_factory=ModelSettings)
+    fidelity: FidelitySettings = Field(default_factory=FidelitySettings)
+    hubs: HubSettings = Field(default_factory=HubSettings)
+    trust: TrustSettings = Field(default_factory=TrustSettings)
+    memory: MemorySettings = Field(default_factory=MemorySettings)
+    batching: BatchSettings = Field(default_factory=BatchSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    lifecycle: LifecycleSettings = Field(default_factory=LifecycleSettings)
+    logs: LogSettings = Field(default_factory=LogSettings)
+
+    @classmethod
+    def groups(cls) -> dict[str, type[SettingsGroup]]:
+        """Return the groups by their name, in the order in which they are documented."""
+        return {name: info.annotation for name, info in cls.model_fields.items()}  # type: ignore[misc]
+
+    @classmethod
+    def variables(cls) -> dict[str, FieldInfo]:
+        """Return all settings by their name: the variable in lower case, without the prefix."""
+        return {name: info for group in cls.groups().values() for name, info in group.model_fields.items()}
+
+    @classmethod
+    def from_values(cls, **values: Any) -> Self:
+        """Make settings from single values, such as `Settings.from_values(port=9001)`."""
+        grouped: dict[str, Any] = {}
+        for group, kind in cls.groups().items():
+            grouped[group] = {name: values.pop(name) for name in kind.model_fields if name in values}
+        return cls.model_validate(grouped | values)
+
+    @model_validator(mode="after")
+    def _check_preload(self) -> Self:
+        self.served_models()
+        return self
+
+    def served_models(self) -> ServedModels:
+        """Return the configured models, and which of them are loaded at startup."""
+        specs = self.models.specs()
+        aliases = tuple(spec.alias for spec in specs)
+        preload, limit = self.models.preload_models, self.memory.max_loaded_models
+        if preload is None:
+            return ServedModels(specs, aliases[:limit])
+        if preload == ("none",):
+            return ServedModels(specs, ())
+        if limit is not None and len(preload) > limit:
+            raise SettingsError(
+                f"{PREFIX}PRELOAD_MODELS={','.join(preload)}: must not be more than {PREFIX}MAX_LOADED_MODELS={limit}."
+            )
+        for alias in preload:
+            if alias not in aliases:
+                raise SettingsError(f"{PREFIX}PRELOAD_MODELS={alias}: must be one of {', '.join(aliases)}, or none.")
+        return ServedModels(specs, preload)

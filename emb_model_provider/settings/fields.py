@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from emb_model_provider.model_spec import BackendName, Pooling, Precision, Source, TokenInput, Truncate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic.fields import FieldInfo
 
 RemoteHubName = Literal["huggingface", "modelscope"]
 FidelityPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?|mps)$"
 
 _POOLING_ALIASES = {"last": "lasttoken", "last_token": "lasttoken", "weighted_mean": "weightedmean", "avg": "mean"}
 
 
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _text_converter(convert: Callable[[str], Any]) -> BeforeValidator:
+    """Return a validator that converts text before pydantic checks it, and does not change other values."""
+    return BeforeValidator(lambda value: convert(value) if isinstance(value, str) else value)
 
 
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
+def _split_commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _split_commas(value: object) -> object:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
-
-
-def _pooling_name(value: object) -> object:
-    return _POOLING_ALIASES.get(value.lower(), value.lower()) if isinstance(value, str) else value
-
-
-def _expand_user(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _expand_user(text: str) -> Path:
     try:
-        return Path(value).expanduser()
+        return Path(text).expanduser()
     except RuntimeError as error:  # pydantic reports only ValueError as a validation error
-        raise ValueError(f"{value}: ~ cannot be expanded, because this user has no home directory") from error
+        raise ValueError("~ cannot be expanded, because this user has no home directory") from error
 
 
-Lowered = BeforeValidator(_lower)
-Uppered = BeforeValidator(_upper)
-Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
-Directory = Annotated[Path, BeforeValidator(_expand_user)]
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """The allowed values of an annotated type, as documents and error messages show them."""
+
+    text: str
+
+
+Lowered = _text_converter(str.lower)
+Uppered = _text_converter(str.upper)
+Names = Annotated[tuple[str, ...], _text_converter(_split_commas)]
+Directory = Annotated[Path, _text_converter(_expand_user), Allowed("a directory")]
+Url = Annotated[str, Allowed("a URL")]
+Device = Annotated[
+    str, Lowered, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$"), Allowed("auto, cpu, cuda, cuda:N, mps")
+]
+Count = Annotated[int, Field(ge=1), Allowed("1 or more")]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("more than 0")]
+NonNegativeNumber = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("0 or more")]
 
 
 class MappingEntry(BaseModel):
@@ -62,39 +67,37 @@ class MappingEntry(BaseModel):
     precision: Annotated[Precision, Lowered] | None = None
     revision: str | None = None
     path: Directory | None = None
-    device: Annotated[str, Lowered, Field(pattern=DEVICE_PATTERN)] | None = None
+    device: Device | None = None
     backend: Annotated[BackendName, Lowered] | None = None
-    pooling: Annotated[Pooling, BeforeValidator(_pooling_name)] | None = None
+    pooling: (
+        Annotated[Pooling, _text_converter(lambda text: _POOLING_ALIASES.get(text.lower(), text.lower()))] | None
+    ) = None
     normalize: bool | None = None
-    max_length: Annotated[int, Field(ge=1)] | None = None
+    max_length: Count | None = None
     trust_remote_code: bool | None = None
     prompts: dict[str, str] | None = None
     token_input: Annotated[TokenInput, Lowered] = "reject"
     truncate: Annotated[Truncate, Uppered] = "END"
-    dimensions: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | Literal["any"] | None = None
-    endpoint: str | None = None
+    dimensions: Annotated[
+        Annotated[tuple[Count, ...], Field(min_length=1)] | Literal["any"] | None, Allowed('a list of sizes, or "any"')
+    ] = None
+    endpoint: Url | None = None
     token: SecretStr | None = None
     cache_dir: Directory | None = None
 
 
-def setting(default: Any, description: str, *, allowed: str = "", **constraints: Any) -> Any:
-    """Declare a setting: a pydantic field whose description and allowed values are shown to users."""
-    extra: dict[str, Any] | None = {"allowed": allowed} if allowed else None
-    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
-
-
 def allowed_values(info: FieldInfo) -> str:
     """Return the allowed values of a setting as text, or an empty string if any text is allowed."""
-    extra = info.json_schema_extra
-    if isinstance(extra, dict) and "allowed" in extra:
-        return str(extra["allowed"])
-    if "bool" in str(info.annotation):
-        return "true, false"
-    return ", ".join(_literal_values(info.annotation))
+    return ", ".join(_allowed_values(info.annotation, *info.metadata))
 
 
-def _literal_values(annotation: Any) -> list[str]:
-    values = getattr(annotation, "__args__", ())
-    if getattr(annotation, "__origin__", None) is Literal:
-        return [str(value) for value in values]
-    return [value for inner in values for value in _literal_values(inner)]
+def _allowed_values(annotation: Any, *metadata: Any) -> list[str]:
+    if texts := [item.text for item in metadata if isinstance(item, Allowed)]:
+        return texts[-1:]  # the outermost annotation
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    if get_origin(annotation) is Annotated:
+        return _allowed_values(*get_args(annotation))
+    return [value for inner in get_args(annotation) for value in _allowed_values(inner)]

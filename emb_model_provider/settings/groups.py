@@ -1,16 +1,14 @@
 """The settings, in groups.
 
-The name of a field is the name of its variable in lower case, without the prefix `EMB_PROVIDER_`. A setting is
-written once, here: `.env.example` and the table in docs/configuration.md are generated from its description,
-default and allowed values, and error messages quote them.
+The name of a field is the name of its variable in lower case, without the prefix `EMB_PROVIDER_`. `.env.example` and
+the table in docs/configuration.md are generated from its docstring, default and allowed values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads it
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 import platformdirs
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
@@ -18,22 +16,26 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_va
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import BUNDLED_MODEL, BackendName, ModelSpec, Precision, Source
 from emb_model_provider.settings.fields import (
-    DEVICE_PATTERN,
+    Allowed,
+    Count,
+    Device,
     Directory,
     FidelityPrecision,
     Lowered,
     MappingEntry,
     Names,
+    NonNegativeNumber,
+    PositiveNumber,
     RemoteHubName,
     Uppered,
-    setting,
+    Url,
 )
 
 PREFIX = "EMB_PROVIDER_"
 
-FIDELITY_FLOORS: Mapping[str, float] = MappingProxyType(
-    {"fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9}
-)
+FIDELITY_FLOORS: Mapping[FidelityPrecision, float] = {
+    "fp32": 0.999, "bf16": 0.999, "fp16": 0.999, "int8": 0.98, "int4": 0.9
+}  # fmt: skip
 """Default lowest cosine to fp32 at which a model is served, by precision."""
 
 _MIB = 1024**2
@@ -42,68 +44,44 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class SettingsGroup(BaseModel):
-    """Settings that belong together. Each field is one variable."""
+    """Settings that belong together. Each field is one variable; the title is the heading in the documents."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    title: ClassVar[str]
-    """Heading of the group in `.env.example` and in docs/configuration.md."""
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
-class ModelSettings(SettingsGroup):
+class ModelSettings(SettingsGroup, title="Models"):
     """Which models are served, and how they compute by default."""
 
-    title = "Models"
-
-    model_name: str | None = setting(
-        None,
-        "Model to serve: a repository id on a hub, or a directory. "
-        f"Unset: the first entry of MODEL_MAPPING, or the bundled `{BUNDLED_MODEL}`.",
-    )
-    model_path: Directory | None = setting(
-        None, "Local directory that holds MODEL_NAME. It takes precedence over any hub.", allowed="a directory"
-    )
-    model_source: Annotated[Source, Lowered] = setting(
-        "auto",
-        "Hub to load from. auto: an existing directory is local; the bundled name is bundled; `damo/…` and `iic/…` "
-        "come from ModelScope; everything else comes from Hugging Face. If unset, "
-        "`MODEL_HUB=modelscope|huggingface` and `USE_MODELSCOPE=true|false` are read.",
-    )
-    model_revision: str | None = setting(None, "Branch, tag or commit. Unset: the hub's default branch.")
-    model_mapping: dict[str, MappingEntry] = setting(
-        {},
-        "JSON object, possibly over several lines: alias → model. Only `name` is required; the other keys are "
-        "`source`, `precision`, `revision`, `path`, `device`, `backend`, `pooling`, `normalize`, `max_length`, "
-        "`trust_remote_code`, `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`. "
-        "The first entry is the default model if MODEL_NAME is unset; if both are set, both are served.",
-        allowed='JSON like {"alias": {"name": "owner/model"}}',
-    )
-    preload_models: Names | None = setting(
-        None,
-        "Aliases to load at startup, separated by commas; the others are loaded at their first request. "
-        "`none` loads nothing. Unset: all, or the first MAX_LOADED_MODELS of them.",
-        allowed="aliases separated by commas, or none",
-    )
-    model_precision: Annotated[Precision, Lowered] = setting(
-        "auto",
-        "Precision of the computation. auto: for a model compiled on a CPU, bf16 if the processor supports it (and the "
-        "vectors stay within 0.999 of fp32), else fp32; for torch on a CPU, fp32; on a CUDA device, bf16 if it is "
-        "supported, else fp16. int8 and int4 store the weights in fewer bits: see docs/precision.md.",
-    )
-    enable_quantization: bool | None = setting(
-        None, "true with precision auto means int8; false together with int8 or int4 is an error."
-    )
-    device: Annotated[str, Lowered] = setting(
-        "auto",
-        "Device the model runs on. auto: CUDA if a device is present, else the CPU.",
-        allowed="auto, cpu, cuda, cuda:N, mps",
-        pattern=DEVICE_PATTERN,
-    )
-    backend: Annotated[BackendName, Lowered] = setting(
-        "auto",
-        "Runtime of the model. auto: on a CPU openvino, compiled once and checked against sentence-transformers, or "
-        "torch if the model cannot be compiled; torch on any other device.",
-    )
+    model_name: str | None = None
+    """Model to serve: a repository id on a hub, or a directory. Unset: the first entry of MODEL_MAPPING, or the bundled
+    `sentence-transformers/all-MiniLM-L6-v2`."""
+    model_path: Directory | None = None
+    """Local directory that holds MODEL_NAME. It takes precedence over any hub."""
+    model_source: Annotated[Source, Lowered] = "auto"
+    """Hub to load from. auto: an existing directory is local; the bundled name is bundled; `damo/…` and `iic/…` come
+    from ModelScope; everything else comes from Hugging Face. If unset, `MODEL_HUB=modelscope|huggingface` and
+    `USE_MODELSCOPE=true|false` are read."""
+    model_revision: str | None = None
+    """Branch, tag or commit. Unset: the hub's default branch."""
+    model_mapping: Annotated[dict[str, MappingEntry], Allowed('JSON like {"alias": {"name": "owner/model"}}')] = {}
+    """JSON object, possibly over several lines: alias → model. Only `name` is required; the other keys are `source`,
+    `precision`, `revision`, `path`, `device`, `backend`, `pooling`, `normalize`, `max_length`, `trust_remote_code`,
+    `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`. The first entry is the default
+    model if MODEL_NAME is unset; if both are set, both are served."""
+    preload_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
+    """Aliases to load at startup, separated by commas; the others are loaded at their first request. `none` loads
+    nothing. Unset: all, or the first MAX_LOADED_MODELS of them."""
+    model_precision: Annotated[Precision, Lowered] = "auto"
+    """Precision of the computation. auto: for a model compiled on a CPU, bf16 if the processor supports it (and the
+    vectors stay within 0.999 of fp32), else fp32; for torch on a CPU, fp32; on a CUDA device, bf16 if it is supported,
+    else fp16. int8 and int4 store the weights in fewer bits: see docs/precision.md."""
+    enable_quantization: bool | None = None
+    """true with precision auto means int8; false together with int8 or int4 is an error."""
+    device: Device = "auto"
+    """Device the model runs on. auto: CUDA if a device is present, else the CPU."""
+    backend: Annotated[BackendName, Lowered] = "auto"
+    """Runtime of the model. auto: on a CPU openvino, compiled once and checked against sentence-transformers, or torch
+    if the model cannot be compiled; torch on any other device."""
 
     @model_validator(mode="after")
     def _check_aliases(self) -> Self:
@@ -121,52 +99,31 @@ class ModelSettings(SettingsGroup):
         return self
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Return the configured models in the order of the settings; the first is the default model.
-
-        Raises:
-            SettingsError: A precision contradicts ENABLE_QUANTIZATION.
-        """
+        """Return the configured models in the order of the settings; the first is the default model."""
         mapped = (self.spec_for(alias, entry) for alias, entry in self.model_mapping.items())
         main = self._main_model()
         return (*((main,) if main is not None else ()), *mapped)
 
     def spec_for(self, alias: str, entry: MappingEntry) -> ModelSpec:
-        """Return the model that a mapping entry describes, with the service-wide defaults applied.
-
-        Raises:
-            SettingsError: Its precision contradicts ENABLE_QUANTIZATION.
-        """
-        return ModelSpec(
-            alias=alias,
-            name=entry.name,
-            source=entry.source or self.model_source,
-            path=entry.path,
-            revision=entry.revision,
-            endpoint=entry.endpoint,
-            token=_reveal(entry.token),
-            cache_dir=entry.cache_dir,
-            trust_remote_code=entry.trust_remote_code,
-            precision=self._effective_precision(
+        """Return the model that a mapping entry describes, with the service-wide defaults applied."""
+        values = dict(entry) | {
+            "source": entry.source or self.model_source,
+            "token": _reveal(entry.token),
+            "precision": self._effective_precision(
                 entry.precision or self.model_precision, f"the precision of {alias!r} in {PREFIX}MODEL_MAPPING"
             ),
-            device=entry.device or self.device,
-            backend=entry.backend or self.backend,
-            pooling=entry.pooling,
-            normalize=entry.normalize,
-            max_length=entry.max_length,
-            prompts=entry.prompts,
-            dimensions=entry.dimensions,
-            token_input=entry.token_input,
-            truncate=entry.truncate,
-        )
+            "device": entry.device or self.device,
+            "backend": entry.backend or self.backend,
+        }
+        return ModelSpec(alias=alias, **values)
 
     def _main_model(self) -> ModelSpec | None:
         name, source = self.model_name, self.model_source
         if name is None and self.model_path is not None:
             name = self.model_path.resolve().name
-        if name is None and self.model_mapping:
+        elif name is None and self.model_mapping:
             return None
-        if name is None:
+        elif name is None:
             # MODEL_HUB or USE_MODELSCOPE alone must not turn the bundled model into a download.
             name, source = BUNDLED_MODEL, "bundled"
         return ModelSpec(
@@ -189,29 +146,25 @@ class ModelSettings(SettingsGroup):
         return "int8" if precision == "auto" and self.enable_quantization else precision
 
 
-class FidelitySettings(SettingsGroup):
+class FidelitySettings(SettingsGroup, title="Accuracy"):
     """How close to fp32 a model must be, and whether that is measured."""
 
-    title = "Accuracy"
-
-    fidelity_floors: dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]] = setting(
-        dict(FIDELITY_FLOORS),
-        "A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not "
-        "served. Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses "
-        "fp32 instead. A model compiled at fp32, bf16 or fp16 is never served below 0.999.",
-        allowed='JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}',
-    )
-    measure_fidelity: bool = setting(
-        True,
-        "Measure how close a model that torch serves below fp32 comes to itself at fp32. The model is loaded at fp32 "
-        "once for this, and the result is kept. false: it is not measured, and FIDELITY_FLOORS applies only where a "
-        "result is known.",
-    )
+    fidelity_floors: Annotated[
+        dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]],
+        Allowed('JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}'),
+    ] = dict(FIDELITY_FLOORS)
+    """A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not served.
+    Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses fp32 instead. A
+    model compiled at fp32, bf16 or fp16 is never served below 0.999."""
+    measure_fidelity: bool = True
+    """Measure how close a model that torch serves below fp32 comes to itself at fp32. The model is loaded at fp32 once
+    for this, and the result is kept. false: it is not measured, and FIDELITY_FLOORS applies only where a result is
+    known."""
 
     @property
     def floors(self) -> Mapping[str, float]:
         """The floor of every precision: FIDELITY_FLOORS, with the defaults for precisions that it leaves out."""
-        return {**FIDELITY_FLOORS, **{str(name): floor for name, floor in self.fidelity_floors.items()}}
+        return {str(name): floor for name, floor in {**FIDELITY_FLOORS, **self.fidelity_floors}.items()}
 
 
 def _default_cache_dir() -> Path:
@@ -223,63 +176,38 @@ def _default_cache_dir() -> Path:
         ) from error
 
 
-class HubSettings(SettingsGroup):
+class HubSettings(SettingsGroup, title="Downloads and caches"):
     """How the hubs are reached, and where files are kept. A model's own values take precedence."""
 
-    title = "Downloads and caches"
-
-    modelscope_cache_dir: Directory | None = setting(
-        None,
-        "Directory for ModelScope downloads. Unset: MODELSCOPE_CACHE, MODEL_CACHE_DIR, or `~/.cache/modelscope`.",
-        allowed="a directory",
-    )
-    hf_cache_dir: Directory | None = setting(
-        None,
-        "Directory for Hugging Face downloads. Unset: HF_HUB_CACHE, HF_HOME/hub, MODEL_CACHE_DIR, or "
-        "`~/.cache/huggingface/hub`. Both hubs can share one directory: their layouts do not overlap.",
-        allowed="a directory",
-    )
-    cache_dir: Directory = Field(
-        default_factory=_default_cache_dir,
-        description="Directory for the service's own files: manifests of snapshots, and compiled models. "
-        "Default: the platform's user cache directory.",
-        json_schema_extra={"allowed": "a directory"},
-    )
-    max_artifacts_gb: float = setting(
-        20,
-        "Disk limit for compiled models in CACHE_DIR, in GiB; the least recently used are removed first.",
-        allowed="more than 0",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    modelscope_endpoint: str | None = setting(
-        None,
-        "URL of a ModelScope mirror. Unset: the client's own (MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN).",
-        allowed="a URL",
-    )
-    hf_endpoint: str | None = setting(
-        None, "URL of a Hugging Face mirror. Unset: the client's own (HF_ENDPOINT).", allowed="a URL"
-    )
-    modelscope_token: SecretStr | None = setting(
-        None, "Access token for private ModelScope models. Unset: MODELSCOPE_API_TOKEN. Never shown."
-    )
-    hf_token: SecretStr | None = setting(
-        None, "Access token for private or gated Hugging Face models. Unset: HF_TOKEN. Never shown."
-    )
-    modelscope_fallback_to_huggingface: bool = setting(
-        False,
-        "Load a model that ModelScope does not have, or that cannot be downloaded there, from Hugging Face under the "
-        "same name. This is logged, and shown in `/v1/models`.",
-    )
-    hub_names: dict[str, dict[RemoteHubName, Annotated[str, Field(min_length=1)]]] = setting(
-        {},
-        "JSON object from a model's requested name to its name on each hub, where they differ. It applies to whichever "
-        "hub the model comes from, including MODELSCOPE_FALLBACK_TO_HUGGINGFACE.",
-        allowed='JSON like {"acme/model": {"modelscope": "other/model"}}',
-    )
-    offline: bool = setting(
-        False, "Send no request to any hub; serve only what is already on disk. Unset: HF_HUB_OFFLINE."
-    )
+    modelscope_cache_dir: Directory | None = None
+    """Directory for ModelScope downloads. Unset: MODELSCOPE_CACHE, MODEL_CACHE_DIR, or `~/.cache/modelscope`."""
+    hf_cache_dir: Directory | None = None
+    """Directory for Hugging Face downloads. Unset: HF_HUB_CACHE, HF_HOME/hub, MODEL_CACHE_DIR, or
+    `~/.cache/huggingface/hub`. Both hubs can share one directory: their layouts do not overlap."""
+    cache_dir: Directory = Field(default_factory=_default_cache_dir)
+    """Directory for the service's own files: manifests of snapshots, and compiled models. Default: the platform's user
+    cache directory."""
+    max_artifacts_gb: PositiveNumber = 20
+    """Disk limit for compiled models in CACHE_DIR, in GiB; the least recently used are removed first."""
+    modelscope_endpoint: Url | None = None
+    """URL of a ModelScope mirror. Unset: the client's own (MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN)."""
+    hf_endpoint: Url | None = None
+    """URL of a Hugging Face mirror. Unset: the client's own (HF_ENDPOINT)."""
+    modelscope_token: SecretStr | None = None
+    """Access token for private ModelScope models. Unset: MODELSCOPE_API_TOKEN. Never shown."""
+    hf_token: SecretStr | None = None
+    """Access token for private or gated Hugging Face models. Unset: HF_TOKEN. Never shown."""
+    modelscope_fallback_to_huggingface: bool = False
+    """Load a model that ModelScope does not have, or that cannot be downloaded there, from Hugging Face under the same
+    name. This is logged, and shown in `/v1/models`."""
+    hub_names: Annotated[
+        dict[str, dict[RemoteHubName, Annotated[str, Field(min_length=1)]]],
+        Allowed('JSON like {"acme/model": {"modelscope": "other/model"}}'),
+    ] = {}
+    """JSON object from a model's requested name to its name on each hub, where they differ. It applies to whichever hub
+    the model comes from, including MODELSCOPE_FALLBACK_TO_HUGGINGFACE."""
+    offline: bool = False
+    """Send no request to any hub; serve only what is already on disk. Unset: HF_HUB_OFFLINE."""
 
     def name_on(self, hub: str, name: str) -> str:
         """Return the name that `hub` uses for the model that is requested as `name`."""
@@ -303,17 +231,13 @@ class HubSettings(SettingsGroup):
         return int(self.max_artifacts_gb * _GIB)
 
 
-class TrustSettings(SettingsGroup):
+class TrustSettings(SettingsGroup, title="Code from repositories"):
     """Whether code from a repository may run, by the hub that the model comes from."""
 
-    title = "Code from repositories"
-
-    modelscope_trust_remote_code: bool = setting(
-        False, "Allow code from ModelScope repositories to run in this process. Only for repositories you trust."
-    )
-    trust_remote_code: bool = setting(
-        False, "The same for models from Hugging Face and from directories. Only for repositories you trust."
-    )
+    modelscope_trust_remote_code: bool = False
+    """Allow code from ModelScope repositories to run in this process. Only for repositories you trust."""
+    trust_remote_code: bool = False
+    """The same for models from Hugging Face and from directories. Only for repositories you trust."""
 
     def allows(self, spec: ModelSpec, hub: str) -> bool:
         """Return whether code of a model that came from `hub` may run. The model's own setting takes precedence."""
@@ -321,73 +245,40 @@ class TrustSettings(SettingsGroup):
         return by_hub if spec.trust_remote_code is None else spec.trust_remote_code
 
 
-class MemorySettings(SettingsGroup):
+class MemorySettings(SettingsGroup, title="Models in memory"):
     """Which models stay in memory, and for how long."""
 
-    title = "Models in memory"
-
-    max_loaded_models: int | None = setting(
-        None,
-        "Maximum number of models in memory. A further model replaces the least recently used one, after that one's "
-        "requests have been answered. Unset: no limit.",
-        allowed="1 or more",
-        ge=1,
-    )
-    model_memory_limit: ByteSize | None = setting(
-        None,
-        "Memory limit for all loaded models together, applied in the same way; a plain number is bytes. "
-        "`emb-provider ps` shows what each model takes; the process itself takes about 100 MiB more, or several hundred "
-        "with torch. Unset: no limit.",
-        allowed="bytes, or a size like 4GiB or 500MB",
-        gt=0,
-    )
-    idle_unload_s: float | None = setting(
-        None,
-        "Unload a model that has had no request for this many seconds; its next request loads it again. Unset: never.",
-        allowed="more than 0",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    load_wait_s: float | None = setting(
-        None,
-        "How many seconds a request waits for its model to be downloaded, compiled and loaded. After that it gets 503 "
-        "with `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S.",
-        allowed="0 or more",
-        ge=0,
-        allow_inf_nan=False,
-    )
+    max_loaded_models: Count | None = None
+    """Maximum number of models in memory. A further model replaces the least recently used one, after that one's
+    requests have been answered. Unset: no limit."""
+    model_memory_limit: Annotated[ByteSize, Field(gt=0), Allowed("bytes, or a size like 4GiB or 500MB")] | None = None
+    """Memory limit for all loaded models together, applied in the same way; a plain number is bytes. `emb-provider ps`
+    shows what each model takes; the process itself takes about 100 MiB more, or several hundred with torch. Unset: no
+    limit."""
+    idle_unload_s: PositiveNumber | None = None
+    """Unload a model that has had no request for this many seconds; its next request loads it again. Unset: never."""
+    load_wait_s: NonNegativeNumber | None = None
+    """How many seconds a request waits for its model to be downloaded, compiled and loaded. After that it gets 503 with
+    `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S."""
 
 
-class BatchSettings(SettingsGroup):
+class BatchSettings(SettingsGroup, title="Batching"):
     """How inputs are grouped into batches."""
 
-    title = "Batching"
-
-    max_batch_size: int = setting(64, "Maximum number of sequences in one batch.", allowed="1 or more", ge=1)
-    max_batch_tokens: int | None = setting(
-        None,
-        "Maximum number of padded tokens in one batch; bounds memory. Unset: by device (512 on a CPU, where larger "
-        "batches gain nothing and delay other requests; 131072 on CUDA).",
-        allowed="1 or more",
-        ge=1,
-    )
-    enable_dynamic_batching: bool = setting(True, "Group inputs of different requests into one batch.")
-    min_batch_size: int = setting(
-        1,
-        "Wait for at least this many inputs before running a batch, at most MAX_WAIT_TIME_MS. 1: never wait.",
-        allowed="1 or more, at most MAX_BATCH_SIZE",
-        ge=1,
-    )
-    max_wait_time_ms: float = setting(
-        50, "Longest wait for MIN_BATCH_SIZE inputs, in milliseconds.", allowed="0 to 60000", ge=0, le=60_000
-    )
-    max_queue_tokens: int | None = setting(
-        None,
-        "Maximum number of tokens that wait for one model; beyond it, new requests get 429. "
-        "Unset: about 20 seconds of work at the measured speed.",
-        allowed="1 or more",
-        ge=1,
-    )
+    max_batch_size: Count = 64
+    """Maximum number of sequences in one batch."""
+    max_batch_tokens: Count | None = None
+    """Maximum number of padded tokens in one batch; bounds memory. Unset: by device (512 on a CPU, where larger batches
+    gain nothing and delay other requests; 131072 on CUDA)."""
+    enable_dynamic_batching: bool = True
+    """Group inputs of different requests into one batch."""
+    min_batch_size: Annotated[Count, Allowed("1 or more, at most MAX_BATCH_SIZE")] = 1
+    """Wait for at least this many inputs before running a batch, at most MAX_WAIT_TIME_MS. 1: never wait."""
+    max_wait_time_ms: Annotated[float, Field(ge=0, le=60_000), Allowed("0 to 60000")] = 50
+    """Longest wait for MIN_BATCH_SIZE inputs, in milliseconds."""
+    max_queue_tokens: Count | None = None
+    """Maximum number of tokens that wait for one model; beyond it, new requests get 429. Unset: about 20 seconds of
+    work at the measured speed."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -399,41 +290,24 @@ class BatchSettings(SettingsGroup):
         return self
 
 
-class LimitSettings(SettingsGroup):
+class LimitSettings(SettingsGroup, title="Limits of requests"):
     """What requests may take."""
 
-    title = "Limits of requests"
-
-    request_timeout_s: float = setting(
-        60,
-        "A request that is not answered after this many seconds gets 504, and its work is dropped.",
-        allowed="more than 0",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    max_inputs: int = setting(2048, "Maximum number of inputs in one request.", allowed="1 or more", ge=1)
-    max_request_tokens: int = setting(
-        300_000, "Maximum number of tokens in all inputs of one request together.", allowed="1 or more", ge=1
-    )
-    max_body_mb: float = setting(32, "Largest request body, in MiB.", allowed="more than 0", gt=0, allow_inf_nan=False)
-    max_pending_body_mb: float | None = setting(
-        None,
-        "Maximum size of the bodies of all requests that are being read or answered, in MiB; beyond it a request gets "
-        "429. Bounds memory. Unset: eight times MAX_BODY_MB.",
-        allowed="MAX_BODY_MB or more",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    receive_timeout_s: float = setting(
-        60,
-        "A client that has not sent its whole request after this many seconds gets 408, and its connection is closed.",
-        allowed="more than 0",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    strict_input: bool = setting(
-        False, "Reject empty strings with 400, as api.openai.com does. false: an empty string gets a vector."
-    )
+    request_timeout_s: PositiveNumber = 60
+    """A request that is not answered after this many seconds gets 504, and its work is dropped."""
+    max_inputs: Count = 2048
+    """Maximum number of inputs in one request."""
+    max_request_tokens: Count = 300_000
+    """Maximum number of tokens in all inputs of one request together."""
+    max_body_mb: PositiveNumber = 32
+    """Largest request body, in MiB."""
+    max_pending_body_mb: Annotated[PositiveNumber, Allowed("MAX_BODY_MB or more")] | None = None
+    """Maximum size of the bodies of all requests that are being read or answered, in MiB; beyond it a request gets 429.
+    Bounds memory. Unset: eight times MAX_BODY_MB."""
+    receive_timeout_s: PositiveNumber = 60
+    """A client that has not sent its whole request after this many seconds gets 408, and its connection is closed."""
+    strict_input: bool = False
+    """Reject empty strings with 400, as api.openai.com does. false: an empty string gets a vector."""
 
     @model_validator(mode="after")
     def _check_body_sizes(self) -> Self:
@@ -453,33 +327,23 @@ class LimitSettings(SettingsGroup):
         return int((self.max_pending_body_mb or 8 * self.max_body_mb) * _MIB)
 
 
-class ServerSettings(SettingsGroup):
+class ServerSettings(SettingsGroup, title="Server"):
     """Where the service listens, and which clients it answers."""
 
-    title = "Server"
-
-    host: str = setting("localhost", "Address to listen on. The container sets 0.0.0.0.")
-    port: int = setting(9000, "Port to listen on.", allowed="1 to 65535", ge=1, le=65_535)
-    api_keys: SecretStr | None = setting(
-        None,
-        "Keys, separated by commas. If set, every `/v1` route requires one of them as a Bearer token. Never shown.",
-    )
-    admin_api_keys: SecretStr | None = setting(
-        None,
-        "Keys, separated by commas, for routes that change something (`/api/…`). Unset: those routes answer only direct "
-        "clients on the same machine, not through a proxy and not from a page of another site. Never shown.",
-    )
-    allowed_hosts: Names | None = setting(
-        None,
-        "Accepted Host header values, separated by commas; `*` accepts any. "
-        "Unset: the loopback names if the service listens on loopback, else any.",
-        allowed="host names separated by commas",
-    )
-    cors_origins: Names = setting(
-        (),
-        "Browser origins that may call the API, separated by commas; `*` accepts any. Unset: none.",
-        allowed="origins separated by commas",
-    )
+    host: str = "localhost"
+    """Address to listen on. The container sets 0.0.0.0."""
+    port: Annotated[int, Field(ge=1, le=65_535), Allowed("1 to 65535")] = 9000
+    """Port to listen on."""
+    api_keys: SecretStr | None = None
+    """Keys, separated by commas. If set, every `/v1` route requires one of them as a Bearer token. Never shown."""
+    admin_api_keys: SecretStr | None = None
+    """Keys, separated by commas, for routes that change something (`/api/…`). Unset: those routes answer only direct
+    clients on the same machine, not through a proxy and not from a page of another site. Never shown."""
+    allowed_hosts: Annotated[Names, Allowed("host names separated by commas")] | None = None
+    """Accepted Host header values, separated by commas; `*` accepts any. Unset: the loopback names if the service
+    listens on loopback, else any."""
+    cors_origins: Annotated[Names, Allowed("origins separated by commas")] = ()
+    """Browser origins that may call the API, separated by commas; `*` accepts any. Unset: none."""
 
     @property
     def accepted_keys(self) -> tuple[str, ...]:
@@ -498,48 +362,31 @@ class ServerSettings(SettingsGroup):
         return None if "*" in self.allowed_hosts else self.allowed_hosts
 
 
-class LifecycleSettings(SettingsGroup):
+class LifecycleSettings(SettingsGroup, title="Faults and shutdown"):
     """How the service notices faults, recovers from them, and shuts down."""
 
-    title = "Faults and shutdown"
-
-    watchdog_s: float = setting(
-        60,
-        "A batch that runs longer than this many seconds (or ten times as long as its tokens should take, if that "
-        "is more) counts as hung, and `/ready` reports it. While every stream of a model hangs, the model accepts no "
-        "requests.",
-        allowed="more than 0",
-        gt=0,
-        allow_inf_nan=False,
-    )
-    supervise: bool = setting(
-        False,
-        "Run the service as a child of a small process that keeps the port open and restarts the service if it crashes "
-        "or hangs. For bare machines; in a container the restart policy does this.",
-    )
-    shutdown_grace_s: float = setting(
-        60,
-        "How many seconds accepted requests have to finish after SIGTERM or Ctrl-C. A second signal ends the service at "
-        "once.",
-        allowed="0 or more",
-        ge=0,
-        allow_inf_nan=False,
-    )
+    watchdog_s: PositiveNumber = 60
+    """A batch that runs longer than this many seconds (or ten times as long as its tokens should take, if that is more)
+    counts as hung, and `/ready` reports it. While every stream of a model hangs, the model accepts no requests."""
+    supervise: bool = False
+    """Run the service as a child of a small process that keeps the port open and restarts the service if it crashes or
+    hangs. For bare machines; in a container the restart policy does this."""
+    shutdown_grace_s: NonNegativeNumber = 60
+    """How many seconds accepted requests have to finish after SIGTERM or Ctrl-C. A second signal ends the service at
+    once."""
 
 
-class LogSettings(SettingsGroup):
+class LogSettings(SettingsGroup, title="Logs"):
     """Where log lines go, and in which format."""
 
-    title = "Logs"
-
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Uppered] = setting(
-        "INFO", "Lowest level of log lines to write."
-    )
-    log_format: Annotated[Literal["auto", "text", "json"], Lowered] = setting(
-        "auto", "Format of log lines. auto: text on a terminal, else json."
-    )
-    log_to_file: bool = setting(True, "Also write `emb_model_provider.log` in LOG_DIR, rotated by size and age.")
-    log_dir: Directory = setting(Path("logs"), "Directory of the log file.", allowed="a directory")
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Uppered] = "INFO"
+    """Lowest level of log lines to write."""
+    log_format: Annotated[Literal["auto", "text", "json"], Lowered] = "auto"
+    """Format of log lines. auto: text on a terminal, else json."""
+    log_to_file: bool = True
+    """Also write `emb_model_provider.log` in LOG_DIR, rotated by size and age."""
+    log_dir: Directory = Path("logs")
+    """Directory of the log file."""
 
 
 def _reveal(secret: SecretStr | None) -> str | None:

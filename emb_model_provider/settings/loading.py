@@ -19,6 +19,9 @@ from emb_model_provider.settings import PREFIX, MappingEntry, Settings, allowed_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
 _JSON_SETTINGS: Mapping[str, str] = {
     "model_mapping": '{"alias": {"name": "owner/model"}}',
     "fidelity_floors": '{"int8": 0.99}',
@@ -47,17 +50,9 @@ _REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
 
 def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ) -> tuple[Settings, list[str]]:
-    """Read the settings.
+    """Read the settings from `env_file` and from `environ`, which takes precedence.
 
-    Args:
-        env_file: File with further variables; variables of `environ` take precedence.
-        environ: Variables of the process.
-
-    Returns:
-        The settings, and warnings about names that look like settings but are unknown.
-
-    Raises:
-        SettingsError: A value is wrong. The message is one line with the variable, its value and what is allowed.
+    Also return warnings about names that look like settings but are unknown. A SettingsError has a message of one line.
     """
     variables = read_environment(env_file, environ)
     warnings = _unknown_names(variables)
@@ -69,11 +64,7 @@ def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os
 
 
 def read_environment(env_file: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return every variable that has a value. An empty value means unset, in the file and in the environment.
-
-    Raises:
-        SettingsError: `env_file` cannot be read, or contains invalid JSON.
-    """
+    """Return every variable that has a value. An empty value means unset, in the file and in the environment."""
     variables = _read_env_file(env_file)
     variables.update(environ)
     return {name: value.strip() for name, value in variables.items() if value.strip()}
@@ -83,10 +74,7 @@ def _collect_values(variables: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for setting in Settings.variables():
         variable = setting.upper()
-        if PREFIX + variable in variables:
-            values[setting] = variables[PREFIX + variable]
-            continue
-        for name in OTHER_NAMES.get(variable, ()):
+        for name in (PREFIX + variable, *OTHER_NAMES.get(variable, ())):
             if name in variables:
                 values[setting] = _translate(name, variables[name])
                 break
@@ -152,14 +140,10 @@ def _describe(error: ValidationError, values: Mapping[str, Any]) -> str:
     shown = "(hidden)" if "SecretStr" in str(info.annotation) else values[setting]
     if setting in _JSON_SETTINGS:
         shown = json.dumps(shown)
-    allowed = allowed_values(info)
-    if not allowed:
-        return f"{variable}={shown}: {first['msg']}."
-    is_list = ", " in allowed and " or " not in allowed
-    return f"{variable}={shown}: must be {'one of ' if is_list else ''}{allowed}."
+    return f"{variable}={shown}: {_requirement(first, info)}."
 
 
-def _describe_mapping(variable: str, path: list[str], error: Any) -> str:
+def _describe_mapping(variable: str, path: list[str], error: ErrorDetails) -> str:
     example = '{"name": "owner/model"}'
     if error["type"] == "extra_forbidden":
         return f"{variable}: {path[0]!r} has no key {path[1]!r}: must be one of {', '.join(MappingEntry.model_fields)}."
@@ -167,9 +151,15 @@ def _describe_mapping(variable: str, path: list[str], error: Any) -> str:
         return f'{variable}: {path[0]!r} lacks "{path[1]}": name the model, like {example}.'
     if len(path) == 1:
         return f"{variable}: {path[0]}: must be an object like {example}."
-    allowed = allowed_values(MappingEntry.model_fields[path[1]])
-    wanted = f"must be one of {allowed}" if allowed else error["msg"]
-    return f"{variable}: {path[0]}.{path[1]}: {wanted}."
+    return f"{variable}: {path[0]}.{path[1]}: {_requirement(error, MappingEntry.model_fields[path[1]])}."
+
+
+def _requirement(error: ErrorDetails, info: FieldInfo) -> str:
+    allowed = allowed_values(info)
+    if not allowed or error["type"] == "value_error":  # the message of our own validator says more
+        return error["msg"].removeprefix("Value error, ")
+    is_list = ", " in allowed and " or " not in allowed
+    return f"must be {'one of ' if is_list else ''}{allowed}"
 
 
 def _read_env_file(path: Path) -> dict[str, str]:

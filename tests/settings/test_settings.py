@@ -271,9 +271,9 @@ def test_invalid_value_is_reported_in_one_line(name: str, value: str, allowed: s
         ('{"a": {}}', "'a' lacks \"name\""),
         ('{"a": {"name": "x", "sorce": "local"}}', "'a' has no key 'sorce': must be one of name, source"),
         ('{"a": {"name": "x", "source": "github"}}', "a.source: must be one of auto, huggingface"),
-        ('{"a": {"name": "x", "max_length": 0}}', "a.max_length"),
-        ('{"a": {"name": "x", "dimensions": []}}', "a.dimensions"),
-        ('{"a": {"name": "x", "device": "tpu"}}', "a.device"),
+        ('{"a": {"name": "x", "max_length": 0}}', "a.max_length: must be 1 or more."),
+        ('{"a": {"name": "x", "dimensions": []}}', 'a.dimensions: must be a list of sizes, or "any".'),
+        ('{"a": {"name": "x", "device": "tpu"}}', "a.device: must be one of auto, cpu, cuda, cuda:N, mps."),
         ('{"a": "x"}', "a: must be an object"),
         ('["a"]', "must be a JSON object"),
         ('{"a": {"name": "x"}, "a": {"name": "y"}}', "contains 'a' more than once"),
@@ -370,5 +370,7 @@ def test_user_without_a_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SettingsError, match=r"^This user has no home .* Set EMB_PROVIDER_CACHE_DIR or HOME\.$"):
         load()
     assert load(CACHE_DIR=str(tmp_path)).hubs.cache_dir == tmp_path
-    with pytest.raises(SettingsError, match=r"^EMB_PROVIDER_LOG_DIR=~/logs: must be a directory\.$"):
+    with pytest.raises(
+        SettingsError, match=r"^EMB_PROVIDER_LOG_DIR=~/logs: ~ cannot be expanded, because this user .*\.$"
+    ):
         load(CACHE_DIR=str(tmp_path), LOG_DIR="~/logs")

@@ -12,20 +12,7 @@ from starlette.requests import Request
 from emb_model_provider.api.cache_removal import CacheRemoval, models_using
 from emb_model_provider.api.dependencies import Services, ServicesDep
 from emb_model_provider.api.middleware import cancelled_on_disconnect
-from emb_model_provider.api.schemas.management import (
-    CachedModel,
-    CachedModelDetails,
-    CachedModels,
-    CachedModelsDetails,
-    CachedQuery,
-    KeptModel,
-    ListQuery,
-    RemoveAllQuery,
-    Removed,
-    RemoveQuery,
-    VerifiedModel,
-    VerifiedModels,
-)
+from emb_model_provider.api.schemas import management as schemas
 from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import NotCachedError
 from emb_model_provider.progress import CancelToken
@@ -33,7 +20,7 @@ from emb_model_provider.progress import CancelToken
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emb_model_provider.management.types import CachedModelRecord, Removal
+    from emb_model_provider.management.types import CachedModelRecord
     from emb_model_provider.registry import ModelStatus
 
 CACHE = "/api/models/cache"
@@ -46,10 +33,12 @@ router = APIRouter(tags=["management"])
 
 
 @router.get(f"{CACHE}/list", summary="List the models on disk", responses=error_responses(400, 401, 403))
-async def list_cached(services: ServicesDep, query: Annotated[ListQuery, Query()]) -> CachedModels:
+async def list_cached(services: ServicesDep, query: Annotated[schemas.ListQuery, Query()]) -> schemas.CachedModels:
     models = await services.in_disk_thread(partial(services.manager.list, everything=query.all))
     statuses = services.registry.statuses()
-    return CachedModels(models=[_with_aliases(model, statuses) for model in models], total_size=_total_size(models))
+    return schemas.CachedModels(
+        models=[_with_aliases(model, statuses) for model in models], total_size=_total_size(models)
+    )
 
 
 @router.delete(
@@ -59,11 +48,11 @@ async def list_cached(services: ServicesDep, query: Annotated[ListQuery, Query()
     "not changed.",
     responses=error_responses(400, 401, 403, 500, 503),
 )
-async def remove_all(services: ServicesDep, request: Request, query: Annotated[RemoveAllQuery, Query()]) -> Removed:
+async def remove_all(
+    services: ServicesDep, request: Request, query: Annotated[schemas.RemoveAllQuery, Query()]
+) -> schemas.Removed:
     models = await services.in_disk_thread(services.manager.list)
-    before = services.registry.statuses()
-    removal, unloaded = await CacheRemoval(services, request, query).run(models, services.manager.remove_all)
-    return _removed(removal, unloaded, before, dry_run=query.dry_run)
+    return await _remove(CacheRemoval(services, request, query, models, services.manager.remove_all))
 
 
 @router.get(
@@ -72,16 +61,16 @@ async def remove_all(services: ServicesDep, request: Request, query: Annotated[R
     description="By its id, or by its name with slashes or `%2F`. Returns each revision of it from each hub.",
     responses=error_responses(400, 401, 403, 404),
 )
-async def look(services: ServicesDep, model_id: str, query: Annotated[CachedQuery, Query()]) -> CachedModelsDetails:
+async def look(
+    services: ServicesDep, model_id: str, query: Annotated[schemas.CachedQuery, Query()]
+) -> schemas.CachedModelsDetails:
     models = await _find(services, model_id, query)
-    details = [await services.in_disk_thread(partial(services.manager.inspect, model)) for model in models]
     statuses = services.registry.statuses()
-    return CachedModelsDetails(
-        models=[
-            CachedModelDetails(**dict(_with_aliases(model, statuses)), details=each)
-            for model, each in zip(models, details, strict=True)
-        ]
-    )
+    details = []
+    for model in models:
+        inspected = await services.in_disk_thread(partial(services.manager.inspect, model))
+        details.append(schemas.CachedModelDetails(**dict(_with_aliases(model, statuses)), details=inspected))
+    return schemas.CachedModelsDetails(models=details)
 
 
 @router.post(
@@ -90,8 +79,8 @@ async def look(services: ServicesDep, model_id: str, query: Annotated[CachedQuer
     responses=error_responses(400, 401, 403, 404, 503),
 )
 async def verify(
-    services: ServicesDep, request: Request, model_id: str, query: Annotated[CachedQuery, Query()]
-) -> VerifiedModels:
+    services: ServicesDep, request: Request, model_id: str, query: Annotated[schemas.CachedQuery, Query()]
+) -> schemas.VerifiedModels:
     models = await _find(services, model_id, query)
     cancel = CancelToken()
     verify_model = partial(
@@ -104,9 +93,9 @@ async def verify(
         finally:
             cancel.cancel()  # so that the thread stops after the file that it is hashing
     statuses = services.registry.statuses()
-    return VerifiedModels(
+    return schemas.VerifiedModels(
         ok=all(result.ok for result in results),
-        models=[VerifiedModel(**dict(each), served_as=_aliases(each, statuses)) for each in results],
+        models=[schemas.VerifiedModel(**dict(each), served_as=_aliases(each, statuses)) for each in results],
     )
 
 
@@ -118,16 +107,14 @@ async def verify(
     responses=error_responses(400, 401, 403, 404, 409, 500, 503),
 )
 async def remove(
-    services: ServicesDep, request: Request, model_id: str, query: Annotated[RemoveQuery, Query()]
-) -> Removed:
+    services: ServicesDep, request: Request, model_id: str, query: Annotated[schemas.RemoveQuery, Query()]
+) -> schemas.Removed:
     models = await _find(services, model_id, query)
-    before = services.registry.statuses()
     remove_models = partial(services.manager.remove, model_id, source=query.source, revision=query.revision)
-    removal, unloaded = await CacheRemoval(services, request, query).run(models, remove_models)
-    return _removed(removal, unloaded, before, dry_run=query.dry_run)
+    return await _remove(CacheRemoval(services, request, query, models, remove_models))
 
 
-async def _find(services: Services, model_id: str, query: CachedQuery) -> list[CachedModelRecord]:
+async def _find(services: Services, model_id: str, query: schemas.CachedQuery) -> list[CachedModelRecord]:
     if model_id in _RESERVED_IDS:
         raise HTTPException(405, headers={"allow": _RESERVED_IDS[model_id]})
     if len(model_id) > _MAX_ID_LENGTH:
@@ -137,8 +124,8 @@ async def _find(services: Services, model_id: str, query: CachedQuery) -> list[C
     )
 
 
-def _with_aliases(model: CachedModelRecord, statuses: Sequence[ModelStatus]) -> CachedModel:
-    return CachedModel(**dict(model), served_as=_aliases(model, statuses))
+def _with_aliases(model: CachedModelRecord, statuses: Sequence[ModelStatus]) -> schemas.CachedModel:
+    return schemas.CachedModel(**dict(model), served_as=_aliases(model, statuses))
 
 
 def _aliases(model: CachedModelRecord, statuses: Sequence[ModelStatus]) -> list[str]:
@@ -151,12 +138,14 @@ def _total_size(models: Sequence[CachedModelRecord]) -> int:
     return sum(files.values()) + sum(artifacts.values())
 
 
-def _removed(removal: Removal, unloaded: list[str], before: Sequence[ModelStatus], *, dry_run: bool) -> Removed:
-    return Removed(
-        dry_run=dry_run,
+async def _remove(cache_removal: CacheRemoval) -> schemas.Removed:
+    before = cache_removal.services.registry.statuses()
+    removal, unloaded = await cache_removal.run()
+    return schemas.Removed(
+        dry_run=cache_removal.query.dry_run,
         models=[_with_aliases(model, before) for model in removal.models],
         artifacts=removal.artifacts,
         freed=removal.freed,
-        kept=[KeptModel(**dict(model), served_as=_aliases(model, before)) for model in removal.kept],
+        kept=[schemas.KeptModel(**dict(model), served_as=_aliases(model, before)) for model in removal.kept],
         unloaded=unloaded,
     )

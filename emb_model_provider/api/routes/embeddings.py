@@ -7,7 +7,7 @@ import json
 import math
 from binascii import b2a_base64
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import orjson
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.engine import Embeddings
     from emb_model_provider.settings import LimitSettings
 
+T = TypeVar("T", str, bool, int)
+
 PATH = "/v1/embeddings"
 
 _MAX_INLINE_BODY_BYTES = 256 * 1024
@@ -41,6 +43,7 @@ _MAX_QUOTE = 100
 """Longest quotation of an invalid value, in characters."""
 _MAX_INTEGER_DIGITS = 20
 """Digits, with the sign, of the longest 64-bit integer."""
+_TYPE_NAMES = {str: "a string", bool: "true, false", int: "an integer"}
 
 router = APIRouter(tags=["embeddings"])
 
@@ -48,8 +51,8 @@ router = APIRouter(tags=["embeddings"])
 class EmbeddingsFastPath:
     """Middleware that answers `POST /v1/embeddings` itself.
 
-    FastAPI's routing and dependency injection, which that route does not need, take longer than everything else that
-    is done for a short text (see docs/performance.md). The route is declared below for the OpenAPI document.
+    FastAPI's layers take longer than everything else that is done for a short text (see docs/performance.md). The route
+    is declared below for the OpenAPI document.
     """
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
@@ -114,33 +117,24 @@ def parse_embedding_call(body: bytes, limits: LimitSettings) -> EmbeddingCall:
     """Parse and check the body of `POST /v1/embeddings`.
 
     Pydantic is not used, because it takes longer, and its messages differ from OpenAI's.
-
-    Raises:
-        RequestError: The body or a field is invalid.
     """
     fields = _parse_object(body)
     return EmbeddingCall(
-        model=_text(fields, "model"),
+        model=_value(fields, str, "model"),
         inputs=_inputs(fields, limits),
         encoding=_encoding(fields),
         options=EmbedOptions(
             dimensions=_dimensions(fields),
-            normalize=_boolean(fields, "normalize", "normalized"),
-            input_type=_text(fields, "input_type", "task", "prompt_name"),
+            normalize=_value(fields, bool, "normalize", "normalized"),
+            input_type=_value(fields, str, "input_type", "task", "prompt_name"),
             truncate=_truncate(fields),
-            truncate_prompt_tokens=_integer(fields, "truncate_prompt_tokens")[1],
+            truncate_prompt_tokens=_value(fields, int, "truncate_prompt_tokens"),
         ),
     )
 
 
 def render_response(embeddings: Embeddings, encoding: Literal["float", "base64"], model: str) -> bytes:
-    """Return the response body as JSON.
-
-    Args:
-        embeddings: The vectors, float32 of shape (inputs, dimensions), and the number of tokens.
-        encoding: `float` for numbers, `base64` for little-endian float32.
-        model: The name that the request used.
-    """
+    """Return the response body as JSON. `base64` encodes little-endian float32."""
     vectors = np.ascontiguousarray(embeddings.vectors, dtype="<f4")
     data = [
         {
@@ -161,9 +155,6 @@ def _fill_record(record: RequestRecord, embeddings: Embeddings) -> None:
     record.tokenize_s = embeddings.tokenize_s
     record.queue_s = embeddings.timing.queue_s
     record.inference_s = embeddings.timing.inference_s
-
-
-# --- JSON ---------------------------------------------------------------------------------------------
 
 
 def _parse_object(body: bytes) -> Mapping[str, Any]:
@@ -199,9 +190,6 @@ def _parse_integer(digits: str) -> int | float:
     if math.isinf(number):
         raise ValueError("the number is out of range")
     return number
-
-
-# --- input --------------------------------------------------------------------------------------------
 
 
 def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
@@ -240,23 +228,19 @@ def _invalid_input(reason: str) -> RequestError:
     return RequestError(f"'$.input' is invalid: {reason}.", param="input", code="invalid_input")
 
 
-# --- other fields -------------------------------------------------------------------------------------
-
-
 def _encoding(fields: Mapping[str, Any]) -> Literal["float", "base64"]:
-    text = _text(fields, "encoding_format")
+    text = _value(fields, str, "encoding_format")
     match text.lower() if text is not None else "float":
-        case "float":
-            return "float"
-        case "base64":
-            return "base64"
+        case "float" | "base64" as encoding:
+            return encoding
     raise _unsupported("encoding_format", text, "'float', 'base64'")
 
 
 def _dimensions(fields: Mapping[str, Any]) -> int | None:
-    name, value = _integer(fields, "dimensions", "output_dimension")
+    names = ("dimensions", "output_dimension")
+    value = _value(fields, int, *names)
     if value is not None and value < 1:
-        raise _unsupported(name, value, "1 or more")
+        raise _unsupported(_first(fields, *names)[0], value, "1 or more")
     return value
 
 
@@ -275,25 +259,12 @@ def _truncate(fields: Mapping[str, Any]) -> Truncate | None:
     raise _unsupported(name, value, supported)
 
 
-def _text(fields: Mapping[str, Any], *names: str) -> str | None:
+def _value(fields: Mapping[str, Any], kind: type[T], *names: str) -> T | None:
+    """Return the value of a field that can have several names and must have this type."""
     name, value = _first(fields, *names)
-    if value is None or isinstance(value, str):
+    if value is None or type(value) is kind:  # not isinstance, because a bool is an int
         return value
-    raise _unsupported(name, value, "a string", code="invalid_type")
-
-
-def _boolean(fields: Mapping[str, Any], *names: str) -> bool | None:
-    name, value = _first(fields, *names)
-    if value is None or isinstance(value, bool):
-        return value
-    raise _unsupported(name, value, "true, false", code="invalid_type")
-
-
-def _integer(fields: Mapping[str, Any], *names: str) -> tuple[str, int | None]:
-    name, value = _first(fields, *names)
-    if value is None or type(value) is int:
-        return name, value
-    raise _unsupported(name, value, "an integer", code="invalid_type")
+    raise _unsupported(name, value, _TYPE_NAMES[kind], code="invalid_type")
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> tuple[str, Any]:
@@ -306,11 +277,9 @@ def _first(fields: Mapping[str, Any], *names: str) -> tuple[str, Any]:
 
 
 def _unsupported(name: str, value: object, supported: str, *, code: str = "invalid_value") -> RequestError:
+    quoted = repr(value)
+    if len(quoted) > _MAX_QUOTE:
+        quoted = f"{quoted[:_MAX_QUOTE]}…"
     return RequestError(
-        f"Invalid value for '{name}' = {_quote(value)}. Supported values: [{supported}].", param=name, code=code
+        f"Invalid value for '{name}' = {quoted}. Supported values: [{supported}].", param=name, code=code
     )
-
-
-def _quote(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_QUOTE else f"{text[:_MAX_QUOTE]}…"

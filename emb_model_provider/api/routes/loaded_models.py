@@ -65,7 +65,9 @@ async def load(services: ServicesDep, query: Annotated[LoadQuery, Query()]) -> R
     if alias is None:
         # On a thread, because it checks whether the name is a directory.
         spec = await asyncio.to_thread(resolve_requested_model, services.settings, query, query.alias)
-        present = _find_status(registry, spec.alias)
+        present: ModelStatus | None = None
+        with suppress(ModelNotFoundError):
+            present = registry.status(spec.alias)
         if present is not None and not _is_same_model(present.spec, spec):
             raise AliasInUseError(_alias_in_use_message(spec.alias, present))
         is_new = present is None
@@ -105,16 +107,6 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
     Only the settings can name directories, because otherwise a client could make the service read any directory of its
     machine. Code of a repository is never run if the settings do not name the repository, even if they trust its hub,
     because a client that may manage models may not run programs.
-
-    Args:
-        settings: All settings.
-        query: The model's name, source, revision and precision.
-        alias: The name that requests will use; None: the alias of the settings, or the model's name.
-
-    Raises:
-        RequestError: A name is invalid.
-        NotAllowedError: The name is a directory that the settings do not name.
-        SettingsError: The precision contradicts the settings.
     """
     name = query.model_name
     for param, value in (("model_name", name), ("alias", alias)):
@@ -132,7 +124,7 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
             f"Invalid value for 'model_name' = {name!r}. Use an alias, or the id of a repository (owner/name).",
             param="model_name",
         ) from None
-    if any(_has_same_files(spec, configured) for configured in settings.models.specs()):
+    if _files_key(spec) in map(_files_key, settings.models.specs()):
         return spec
     if is_directory:
         raise NotAllowedError(
@@ -147,17 +139,9 @@ def _served_alias(registry: Registry, query: LoadQuery) -> str | None:
     """Return the alias of the served model that a query names, or None if it is new or the query has more conditions."""
     if query.alias or query.source or query.revision or query.precision:
         return None
-    try:
+    with suppress(ModelNotFoundError):
         return registry.alias_of(query.model_name)
-    except ModelNotFoundError:
-        return None
-
-
-def _find_status(registry: Registry, name: str) -> ModelStatus | None:
-    try:
-        return registry.status(name)
-    except ModelNotFoundError:
-        return None
+    return None
 
 
 def _alias_in_use_message(name: str, present: ModelStatus) -> str:
@@ -175,11 +159,9 @@ def _is_same_model(left: ModelSpec, right: ModelSpec) -> bool:
     return resolve_source(left) == resolve_source(right) and replace(left, source=right.source) == right
 
 
-def _has_same_files(left: ModelSpec, right: ModelSpec) -> bool:
-    def key(spec: ModelSpec) -> tuple[object, ...]:
-        return resolve_source(spec), spec.name, spec.path, spec.endpoint, spec.revision
-
-    return key(left) == key(right)
+def _files_key(spec: ModelSpec) -> tuple[object, ...]:
+    """Return what determines the files of a model."""
+    return resolve_source(spec), spec.name, spec.path, spec.endpoint, spec.revision
 
 
 def _response(status: ModelStatus, code: int) -> Response:

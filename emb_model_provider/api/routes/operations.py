@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.metadata import distribution
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -23,7 +21,6 @@ _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/cs
 """Files of Swagger UI, with their media types."""
 
 router = APIRouter(tags=["operations"])
-docs_router = APIRouter(include_in_schema=False)
 
 
 @router.get("/health", summary="Check that the process responds")
@@ -58,7 +55,7 @@ async def prometheus(services: ServicesDep) -> Response:
     return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@docs_router.get("/docs")
+@router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
     return get_swagger_ui_html(
         openapi_url="openapi.json",
@@ -71,22 +68,15 @@ async def docs(request: Request) -> HTMLResponse:
     )
 
 
-@docs_router.get("/docs/{name}")
+@router.get("/docs/{name}", include_in_schema=False)
 async def docs_asset(name: str) -> FileResponse:
     if name not in _ASSETS:
         raise HTTPException(404)
-    return FileResponse(_asset_directory() / name, media_type=_ASSETS[name])
+    # The distribution is not imported, because only its files are needed.
+    path = distribution("fastapi-swagger").locate_file(f"fastapi_swagger/resources/{name}")
+    return FileResponse(str(path), media_type=_ASSETS[name])
 
 
 def _readiness(status: ModelStatus) -> ModelReadiness:
     notes = status.description.notes if status.description is not None else ()
     return ModelReadiness(state=status.state.value, error=status.error, notes=list(notes) or None)
-
-
-@cache
-def _asset_directory() -> Path:
-    """Return the directory of the files of the fastapi-swagger distribution, without importing it."""
-    spec = find_spec("fastapi_swagger")
-    if spec is None or spec.origin is None:
-        raise RuntimeError("fastapi-swagger is not installed. Run `uv sync`.")
-    return Path(spec.origin).parent / "resources"

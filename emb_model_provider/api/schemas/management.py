@@ -14,8 +14,6 @@ from emb_model_provider.settings import Lowered
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 Seconds = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
-# --- queries ------------------------------------------------------------------------------------------
-
 
 class _Query(BaseModel):
     # A misspelled parameter must not be ignored: `dryrun=true` would remove models.
@@ -42,9 +40,7 @@ class ModelQuery(_Query):
 class LoadQuery(ModelQuery):
     """A model to load."""
 
-    alias: Name | None = Field(
-        None, description="The name that requests will use. Default: the alias of the settings, or `model_name`."
-    )
+    alias: Name | None = Field(None, description="Name for requests. Default: that of the settings, or `model_name`.")
     wait: bool = Field(True, description="false: respond with 202 at once, while the model is being loaded.")
 
 
@@ -52,18 +48,14 @@ class UnloadQuery(_Query):
     """A served model to unload."""
 
     model_name: Name = Field(description="An alias, a model's id, or the unique last part of an id.")
-    forget: bool = Field(
-        False, description="Also stop serving the model. Only for models that are not in the settings."
-    )
+    forget: bool = Field(False, description="Also stop serving the model. Only if it is not in the settings.")
 
 
 class DownloadQuery(ModelQuery):
     """A model to download."""
 
     force: bool = Field(False, description="Ask the hub even if the model is on disk, and download what changed.")
-    compile: bool = Field(
-        False, description="Also compile the model (at `precision`), so that it loads within seconds."
-    )
+    compile: bool = Field(False, description="Also compile the model at `precision`, so that it loads within seconds.")
 
 
 class ListQuery(_Query):
@@ -93,9 +85,6 @@ class RemoveAllQuery(_Query):
 
 class RemoveQuery(CachedQuery, RemoveAllQuery):
     """Which revisions of a model are removed from disk, and how."""
-
-
-# --- models in memory ---------------------------------------------------------------------------------
 
 
 class _Response(BaseModel):
@@ -148,13 +137,8 @@ class Process(_Response):
 class ServedModels(_Response):
     """The served models and the process that serves them."""
 
-    models: list[ServedModel] = Field(
-        description="In the order of the settings, then in the order in which they were added."
-    )
+    models: list[ServedModel] = Field(description="In the order of the settings, then in that of their addition.")
     process: Process
-
-
-# --- downloads ----------------------------------------------------------------------------------------
 
 
 class DownloadJob(DownloadRecord):
@@ -169,9 +153,6 @@ class DownloadJobList(_Response):
     jobs: list[DownloadJob] = Field(
         description="The latest first. The last 100 ended jobs are kept until the service stops."
     )
-
-
-# --- models on disk -----------------------------------------------------------------------------------
 
 
 class CachedModel(CachedModelRecord):

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from emb_model_provider.management.types import FidelityObject
 
-Dimension = Annotated[int, Field(ge=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 _ERROR_DESCRIPTIONS = {
@@ -40,9 +39,10 @@ class EmbeddingRequest(BaseModel):
     """A request for embeddings. Unknown fields are ignored; null is the same as absent."""
 
     model_config = ConfigDict(
+        use_attribute_docstrings=True,
         json_schema_extra={
             "examples": [{"model": "sentence-transformers/all-MiniLM-L6-v2", "input": ["hello", "你好"]}]
-        }
+        },
     )
 
     input: (
@@ -50,38 +50,28 @@ class EmbeddingRequest(BaseModel):
         | Annotated[list[str], Field(min_length=1, max_length=2048)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
-    ) = Field(
-        description="One text, or up to 2048. Token ids are accepted only if the model's `token_input` allows them."
     )
-    model: str | None = Field(
-        None, description="An alias, a model's id, or the unique last part of an id. Default: the default model."
-    )
-    encoding_format: Literal["float", "base64"] | None = Field(
-        "float", description="`base64` is padded standard base64 of little-endian float32."
-    )
-    dimensions: Dimension | None = Field(
-        None,
-        description="Truncate vectors to this size and normalize them again, if the model was trained for it "
-        "(Matryoshka) or the operator allows it. Also `output_dimension`.",
-    )
-    input_type: str | None = Field(
-        None,
-        description="Selects one of the model's prompts: query, document, a synonym (search_query, retrieval.query, "
-        "passage, search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`.",
-    )
-    truncate: bool | Literal["NONE", "START", "END"] | None = Field(
-        None,
-        description="At which end an input that is too long is truncated; NONE or false rejects it instead. Default: END, "
-        "unless the operator has set another value for the model. The response header `x-truncated-inputs` has the number "
-        "of truncated inputs. Also `truncation`.",
-    )
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
-        None, description="Truncate inputs to this many tokens; -1 is the model's own limit."
-    )
-    normalize: bool | None = Field(
-        None, description="Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`."
-    )
-    user: str | None = Field(None, description="Accepted and not used.")
+    """One text, or up to 2048. Token ids are accepted only if the model's `token_input` allows them."""
+    model: str | None = None
+    """An alias, a model's id, or the unique last part of an id. Default: the default model."""
+    encoding_format: Literal["float", "base64"] | None = "float"
+    """`base64` is padded standard base64 of little-endian float32."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Truncate vectors to this size and normalize them again, if the model was trained for it (Matryoshka) or the
+    operator allows it. Also `output_dimension`."""
+    input_type: str | None = None
+    """Selects one of the model's prompts: query, document, a synonym (search_query, retrieval.query, passage,
+    search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`."""
+    truncate: bool | Literal["NONE", "START", "END"] | None = None
+    """At which end an input that is too long is truncated; NONE or false rejects it instead. Default: END, unless the
+    operator has set another value for the model. The response header `x-truncated-inputs` has the number of truncated
+    inputs. Also `truncation`."""
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """Truncate inputs to this many tokens; -1 is the model's own limit."""
+    normalize: bool | None = None
+    """Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`."""
+    user: str | None = None
+    """Accepted and not used."""
 
 
 class EmbeddingObject(BaseModel):
