@@ -6,18 +6,18 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, cast
 
 from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFullError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.types import DownloadRecord
 from emb_model_provider.model_resolver import resolve_source
-from emb_model_provider.progress import CancelToken, Phase
-from emb_model_provider.progress_reporter import ProgressReporter
+from emb_model_provider.progress import CancelToken
+from emb_model_provider.progress_reporter import ProgressReporter, RateMeter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,16 +35,8 @@ _MAX_QUEUED = 100
 _MAX_ENDED = 100
 """How many ended jobs are remembered."""
 _RETRY_AFTER_S = 60.0
-_RATE_WINDOW_S = 5.0
-_SAMPLE_EVERY_S = 0.1
-_PHASES: dict[Phase, JobPhase] = {
-    "resolve": "resolve",
-    "download": "download",
-    "verify": "verify",
-    "compile": "compile",
-    "compare": "compile",
-    "load": "compile",
-}
+_FILES = attrgetter("source", "spec.name", "spec.path", "spec.revision", "spec.endpoint", "spec.cache_dir")
+"""What determines the files that a job downloads."""
 
 
 class DownloadJobs:
@@ -64,9 +56,6 @@ class DownloadJobs:
             spec: The model.
             force: Ask the hub even if the files are on disk.
             compiling: Compile the model after the download.
-
-        Raises:
-            QueueFullError: Too many downloads are waiting.
         """
         requested = _Job(spec, force=force, compiling=compiling)
         with self._lock:
@@ -83,11 +72,6 @@ class DownloadJobs:
             return requested.record()
 
     def get(self, job_id: str) -> DownloadRecord:
-        """Return a job.
-
-        Raises:
-            JobNotFoundError: It does not exist.
-        """
         with self._lock:
             return self._find(job_id).record()
 
@@ -97,11 +81,7 @@ class DownloadJobs:
             return [job.record() for job in reversed(self._jobs.values())]
 
     def cancel(self, job_id: str) -> DownloadRecord:
-        """Cancel a job. One that waits ends at once, one that runs ends soon, one that is over does not change.
-
-        Raises:
-            JobNotFoundError: It does not exist.
-        """
+        """Cancel a job. One that waits ends at once, one that runs ends soon, one that is over does not change."""
         with self._lock:
             job = self._find(job_id)
             self._cancel(job)
@@ -158,16 +138,15 @@ class DownloadJobs:
 
     def _run(self, job: _Job) -> None:
         logger.info("job %s: downloading %s from %s", job.id, job.spec.name, job.source)
-        state: JobState = "failed"
+        state: JobState = "done"
         failure: BaseException | None = None
         try:
             self._download(job)
-            state = "done"
         except BaseException as error:  # noqa: BLE001 - any error fails the job, and must not block others
             if job.cancel.is_cancelled:
                 state = "cancelled"
             else:
-                failure = error
+                state, failure = "failed", error
         with self._lock:
             self._end(job, state, failure)
             self._start_queued()
@@ -185,17 +164,14 @@ class DownloadJobs:
                     job.report(progress)
                 report(progress)
 
-            snapshot = None
+            notes: tuple[str, ...] = ()
             if job.force or not job.compiling:
                 snapshot = self._manager.ensure(job.spec, force=job.force, on_progress=on_progress, cancel=job.cancel)
             if job.compiling:
                 compiled = self._manager.compile(job.spec, on_progress=on_progress, cancel=job.cancel)
-                snapshot = compiled.snapshot
-                with self._lock:
-                    job.notes = compiled.notes
-        if snapshot is not None:
-            with self._lock:
-                job.source, job.revision, job.path = snapshot.hub, snapshot.revision, snapshot.path
+                snapshot, notes = compiled.snapshot, compiled.notes
+        with self._lock:
+            job.source, job.revision, job.path, job.notes = snapshot.hub, snapshot.revision, snapshot.path, notes
 
 
 class _Job:
@@ -220,33 +196,23 @@ class _Job:
         self.ended: datetime | None = None
         self.path: Path | None = None
         self.notes: tuple[str, ...] = ()
-        self._samples: deque[tuple[float, int]] = deque()
-        """Times (monotonic, in seconds) and the bytes that were done."""
-        self._moved_at = 0.0
+        self._rate = RateMeter(0, time.monotonic())
 
     def covers(self, other: _Job) -> bool:
         """Return whether this job is not over and does what another one would do."""
         if self.ended is not None or self.cancel.is_cancelled or other.force > self.force:
             return False
-        mine, others = self.spec, other.spec
-        same_files = (self.source, mine.name, mine.path, mine.revision, mine.endpoint, mine.cache_dir) == (
-            other.source, others.name, others.path, others.revision, others.endpoint, others.cache_dir,
-        )  # fmt: skip
         if not self.compiling or not other.compiling:
-            return same_files and self.compiling == other.compiling
-        return replace(mine, alias="", token=None) == replace(others, alias="", token=None)
+            return self.compiling == other.compiling and _FILES(self) == _FILES(other)
+        return replace(self.spec, alias="", token=None) == replace(other.spec, alias="", token=None)
 
     def report(self, progress: Progress) -> None:
         now = time.monotonic()
-        phase = _PHASES[progress.phase]
+        phase = cast("JobPhase", "compile" if progress.phase in ("compare", "load") else progress.phase)
         if phase != self.phase:
-            self._samples.clear()
-        if not self._samples or progress.done_bytes != self.done_bytes:
-            self._moved_at = now
+            self._rate = RateMeter(progress.done_bytes, now)
         self.phase, self.done_bytes, self.total_bytes = phase, progress.done_bytes, progress.total_bytes
-        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_EVERY_S:
-            self._samples.append((now, progress.done_bytes))
-        self._drop_old_samples(now)
+        self._rate.update(progress.done_bytes, now)
 
     def record(self) -> DownloadRecord:
         return DownloadRecord(
@@ -276,16 +242,8 @@ class _Job:
     def _bytes_per_s(self) -> float | None:
         if self.state != "running" or self.phase not in ("download", "verify"):
             return None
-        now = time.monotonic()
-        if now - self._moved_at >= _RATE_WINDOW_S:
-            return 0.0
-        self._drop_old_samples(now)
-        since, done_bytes = self._samples[0]
-        return max(0.0, (self.done_bytes - done_bytes) / max(now - since, _SAMPLE_EVERY_S))
-
-    def _drop_old_samples(self, now: float) -> None:
-        while len(self._samples) > 1 and self._samples[1][0] <= now - _RATE_WINDOW_S:
-            self._samples.popleft()
+        self._rate.update(self.done_bytes, time.monotonic())
+        return self._rate.bytes_per_s
 
 
 def _now() -> datetime:
