@@ -46,18 +46,7 @@ def verify(
     on_progress: OnProgress = ignore_progress,
     cancel: CancelToken | None = None,
 ) -> Verification:
-    """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced.
-
-    Args:
-        entry: The model.
-        inventory: The caches.
-        on_progress: Called with the phase `verify` after each file of the snapshot that was hashed.
-        cancel: Ends the verification after a file.
-
-    Raises:
-        NotCachedError: The model is no longer on disk.
-        OperationCancelledError: `cancel` was cancelled.
-    """
+    """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced."""
     everything = entry.state == "unverified"
     # Held, because a removal or an update would look like damage.
     with inventory.locks.hold(entry.path) if entry.path is not None else contextlib.nullcontext():

@@ -13,7 +13,6 @@ from emb_model_provider.errors import HubError, UnsupportedPrecisionError
 from emb_model_provider.hubs.fetch import fetch_snapshot, manifest_key
 from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
-from emb_model_provider.management.lookup import find
 from emb_model_provider.management.removal import Remover
 from emb_model_provider.management.types import CompiledModel
 from emb_model_provider.model_resolver import PATHS, resolve_model, resolve_source
@@ -21,6 +20,7 @@ from emb_model_provider.progress import CancelToken, OnProgress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.files import check_files, has_sizes
+from emb_model_provider.snapshots.manifest import FilePatterns
 
 if TYPE_CHECKING:
     import builtins
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.artifacts.prepare import BackendPreparer
-    from emb_model_provider.management.inventory import CacheEntry, CacheInfo
+    from emb_model_provider.management.inventory import CacheEntry
     from emb_model_provider.management.types import CachedModelRecord, Details, Removal, Verification
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
@@ -95,9 +95,7 @@ class ModelManager:
             on_progress,
             cancel=cancel,
             force=force,
-            include=include,
-            exclude=exclude,
-            is_held=self._inventory.locks.is_held,
+            patterns=FilePatterns(tuple(include), tuple(exclude)),
         )
 
     def acquire(
@@ -191,8 +189,7 @@ class ModelManager:
         Args:
             everything: Include models that other programs left in the hubs' caches.
         """
-        info = self._inventory.scan(everything=everything)
-        return [self._inventory.record_of(entry) for entry in info.entries]
+        return [self._inventory.record_of(entry) for entry in self._inventory.scan(everything=everything).entries]
 
     def find(
         self, name: str, *, source: Source | None = None, revision: str | None = None
@@ -209,9 +206,8 @@ class ModelManager:
             NotCachedError: There is none; the message names models that exist.
             AmbiguousNameError: An `id` is that of several models.
         """
-        return [
-            self._inventory.record_of(entry) for entry in self._find(self._inventory.scan(), name, source, revision)
-        ]
+        found = self._inventory.find(self._inventory.scan(), name, source, revision)
+        return [self._inventory.record_of(entry) for entry in found]
 
     def inspect(self, model: CachedModelRecord) -> Details:
         """Return what the files of a model, or its compiled form, declare.
@@ -305,7 +301,10 @@ class ModelManager:
             ManagementError: Files cannot be removed.
         """
         return self._remover.remove(
-            lambda info: self._find(info, name, source, revision), wait_s=wait_s, dry_run=dry_run, released=released
+            lambda info: self._inventory.find(info, name, source, revision),
+            wait_s=wait_s,
+            dry_run=dry_run,
+            released=released,
         )
 
     def remove_all(self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()) -> Removal:
@@ -414,11 +413,6 @@ class ModelManager:
             raise
         weakref.finalize(model, lock.release)
         return model, model.tokenizer
-
-    def _find(
-        self, info: CacheInfo, name: str, source: Source | None, revision: str | None
-    ) -> builtins.list[CacheEntry]:
-        return find(info, self._inventory, self._settings, name, source=source, revision=revision)
 
     def _entry(self, model: CachedModelRecord) -> CacheEntry:
         info = self._inventory.scan(everything=model.state == "unverified")
