@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from emb_model_provider.formatting import first_line
-from emb_model_provider.snapshots.locks import SnapshotLocks
 from emb_model_provider.snapshots.manifest import ALL_FILES
 
 if TYPE_CHECKING:
@@ -54,10 +53,6 @@ class HubConfig:
     token: str | None = field(default=None, repr=False)
     offline: bool = False
     patterns: FilePatterns = ALL_FILES
-
-    @property
-    def locks(self) -> SnapshotLocks:
-        return SnapshotLocks(self.manifest_dir.parent)
 
 
 class Hub(Protocol):
@@ -134,15 +129,7 @@ def check_hub(
     and ends with the process.
     """
     requested = repository or PUBLIC_REPOSITORIES[hub]
-    results: list[HubStatus] = []
-    thread = threading.Thread(
-        target=lambda: results.append(_check(hub, settings, requested, timeout_s)), name=f"check-{hub}", daemon=True
-    )
-    thread.start()
-    thread.join(timeout_s)
-    if results:
-        return results[0]
-    return HubStatus(
+    silent = HubStatus(
         hub=hub,
         endpoint=settings.endpoint(hub) or "its default endpoint",
         repository=requested,
@@ -150,6 +137,13 @@ def check_hub(
         token=settings.token(hub) is not None,
         reason=f"no answer within {timeout_s:g} s",
     )
+    results = [silent]
+    thread = threading.Thread(
+        target=lambda: results.append(_check(hub, settings, requested, timeout_s)), name=f"check-{hub}", daemon=True
+    )
+    thread.start()
+    thread.join(timeout_s)
+    return results[-1]
 
 
 def _check(hub: RemoteHubName, settings: HubSettings, repository: str, timeout_s: float) -> HubStatus:

@@ -157,10 +157,7 @@ def files_of(
 
 
 def _root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
-    """Return the cache that a snapshot's directory belongs to, or None if no client would have created it there.
-
-    The current layout is recognized outside of the configured caches, `roots`, too.
-    """
+    """Return the cache that a snapshot's directory belongs to, or None if no client would have created it there."""
     if not path.is_absolute() or ".." in path.parts:
         return None
     flat = repository.replace("/", "--")
@@ -218,12 +215,10 @@ class Leftovers:
 
     @property
     def paths(self) -> set[Path]:
-        """All its files and directories."""
         return {*self.files, *self.snapshots, *(path for each in self.snapshots for path in walk(each))}
 
     @property
     def size(self) -> int:
-        """Bytes."""
         # A link in a snapshot leads to one of the files, or to a file that another snapshot uses, too.
         links = {path for path in self.paths - set(self.files) if path.is_symlink()}
         return size_of(self.paths - links)
@@ -278,10 +273,7 @@ def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
 
 
 def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
-    """Remove what an interrupted download or removal has left, and its journal; return how many bytes were freed.
-
-    The caller holds the repository's lock.
-    """
+    """Remove what interrupted work has left, and its journal; return the freed bytes. The repository is locked."""
     hub, repository = journal.key.hub, journal.key.repository
     found = leftovers(journal, manifest.complete_directories(manifest_dir))
     freed = found.size

@@ -44,18 +44,8 @@ def fetch_snapshot(
 ) -> Snapshot:
     """Return a complete, verified snapshot of a model, downloading it if necessary. Blocks.
 
-    Args:
-        spec: The model.
-        settings: How the hubs are reached, and where files are kept.
-        on_progress: Called with the progress of the download.
-        cancel: Ends the download soon after it is cancelled. What was downloaded so far is removed.
-        force: Ask the hub even if there is a valid manifest, and download what changed.
-        patterns: Which files to download. With patterns the result need not be a complete model.
-
-    Raises:
-        HubError: The message says what happened and what to do.
-        ModelInUseError: Files that are in use would be replaced by newer ones.
-        OperationCancelledError: `cancel` was cancelled.
+    With `force` the hub is asked even if there is a valid manifest, and what changed is downloaded. With `patterns` the
+    result need not be a complete model. If `cancel` is cancelled, what was downloaded so far is removed.
     """
     hub = resolve_source(spec)
     token = cancel or CancelToken()
@@ -162,11 +152,9 @@ class _Fetch:
 
     def _load_known(self) -> Snapshot | None:
         key, manifest_dir = self.key, self.config.manifest_dir
-
-        def report(done: int, total: int) -> None:
-            self.on_progress(Progress("verify", key.repository, done, total))
-
-        snapshot = manifest.load_verified(key, manifest_dir, report)
+        snapshot = manifest.load_verified(
+            key, manifest_dir, lambda done, total: self.on_progress(Progress("verify", key.repository, done, total))
+        )
         if snapshot is not None:
             manifest.mark_used(key, manifest_dir)
         return snapshot

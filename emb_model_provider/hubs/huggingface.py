@@ -130,8 +130,9 @@ class HuggingFaceHub:
 
         files: dict[str, RemoteFile] = {}
         for entry in tree:
-            if isinstance(entry, RepoFile):  # not a directory; only large files are listed with their sha256
-                sha256, git_sha1 = (entry.lfs.sha256, None) if entry.lfs else (None, entry.blob_id)
+            if isinstance(entry, RepoFile):
+                sha256 = entry.lfs.sha256 if entry.lfs else None  # listed for large files only
+                git_sha1 = str(entry.blob_id) if sha256 is None else None
                 files[entry.path] = RemoteFile(entry.path, entry.size, sha256, git_sha1)
         origin = f"Repository {repository}@{revision} on Hugging Face"
         return [files[path] for path in select_files(files, self._config.patterns, repository, origin)]

@@ -126,10 +126,7 @@ def find_bundled() -> Path:
 def _snapshot_in_place(
     key: ManifestKey, directory: Path, revision: str, paths: Sequence[str], manifest_dir: Path, on_progress: OnProgress
 ) -> Snapshot:
-    """Return a snapshot of files that are not copied, with hashes of an earlier manifest for files that are unchanged.
-
-    If no manifest can be written, that is only logged, because the snapshot does not need one.
-    """
+    """Return a snapshot of files that are not copied, with hashes of an earlier manifest for files that are unchanged."""
     stats = {path: (directory / path).stat() for path in paths}
     earlier = manifest.load(key, manifest_dir)
     files: dict[str, SnapshotFile] = {}
@@ -153,7 +150,7 @@ def _snapshot_in_place(
         mtimes = {path: stat.st_mtime_ns for path, stat in stats.items()}
         try:
             manifest.save(key, snapshot, manifest_dir, mtimes=mtimes)
-        except OSError as error:
+        except OSError as error:  # the snapshot does not need a manifest
             log.warning(
                 "The hashes of %s cannot be stored in %s (%s): they will be computed at every start. "
                 "Set %s to a writable directory.",

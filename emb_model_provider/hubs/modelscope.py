@@ -1,9 +1,7 @@
 """ModelScope, through its own client.
 
-The client resumes dropped transfers, retries files with wrong bytes, and checks the hashes of the listing. This module
-works around its pitfalls: it answers an unknown revision with an empty listing, does not check paths, and draws progress
-bars and writes log lines that no option turns off. It also has one directory for each branch, whose files it replaces in
-place; see StagedUpdate.
+The client resumes transfers, retries files with wrong bytes, and checks the hashes of the listing. But it does not check
+paths, draws progress bars, and replaces the files of a branch in place (see StagedUpdate).
 """
 
 from __future__ import annotations
@@ -40,6 +38,7 @@ from emb_model_provider.snapshots.files import (
     translate_os_error,
     write_atomically,
 )
+from emb_model_provider.snapshots.locks import SnapshotLocks
 from emb_model_provider.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
 
     from emb_model_provider.hubs.base import HubConfig, HubState
     from emb_model_provider.progress import CancelToken, OnProgress
-    from emb_model_provider.snapshots.locks import SnapshotLocks
 
 _CACHE_SETTING = "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
 _DEFAULT_REVISIONS = ("master", "main")
@@ -132,11 +130,7 @@ class ModelScopeHub:
         bars = getattr(_download, "tqdm", None)
         if isinstance(bars, type):
             setattr(_download, "tqdm", partial(bars, disable=True))  # noqa: B010 - mypy: no such export
-        options: dict[str, Any] = {
-            "endpoint": self._config.endpoint,
-            "token": self._config.token,
-            "cache_dir": self._config.cache_dir,
-        }
+        options = {name: getattr(self._config, name) for name in ("endpoint", "token", "cache_dir")}
         return ClientConfig(**{name: value for name, value in options.items() if value is not None})
 
     @cached_property
@@ -228,10 +222,7 @@ class ModelScopeHub:
             remove_empty_parents(path.parent, self._root)
 
     def _older_directory(self, repository: str, files: Sequence[RemoteFile]) -> Path | None:
-        """Return the directory in which an older client keeps this repository, if its files have the listed sizes.
-
-        The client uses some of these directories, too, but not all that its older versions have used.
-        """
+        """Return the directory in which an older client keeps this repository, if its files have the listed sizes."""
         for directory in older_modelscope_dirs(self._root, repository):
             present = [file for file in files if (directory / file.path).is_file()]
             if present and all((directory / file.path).stat().st_size == file.size for file in present):
@@ -364,7 +355,7 @@ def find_update(
             for key, snapshot in present
             if any(file.path in replaced for file in snapshot.files)
         ],
-        locks=config.locks,
+        locks=SnapshotLocks(config.manifest_dir.parent),
     )
 
 

@@ -59,12 +59,7 @@ def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
 
 
 def select_files(available: Collection[str], patterns: FilePatterns, repository: str, origin: str) -> list[str]:
-    """Return the files of a hub's listing that serving needs, or those of them that match the patterns.
-
-    Raises:
-        IncompleteRepositoryError: They are not a model, or the patterns match none. The message begins with `origin`.
-        CorruptSnapshotError: A path leads out of the snapshot's directory.
-    """
+    """Return the files of a hub's listing that serving needs, or those of them that match the patterns."""
     for path in available:
         if not is_safe_path(path):
             raise CorruptSnapshotError(

@@ -117,10 +117,7 @@ def verify_files(
 
 
 def bar_class(counter: ByteCounter) -> Any:
-    """Return a progress bar class for the Hugging Face client that counts bytes and draws nothing.
-
-    The client creates an instance for each file, and accepts any class with these methods.
-    """
+    """Return a progress bar class for the Hugging Face client, which creates an instance for each file."""
 
     class Bar:
         def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
@@ -129,20 +126,14 @@ def bar_class(counter: ByteCounter) -> Any:
         def __enter__(self) -> Bar:
             return self
 
-        def __exit__(self, *_: object) -> None: ...
-
         def update(self, n: float | None = 1) -> None:
             if n:
                 counter.add(int(n))
 
-        # Bytes on the network, which with xet differ from the bytes of the file: the latter are counted.
-        def update_transfer(self, n: float | None = 1) -> None: ...
+        def __exit__(self, *_: object, **__: object) -> None: ...
 
-        def set_postfix_str(self, *_: object, **__: object) -> None: ...
-
-        def set_transfer_postfix_str(self, *_: object, **__: object) -> None: ...
-
-        def close(self) -> None: ...
+        # Of a transfer with xet the bytes of the file are counted, not those on the network.
+        update_transfer = set_postfix_str = set_transfer_postfix_str = close = __exit__
 
     return Bar
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from emb_model_provider.backends.pipeline_plan import declared_values, plan_pipeline
 from emb_model_provider.errors import LoadError
 from emb_model_provider.management.types import CachedFile, Details, Finding, Verification
-from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.files import check_files
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from emb_model_provider.artifacts.manifest import ArtifactInfo
     from emb_model_provider.management.inventory import CacheEntry, Inventory
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.progress import CancelToken, OnProgress
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([^\"'#\n]+)", re.MULTILINE)
@@ -40,18 +41,13 @@ def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> 
     return Details(**values)
 
 
-def verify(
-    entry: CacheEntry,
-    inventory: Inventory,
-    on_progress: OnProgress = ignore_progress,
-    cancel: CancelToken | None = None,
-) -> Verification:
+def verify(entry: CacheEntry, inventory: Inventory, on_progress: OnProgress, cancel: CancelToken) -> Verification:
     """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced."""
     everything = entry.state == "unverified"
     # Held, because a removal or an update would look like damage.
     with inventory.locks.hold(entry.path) if entry.path is not None else contextlib.nullcontext():
         entry = inventory.scan(everything=everything).entry_at(entry.location)
-        findings = _check(entry, on_progress, cancel or CancelToken())
+        findings = _check(entry, on_progress, cancel)
         wrong = [finding.path for finding in findings]
         if wrong:
             for key, found in entry.manifests:

@@ -153,8 +153,13 @@ class Inventory:
     def scan(self, *, everything: bool = False) -> CacheInfo:
         """Read all manifests, journals and artifacts; with `everything` also what other programs left in the caches."""
         artifacts = self.store.list()
-        # Before the manifests, so that a download that ends now is found as one of the two.
-        journals = self._journals()
+        # Before the manifests, so that a download that ends now is found as one of the two. A journal of work in
+        # directories that are not configured is ignored.
+        journals = [
+            each
+            for each in journal.load_all(self.manifest_dir)
+            if set(each.roots) <= set(self.roots.get(each.key.hub, ()))
+        ]
         by_directory: dict[tuple[str, Path], list[tuple[ManifestKey, Manifest]]] = {}
         for key, found in manifest.load_all(self.manifest_dir):
             by_directory.setdefault((key.hub, found.snapshot.path), []).append((key, found))
@@ -178,18 +183,7 @@ class Inventory:
         return CacheInfo(tuple(entries), tuple(artifacts))
 
     def find(self, info: CacheInfo, name: str, source: Source | None, revision: str | None) -> list[CacheEntry]:
-        """Return the models of a scan that a name refers to.
-
-        Args:
-            info: The scan.
-            name: A repository id, a directory, an alias, an `id`, or the last part of a name that only one model has.
-            source: Only models from this hub. None: from any hub, or for an alias from that of the settings.
-            revision: Only this revision, as it was requested or as it was resolved.
-
-        Raises:
-            NotCachedError: There is none; the message names models that exist.
-            AmbiguousNameError: An id is that of several models.
-        """
+        """Return the models of a scan that a name refers to. Without a source, an alias refers to that of the settings."""
         requested, requested_revision = name, revision
         spec = next((each for each in self._models.specs() if each.alias == name != each.name), None)
         if spec is not None:
@@ -285,11 +279,6 @@ class Inventory:
             in_use=self._in_use(found.key, path),
             journals=(found,),
         )
-
-    def _journals(self) -> list[Journal]:
-        """Return the journals of work in configured caches; other directories are not looked at."""
-        found = journal.load_all(self.manifest_dir)
-        return [each for each in found if set(each.roots) <= set(self.roots.get(each.key.hub, ()))]
 
     def _unverified(self, known: Iterable[CacheEntry]) -> Iterator[CachedRepo]:
         """Yield what looks like a model in the clients' caches and is not known, because other programs left it there."""

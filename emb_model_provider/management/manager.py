@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,7 +232,7 @@ class ModelManager:
             NotCachedError: It is no longer on disk.
             OperationCancelledError: `cancel` was cancelled.
         """
-        return verify(self._entry(model), self._inventory, on_progress, cancel)
+        return verify(self._entry(model), self._inventory, on_progress, cancel or CancelToken())
 
     def repair(
         self, verification: Verification, *, on_progress: OnProgress = ignore_progress
@@ -258,7 +258,7 @@ class ModelManager:
         notes = [self._remove_damaged(name, key) for key in verification.damaged_artifacts]
         # A branch that has moved has another directory now.
         present = [each for each in self._inventory.scan().entries if set(entry.keys[:1]) & set(each.keys)]
-        return verify(present[0] if present else entry, self._inventory, on_progress), notes
+        return verify(present[0] if present else entry, self._inventory, on_progress, CancelToken()), notes
 
     def _remove_damaged(self, name: str, key: str) -> str:
         lock = self._inventory.store.try_lock(key)
@@ -300,12 +300,8 @@ class ModelManager:
             ModelInUseError: A model is in use for longer than `wait_s`.
             ManagementError: Files cannot be removed.
         """
-        return self._remover.remove(
-            lambda info: self._inventory.find(info, name, source, revision),
-            wait_s=wait_s,
-            dry_run=dry_run,
-            released=released,
-        )
+        find = partial(self._inventory.find, name=name, source=source, revision=revision)
+        return self._remover.remove(find, wait_s=wait_s, dry_run=dry_run, released=released)
 
     def remove_all(self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()) -> Removal:
         """Remove every model that this package put on disk. Models that are in use are kept, with the reason.
@@ -457,18 +453,18 @@ def _copy_files(snapshot: Snapshot, directory: Path) -> None:
                 continue
             target = directory / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.incomplete")
+            temporary = target.with_name(f".{target.name}.incomplete")
             try:
-                shutil.copyfile(snapshot.path / file.path, partial)
-                copied = replace(file, path=str(partial.relative_to(directory)))
+                shutil.copyfile(snapshot.path / file.path, temporary)
+                copied = replace(file, path=str(temporary.relative_to(directory)))
                 if not check_files(directory, [copied]).ok:
                     raise HubError(
                         f"{file.path} of {snapshot.repository} in {snapshot.path} has changed. "
                         f"Download it again: `emb-provider pull --force {snapshot.repository}`."
                     )
-                partial.replace(target)
+                temporary.replace(target)
             finally:
-                partial.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise HubError(
             f"{snapshot.repository} could not be copied to {directory}: {error}. Free space or make it writable, or "

@@ -49,7 +49,6 @@ class RemovalPlan:
 
     @property
     def freed(self) -> int:
-        """Bytes."""
         return (
             sum(self.artifacts.values())
             + sum(files.freed for files in self.files if files is not None)
@@ -150,11 +149,12 @@ class Remover:
         """Return the files to remove, or None if there are none of ours."""
         if not entry.owns_files or entry.path is None:
             return None
-        removals = [each for each in entry.journals if each.operation == "remove"]
-        if not entry.manifests and not removals:
-            return None  # an interrupted download: only its own files are removed
-        if not entry.manifests and any(each.changed_by_others(entry.path) for each in removals):
-            return None  # a removal was interrupted, and another program downloaded the snapshot again
+        if not entry.manifests:
+            # Of an interrupted download only its own files are removed. After an interrupted removal another program may
+            # have downloaded the snapshot again.
+            removals = [each for each in entry.journals if each.operation == "remove"]
+            if not removals or any(each.changed_by_others(entry.path) for each in removals):
+                return None
         return files_of(entry.hub, entry.name, entry.path, self._inventory.roots[entry.hub], removed_before)
 
     def _would_remove_all(self, info: CacheInfo, released: Collection[Path]) -> Removal:
@@ -244,11 +244,8 @@ class Remover:
             if dry_run:
                 is_removed = not store.is_held(artifact.key)
             else:
-                lock = store.try_lock(artifact.key)
-                if lock is None:
-                    continue
-                with lock:
-                    is_removed = store.remove(artifact.key)
+                with store.try_lock(artifact.key) or contextlib.nullcontext() as lock:
+                    is_removed = lock is not None and store.remove(artifact.key)
             if is_removed:
                 removed.append(artifact.key)
                 freed += artifact.size
@@ -306,9 +303,8 @@ class _LockSet(ExitStack):
 
 def _find_again(entry: CacheEntry, info: CacheInfo, *, incomplete: bool = False) -> list[CacheEntry]:
     """Find a model of an earlier scan; with `incomplete`, only if it is still incomplete."""
-    entries = [each for each in info.entries if each.is_same(entry)]
-    if incomplete:
-        entries = [each for each in entries if each.state == "incomplete"]
+    same = [each for each in info.entries if each.is_same(entry)]
+    entries = [each for each in same if each.state == "incomplete" or not incomplete]
     if not entries:
         raise NotCachedError(f"{entry.name} is no longer on this machine.")
     return entries

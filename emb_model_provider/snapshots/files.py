@@ -66,9 +66,8 @@ def check_files(
     Args:
         root: The directory of the files.
         files: The records.
-        mtimes: Time stamps of the files when they were hashed, in nanoseconds: a file whose size and time stamp are
-            unchanged is not hashed again, and none is hashed if a file is missing or has another size. None: hash
-            every file.
+        mtimes: Time stamps of the files when they were hashed, in nanoseconds: only a file with another time stamp is
+            hashed again, and none is if a file is missing or has another size. None: hash every file.
         on_bytes: Called after each hashed file, with the bytes that were hashed so far and those to hash.
     """
     problems: list[FileProblem] = []
@@ -180,10 +179,7 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 def remove_empty_parents(path: Path, root: Path) -> None:
-    """Remove a directory and its parents below `root`, as long as they are empty.
-
-    `root`, the cache itself, is kept; if it contains no repository, the client's tag file is removed from it.
-    """
+    """Remove empty directories from `path` up to `root`, a cache, and the tag file in `root` if that is all it contains."""
     while path != root and ".." not in path.parts and path.is_relative_to(root):
         try:
             path.rmdir()

@@ -127,10 +127,7 @@ class SnapshotLocks:
         self._directory = cache_dir / "holds"
 
     def hold(self, snapshot: Path) -> FileLock:
-        """Keep the snapshot in a directory on disk until the lock is released.
-
-        Waits while the snapshot is being removed: check afterwards whether it still exists.
-        """
+        """Keep a snapshot on disk. Waits while it is being removed: check afterwards whether it still exists."""
         return lock_shared(self._path(snapshot))
 
     def try_lock(self, snapshot: Path, *, wait_s: float = 0.0) -> FileLock | None:

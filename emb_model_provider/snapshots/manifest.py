@@ -136,13 +136,8 @@ def save(
 ) -> None:
     """Write the manifest of a snapshot whose files were just hashed.
 
-    Args:
-        key: The request that led to the snapshot.
-        snapshot: The snapshot.
-        manifest_dir: Directory of all manifests.
-        mtimes: Time stamps of the files before they were hashed, in nanoseconds. None: those that they have now, for
-            files that nothing else changes.
-        fetched: Unix time of the download in seconds; None is now.
+    `mtimes` are the time stamps of the files before they were hashed, in nanoseconds. None: those that they have now, for
+    files that nothing else changes. `fetched` is the Unix time of the download; None is now.
     """
     if mtimes is None:
         mtimes = {file.path: (snapshot.path / file.path).stat().st_mtime_ns for file in snapshot.files}
