@@ -297,6 +297,14 @@ def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
     return freed
 
 
+def remove_partial_files(journal: Journal, manifest_dir: Path) -> None:
+    """Remove files that an interrupted download has left incomplete, and that a later one has not resumed."""
+    for path in leftovers(journal, manifest.complete_directories(manifest_dir)).files:
+        if path.suffix in _PARTIAL_SUFFIXES:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def _tidy(hub: HubName, repository: str, path: Path, root: Path) -> None:
     """Remove what a client keeps for a snapshot that was removed, and with the last snapshot for its repository."""
     if hub != "huggingface":

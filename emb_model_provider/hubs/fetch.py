@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CacheNotWritableError, HubError, OperationCancelledError, RepositoryNotFoundError
 from emb_model_provider.hubs.base import HubConfig, create_hub
-from emb_model_provider.hubs.caches import cache_root, contents, leftovers, remove_leftovers, repository_dirs
+from emb_model_provider.hubs.caches import (
+    cache_root,
+    contents,
+    leftovers,
+    remove_leftovers,
+    remove_partial_files,
+    repository_dirs,
+)
 from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.snapshots import journal, manifest
@@ -181,8 +188,9 @@ class _Fetch:
         resumed, with its journal.
         """
         key, manifest_dir = self.key, self.config.manifest_dir
+        earlier = journal.load(key.journal_path(manifest_dir))
         try:
-            written = self._begin_journal()
+            written = self._begin_journal(earlier)
 
             def report(progress: Progress) -> None:
                 written.touch(manifest_dir)
@@ -198,6 +206,8 @@ class _Fetch:
                     with contextlib.suppress(OSError):
                         remove_leftovers(written, manifest_dir)
                 raise
+            if earlier is not None:
+                remove_partial_files(earlier, manifest_dir)
             written.delete(manifest_dir)
         except OSError as error:
             raise translate_os_error(error, manifest_dir, CACHE_SETTING) or HubError(
@@ -206,11 +216,10 @@ class _Fetch:
             ) from error
         return snapshot
 
-    def _begin_journal(self) -> journal.Journal:
+    def _begin_journal(self, earlier: journal.Journal | None) -> journal.Journal:
         key, manifest_dir = self.key, self.config.manifest_dir
         root = cache_root(key.hub, self.config.cache_dir)
         before = set(contents(key.hub, key.repository, root))
-        earlier = journal.load(key.journal_path(manifest_dir))
         if earlier is not None and earlier.operation == "fetch":
             # What an interrupted download has left is this download's own.
             own = leftovers(earlier, manifest.complete_directories(manifest_dir)).paths
