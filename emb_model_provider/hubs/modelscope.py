@@ -55,6 +55,7 @@ _CACHE_SETTING = "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
 _DEFAULT_REVISIONS = ("master", "main")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_REVISIONS_SHOWN = 10
+_STAGING = ".newer"
 
 
 class ModelScopeHub:
@@ -206,7 +207,9 @@ class ModelScopeHub:
             raise
         if update is not None:
             update.commit()
-            return update.directory
+            directory = update.directory
+        # Even without an update, because one that was killed while it replaced files has left others and no manifest.
+        shutil.rmtree(repository_dirs("modelscope", repository, self._root)[0] / _STAGING, ignore_errors=True)
         return directory
 
     def _remove_locks(self, repository: str, files: Sequence[RemoteFile]) -> None:
@@ -321,7 +324,6 @@ class StagedUpdate:
             target = self.directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.staging / name).replace(target)
-        shutil.rmtree(self.staging, ignore_errors=True)
 
 
 def find_update(
@@ -348,7 +350,7 @@ def find_update(
     return StagedUpdate(
         repository=repository,
         directory=present[0][1].path,
-        staging=repository_dir / ".newer",
+        staging=repository_dir / _STAGING,
         changed=frozenset(replaced | added),
         manifests=[
             key.manifest_path(config.manifest_dir)

@@ -12,6 +12,7 @@ from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.snapshots.locks import FileLock, SnapshotLocks
 from tests.hubs.conftest import MS_REPO, WEIGHTS
+from tests.hubs.helpers import write_files
 from tests.management.helpers import on_disk
 
 if TYPE_CHECKING:
@@ -100,6 +101,19 @@ def test_failed_update_keeps_the_older_state(
     assert manager.prune().freed == planned.freed > 0
     assert {path.name for path in older.parents[1].iterdir()} == {"snapshots"}
     assert manager.verify(manager.list()[0]).ok
+
+
+def test_update_that_was_killed_while_it_replaced_files(
+    configured: Callable[..., Settings], manager: ModelManager, older: Path
+) -> None:
+    """The manifest is missing, and staged files are left, which the next download removes."""
+    staging = older.parents[1] / ".newer"
+    write_files(staging, NEWER)
+    for path in configured().hubs.cache_dir.rglob("*.json"):
+        path.unlink()
+    manager.ensure_model_cached(MS_REPO)
+    assert (older / "pytorch_model.bin").read_bytes() == NEWER["pytorch_model.bin"]
+    assert not staging.exists()
 
 
 def test_model_that_is_updated_before_it_is_locked(
