@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CacheNotWritableError, HubError, OperationCancelledError, RepositoryNotFoundError
+from emb_model_provider.hubs import caches
 from emb_model_provider.hubs.base import HubConfig, create_hub
-from emb_model_provider.hubs.caches import (
-    cache_root,
-    contents,
-    leftovers,
-    remove_leftovers,
-    remove_partial_files,
-    repository_dirs,
-)
 from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.snapshots import journal, manifest
@@ -202,12 +195,12 @@ class _Fetch:
             except Exception as error:
                 written.touch(manifest_dir, now=True)
                 is_cancelled = isinstance(error, OperationCancelledError)
-                if is_cancelled or not leftovers(written, manifest.complete_directories(manifest_dir)).size:
+                if is_cancelled or not caches.leftovers(written, manifest.complete_directories(manifest_dir)).size:
                     with contextlib.suppress(OSError):
-                        remove_leftovers(written, manifest_dir)
+                        caches.remove_leftovers(written, manifest_dir)
                 raise
             if earlier is not None:
-                remove_partial_files(earlier, manifest_dir)
+                caches.remove_partial_files(earlier, manifest_dir)
             written.delete(manifest_dir)
         except OSError as error:
             raise translate_os_error(error, manifest_dir, CACHE_SETTING) or HubError(
@@ -218,13 +211,13 @@ class _Fetch:
 
     def _begin_journal(self, earlier: journal.Journal | None) -> journal.Journal:
         key, manifest_dir = self.key, self.config.manifest_dir
-        root = cache_root(key.hub, self.config.cache_dir)
-        before = set(contents(key.hub, key.repository, root))
+        root = caches.cache_root(key.hub, self.config.cache_dir)
+        before = set(caches.contents(key.hub, key.repository, root))
         if earlier is not None and earlier.operation == "fetch":
             # What an interrupted download has left is this download's own.
-            own = leftovers(earlier, manifest.complete_directories(manifest_dir)).paths
+            own = caches.leftovers(earlier, manifest.complete_directories(manifest_dir)).paths
             before = {path for path in before if path in earlier.before or not (path in own or path.is_dir())}
         elif earlier is not None and earlier.path is not None and not earlier.changed_by_others(earlier.path):
             before = {path for path in before if not path.is_relative_to(earlier.path)}  # a removal was interrupted
-        locations = [(root, path) for path in repository_dirs(key.hub, key.repository, root)]
+        locations = [(root, path) for path in caches.repository_dirs(key.hub, key.repository, root)]
         return journal.begin(key, "fetch", locations, manifest_dir, before=before)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from emb_model_provider.progress import CancelToken, OnProgress
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-_LICENSE = re.compile(r"^license:\s*[\"']?([^\"'#\n]+)", re.MULTILINE)
+_LICENSE = re.compile(r"^license:[ \t]*(?:\n[ \t]*-[ \t]+)?[\"']?([^\"'#\n]+)", re.MULTILINE)
 
 
 def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> Details:
@@ -107,7 +107,7 @@ def _from_files(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool)
 
 
 def _license(directory: Path) -> str | None:
-    """Return the license from the front matter of the README, such as `apache-2.0`."""
+    """Return the license, or the first of several, from the front matter of the README, such as `apache-2.0`."""
     try:
         text = (directory / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
