@@ -1,17 +1,23 @@
-"""The interface of the hubs, their configuration, and the table of all hubs."""
+"""The interface of the hubs, the table of all hubs, and a check whether one is reachable."""
 
 from __future__ import annotations
 
 import importlib
+import tempfile
+import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+from emb_model_provider.formatting import first_line
+from emb_model_provider.snapshots.manifest import ALL_FILES
 
+if TYPE_CHECKING:
     from emb_model_provider.model_spec import HubName
     from emb_model_provider.progress import CancelToken, OnProgress
+    from emb_model_provider.settings import HubSettings
+    from emb_model_provider.settings.fields import RemoteHubName
+    from emb_model_provider.snapshots.manifest import FilePatterns
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 HUBS: dict[HubName, str] = {
@@ -22,10 +28,17 @@ HUBS: dict[HubName, str] = {
 }
 """Each hub's class, which is imported only if the hub is used."""
 
+PUBLIC_REPOSITORIES: dict[RemoteHubName, str] = {
+    "huggingface": "sentence-transformers/all-MiniLM-L6-v2",
+    "modelscope": "iic/nlp_gte_sentence-embedding_chinese-small",
+}
+
 HubState = Literal["answers", "refuses", "lacks", "silent", "fails"]
 """How a hub responds. answers: it has the repository, and allows access; refuses: it requires a token, or rejects the one
 that it was given; lacks: it has no such repository, or hides it; silent: it does not respond; fails: it responds with an
 error of its own."""
+
+_MAX_REASON_CHARS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +48,11 @@ class HubConfig:
     cache_dir: Path | None
     """Where the hub's client keeps its downloads; None is the client's own convention."""
     manifest_dir: Path
-    """Where this package keeps the manifests of snapshots."""
+    """Where this package keeps the manifests of snapshots, in its cache directory."""
     endpoint: str | None = None
     token: str | None = field(default=None, repr=False)
     offline: bool = False
-    include: tuple[str, ...] = ()
-    """Patterns (fnmatch) of the files to download, among those that serving needs. Empty: all of them."""
-    exclude: tuple[str, ...] = ()
-    is_held: Callable[[Path], bool] = lambda _: False
-    """Returns whether any process uses the snapshot in a directory now."""
-
-    @property
-    def partial(self) -> bool:
-        """Whether only a part of the files that serving needs is requested."""
-        return bool(self.include or self.exclude)
+    patterns: FilePatterns = ALL_FILES
 
 
 class Hub(Protocol):
@@ -74,36 +78,98 @@ class Hub(Protocol):
                 not on this machine is an OfflineError.
             OperationCancelledError: `cancel` was cancelled.
         """
-        ...
 
 
 class RemoteHub(Hub, Protocol):
     """A hub that is reached through its own client."""
 
     @property
-    def endpoint(self) -> str:
-        """The URL that requests are sent to."""
-        ...
+    def endpoint(self) -> str: ...
 
     @property
     def token(self) -> str | None:
         """The token that is sent, which can be the client's own."""
-        ...
 
     def check_token(self) -> None:
         """Ask the hub whose token it is; raises the client's error if that fails."""
-        ...
 
     def check_repository(self, repository: str, timeout_s: float) -> None:
         """Ask the hub for a repository; raises the client's error if that fails."""
-        ...
 
     def classify(self, error: Exception) -> HubState:
         """Return what an error of the client says about the hub."""
-        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubStatus:
+    """The result of a check."""
+
+    hub: RemoteHubName
+    endpoint: str
+    repository: str
+    state: HubState
+    token: bool
+    """Whether a token was sent."""
+    reason: str = ""
+    """The error in a few words, without the token."""
 
 
 def create_hub(name: HubName, config: HubConfig) -> Hub:
     """Return a hub. Imports the hub's client only when it is used."""
     module, _, kind = HUBS[name].partition(":")
     return cast("Hub", getattr(importlib.import_module(module), kind)(config))
+
+
+def check_hub(
+    hub: RemoteHubName, settings: HubSettings, *, repository: str | None = None, timeout_s: float = 10.0
+) -> HubStatus:
+    """Ask a hub whose token it is, if there is one, and for a repository, or for a public one.
+
+    The clients retry for a long time. A check that has not ended after `timeout_s` seconds goes on in the background,
+    and ends with the process.
+    """
+    requested = repository or PUBLIC_REPOSITORIES[hub]
+    silent = HubStatus(
+        hub=hub,
+        endpoint=settings.endpoint(hub) or "its default endpoint",
+        repository=requested,
+        state="silent",
+        token=settings.token(hub) is not None,
+        reason=f"no answer within {timeout_s:g} s",
+    )
+    results = [silent]
+    thread = threading.Thread(
+        target=lambda: results.append(_check(hub, settings, requested, timeout_s)), name=f"check-{hub}", daemon=True
+    )
+    thread.start()
+    thread.join(timeout_s)
+    return results[-1]
+
+
+def _check(hub: RemoteHubName, settings: HubSettings, repository: str, timeout_s: float) -> HubStatus:
+    # ModelScope's client creates its cache directory, although nothing is downloaded into it.
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        config = HubConfig(directory, directory, endpoint=settings.endpoint(hub), token=settings.token(hub))
+        remote = cast("RemoteHub", create_hub(hub, config))
+        state, reason = _ask(remote, repository, timeout_s)
+        token = bool(remote.token)
+        return HubStatus(
+            hub=hub, endpoint=remote.endpoint, repository=repository, state=state, token=token, reason=reason
+        )
+
+
+def _ask(remote: RemoteHub, repository: str, timeout_s: float) -> tuple[HubState, str]:
+    if remote.token:
+        try:
+            remote.check_token()
+        except Exception as error:  # noqa: BLE001 - the clients raise errors of several libraries
+            # A mirror need not know the owner of a token: only a rejection counts.
+            if remote.classify(error) == "refuses":
+                return "refuses", "the token is not valid"
+    try:
+        # A longer timeout than that of `check_hub`, so that the reason is the same for all hubs.
+        remote.check_repository(repository, 2 * timeout_s)
+    except Exception as error:  # noqa: BLE001 - likewise
+        return remote.classify(error), first_line(error, limit=_MAX_REASON_CHARS, secret=remote.token)
+    return "answers", ""

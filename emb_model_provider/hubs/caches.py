@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 REMOTE_HUBS: tuple[HubName, ...] = ("huggingface", "modelscope")
 """Hubs whose client has a cache."""
 
+_OLDER_PARENTS = ("models", "hub/models", "hub", ".")
+"""Where ModelScope's older clients kept the directories of owners, newest layout first."""
 _PARTIAL_SUFFIXES = (".incomplete", ".parallel_tmp")
 """Endings of the files that the clients have not downloaded completely."""
 
@@ -35,13 +37,14 @@ _PARTIAL_SUFFIXES = (".incomplete", ".parallel_tmp")
 class CachedRepo:
     """A directory in a client's cache that looks like a model. Nothing says that it is complete."""
 
+    hub: HubName
     repository: str
     revision: str | None
     path: Path
 
 
 def cache_root(hub: HubName, cache_dir: Path | None) -> Path:
-    """Return the directory of a client's cache: `cache_dir`, or the client's own convention if that is None."""
+    """Return the directory of a client's cache, which is the client's own convention if `cache_dir` is None."""
     if cache_dir is not None:
         return cache_dir.expanduser().absolute()
     if hub == "huggingface":
@@ -58,50 +61,20 @@ def repository_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
     flat = repository.replace("/", "--")
     if hub == "huggingface":
         return [root / f"models--{flat}"]
-    if hub == "modelscope":
-        return [root / "models" / flat, *older_modelscope_dirs(root, repository)]
-    return []
+    return [root / "models" / flat, *older_modelscope_dirs(root, repository)]
 
 
 def older_modelscope_dirs(root: Path, repository: str) -> list[Path]:
-    """Return the directories in which ModelScope's older clients kept a repository, newest layout first.
-
-    They usually wrote a dot in a name as three underscores.
-    """
+    """Return the directories in which ModelScope's older clients kept a repository, newest layout first."""
     owner, _, name = repository.partition("/")
-    names = dict.fromkeys([name.replace(".", "___"), name])
-    parents = ("models", "hub/models", "hub", ".")
-    return [root / parent / owner / each for parent in parents for each in names]
+    names = dict.fromkeys([name.replace(".", "___"), name])  # they usually wrote a dot as three underscores
+    return [root / parent / owner / each for parent in _OLDER_PARENTS for each in names]
 
 
 def snapshot_dirs(hub: HubName, repository: str, root: Path) -> list[Path]:
     """Return the existing directories of a repository's snapshots."""
     current, *older = repository_dirs(hub, repository, root)
     return [*_directories(current / "snapshots"), *(path for path in older if path.is_dir() and not path.is_symlink())]
-
-
-def root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
-    """Return the cache that a snapshot's directory belongs to, or None if no client would have created it there.
-
-    Args:
-        hub: The hub.
-        repository: The repository.
-        path: The directory of the snapshot.
-        roots: The configured caches. The current layout is recognized outside of them, too.
-    """
-    if not path.is_absolute() or ".." in path.parts:
-        return None
-    flat = repository.replace("/", "--")
-    if hub == "huggingface":
-        if path.parent.name == "snapshots" and path.parents[1].name == f"models--{flat}":
-            return path.parents[2]
-        return None
-    if hub != "modelscope":
-        return None
-    for parent in path.parents:  # the name of a branch can contain slashes
-        if parent.name == "snapshots" and parent.parts[-3:-1] == ("models", flat):
-            return parent.parents[2]
-    return next((root for root in roots if path in older_modelscope_dirs(root, repository)), None)
 
 
 def scan_cache(hub: HubName, root: Path) -> Iterator[CachedRepo]:
@@ -111,14 +84,18 @@ def scan_cache(hub: HubName, root: Path) -> Iterator[CachedRepo]:
             if repo.name.startswith("models--"):
                 name = repo.name.removeprefix("models--").replace("--", "/")
                 for path in _directories(repo / "snapshots"):
-                    yield CachedRepo(name, path.name, path)
+                    yield CachedRepo(hub, name, path.name, path)
     if hub == "modelscope":
         for repo in _directories(root / "models"):
             if "--" in repo.name:
                 for path in _directories(repo / "snapshots"):
                     if list_dir(path):
-                        yield CachedRepo(repo.name.replace("--", "/", 1), path.name, path)
-        yield from _scan_older(root)
+                        yield CachedRepo(hub, repo.name.replace("--", "/", 1), path.name, path)
+        for parent in _OLDER_PARENTS:
+            for owner in _directories(root / parent):
+                for path in _directories(owner):
+                    if (path / "config.json").is_file() or (path / "configuration.json").is_file():
+                        yield CachedRepo(hub, f"{owner.name}/{path.name.replace('___', '.')}", None, path)
 
 
 # --- removing snapshots -----------------------------------------------------------------------------------
@@ -138,11 +115,7 @@ class SnapshotFiles:
     strategy: DeleteCacheStrategy | None
 
     def remove(self) -> None:
-        """Remove them, and with the last snapshot everything that the client keeps of the repository.
-
-        Raises:
-            ManagementError: Files are left.
-        """
+        """Remove them, and with the last snapshot everything that the client keeps of the repository."""
         if self.strategy is not None:
             self.strategy.execute()
         else:
@@ -159,19 +132,12 @@ def files_of(
 ) -> SnapshotFiles | None:
     """Return the files that removing a snapshot removes, or None if there are none.
 
-    Args:
-        hub: The hub.
-        repository: The repository.
-        path: The directory of the snapshot.
-        roots: The configured caches.
-        removed_before: Snapshots that are removed first. A file that only they share with this one is removed with it.
-
-    Raises:
-        ManagementError: The client would not have created the directory, so that its files may be another program's.
+    A file that only snapshots in `removed_before` share with this one is removed with it. A ManagementError is raised if
+    the client would not have created the directory, because then its files may be another program's.
     """
     if not path.exists() and not path.is_symlink():
         return None
-    root = root_of(hub, repository, path, roots)
+    root = _root_of(hub, repository, path, roots)
     if root is None:
         raise ManagementError(
             f"{path} is not where the client of {hub} keeps {repository}: it was left alone. Remove it by hand."
@@ -182,12 +148,26 @@ def files_of(
             f"{path} leads through a symbolic link, and its target may be another program's: it was left "
             "alone. Remove the link by hand."
         )
+    strategy = None
     if hub == "huggingface":
         siblings = {each.name for each in removed_before if each.parent == path.parent}
         strategy = _strategy(repository, path, root, siblings)
-        freed = strategy.expected_freed_size if strategy is not None else size_of(walk(path))
-        return SnapshotFiles(hub, repository, path, root, freed, strategy)
-    return SnapshotFiles(hub, repository, path, root, size_of(walk(path)), None)
+    freed = strategy.expected_freed_size if strategy is not None else size_of(walk(path))
+    return SnapshotFiles(hub, repository, path, root, freed, strategy)
+
+
+def _root_of(hub: HubName, repository: str, path: Path, roots: tuple[Path, ...]) -> Path | None:
+    """Return the cache that a snapshot's directory belongs to, or None if no client would have created it there."""
+    if not path.is_absolute() or ".." in path.parts:
+        return None
+    flat = repository.replace("/", "--")
+    if hub == "huggingface":
+        is_snapshot = path.parent.name == "snapshots" and path.parents[1].name == f"models--{flat}"
+        return path.parents[2] if is_snapshot else None
+    for parent in path.parents:  # the name of a branch can contain slashes
+        if parent.name == "snapshots" and parent.parts[-3:-1] == ("models", flat):
+            return parent.parents[2]
+    return next((root for root in roots if path in older_modelscope_dirs(root, repository)), None)
 
 
 def _strategy(repository: str, path: Path, root: Path, removed_before: set[str]) -> DeleteCacheStrategy | None:
@@ -204,12 +184,11 @@ def _strategy(repository: str, path: Path, root: Path, removed_before: set[str])
         revisions = {revision.commit_hash: revision for found in own for revision in found.revisions}
         removed_before &= revisions.keys()
         before = cache.delete_revisions(*removed_before)
-        known = any(revision.snapshot_path == path.resolve() for revision in revisions.values())
-        strategy = cache.delete_revisions(*removed_before, path.name) if known else None
+        if not any(revision.snapshot_path == path.resolve() for revision in revisions.values()):
+            return None
+        strategy = cache.delete_revisions(*removed_before, path.name)
     except (CacheNotFound, ValueError, OSError) as error:
         log.warning("The Hugging Face client cannot read its cache %s: %s", root, error)
-        return None
-    if strategy is None:
         return None
     # A link in a snapshot can lead anywhere: only the repository's own blobs are removed.
     blobs = frozenset(blob for blob in strategy.blobs - before.blobs if blob.is_relative_to(repo / "blobs"))
@@ -236,12 +215,10 @@ class Leftovers:
 
     @property
     def paths(self) -> set[Path]:
-        """All its files and directories."""
         return {*self.files, *self.snapshots, *(path for each in self.snapshots for path in walk(each))}
 
     @property
     def size(self) -> int:
-        """Bytes."""
         # A link in a snapshot leads to one of the files, or to a file that another snapshot uses, too.
         links = {path for path in self.paths - set(self.files) if path.is_symlink()}
         return size_of(self.paths - links)
@@ -256,14 +233,10 @@ def contents(hub: HubName, repository: str, root: Path) -> Iterator[Path]:
 
 
 def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
-    """Find what an interrupted download or removal has left.
+    """Find what an interrupted download or removal has left; `complete` are the snapshots that have a manifest.
 
     Of a download, files and snapshots that existed before, or that another program changed afterwards, are not included.
     Of a removal, only blobs of the Hugging Face client are, which it removes after the snapshot that uses them.
-
-    Args:
-        journal: The journal.
-        complete: The directories of all snapshots that have a manifest.
     """
     hub, repository = journal.key.hub, journal.key.repository
     is_removal = journal.operation == "remove"
@@ -300,16 +273,9 @@ def leftovers(journal: Journal, complete: Collection[Path]) -> Leftovers:
 
 
 def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
-    """Remove what an interrupted download or removal has left, and its journal. The caller holds the repository's lock.
-
-    Returns:
-        How many bytes were freed.
-
-    Raises:
-        OSError: The journal cannot be deleted.
-    """
+    """Remove what interrupted work has left, and its journal; return the freed bytes. The repository is locked."""
     hub, repository = journal.key.hub, journal.key.repository
-    found = leftovers(journal, {each.snapshot.path for _, each in manifest.load_all(manifest_dir)})
+    found = leftovers(journal, manifest.complete_directories(manifest_dir))
     freed = found.size
     for path in found.snapshots:
         with contextlib.suppress(ManagementError, OSError):
@@ -329,6 +295,14 @@ def remove_leftovers(journal: Journal, manifest_dir: Path) -> int:
             _remove_locks(repository, root)
     journal.delete(manifest_dir)
     return freed
+
+
+def remove_partial_files(journal: Journal, manifest_dir: Path) -> None:
+    """Remove files that an interrupted download has left incomplete, and that a later one has not resumed."""
+    for path in leftovers(journal, manifest.complete_directories(manifest_dir)).files:
+        if path.suffix in _PARTIAL_SUFFIXES:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _tidy(hub: HubName, repository: str, path: Path, root: Path) -> None:
@@ -351,7 +325,6 @@ def _tidy(hub: HubName, repository: str, path: Path, root: Path) -> None:
 
 
 def _remove_locks(repository: str, root: Path) -> None:
-    """Remove the locks of the Hugging Face client for a repository."""
     (repo,) = repository_dirs("huggingface", repository, root)
     locks = root / ".locks" / repo.name
     if not locks.is_symlink():
@@ -381,14 +354,6 @@ def _remove_empty_dirs(hub: HubName, repository: str, root: Path, before: Collec
     for path in repository_dirs(hub, repository, root):
         if path not in before:
             remove_empty_parents(path, root)
-
-
-def _scan_older(root: Path) -> Iterator[CachedRepo]:
-    for parent in ("models", "hub/models", "hub", "."):
-        for owner in _directories(root / parent):
-            for path in _directories(owner):
-                if (path / "config.json").is_file() or (path / "configuration.json").is_file():
-                    yield CachedRepo(f"{owner.name}/{path.name.replace('___', '.')}", None, path)
 
 
 def _directories(path: Path) -> list[Path]:

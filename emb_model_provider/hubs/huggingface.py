@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,18 +24,19 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.formatting import first_line
 from emb_model_provider.hubs.selection import require_all_parts, select_files
-from emb_model_provider.hubs.transfer import ByteCounter, bar_class, run_all
+from emb_model_provider.hubs.transfer import ByteCounter, RemoteFile, bar_class, run_all, verify_files
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots.files import translate_os_error
-from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
+from emb_model_provider.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from huggingface_hub import HfApi
 
     from emb_model_provider.hubs.base import HubConfig, HubState
     from emb_model_provider.progress import CancelToken, OnProgress
+    from emb_model_provider.snapshots.snapshot import SnapshotFile
 
 log = logging.getLogger(__name__)
 
@@ -46,25 +46,6 @@ _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
 _THREADS = 4
 """Files downloaded in parallel, because many small ones wait for round trips while the large one waits for bytes."""
 _MAX_REVISIONS_SHOWN = 10
-
-
-@dataclass(frozen=True, slots=True)
-class _RemoteFile:
-    """A file in the hub's listing."""
-
-    path: str
-    size: int
-    sha256: str | None
-    """Listed for large files only."""
-    git_sha1: str
-
-    def check(self, directory: Path) -> SnapshotFile | None:
-        """Hash the downloaded file and return it, or None if its bytes differ from the listing."""
-        hashes = hash_file(directory / self.path, git=self.sha256 is None)
-        is_same = hashes.git_sha1 == self.git_sha1 if self.sha256 is None else hashes.sha256 == self.sha256
-        if hashes.size != self.size or not is_same:
-            return None
-        return SnapshotFile(self.path, hashes.size, hashes.sha256)
 
 
 class HuggingFaceHub:
@@ -86,12 +67,12 @@ class HuggingFaceHub:
             files = self._select(tree, repository, requested)
             directory = self._download(repository, commit, files, on_progress, cancel)
             replace = partial(self._download_again, repository, commit, directory, on_progress, cancel)
-            verified = _verify(repository, directory, files, on_progress, replace)
+            verified = verify_files(repository, directory, files, replace, on_progress)
         except (HubError, OperationCancelledError):
             raise
-        except Exception as error:  # noqa: BLE001 - the client raises errors of five libraries
-            self._raise_translated(error, repository, requested)
-        if not self._config.partial:
+        except Exception as error:  # the client raises errors of five libraries
+            raise self._translate(error, repository, requested) from error
+        if not self._config.patterns:
             origin = f"Repository {repository}@{requested} on Hugging Face"
             require_all_parts(directory, (file.path for file in verified), origin)
         return Snapshot.of("huggingface", repository, commit, directory, verified)
@@ -143,20 +124,21 @@ class HuggingFaceHub:
             )
         return commit
 
-    def _select(self, tree: Iterable[Any], repository: str, revision: str) -> list[_RemoteFile]:
+    def _select(self, tree: Iterable[Any], repository: str, revision: str) -> list[RemoteFile]:
         """Return the files of a listing that serving needs, or those of them that were requested."""
         from huggingface_hub import RepoFile
 
-        files = {
-            entry.path: _RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
-            for entry in tree
-            if isinstance(entry, RepoFile)
-        }
+        files: dict[str, RemoteFile] = {}
+        for entry in tree:
+            if isinstance(entry, RepoFile):
+                sha256 = entry.lfs.sha256 if entry.lfs else None  # listed for large files only
+                git_sha1 = str(entry.blob_id) if sha256 is None else None
+                files[entry.path] = RemoteFile(entry.path, entry.size, sha256, git_sha1)
         origin = f"Repository {repository}@{revision} on Hugging Face"
-        return [files[path] for path in select_files(files, self._config, repository, origin)]
+        return [files[path] for path in select_files(files, self._config.patterns, repository, origin)]
 
     def _download(
-        self, repository: str, commit: str, files: Sequence[_RemoteFile], on_progress: OnProgress, cancel: CancelToken
+        self, repository: str, commit: str, files: Sequence[RemoteFile], on_progress: OnProgress, cancel: CancelToken
     ) -> Path:
         """Download files and return the directory of the snapshot."""
         total = sum(file.size for file in files)
@@ -173,12 +155,12 @@ class HuggingFaceHub:
         directory: Path,
         on_progress: OnProgress,
         cancel: CancelToken,
-        file: _RemoteFile,
+        file: RemoteFile,
     ) -> SnapshotFile:
         log.warning("%s of %s has wrong bytes; downloading it again.", file.path, repository)
         _remove(directory / file.path)
         self._get(repository, commit, file.path, ByteCounter(repository, file.size, on_progress, cancel))
-        verified = file.check(directory)
+        verified = file.verify(directory)
         if verified is None:
             _remove(directory / file.path)
             raise CorruptSnapshotError(
@@ -214,7 +196,7 @@ class HuggingFaceHub:
             files = self._select(tree, repository, revision)
             paths = [self._get(repository, revision, file.path, None) for file in files]
             directory = _directory_of(paths[0], files[0].path)
-            verified = _verify(repository, directory, files, on_progress, partial(_reject, repository, directory))
+            verified = verify_files(repository, directory, files, partial(_reject, repository, directory), on_progress)
         except (HubError, OperationCancelledError):
             raise
         except Exception as error:
@@ -223,14 +205,14 @@ class HuggingFaceHub:
                 "EMB_PROVIDER_OFFLINE forbids downloading it. Start once without it, or set "
                 "EMB_PROVIDER_MODEL_PATH to a directory that contains the model."
             ) from error
-        if not self._config.partial:
+        if not self._config.patterns:
             origin = f"The cached {repository}@{revision}"
             require_all_parts(directory, (file.path for file in verified), origin)
         return Snapshot.of("huggingface", repository, directory.name, directory, verified)
 
     # --- errors ---------------------------------------------------------------------------------------
 
-    def _raise_translated(self, error: Exception, repository: str, revision: str) -> NoReturn:
+    def _translate(self, error: Exception, repository: str, revision: str) -> HubError:
         from huggingface_hub import errors
 
         cause: BaseException = error
@@ -238,42 +220,42 @@ class HuggingFaceHub:
         while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            raise OfflineError(
+            return OfflineError(
                 f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids downloading it. Unset it once."
-            ) from error
+            )
         if isinstance(cause, errors.RevisionNotFoundError):
-            raise RevisionNotFoundError(
+            return RevisionNotFoundError(
                 f"{repository} on Hugging Face has no branch, tag or commit {revision!r}; it has "
                 f"{self._revisions(repository)}. Set EMB_PROVIDER_MODEL_REVISION to one of them."
-            ) from error
+            )
         if isinstance(cause, errors.HFValidationError):
-            raise RepositoryNotFoundError(
+            return RepositoryNotFoundError(
                 f"{repository!r} is not a valid repository id on Hugging Face (owner/name). "
                 "Check EMB_PROVIDER_MODEL_NAME."
-            ) from error
+            )
         if isinstance(cause, errors.HfHubHTTPError):
-            raise self._http_error(cause, repository) from error
+            return self._http_error(cause, repository)
         if isinstance(cause, OSError):
             directory = self._config.cache_dir or "the Hugging Face cache"
             if (known := translate_os_error(cause, directory, _CACHE_SETTING)) is not None:
-                raise known from error
+                return known
             if "Consistency check failed" in str(cause):
-                raise CorruptSnapshotError(
+                return CorruptSnapshotError(
                     f"A file of {repository} was downloaded with another size than Hugging Face lists. Try again "
                     "later, or set EMB_PROVIDER_HF_ENDPOINT to another mirror."
-                ) from error
+                )
         reason = f"{type(cause).__name__}: {first_line(cause, secret=self.token)}"
-        raise HubUnavailableError(
+        return HubUnavailableError(
             f"Hugging Face could not be reached for {repository} ({reason}). "
             "Check the network, or set EMB_PROVIDER_HF_ENDPOINT to a mirror."
-        ) from error
+        )
 
     def _http_error(self, error: Any, repository: str) -> HubError:
         from huggingface_hub.errors import DisabledRepoError, GatedRepoError
 
         status = error.response.status_code
         state = self.classify(error)
-        credentials = "the token was rejected" if self._config.token else "no token was sent"
+        credentials = "the token was rejected" if self.token else "no token was sent"
         if isinstance(error, GatedRepoError):
             return AccessDeniedError(
                 f"{repository} on Hugging Face is gated, and {credentials}. Accept its terms on the web page, "
@@ -316,24 +298,7 @@ def _redirect_logs() -> None:
     logger.propagate = True
 
 
-def _verify(
-    repository: str,
-    directory: Path,
-    files: Sequence[_RemoteFile],
-    on_progress: OnProgress,
-    on_wrong: Callable[[_RemoteFile], SnapshotFile],
-) -> list[SnapshotFile]:
-    """Hash files; `on_wrong` replaces a file whose bytes differ from the listing, or raises."""
-    done, total = 0, sum(file.size for file in files)
-    verified: list[SnapshotFile] = []
-    for file in files:
-        verified.append(file.check(directory) or on_wrong(file))
-        done += file.size
-        on_progress(Progress("verify", repository, done, total))
-    return verified
-
-
-def _reject(repository: str, directory: Path, file: _RemoteFile) -> NoReturn:
+def _reject(repository: str, directory: Path, file: RemoteFile) -> NoReturn:
     raise CorruptSnapshotError(
         f"{file.path} of {repository} in the cache ({directory}) has wrong bytes, and "
         "EMB_PROVIDER_OFFLINE forbids downloading it again. Start once without it."

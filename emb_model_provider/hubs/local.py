@@ -91,16 +91,11 @@ class BundledHub:
                 "Set EMB_PROVIDER_MODEL_SOURCE to a hub that has it."
             )
         directory = find_bundled()
+        key = ManifestKey("bundled", repository)
         try:
-            available = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-            snapshot = _snapshot_in_place(
-                ManifestKey("bundled", repository),
-                directory,
-                BUNDLED_REVISION,
-                select(available),
-                self._config.manifest_dir,
-                on_progress,
-            )
+            paths = select(_list_files(directory))
+            manifest_dir = self._config.manifest_dir
+            snapshot = _snapshot_in_place(key, directory, BUNDLED_REVISION, paths, manifest_dir, on_progress)
         except OSError as error:
             raise HubError(
                 f"The bundled model in {directory} cannot be read: {error}. Reinstall {_DISTRIBUTION}."
@@ -117,11 +112,7 @@ class BundledHub:
 
 
 def find_bundled() -> Path:
-    """Return the directory of the bundled model's files. Runs no code of its distribution.
-
-    Raises:
-        RepositoryNotFoundError: It is not installed.
-    """
+    """Return the directory of the bundled model's files. Runs no code of its distribution."""
     spec = importlib.util.find_spec(_PACKAGE)  # locates a top-level package without importing it
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
         directory = Path(location) / "model"
@@ -135,48 +126,36 @@ def find_bundled() -> Path:
 def _snapshot_in_place(
     key: ManifestKey, directory: Path, revision: str, paths: Sequence[str], manifest_dir: Path, on_progress: OnProgress
 ) -> Snapshot:
-    """Return a snapshot of files that are not copied.
-
-    The hashes of an earlier manifest are used for files whose size and time stamp are unchanged. If no manifest can be
-    written, that is only logged, because the snapshot does not need one.
-    """
-    earlier = manifest.load(key, manifest_dir)
-    known: dict[str, SnapshotFile] = {}
-    if earlier is not None and earlier.snapshot.path == directory:
-        known = {file.path: file for file in earlier.snapshot.files}
+    """Return a snapshot of files that are not copied, with hashes of an earlier manifest for files that are unchanged."""
     stats = {path: (directory / path).stat() for path in paths}
-    changed = {
-        path
-        for path, stat in stats.items()
-        if earlier is None
-        or (file := known.get(path)) is None
-        or file.size != stat.st_size
-        or not is_same_mtime(stat.st_mtime_ns, earlier.mtimes[path])
-    }
+    earlier = manifest.load(key, manifest_dir)
+    files: dict[str, SnapshotFile] = {}
+    if earlier is not None and earlier.snapshot.path == directory:
+        files = {
+            file.path: file
+            for file in earlier.snapshot.files
+            if (stat := stats.get(file.path)) is not None
+            and stat.st_size == file.size
+            and is_same_mtime(stat.st_mtime_ns, earlier.mtimes[file.path])
+        }
+    changed = [path for path in paths if path not in files]
     done, total = 0, sum(stats[path].st_size for path in changed)
-    files: list[SnapshotFile] = []
-    for path in paths:
-        if path not in changed:
-            files.append(known[path])
-            continue
+    for path in changed:
         hashes = hash_file(directory / path)
-        files.append(SnapshotFile(path, hashes.size, hashes.sha256))
+        files[path] = SnapshotFile(path, hashes.size, hashes.sha256)
         done += hashes.size
         on_progress(Progress("verify", key.repository, done, total))
-    snapshot = Snapshot.of(key.hub, key.repository, revision, directory, files)
+    snapshot = Snapshot.of(key.hub, key.repository, revision, directory, files.values())
     if changed or earlier is None or earlier.snapshot.digest != snapshot.digest:
         mtimes = {path: stat.st_mtime_ns for path, stat in stats.items()}
         try:
             manifest.save(key, snapshot, manifest_dir, mtimes=mtimes)
-        except OSError as error:
+        except OSError as error:  # the snapshot does not need a manifest
             log.warning(
                 "The hashes of %s cannot be stored in %s (%s): they will be computed at every start. "
                 "Set %s to a writable directory.",
-                key.repository,
-                manifest_dir,
-                error.strerror,
-                CACHE_SETTING,
-            )
+                key.repository, manifest_dir, error.strerror, CACHE_SETTING,
+            )  # fmt: skip
     return snapshot
 
 

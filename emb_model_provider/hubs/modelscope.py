@@ -1,19 +1,17 @@
 """ModelScope, through its own client.
 
-The client resumes dropped transfers, retries files with wrong bytes, and checks the hashes of the listing. This module
-works around its pitfalls: it answers an unknown revision with an empty listing, does not check paths, and draws progress
-bars and writes log lines that no option turns off. It also has one directory for each branch, whose files it replaces in
-place; see StagedUpdate.
+The client resumes transfers, retries files with wrong bytes, and checks the hashes of the listing. But it does not check
+paths, draws progress bars, and replaces the files of a branch in place (see StagedUpdate).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 import shutil
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import (
@@ -31,7 +29,7 @@ from emb_model_provider.errors import (
 from emb_model_provider.formatting import first_line
 from emb_model_provider.hubs.caches import cache_root, older_modelscope_dirs, repository_dirs
 from emb_model_provider.hubs.selection import require_all_parts, select_files
-from emb_model_provider.hubs.transfer import ByteCounter, callback_class, run_all
+from emb_model_provider.hubs.transfer import ByteCounter, RemoteFile, callback_class, run_all, verify_files
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.files import (
@@ -40,13 +38,14 @@ from emb_model_provider.snapshots.files import (
     translate_os_error,
     write_atomically,
 )
-from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
+from emb_model_provider.snapshots.locks import SnapshotLocks
+from emb_model_provider.snapshots.snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from modelscope_hub import FileInfo, HubApi
+    from modelscope_hub import HubApi
     from modelscope_hub import HubConfig as ClientConfig
 
     from emb_model_provider.hubs.base import HubConfig, HubState
@@ -56,6 +55,7 @@ _CACHE_SETTING = "EMB_PROVIDER_MODELSCOPE_CACHE_DIR"
 _DEFAULT_REVISIONS = ("master", "main")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _MAX_REVISIONS_SHOWN = 10
+_STAGING = ".newer"
 
 
 class ModelScopeHub:
@@ -78,12 +78,12 @@ class ModelScopeHub:
             resolved = self._resolve(repository, revision)
             files = self._select(repository, resolved)
             directory = self._download(repository, resolved, files, on_progress, cancel)
-            verified = _verify(repository, directory, files, on_progress)
+            verified = verify_files(repository, directory, files, partial(_reject, repository, directory), on_progress)
         except (HubError, ModelInUseError, OperationCancelledError):
             raise
-        except Exception as error:  # noqa: BLE001 - the client raises errors of four libraries
-            self._raise_translated(error, repository)
-        if not self._config.partial:
+        except Exception as error:  # the client raises errors of four libraries
+            raise self._translate(error, repository) from error
+        if not self._config.patterns:
             origin = f"Repository {repository}@{resolved} on ModelScope"
             require_all_parts(directory, (file.path for file in verified), origin)
         return Snapshot.of("modelscope", repository, resolved, directory, verified)
@@ -115,7 +115,7 @@ class ModelScopeHub:
 
     # --- downloading ----------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @cached_property
     def _client_config(self) -> ClientConfig:
         """The client's configuration, explicit as far as ours goes, and by its environment otherwise."""
         # If the logger has a handler, the client adds none and passes its lines on to the service's handlers.
@@ -130,22 +130,18 @@ class ModelScopeHub:
         # imported, which can be long before. A version of the client without this name keeps its bars.
         bars = getattr(_download, "tqdm", None)
         if isinstance(bars, type):
-            setattr(_download, "tqdm", functools.partial(bars, disable=True))  # noqa: B010 - mypy: no such export
-        options: dict[str, Any] = {
-            "endpoint": self._config.endpoint,
-            "token": self._config.token,
-            "cache_dir": self._config.cache_dir,
-        }
+            setattr(_download, "tqdm", partial(bars, disable=True))  # noqa: B010 - mypy: no such export
+        options = {name: getattr(self._config, name) for name in ("endpoint", "token", "cache_dir")}
         return ClientConfig(**{name: value for name, value in options.items() if value is not None})
 
-    @functools.cached_property
+    @cached_property
     def _api(self) -> HubApi:
         config = self._client_config
         from modelscope_hub import HubApi
 
         return HubApi(config)
 
-    @functools.cached_property
+    @cached_property
     def _root(self) -> Path:
         return cache_root("modelscope", self._config.cache_dir)
 
@@ -163,10 +159,13 @@ class ModelScopeHub:
             "EMB_PROVIDER_MODEL_REVISION to one of them (the default branch is called master here, not main)."
         )
 
-    def _select(self, repository: str, revision: str) -> list[FileInfo]:
+    def _select(self, repository: str, revision: str) -> list[RemoteFile]:
         """Return the files of a revision that serving needs, or those of them that were requested."""
-        listing = self._api.list_repo_files(repository, "model", revision=revision)
-        files = {file.path: file for file in listing if not file.is_dir}
+        files = {
+            entry.path: RemoteFile(entry.path, entry.size, entry.sha256.lower() if entry.sha256 else None)
+            for entry in self._api.list_repo_files(repository, "model", revision=revision)
+            if not entry.is_dir
+        }
         if not files:
             if _COMMIT.fullmatch(revision):
                 raise RevisionNotFoundError(
@@ -177,22 +176,21 @@ class ModelScopeHub:
                 "EMB_PROVIDER_MODEL_REVISION."
             )
         origin = f"Repository {repository}@{revision} on ModelScope"
-        return [files[path] for path in select_files(files, self._config, repository, origin)]
+        return [files[path] for path in select_files(files, self._config.patterns, repository, origin)]
 
     def _download(
-        self, repository: str, revision: str, files: Sequence[FileInfo], on_progress: OnProgress, cancel: CancelToken
+        self, repository: str, revision: str, files: Sequence[RemoteFile], on_progress: OnProgress, cancel: CancelToken
     ) -> Path:
         """Download files and return the directory of the snapshot."""
         require_writable(self._root, _CACHE_SETTING)
-        hashes = {file.path: file.sha256 for file in files}
-        update = find_update(self._config, repository, revision, hashes, self._root)
+        update = find_update(self._config, repository, revision, files, self._root)
         if update is not None:
             update.require_unused()
             files = [file for file in files if file.path in update.changed]
         total = sum(file.size for file in files)
         on_progress(Progress("download", repository, 0, total))
         counter = ByteCounter(repository, total, on_progress, cancel)
-        download = functools.partial(
+        download = partial(
             self._api.download_repo,
             repository,
             "model",
@@ -209,10 +207,12 @@ class ModelScopeHub:
             raise
         if update is not None:
             update.commit()
-            return update.directory
+            directory = update.directory
+        # Even without an update, because one that was killed while it replaced files has left others and no manifest.
+        shutil.rmtree(repository_dirs("modelscope", repository, self._root)[0] / _STAGING, ignore_errors=True)
         return directory
 
-    def _remove_locks(self, repository: str, files: Sequence[FileInfo]) -> None:
+    def _remove_locks(self, repository: str, files: Sequence[RemoteFile]) -> None:
         """Remove the client's locks of a cancelled download, which a thread can still hold, and delay the next one."""
         from modelscope_hub import _download
 
@@ -224,11 +224,8 @@ class ModelScopeHub:
                 path.unlink(missing_ok=True)
             remove_empty_parents(path.parent, self._root)
 
-    def _older_directory(self, repository: str, files: Sequence[FileInfo]) -> Path | None:
-        """Return the directory in which an older client keeps this repository, if its files have the listed sizes.
-
-        The client uses some of these directories, too, but not all that its older versions have used.
-        """
+    def _older_directory(self, repository: str, files: Sequence[RemoteFile]) -> Path | None:
+        """Return the directory in which an older client keeps this repository, if its files have the listed sizes."""
         for directory in older_modelscope_dirs(self._root, repository):
             present = [file for file in files if (directory / file.path).is_file()]
             if present and all((directory / file.path).stat().st_size == file.size for file in present):
@@ -252,7 +249,7 @@ class ModelScopeHub:
             f"EMB_PROVIDER_OFFLINE forbids downloading it. Start once without it, or set {remedy}."
         )
 
-    def _raise_translated(self, error: Exception, repository: str) -> NoReturn:
+    def _translate(self, error: Exception, repository: str) -> HubError:
         from modelscope_hub import errors
 
         cause: BaseException = error
@@ -261,32 +258,30 @@ class ModelScopeHub:
             # Of several errors, one of the disk is the one that the user can fix.
             cause = next((each for each in failed if isinstance(each, OSError) and each.errno), failed[0])
         state = self.classify(cause)
-        credentials = "the token was rejected" if self._config.token else "no token was sent"
+        credentials = "the token was rejected" if self.token else "no token was sent"
         if state == "lacks":
-            raise RepositoryNotFoundError(
+            return RepositoryNotFoundError(
                 f"ModelScope has no repository {repository}, or it is private ({credentials}). Check "
                 "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_MODELSCOPE_TOKEN."
-            ) from error
+            )
         if state == "refuses":
             status = getattr(cause, "status_code", None)
-            raise AccessDeniedError(
+            return AccessDeniedError(
                 f"{repository} on ModelScope is not accessible: {credentials} (HTTP {status}). Set "
                 "EMB_PROVIDER_MODELSCOPE_TOKEN to a token that can read it."
-            ) from error
+            )
         reason = first_line(cause, secret=self.token)
         if isinstance(cause, errors.FileIntegrityError):
-            raise CorruptSnapshotError(
+            return CorruptSnapshotError(
                 f"A file of {repository} was downloaded with other bytes than ModelScope lists each time, and was "
                 f"removed ({reason}). Try again later."
-            ) from error
-        if isinstance(cause, OSError):
-            known = translate_os_error(cause, self._root, _CACHE_SETTING)
-            if known is not None:
-                raise known from error
-        raise HubUnavailableError(
+            )
+        if isinstance(cause, OSError) and (known := translate_os_error(cause, self._root, _CACHE_SETTING)):
+            return known
+        return HubUnavailableError(
             f"ModelScope could not be reached for {repository} ({type(cause).__name__}: {reason}). "
             "Check the network and EMB_PROVIDER_MODELSCOPE_ENDPOINT, or try again later."
-        ) from error
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,15 +297,11 @@ class StagedUpdate:
     """Files that are new or have other bytes now."""
     manifests: Sequence[Path]
     """The manifests of the snapshot that name changed files."""
-    is_held: Callable[[Path], bool]
+    locks: SnapshotLocks
 
     def require_unused(self) -> None:
-        """Check that no process uses the snapshot.
-
-        Raises:
-            ModelInUseError: A process uses it.
-        """
-        if self.is_held(self.directory):
+        """Raise ModelInUseError if a process uses the snapshot."""
+        if self.locks.is_held(self.directory):
             raise ModelInUseError(
                 f"{self.repository} is in use, and ModelScope has a newer state of it: nothing was replaced. Unload "
                 f"it first (`emb-provider unload {self.repository}`), or end the process that uses it; then download "
@@ -318,12 +309,7 @@ class StagedUpdate:
             )
 
     def commit(self) -> None:
-        """Replace the changed files by the downloaded ones. The caller holds the repository's lock.
-
-        Raises:
-            ModelInUseError: A process has begun to use the snapshot meanwhile.
-            OSError: A file cannot be replaced.
-        """
+        """Replace the changed files by the downloaded ones. The caller holds the repository's lock."""
         # Order matters: remove the manifests first, so that no new reader can start, then check for existing readers.
         manifests = {path: path.read_bytes() for path in self.manifests if path.exists()}
         for path in manifests:
@@ -338,64 +324,46 @@ class StagedUpdate:
             target = self.directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             (self.staging / name).replace(target)
-        shutil.rmtree(self.staging, ignore_errors=True)
 
 
 def find_update(
-    config: HubConfig, repository: str, revision: str, hashes: Mapping[str, str | None], root: Path
+    config: HubConfig, repository: str, revision: str, files: Sequence[RemoteFile], root: Path
 ) -> StagedUpdate | None:
-    """Return the update of a snapshot on disk to the state that the hub lists, or None if there is nothing to replace.
+    """Return the update of a snapshot in a cache to the files that the hub lists, or None if nothing is to be replaced.
 
     Files that were only damaged on disk have an unchanged hash on the hub and are not included.
-
-    Args:
-        config: The hub's configuration.
-        repository: The repository.
-        revision: The branch.
-        hashes: Each file of the listing with its sha256, if the hub lists one.
-        root: The client's cache.
     """
     repository_dir, *older = repository_dirs("modelscope", repository, root)
     directories = {repository_dir / "snapshots" / revision, *older}
     present = [
         (key, found.snapshot)
         for key, found in manifest.load_all(config.manifest_dir)
-        if key.hub == "modelscope"
-        and key.repository == repository
+        if (key.hub, key.repository) == ("modelscope", repository)
         and found.snapshot.path in directories
         and found.snapshot.revision == revision
     ]
     known = {file.path: file.sha256 for _, snapshot in present for file in snapshot.files}
-    replaced = {path for path, sha256 in hashes.items() if sha256 and known.get(path, sha256) != sha256.lower()}
+    replaced = {file.path for file in files if file.sha256 and known.get(file.path, file.sha256) != file.sha256}
     if not replaced:
         return None
+    added = {file.path for file in files} - known.keys()
     return StagedUpdate(
         repository=repository,
         directory=present[0][1].path,
-        staging=repository_dir / ".newer",
-        changed=frozenset(replaced | (hashes.keys() - known.keys())),
+        staging=repository_dir / _STAGING,
+        changed=frozenset(replaced | added),
         manifests=[
             key.manifest_path(config.manifest_dir)
             for key, snapshot in present
             if any(file.path in replaced for file in snapshot.files)
         ],
-        is_held=config.is_held,
+        locks=SnapshotLocks(config.manifest_dir.parent),
     )
 
 
-def _verify(repository: str, directory: Path, files: Sequence[FileInfo], on_progress: OnProgress) -> list[SnapshotFile]:
-    """Hash files. The client has checked those that it downloaded, but not every listing has hashes."""
-    done, total = 0, sum(file.size for file in files)
-    verified: list[SnapshotFile] = []
-    for file in files:
-        hashes = hash_file(directory / file.path)
-        if hashes.size != file.size or (file.sha256 and hashes.sha256 != file.sha256.lower()):
-            (directory / file.path).unlink(missing_ok=True)
-            raise CorruptSnapshotError(
-                f"{file.path} of {repository} has other bytes than ModelScope lists, and was removed. "
-                "Start again to download it."
-            )
-        verified.append(SnapshotFile(file.path, hashes.size, hashes.sha256))
-        done += hashes.size
-        on_progress(Progress("verify", repository, done, total))
-    return verified
+def _reject(repository: str, directory: Path, file: RemoteFile) -> NoReturn:
+    """Reject a file. The client has checked those that it downloaded, but not every listing has hashes."""
+    (directory / file.path).unlink(missing_ok=True)
+    raise CorruptSnapshotError(
+        f"{file.path} of {repository} has other bytes than ModelScope lists, and was removed. Start again to download it."
+    )

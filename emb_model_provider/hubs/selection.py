@@ -7,48 +7,28 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.errors import IncompleteRepositoryError
-from emb_model_provider.snapshots.snapshot import require_safe_paths
+from emb_model_provider.errors import CorruptSnapshotError, IncompleteRepositoryError
+from emb_model_provider.snapshots.snapshot import is_safe_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
     from pathlib import Path
 
-    from emb_model_provider.hubs.base import HubConfig
+    from emb_model_provider.snapshots.manifest import FilePatterns
 
-NEVER_SERVED: dict[str, str] = {
-    ".git*": "data of git",
-    "*/.git*": "data of git",
-    "*.h5": "weights for TensorFlow",
-    "*.msgpack": "weights for Flax",
-    "*.ot": "weights for Rust",
-    "*.gguf": "weights for llama.cpp",
-    "*.tflite": "weights for TensorFlow Lite",
-    "*.mlmodel": "weights for Core ML",
-    "*.mlpackage/*": "weights for Core ML",
-    "*.onnx": "an export: models are compiled from the weights",
-    "*.onnx_data": "an export: models are compiled from the weights",
-    "onnx/*": "an export: models are compiled from the weights",
-    "*/onnx/*": "an export: models are compiled from the weights",
-    "openvino/*": "an export: models are compiled from the weights",
-    "*/openvino/*": "an export: models are compiled from the weights",
-    "openvino_model*": "an export: models are compiled from the weights",
-    "original/*": "the weights again, in another format",
-    "consolidated*": "the weights again, in another format",
-    "optimizer*.pt": "training state",
-    "scheduler*.pt": "training state",
-    "rng_state*.pth": "training state",
-    "training_args.bin": "training state",
-    "runs/*": "training logs",
-    "*.png": "an image",
-    "*.jpg": "an image",
-    "*.jpeg": "an image",
-    "*.gif": "an image",
-    "*.svg": "an image",
-    "*.webp": "an image",
-    "*.pdf": "a paper",
+NEVER_SERVED: dict[str, tuple[str, ...]] = {
+    "data of git": (".git*", "*/.git*"),
+    "weights for TensorFlow and Flax": ("*.h5", "*.msgpack"),
+    "weights for Rust and llama.cpp": ("*.ot", "*.gguf"),
+    "weights for TensorFlow Lite and Core ML": ("*.tflite", "*.mlmodel", "*.mlpackage/*"),
+    "exports to ONNX, because models are compiled from the weights": ("*.onnx", "*.onnx_data", "onnx/*", "*/onnx/*"),
+    "exports to OpenVINO, likewise": ("openvino/*", "*/openvino/*", "openvino_model*"),
+    "the weights again, in another format": ("original/*", "consolidated*"),
+    "training state": ("optimizer*.pt", "scheduler*.pt", "rng_state*.pth", "training_args.bin"),
+    "training logs": ("runs/*",),
+    "images and papers": ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf"),
 }
-"""Patterns of files that are not downloaded, with the reason. `*` matches slashes, too."""
+"""Patterns of files that are not downloaded, by the reason. `*` matches slashes, too."""
 
 EXPORTS: dict[str, tuple[str, ...]] = {
     "openvino/openvino_model.xml": ("openvino/openvino_model.bin",),
@@ -56,29 +36,20 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "onnx/model.onnx": ("onnx/model.onnx_data", "onnx/model.onnx.data"),
     "model.onnx": ("model.onnx_data", "model.onnx.data"),
 }
-"""Exports of a transformer that OpenVINO reads, each with its possible companion files. The first that exists is used.
-
-An export replaces a graph that the compiler cannot make. That is rare, and an export is as large as the weights, so that
-none is downloaded from a hub; one in a local directory is used.
-"""
+"""Exports of a transformer that OpenVINO reads, with their companion files. The first one in a local directory replaces a
+graph that the compiler cannot make. That is rare, and exports are as large as the weights: none is downloaded."""
 
 _SAFETENSORS = "model*.safetensors"
 _TORCH_BIN = "pytorch_model*.bin*"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_IGNORED = [pattern for patterns in NEVER_SERVED.values() for pattern in patterns]
 _MAX_SHARDS_SHOWN = 5
 
 
 def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
-    """Return the paths that serving needs, sorted.
-
-    `pytorch_model*.bin` is left out if its directory contains the weights as safetensors.
-
-    Args:
-        paths: All paths of a repository.
-        with_export: Include one export, if there is one.
-    """
+    """Return the paths that serving needs, sorted, without torch weights beside the same weights as safetensors."""
     paths = set(paths)
-    kept = [path for path in paths if not any(fnmatchcase(path.lower(), pattern) for pattern in NEVER_SERVED)]
+    kept = [path for path in paths if not any(fnmatchcase(path.lower(), pattern) for pattern in _IGNORED)]
     have_safetensors = {parent for parent, name in map(_split, kept) if fnmatchcase(name, _SAFETENSORS)}
     return sorted(
         path
@@ -87,38 +58,30 @@ def select(paths: Iterable[str], *, with_export: bool = False) -> list[str]:
     )
 
 
-def select_files(available: Collection[str], config: HubConfig, repository: str, origin: str) -> list[str]:
-    """Return the files of a hub's listing that serving needs, or those of them that `config` requests.
-
-    Args:
-        available: All paths of the repository.
-        config: The hub's configuration, with the patterns of the requested files.
-        repository: The repository.
-        origin: The repository and the revision, as messages name them.
-
-    Raises:
-        IncompleteRepositoryError: They are not a model, or the patterns match none.
-        CorruptSnapshotError: A path leads out of the snapshot's directory.
-    """
-    require_safe_paths(available, repository)
+def select_files(available: Collection[str], patterns: FilePatterns, repository: str, origin: str) -> list[str]:
+    """Return the files of a hub's listing that serving needs, or those of them that match the patterns."""
+    for path in available:
+        if not is_safe_path(path):
+            raise CorruptSnapshotError(
+                f"Repository {repository} lists a file named {path!r}, which would be outside its directory: "
+                "nothing was downloaded. Do not use this repository, and report it to its owner."
+            )
     paths = select(available)
-    if config.partial:
-        return _matching(paths, config.include, config.exclude, origin)
-    require_model(paths, origin, available=available)
-    return paths
+    if not patterns:
+        require_model(paths, origin, available=available)
+        return paths
+    matching = [path for path in paths if patterns.match(path)]
+    if not matching:
+        raise IncompleteRepositoryError(
+            f"{origin} has no file that serving needs and that matches the patterns (include: "
+            f"{', '.join(patterns.include) or 'all'}; exclude: {', '.join(patterns.exclude) or 'none'}). Check the "
+            "patterns."
+        )
+    return matching
 
 
-def require_model(paths: Iterable[str], origin: str, *, available: Iterable[str] = ()) -> None:
-    """Reject files that cannot be a model, before anything large is downloaded.
-
-    Args:
-        paths: The selected paths.
-        origin: The repository or the directory, as messages name it.
-        available: All paths.
-
-    Raises:
-        IncompleteRepositoryError: A configuration or weights are missing.
-    """
+def require_model(paths: Iterable[str], origin: str, *, available: Iterable[str]) -> None:
+    """Reject files without a configuration or weights, before anything large is downloaded."""
     names = set(paths)
     if not names & {"config.json", "modules.json"}:
         raise IncompleteRepositoryError(
@@ -140,16 +103,7 @@ def require_model(paths: Iterable[str], origin: str, *, available: Iterable[str]
 
 
 def require_all_parts(directory: Path, paths: Iterable[str], origin: str) -> None:
-    """Reject a model of which a shard is missing.
-
-    Args:
-        directory: The directory of the files.
-        paths: Their paths.
-        origin: The repository or the directory, as messages name it.
-
-    Raises:
-        IncompleteRepositoryError: A shard is missing, or an index of shards is invalid.
-    """
+    """Reject a model of which a shard is missing, or an index of shards is invalid."""
     names = set(paths)
     missing: list[str] = []
     for index in sorted(name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))):
@@ -162,21 +116,6 @@ def require_all_parts(directory: Path, paths: Iterable[str], origin: str) -> Non
             f"{origin} lists weights that do not exist: {', '.join(missing[:_MAX_SHARDS_SHOWN])}. Download or copy all "
             "of its files."
         )
-
-
-def _matching(paths: Iterable[str], include: tuple[str, ...], exclude: tuple[str, ...], origin: str) -> list[str]:
-    matching = [
-        path
-        for path in paths
-        if (not include or any(fnmatchcase(path, pattern) for pattern in include))
-        and not any(fnmatchcase(path, pattern) for pattern in exclude)
-    ]
-    if not matching:
-        raise IncompleteRepositoryError(
-            f"{origin} has no file that serving needs and that matches the patterns (include: "
-            f"{', '.join(include) or 'all'}; exclude: {', '.join(exclude) or 'none'}). Check the patterns."
-        )
-    return matching
 
 
 def _export_among(paths: set[str]) -> list[str]:

@@ -1,16 +1,19 @@
-"""Runs the transfers of the hub clients: counts their bytes, and ends them when they are cancelled."""
+"""Runs the transfers of the hub clients: counts their bytes, ends them when they are cancelled, and hashes the files."""
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emb_model_provider.errors import OperationCancelledError
 from emb_model_provider.progress import CancelToken, Progress
+from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from emb_model_provider.progress import OnProgress
 
@@ -22,6 +25,26 @@ _END_S = 1.0
 
 class TransferCancelled(BaseException):
     """Ends a thread of the ModelScope client, which would retry after an Exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file in a hub's listing."""
+
+    path: str
+    size: int
+    sha256: str | None
+    """Lower-case hex. No hub lists it for every file."""
+    git_sha1: str | None = None
+    """The id of the file as a git blob, if it is listed and sha256 is not."""
+
+    def verify(self, directory: Path) -> SnapshotFile | None:
+        """Hash the downloaded file and return it, or None if its bytes differ from the listing."""
+        hashes = hash_file(directory / self.path, git=self.git_sha1 is not None)
+        is_same = self.sha256 in (None, hashes.sha256) and self.git_sha1 in (None, hashes.git_sha1)
+        if hashes.size != self.size or not is_same:
+            return None
+        return SnapshotFile(self.path, hashes.size, hashes.sha256)
 
 
 class ByteCounter:
@@ -37,36 +60,21 @@ class ByteCounter:
         self._cancel = CancelToken(lambda: cancel.is_cancelled)
 
     def add(self, count: int) -> None:
-        """Count bytes; a negative number if a file is transferred again.
-
-        Raises:
-            OperationCancelledError: The transfer was cancelled. Ends the thread that transfers the file.
-        """
+        """Count bytes, a negative number if a file is transferred again. A cancellation ends the calling thread."""
         with self._lock:
             self._cancel.raise_if_cancelled()
             self._done = max(0, self._done + count)
             self._on_progress(Progress("download", self._repository, min(self._done, self._total), self._total))
 
     def cancel(self) -> None:
-        """End the threads that transfer files at their next byte."""
         self._cancel.cancel()
 
 
 def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: int) -> list[T]:
     """Run transfers on threads and return their results, unless the counter's transfer is cancelled first.
 
-    A client's threads cannot be interrupted while a hub sends nothing. After a cancellation they have a moment to end;
-    a thread that does not is abandoned, and ends at its next byte.
-
-    Args:
-        tasks: The transfers.
-        counter: Counts their bytes. It reports its total now and then even if no byte arrives.
-        threads: How many tasks run in parallel.
-
-    Raises:
-        OperationCancelledError: The transfer was cancelled.
-        KeyboardInterrupt: Ctrl-C. It cancels the transfer.
-        Exception: What a task raised.
+    A client's threads cannot be interrupted while a hub sends nothing. After a cancellation or Ctrl-C they have a moment
+    to end; a thread that does not is abandoned, and ends at its next byte.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="transfer")
     futures: list[Future[T]] = []
@@ -76,7 +84,7 @@ def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: 
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-            counter.add(0)
+            counter.add(0)  # reports the total even if no byte arrives, and raises after a cancellation
             for future in done:
                 future.result()
         return [future.result() for future in futures]
@@ -91,11 +99,25 @@ def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: 
         pool.shutdown(wait=not is_abandoned, cancel_futures=True)
 
 
-def bar_class(counter: ByteCounter) -> Any:
-    """Return a progress bar class for the Hugging Face client that counts bytes and draws nothing.
+def verify_files(
+    repository: str,
+    directory: Path,
+    files: Sequence[RemoteFile],
+    on_wrong: Callable[[RemoteFile], SnapshotFile],
+    on_progress: OnProgress,
+) -> list[SnapshotFile]:
+    """Hash files. `on_wrong` replaces a file whose bytes differ from the listing, or raises an error."""
+    done, total = 0, sum(file.size for file in files)
+    verified: list[SnapshotFile] = []
+    for file in files:
+        verified.append(file.verify(directory) or on_wrong(file))
+        done += file.size
+        on_progress(Progress("verify", repository, done, total))
+    return verified
 
-    The client creates an instance for each file, and accepts any class with these methods.
-    """
+
+def bar_class(counter: ByteCounter) -> Any:
+    """Return a progress bar class for the Hugging Face client, which creates an instance for each file."""
 
     class Bar:
         def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
@@ -104,20 +126,14 @@ def bar_class(counter: ByteCounter) -> Any:
         def __enter__(self) -> Bar:
             return self
 
-        def __exit__(self, *_: object) -> None: ...
-
         def update(self, n: float | None = 1) -> None:
             if n:
                 counter.add(int(n))
 
-        # Bytes on the network, which with xet differ from the bytes of the file: the latter are counted.
-        def update_transfer(self, n: float | None = 1) -> None: ...
+        def __exit__(self, *_: object, **__: object) -> None: ...
 
-        def set_postfix_str(self, *_: object, **__: object) -> None: ...
-
-        def set_transfer_postfix_str(self, *_: object, **__: object) -> None: ...
-
-        def close(self) -> None: ...
+        # Of a transfer with xet the bytes of the file are counted, not those on the network.
+        update_transfer = set_postfix_str = set_transfer_postfix_str = close = __exit__
 
     return Bar
 

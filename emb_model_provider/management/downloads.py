@@ -6,24 +6,22 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, cast
 
 from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFullError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.types import DownloadRecord
 from emb_model_provider.model_resolver import resolve_source
-from emb_model_provider.progress import CancelToken, Phase, ProgressReporter
+from emb_model_provider.progress import CancelToken, ProgressReporter, RateMeter
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import JobPhase, JobState
-    from emb_model_provider.model_spec import HubName, ModelSpec
+    from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -34,16 +32,8 @@ _MAX_QUEUED = 100
 _MAX_ENDED = 100
 """How many ended jobs are remembered."""
 _RETRY_AFTER_S = 60.0
-_RATE_WINDOW_S = 5.0
-_SAMPLE_EVERY_S = 0.1
-_PHASES: dict[Phase, JobPhase] = {
-    "resolve": "resolve",
-    "download": "download",
-    "verify": "verify",
-    "compile": "compile",
-    "compare": "compile",
-    "load": "compile",
-}
+_FILES = attrgetter("record.source", "spec.name", "spec.path", "spec.revision", "spec.endpoint", "spec.cache_dir")
+"""What determines the files that a job downloads."""
 
 
 class DownloadJobs:
@@ -57,55 +47,37 @@ class DownloadJobs:
         self._is_stopping = False
 
     def start(self, spec: ModelSpec, *, force: bool = False, compiling: bool = False) -> DownloadRecord:
-        """Start to download a model, or return the job that already does so.
-
-        Args:
-            spec: The model.
-            force: Ask the hub even if the files are on disk.
-            compiling: Compile the model after the download.
-
-        Raises:
-            QueueFullError: Too many downloads are waiting.
-        """
+        """Start to download a model, or return the job that already does so. `force` asks the hub in any case."""
         requested = _Job(spec, force=force, compiling=compiling)
         with self._lock:
             for job in self._jobs.values():
                 if job.covers(requested):
-                    return job.record()
-            if sum(job.state == "queued" for job in self._jobs.values()) >= _MAX_QUEUED:
+                    return job.report()
+            if sum(job.record.state == "queued" for job in self._jobs.values()) >= _MAX_QUEUED:
                 raise QueueFullError(
                     f"{_MAX_QUEUED} downloads are waiting already: try again later, or cancel some.",
                     retry_after_s=_RETRY_AFTER_S,
                 )
-            self._jobs[requested.id] = requested
+            self._jobs[requested.record.id] = requested
             self._start_queued()
-            return requested.record()
+            return requested.report()
 
     def get(self, job_id: str) -> DownloadRecord:
-        """Return a job.
-
-        Raises:
-            JobNotFoundError: It does not exist.
-        """
         with self._lock:
-            return self._find(job_id).record()
+            return self._find(job_id).report()
 
     def list(self) -> list[DownloadRecord]:
         """Return all jobs that are remembered, the latest first."""
         with self._lock:
-            return [job.record() for job in reversed(self._jobs.values())]
+            return [job.report() for job in reversed(self._jobs.values())]
 
     def cancel(self, job_id: str) -> DownloadRecord:
-        """Cancel a job. One that waits ends at once, one that runs ends soon, one that is over does not change.
-
-        Raises:
-            JobNotFoundError: It does not exist.
-        """
+        """Cancel a job. One that waits ends at once, one that runs ends soon, one that is over does not change."""
         with self._lock:
             job = self._find(job_id)
             self._cancel(job)
             self._start_queued()
-            return job.record()
+            return job.report()
 
     def stop(self, within_s: float) -> None:
         """Cancel all jobs, and start no new ones. Waits for running jobs to end for at most `within_s` seconds."""
@@ -131,160 +103,133 @@ class DownloadJobs:
 
     def _cancel(self, job: _Job) -> None:
         job.cancel.cancel()
-        if job.state == "queued":
+        if job.record.state == "queued":
             self._end(job, "cancelled")
 
     def _start_queued(self) -> None:
         # A cancelled job is not counted, because it transfers nothing but can hang for as long as its hub does.
-        running = sum(job.state == "running" and not job.cancel.is_cancelled for job in self._jobs.values())
+        running = sum(job.record.state == "running" and not job.cancel.is_cancelled for job in self._jobs.values())
         for job in self._jobs.values():
             if running >= _MAX_RUNNING or self._is_stopping:
                 return
-            if job.state == "queued":
+            if job.record.state == "queued":
                 running += 1
-                job.state, job.started = "running", _now()
+                job.record.state, job.record.started = "running", _now()
                 # A daemon, so that a transfer that hangs does not delay the end of the process.
-                job.thread = threading.Thread(target=self._run, args=(job,), name=f"download-{job.id}", daemon=True)
+                job.thread = threading.Thread(
+                    target=self._run, args=(job,), name=f"download-{job.record.id}", daemon=True
+                )
                 job.thread.start()
 
     def _end(self, job: _Job, state: JobState, failure: BaseException | None = None) -> None:
-        job.state, job.ended, job.thread, job.failure = state, _now(), None, failure
-        over = [each.id for each in self._jobs.values() if each.ended is not None]
+        job.thread = None
+        job.record.state, job.record.ended = state, _now()
+        if failure is not None:
+            job.record.error, job.record.error_code = describe_error(failure), error_info(failure).code
+        over = [each.record.id for each in self._jobs.values() if each.record.is_over]
         for old in over[: max(0, len(over) - _MAX_ENDED)]:
             del self._jobs[old]
 
     # --- on the thread of a job -----------------------------------------------------------------------
 
     def _run(self, job: _Job) -> None:
-        logger.info("job %s: downloading %s from %s", job.id, job.spec.name, job.source)
-        state: JobState = "failed"
+        job_id, name = job.record.id, job.spec.name
+        logger.info("job %s: downloading %s from %s", job_id, name, job.record.source)
+        state: JobState = "done"
         failure: BaseException | None = None
         try:
             self._download(job)
-            state = "done"
         except BaseException as error:  # noqa: BLE001 - any error fails the job, and must not block others
             if job.cancel.is_cancelled:
                 state = "cancelled"
             else:
-                failure = error
+                state, failure = "failed", error
         with self._lock:
             self._end(job, state, failure)
             self._start_queued()
         if failure is None:
-            logger.info("job %s: %s: %s", job.id, job.spec.name, state)
+            logger.info("job %s: %s: %s", job_id, name, state)
         else:
             trace = None if isinstance(failure, ProviderError) else failure
-            logger.error("job %s: %s failed: %s", job.id, job.spec.name, describe_error(failure), exc_info=trace)
+            logger.error("job %s: %s failed: %s", job_id, name, describe_error(failure), exc_info=trace)
 
     def _download(self, job: _Job) -> None:
         with ProgressReporter("log") as report:
 
             def on_progress(progress: Progress) -> None:
                 with self._lock:
-                    job.report(progress)
+                    job.update(progress)
                 report(progress)
 
-            snapshot = None
-            if job.force or not job.compiling:
-                snapshot = self._manager.ensure(job.spec, force=job.force, on_progress=on_progress, cancel=job.cancel)
-            if job.compiling:
+            notes: tuple[str, ...] = ()
+            force = job.record.force
+            if force or not job.record.compile:
+                snapshot = self._manager.ensure(job.spec, force=force, on_progress=on_progress, cancel=job.cancel)
+            if job.record.compile:
                 compiled = self._manager.compile(job.spec, on_progress=on_progress, cancel=job.cancel)
-                snapshot = compiled.snapshot
-                with self._lock:
-                    job.notes = compiled.notes
-        if snapshot is not None:
-            with self._lock:
-                job.source, job.revision, job.path = snapshot.hub, snapshot.revision, snapshot.path
+                snapshot, notes = compiled.snapshot, compiled.notes
+        with self._lock:
+            job.record.source, job.record.revision = snapshot.hub, snapshot.revision
+            job.record.path, job.record.notes = str(snapshot.path), list(notes)
 
 
 class _Job:
-    """A download. Its attributes are read and changed with the lock of `DownloadJobs` held."""
+    """A download. It is read and changed with the lock of `DownloadJobs` held."""
 
     def __init__(self, spec: ModelSpec, *, force: bool, compiling: bool) -> None:
-        self.id = secrets.token_hex(6)
         self.spec = spec
-        self.force = force
-        self.compiling = compiling
         self.cancel = CancelToken()
         self.thread: threading.Thread | None = None
-        self.state: JobState = "queued"
-        self.source: HubName = resolve_source(spec)
-        self.revision: str | None = None
-        self.phase: JobPhase | None = None
-        self.done_bytes = 0
-        self.total_bytes: int | None = None
-        self.failure: BaseException | None = None
-        self.created = _now()
-        self.started: datetime | None = None
-        self.ended: datetime | None = None
-        self.path: Path | None = None
-        self.notes: tuple[str, ...] = ()
-        self._samples: deque[tuple[float, int]] = deque()
-        """Times (monotonic, in seconds) and the bytes that were done."""
-        self._moved_at = 0.0
+        self.record = DownloadRecord(
+            id=secrets.token_hex(6),
+            state="queued",
+            model_name=spec.name,
+            source=resolve_source(spec),
+            asked_revision=spec.revision,
+            revision=None,
+            force=force,
+            compile=compiling,
+            precision=spec.precision if compiling else None,
+            phase=None,
+            done_bytes=0,
+            total_bytes=None,
+            bytes_per_s=None,
+            cancelling=False,
+            error=None,
+            error_code=None,
+            created=_now(),
+            started=None,
+            ended=None,
+            path=None,
+            notes=[],
+        )
+        self._rate = RateMeter(0, time.monotonic())
 
     def covers(self, other: _Job) -> bool:
         """Return whether this job is not over and does what another one would do."""
-        if self.ended is not None or self.cancel.is_cancelled or other.force > self.force:
+        if self.record.is_over or self.cancel.is_cancelled or other.record.force > self.record.force:
             return False
-        mine, others = self.spec, other.spec
-        same_files = (self.source, mine.name, mine.path, mine.revision, mine.endpoint, mine.cache_dir) == (
-            other.source, others.name, others.path, others.revision, others.endpoint, others.cache_dir,
-        )  # fmt: skip
-        if not self.compiling or not other.compiling:
-            return same_files and self.compiling == other.compiling
-        return replace(mine, alias="", token=None) == replace(others, alias="", token=None)
+        if not self.record.compile or not other.record.compile:
+            return self.record.compile == other.record.compile and bool(_FILES(self) == _FILES(other))
+        return replace(self.spec, alias="", token=None) == replace(other.spec, alias="", token=None)
 
-    def report(self, progress: Progress) -> None:
+    def update(self, progress: Progress) -> None:
         now = time.monotonic()
-        phase = _PHASES[progress.phase]
-        if phase != self.phase:
-            self._samples.clear()
-        if not self._samples or progress.done_bytes != self.done_bytes:
-            self._moved_at = now
-        self.phase, self.done_bytes, self.total_bytes = phase, progress.done_bytes, progress.total_bytes
-        if not self._samples or now - self._samples[-1][0] >= _SAMPLE_EVERY_S:
-            self._samples.append((now, progress.done_bytes))
-        self._drop_old_samples(now)
+        phase = cast("JobPhase", "compile" if progress.phase in ("compare", "load") else progress.phase)
+        if phase != self.record.phase:
+            self._rate = RateMeter(progress.done_bytes, now)
+        self._rate.update(progress.done_bytes, now)
+        self.record.phase = phase
+        self.record.done_bytes, self.record.total_bytes = progress.done_bytes, progress.total_bytes
 
-    def record(self) -> DownloadRecord:
-        return DownloadRecord(
-            id=self.id,
-            state=self.state,
-            model_name=self.spec.name,
-            source=self.source,
-            asked_revision=self.spec.revision,
-            revision=self.revision,
-            force=self.force,
-            compile=self.compiling,
-            precision=self.spec.precision if self.compiling else None,
-            phase=self.phase,
-            done_bytes=self.done_bytes,
-            total_bytes=self.total_bytes,
-            bytes_per_s=self._bytes_per_s(),
-            cancelling=self.cancel.is_cancelled and self.ended is None,
-            error=describe_error(self.failure) if self.failure is not None else None,
-            error_code=error_info(self.failure).code if self.failure is not None else None,
-            created=self.created,
-            started=self.started,
-            ended=self.ended,
-            path=str(self.path) if self.path is not None else None,
-            notes=list(self.notes),
-        )
-
-    def _bytes_per_s(self) -> float | None:
-        if self.state != "running" or self.phase not in ("download", "verify"):
-            return None
-        now = time.monotonic()
-        if now - self._moved_at >= _RATE_WINDOW_S:
-            return 0.0
-        self._drop_old_samples(now)
-        since, done_bytes = self._samples[0]
-        return max(0.0, (self.done_bytes - done_bytes) / max(now - since, _SAMPLE_EVERY_S))
-
-    def _drop_old_samples(self, now: float) -> None:
-        while len(self._samples) > 1 and self._samples[1][0] <= now - _RATE_WINDOW_S:
-            self._samples.popleft()
+    def report(self) -> DownloadRecord:
+        """Return a copy of the record, with the rate at this moment."""
+        bytes_per_s = None
+        if self.record.state == "running" and self.record.phase in ("download", "verify"):
+            self._rate.update(self.record.done_bytes, time.monotonic())
+            bytes_per_s = self._rate.bytes_per_s
+        cancelling = self.cancel.is_cancelled and not self.record.is_over
+        return self.record.model_copy(update={"bytes_per_s": bytes_per_s, "cancelling": cancelling})
 
 
 def _now() -> datetime:

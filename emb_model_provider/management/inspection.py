@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from emb_model_provider.backends.pipeline_plan import declared_values, plan_pipeline
 from emb_model_provider.errors import LoadError
 from emb_model_provider.management.types import CachedFile, Details, Finding, Verification
-from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.files import check_files
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from emb_model_provider.artifacts.manifest import ArtifactInfo
     from emb_model_provider.management.inventory import CacheEntry, Inventory
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.progress import CancelToken, OnProgress
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-_LICENSE = re.compile(r"^license:\s*[\"']?([^\"'#\n]+)", re.MULTILINE)
+_LICENSE = re.compile(r"^license:[ \t]*(?:\n[ \t]*-[ \t]+)?[\"']?([^\"'#\n]+)", re.MULTILINE)
 
 
 def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> Details:
@@ -40,29 +41,13 @@ def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> 
     return Details(**values)
 
 
-def verify(
-    entry: CacheEntry,
-    inventory: Inventory,
-    on_progress: OnProgress = ignore_progress,
-    cancel: CancelToken | None = None,
-) -> Verification:
-    """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced.
-
-    Args:
-        entry: The model.
-        inventory: The caches.
-        on_progress: Called with the phase `verify` after each file of the snapshot that was hashed.
-        cancel: Ends the verification after a file.
-
-    Raises:
-        NotCachedError: The model is no longer on disk.
-        OperationCancelledError: `cancel` was cancelled.
-    """
+def verify(entry: CacheEntry, inventory: Inventory, on_progress: OnProgress, cancel: CancelToken) -> Verification:
+    """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced."""
     everything = entry.state == "unverified"
     # Held, because a removal or an update would look like damage.
     with inventory.locks.hold(entry.path) if entry.path is not None else contextlib.nullcontext():
         entry = inventory.scan(everything=everything).entry_at(entry.location)
-        findings = _check(entry, on_progress, cancel or CancelToken())
+        findings = _check(entry, on_progress, cancel)
         wrong = [finding.path for finding in findings]
         if wrong:
             for key, found in entry.manifests:
@@ -122,7 +107,7 @@ def _from_files(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool)
 
 
 def _license(directory: Path) -> str | None:
-    """Return the license from the front matter of the README, such as `apache-2.0`."""
+    """Return the license, or the first of several, from the front matter of the README, such as `apache-2.0`."""
     try:
         text = (directory / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:

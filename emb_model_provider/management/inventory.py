@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -9,23 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.artifacts.store import ArtifactStore
-from emb_model_provider.errors import NotCachedError
+from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.hubs.caches import REMOTE_HUBS, cache_root, leftovers, scan_cache
-from emb_model_provider.management.types import CachedArtifact, CachedModelRecord, FidelityObject, cache_id
+from emb_model_provider.management.types import CachedArtifact, CachedModelRecord, FidelityObject
 from emb_model_provider.model_spec import HubName
 from emb_model_provider.snapshots import journal, manifest
 from emb_model_provider.snapshots.files import has_sizes, size_of, walk
 from emb_model_provider.snapshots.locks import SnapshotLocks, is_locked
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from emb_model_provider.artifacts.manifest import ArtifactInfo
+    from emb_model_provider.hubs.caches import CachedRepo
     from emb_model_provider.management.types import State
+    from emb_model_provider.model_spec import Source
     from emb_model_provider.settings import Settings
     from emb_model_provider.snapshots.journal import Journal
     from emb_model_provider.snapshots.manifest import Manifest, ManifestKey
 
+_MIN_COMMIT_CHARS = 7
+"""Length from which the beginning of a commit refers to it."""
 
 Location = tuple[HubName, str, Path | None]
 """Hub, name and directory of a model, which identify it on disk."""
@@ -38,9 +44,9 @@ class CacheEntry:
     hub: HubName
     name: str
     """The repository id on its hub, or a local directory."""
-    endpoint: str | None
-    asked_revision: str | None
-    revision: str | None
+    endpoint: str | None = None
+    asked_revision: str | None = None
+    revision: str | None = None
     path: Path | None
     """The directory of the files; None if a download has not created it yet."""
     state: State
@@ -48,9 +54,9 @@ class CacheEntry:
     """Bytes, without artifacts."""
     leftover_size: int = 0
     """Bytes of what an interrupted download or removal has left, next to a snapshot that is being removed."""
-    fetched: datetime | None
-    last_used: datetime | None
-    in_use: bool
+    fetched: datetime | None = None
+    last_used: datetime | None = None
+    in_use: bool = False
     manifests: Sequence[tuple[ManifestKey, Manifest]] = ()
     """Every request that led to this directory, with its manifest."""
     journals: Sequence[Journal] = ()
@@ -59,7 +65,7 @@ class CacheEntry:
     @property
     def id(self) -> str:
         """The name as one part of a path: `Qwen_Qwen3-0.6B` for `Qwen/Qwen3-0.6B`."""
-        return cache_id(self.name)
+        return self.name.strip("/").replace("/", "_")
 
     @property
     def keys(self) -> list[ManifestKey]:
@@ -90,6 +96,14 @@ class CacheEntry:
             return False
         return self.path == other.path or not set(self.keys).isdisjoint(other.keys)
 
+    def is_from(self, source: Source | None, revision: str | None) -> bool:
+        """Return whether it came from a hub, at a revision as it was requested or as it was resolved."""
+        if source not in (None, "auto", self.hub):
+            return False
+        resolved = self.revision or ""
+        is_commit = revision is not None and len(revision) >= _MIN_COMMIT_CHARS and resolved.startswith(revision)
+        return is_commit or revision in (None, resolved, *(key.revision for key in self.keys))
+
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
@@ -110,11 +124,7 @@ class CacheInfo:
         return {entry.path for entry in self.entries if entry.manifests and entry.path is not None}
 
     def entry_at(self, location: Location) -> CacheEntry:
-        """Return the model that an earlier scan has found.
-
-        Raises:
-            NotCachedError: It is no longer on disk.
-        """
+        """Return the model that an earlier scan has found."""
         for entry in self.entries:
             if entry.location == location:
                 return entry
@@ -131,12 +141,9 @@ class Inventory:
         self.store = ArtifactStore(self._hubs.cache_dir, max_bytes=self._hubs.max_artifact_bytes)
         self.locks = SnapshotLocks(self._hubs.cache_dir)
 
-    def roots(self, hub: HubName) -> tuple[Path, ...]:
-        """Return the configured caches of a hub's client."""
-        return self._roots.get(hub, ())
-
     @cached_property
-    def _roots(self) -> dict[HubName, tuple[Path, ...]]:
+    def roots(self) -> dict[HubName, tuple[Path, ...]]:
+        """The configured caches of the hubs' clients."""
         own = [spec.cache_dir for spec in self._models.specs() if spec.cache_dir is not None]
         return {
             hub: tuple(dict.fromkeys(cache_root(hub, directory) for directory in (self._hubs.hub_cache_dir(hub), *own)))
@@ -144,14 +151,15 @@ class Inventory:
         }
 
     def scan(self, *, everything: bool = False) -> CacheInfo:
-        """Read all manifests, journals and artifacts.
-
-        Args:
-            everything: Also look for models that other programs left in the hubs' caches.
-        """
+        """Read all manifests, journals and artifacts; with `everything` also what other programs left in the caches."""
         artifacts = self.store.list()
-        # Before the manifests, so that a download that ends now is found as one of the two.
-        journals = self._journals()
+        # Before the manifests, so that a download that ends now is found as one of the two. A journal of work in
+        # directories that are not configured is ignored.
+        journals = [
+            each
+            for each in journal.load_all(self.manifest_dir)
+            if set(each.roots) <= set(self.roots.get(each.key.hub, ()))
+        ]
         by_directory: dict[tuple[str, Path], list[tuple[ManifestKey, Manifest]]] = {}
         for key, found in manifest.load_all(self.manifest_dir):
             by_directory.setdefault((key.hub, found.snapshot.path), []).append((key, found))
@@ -160,10 +168,40 @@ class Inventory:
         complete = {path for _, path in by_directory}
         entries += [self._interrupted(each, complete) for each in journals if each not in with_snapshot]
         if everything:
-            known = {entry.path for entry in entries}
-            entries += [entry for entry in self._unverified() if entry.path not in known]
+            entries += [
+                CacheEntry(
+                    hub=repo.hub,
+                    name=repo.repository,
+                    revision=repo.revision,
+                    path=repo.path,
+                    state="unverified",
+                    files_size=size_of(walk(repo.path)),
+                )
+                for repo in self._unverified(entries)
+            ]
         entries.sort(key=lambda entry: (entry.name.lower(), entry.hub, entry.asked_revision or ""))
         return CacheInfo(tuple(entries), tuple(artifacts))
+
+    def find(self, info: CacheInfo, name: str, source: Source | None, revision: str | None) -> list[CacheEntry]:
+        """Return the models of a scan that a name refers to. Without a source, an alias refers to that of the settings."""
+        requested, requested_revision = name, revision
+        spec = next((each for each in self._models.specs() if each.alias == name != each.name), None)
+        if spec is not None:
+            requested = str(spec.path) if spec.path is not None else spec.name
+            requested_revision = revision or spec.revision
+        by_name = self._by_name(requested, info.entries)
+        found = [entry for entry in by_name if entry.is_from(source, requested_revision)]
+        if spec is not None and source is None:
+            found = [entry for entry in found if entry.hub == spec.source] or found
+        if found:
+            return found
+        for repo in self._unverified(info.entries):
+            if source in (None, "auto", repo.hub) and repo.repository == self._hubs.name_on(repo.hub, requested):
+                raise NotCachedError(
+                    f"{name} is in {repo.path}, but another program downloaded it: it is neither verified nor "
+                    f"removed. `emb-provider pull {name}` verifies and adopts it without another download."
+                )
+        raise NotCachedError(_not_cached(name, source, revision, info.entries))
 
     def record_of(self, entry: CacheEntry) -> CachedModelRecord:
         """Return an entry as it is shown to users."""
@@ -199,7 +237,7 @@ class Inventory:
         self, found: list[tuple[ManifestKey, Manifest]], journals: Sequence[Journal], artifacts: Sequence[ArtifactInfo]
     ) -> CacheEntry:
         # Several requests can lead to one directory: show the one for the default branch without file patterns.
-        found.sort(key=lambda each: (each[0].has_patterns, each[0].revision or ""))
+        found.sort(key=lambda each: (bool(each[0].patterns), each[0].revision or ""))
         key, first = found[0]
         snapshot = first.snapshot
         files = {file.path: file for _, each in found for file in each.snapshot.files}
@@ -233,45 +271,55 @@ class Inventory:
             name=found.key.repository,
             endpoint=found.key.endpoint,
             asked_revision=found.key.revision,
-            revision=None,
             path=path,
             state="incomplete",
             files_size=left.size + (size_of(walk(found.path)) if found.path is not None else 0),
             leftover_size=left.size,
-            fetched=None,
             last_used=_latest([found.touched]),
             in_use=self._in_use(found.key, path),
             journals=(found,),
         )
 
-    def _journals(self) -> list[Journal]:
-        """Return the journals of work in configured caches; other directories are not looked at."""
-        return [
-            each for each in journal.load_all(self.manifest_dir) if set(each.roots) <= set(self.roots(each.key.hub))
-        ]
-
-    def _unverified(self) -> Iterable[CacheEntry]:
-        for hub in REMOTE_HUBS:
-            for root in self.roots(hub):
-                for found in scan_cache(hub, root):
-                    yield CacheEntry(
-                        hub=hub,
-                        name=found.repository,
-                        endpoint=None,
-                        asked_revision=None,
-                        revision=found.revision,
-                        path=found.path,
-                        state="unverified",
-                        files_size=size_of(walk(found.path)),
-                        fetched=None,
-                        last_used=None,
-                        in_use=False,
-                    )
+    def _unverified(self, known: Iterable[CacheEntry]) -> Iterator[CachedRepo]:
+        """Yield what looks like a model in the clients' caches and is not known, because other programs left it there."""
+        paths = {entry.path for entry in known}
+        for hub, roots in self.roots.items():
+            for root in roots:
+                yield from (repo for repo in scan_cache(hub, root) if repo.path not in paths)
 
     def _in_use(self, key: ManifestKey, path: Path | None) -> bool:
-        if is_locked(key.lock_path(self.manifest_dir)):
-            return True
-        return path is not None and self.locks.is_held(path)
+        return is_locked(key.lock_path(self.manifest_dir)) or (path is not None and self.locks.is_held(path))
+
+    def _by_name(self, name: str, entries: Sequence[CacheEntry]) -> Sequence[CacheEntry]:
+        """Match the directory or the full name first, then the id, then the last part of the name."""
+        with contextlib.suppress(OSError, RuntimeError):
+            directory = str(Path(name).expanduser().absolute())
+            if local := [entry for entry in entries if entry.hub == "local" and entry.name == directory]:
+                return local
+        if exact := [entry for entry in entries if entry.name in (name, self._hubs.name_on(entry.hub, name))]:
+            return exact
+        if by_id := [entry for entry in entries if entry.id == name]:
+            if len(names := sorted({entry.name for entry in by_id})) > 1:
+                raise AmbiguousNameError(
+                    f"{name} can be any of {', '.join(names)}. Write the full name with its slash (over HTTP a slash "
+                    "is %2F)."
+                )
+            return by_id
+        last = [entry for entry in entries if entry.name.rstrip("/").rpartition("/")[2] == name]
+        return last if len({entry.name for entry in last}) == 1 else []
+
+
+def _not_cached(name: str, source: Source | None, revision: str | None, entries: Sequence[CacheEntry]) -> str:
+    what = f"{name}{f'@{revision}' if revision else ''}{f' from {source}' if source else ''}"
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    if not names:
+        return f"{what} is not on this machine, and no other model is. Download it with `emb-provider pull {name}`."
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+    more = "" if len(names) <= len(close) else f", and {len(names) - len(close)} more"
+    return (
+        f"{what} is not on this machine. Available: {', '.join(close)}{more} (`emb-provider list`). "
+        f"Download it with `emb-provider pull {name}`."
+    )
 
 
 def _mtime(path: Path) -> float | None:

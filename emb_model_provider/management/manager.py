@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from emb_model_provider.errors import HubError, UnsupportedPrecisionError
 from emb_model_provider.hubs.fetch import fetch_snapshot, manifest_key
 from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
-from emb_model_provider.management.lookup import find
 from emb_model_provider.management.removal import Remover
 from emb_model_provider.management.types import CompiledModel
 from emb_model_provider.model_resolver import PATHS, resolve_model, resolve_source
@@ -21,6 +20,7 @@ from emb_model_provider.progress import CancelToken, OnProgress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.files import check_files, has_sizes
+from emb_model_provider.snapshots.manifest import FilePatterns
 
 if TYPE_CHECKING:
     import builtins
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.artifacts.prepare import BackendPreparer
-    from emb_model_provider.management.inventory import CacheEntry, CacheInfo
+    from emb_model_provider.management.inventory import CacheEntry
     from emb_model_provider.management.types import CachedModelRecord, Details, Removal, Verification
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
@@ -95,9 +95,7 @@ class ModelManager:
             on_progress,
             cancel=cancel,
             force=force,
-            include=include,
-            exclude=exclude,
-            is_held=self._inventory.locks.is_held,
+            patterns=FilePatterns(tuple(include), tuple(exclude)),
         )
 
     def acquire(
@@ -191,8 +189,7 @@ class ModelManager:
         Args:
             everything: Include models that other programs left in the hubs' caches.
         """
-        info = self._inventory.scan(everything=everything)
-        return [self._inventory.record_of(entry) for entry in info.entries]
+        return [self._inventory.record_of(entry) for entry in self._inventory.scan(everything=everything).entries]
 
     def find(
         self, name: str, *, source: Source | None = None, revision: str | None = None
@@ -209,9 +206,8 @@ class ModelManager:
             NotCachedError: There is none; the message names models that exist.
             AmbiguousNameError: An `id` is that of several models.
         """
-        return [
-            self._inventory.record_of(entry) for entry in self._find(self._inventory.scan(), name, source, revision)
-        ]
+        found = self._inventory.find(self._inventory.scan(), name, source, revision)
+        return [self._inventory.record_of(entry) for entry in found]
 
     def inspect(self, model: CachedModelRecord) -> Details:
         """Return what the files of a model, or its compiled form, declare.
@@ -236,7 +232,7 @@ class ModelManager:
             NotCachedError: It is no longer on disk.
             OperationCancelledError: `cancel` was cancelled.
         """
-        return verify(self._entry(model), self._inventory, on_progress, cancel)
+        return verify(self._entry(model), self._inventory, on_progress, cancel or CancelToken())
 
     def repair(
         self, verification: Verification, *, on_progress: OnProgress = ignore_progress
@@ -262,7 +258,7 @@ class ModelManager:
         notes = [self._remove_damaged(name, key) for key in verification.damaged_artifacts]
         # A branch that has moved has another directory now.
         present = [each for each in self._inventory.scan().entries if set(entry.keys[:1]) & set(each.keys)]
-        return verify(present[0] if present else entry, self._inventory, on_progress), notes
+        return verify(present[0] if present else entry, self._inventory, on_progress, CancelToken()), notes
 
     def _remove_damaged(self, name: str, key: str) -> str:
         lock = self._inventory.store.try_lock(key)
@@ -304,9 +300,8 @@ class ModelManager:
             ModelInUseError: A model is in use for longer than `wait_s`.
             ManagementError: Files cannot be removed.
         """
-        return self._remover.remove(
-            lambda info: self._find(info, name, source, revision), wait_s=wait_s, dry_run=dry_run, released=released
-        )
+        find = partial(self._inventory.find, name=name, source=source, revision=revision)
+        return self._remover.remove(find, wait_s=wait_s, dry_run=dry_run, released=released)
 
     def remove_all(self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()) -> Removal:
         """Remove every model that this package put on disk. Models that are in use are kept, with the reason.
@@ -412,11 +407,6 @@ class ModelManager:
         weakref.finalize(model, lock.release)
         return model, model.tokenizer
 
-    def _find(
-        self, info: CacheInfo, name: str, source: Source | None, revision: str | None
-    ) -> builtins.list[CacheEntry]:
-        return find(info, self._inventory, self._settings, name, source=source, revision=revision)
-
     def _entry(self, model: CachedModelRecord) -> CacheEntry:
         info = self._inventory.scan(everything=model.state == "unverified")
         path = Path(model.path) if model.path is not None else None
@@ -460,18 +450,18 @@ def _copy_files(snapshot: Snapshot, directory: Path) -> None:
                 continue
             target = directory / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.incomplete")
+            temporary = target.with_name(f".{target.name}.incomplete")
             try:
-                shutil.copyfile(snapshot.path / file.path, partial)
-                copied = replace(file, path=str(partial.relative_to(directory)))
+                shutil.copyfile(snapshot.path / file.path, temporary)
+                copied = replace(file, path=str(temporary.relative_to(directory)))
                 if not check_files(directory, [copied]).ok:
                     raise HubError(
                         f"{file.path} of {snapshot.repository} in {snapshot.path} has changed. "
                         f"Download it again: `emb-provider pull --force {snapshot.repository}`."
                     )
-                partial.replace(target)
+                temporary.replace(target)
             finally:
-                partial.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise HubError(
             f"{snapshot.repository} could not be copied to {directory}: {error}. Free space or make it writable, or "

@@ -22,7 +22,7 @@ from emb_model_provider.snapshots.files import CACHE_SETTING, list_dir, size_of,
 from emb_model_provider.snapshots.locks import is_locked, try_lock_exclusive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
     from emb_model_provider.hubs.caches import SnapshotFiles
@@ -49,7 +49,6 @@ class RemovalPlan:
 
     @property
     def freed(self) -> int:
-        """Bytes."""
         return (
             sum(self.artifacts.values())
             + sum(files.freed for files in self.files if files is not None)
@@ -72,18 +71,7 @@ class Remover:
         dry_run: bool,
         released: Collection[Path] = (),
     ) -> Removal:
-        """Remove all models that `find` returns, or none of them.
-
-        Args:
-            find: Returns the models of a scan; raises NotCachedError if there are none.
-            wait_s: How many seconds to wait for models that are in use.
-            dry_run: Remove nothing, and return what would be removed.
-            released: Of a dry run, directories that their users will release before the removal.
-
-        Raises:
-            ModelInUseError: A model is in use for longer than `wait_s`.
-            ManagementError: Files cannot be removed, or may be another program's.
-        """
+        """Remove all models that `find` returns for a scan, or none of them. See `ModelManager.remove`."""
         info = self._inventory.scan()
         entries = find(info)
         if dry_run:
@@ -100,69 +88,54 @@ class Remover:
         return self._removal(plan)
 
     def remove_all(self, *, wait_s: float, dry_run: bool, released: Collection[Path] = ()) -> Removal:
-        """Remove everything that this package put on disk. What is in use is kept, with the reason.
-
-        Args:
-            wait_s: How many seconds to wait for models that are in use.
-            dry_run: Remove nothing, and return what would be removed.
-            released: Of a dry run, directories that their users will release before the removal.
-        """
+        """Remove everything that this package put on disk. What is in use is kept, with the reason."""
         info = self._inventory.scan()
         if dry_run:
             return self._would_remove_all(info, released)
         deadline = time.monotonic() + wait_s
         total = Removal(models=[], artifacts=[], freed=0, kept=[])
         for entry in info.entries:
-            try:
-                removed = self.remove(
-                    partial(_find_again, entry), wait_s=max(0.0, deadline - time.monotonic()), dry_run=False
-                )
-            except NotCachedError:  # another process has removed it meanwhile
-                continue
-            except ManagementError as error:
-                total.kept.append(self._kept(entry, error))
-                continue
-            _add(total, removed)
+            self._remove_or_keep(total, entry, wait_s=max(0.0, deadline - time.monotonic()), dry_run=False)
         _add(total, self.prune(dry_run=False))
         total.artifacts = list(dict.fromkeys(total.artifacts))
         return total
 
     def prune(self, *, dry_run: bool) -> Removal:
-        """Remove leftovers: interrupted downloads and removals, and artifacts whose snapshot no longer exists.
-
-        Raises:
-            ManagementError: The cache directory is not writable.
-        """
+        """Remove leftovers: interrupted downloads and removals, and artifacts whose snapshot no longer exists."""
         info = self._inventory.scan()
         total = Removal(models=[], artifacts=[], freed=0, kept=[])
         for entry in info.entries:
-            if not entry.journals:
-                continue
-            if entry.state != "incomplete":
+            if entry.state == "incomplete":
+                self._remove_or_keep(total, entry, wait_s=0.0, dry_run=dry_run, incomplete=True)
+            else:
                 total.freed += self._remove_beside(entry, info, dry_run=dry_run)
-                continue
-            try:
-                find = partial(_find_again, entry, incomplete=True)
-                _add(total, self.remove(find, wait_s=0.0, dry_run=dry_run))
-            except NotCachedError:
-                continue
-            except ManagementError as error:
-                total.kept.append(self._kept(entry, error))
-        try:
+        with _translated_errors(self._inventory):
             artifacts, freed = self._remove_orphans(self._inventory.scan(), dry_run=dry_run)
-        except OSError as error:
-            raise _not_writable(self._inventory, error) from error
         if not dry_run:
             self._remove_stale_files()
-        return total.model_copy(update={"artifacts": [*total.artifacts, *artifacts], "freed": total.freed + freed})
+        total.artifacts += artifacts
+        total.freed += freed
+        return total
+
+    def _remove_or_keep(
+        self, total: Removal, entry: CacheEntry, *, wait_s: float, dry_run: bool, incomplete: bool = False
+    ) -> None:
+        """Remove a model, and add it to `total`, with the reason if it is kept."""
+        try:
+            removed = self.remove(partial(_find_again, entry, incomplete=incomplete), wait_s=wait_s, dry_run=dry_run)
+        except NotCachedError:  # another process has removed it meanwhile
+            return
+        except ManagementError as error:
+            total.kept.append(self._kept(entry, error))
+        else:
+            _add(total, removed)
 
     # --- planning -------------------------------------------------------------------------------------
 
     def _plan(self, entries: Sequence[CacheEntry], info: CacheInfo) -> RemovalPlan:
         files: list[SnapshotFiles | None] = []
         for entry in entries:
-            paths = [each.path for each in files if each is not None]
-            files.append(self._files(entry, paths))
+            files.append(self._files(entry, [each.path for each in files if each is not None]))
         orphaned = _orphaned_digests(entries, info)
         artifacts = {
             artifact.key: artifact.size
@@ -176,13 +149,13 @@ class Remover:
         """Return the files to remove, or None if there are none of ours."""
         if not entry.owns_files or entry.path is None:
             return None
-        removals = [each for each in entry.journals if each.operation == "remove"]
-        if not entry.manifests and not removals:
-            return None  # an interrupted download: only its own files are removed
-        if not entry.manifests and any(each.changed_by_others(entry.path) for each in removals):
-            return None  # a removal was interrupted, and another program downloaded the snapshot again
-        roots = self._inventory.roots(entry.hub)
-        return files_of(entry.hub, entry.name, entry.path, roots, removed_before)
+        if not entry.manifests:
+            # Of an interrupted download only its own files are removed. After an interrupted removal another program may
+            # have downloaded the snapshot again.
+            removals = [each for each in entry.journals if each.operation == "remove"]
+            if not removals or any(each.changed_by_others(entry.path) for each in removals):
+                return None
+        return files_of(entry.hub, entry.name, entry.path, self._inventory.roots[entry.hub], removed_before)
 
     def _would_remove_all(self, info: CacheInfo, released: Collection[Path]) -> Removal:
         removed: list[CacheEntry] = []
@@ -199,7 +172,9 @@ class Remover:
         result = self._removal(self._plan(removed, info))
         orphans, freed = self._remove_orphans(info, dry_run=True)
         result.artifacts += orphans
-        return result.model_copy(update={"freed": result.freed + freed, "kept": kept})
+        result.freed += freed
+        result.kept = kept
+        return result
 
     def _removal(self, plan: RemovalPlan) -> Removal:
         return Removal(
@@ -210,23 +185,19 @@ class Remover:
         )
 
     def _kept(self, entry: CacheEntry, error: ManagementError) -> KeptModel:
-        record = self._inventory.record_of(entry)
-        return KeptModel(**dict(record), reason=error.message)
+        return KeptModel(**dict(self._inventory.record_of(entry)), reason=error.message)
 
     # --- executing ------------------------------------------------------------------------------------
 
     def _execute(self, plan: RemovalPlan) -> None:
-        for entry, files in zip(plan.entries, plan.files, strict=True):
-            own = [artifact.key for artifact in entry.artifacts if artifact.key in plan.artifacts]
-            try:
-                self._remove_one(entry, files, own)
-            except OSError as error:
-                raise _not_writable(self._inventory, error) from error
-            log.info("Removed %s (%s)", entry.name, entry.path)
-        for path in self._inventory.store.records_of(plan.orphaned_digests):
-            path.unlink(missing_ok=True)
+        with _translated_errors(self._inventory):
+            for entry, files in zip(plan.entries, plan.files, strict=True):
+                self._remove_one(entry, files, plan.artifacts)
+                log.info("Removed %s (%s)", entry.name, entry.path)
+            for path in self._inventory.store.records_of(plan.orphaned_digests):
+                path.unlink(missing_ok=True)
 
-    def _remove_one(self, entry: CacheEntry, files: SnapshotFiles | None, artifacts: Sequence[str]) -> None:
+    def _remove_one(self, entry: CacheEntry, files: SnapshotFiles | None, artifacts: Collection[str]) -> None:
         written = None
         if files is not None:
             key = entry.keys[0]
@@ -235,8 +206,9 @@ class Remover:
         # Without manifests the snapshot does not exist for any process, even if the removal is interrupted now.
         for key, _ in entry.manifests:
             key.manifest_path(self._manifest_dir).unlink(missing_ok=True)
-        for artifact in artifacts:
-            self._inventory.store.remove(artifact)
+        for artifact in entry.artifacts:
+            if artifact.key in artifacts:
+                self._inventory.store.remove(artifact.key)
         if files is not None:
             files.remove()
         for each in entry.journals:
@@ -272,11 +244,8 @@ class Remover:
             if dry_run:
                 is_removed = not store.is_held(artifact.key)
             else:
-                lock = store.try_lock(artifact.key)
-                if lock is None:
-                    continue
-                with lock:
-                    is_removed = store.remove(artifact.key)
+                with store.try_lock(artifact.key) or contextlib.nullcontext() as lock:
+                    is_removed = lock is not None and store.remove(artifact.key)
             if is_removed:
                 removed.append(artifact.key)
                 freed += artifact.size
@@ -304,12 +273,7 @@ class _LockSet(ExitStack):
         self._locked: set[object] = set()
 
     def add(self, entries: Sequence[CacheEntry], info: CacheInfo) -> bool:
-        """Lock everything that removing models changes; return whether something was not locked before.
-
-        Raises:
-            ModelInUseError: Something is in use until the deadline.
-            ManagementError: The cache directory is not writable.
-        """
+        """Lock everything that removing models changes; return whether something was not locked before."""
         inventory = self._inventory
         before = len(self._locked)
         orphaned = _orphaned_digests(entries, info)
@@ -329,10 +293,8 @@ class _LockSet(ExitStack):
     def _add(self, entry: CacheEntry, resource: object, lock: Callable[..., FileLock | None], reason: str) -> None:
         if resource in self._locked:
             return
-        try:
+        with _translated_errors(self._inventory):
             held = lock(wait_s=max(0.0, self._deadline - time.monotonic()))
-        except OSError as error:
-            raise _not_writable(self._inventory, error) from error
         if held is None:
             raise _in_use(entry, reason)
         self.enter_context(held)
@@ -341,9 +303,8 @@ class _LockSet(ExitStack):
 
 def _find_again(entry: CacheEntry, info: CacheInfo, *, incomplete: bool = False) -> list[CacheEntry]:
     """Find a model of an earlier scan; with `incomplete`, only if it is still incomplete."""
-    entries = [each for each in info.entries if each.is_same(entry)]
-    if incomplete:
-        entries = [each for each in entries if each.state == "incomplete"]
+    same = [each for each in info.entries if each.is_same(entry)]
+    entries = [each for each in same if each.state == "incomplete" or not incomplete]
     if not entries:
         raise NotCachedError(f"{entry.name} is no longer on this machine.")
     return entries
@@ -370,7 +331,12 @@ def _in_use(entry: CacheEntry, how: str) -> ModelInUseError:
     )
 
 
-def _not_writable(inventory: Inventory, error: OSError) -> ManagementError:
-    directory = inventory.manifest_dir.parent
-    known = translate_os_error(error, directory, CACHE_SETTING)
-    return ManagementError(known.message if known is not None else f"{directory} cannot be changed: {error}.")
+@contextlib.contextmanager
+def _translated_errors(inventory: Inventory) -> Iterator[None]:
+    """Raise a ManagementError in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        directory = inventory.manifest_dir.parent
+        known = translate_os_error(error, directory, CACHE_SETTING)
+        raise ManagementError(known.message if known else f"{directory} cannot be changed: {error}.") from error

@@ -173,8 +173,3 @@ class CompiledModel:
     """Description of the artifact, with its fidelity; None for torch, which is described when it is loaded."""
     notes: tuple[str, ...]
     """Why it is not the expected backend."""
-
-
-def cache_id(name: str) -> str:
-    """Return a model's name as one part of a path, with underscores for slashes."""
-    return name.strip("/").replace("/", "_")

@@ -26,14 +26,14 @@ CACHE_SETTING = "EMB_PROVIDER_CACHE_DIR"
 MUST_HASH = -1
 """A time stamp that no file has: a file that is recorded with it is hashed before it is used again."""
 
-_CACHE_TAGS = {"CACHEDIR.TAG"}
-"""Files that the Hugging Face client writes into its cache next to the repositories."""
+_CACHE_TAG = "CACHEDIR.TAG"
+"""A file that the Hugging Face client writes into its cache next to the repositories."""
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SECOND = 10**9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class FileProblem:
     """A file that differs from its record."""
 
@@ -66,10 +66,9 @@ def check_files(
     Args:
         root: The directory of the files.
         files: The records.
-        mtimes: Time stamps of the files when they were hashed, in nanoseconds: a file whose size and time stamp are
-            unchanged is not hashed again, and none is hashed if a file is missing or has another size. None: hash
-            every file.
-        on_bytes: Called after each file that was hashed, with the bytes that were hashed so far and those to hash.
+        mtimes: Time stamps of the files when they were hashed, in nanoseconds: only a file with another time stamp is
+            hashed again, and none is if a file is missing or has another size. None: hash every file.
+        on_bytes: Called after each hashed file, with the bytes that were hashed so far and those to hash.
     """
     problems: list[FileProblem] = []
     changed: list[SnapshotFile] = []
@@ -78,7 +77,7 @@ def check_files(
         with _reporting(root, file, problems):
             stat = (root / file.path).stat()
             if stat.st_size != file.size:
-                problems.append(FileProblem(path=file.path, problem="size"))
+                problems.append(FileProblem(file.path, "size"))
             elif mtimes is None or not is_same_mtime(stat.st_mtime_ns, mtimes[file.path]):
                 changed.append(file)
                 hashed[file.path] = stat.st_mtime_ns
@@ -88,7 +87,7 @@ def check_files(
     for file in changed:
         with _reporting(root, file, problems):
             if hash_file(root / file.path).sha256 != file.sha256:
-                problems.append(FileProblem(path=file.path, problem="bytes"))
+                problems.append(FileProblem(file.path, "bytes"))
         done += file.size
         on_bytes(done, total)
     return FileCheck(tuple(problems), hashed)
@@ -123,11 +122,7 @@ def translate_os_error(error: OSError, directory: Path | str, setting: str) -> H
 
 
 def require_writable(directory: Path, setting: str) -> None:
-    """Create `directory` and check that it is writable, before anything is downloaded.
-
-    Raises:
-        HubError: It is not writable; most often a CacheNotWritableError, which names `setting`.
-    """
+    """Create `directory`, which `setting` chooses, and check that it is writable, else raise a HubError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # os.access() answers for the real user id, and does not detect a file system that is mounted read-only.
@@ -140,10 +135,7 @@ def require_writable(directory: Path, setting: str) -> None:
 
 
 def list_dir(directory: Path, pattern: str = "*") -> list[Path]:
-    """Return the entries of a directory that match a pattern (fnmatch), sorted; none if it does not exist.
-
-    Unlike `Path.glob` it tolerates that the directory is removed meanwhile.
-    """
+    """Return the entries of a directory that match a pattern, sorted. Unlike `Path.glob` it tolerates its removal."""
     try:
         names = os.listdir(directory)  # noqa: PTH208 - names are matched
     except OSError:
@@ -158,24 +150,20 @@ def walk(directory: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step, so that readers see either the old content or the new.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Replace a file in one step, so that readers see either the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp creates files for the owner only, but a cache can be shared.
-        os.chmod(name, 0o644)  # noqa: PTH101 - mkstemp returns a name, not a Path
-        os.replace(name, path)  # noqa: PTH105 - likewise
+        temporary.chmod(0o644)  # mkstemp creates files for the owner only, but a cache can be shared
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)  # noqa: PTH108 - likewise
+            temporary.unlink()
         raise
 
 
@@ -191,11 +179,8 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 def remove_empty_parents(path: Path, root: Path) -> None:
-    """Remove a directory and its parents below `root`, as long as they are empty.
-
-    `root`, the cache itself, is kept; if it contains no repository, the client's tag file is removed from it.
-    """
-    while path != root and is_below(path, root):
+    """Remove empty directories from `path` up to `root`, a cache, and the tag file in `root` if that is all it contains."""
+    while path != root and ".." not in path.parts and path.is_relative_to(root):
         try:
             path.rmdir()
         except FileNotFoundError:
@@ -204,14 +189,8 @@ def remove_empty_parents(path: Path, root: Path) -> None:
             return
         path = path.parent
     with contextlib.suppress(OSError):
-        if {entry.name for entry in root.iterdir()} <= _CACHE_TAGS:
-            for name in _CACHE_TAGS:
-                (root / name).unlink(missing_ok=True)
-
-
-def is_below(path: Path, directory: Path) -> bool:
-    """Return whether an absolute path is lexically at or below a directory."""
-    return path.is_absolute() and ".." not in path.parts and path.is_relative_to(directory)
+        if [entry.name for entry in root.iterdir()] == [_CACHE_TAG]:
+            (root / _CACHE_TAG).unlink()
 
 
 @contextlib.contextmanager
@@ -219,7 +198,7 @@ def _reporting(root: Path, file: SnapshotFile, problems: list[FileProblem]) -> I
     try:
         yield
     except FileNotFoundError:
-        problems.append(FileProblem(path=file.path, problem="missing"))
+        problems.append(FileProblem(file.path, "missing"))
     except OSError as error:
         log.warning("%s cannot be read: %s", root / file.path, error)
-        problems.append(FileProblem(path=file.path, problem="unreadable"))
+        problems.append(FileProblem(file.path, "unreadable"))

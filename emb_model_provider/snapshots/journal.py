@@ -1,9 +1,8 @@
 """Journals: records on disk of a download or a removal that has begun and not ended.
 
-A journal is written next to the manifest before the first change, touched while the work goes on, and deleted at the
-end. One that is left on disk belongs to work that was interrupted: the download can be resumed or removed, the removal
-finished. It lists everything that existed before in the directories of the repository. Those files belong to other
-programs or to complete snapshots, and so does everything that changed after the journal was last touched.
+A journal that is left on disk belongs to work that was interrupted. It lists everything that existed before in the
+directories of the repository: those files belong to other programs or to complete snapshots, and so does everything that
+changed after the journal was last touched.
 """
 
 from __future__ import annotations
@@ -48,12 +47,7 @@ class Journal:
     _written: float = field(default=0.0, compare=False)
 
     def touch(self, manifest_dir: Path, *, now: bool = False) -> None:
-        """Report that the work goes on. Cheap enough to call for each block of bytes.
-
-        Args:
-            manifest_dir: Directory of all manifests.
-            now: Report it to other processes at once.
-        """
+        """Report that the work goes on, with `now` at once. Cheap enough to call for each block of bytes."""
         self.touched = time.time()
         if now or self.touched - self._written >= _TOUCH_EVERY_S:
             self._written = self.touched
@@ -61,11 +55,6 @@ class Journal:
                 os.utime(self.key.journal_path(manifest_dir))
 
     def delete(self, manifest_dir: Path) -> None:
-        """Record that the work has ended.
-
-        Raises:
-            OSError: The journal cannot be deleted.
-        """
         self.key.journal_path(manifest_dir).unlink(missing_ok=True)
 
     def is_own_change(self, path: Path) -> bool:
@@ -92,16 +81,8 @@ def begin(
 ) -> Journal:
     """Write a journal, before the first change. The caller holds the repository's lock.
 
-    Args:
-        key: The snapshot, by the request that leads to it.
-        operation: What is done to it.
-        locations: Cache and directory of each place where its files are.
-        manifest_dir: Directory of all manifests.
-        before: Of a download: files, links and directories that exist already.
-        path: Of a removal: the directory of the snapshot.
-
-    Raises:
-        OSError: The journal cannot be written.
+    `locations` are the cache and the directory of each place that can contain files of the repository; `before` and
+    `path` are those of `Journal`.
     """
     existing = frozenset(before)
     content: dict[str, Any] = {
@@ -129,7 +110,6 @@ def load(path: Path) -> Journal | None:
 
 
 def load_all(manifest_dir: Path) -> list[Journal]:
-    """Return all valid journals."""
     paths = (path for directory in list_dir(manifest_dir) for path in list_dir(directory, "*.pending"))
     return [journal for path in paths if (journal := load(path)) is not None]
 

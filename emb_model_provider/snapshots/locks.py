@@ -7,6 +7,7 @@ could let two processes hold the same lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -15,7 +16,7 @@ import sys
 import time
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from emb_model_provider.progress import CancelToken
 
@@ -25,7 +26,6 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-    from types import TracebackType
     from typing import Self
 
 _POLL_S = 0.2
@@ -41,57 +41,35 @@ _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 class FileLock:
     """A lock that is held until it is released, garbage-collected, or its process ends."""
 
-    def __init__(self, release: Callable[[], None] | None) -> None:
-        """Wrap a lock.
-
-        Args:
-            release: Releases the lock; must not refer to this object. None is a lock without a file, for a cache
-                that cannot be written.
-        """
-        self._release = weakref.finalize(self, release) if release is not None else None
+    def __init__(self, release: Callable[[], None]) -> None:
+        """Wrap a lock. `release` must not refer to this object, because then it would never be garbage-collected."""
+        self._release = weakref.finalize(self, release)
 
     def release(self) -> None:
         """Release the lock. Releasing it again does nothing."""
-        if self._release is not None:
-            self._release()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 def lock_shared(path: Path) -> FileLock:
-    """Lock a file together with others. Waits while a process holds it exclusively.
-
-    If the lock file cannot be created, nothing is locked: nothing can be removed from such a directory either.
-    """
-    if sys.platform == "win32":
-        return FileLock(None)  # Windows does not remove files that are open
-    try:
-        descriptor = _lock(path, fcntl.LOCK_SH, lambda: True)
-    except OSError:
-        return FileLock(None)
-    return FileLock(None if descriptor is None else partial(_unlock, descriptor, os.getpid()))
+    """Lock a file together with others. Waits while a process holds it exclusively."""
+    if sys.platform != "win32":  # Windows does not remove files that are open
+        # If the lock file cannot be created, nothing can be removed from its directory either.
+        with contextlib.suppress(OSError):
+            if (lock := _lock(path, fcntl.LOCK_SH, lambda: True)) is not None:
+                return lock
+    return FileLock(lambda: None)
 
 
 def lock_exclusive(
     path: Path, *, on_wait: Callable[[], None] = lambda: None, cancel: CancelToken | None = None
 ) -> FileLock:
-    """Lock a file alone, waiting for as long as it takes.
-
-    Args:
-        path: The file; it is created if necessary.
-        on_wait: Called once, if another process holds the lock.
-        cancel: Ends the wait.
-
-    Raises:
-        OSError: The file cannot be created.
-        OperationCancelledError: `cancel` was cancelled.
-    """
+    """Lock a file alone, waiting until `cancel` is cancelled. Calls `on_wait` once if another process holds the lock."""
     token = cancel or CancelToken()
     waiting = False
 
@@ -104,18 +82,11 @@ def lock_exclusive(
         time.sleep(_POLL_S)
         return True
 
-    lock = _lock_exclusive(path, keep_waiting)
-    if lock is None:
-        raise AssertionError("a wait without a limit ends only with the lock")
-    return lock
+    return cast("FileLock", _lock_exclusive(path, keep_waiting))  # not None, because keep_waiting() is never False
 
 
 def try_lock_exclusive(path: Path, *, wait_s: float = 0.0) -> FileLock | None:
-    """Lock a file alone, or return None if others still hold it after `wait_s` seconds.
-
-    Raises:
-        OSError: The file cannot be created.
-    """
+    """Lock a file alone, or return None if others still hold it after `wait_s` seconds."""
     deadline = time.monotonic() + max(wait_s, _MIN_WAIT_S)
 
     def keep_waiting() -> bool:
@@ -150,31 +121,20 @@ def is_locked(path: Path) -> bool:
 
 
 class SnapshotLocks:
-    """Locks that keep snapshots on disk while processes use them.
-
-    Processes that use a snapshot share its lock; a process that removes or replaces the snapshot needs it exclusively.
-    """
+    """Locks of snapshots: shared by the processes that use one, held exclusively to remove or replace it."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._directory = cache_dir / "holds"
 
     def hold(self, snapshot: Path) -> FileLock:
-        """Keep the snapshot in a directory on disk until the lock is released.
-
-        Waits while the snapshot is being removed: check afterwards whether it still exists.
-        """
+        """Keep a snapshot on disk. Waits while it is being removed: check afterwards whether it still exists."""
         return lock_shared(self._path(snapshot))
 
     def try_lock(self, snapshot: Path, *, wait_s: float = 0.0) -> FileLock | None:
-        """Lock a snapshot in order to remove it, or return None if it is still in use after `wait_s` seconds.
-
-        Raises:
-            OSError: The cache directory is not writable.
-        """
+        """Lock a snapshot in order to remove it, or return None if it is still in use after `wait_s` seconds."""
         return try_lock_exclusive(self._path(snapshot), wait_s=wait_s)
 
     def is_held(self, snapshot: Path) -> bool:
-        """Return whether any process uses a snapshot now."""
         return is_locked(self._path(snapshot))
 
     def _path(self, snapshot: Path) -> Path:
@@ -188,16 +148,15 @@ def _lock_exclusive(path: Path, keep_waiting: Callable[[], bool]) -> FileLock | 
     if sys.platform == "win32":
         return _lock_portable(path, keep_waiting)
     try:
-        descriptor = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, keep_waiting)
+        return _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB, keep_waiting)
     except OSError as error:
         if error.errno in _NO_FLOCK:
             return _lock_portable(path, keep_waiting)
         raise
-    return None if descriptor is None else FileLock(partial(_unlock, descriptor, os.getpid()))
 
 
-def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> int | None:
-    """Return a descriptor of the locked file, or None once `keep_waiting` returns False."""
+def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> FileLock | None:
+    """Lock a file, or return None once `keep_waiting` returns False."""
     while True:
         try:
             descriptor = _open(path)
@@ -206,8 +165,7 @@ def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> int |
             continue
         try:
             fcntl.flock(descriptor, operation)
-            if _is_same_file(descriptor, path):
-                return descriptor
+            is_current = _is_same_file(descriptor, path)
         except OSError as error:
             if error.errno in _NO_FLOCK and os.fstat(descriptor).st_size == 0:
                 path.unlink(missing_ok=True)  # created above; a portable lock contains its owner
@@ -220,6 +178,8 @@ def _lock(path: Path, operation: int, keep_waiting: Callable[[], bool]) -> int |
             os.close(descriptor)
             raise
         else:
+            if is_current:
+                return FileLock(partial(_unlock, descriptor, os.getpid()))
             os.close(descriptor)  # another program, or an older version, removed the file: lock the new one
 
 
@@ -239,11 +199,9 @@ def _open(path: Path, *, create: bool = True) -> int:
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
-        at_path = path.stat()
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-    locked = os.fstat(descriptor)
-    return (at_path.st_dev, at_path.st_ino) == (locked.st_dev, locked.st_ino)
 
 
 def _unlock(descriptor: int, owner: int) -> None:

@@ -1,6 +1,6 @@
 """Manifests: records on disk that a snapshot is complete.
 
-There is one JSON file for each request that was sent to a hub, below `HubConfig.manifest_dir`:
+There is one JSON file for each request that was sent to a hub, below `<cache directory>/snapshots/`:
 
     {hub}/{readable repository}--{digest}.json      its time stamp is when the snapshot was last used
     {hub}/{readable repository}--{digest}.pending   the journal of a download or a removal (journal.py)
@@ -21,6 +21,7 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -37,6 +38,24 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class FilePatterns:
+    """Patterns (fnmatch) of the files to download, among those that serving needs. Empty: all of them."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.include or self.exclude)
+
+    def match(self, path: str) -> bool:
+        is_included = not self.include or any(fnmatchcase(path, pattern) for pattern in self.include)
+        return is_included and not any(fnmatchcase(path, pattern) for pattern in self.exclude)
+
+
+ALL_FILES = FilePatterns()
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestKey:
     """A request to a hub, which identifies a manifest."""
 
@@ -45,50 +64,39 @@ class ManifestKey:
     revision: str | None = None
     """As requested; None is the default branch."""
     endpoint: str | None = None
-    include: tuple[str, ...] = ()
-    """Patterns of the files that were requested. Empty: all files that serving needs."""
-    exclude: tuple[str, ...] = ()
-
-    @property
-    def has_patterns(self) -> bool:
-        return bool(self.include or self.exclude)
+    patterns: FilePatterns = ALL_FILES
 
     @property
     def stem(self) -> str:
         """A file name that is readable and unique."""
         values: list[Any] = [self.hub, (self.endpoint or "").rstrip("/"), self.repository, self.revision]
-        if self.has_patterns:
-            values += [self.include, self.exclude]
+        if self.patterns:
+            values += [self.patterns.include, self.patterns.exclude]
         return _file_name(self.repository, values)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the key as plain JSON values."""
         content: dict[str, Any] = {
             "hub": self.hub,
             "endpoint": self.endpoint,
             "repository": self.repository,
             "asked_revision": self.revision,
         }
-        if self.has_patterns:
-            content |= {"include": list(self.include), "exclude": list(self.exclude)}
+        if self.patterns:
+            content |= {"include": list(self.patterns.include), "exclude": list(self.patterns.exclude)}
         return content
 
     @classmethod
     def from_json(cls, content: Any) -> ManifestKey:
-        """Read what `as_json` returned.
-
-        Raises:
-            ValueError, KeyError, TypeError: It is something else.
-        """
+        """Read what `as_json` returned; raise ValueError, KeyError or TypeError if it is something else."""
         hub, repository = content["hub"], content["repository"]
         endpoint, revision = content["endpoint"], content["asked_revision"]
         include, exclude = content.get("include", []), content.get("exclude", [])
-        texts = [repository, *(endpoint,) * (endpoint is not None), *(revision,) * (revision is not None)]
-        if hub not in get_args(HubName) or not all(isinstance(text, str) for text in [*texts, *include, *exclude]):
+        texts = [repository, *include, *exclude, *(text for text in (endpoint, revision) if text is not None)]
+        if hub not in get_args(HubName) or not all(isinstance(text, str) for text in texts):
             raise ValueError("it has an invalid key")
         if hub in ("huggingface", "modelscope") and (".." in repository or repository.startswith("/")):
             raise ValueError("its repository would lead outside a cache")
-        return cls(hub, repository, revision, endpoint, tuple(include), tuple(exclude))
+        return cls(hub, repository, revision, endpoint, FilePatterns(tuple(include), tuple(exclude)))
 
     def manifest_path(self, manifest_dir: Path) -> Path:
         return manifest_dir / self.hub / f"{self.stem}.json"
@@ -128,16 +136,8 @@ def save(
 ) -> None:
     """Write the manifest of a snapshot whose files were just hashed.
 
-    Args:
-        key: The request that led to the snapshot.
-        snapshot: The snapshot.
-        manifest_dir: Directory of all manifests.
-        mtimes: Time stamps of the files before they were hashed, in nanoseconds. None: those that they have now, for
-            files that nothing else changes.
-        fetched: Unix time of the download in seconds; None is now.
-
-    Raises:
-        OSError: It cannot be written.
+    `mtimes` are the time stamps of the files before they were hashed, in nanoseconds. None: those that they have now, for
+    files that nothing else changes. `fetched` is the Unix time of the download; None is now.
     """
     if mtimes is None:
         mtimes = {file.path: (snapshot.path / file.path).stat().st_mtime_ns for file in snapshot.files}
@@ -165,15 +165,7 @@ def load(key: ManifestKey, manifest_dir: Path) -> Manifest | None:
 def load_verified(
     key: ManifestKey, manifest_dir: Path, on_bytes: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Snapshot | None:
-    """Return the snapshot of a manifest if its files are unchanged, else None.
-
-    A file whose size and time stamp are unchanged counts as unchanged; one with another time stamp is hashed again.
-
-    Args:
-        key: The request that led to the snapshot.
-        manifest_dir: Directory of all manifests.
-        on_bytes: Called after each file that was hashed, with the bytes that were hashed so far and those to hash.
-    """
+    """Return the snapshot of a manifest if its files are unchanged, else None (see `check_files`)."""
     found = load(key, manifest_dir)
     if found is None:
         return None
@@ -203,6 +195,11 @@ def load_all(manifest_dir: Path) -> Iterator[tuple[ManifestKey, Manifest]]:
             yield found
 
 
+def complete_directories(manifest_dir: Path) -> set[Path]:
+    """Return the directories of all snapshots that have a manifest."""
+    return {found.snapshot.path for _, found in load_all(manifest_dir)}
+
+
 def mark_used(key: ManifestKey, manifest_dir: Path) -> None:
     """Record in the manifest's time stamp that its snapshot is used now."""
     with contextlib.suppress(OSError):
@@ -210,11 +207,7 @@ def mark_used(key: ManifestKey, manifest_dir: Path) -> None:
 
 
 def invalidate(key: ManifestKey, found: Manifest, paths: Collection[str], manifest_dir: Path) -> None:
-    """Record that files must be hashed again, and downloaded again if they are wrong, before the snapshot is used.
-
-    Raises:
-        OSError: The manifest cannot be written.
-    """
+    """Record that files must be hashed again, and downloaded again if they are wrong, before the snapshot is used."""
     path = key.manifest_path(manifest_dir)
     content = json.loads(path.read_bytes())
     if content["digest"] != found.snapshot.digest:  # replaced meanwhile
@@ -227,8 +220,7 @@ def invalidate(key: ManifestKey, found: Manifest, paths: Collection[str], manife
 
 def _read(path: Path) -> tuple[ManifestKey, Manifest] | None:
     try:
-        content = json.loads(path.read_bytes())
-        return ManifestKey.from_json(content), _parse(content)
+        return _parse(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -236,7 +228,7 @@ def _read(path: Path) -> tuple[ManifestKey, Manifest] | None:
         return None
 
 
-def _parse(content: Any) -> Manifest:
+def _parse(content: Any) -> tuple[ManifestKey, Manifest]:
     if content["version"] != _VERSION:
         raise ValueError(f"unknown version {content['version']}")
     key = ManifestKey.from_json(content)
@@ -252,7 +244,7 @@ def _parse(content: Any) -> Manifest:
         raise ValueError("its digest does not match its files")
     snapshot = Snapshot.of(key.hub, key.repository, str(content["revision"]), directory, files)
     fetched = content.get("fetched")
-    return Manifest(snapshot, mtimes, float(fetched) if isinstance(fetched, int | float) else None)
+    return key, Manifest(snapshot, mtimes, float(fetched) if isinstance(fetched, int | float) else None)
 
 
 def _file_name(repository: str, values: Any) -> str:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
-
-from emb_model_provider.errors import CorruptSnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,7 +22,6 @@ class SnapshotFile:
     path: str
     """Relative to the snapshot's directory, with forward slashes."""
     size: int
-    """Bytes."""
     sha256: str
     """Lower-case hex."""
 
@@ -42,7 +38,6 @@ class Snapshot:
     path: Path
     files: tuple[SnapshotFile, ...]
     digest: str
-    """sha256 over the sorted paths, sizes and hashes of all files: equal files, equal digest."""
 
     @classmethod
     def of(cls, hub: HubName, repository: str, revision: str, path: Path, files: Iterable[SnapshotFile]) -> Snapshot:
@@ -69,15 +64,7 @@ def digest_of(files: Iterable[SnapshotFile]) -> str:
 
 
 def hash_file(path: Path, *, git: bool = False) -> Hashes:
-    """Read a file once and hash it.
-
-    Args:
-        path: The file.
-        git: Also compute the id of the file as a git blob.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Read a file once and hash it, with `git` also as a git blob."""
     sha256 = hashlib.sha256()
     git_sha1 = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if git else None
     size = 0
@@ -92,21 +79,4 @@ def hash_file(path: Path, *, git: bool = False) -> Hashes:
 
 def is_safe_path(path: str) -> bool:
     """Return whether a file of this name stays inside the directory it is written to, on every platform."""
-    if not path or path.endswith("/") or any(char in path for char in "\\\0:"):
-        return False
-    parts = path.split("/")
-    return not PurePosixPath(path).is_absolute() and not any(part in {"", ".", ".."} for part in parts)
-
-
-def require_safe_paths(paths: Iterable[str], repository: str) -> None:
-    """Reject a repository that would write outside its own directory.
-
-    Raises:
-        CorruptSnapshotError: A path leads outside.
-    """
-    for path in paths:
-        if not is_safe_path(path):
-            raise CorruptSnapshotError(
-                f"Repository {repository} lists a file named {path!r}, which would be outside its directory: "
-                "nothing was downloaded. Do not use this repository, and report it to its owner."
-            )
+    return not any(char in path for char in "\\\0:") and {"", ".", ".."}.isdisjoint(path.split("/"))

@@ -28,6 +28,7 @@ from emb_model_provider.errors import (
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
+from emb_model_provider.snapshots.manifest import FilePatterns
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, spec
 
 if TYPE_CHECKING:
@@ -403,7 +404,8 @@ def test_download_with_patterns_has_its_own_manifest(
 ) -> None:
     """Only matching files are downloaded; a later download of the whole model is complete."""
     config = settings()
-    part = fetch_snapshot(spec(repo), config, include=["*.json"], exclude=["1_Pooling/*"])
+    patterns = FilePatterns(("*.json",), ("1_Pooling/*",))
+    part = fetch_snapshot(spec(repo), config, patterns=patterns)
     names = {file.path for file in part.files}
     assert "config.json" in names
     assert all(name.endswith(".json") and "/" not in name for name in names)
@@ -411,7 +413,7 @@ def test_download_with_patterns_has_its_own_manifest(
     assert names < {file.path for file in whole.files}
     huggingface.forget()
     modelscope.forget()
-    assert fetch_snapshot(spec(repo), config, include=["*.json"], exclude=["1_Pooling/*"]) == part
+    assert fetch_snapshot(spec(repo), config, patterns=patterns) == part
     assert fetch_snapshot(spec(repo), config) == whole
     assert not huggingface.requests + modelscope.requests
 
@@ -422,5 +424,5 @@ def test_patterns_without_a_match_are_an_error(
     """So are patterns that match only files that serving never needs."""
     assert "onnx/model.onnx" in model_files()
     with pytest.raises(IncompleteRepositoryError, match=r"include: \*\.onnx"):
-        fetch_snapshot(spec(HF_REPO), settings(), include=["*.onnx"])
+        fetch_snapshot(spec(HF_REPO), settings(), patterns=FilePatterns(("*.onnx",)))
     assert not huggingface.bodies()

@@ -137,6 +137,15 @@ def test_denied_access_names_the_setting_but_not_the_token(
     assert "hf_secret" not in str(caught.value)
 
 
+def test_rejected_token_of_the_client_itself(
+    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    huggingface.faults.status = 403
+    with pytest.raises(AccessDeniedError, match="the token was rejected"):
+        fetch_snapshot(spec(HF_REPO), settings())
+
+
 def test_token_gives_access_to_a_private_repository(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
 ) -> None:

@@ -178,6 +178,15 @@ def test_denied_access_names_the_setting_but_not_the_token(
     assert "ms_secret" not in str(caught.value)
 
 
+def test_rejected_token_of_the_client_itself(
+    settings: Callable[..., HubSettings], modelscope: ModelScopeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret")
+    modelscope.faults.status = 403
+    with pytest.raises(AccessDeniedError, match="the token was rejected"):
+        fetch_snapshot(spec(MS_REPO), settings())
+
+
 def test_http_503_is_an_unavailable_hub(settings: Callable[..., HubSettings], modelscope: ModelScopeServer) -> None:
     modelscope.faults.status = 503
     with pytest.raises(HubUnavailableError, match="EMB_PROVIDER_MODELSCOPE_ENDPOINT") as caught:

@@ -10,7 +10,9 @@ from emb_model_provider.errors import CorruptSnapshotError, ModelInUseError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
+from emb_model_provider.snapshots.locks import FileLock, SnapshotLocks
 from tests.hubs.conftest import MS_REPO, WEIGHTS
+from tests.hubs.helpers import write_files
 from tests.management.helpers import on_disk
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.progress import Progress
     from emb_model_provider.settings import Settings
     from emb_model_provider.snapshots.snapshot import Snapshot
     from tests.hubs.servers import ModelScopeServer
@@ -69,11 +72,16 @@ def test_model_that_is_used_during_the_download_is_not_updated(
     configured: Callable[..., Settings], manager: ModelManager, older: Path
 ) -> None:
     """The older state is kept as a whole, and the next attempt succeeds."""
-    answers = [False, True]
     settings = configured()
+    locks: list[FileLock] = []
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase == "download" and not locks:
+            locks.append(SnapshotLocks(settings.hubs.cache_dir).hold(older))
+
     with pytest.raises(ModelInUseError):
-        fetch_snapshot(resolve_model(settings, MS_REPO), settings.hubs, force=True, is_held=lambda _: answers.pop(0))
-    assert not answers
+        fetch_snapshot(resolve_model(settings, MS_REPO), settings.hubs, on_progress, force=True)
+    locks.pop().release()
     assert manager.verify(manager.list()[0]).ok
     assert (older / "pytorch_model.bin").read_bytes() == WEIGHTS
     manager.ensure_model_cached(MS_REPO, force=True)
@@ -93,6 +101,19 @@ def test_failed_update_keeps_the_older_state(
     assert manager.prune().freed == planned.freed > 0
     assert {path.name for path in older.parents[1].iterdir()} == {"snapshots"}
     assert manager.verify(manager.list()[0]).ok
+
+
+def test_update_that_was_killed_while_it_replaced_files(
+    configured: Callable[..., Settings], manager: ModelManager, older: Path
+) -> None:
+    """The manifest is missing, and staged files are left, which the next download removes."""
+    staging = older.parents[1] / ".newer"
+    write_files(staging, NEWER)
+    for path in configured().hubs.cache_dir.rglob("*.json"):
+        path.unlink()
+    manager.ensure_model_cached(MS_REPO)
+    assert (older / "pytorch_model.bin").read_bytes() == NEWER["pytorch_model.bin"]
+    assert not staging.exists()
 
 
 def test_model_that_is_updated_before_it_is_locked(

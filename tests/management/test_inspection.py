@@ -94,6 +94,24 @@ def test_repair_follows_a_branch_that_has_moved(manager: ModelManager, huggingfa
     assert repaired.path != str(path)
 
 
+@pytest.mark.parametrize(
+    ("front_matter", "license_name"),
+    [
+        ("license: apache-2.0\ntags: []", "apache-2.0"),
+        ("license: 'mit'  # as upstream", "mit"),
+        ("license:\n- mit\n- apache-2.0", "mit"),
+        ("license:\ntags: []", None),
+        ("tags: []", None),
+    ],
+)
+def test_license_of_a_model(
+    manager: ModelManager, huggingface: HuggingFaceServer, front_matter: str, license_name: str | None
+) -> None:
+    huggingface.repos[HF_REPO]["README.md"] = f"---\n{front_matter}\n---\nlicense: none\n".encode()
+    manager.ensure_model_cached(HF_REPO)
+    assert manager.inspect(manager.list()[0]).license == license_name
+
+
 def test_files_of_a_directory_are_not_repaired(manager: ModelManager, tmp_path: Path) -> None:
     write_files(tmp_path / "mine", model_files())
     manager.ensure_model_cached(str(tmp_path / "mine"))

@@ -149,6 +149,7 @@ def test_killed_download_is_listed_resumed_and_removed(
         operation()
         if manager.list():
             assert manager.list()[0].state == "complete"
+            assert not list(tmp_path.rglob("*.incomplete"))
         else:
             assert on_disk(tmp_path) == empty
     (model,) = manager.list()

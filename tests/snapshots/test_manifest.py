@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.snapshots import manifest
-from emb_model_provider.snapshots.manifest import ManifestKey
+from emb_model_provider.snapshots.manifest import FilePatterns, ManifestKey
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
 from tests.hubs.conftest import MS_REPO, modelscope_files
 from tests.hubs.helpers import write_files
@@ -51,7 +51,7 @@ def load(manifest_dir: Path) -> Manifest:
             "huggingface/acme--tiny--7b6bc50128ec7756.lock",
         ),
         (
-            ManifestKey("modelscope", "iic/tiny", None, None, ("*.json",), ("a/*",)),
+            ManifestKey("modelscope", "iic/tiny", patterns=FilePatterns(("*.json",), ("a/*",))),
             "iic--tiny--2ece89783d569e2e",
             "modelscope/iic--tiny--a20a262a56e73119.lock",
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from emb_model_provider.cli.doctor import CheckResult
 from emb_model_provider.cli.output import precision_label
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from emb_model_provider.cli.doctor import Level
-    from emb_model_provider.hubs.connectivity import HubStatus, RemoteHubName
+    from emb_model_provider.hubs.base import HubStatus
     from emb_model_provider.management.types import CachedModelRecord
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
+    from emb_model_provider.settings.fields import RemoteHubName
 
 _HEALTH_TIMEOUT_S = 3.0
 _HUB_TIMEOUT_S = 10.0
@@ -45,13 +46,13 @@ def check_port(settings: Settings) -> CheckResult:
 
 def check_hubs(settings: Settings) -> Iterator[CheckResult]:
     """Check that the hubs answer, and that they have the configured models. With OFFLINE no request is sent."""
-    from emb_model_provider.hubs.connectivity import RemoteHubName, check_hub
+    from emb_model_provider.hubs.base import check_hub
 
     if settings.hubs.offline:
         yield CheckResult("hubs", "ok", "not checked: EMB_PROVIDER_OFFLINE (or HF_HUB_OFFLINE) is set")
         return
     missing = _missing_models(settings)
-    hubs: tuple[RemoteHubName, ...] = get_args(RemoteHubName)
+    hubs: tuple[RemoteHubName, ...] = ("huggingface", "modelscope")
 
     def check(hub: RemoteHubName) -> HubStatus:
         return check_hub(hub, settings.hubs, repository=missing.get(hub), timeout_s=_HUB_TIMEOUT_S)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from emb_model_provider.hubs.connectivity import check_hub
+from emb_model_provider.hubs.base import check_hub
 from emb_model_provider.settings.loading import load_settings
 from tests.cli.helpers import invoke, pull_files, run_doctor
 from tests.hubs.conftest import HF_REPO, MS_REPO

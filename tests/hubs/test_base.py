@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.hubs.connectivity import check_hub
+from emb_model_provider.hubs.base import check_hub
 from tests.hubs.conftest import HF_REPO, MS_REPO
 from tests.hubs.helpers import server_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.hubs.connectivity import HubStatus
+    from emb_model_provider.hubs.base import HubStatus
     from emb_model_provider.settings import HubSettings
     from tests.hubs.servers import HubServer, HuggingFaceServer, ModelScopeServer
 
