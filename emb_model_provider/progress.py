@@ -83,8 +83,9 @@ class CancelToken:
 class ProgressReporter:
     """Shows the progress of one model after the other. A context manager, and an `OnProgress` callback. Thread-safe.
 
-    There is a line at the start of each phase, every `every_s` seconds, and for every tenth of the bytes except in the
-    log; a terminal is redrawn several times a second. A download without a byte for `stall_s` seconds is reported.
+    There is a line at the start of each phase, every `every_s` seconds, and for every tenth of the bytes; a terminal is
+    redrawn several times a second. A log has a line at the start of a download, and every `every_s` seconds. A download
+    without a byte for `stall_s` seconds is reported.
     """
 
     def __init__(
@@ -134,7 +135,9 @@ class ProgressReporter:
             if last is None or (last.phase, last.model) != (progress.phase, progress.model):
                 self._started_at = self._moved_at = self._stalled_at = now
                 self._rate = RateMeter(progress.done_bytes, now)
-                self._show(progress, now)
+                # Most other phases are short, and a log should have few lines about them.
+                if self._mode != "log" or progress.phase == "download" or self._is_due(progress, now):
+                    self._show(progress, now)
                 return
             if last.done_bytes != progress.done_bytes:
                 self._moved_at = self._stalled_at = now
