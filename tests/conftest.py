@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.service import Service
 
@@ -15,21 +16,18 @@ if TYPE_CHECKING:
 
 # Torch reads this at import. Threads that spin while they wait would take CPU time from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The tests start hundreds of processes. Without cached bytecode, each of them compiles all its imports again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 TESTS = Path(__file__).parent
-LONGEST = (
-    "compiler", "artifacts", "fidelity", "api", "docs", "benchmarks", "backends", "registry", "faults", "cli", "management", "container", "hubs",
-)  # fmt: skip
+LONGEST = ("compiler", "api", "faults", "serving", "process", "cli", "backends", "artifacts", "registry")
 """Directories, the longest running first, so that both workers finish at about the same time."""
-BOTH_BACKENDS = {
-    TESTS / "api" / f"test_{name}.py": marks
-    for names, marks in (
-        (("openai_sdk", "values"), ()),
-        (("fields", "inputs", "langchain", "models"), (pytest.mark.slow,)),
-    )
-    for name in names
+SHARE_SERVICES = {"docs": "api", "fuzz": "api", "observability": "api"}
+"""Directories that run with another one, because their tests use the same services."""
+CONTRACT = {
+    TESTS / "api" / f"test_{name}.py" for name in ("fields", "inputs", "langchain", "models", "openai_sdk", "values")
 }
-"""Test modules of the contract, which also run with torch, with the marks of those tests."""
+"""Test modules of the contract, which `pytest -m slow` also runs with torch."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,14 +44,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that start a service with the requested backend, by default tests of the contract with both."""
+    """Run tests that start a service with the requested backend, and tests of the contract also with torch."""
     if "backend" not in metafunc.fixturenames:
         return
     backends: list[Any] = [metafunc.config.getoption("--backend") or "auto"]
     path = metafunc.definition.path
     # The strained service takes long to start. It is tested with torch only on request.
-    if backends == ["auto"] and path in BOTH_BACKENDS and "strained" not in metafunc.fixturenames:
-        backends.append(pytest.param("torch", marks=BOTH_BACKENDS[path]))
+    if backends == ["auto"] and path in CONTRACT and "strained" not in metafunc.fixturenames:
+        backends.append(pytest.param("torch", marks=pytest.mark.slow))
     metafunc.parametrize("backend", backends, indirect=True, scope="session")
 
 
@@ -64,16 +62,28 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def group(nodeid: str) -> str:
+    """Return the directory of a test like "tests/api/test_auth.py::test_key", or the one whose services it shares."""
+    directory = nodeid.partition("::")[0].split("/")[1]
+    return SHARE_SERVICES.get(directory, directory)
+
+
+class DirectoryScheduling(LoadScopeScheduling):
+    """Runs all tests of a directory in one worker, because they share services and compiled models."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> DirectoryScheduling:
+    return DirectoryScheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has ordered the tests by their parameters
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of a directory in one worker, because they share services; start with the longest."""
-
-    def directory(item: pytest.Item) -> str:
-        return item.path.relative_to(TESTS).parts[0]
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(directory(item)))
-    items.sort(key=lambda item: LONGEST.index(directory(item)) if directory(item) in LONGEST else len(LONGEST))
+    """Start with the directories that take longest."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(group(item.nodeid), len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import HubName
     from emb_model_provider.snapshots.journal import Journal
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 REMOTE_HUBS: tuple[HubName, ...] = ("huggingface", "modelscope")
 """Hubs whose client has a cache."""
@@ -188,7 +188,7 @@ def _strategy(repository: str, path: Path, root: Path, removed_before: set[str])
             return None
         strategy = cache.delete_revisions(*removed_before, path.name)
     except (CacheNotFound, ValueError, OSError) as error:
-        log.warning("The Hugging Face client cannot read its cache %s: %s", root, error)
+        logger.warning("The Hugging Face client cannot read its cache %s: %s", root, error)
         return None
     # A link in a snapshot can lead anywhere: only the repository's own blobs are removed.
     blobs = frozenset(blob for blob in strategy.blobs - before.blobs if blob.is_relative_to(repo / "blobs"))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from emb_model_provider.snapshots.manifest import FilePatterns
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/-]*", re.ASCII)
@@ -67,7 +67,7 @@ def fetch_snapshot(
         if isinstance(error, CacheNotWritableError):  # a fault of this machine, which another hub would hide
             raise
         first = error
-    log.warning(
+    logger.warning(
         "Model %s could not be downloaded from ModelScope (%s) Trying Hugging Face under the same name, because "
         "EMB_PROVIDER_MODELSCOPE_FALLBACK_TO_HUGGINGFACE is set.",
         spec.name, first,
@@ -165,7 +165,7 @@ class _Fetch:
 
         def log_waiting() -> None:
             self.on_progress(Progress("resolve", self.key.repository))
-            log.info("Another process or thread is downloading %s; waiting for it to finish.", self.key.repository)
+            logger.info("Another process or thread is downloading %s; waiting for it to finish.", self.key.repository)
 
         try:
             return lock_exclusive(path, on_wait=log_waiting, cancel=self.cancel)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from emb_model_provider.progress import CancelToken, OnProgress
     from emb_model_provider.snapshots.snapshot import SnapshotFile
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CACHE_SETTING = "EMB_PROVIDER_HF_CACHE_DIR"
 _DEFAULT_REVISION = "main"
@@ -157,7 +157,7 @@ class HuggingFaceHub:
         cancel: CancelToken,
         file: RemoteFile,
     ) -> SnapshotFile:
-        log.warning("%s of %s has wrong bytes; downloading it again.", file.path, repository)
+        logger.warning("%s of %s has wrong bytes; downloading it again.", file.path, repository)
         _remove(directory / file.path)
         self._get(repository, commit, file.path, ByteCounter(repository, file.size, on_progress, cancel))
         verified = file.verify(directory)
@@ -282,7 +282,7 @@ class HuggingFaceHub:
         try:
             refs = self._api.list_repo_refs(repository)
         except Exception as error:  # noqa: BLE001 - only a hint in the message of another error
-            log.debug("Could not list the revisions of %s: %s", repository, type(error).__name__)
+            logger.debug("Could not list the revisions of %s: %s", repository, type(error).__name__)
             return "others"
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
         return ", ".join(names[:_MAX_REVISIONS_SHOWN]) or "none"

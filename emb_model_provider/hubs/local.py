@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emb_model_provider.hubs.base import HubConfig
     from emb_model_provider.progress import CancelToken, OnProgress
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 OFFICIAL_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -151,7 +151,7 @@ def _snapshot_in_place(
         try:
             manifest.save(key, snapshot, manifest_dir, mtimes=mtimes)
         except OSError as error:  # the snapshot does not need a manifest
-            log.warning(
+            logger.warning(
                 "The hashes of %s cannot be stored in %s (%s): they will be computed at every start. "
                 "Set %s to a writable directory.",
                 key.repository, manifest_dir, error.strerror, CACHE_SETTING,

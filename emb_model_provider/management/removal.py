@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from emb_model_provider.management.inventory import CacheEntry, CacheInfo, Inventory
     from emb_model_provider.snapshots.locks import FileLock
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _STALE_FILE_S = 3600.0
 """Age of temporary files that a killed process has left, because writing one takes milliseconds."""
@@ -193,7 +193,7 @@ class Remover:
         with _translated_errors(self._inventory):
             for entry, files in zip(plan.entries, plan.files, strict=True):
                 self._remove_one(entry, files, plan.artifacts)
-                log.info("Removed %s (%s)", entry.name, entry.path)
+                logger.info("Removed %s (%s)", entry.name, entry.path)
             for path in self._inventory.store.records_of(plan.orphaned_digests):
                 path.unlink(missing_ok=True)
 

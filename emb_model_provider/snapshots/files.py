@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.snapshots.snapshot import SnapshotFile
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CACHE_SETTING = "EMB_PROVIDER_CACHE_DIR"
 MUST_HASH = -1
@@ -200,5 +200,5 @@ def _reporting(root: Path, file: SnapshotFile, problems: list[FileProblem]) -> I
     except FileNotFoundError:
         problems.append(FileProblem(file.path, "missing"))
     except OSError as error:
-        log.warning("%s cannot be read: %s", root / file.path, error)
+        logger.warning("%s cannot be read: %s", root / file.path, error)
         problems.append(FileProblem(file.path, "unreadable"))

@@ -22,7 +22,7 @@ from emb_model_provider.snapshots.manifest import ManifestKey
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _TOUCH_EVERY_S = 2.0
@@ -105,7 +105,7 @@ def load(path: Path) -> Journal | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("The journal %s is invalid and is ignored: %s", path, error)
+        logger.warning("The journal %s is invalid and is ignored: %s", path, error)
         return None
 
 

@@ -32,7 +32,7 @@ from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _VERSION = 1
 
@@ -173,7 +173,7 @@ def load_verified(
     check = check_files(snapshot.path, snapshot.files, found.mtimes, on_bytes)
     if not check.ok:
         problem = check.problems[0]
-        log.warning(
+        logger.warning(
             "The snapshot of %s in %s has changed: %s (%s)",
             key.repository, snapshot.path, problem.path, problem.problem,
         )  # fmt: skip
@@ -183,7 +183,7 @@ def load_verified(
         try:
             save(key, snapshot, manifest_dir, mtimes={**found.mtimes, **check.hashed}, fetched=found.fetched)
         except OSError as error:
-            log.debug("Could not update the manifest of %s: %s", key.repository, error)
+            logger.debug("Could not update the manifest of %s: %s", key.repository, error)
     return snapshot
 
 
@@ -224,7 +224,7 @@ def _read(path: Path) -> tuple[ManifestKey, Manifest] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("The manifest %s is invalid and is ignored: %s", path, error)
+        logger.warning("The manifest %s is invalid and is ignored: %s", path, error)
         return None
 
 

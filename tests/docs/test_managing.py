@@ -32,18 +32,18 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def tree(directory: Path) -> Mapping[str, str]:
-    """Return every path below a directory, with the hash of a file or the target of a link."""
-    content = {}
+def content(directory: Path) -> Mapping[str, str]:
+    """Return each file below a directory with its hash, and each link with its target; not the lock files, which stay."""
+    found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_symlink():
-            content[name] = f"-> {path.readlink()}"
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_file() and path.suffix in {".lock", ".hold"}:
+            assert not path.stat().st_size, name
         elif path.is_file():
-            content[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            content[name] = "directory"
-    return content
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_script_restores_the_caches(tmp_path: Path) -> None:
     bge = files_of(save_st(tmp_path / "made" / "bge", bert, wordpiece(), pooling="cls"))
     other = {**bge, "README.md": b"# Another digest, therefore another artifact\n"}
     caches = tmp_path / "caches"
-    for name in ("own", "modelscope", "huggingface"):  # the script does not remove the directories themselves
+    for name in ("own", "modelscope", "huggingface"):
         (caches / name).mkdir(parents=True)
     port = free_port()
     with ModelScopeServer({GTE: gte}) as modelscope, HuggingFaceServer({BGE: bge, OTHER: other}) as huggingface:
@@ -74,7 +74,7 @@ def test_script_restores_the_caches(tmp_path: Path) -> None:
         subprocess.run(
             ["emb-provider", "pull", "--no-compile", OTHER], cwd=tmp_path, env=environ, timeout=120, check=True
         )
-        before = tree(caches)
+        before = content(caches)
         assert before
         script_text = script.text.replace("localhost:9000", f"localhost:{port}")
         with subprocess.Popen(
@@ -95,4 +95,4 @@ def test_script_restores_the_caches(tmp_path: Path) -> None:
     assert running.returncode == 0, output
     assert GTE in output
     assert BGE in output
-    assert tree(caches) == before
+    assert content(caches) == before
