@@ -107,6 +107,7 @@ def test_a_start_with_an_artifact_is_fast_and_small(cache: Path) -> None:
     assert fastest["memory_mb"] < 300
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="uses prctl and process states of Linux")
 def test_the_compiler_ends_with_a_killed_service(compiled: CompiledModels, tmp_path: Path) -> None:
     """There is no artifact after SIGKILL in the middle of a compile; the next start makes one."""

@@ -69,6 +69,7 @@ def test_each_exporter_makes_the_same_model(name: str, family: str, compiled: Co
     assert result.outcome == "done"
 
 
+@pytest.mark.slow
 def test_auto_falls_back_to_fp32(compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A note says how far bf16 is off."""
     real = build.compare
@@ -86,6 +87,7 @@ def test_auto_falls_back_to_fp32(compiled: CompiledModels, tmp_path: Path, monke
     assert description["notes"] == ["computed in fp32, because it is not accurate enough at bf16, cosine 0.5"]
 
 
+@pytest.mark.slow
 def test_a_wrong_conversion_is_refused_before_it_is_quantized(compiled: CompiledModels, tmp_path: Path) -> None:
     """Otherwise its error would be taken for the loss of accuracy by quantization."""
     result, steps = compile_here(
@@ -95,6 +97,7 @@ def test_a_wrong_conversion_is_refused_before_it_is_quantized(compiled: Compiled
     assert "quantize to int8" not in steps
 
 
+@pytest.mark.slow
 def test_activations_are_quantized_only_if_that_is_accurate_enough(compiled: CompiledModels, tmp_path: Path) -> None:
     """Small models with random weights are not. They compute in bf16 or fp32, and a note says why."""
     result, _ = compile_here(compiled.directory(FAMILY), tmp_path, int8=True, precision="int8")

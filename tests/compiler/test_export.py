@@ -86,7 +86,7 @@ def copy_of(family: str, compiled: CompiledModels, tmp_path: Path) -> Path:
     [
         pytest.param("bert-cls", OPENVINO, marks=pytest.mark.slow),
         ("bert-prompts-excluded", OPENVINO),
-        ("bert-dense", ONNX),
+        pytest.param("bert-dense", ONNX, marks=pytest.mark.slow),
         pytest.param("bert-prompts-excluded", ONNX, marks=pytest.mark.slow),
     ],
 )
@@ -129,6 +129,7 @@ def test_a_prebuilt_export_is_part_of_the_snapshot(name: str, compiled: Compiled
     assert {file.path for file in after.files} >= {name, name.replace(".xml", ".bin")}
 
 
+@pytest.mark.slow
 def test_a_prebuilt_export_without_weights_is_an_error(compiled: CompiledModels, tmp_path: Path) -> None:
     """sentence-transformers cannot load it, so there is nothing to compare the export with."""
     directory = copy_of("bert-cls", compiled, tmp_path)

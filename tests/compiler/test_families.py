@@ -28,7 +28,7 @@ from tests.models import FAMILIES
 if TYPE_CHECKING:
     from tests.artifacts.helpers import CompiledModels
 
-SOME_FAMILIES = mark_slow_except(FAMILIES, FAMILY, "bert-prompts-excluded", "modernbert", "qwen3-left")
+SOME_FAMILIES = mark_slow_except(FAMILIES, FAMILY, "bert-prompts-excluded")
 TOLERANCE = {"min_cosine": 0.9999, "norm_tolerance": 1e-3}
 
 
@@ -58,7 +58,7 @@ def test_description_equals_that_of_the_torch_backend(family: str, compiled: Com
     assert fidelity.texts > 100
 
 
-@pytest.mark.parametrize("family", ["bert-prompts-excluded", "qwen3-left"])
+@pytest.mark.parametrize("family", mark_slow_except(["bert-prompts-excluded", "qwen3-left"], "bert-prompts-excluded"))
 def test_prompts_equal_sentence_transformers(family: str, compiled: CompiledModels) -> None:
     """For each declared prompt, whether its tokens are pooled or excluded."""
     model = compiled(family)

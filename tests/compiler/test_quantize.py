@@ -37,8 +37,7 @@ def weights_size(model: Compiled) -> int:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "family",
-    mark_slow_except(["bert-cls", "bert-dense", "xlm-roberta", "mpnet", "modernbert", "qwen3-left"], "qwen3-left"),
+    "family", mark_slow_except([FAMILY, "bert-dense", "xlm-roberta", "mpnet", "modernbert", "qwen3-left"], FAMILY)
 )
 def test_quantized_families_are_close_to_fp32(
     family: str, precision: QuantizedWeights, compiled: CompiledModels, tmp_path: Path
@@ -62,7 +61,9 @@ def test_quantized_families_are_close_to_fp32(
         assert MIN_COSINES[precision] <= cosines(vectors, expected).min() < 0.99999
 
 
-@pytest.mark.parametrize(("family", "precision"), [(FAMILY, "int8"), ("qwen3-left", "int4")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [(FAMILY, "int8"), pytest.param("qwen3-left", "int4", marks=pytest.mark.slow)]
+)
 def test_a_quantized_artifact_is_measured(family: str, precision: str, compiled: CompiledModels) -> None:
     """The exact graph is removed, and the description names the precision of the computation."""
     model = compiled(family, precision=precision)
@@ -96,6 +97,7 @@ def test_the_bundled_model_reaches_the_documented_values(
     assert model.load().embed(ONE_TOKEN).shape == (1, 384)
 
 
+@pytest.mark.slow
 def test_a_model_that_nncf_cannot_quantize_is_unsupported(
     compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

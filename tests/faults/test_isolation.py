@@ -45,6 +45,7 @@ def assert_failed(response: httpx.Response) -> None:
     assert response.headers["x-request-id"] in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_batches_stay_small_after_one_did_not_fit_into_memory(faulty: FaultyService) -> None:
     """A batch that does not fit is divided. Later batches are small from the start, and large again after a while."""
     limit, streams = 100, faulty.streams(SHAKY)

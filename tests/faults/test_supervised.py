@@ -45,6 +45,7 @@ def test_request_after_a_native_crash_is_answered(supervised: FaultyService) -> 
     assert supervised.is_correct(supervised.embed(culprit, model=SHAKY), culprit)
 
 
+@pytest.mark.slow
 def test_process_with_a_model_that_hangs_is_replaced(supervised: FaultyService) -> None:
     """A forward pass that does not end ends the process, and the new one responses requests."""
     texts, culprit = supervised.texts(2), supervised.texts(1, "hang")
@@ -60,6 +61,7 @@ def test_process_with_a_model_that_hangs_is_replaced(supervised: FaultyService) 
         assert supervised.is_correct(supervised.embed(texts, model=alias), texts)
 
 
+@pytest.mark.slow
 def test_process_without_heartbeat_is_replaced(supervised: FaultyService) -> None:
     """A stopped process is replaced, and the new one responses requests."""
     texts, stuck = supervised.texts(2), processes(supervised)[-1]

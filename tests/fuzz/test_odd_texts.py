@@ -31,6 +31,7 @@ def _embed(service: Service, value: Any) -> NDArray[np.float32]:
     return vectors(response, fields, default_model=BUNDLED)
 
 
+@pytest.mark.slow
 def test_unusual_texts_alone_and_together(service: Service) -> None:
     """In one request with all the others, each text has the vector that it has alone."""
     texts = odd_texts(1_000_000)

@@ -47,7 +47,7 @@ if end == "lose heartbeat":
         inherited.beat()
     time.sleep(600)
 if end == "keep heartbeat":
-    for _ in range(80):
+    for _ in range(50):
         inherited.beat()
         time.sleep(0.1)
     os._exit(0)
@@ -132,9 +132,9 @@ def test_child_that_ran_long_enough_is_restarted_at_once(tmp_path: Path) -> None
 
 def test_child_without_heartbeat_is_restarted(tmp_path: Path) -> None:
     """A child whose heartbeat stops is aborted and prints its stacks. One that keeps its heartbeat is not."""
-    program = Program(tmp_path, "lose heartbeat", "keep heartbeat", heartbeat_timeout_s=5)
+    program = Program(tmp_path, "lose heartbeat", "keep heartbeat", heartbeat_timeout_s=3)
     assert program.wait_for_exit() == 0
-    assert sum("sent no heartbeat for 5 s, aborting it" in line for line in program.lines) == 1
+    assert sum("sent no heartbeat for 3 s, aborting it" in line for line in program.lines) == 1
     assert any("Fatal Python error: Aborted" in line for line in program.lines)
     assert [start.partition(" after ")[0] for start in program.starts] == ["", "was killed by SIGABRT"]
 

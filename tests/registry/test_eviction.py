@@ -40,6 +40,7 @@ def vector(response: httpx.Response) -> list[float]:
     return embedding
 
 
+@pytest.mark.slow
 def test_all_requests_are_answered_while_models_evict_each_other(narrow: Service) -> None:
     """Concurrent requests for three models, of which one can be loaded: none fails, and each vector is correct."""
     assert states(narrow) == {"one": "ready", "two": "unloaded", "three": "unloaded"}

@@ -94,6 +94,7 @@ def test_a_model_without_linear_layers_is_an_error(tmp_path: Path) -> None:
         load_torch(tmp_path / "static", precision="int8")
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_imported_for_int4_only() -> None:
     """The imports of the backend and of bitsandbytes write nothing to the log."""
     program = (
