@@ -35,6 +35,7 @@ def manifest(artifact: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_exporters_are_tried_in_order(compiled: CompiledModels, tmp_path: Path) -> None:
     """The first one fails, the second one makes other vectors, and the third one is named in the manifest."""
     exporters = {"first": failing_export, "second": wrong_export, "third": trace}
@@ -59,7 +60,7 @@ def test_a_model_is_unsupported_if_all_exporters_fail(compiled: CompiledModels, 
     assert result.reason == ("first: RuntimeError: cannot be exported; second: RuntimeError: cannot be exported")
 
 
-@pytest.mark.parametrize("name", ["tracing", "tracing, attention not fused"])
+@pytest.mark.parametrize("name", mark_slow_except(["tracing", "tracing, attention not fused"], "tracing"))
 @pytest.mark.parametrize(
     "family", mark_slow_except(["bert-prompts-excluded", "modernbert", "qwen3-left"], "bert-prompts-excluded")
 )

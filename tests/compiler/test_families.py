@@ -100,6 +100,7 @@ def test_the_bundled_model_at_each_precision(precision: str, compiled: CompiledM
     assert model.artifact.made_by == "torch.export"
 
 
+@pytest.mark.slow
 def test_fp16_weights_take_half_the_space(compiled: CompiledModels) -> None:
     whole, half = (
         (compiled(FAMILY, precision=precision).artifact.directory / WEIGHTS).stat().st_size
