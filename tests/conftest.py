@@ -22,20 +22,20 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 TESTS = Path(__file__).parent
 FIRST = (
     "compiler",
-    "serving",
     "api",
+    "serving",
+    "hubs",
+    "management",
     "faults",
     "cli",
-    "hubs",
     "process",
-    "management",
     "backends",
     "artifacts",
     "registry",
 )
-"""Directories, the longest running first, so that both workers finish at about the same time.
+"""Directories, mostly the longest running first, so that both workers finish at about the same time.
 
-serving is an exception: it runs the garbage collector often, which is slower after the imports of other directories.
+serving, hubs and management start no service, which would wait until the services of api have compiled the model.
 """
 SHARE_SERVICES = {"docs": "api", "fuzz": "api", "observability": "api"}
 """Directories that run with another one, because their tests use the same services."""
