@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHINESE = [document for document in DOCUMENTS if document.name.endswith(".zh-CN.md")]
 PACKAGE = ROOT / "emb_model_provider"
-MARKS = {"", "run", "output", "env", "script", "mapping keys"}
+MARKS = {"", "run", "output", "env", "script", "startup", "mapping keys"}
 
 
 def relative(path: Path) -> str:

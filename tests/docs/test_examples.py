@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.settings.loading import load_settings
-from tests.docs.markdown import DOCUMENTS, Block, blocks
+from tests.docs.markdown import DOCUMENTS, ROOT, Block, blocks
 from tests.service import Service, environment
 
 if TYPE_CHECKING:
@@ -71,6 +71,22 @@ def test_settings_example_is_read(block: Block, tmp_path: Path) -> None:
     settings, warnings = load_settings(tmp_path / ".env", {})
     assert warnings == []
     assert settings.model_fields_set
+
+
+@pytest.mark.slow
+def test_first_start_logs_the_lines_of_the_readme(tmp_path: Path) -> None:
+    """Numbers and the precision differ between machines; a slow machine logs the progress of compiling in between."""
+    (block,) = (block for block in blocks(ROOT / "README.md") if block.mark == "startup")
+    with Service(tmp_path, LOG_FORMAT="text", CACHE_DIR=str(tmp_path / "cache")) as service:
+        text = service.wait().log_text().replace(f"localhost:{service.port}", "localhost:9000")
+    logged = [variable(re.sub(r"^\S+ \S+ ", "", line)) for line in text.splitlines()]
+    shown = [variable(line) for line in block.text.splitlines()]
+    assert [line for line in logged if line in shown] == shown, text
+
+
+def variable(line: str) -> str:
+    """Replace what differs between machines."""
+    return re.sub(r"\b(bf16|fp32)\b", "#", re.sub(r"(?<![\w:-])\d+(\.\d+)?", "#", line))
 
 
 def test_examples_are_found() -> None:
