@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the directories into the order of `FIRST`."""
     ranks = {name: rank for rank, name in enumerate(FIRST)}
     items.sort(key=lambda item: ranks.get(group(item.nodeid), len(FIRST)))
+
+
+@pytest.fixture
+def short_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collect only young objects when an engine starts and stops, because the imports of all tests are millions."""
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda: collect(0))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+pytestmark = pytest.mark.usefixtures("short_collections")
+
 TEXTS = ["hello", "你好,世界", "The quick brown fox jumps over the lazy dog.", "a " * 400, ""]
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fcntl import ioctl
 from struct import pack
 from termios import TIOCSWINSZ
@@ -21,6 +22,7 @@ from emb_model_provider.progress import Progress, ProgressReporter, RateMeter, S
 from tests.service import wait_until
 
 LONG_NAME = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
+NAMES = ("small", LONG_NAME, "/data/模型/多语言句子向量模型-第二版")
 
 
 class Terminal(io.StringIO):
@@ -113,27 +115,34 @@ def test_a_terminal_is_redrawn_several_times_a_second_at_most() -> None:
     assert len(stream.shown()) < 100
 
 
-@pytest.mark.parametrize("columns", [30, 40, 80, 120])
-@pytest.mark.parametrize("name", ["small", LONG_NAME, "/data/模型/多语言句子向量模型-第二版"])
-def test_narrow_terminals_show_the_figures(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_terminals_show_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes and phase are left out, and the name is shortened, so that the line never wraps."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    stream = Terminal()
-    with ProgressReporter("auto", stream=stream) as report:
-        report.model(name)
-        report(Progress("download", "acme/tiny", 0, 90_900_000))
-        time.sleep(0.6)
-        report(Progress("download", "acme/tiny", 12_000_000, 90_900_000))
-    line = stream.shown()[-2]
-    assert re.search(r"\b13 %\)?, \d+(\.\d)? MB/s, 0:0\d left$", line)
-    assert len(line) + len(re.findall(r"[一-龥]", line)) < columns
-    if columns == 120:
-        assert line.startswith(f"{name}: download 12.0 MB of 90.9 MB (13 %), ")
-    elif columns == 80:
-        assert ": download 12.0 MB of 90.9 MB (13 %), " in line
-    elif columns == 40 and name == LONG_NAME:
-        assert line.startswith("...")
-        assert LONG_NAME.endswith(line.removeprefix("...").partition(":")[0])
+    shown: dict[tuple[str, int], str] = {}
+
+    def show(name: str, columns: int) -> None:
+        stream = Terminal()
+        with ProgressReporter("auto", stream=stream) as report:
+            report.model(name)
+            report(Progress("download", "acme/tiny", 0, 90_900_000))
+            time.sleep(0.6)
+            report(Progress("download", "acme/tiny", 12_000_000, 90_900_000))
+        shown[name, columns] = stream.shown()[-2]
+
+    for columns in (30, 40, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(show, NAMES, [columns] * len(NAMES)))
+    assert len(shown) == 4 * len(NAMES)
+    for (name, columns), line in shown.items():
+        assert re.search(r"\b13 %\)?, \d+(\.\d)? MB/s, 0:0\d left$", line)
+        assert len(line) + len(re.findall(r"[一-龥]", line)) < columns
+        if columns == 120:
+            assert line.startswith(f"{name}: download 12.0 MB of 90.9 MB (13 %), ")
+        elif columns == 80:
+            assert ": download 12.0 MB of 90.9 MB (13 %), " in line
+        elif columns == 40 and name == LONG_NAME:
+            assert line.startswith("...")
+            assert LONG_NAME.endswith(line.removeprefix("...").partition(":")[0])
 
 
 def test_the_width_is_that_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

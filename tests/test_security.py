@@ -180,6 +180,7 @@ def test_tensors_are_loaded(tmp_path: Path) -> None:
     assert backend.description.dimension == 20
 
 
+@pytest.mark.slow
 def test_service_does_not_run_code_in_weights(tmp_path: Path) -> None:
     """Neither the compiler nor torch, which is tried after it, runs code in weights.
 

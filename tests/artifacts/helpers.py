@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import pytest
 from filelock import FileLock
 
 from emb_model_provider.artifacts.compiler_process import CompileJob
@@ -28,10 +27,10 @@ from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSett
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from _pytest.mark import ParameterSet
+    import pytest
 
     from emb_model_provider.artifacts.compiler_process import CompileResult
     from emb_model_provider.artifacts.manifest import Artifact
@@ -84,11 +83,6 @@ def compile_here(
     with warnings.catch_warnings(action="ignore"):
         result = build_artifact(job, steps.append, exporters=exporters, corpus_s=corpus_s)
     return result, steps
-
-
-def mark_slow_except(names: Iterable[str], *defaults: str) -> list[ParameterSet]:
-    """Return parameters of a test, all but the defaults marked as slow."""
-    return [pytest.param(name, marks=() if name in defaults else pytest.mark.slow) for name in names]
 
 
 @dataclass(frozen=True)

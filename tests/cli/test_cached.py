@@ -7,13 +7,13 @@ import re
 import shutil
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.cli.helpers import invoke, invoke_json, pull_files, run, run_python
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
     from tests.cli.conftest import Compiled
 
@@ -113,6 +113,7 @@ def test_show_of_an_unknown_model_names_similar_ones(here: Path) -> None:
     assert HF_REPO in unknown.stderr
 
 
+@pytest.mark.slow
 def test_show_describes_a_compiled_model(compiled: Compiled) -> None:
     shown = run(compiled.directory, "show", "small", **compiled.settings)
     assert shown.returncode == 0, shown.stderr
@@ -152,6 +153,7 @@ def test_verify_without_an_id_is_limited_by_revision_and_source(here: Path) -> N
         assert [model["model_name"] for model in invoke_json("verify", *options)["models"]] == [name]
 
 
+@pytest.mark.slow
 def test_verify_repair_removes_a_damaged_compiled_form(
     compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cli.helpers import SCRIPT, invoke, phases, run
-from tests.service import environment
+from tests.service import BUNDLED, environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,23 +18,22 @@ if TYPE_CHECKING:
     from tests.cli.conftest import Compiled
 
 
-def test_embed_prints_an_array_per_text(compiled: Compiled) -> None:
+def test_embed_prints_an_array_per_text(tmp_path: Path, service_cache: str) -> None:
     """From arguments, a file and stdin, in their order."""
-    directory, settings = compiled.directory, compiled.settings | {"OFFLINE": "true"}
-    (directory / "texts.txt").write_text("two\nthree\n", encoding="utf-8")
-    done = run(directory, "embed", "one", "@texts.txt", "-", "-m", "small", stdin="three\n\n", **settings)
+    (tmp_path / "texts.txt").write_text("two\nthree\n", encoding="utf-8")
+    arguments = ("embed", "one", "@texts.txt", "-", "-m", BUNDLED)
+    done = run(tmp_path, *arguments, stdin="three\n\n", CACHE_DIR=service_cache)
     assert done.returncode == 0, done.stderr
     vectors = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [len(vector) for vector in vectors] == [48] * 5
-    assert vectors[2] == pytest.approx(vectors[3], abs=1e-6)
-    assert vectors[0] != pytest.approx(vectors[1], abs=1e-3)
-    assert sum(value * value for value in vectors[0]) == pytest.approx(1, abs=1e-4)
+    assert [len(vector) for vector in vectors] == [384] * 5
+    assert vectors[2] == pytest.approx(vectors[3], abs=1e-3)
+    assert vectors[0] != pytest.approx(vectors[1], abs=1e-2)
+    assert sum(value * value for value in vectors[0]) == pytest.approx(1, abs=1e-3)
 
 
-def test_embed_as_json_prints_an_object_per_text(compiled: Compiled) -> None:
-    settings = compiled.settings | {"OFFLINE": "true"}
-    (vector,) = run(compiled.directory, "embed", "one", **settings).stdout.splitlines()
-    (line,) = run(compiled.directory, "embed", "one", "--json", **settings).stdout.splitlines()
+def test_embed_as_json_prints_an_object_per_text(tmp_path: Path, service_cache: str) -> None:
+    (vector,) = run(tmp_path, "embed", "one", CACHE_DIR=service_cache).stdout.splitlines()
+    (line,) = run(tmp_path, "embed", "one", "--json", CACHE_DIR=service_cache).stdout.splitlines()
     result = json.loads(line)
     assert (result["index"], result["text"]) == (0, "one")
     assert result["embedding"] == pytest.approx(json.loads(vector), abs=1e-6)
@@ -50,13 +49,13 @@ def test_embed_shows_that_it_compiles(compiled: Compiled, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_embed_reads_the_output_of_a_command(compiled: Compiled) -> None:
+def test_embed_reads_the_output_of_a_command(tmp_path: Path, service_cache: str) -> None:
     """`@<(command)` is a pipe."""
     line = f'"{SCRIPT}" embed @<(echo one; echo two)'
     done = subprocess.run(
         ["bash", "-c", line],
-        cwd=compiled.directory,
-        env=environment(compiled.directory, OFFLINE="true", **compiled.settings),
+        cwd=tmp_path,
+        env=environment(tmp_path, CACHE_DIR=service_cache),
         capture_output=True,
         encoding="utf-8",
         check=False,

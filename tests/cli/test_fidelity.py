@@ -57,6 +57,7 @@ def check_row(row: dict[str, Any], precision: str) -> None:
 # --- results ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_measured(place: Path) -> None:
     """Only JSON is on stdout."""
     result = json.loads(measure(place, "fp32", "--json").stdout)
@@ -89,6 +90,7 @@ def test_a_model_is_measured_at_each_precision(place: Path) -> None:
     assert "versions: Python" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_precision_that_is_not_possible_has_its_reason_in_its_row(place: Path) -> None:
     """The exit code is 1 if no precision is possible."""
     options = ("--backend", "openvino", "--device", "cuda", "--precisions", "fp32,int8", "--rounds", "1")
@@ -141,6 +143,7 @@ def test_a_worker_that_dies_has_an_error(program: str, reason: str) -> None:
         assert reason in worker.loaded["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before a worker", "while a worker starts", "while a worker measures"])
 def test_an_interrupt_ends_all_processes(place: Path, moment: str) -> None:
     """Ctrl-C reaches the whole process group. The exit code is 130, and there is no traceback."""

@@ -84,6 +84,7 @@ def test_a_model_that_fails_does_not_affect_the_others(here: Path) -> None:
     assert "Hugging Face" in error
 
 
+@pytest.mark.slow
 def test_pull_compiles_and_reports_the_fidelity(compiled: Compiled) -> None:
     assert phases(compiled.stderr)[-3:] == ["compile", "compare", "ready"]
     pulled = compiled.pulled["compiled"]
@@ -99,6 +100,7 @@ def test_pull_compiles_and_reports_the_fidelity(compiled: Compiled) -> None:
 # --- interrupts ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_compiling_leaves_nothing_behind(compiled: Compiled) -> None:
     """No process and no unfinished artifact is left. The next pull uses the files that were downloaded.
 

@@ -112,6 +112,7 @@ def test_wait_waits_until_a_model_is_released(here: Path) -> None:
     assert invoke_json("list")["models"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--wait", "60")])
 def test_rm_all_removes_compiled_forms_without_a_model(
     options: tuple[str, ...], compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

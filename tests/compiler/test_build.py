@@ -12,7 +12,8 @@ from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.compiler import build
 from emb_model_provider.compiler.export import EXPORTERS, trace
 from emb_model_provider.fidelity.compare import MismatchError
-from tests.artifacts.helpers import FAMILY, CompiledModels, compile_here, mark_slow_except
+from tests.artifacts.helpers import FAMILY, CompiledModels, compile_here
+from tests.marks import mark_slow_except
 
 if TYPE_CHECKING:
     from collections.abc import Callable

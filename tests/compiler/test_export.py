@@ -22,6 +22,7 @@ from emb_model_provider.settings import HubSettings
 from tests.artifacts.helpers import CompiledModels, compile_here
 from tests.backends.helpers import TEXTS, cosines, embed_texts, reference
 from tests.backends.small_tokenizers import wordpiece
+from tests.marks import mark_slow_except
 
 if TYPE_CHECKING:
     from emb_model_provider.compiler.export import Exporter
@@ -115,7 +116,7 @@ def test_a_prebuilt_export_without_token_vectors_is_not_used(compiled: CompiledM
     assert "openvino/openvino_model.xml: it has none of the outputs token_embeddings" in result.reason
 
 
-@pytest.mark.parametrize("name", [OPENVINO, ONNX])
+@pytest.mark.parametrize("name", mark_slow_except([OPENVINO, ONNX], ONNX))
 def test_a_prebuilt_export_is_part_of_the_snapshot(name: str, compiled: CompiledModels, tmp_path: Path) -> None:
     """It is hashed like the weights, so it changes the digest, and the compiler finds it."""
     directory = copy_of("bert-cls", compiled, tmp_path)

@@ -12,7 +12,7 @@ from emb_model_provider.artifacts.manifest import WEIGHTS
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.tokenization import Tokenization
-from tests.artifacts.helpers import FAMILY, mark_slow_except
+from tests.artifacts.helpers import FAMILY
 from tests.backends.helpers import (
     DISTINCT,
     TEXTS,
@@ -23,6 +23,7 @@ from tests.backends.helpers import (
     load_torch,
     reference,
 )
+from tests.marks import mark_slow_except
 from tests.models import FAMILIES
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import POOLING_MASK
 from emb_model_provider.compiler.quantize import QuantizeError, calibration_inputs, quantize
 from emb_model_provider.fidelity.texts import calibration_texts, probes
-from tests.artifacts.helpers import FAMILY, ONE_TOKEN, Compiled, CompiledModels, compile_here, mark_slow_except
+from tests.artifacts.helpers import FAMILY, ONE_TOKEN, Compiled, CompiledModels, compile_here
 from tests.backends.helpers import TEXTS, cosines, description, embed_texts, reference
+from tests.marks import mark_slow_except
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,6 +10,8 @@ from emb_model_provider.errors import InferenceError
 from tests.serving.fakes import FAILS, NEVER_FINITE, NOT_FINITE, expected
 from tests.serving.helpers import expected_vectors, ids, started_engine
 
+pytestmark = pytest.mark.usefixtures("short_collections")
+
 
 async def test_failing_input_fails_only_its_request() -> None:
     """A batch that fails is bisected: the other requests of the batch get their vectors."""

@@ -17,6 +17,8 @@ from emb_model_provider.settings import LimitSettings
 from tests.serving.fakes import expected
 from tests.serving.helpers import ids, started_engine
 
+pytestmark = pytest.mark.usefixtures("short_collections")
+
 DEFAULTS = EmbedOptions()
 
 

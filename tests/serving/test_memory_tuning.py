@@ -15,11 +15,6 @@ from emb_model_provider.backends.hardware import usable_cpus
 from emb_model_provider.serving.memory_tuning import freeze_gc
 
 
-@pytest.fixture(autouse=True)
-def short_collections() -> None:
-    """Collect all objects, unlike in the other tests of this directory."""
-
-
 class _Node:
     def __init__(self) -> None:
         self.itself = self

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from emb_model_provider.serving.jobs import BatchRecord
 
+pytestmark = pytest.mark.usefixtures("short_collections")
+
 
 async def start(load: Callable[[], FakeBackend]) -> None:
     with ThreadPoolExecutor(1) as executor:

@@ -9,6 +9,8 @@ from emb_model_provider.errors import DimensionsError, RequestError
 from tests.serving.fakes import describe, expected
 from tests.serving.helpers import ids, started_engine
 
+pytestmark = pytest.mark.usefixtures("short_collections")
+
 
 async def test_request_overrides_normalization_of_the_model() -> None:
     """`normalize` of the request takes precedence over the model."""

@@ -16,6 +16,8 @@ from tests.serving.helpers import ids, started_engine, until
 if TYPE_CHECKING:
     from emb_model_provider.serving.jobs import BatchRecord
 
+pytestmark = pytest.mark.usefixtures("short_collections")
+
 DEFAULTS = EmbedOptions()
 
 
