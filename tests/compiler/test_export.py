@@ -82,13 +82,14 @@ def copy_of(family: str, compiled: CompiledModels, tmp_path: Path) -> Path:
     return Path(shutil.copytree(compiled.directory(family), tmp_path / "model"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        pytest.param("bert-cls", OPENVINO, marks=pytest.mark.slow),
+        ("bert-cls", OPENVINO),
         ("bert-prompts-excluded", OPENVINO),
-        pytest.param("bert-dense", ONNX, marks=pytest.mark.slow),
-        pytest.param("bert-prompts-excluded", ONNX, marks=pytest.mark.slow),
+        ("bert-dense", ONNX),
+        ("bert-prompts-excluded", ONNX),
     ],
 )
 def test_a_prebuilt_export_is_extended_by_the_later_stages(
