@@ -61,6 +61,7 @@ def test_a_model_is_unsupported_if_all_exporters_fail(compiled: CompiledModels, 
     assert result.reason == ("first: RuntimeError: cannot be exported; second: RuntimeError: cannot be exported")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mark_slow_except(["tracing", "tracing, attention not fused"], "tracing"))
 @pytest.mark.parametrize(
     "family", mark_slow_except(["bert-prompts-excluded", "modernbert", "qwen3-left"], "bert-prompts-excluded")

@@ -108,6 +108,7 @@ def test_a_prebuilt_export_is_extended_by_the_later_stages(
     assert cosines(vectors, expected).min() >= 0.9999
 
 
+@pytest.mark.slow
 def test_a_prebuilt_export_without_token_vectors_is_not_used(compiled: CompiledModels, tmp_path: Path) -> None:
     """The reason names the outputs that are required."""
     directory = copy_of("bert-cls", compiled, tmp_path)

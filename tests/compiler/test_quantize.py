@@ -62,6 +62,7 @@ def test_quantized_families_are_close_to_fp32(
         assert MIN_COSINES[precision] <= cosines(vectors, expected).min() < 0.99999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "precision"), [(FAMILY, "int8"), pytest.param("qwen3-left", "int4", marks=pytest.mark.slow)]
 )

@@ -45,6 +45,7 @@ def test_hang_is_reported_until_it_ends(faulty: FaultyService) -> None:
     assert len(faulty.control.events("load", alias=SHAKY)) == 1
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_process_that_hangs(faulty: FaultyService) -> None:
     """A request that hangs gets the grace period like any other. Then the process shuts down with exit code 0."""
     signal_while_hanging(faulty, [signal.SIGTERM])

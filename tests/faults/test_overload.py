@@ -27,6 +27,7 @@ def faulty(start: Start) -> FaultyService:
     return start(REQUEST_TIMEOUT_S=str(TIMEOUT_S), MAX_QUEUE_TOKENS="1000", MAX_BATCH_TOKENS=str(BATCH_TOKENS))
 
 
+@pytest.mark.slow
 def test_deadline_removes_the_request_from_the_queue(faulty: FaultyService) -> None:
     """A request that takes too long gets 504, and its waiting inputs do not run."""
     batches = 4 * TIMEOUT_S / SLOW_S * faulty.streams(SHAKY)

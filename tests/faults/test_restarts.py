@@ -27,6 +27,7 @@ def loads(service: FaultyService, alias: str) -> int:
     return len(service.control.events("load", alias=alias))
 
 
+@pytest.mark.slow
 def test_crash_of_a_stream_loses_no_request(faulty: FaultyService) -> None:
     """After the crash of a stream, all accepted requests are answered correctly. The other model is not affected."""
     before = loads(faulty, SHAKY)

@@ -28,6 +28,7 @@ def processes(service: FaultyService) -> list[int]:
     return list(dict.fromkeys(event["pid"] for event in service.control.events("load")))
 
 
+@pytest.mark.slow
 def test_request_after_a_native_crash_is_answered(supervised: FaultyService) -> None:
     """After SIGSEGV in a forward pass, the next request waits for the new process and is answered correctly."""
     texts, culprit = supervised.texts(2), supervised.texts(1, "segv")

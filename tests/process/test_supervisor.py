@@ -130,6 +130,7 @@ def test_child_that_ran_long_enough_is_restarted_at_once(tmp_path: Path) -> None
     assert program.wait_for_exit() == 0
 
 
+@pytest.mark.slow
 def test_child_without_heartbeat_is_restarted(tmp_path: Path) -> None:
     """A child whose heartbeat stops is aborted and prints its stacks. One that keeps its heartbeat is not."""
     program = Program(tmp_path, "lose heartbeat", "keep heartbeat", heartbeat_timeout_s=3)

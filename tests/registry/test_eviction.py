@@ -74,6 +74,7 @@ def test_memory_of_loaded_models_is_reported(narrow: Service) -> None:
         assert narrow.figure("emb_provider_model_memory_bytes", model=alias) == (memory_bytes or 0)
 
 
+@pytest.mark.slow
 def test_load_wait_and_idle_unload(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> None:
     """With LOAD_WAIT_S=0 a request does not wait for its load. With IDLE_UNLOAD_S the model is unloaded later."""
     settings = {"MODEL_MAPPING": MAPPING, "PRELOAD_MODELS": "none", "LOAD_WAIT_S": "0", "IDLE_UNLOAD_S": "1"}
