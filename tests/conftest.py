@@ -79,7 +79,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def group(nodeid: str) -> str:
-    """Return the directory of a test like "tests/api/test_auth.py::test_key", or the one whose services it shares."""
+    """Return the directory of a test, or the directory that it shares services with. Both run in one worker."""
     directory = nodeid.partition("::")[0].split("/")[1]
     return SHARE_SERVICES.get(directory, directory)
 
@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def short_collections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collect only young objects when an engine starts and stops, because the imports of all tests are millions."""
+    """Collect only young objects when an engine starts and stops, because the imports have millions."""
     collect = gc.collect
     monkeypatch.setattr(gc, "collect", lambda: collect(0))
 

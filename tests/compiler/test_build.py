@@ -13,7 +13,6 @@ from emb_model_provider.compiler import build
 from emb_model_provider.compiler.export import EXPORTERS, trace
 from emb_model_provider.fidelity.compare import MismatchError
 from tests.artifacts.helpers import FAMILY, CompiledModels, compile_here
-from tests.marks import mark_slow_except
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,10 +61,8 @@ def test_a_model_is_unsupported_if_all_exporters_fail(compiled: CompiledModels, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mark_slow_except(["tracing", "tracing, attention not fused"], "tracing"))
-@pytest.mark.parametrize(
-    "family", mark_slow_except(["bert-prompts-excluded", "modernbert", "qwen3-left"], "bert-prompts-excluded")
-)
+@pytest.mark.parametrize("name", ["tracing", "tracing, attention not fused"])
+@pytest.mark.parametrize("family", ["bert-prompts-excluded", "modernbert", "qwen3-left"])
 def test_each_exporter_makes_the_same_model(name: str, family: str, compiled: CompiledModels, tmp_path: Path) -> None:
     """The other tests use torch.export."""
     result, _ = compile_here(compiled.directory(family), tmp_path, exporters={name: EXPORTERS[name]}, precision="fp32")

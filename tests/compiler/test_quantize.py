@@ -63,9 +63,7 @@ def test_quantized_families_are_close_to_fp32(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "precision"), [(FAMILY, "int8"), pytest.param("qwen3-left", "int4", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("family", "precision"), [(FAMILY, "int8"), ("qwen3-left", "int4")])
 def test_a_quantized_artifact_is_measured(family: str, precision: str, compiled: CompiledModels) -> None:
     """The exact graph is removed, and the description names the precision of the computation."""
     model = compiled(family, precision=precision)

@@ -48,7 +48,7 @@ def test_request_after_a_native_crash_is_answered(supervised: FaultyService) -> 
 
 @pytest.mark.slow
 def test_process_with_a_model_that_hangs_is_replaced(supervised: FaultyService) -> None:
-    """A forward pass that does not end ends the process, and the new one responses requests."""
+    """A forward pass that does not end ends the process, and the new one answers requests."""
     texts, culprit = supervised.texts(2), supervised.texts(1, "hang")
     before = processes(supervised)
     supervised.control.arm("hang", SHAKY)
@@ -64,7 +64,7 @@ def test_process_with_a_model_that_hangs_is_replaced(supervised: FaultyService) 
 
 @pytest.mark.slow
 def test_process_without_heartbeat_is_replaced(supervised: FaultyService) -> None:
-    """A stopped process is replaced, and the new one responses requests."""
+    """A stopped process is replaced, and the new one answers requests."""
     texts, stuck = supervised.texts(2), processes(supervised)[-1]
     os.kill(stuck, signal.SIGSTOP)
     wait_until(lambda: processes(supervised)[-1] != stuck)
