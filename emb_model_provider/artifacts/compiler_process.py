@@ -18,7 +18,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
 from emb_model_provider.artifacts.recipe import Recipe
 from emb_model_provider.model_spec import ModelSpec
@@ -64,12 +64,10 @@ class CompileJob:
         spec, snapshot, recipe = values["spec"], values["snapshot"], values["recipe"]
         if isinstance(spec["dimensions"], list):
             spec["dimensions"] = tuple(spec["dimensions"])
-        snapshot["path"] = Path(snapshot["path"])
-        snapshot["files"] = tuple(SnapshotFile(**file) for file in snapshot["files"])
         recipe["compute"] = tuple(recipe["compute"])
         return cls(
             spec=ModelSpec(**spec),
-            snapshot=Snapshot(**snapshot),
+            snapshot=_read_snapshot(snapshot),
             recipe=Recipe(**recipe),
             directory=Path(values["directory"]),
             threads=values["threads"],
@@ -196,6 +194,12 @@ def _follow(
         step, since = event.step, now
         phase: Phase = "compare" if step in _COMPARE_STEPS else "compile"
         on_progress(Progress(phase, job.snapshot.repository, step=step))
+
+
+def _read_snapshot(values: dict[str, Any]) -> Snapshot:
+    files = tuple(SnapshotFile(**file) for file in values["files"])
+    dependencies = tuple(_read_snapshot(each) for each in values["dependencies"])
+    return Snapshot(**{**values, "path": Path(values["path"]), "files": files, "dependencies": dependencies})
 
 
 def _read_event(line: str) -> CompileStep | CompileResult:

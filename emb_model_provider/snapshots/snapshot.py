@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from emb_model_provider.model_spec import HubName
@@ -38,12 +38,35 @@ class Snapshot:
     path: Path
     files: tuple[SnapshotFile, ...]
     digest: str
+    """Of the files, and of the dependencies if there are any."""
+    dependencies: tuple[Snapshot, ...] = ()
+    """Snapshots of other repositories that loading reads too: the base model of an adapter, and repositories of code."""
+    required_as: str = ""
+    """Of a dependency: its name as the files that require it write it, which can differ from its name on the hub."""
 
     @classmethod
     def of(cls, hub: HubName, repository: str, revision: str, path: Path, files: Iterable[SnapshotFile]) -> Snapshot:
         """Create a snapshot of files that the caller has just hashed."""
         ordered = tuple(sorted(files, key=lambda file: file.path))
         return cls(hub, repository, revision, path, ordered, digest_of(ordered))
+
+    @property
+    def size(self) -> int:
+        """The size of the files in bytes, those of the dependencies included."""
+        return sum(file.size for file in self.files) + sum(each.size for each in self.dependencies)
+
+    def with_dependencies(self, dependencies: Mapping[str, Snapshot]) -> Snapshot:
+        """Return this snapshot with other dependencies, by their names as the files of this snapshot write them."""
+        named = tuple(replace(each, required_as=name) for name, each in sorted(dependencies.items()))
+        digest = digest_of(self.files)
+        if named:
+            lines = [digest, *(f"{each.required_as}\0{each.digest}" for each in named)]
+            digest = hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+        return replace(self, dependencies=named, digest=digest)
+
+    def dependency(self, name: str) -> Snapshot | None:
+        """Return the dependency that the files of this snapshot call `name`."""
+        return next((each for each in self.dependencies if each.required_as == name), None)
 
 
 @dataclass(frozen=True, slots=True)

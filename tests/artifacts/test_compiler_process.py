@@ -131,6 +131,7 @@ def test_the_compiler_ends_with_a_killed_service(compiled: CompiledModels, tmp_p
 def test_the_compiler_reads_the_job_that_was_written(tmp_path: Path) -> None:
     """All values are equal except those for downloading, which the compiler does not get."""
     spec, snapshot = spec_of(prompts={"query": "q: "}, dimensions=(8, 16)), snapshot_of(bundled_directory())
+    snapshot = snapshot.with_dependencies({"acme/code": snapshot})
     recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=True)
     job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=3)
     assert job.parent == os.getpid()
