@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CorruptSnapshotError, HubError, RepositoryNotFoundError
+from emb_model_provider.hubs.directories import list_files, locate_model, select_present
 from emb_model_provider.hubs.selection import require_all_parts, require_model, select
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from emb_model_provider.progress import Progress
@@ -58,11 +58,12 @@ class LocalHub:
                 f"The model directory {directory} {problem}. Check EMB_PROVIDER_MODEL_PATH or EMB_PROVIDER_MODEL_NAME."
             )
         try:
-            available = _list_files(directory)
-            paths = select(available, with_export=True)
-            require_model(paths, f"The directory {directory}", available=available)
-            require_all_parts(directory, paths, f"The directory {directory}")
             key = ManifestKey("local", str(directory))
+            directory = locate_model(directory)
+            found = list_files(directory)
+            paths = select_present(directory, found)
+            require_model(paths, f"The directory {directory}", available=found.files)
+            require_all_parts(directory, paths, f"The directory {directory}")
             return _snapshot_in_place(key, directory, "local", paths, self._config.manifest_dir, on_progress)
         except OSError as error:
             raise HubError(
@@ -93,7 +94,7 @@ class BundledHub:
         directory = find_bundled()
         key = ManifestKey("bundled", repository)
         try:
-            paths = select(_list_files(directory))
+            paths = select(list_files(directory).files)
             manifest_dir = self._config.manifest_dir
             snapshot = _snapshot_in_place(key, directory, BUNDLED_REVISION, paths, manifest_dir, on_progress)
         except OSError as error:
@@ -157,16 +158,3 @@ def _snapshot_in_place(
                 key.repository, manifest_dir, error.strerror, CACHE_SETTING,
             )  # fmt: skip
     return snapshot
-
-
-def _list_files(directory: Path) -> list[str]:
-    """Return the paths of all files below a directory, except those in hidden directories."""
-    paths: list[str] = []
-    for parent, directories, names in os.walk(directory, onerror=_raise):
-        directories[:] = [name for name in directories if not name.startswith(".")]
-        paths += [(Path(parent) / name).relative_to(directory).as_posix() for name in names]
-    return paths
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error

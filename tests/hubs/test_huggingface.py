@@ -192,7 +192,7 @@ def test_invalid_commit_is_rejected(
     ("missing", "message"),
     [
         ({"config.json", "modules.json"}, "no config.json"),
-        ({"model.safetensors", "pytorch_model.bin"}, "no weights.*only an export"),
+        ({"model.safetensors", "pytorch_model.bin", "onnx/model.onnx"}, "only TensorFlow weights"),
     ],
 )
 def test_repository_without_a_model_is_rejected(

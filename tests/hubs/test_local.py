@@ -95,7 +95,10 @@ def test_invalid_directory_is_an_error(config: HubSettings, tmp_path: Path, prob
 
 @pytest.mark.parametrize(
     ("removed", "message"),
-    [(("config.json", "modules.json"), "no config.json"), (("model.safetensors", "pytorch_model.bin"), "no weights")],
+    [
+        (("config.json", "modules.json"), "no config.json"),
+        (("model.safetensors", "pytorch_model.bin", "onnx/model.onnx"), "only TensorFlow weights"),
+    ],
 )
 def test_directory_without_a_model_is_rejected(
     config: HubSettings, directory: Path, removed: tuple[str, ...], message: str
@@ -113,6 +116,7 @@ def test_config_json_is_optional_beside_modules_json(config: HubSettings, direct
 
 
 def test_invalid_index_of_shards_is_an_error(config: HubSettings, directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
     (directory / "model.safetensors.index.json").write_text("{")
     with pytest.raises(IncompleteRepositoryError, match="cannot be read"):
         fetch_snapshot(spec("x", path=directory), config)

@@ -150,14 +150,15 @@ def test_empty_repository_is_rejected(settings: Callable[..., HubSettings], mode
 def test_repository_without_weights_is_rejected(
     settings: Callable[..., HubSettings], modelscope: ModelScopeServer
 ) -> None:
-    """An export does not replace them. Nothing is downloaded."""
+    """Nothing is downloaded. An export to ONNX does replace them."""
     weights = modelscope.repos[MS_REPO].pop("pytorch_model.bin")
     with pytest.raises(IncompleteRepositoryError, match="no weights"):
         fetch_snapshot(spec(MS_REPO), settings())
-    modelscope.repos[MS_REPO]["onnx/model.onnx"] = weights
-    with pytest.raises(IncompleteRepositoryError, match="only an export"):
-        fetch_snapshot(spec(MS_REPO), settings())
     assert not modelscope.bodies()
+    modelscope.repos[MS_REPO] |= {"onnx/model.onnx": weights, "onnx/model_int8.onnx": weights}
+    fetch_snapshot(spec(MS_REPO), settings())
+    assert modelscope.bodies()["onnx/model.onnx"] == 1
+    assert not modelscope.bodies()["onnx/model_int8.onnx"]
 
 
 def test_missing_repository(settings: Callable[..., HubSettings]) -> None:
