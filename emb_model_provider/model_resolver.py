@@ -91,6 +91,20 @@ def directory_of(model: str) -> Path | None:
         return None
 
 
+def hidden_repository_note(spec: ModelSpec) -> str:
+    """Return a sentence, after a space, for errors of a model in a directory whose name could be that of a repository.
+
+    It says how to get the model of a hub. Empty if the model is no such directory.
+    """
+    name = str(spec.path or spec.name)
+    if name.startswith(PATHS) or len(Path(name).parts) != 2 or directory_of(name) is None:
+        return ""
+    return (
+        f" {name} is a directory here ({Path(name).absolute()}), and directories take precedence over the hubs. To use the "
+        "model of a hub, set EMB_PROVIDER_MODEL_SOURCE to huggingface or modelscope."
+    )
+
+
 def build_alias_index(configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> dict[str, str]:
     """Return the alias that each name refers to: ids, and last parts of ids and aliases that are unique.
 

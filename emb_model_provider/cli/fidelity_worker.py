@@ -84,7 +84,7 @@ def load(
         backend=backend or configured.backend,  # type: ignore[arg-type]  # likewise
         device=device or configured.device,
     )
-    snapshot = fetch_snapshot(spec, settings.hubs)
+    snapshot = fetch_snapshot(spec, settings.hubs, trust=settings.trust)
     no_floors = FidelitySettings(fidelity_floors=dict.fromkeys(get_args(FidelityPrecision), 0.0), measure_fidelity=True)
     prepared = BackendPreparer(settings.hubs, no_floors, settings.trust).prepare(spec, snapshot)
     started = time.perf_counter()

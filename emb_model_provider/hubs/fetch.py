@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CacheNotWritableError, HubError, OperationCancelledError, RepositoryNotFoundError
 from emb_model_provider.hubs import caches
+from emb_model_provider.hubs import dependencies as dependencies_of
 from emb_model_provider.hubs.base import HubConfig, create_hub
-from emb_model_provider.model_resolver import resolve_source
+from emb_model_provider.model_resolver import hidden_repository_note, resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.settings import TrustSettings
 from emb_model_provider.snapshots import journal, manifest
 from emb_model_provider.snapshots.files import CACHE_SETTING, require_writable, translate_os_error
 from emb_model_provider.snapshots.locks import lock_exclusive
 from emb_model_provider.snapshots.manifest import ALL_FILES, ManifestKey
 
 if TYPE_CHECKING:
+    from emb_model_provider.hubs.dependencies import Requirement
     from emb_model_provider.model_spec import HubName, ModelSpec
     from emb_model_provider.settings import HubSettings
     from emb_model_provider.snapshots.locks import FileLock
@@ -41,44 +43,35 @@ def fetch_snapshot(
     cancel: CancelToken | None = None,
     force: bool = False,
     patterns: FilePatterns = ALL_FILES,
+    trust: TrustSettings | None = None,
 ) -> Snapshot:
     """Return a complete, verified snapshot of a model, downloading it if necessary. Blocks.
 
-    With `force` the hub is asked even if there is a valid manifest, and what changed is downloaded. With `patterns` the
-    result need not be a complete model. If `cancel` is cancelled, what was downloaded so far is removed.
+    The snapshots of the repositories that the model needs are its dependencies: the base model of an adapter and, if the
+    code of the model may run, the repositories that it takes code from.
+
+    Args:
+        spec: The model.
+        settings: Where the hubs and the caches are.
+        on_progress: Called with the progress of the downloads.
+        cancel: Ends the download. What was downloaded so far is removed.
+        force: Ask the hub even if there is a valid manifest, and download what changed.
+        patterns: The files to download. With patterns, the result need not be a complete model, and has no dependencies.
+        trust: Whether code of the model may run. None: it may not.
+
+    Raises:
+        HubError: The message says what to do.
+        UnsupportedModelError: It is an adapter whose base model cannot be used.
+        OperationCancelledError: `cancel` was cancelled.
     """
-    hub = resolve_source(spec)
     token = cancel or CancelToken()
 
     def report(progress: Progress) -> None:
         on_progress(progress)
         token.raise_if_cancelled()
 
-    def fetch_from(hub: HubName, spec: ModelSpec) -> Snapshot:
-        config = _config(hub, spec, settings, patterns)
-        key = manifest_key(hub, spec, settings, patterns)
-        return _Fetch(key, spec.revision, config, report, token).run(force=force)
-
-    try:
-        return fetch_from(hub, spec)
-    except HubError as error:
-        if hub != "modelscope" or not settings.modelscope_fallback_to_huggingface:
-            raise
-        if isinstance(error, CacheNotWritableError):  # a fault of this machine, which another hub would hide
-            raise
-        first = error
-    logger.warning(
-        "Model %s could not be downloaded from ModelScope (%s) Trying Hugging Face under the same name, because "
-        "EMB_PROVIDER_MODELSCOPE_FALLBACK_TO_HUGGINGFACE is set.",
-        spec.name, first,
-    )  # fmt: skip
-    # The endpoint and the token are ModelScope's, and Hugging Face has another default branch.
-    revision = None if spec.revision == "master" else spec.revision
-    instead = dataclasses.replace(spec, source="huggingface", endpoint=None, token=None, revision=revision)
-    try:
-        return fetch_from("huggingface", instead)
-    except HubError as second:
-        raise type(second)(f"From ModelScope: {first} And from Hugging Face: {second}") from second
+    run = _Run(settings, trust or TrustSettings(), report, token, force=force)
+    return run.fetch_files(spec, patterns)[1] if patterns else run.fetch_model(spec)[1]
 
 
 def manifest_key(
@@ -102,6 +95,81 @@ def _config(hub: HubName, spec: ModelSpec, settings: HubSettings, patterns: File
         offline=settings.offline,
         patterns=patterns,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Gets a model and everything that it needs, each from its hub or the one to fall back to."""
+
+    settings: HubSettings
+    trust: TrustSettings
+    on_progress: OnProgress
+    cancel: CancelToken
+    force: bool
+
+    def fetch_model(self, spec: ModelSpec, *, adapter: Snapshot | None = None) -> tuple[ManifestKey, Snapshot]:
+        """Get a model with its dependencies; as the base model of an adapter, it must have weights."""
+        key, snapshot = self.fetch_files(spec, ALL_FILES)
+        if adapter is not None:
+            # Before its own dependencies, because two adapters could name each other.
+            dependencies_of.check_base(adapter, snapshot)
+        keys: dict[str, ManifestKey] = {}
+        dependencies: dict[str, Snapshot] = {}
+        trusted = self.trust.allows(spec, snapshot.hub)
+        for requirement in dependencies_of.required_repositories(snapshot, spec.name, with_code=trusted):
+            found = self._fetch_required(requirement, spec, snapshot)
+            if found is not None:
+                keys[requirement.name], dependencies[requirement.name] = found
+        composed = snapshot.with_dependencies(dependencies)
+        with contextlib.suppress(OSError):  # without it, `prune` removes the compiled form, and it is compiled again
+            manifest.record_dependencies(key, composed, keys, self.settings.cache_dir / "snapshots")
+        return key, composed
+
+    def _fetch_required(
+        self, requirement: Requirement, spec: ModelSpec, snapshot: Snapshot
+    ) -> tuple[ManifestKey, Snapshot] | None:
+        """Get a repository that a model needs; None if it is code from a hub whose code may not run."""
+        required = dependencies_of.spec_of(requirement, spec, snapshot)
+        try:
+            if requirement.kind == "code":
+                if not self.trust.allows(spec, resolve_source(required)):
+                    return None
+                code = self.fetch_files(required, requirement.patterns)
+                return code if self.trust.allows(spec, code[1].hub) else None
+            return self.fetch_model(required, adapter=snapshot)
+        except HubError as error:
+            raise dependencies_of.explain(error, requirement, snapshot) from error
+
+    def fetch_files(self, spec: ModelSpec, patterns: FilePatterns) -> tuple[ManifestKey, Snapshot]:
+        """Get the files of one repository."""
+        hub = resolve_source(spec)
+        try:
+            return self._fetch_from(hub, spec, patterns)
+        except HubError as error:
+            if hub == "local":
+                raise type(error)(f"{error}{hidden_repository_note(spec)}") from error
+            if hub != "modelscope" or not self.settings.modelscope_fallback_to_huggingface:
+                raise
+            if isinstance(error, CacheNotWritableError):  # a fault of this machine, which another hub would hide
+                raise
+            first = error
+        logger.warning(
+            "Model %s could not be downloaded from ModelScope (%s) Trying Hugging Face under the same name, because "
+            "EMB_PROVIDER_MODELSCOPE_FALLBACK_TO_HUGGINGFACE is set.",
+            spec.name, first,
+        )  # fmt: skip
+        # The endpoint and the token are ModelScope's, and Hugging Face has another default branch.
+        revision = None if spec.revision == "master" else spec.revision
+        instead = replace(spec, source="huggingface", endpoint=None, token=None, revision=revision)
+        try:
+            return self._fetch_from("huggingface", instead, patterns)
+        except HubError as second:
+            raise type(second)(f"From ModelScope: {first} And from Hugging Face: {second}") from second
+
+    def _fetch_from(self, hub: HubName, spec: ModelSpec, patterns: FilePatterns) -> tuple[ManifestKey, Snapshot]:
+        config = _config(hub, spec, self.settings, patterns)
+        key = manifest_key(hub, spec, self.settings, patterns)
+        return key, _Fetch(key, spec.revision, config, self.on_progress, self.cancel).run(force=self.force)
 
 
 @dataclass(frozen=True, slots=True)

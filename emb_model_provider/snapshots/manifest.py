@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from emb_model_provider.model_spec import HubName
 from emb_model_provider.snapshots.files import MUST_HASH, check_files, list_dir, write_atomically
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, digest_of, is_safe_path
+from emb_model_provider.snapshots.weights import is_variant, split_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
+_SELECTION = 2
+"""The version of the rules by which the files of a snapshot were selected. By the first ones, `model.fp16.safetensors` took
+the place of `pytorch_model.bin`, which the libraries read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,22 @@ class Manifest:
     """Time stamps of the files, in nanoseconds."""
     fetched: float | None
     """Unix time in seconds; None if an older version did not record it."""
+    dependencies: Mapping[str, ManifestKey] = field(default_factory=dict)
+    """Of a model that needs other repositories: their names in its files, and the keys of their manifests."""
+    composed_digest: str | None = None
+    """The digest of the snapshot with its dependencies, as it was last used; None if it has none."""
+
+    selection: int = _SELECTION
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether files that are needed may be missing, because an older version selected them."""
+        return self.selection < _SELECTION and any(is_variant(split_path(file.path)[1]) for file in self.snapshot.files)
+
+    @property
+    def digests(self) -> set[str]:
+        """The digests under which artifacts refer to this snapshot."""
+        return {self.snapshot.digest, self.composed_digest or self.snapshot.digest}
 
     @property
     def is_invalidated(self) -> bool:
@@ -144,6 +164,7 @@ def save(
     content = {
         "version": _VERSION,
         **key.as_json(),
+        "selection": _SELECTION,
         "fetched": time.time() if fetched is None else fetched,
         "revision": snapshot.revision,
         "path": str(snapshot.path),
@@ -165,9 +186,9 @@ def load(key: ManifestKey, manifest_dir: Path) -> Manifest | None:
 def load_verified(
     key: ManifestKey, manifest_dir: Path, on_bytes: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Snapshot | None:
-    """Return the snapshot of a manifest if its files are unchanged, else None (see `check_files`)."""
+    """Return the snapshot of a manifest if it is complete and its files are unchanged, else None (see `check_files`)."""
     found = load(key, manifest_dir)
-    if found is None:
+    if found is None or found.is_outdated:
         return None
     snapshot = found.snapshot
     check = check_files(snapshot.path, snapshot.files, found.mtimes, on_bytes)
@@ -185,6 +206,35 @@ def load_verified(
         except OSError as error:
             logger.debug("Could not update the manifest of %s: %s", key.repository, error)
     return snapshot
+
+
+def record_dependencies(
+    key: ManifestKey, snapshot: Snapshot, dependencies: Mapping[str, ManifestKey], manifest_dir: Path
+) -> None:
+    """Record in the manifest of a model which manifests its dependencies have, if something else is recorded."""
+    found = load(key, manifest_dir)
+    composed_digest = snapshot.digest if dependencies else None
+    if found is None or (found.dependencies == dependencies and found.composed_digest == composed_digest):
+        return
+    path = key.manifest_path(manifest_dir)
+    content = json.loads(path.read_bytes())
+    if content["digest"] != digest_of(snapshot.files):  # replaced meanwhile
+        return
+    content["dependencies"] = {name: each.as_json() for name, each in dependencies.items()}
+    content["composed_digest"] = composed_digest
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def compose(found: Manifest, manifest_dir: Path, *, depth: int = 2) -> Snapshot:
+    """Return the snapshot of a manifest with those of its dependencies that have manifests, too. Reads no other file.
+
+    `depth` ends the recursion: an adapter needs a base model, which can need code of another repository.
+    """
+    dependencies: dict[str, Snapshot] = {}
+    for name, key in found.dependencies.items() if depth else ():
+        if (each := load(key, manifest_dir)) is not None:
+            dependencies[name] = compose(each, manifest_dir, depth=depth - 1)
+    return found.snapshot.with_dependencies(dependencies)
 
 
 def load_all(manifest_dir: Path) -> Iterator[tuple[ManifestKey, Manifest]]:
@@ -244,7 +294,15 @@ def _parse(content: Any) -> tuple[ManifestKey, Manifest]:
         raise ValueError("its digest does not match its files")
     snapshot = Snapshot.of(key.hub, key.repository, str(content["revision"]), directory, files)
     fetched = content.get("fetched")
-    return key, Manifest(snapshot, mtimes, float(fetched) if isinstance(fetched, int | float) else None)
+    composed_digest = content.get("composed_digest")
+    return key, Manifest(
+        snapshot,
+        mtimes,
+        float(fetched) if isinstance(fetched, int | float) else None,
+        {str(name): ManifestKey.from_json(each) for name, each in content.get("dependencies", {}).items()},
+        str(composed_digest) if composed_digest is not None else None,
+        int(content.get("selection", 1)),
+    )
 
 
 def _file_name(repository: str, values: Any) -> str:
