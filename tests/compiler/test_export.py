@@ -15,7 +15,7 @@ from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.compiler.export import check_exportable, prebuilt_exporters
-from emb_model_provider.errors import IncompleteRepositoryError, UnsupportedModelError
+from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.settings import HubSettings
