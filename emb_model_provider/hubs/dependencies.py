@@ -78,8 +78,10 @@ def spec_of(requirement: Requirement, spec: ModelSpec, snapshot: Snapshot) -> Mo
     """
     name = requirement.name
     required = replace(spec, name=name, path=None, revision=requirement.revision)
+    if requirement.kind == "code":
+        return replace(required, source=_source_of(required, snapshot))
     if snapshot.hub == "local":
-        directory = _directory_of(name, snapshot.path) if requirement.kind == "base" else None
+        directory = _directory_of(name, snapshot.path)
         if directory is not None:
             return replace(required, source="local", path=directory)
         if name.startswith(PATHS):
