@@ -60,5 +60,6 @@ class ModelSpec:
     dimensions: tuple[int, ...] | Literal["any"] | None = None
     """Sizes to which requests may truncate vectors, in addition to those that the model declares."""
     token_input: TokenInput = "reject"
-    truncate: Truncate = "END"
-    """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected."""
+    truncate: Truncate | None = None
+    """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected. None: the side
+    that the tokenizer of the model declares, which is nearly always END."""

@@ -63,6 +63,8 @@ class ModelDescription:
     backend: Literal["openvino", "torch"]
     notes: tuple[str, ...] = ()
     """How it was loaded, for the operator, such as a guess about its pipeline."""
+    truncation_side: Literal["left", "right"] = "right"
+    """The end at which the model is meant to be given inputs that are too long, unless a request chooses one."""
     fidelity: Fidelity | None = None
     """Measured before the model is served. None if the backend is the reference (torch at fp32), or if it was not
     measured, which a note then says."""

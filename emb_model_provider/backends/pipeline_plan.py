@@ -6,16 +6,22 @@ It reads JSON files only, and imports no runtime.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from emb_model_provider.backends.model_kind import (
+    POOLING_ADVICE,
+    TRUST_ADVICE,
+    architecture_of,
+    require_embedding_model,
+    require_own_class,
+)
+from emb_model_provider.backends.repository import Repository
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from emb_model_provider.model_spec import ModelSpec, Pooling
     from emb_model_provider.snapshots.snapshot import Snapshot
@@ -32,12 +38,12 @@ MODELSCOPE_POOLING: Mapping[str, Pooling] = {
 """`model.emb_pooler_type` to pooling. ModelScope's avg_top2 and avg_first_last combine several layers."""
 
 _GTE_NAME = re.compile(r"nlp_gte_sentence-embedding", re.IGNORECASE)
-_MAPPING_HINT = 'the keys "pooling" and "normalize" of this model in EMB_PROVIDER_MODEL_MAPPING'
 _GUESS_NOTE = "the repository does not say how its vectors are made"
 _BIN_NOTE = "only .bin weights"
 _CODE_NOTE = "trust_remote_code is on"
 _OTHER_CODE_NOTE = "the model takes code from another repository"
-_WARNINGS = (_GUESS_NOTE, _BIN_NOTE, _CODE_NOTE, _OTHER_CODE_NOTE)
+_FOLDERS_NOTE = "the repository has no modules.json"
+_WARNINGS = (_GUESS_NOTE, _BIN_NOTE, _CODE_NOTE, _OTHER_CODE_NOTE, _FOLDERS_NOTE)
 """Beginnings of the notes that need the attention of the operator.
 
 The texts of all notes are part of the keys of artifacts: a change of them compiles all models again.
@@ -48,7 +54,6 @@ The texts of all notes are part of the keys of artifacts: a change of them compi
 class PipelinePlan:
     """How to turn a snapshot into a pipeline, as the repository declares it and the settings override it."""
 
-    directory: Path
     layout: Literal["sentence-transformers", "modelscope", "transformers"]
     pooling: Pooling | None = None
     """None: as `modules.json` says or, without one, the default of sentence-transformers (last token for a causal
@@ -62,6 +67,9 @@ class PipelinePlan:
     truncate_dim: int | None = None
     """Size to which vectors are truncated after all modules have run."""
     matryoshka: tuple[int, ...] | Literal["any"] | None = None
+    architecture: str | None = None
+    """The class that `config.json` declares, which must be the one that is loaded. None: the settings choose the
+    pooling, so the class of the token vectors is chosen on purpose, too."""
     notes: tuple[str, ...] = ()
 
 
@@ -79,59 +87,61 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
     """Read the configuration files of a snapshot, and plan its pipeline. Values of `spec` override those of the files.
 
     Raises:
-        UnsupportedModelError: The repository declares something that is not supported.
+        UnsupportedModelError: The repository is not an embedding model, or declares something that is not supported.
         LoadError: A configuration file is not valid JSON.
     """
-    present = {file.path for file in snapshot.files}
-
-    def read(name: str) -> dict[str, Any]:
-        return _read_object(snapshot.path / name) if name in present else {}
-
-    _reject_external_parts(snapshot, present)
-    config = read("config.json")
-    modules = []
-    if "modules.json" in present:
-        modules = _read_modules(snapshot.path)
+    repository = Repository.of(snapshot)
+    config, st_config = repository.config, repository.read("config_sentence_transformers.json")
+    configuration = repository.read("configuration.json")
+    section = modelscope_model_section(configuration)
+    pooling = spec.pooling if section is None else spec.pooling or "cls"
+    require_embedding_model(repository, st_config, modelscope_tasks(configuration), pooling=pooling)
+    require_own_class(repository, trust_remote_code=trust_remote_code)
+    _reject_other_tokenizers(repository)
+    if repository.has_modules:
         if not trust_remote_code:
-            _reject_custom_activations(snapshot, modules)
-        plan = _from_modules(snapshot, read("config_sentence_transformers.json"), config)
-    elif (section := modelscope_model_section(read("configuration.json"))) is not None:
-        plan = _from_modelscope(snapshot, section, config, spec.pooling)
-    elif "configuration.json" not in present and (_GTE_NAME.search(snapshot.repository) or _GTE_NAME.search(spec.name)):
+            _reject_custom_activations(repository)
+        plan = _from_modules(repository, st_config)
+    elif section is not None:
+        plan = _from_modelscope(repository, section, spec.pooling)
+    elif "configuration.json" not in repository.files and any(
+        _GTE_NAME.search(name) for name in (repository.name, spec.name)
+    ):
         note = "no modules.json and no configuration.json: cls pooling and normalization, by the GTE name"
-        plan = _bare_plan(snapshot, config, pooling="cls", normalize=True, note=note)
+        plan = _bare_plan(config, pooling="cls", normalize=True, note=note)
     else:
         note = (
             f"{_GUESS_NOTE}: sentence-transformers' guess is used (last "
             "token for a causal language model, mean for all others; not normalized). If the model's card says "
-            f"otherwise, set {_MAPPING_HINT}"
+            f"otherwise, set {POOLING_ADVICE}"
         )
-        plan = _bare_plan(snapshot, config, pooling=None, normalize=False, note=note)
+        plan = _bare_plan(config, pooling=None, normalize=False, note=note)
         if spec.pooling is not None and spec.normalize is not None:
             plan = replace(plan, notes=())
-    notes = [*plan.notes, *_notes_on_files(present, config, modules, trust_remote_code)]
-    return _apply_overrides(replace(plan, notes=tuple(notes)), spec)
-
-
-def declared_values(plan: PipelinePlan) -> DeclaredValues:
-    """Read the values that the configuration files of a model declare, without loading it."""
-    modules: list[dict[str, Any]] = []
-    with contextlib.suppress(LoadError):
-        modules = _read_modules(plan.directory)
-    configs = [
-        _optional_object(plan.directory / str(module["path"]) / "config.json")
-        for module in modules
-        if module.get("path")
-    ]
-    config = _optional_object(plan.directory / "config.json")
-    transformer = _optional_object(plan.directory / "sentence_bert_config.json")
-    normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
-    return DeclaredValues(
-        dimensions=plan.truncate_dim or _declared_dimension(configs, config),
-        max_tokens=plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings"),
-        pooling=plan.pooling or _declared_pooling(configs),
-        normalized=plan.normalize if plan.normalize is not None else normalized,
+    plan = replace(
+        plan,
+        architecture=architecture_of(config) if spec.pooling is None else None,
+        notes=(*plan.notes, *_notes_on_files(repository, trust_remote_code)),
     )
+    return _apply_overrides(plan, spec)
+
+
+def declared_values(plan: PipelinePlan, snapshot: Snapshot) -> DeclaredValues:
+    """Read the values that the configuration files of a model declare, without loading it."""
+    with contextlib.suppress(LoadError):
+        repository = Repository.of(snapshot)
+        modules = repository.modules
+        configs = [repository.read(f"{module['path']}/config.json") for module in modules if module.get("path")]
+        transformer = repository.read("sentence_bert_config.json")
+        config = repository.config
+        normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
+        return DeclaredValues(
+            dimensions=plan.truncate_dim or _declared_dimension(configs, config),
+            max_tokens=plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings"),
+            pooling=plan.pooling or _declared_pooling(configs),
+            normalized=plan.normalize if plan.normalize is not None else normalized,
+        )
+    return DeclaredValues(dimensions=None, max_tokens=None, pooling=None, normalized=None)
 
 
 def is_warning(note: str) -> bool:
@@ -141,15 +151,24 @@ def is_warning(note: str) -> bool:
 
 def modelscope_model_section(configuration: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the `model` section of ModelScope's `configuration.json`, or None if it is not for sentence embedding."""
-    model = configuration.get("model")
-    section: Mapping[str, Any] = model if isinstance(model, dict) else {}
-    declared = (configuration.get("task"), configuration.get("tasks"), section.get("task"), section.get("tasks"))
-    names = {name for task in declared for name in _task_names(task)}
-    if not names:
-        names = set(_task_names(configuration.get("pipeline")))
+    names = modelscope_tasks(configuration)
+    section = _section(configuration)
     if not names and "emb_pooler_type" in section:
         return section
     return section if "sentence-embedding" in names else None
+
+
+def modelscope_tasks(configuration: Mapping[str, Any]) -> set[str]:
+    """Return the tasks that ModelScope's `configuration.json` declares, in lower case and with hyphens."""
+    section = _section(configuration)
+    declared = (configuration.get("task"), configuration.get("tasks"), section.get("task"), section.get("tasks"))
+    names = {name for task in declared for name in _task_names(task)}
+    return names or set(_task_names(configuration.get("pipeline")))
+
+
+def _section(configuration: Mapping[str, Any]) -> Mapping[str, Any]:
+    model = configuration.get("model")
+    return model if isinstance(model, dict) else {}
 
 
 def _declared_dimension(modules: list[dict[str, Any]], config: Mapping[str, Any]) -> int | None:
@@ -175,35 +194,34 @@ def _declared_pooling(modules: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _from_modules(snapshot: Snapshot, st_config: Mapping[str, Any], config: Mapping[str, Any]) -> PipelinePlan:
-    model_type = st_config.get("model_type", "SentenceTransformer")
-    if model_type != "SentenceTransformer":
-        raise UnsupportedModelError(
-            f"{snapshot.repository} is a {model_type}, not an embedding model: it does not produce one dense "
-            "vector per text. Choose a SentenceTransformer model."
-        )
+def _from_modules(repository: Repository, st_config: Mapping[str, Any]) -> PipelinePlan:
     prompts = {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
     truncate_dim = st_config.get("truncate_dim")
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
+    if "modules.json" not in repository.files:
+        folders = ", ".join(str(module["path"]) for module in repository.modules[1:])
+        notes.append(
+            f"{_FOLDERS_NOTE}: its modules are read from the folders {folders}. Whether its vectors are normalized is not "
+            f"known: if the model's card says so, set {POOLING_ADVICE}"
+        )
     if truncate_dim is not None:
-        notes = (
+        notes.append(
             f"vectors are cut to {truncate_dim} values after the model's last step (truncate_dim), as "
             "sentence-transformers does, so a normalized model's vectors are shorter than 1; set the key "
-            '"normalize" of this model in EMB_PROVIDER_MODEL_MAPPING to true to have length 1',
+            '"normalize" of this model in EMB_PROVIDER_MODEL_MAPPING to true to have length 1'
         )
     return PipelinePlan(
-        directory=snapshot.path,
         layout="sentence-transformers",
         prompts=prompts,
         default_prompt=st_config.get("default_prompt_name"),
         truncate_dim=truncate_dim if isinstance(truncate_dim, int) else None,
-        matryoshka=_matryoshka(config) or _matryoshka(st_config),
-        notes=notes,
+        matryoshka=_matryoshka(repository.config) or _matryoshka(st_config),
+        notes=tuple(notes),
     )
 
 
 def _from_modelscope(
-    snapshot: Snapshot, section: Mapping[str, Any], config: Mapping[str, Any], requested_pooling: Pooling | None
+    repository: Repository, section: Mapping[str, Any], requested_pooling: Pooling | None
 ) -> PipelinePlan:
     # Only ModelScope's class for BLOOM defaults to a weighted mean.
     default = "weighted_mean" if section.get("type") == "bloom" else "cls"
@@ -211,28 +229,21 @@ def _from_modelscope(
     pooling = requested_pooling or MODELSCOPE_POOLING.get(name)
     if pooling is None:
         raise UnsupportedModelError(
-            f"{snapshot.repository} requests the pooling {name!r} in its configuration.json, which is not "
-            f"supported (supported: {', '.join(MODELSCOPE_POOLING)}). To use another pooling, set {_MAPPING_HINT}."
+            f"{repository.name} requests the pooling {name!r} in its configuration.json, which is not "
+            f"supported (supported: {', '.join(MODELSCOPE_POOLING)}). To use another pooling, set {POOLING_ADVICE}."
         )
     normalize = bool(section.get("normalize", False))
     note = (
         f"no modules.json: {pooling} pooling, {'normalized' if normalize else 'not normalized'}, "
         "by ModelScope's configuration.json"
     )
-    plan = _bare_plan(snapshot, config, pooling=pooling, normalize=normalize, note=note)
+    plan = _bare_plan(repository.config, pooling=pooling, normalize=normalize, note=note)
     return replace(plan, layout="modelscope", max_length=MODELSCOPE_MAX_LENGTH)
 
 
-def _bare_plan(
-    snapshot: Snapshot, config: Mapping[str, Any], *, pooling: Pooling | None, normalize: bool, note: str
-) -> PipelinePlan:
+def _bare_plan(config: Mapping[str, Any], *, pooling: Pooling | None, normalize: bool, note: str) -> PipelinePlan:
     return PipelinePlan(
-        directory=snapshot.path,
-        layout="transformers",
-        pooling=pooling,
-        normalize=normalize,
-        matryoshka=_matryoshka(config),
-        notes=(note,),
+        layout="transformers", pooling=pooling, normalize=normalize, matryoshka=_matryoshka(config), notes=(note,)
     )
 
 
@@ -253,97 +264,46 @@ def _matryoshka(config: Mapping[str, Any]) -> tuple[int, ...] | Literal["any"] |
     return "any" if config.get("is_matryoshka") is True else None
 
 
-def _reject_custom_activations(snapshot: Snapshot, modules: list[dict[str, Any]]) -> None:
+def _reject_custom_activations(repository: Repository) -> None:
     """Reject Dense modules whose activation function sentence-transformers would silently replace by Tanh."""
-    for module in modules:
-        path = snapshot.path / str(module.get("path", "")) / "config.json"
-        if not str(module.get("type", "")).endswith(".Dense") or not path.is_file():
+    for module in repository.modules:
+        if not str(module.get("type", "")).endswith(".Dense"):
             continue
-        activation = str(_read_object(path).get("activation_function", "torch."))
+        config = repository.read(f"{module.get('path', '')}/config.json")
+        activation = str(config.get("activation_function", "torch."))
         if not activation.startswith("torch."):
             raise UnsupportedModelError(
-                f"{snapshot.repository} uses the activation function {activation!r}, which is not part of "
-                "PyTorch. If you trust it, set EMB_PROVIDER_TRUST_REMOTE_CODE=true (ModelScope: "
-                "EMB_PROVIDER_MODELSCOPE_TRUST_REMOTE_CODE)."
+                f"{repository.name} uses the activation function {activation!r}, which is not part of PyTorch. "
+                f"{TRUST_ADVICE}"
             )
 
 
-def _reject_external_parts(snapshot: Snapshot, present: set[str]) -> None:
-    """Reject models with parts in other repositories, because those are not in the verified snapshot."""
-    for path in sorted(present):
+def _reject_other_tokenizers(repository: Repository) -> None:
+    """Reject models with a tokenizer in another repository, because it is not in the verified snapshot."""
+    for path in sorted(repository.files):
         name = path.rpartition("/")[2]
-        if name == "adapter_config.json":
-            base = _read_object(snapshot.path / path).get("base_model_name_or_path")
-            raise UnsupportedModelError(
-                f"{snapshot.repository} is an adapter for {base!r}, not a complete model. Merge the adapter into its "
-                "base model, save the result, and serve that directory."
-            )
         if name.startswith("sentence_") and name.endswith("_config.json"):
-            tokenizer = _read_object(snapshot.path / path).get("tokenizer_name_or_path")
+            tokenizer = repository.read(path).get("tokenizer_name_or_path")
             if tokenizer:
                 raise UnsupportedModelError(
-                    f"{snapshot.repository} uses the tokenizer of {tokenizer!r} ({path}). Save the model with "
+                    f"{repository.name} uses the tokenizer of {tokenizer!r} ({path}). Save the model with "
                     "its own tokenizer, and serve that directory."
                 )
 
 
-def _notes_on_files(
-    present: set[str], config: Mapping[str, Any], modules: list[dict[str, Any]], trust_remote_code: bool
-) -> Iterator[str]:
-    legacy = any(path.endswith(".bin") and "pytorch_model" in path for path in present)
-    if legacy and not any(path.endswith(".safetensors") for path in present):
+def _notes_on_files(repository: Repository, trust_remote_code: bool) -> Iterator[str]:
+    legacy = any(path.endswith(".bin") and "pytorch_model" in path for path in repository.files)
+    if legacy and not any(path.endswith(".safetensors") for path in repository.files):
         yield (
             f"{_BIN_NOTE}: read with PyTorch's weights-only loader, which runs no code from them; "
             "prefer a revision with safetensors"
         )
+    if repository.base is not None:
+        yield f"a LoRA adapter, merged into its base model {repository.base}"
     if trust_remote_code:
         yield f"{_CODE_NOTE}: code from the repository runs inside this service"
-        # `owner/name--module.Class` is code of another repository.
-        others = {name.partition("--")[0] for name in _code_references(config, modules) if "--" in name}
-        for repository in sorted(others):
-            yield (
-                f"{_OTHER_CODE_NOTE}, {repository}: it is not part of the snapshot, is "
-                "not fetched, and is found only where Hugging Face's cache already has it"
-            )
-
-
-def _code_references(config: Mapping[str, Any], modules: list[dict[str, Any]]) -> Iterator[str]:
-    for reference in (config.get("auto_map") or {}).values():
-        yield from map(str, reference if isinstance(reference, list) else [reference])
-    for module in modules:
-        yield str(module.get("type", ""))
-
-
-def _read_modules(directory: Path) -> list[dict[str, Any]]:
-    value = _read_json(directory / "modules.json")
-    if not isinstance(value, list) or not all(isinstance(module, dict) for module in value):
-        raise LoadError(
-            f"{directory / 'modules.json'} is not a list of modules. Download the model again, or correct the file."
-        )
-    return value
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = _read_json(path)
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} is not a JSON object. Download the model again, or correct the file.")
-    return value
-
-
-def _optional_object(path: Path) -> dict[str, Any]:
-    try:
-        return _read_object(path)
-    except LoadError:
-        return {}
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"{path} cannot be read as JSON ({error}). Download the model again, or correct the file."
-        ) from error
+        for other in sorted(repository.code):
+            yield f"{_OTHER_CODE_NOTE}: {other}"
 
 
 def _task_names(task: object) -> Iterator[str]:

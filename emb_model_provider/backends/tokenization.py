@@ -48,6 +48,7 @@ class Tokenization:
         self._max_length = description.max_length
         self._vocab_size = description.vocab_size
         self._excludes_prompt = description.excludes_prompt
+        self._side: Truncate = "START" if description.truncation_side == "left" else "END"
         # Replaces inputs without any token; see `encode`.
         self._placeholder = [description.pad_token_id]
         self._prefix, self._suffix = self._count_special_tokens()
@@ -58,9 +59,11 @@ class Tokenization:
         self._prompt_length = lru_cache(maxsize=256)(self._measure_prompt)
 
     def encode(
-        self, texts: Sequence[str], *, prompt: str = "", truncate: Truncate, max_tokens: int | None = None
+        self, texts: Sequence[str], *, prompt: str = "", truncate: Truncate | None = None, max_tokens: int | None = None
     ) -> EncodedInputs:
         """Put a prompt before each text, tokenize them, and add the special tokens of the model.
+
+        `truncate` is the side from which inputs that are too long are cut; None is the side of the model.
 
         Special tokens are kept when an input is truncated, as in transformers. A lone surrogate, which valid Unicode
         text cannot contain, is read as U+FFFD. A text without any token (an empty one, if the tokenizer adds no special
@@ -69,6 +72,7 @@ class Tokenization:
         Raises:
             InputTooLongError: An input is longer than the model or `max_tokens` allows, and `truncate` is NONE.
         """
+        truncate = truncate or self._side
         whole = [prompt + text for text in texts] if prompt else list(texts)
         prompt_length = self._prompt_length(prompt) if prompt and self._excludes_prompt else 0
         limit, from_end = self._limit(max_tokens), truncate == "START"
@@ -80,7 +84,7 @@ class Tokenization:
         return _truncate(rows, self._prefix, self._suffix, prompt_length, truncate, limit)
 
     def encode_token_ids(
-        self, rows: Sequence[Sequence[int]], *, truncate: Truncate, max_tokens: int | None = None
+        self, rows: Sequence[Sequence[int]], *, truncate: Truncate | None = None, max_tokens: int | None = None
     ) -> EncodedInputs:
         """Check token ids of the model, and truncate them. No special tokens are added, or kept when truncating.
 
@@ -100,7 +104,7 @@ class Tokenization:
                     f"{self._vocab_size - 1}.",
                     code="invalid_value",
                 )
-        return _truncate([list(row) for row in rows], 0, 0, 0, truncate, self._limit(max_tokens))
+        return _truncate([list(row) for row in rows], 0, 0, 0, truncate or self._side, self._limit(max_tokens))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         try:

@@ -100,7 +100,7 @@ def make_cases(
     tokenization = Tokenization(description)
 
     def count_tokens(texts: Sequence[str]) -> int:
-        return sum(map(len, tokenization.encode(texts, truncate="END", max_tokens=limit).ids))
+        return sum(map(len, tokenization.encode(texts, max_tokens=limit).ids))
 
     embed(probes()[:_BATCH], "")  # warms up, so that one-time costs do not count as the speed of the model
     started = time.perf_counter()
@@ -147,7 +147,7 @@ def embed_texts(
 ) -> NDArray[np.float32]:
     """Return the vectors of a backend as it would serve them: float32 of shape (texts, dimension)."""
     limit = comparison_limit(backend.description)
-    encoded = tokenization.encode(texts, prompt=prompt, truncate="END", max_tokens=limit)
+    encoded = tokenization.encode(texts, prompt=prompt, max_tokens=limit)
     vectors, start = [], 0
     while start < len(encoded.ids):
         longest = max(map(len, encoded.ids[start : start + batch_size]))

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 _LICENSE = re.compile(r"^license:[ \t]*(?:\n[ \t]*-[ \t]+)?[\"']?([^\"'#\n]+)", re.MULTILINE)
 
 
-def describe(entry: CacheEntry, spec: ModelSpec, *, trust_remote_code: bool) -> Details:
+def describe(entry: CacheEntry, spec: ModelSpec, manifest_dir: Path, *, trust_remote_code: bool) -> Details:
     """Return what the files of a model, or its compiled form, declare."""
     values: dict[str, Any] = {**dict.fromkeys(Details.model_fields), "notes": [], "files": []}
     if not entry.manifests:
         return Details(**values)
-    snapshot = entry.manifests[0][1].snapshot
+    snapshot = manifest.compose(entry.manifests[0][1], manifest_dir)
     compiled = [each for each in entry.artifacts if each.snapshot == snapshot.digest]
     if compiled:
         values |= _from_artifact(compiled[-1])
@@ -93,7 +93,7 @@ def _from_files(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool)
         plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
     except (LoadError, OSError) as error:
         return {"notes": [str(error)]}
-    declared = declared_values(plan)
+    declared = declared_values(plan, snapshot)
     return {
         "dimensions": declared.dimensions,
         "max_tokens": declared.max_tokens,

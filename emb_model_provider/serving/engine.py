@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -56,8 +56,9 @@ class EmbedOptions:
     """Whether vectors are scaled to length 1. Truncated vectors always are."""
     input_type: str | None = None
     """Name of a prompt, or a synonym of `query` or `document`."""
-    truncate: Truncate | None = None
-    """Side from which inputs that are too long are cut; NONE rejects them."""
+    truncate: Truncate | Literal["AUTO"] | None = None
+    """Side from which inputs that are too long are cut; NONE rejects them, and AUTO is the side that the tokenizer of the
+    model declares."""
     truncate_prompt_tokens: int | None = None
     """Longest input in tokens, at most that of the model; -1 is that of the model."""
 
@@ -183,9 +184,11 @@ class Engine:
     ) -> EncodedInputs:
         limit = self._token_limit(options.truncate_prompt_tokens)
         truncate = options.truncate or self.spec.truncate
-        if limit < self.description.max_length and options.truncate is None:
+        if options.truncate is None and truncate == "NONE" and limit < self.description.max_length:
             # A request that sets a limit wants its inputs truncated, even if the model's default is to reject them.
-            truncate = "END"
+            truncate = None
+        if truncate == "AUTO":
+            truncate = None
 
         def encode(texts: Sequence[str]) -> EncodedInputs:
             return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)

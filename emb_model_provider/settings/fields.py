@@ -77,7 +77,7 @@ class MappingEntry(BaseModel):
     trust_remote_code: bool | None = None
     prompts: dict[str, str] | None = None
     token_input: Annotated[TokenInput, Lowered] = "reject"
-    truncate: Annotated[Truncate, Uppered] = "END"
+    truncate: Annotated[Truncate | None, Uppered] = None
     dimensions: Annotated[
         Annotated[tuple[Count, ...], Field(min_length=1)] | Literal["any"] | None, Allowed('a list of sizes, or "any"')
     ] = None

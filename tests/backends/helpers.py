@@ -96,8 +96,9 @@ def load_torch(directory: Path, *, trust: bool = False, **spec: Any) -> TorchBac
 
 def load_torch_pipeline(directory: Path, *, device: str = "cpu") -> SentenceTransformer:
     """Load the pipeline that the torch backend runs, at fp32."""
-    plan = plan_pipeline(spec_of(), snapshot_of(directory), trust_remote_code=False)
-    return load_pipeline(plan, "test/small", precision="fp32", device=device, trust_remote_code=False)
+    snapshot = snapshot_of(directory)
+    plan = plan_pipeline(spec_of(), snapshot, trust_remote_code=False)
+    return load_pipeline(plan, snapshot, precision="fp32", device=device, trust_remote_code=False)[0]
 
 
 def reference(directory: Path, **options: Any) -> SentenceTransformer:
@@ -120,7 +121,7 @@ def embed_texts(backend: Backend, texts: Sequence[str], *, prompt: str | None = 
     described = backend.description
     if prompt is None:
         prompt = described.prompts[described.default_prompt] if described.default_prompt else ""
-    encoded = Tokenization(described).encode(texts, prompt=prompt, truncate="END")
+    encoded = Tokenization(described).encode(texts, prompt=prompt)
     vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
     if described.normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

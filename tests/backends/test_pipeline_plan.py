@@ -20,20 +20,27 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
 
 
-def plan_of(
-    directory: Path, files: dict[str, Any], *, repository: str = "someone/model", trust: bool = False, **spec: Any
-) -> PipelinePlan:
+def snapshot_with(directory: Path, files: dict[str, Any], repository: str) -> Snapshot:
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    snapshot = Snapshot(
-        hub="local",
-        repository=repository,
-        revision="local",
-        path=directory,
-        files=tuple(SnapshotFile(path=name, size=0, sha256="") for name in files),
-        digest="",
+    listed = [SnapshotFile(path=name, size=0, sha256="") for name in files]
+    return Snapshot.of("local", repository, "local", directory, listed)
+
+
+def plan_of(
+    directory: Path,
+    files: dict[str, Any],
+    *,
+    repository: str = "someone/model",
+    code: tuple[str, ...] = (),
+    trust: bool = False,
+    **spec: Any,
+) -> PipelinePlan:
+    """Plan the pipeline of a repository with these files, and with a Python file in each repository of `code`."""
+    snapshot = snapshot_with(directory, files, repository).with_dependencies(
+        {name: snapshot_with(directory / name, {"modeling.py": ""}, name) for name in code}
     )
     return plan_pipeline(ModelSpec(alias="m", name="m", **spec), snapshot, trust_remote_code=trust)
 
@@ -171,14 +178,6 @@ def test_matryoshka_dimensions_are_declared(tmp_path: Path, config: dict[str, An
     assert plan_of(tmp_path, {"config.json": config, "modules.json": []}).matryoshka == sizes
 
 
-@pytest.mark.parametrize("model_type", ["SparseEncoder", "CrossEncoder", "MultiVectorEncoder"])
-def test_another_type_of_model_is_an_error(tmp_path: Path, model_type: str) -> None:
-    """sentence-transformers would load it with mean pooling, for which it was not trained."""
-    declared = {"model_type": model_type}
-    with pytest.raises(UnsupportedModelError, match=model_type):
-        plan_of(tmp_path, {"config.json": {}, "modules.json": [], "config_sentence_transformers.json": declared})
-
-
 def test_a_custom_activation_is_an_error_unless_it_is_trusted(tmp_path: Path) -> None:
     """sentence-transformers would silently replace it by Tanh."""
     files = {
@@ -210,12 +209,19 @@ def test_a_tokenizer_of_another_repository_is_an_error(tmp_path: Path) -> None:
 
 
 def test_code_from_another_repository_is_noted(tmp_path: Path) -> None:
-    """If remote code is trusted, because the code is not part of the snapshot."""
+    """If remote code is trusted."""
     config = {"auto_map": {"AutoModel": "other/code--modeling.Model", "AutoConfig": "configuration.Config"}}
-    modules = [{"path": "", "type": "other/modules--custom.Transformer"}]
-    notes = plan_of(tmp_path, {"config.json": config, "modules.json": modules}, trust=True).notes
+    files = {"config.json": config, "modules.json": [{"path": "", "type": "other/modules--custom.Transformer"}]}
+    notes = plan_of(tmp_path, files, code=("other/code", "other/modules"), trust=True).notes
     assert any("other/code" in note for note in notes)
     assert any("other/modules" in note for note in notes)
+
+
+def test_missing_code_of_another_repository_is_an_error(tmp_path: Path) -> None:
+    """The message names the repository."""
+    config = {"auto_map": {"AutoModel": "other/code--modeling.Model"}}
+    with pytest.raises(UnsupportedModelError, match="other/code"):
+        plan_of(tmp_path, {"config.json": config, "modules.json": []}, trust=True)
 
 
 def test_bin_weights_without_safetensors_are_noted(tmp_path: Path) -> None:
@@ -260,7 +266,8 @@ def test_planning_does_not_import_torch() -> None:
 def test_warnings_are_distinguished_from_information(tmp_path: Path) -> None:
     """Guesses, `.bin` weights and remote code need attention; declarations and settings do not."""
     config = {"auto_map": {"AutoModel": "other/code--modeling.Model"}}
-    warnings = plan_of(tmp_path / "a", {"config.json": config, "pytorch_model.bin": "x"}, trust=True).notes
+    files = {"config.json": config, "pytorch_model.bin": "x"}
+    warnings = plan_of(tmp_path / "a", files, code=("other/code",), trust=True).notes
     assert len(warnings) == 4
     assert all(map(is_warning, warnings))
     gte = "iic/nlp_gte_sentence-embedding_chinese-base"
@@ -279,13 +286,13 @@ def test_warnings_are_distinguished_from_information(tmp_path: Path) -> None:
 def test_notes_are_unchanged(tmp_path: Path) -> None:
     """Their texts are part of the keys of artifacts: a change would compile all models again."""
     config = {"auto_map": {"AutoModel": "other/code--modeling.Model"}}
-    assert plan_of(tmp_path, {"config.json": config, "pytorch_model.bin": "x"}, trust=True).notes == (
+    files = {"config.json": config, "pytorch_model.bin": "x"}
+    assert plan_of(tmp_path, files, code=("other/code",), trust=True).notes == (
         "the repository does not say how its vectors are made: sentence-transformers' guess is used (last token for a "
         "causal language model, mean for all others; not normalized). If the model's card says otherwise, set the keys "
         '"pooling" and "normalize" of this model in EMB_PROVIDER_MODEL_MAPPING',
         "only .bin weights: read with PyTorch's weights-only loader, which runs no code from them; prefer a revision "
         "with safetensors",
         "trust_remote_code is on: code from the repository runs inside this service",
-        "the model takes code from another repository, other/code: it is not part of the snapshot, is not fetched, and "
-        "is found only where Hugging Face's cache already has it",
+        "the model takes code from another repository: other/code",
     )

@@ -244,12 +244,12 @@ def _dimensions(fields: Mapping[str, Any]) -> int | None:
     return value
 
 
-def _truncate(fields: Mapping[str, Any]) -> Truncate | None:
+def _truncate(fields: Mapping[str, Any]) -> Truncate | Literal["AUTO"] | None:
     name, value = _first(fields, "truncate", "truncation")
     if value is None:
         return None
     if isinstance(value, bool):
-        return "END" if value else "NONE"
+        return "AUTO" if value else "NONE"
     supported = "true, false, 'NONE', 'START', 'END'"
     if not isinstance(value, str):
         raise _unsupported(name, value, supported, code="invalid_type")

@@ -63,8 +63,9 @@ class EmbeddingRequest(BaseModel):
     """Selects one of the model's prompts: query, document, a synonym (search_query, retrieval.query, passage,
     search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`."""
     truncate: bool | Literal["NONE", "START", "END"] | None = None
-    """At which end an input that is too long is truncated; NONE or false rejects it instead. Default: END, unless the
-    operator has set another value for the model. The response header `x-truncated-inputs` has the number of truncated
+    """At which end an input that is too long is truncated; NONE or false rejects it instead. Default: the
+    end that the tokenizer of the model declares, which is nearly always END, unless the operator has set another value for
+    the model. The response header `x-truncated-inputs` has the number of truncated
     inputs. Also `truncation`."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """Truncate inputs to this many tokens; -1 is the model's own limit."""

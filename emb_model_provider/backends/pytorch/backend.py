@@ -64,8 +64,12 @@ class TorchBackend:
         plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
         quantized = precision in PACKAGES
         # Quantizing moves the layers to the device one by one, so that a GPU never holds the model at full size.
-        pipeline = load_pipeline(
-            plan, name, precision=compute, device="cpu" if quantized else device, trust_remote_code=trust_remote_code
+        pipeline, plan = load_pipeline(
+            plan,
+            snapshot,
+            precision=compute,
+            device="cpu" if quantized else device,
+            trust_remote_code=trust_remote_code,
         )
         notes: tuple[str, ...] = ()
         if quantized:

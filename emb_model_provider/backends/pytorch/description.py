@@ -53,6 +53,7 @@ def describe(
     notes = list(plan.notes)
     poolings = [module for module in pipeline if isinstance(module, Pooling)]
     side: Literal["left", "right"] = "right"
+    truncation_side: Literal["left", "right"] = "right"
     if isinstance(first, StaticEmbedding):
         vocab_size = first.num_embeddings
         tokenizer_json = _portable(first.tokenizer.to_str(), post_processor=None)  # without special tokens
@@ -65,10 +66,7 @@ def describe(
         pad_token_id = _pad_token_id(tokenizer, pipeline, vocab_size)
         side = "left" if tokenizer.padding_side == "left" else "right"
         max_length = _max_length(pipeline, tokenizer, plan, notes)
-        if tokenizer.truncation_side == "left":
-            notes.append(
-                "the tokenizer of the model truncates long inputs at their start, which is truncate=START here"
-            )
+        truncation_side = "left" if tokenizer.truncation_side == "left" else "right"
         if getattr(tokenizer, "chat_template", None):
             notes.append("the tokenizer has a chat template, which is not used: inputs are embedded as plain text")
         highest = max(tokenizer.get_vocab().values(), default=0)
@@ -93,6 +91,7 @@ def describe(
         precision=precision,
         device=device,
         backend=backend,
+        truncation_side=truncation_side,
         notes=tuple(notes),
     )
 

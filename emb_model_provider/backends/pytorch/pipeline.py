@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 from transformers.utils import logging as transformers_logging
 
+from emb_model_provider.backends.model_kind import POOLING_ADVICE, TRUST_ADVICE
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
+from emb_model_provider.backends.pytorch.tokenizer import use_declared_tokenizer
+from emb_model_provider.backends.pytorch.view import open_view
+from emb_model_provider.backends.repository import Repository
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from emb_model_provider.backends.base import ComputePrecision
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
@@ -35,6 +42,12 @@ _LOADING = threading.Lock()
 time, one could restore the dtype that the other one had set, so that all later tensors would be bf16."""
 
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+_ADAPTER_WEIGHTS = ("lora_", "adapter", "ia3_", "prompt_embeddings")
+"""Parts of the names of weights that belong to an adapter."""
+_RECOMPUTED = frozenset(
+    {"position_ids", "token_type_ids", "inv_freq", "masked_bias", "bias_mask", "num_batches_tracked"}
+)
+"""Last parts of the names of buffers that older versions of transformers saved, and that newer ones compute."""
 _TEXT_SETTINGS_WITHOUT_EFFECT = {"padding", "truncation", "max_length"}
 """Keys of a Transformer's `processing_kwargs` that are handled elsewhere, or that depend on the batch."""
 
@@ -55,43 +68,53 @@ def load_sentence_transformer(
     device = resolve_device(spec.device, facts)
     plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
     resolved = resolve_torch_precision(precision, device, facts)
-    return load_pipeline(
-        plan, snapshot.repository, precision=resolved, device=device, trust_remote_code=trust_remote_code
-    )
+    return load_pipeline(plan, snapshot, precision=resolved, device=device, trust_remote_code=trust_remote_code)[0]
 
 
 def load_pipeline(
-    plan: PipelinePlan, name: str, *, precision: ComputePrecision, device: str, trust_remote_code: bool
-) -> SentenceTransformer:
+    plan: PipelinePlan, snapshot: Snapshot, *, precision: ComputePrecision, device: str, trust_remote_code: bool
+) -> tuple[SentenceTransformer, PipelinePlan]:
     """Load the pipeline of a plan at fp32, fp16 or bf16, in evaluation mode. One load runs at a time in a process.
 
     The pipeline ends in Normalize if the plan or `modules.json` says so. Like `encode` of sentence-transformers, the
-    caller truncates its vectors to `truncate_dim` after the last module. Errors are LoadErrors that begin with `name`.
+    caller truncates its vectors to `truncate_dim` after the last module. Errors are LoadErrors that begin with the name
+    of the repository.
+
+    Returns:
+        The pipeline, and the plan with notes on what was found while loading.
     """
     # The dtype is always specified, because the default of a repository may be fp16, which is slow or wrong on a CPU.
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
+    repository = Repository.of(snapshot)
+    name = repository.name
     try:
-        with _LOADING, _quiet_progress():
-            if plan.layout == "sentence-transformers":
-                pipeline: SentenceTransformer = _CheckedSentenceTransformer(
-                    str(plan.directory),
-                    device=device,
-                    local_files_only=True,
-                    trust_remote_code=trust_remote_code,
-                    model_kwargs=options,
-                )
-            else:
-                pipeline = _build(plan, options, device, trust_remote_code)
-    except LoadError:
-        raise
-    except Exception as error:
+        with _LOADING, _quiet_progress(), open_view(repository, snapshot.digest) as directory:
+            try:
+                if plan.layout == "sentence-transformers":
+                    pipeline: SentenceTransformer = _CheckedSentenceTransformer(
+                        str(directory),
+                        device=device,
+                        local_files_only=True,
+                        trust_remote_code=trust_remote_code,
+                        model_kwargs=options,
+                    )
+                else:
+                    pipeline = _build(plan, directory, options, device, trust_remote_code)
+                if repository.adapter:
+                    _merge_adapter(pipeline, repository)
+                notes = use_declared_tokenizer(pipeline, repository)
+            except LoadError:
+                raise
+            except Exception as error:
+                raise explain_error(error, name, str(directory)) from error
+    except OSError as error:
         raise explain_error(error, name) from error
-    _check(pipeline, name)
+    _check(pipeline, plan, name)
     _apply_overrides(pipeline, plan, name)
     pipeline.truncate_dim = plan.truncate_dim
     if isinstance(pipeline[0], StaticEmbedding):
         pipeline.to(dtype=DTYPES[precision])
-    return pipeline.eval()
+    return pipeline.eval(), replace(plan, notes=(*plan.notes, *notes))
 
 
 def embedding_dimension(pipeline: SentenceTransformer) -> int:
@@ -126,16 +149,20 @@ def strip_final_normalize(pipeline: SentenceTransformer, plan: PipelinePlan) -> 
     return _remove_final_normalize(pipeline)
 
 
-def explain_error(error: Exception, name: str) -> LoadError:
-    """Return a LoadError that says what to do about an error of the libraries that load a model."""
+def explain_error(error: Exception, name: str, directory: str | None = None) -> LoadError:
+    """Return a LoadError that says what to do about an error of the libraries that load a model.
+
+    Args:
+        error: The error.
+        name: The name of the model.
+        directory: The directory that the libraries were given, and which the message of the error may contain.
+    """
     # All lines, because PyTorch names the weights that do not fit in the later ones.
     text = " ".join(str(error).split())
+    if directory is not None:
+        text = text.replace(directory, name)
     if "trust_remote_code" in text:
-        return UnsupportedModelError(
-            f"{name} needs code from its repository to run. If you trust it, set "
-            "EMB_PROVIDER_TRUST_REMOTE_CODE=true (ModelScope: EMB_PROVIDER_MODELSCOPE_TRUST_REMOTE_CODE), or "
-            'the key "trust_remote_code" of this model in EMB_PROVIDER_MODEL_MAPPING.'
-        )
+        return UnsupportedModelError(f"{name} needs code from its repository to run. {TRUST_ADVICE}")
     if isinstance(error, torch.OutOfMemoryError):
         return LoadError(
             f"{name} does not fit into the device's free memory. Choose a lower EMB_PROVIDER_MODEL_PRECISION, "
@@ -145,18 +172,20 @@ def explain_error(error: Exception, name: str) -> LoadError:
 
 
 class _CheckedTransformer(Transformer):
-    """A Transformer that records which of its weights are missing in the files.
+    """A Transformer that records which weights are missing in the files, and which of those in the files are not used.
 
-    transformers initializes such weights randomly and only logs it, so that the vectors would be noise.
+    transformers initializes missing weights randomly, skips the others, and only logs both.
     """
 
     missing_weights: frozenset[str] = frozenset()
+    unused_weights: frozenset[str] = frozenset()
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         # With output_loading_info, from_pretrained returns a pair, which the base class passes on.
         result: Any = super()._load_model(*args, **kwargs, output_loading_info=True)
         model, info = result
         self.missing_weights = frozenset(info["missing_keys"])
+        self.unused_weights = frozenset(info["unexpected_keys"])
         return model
 
 
@@ -166,13 +195,15 @@ class _CheckedSentenceTransformer(SentenceTransformer):
         return _CheckedTransformer if module is Transformer else module
 
 
-def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remote_code: bool) -> SentenceTransformer:
+def _build(
+    plan: PipelinePlan, directory: Path, options: dict[str, Any], device: str, trust_remote_code: bool
+) -> SentenceTransformer:
     """Build the pipeline of a directory without `modules.json`. Its normalization is added by `_apply_overrides`."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     # Set to plain text, because sentence-transformers would render every input as a chat message if the tokenizer has
     # a chat template.
     transformer = _CheckedTransformer(
-        str(plan.directory),
+        str(directory),
         model_kwargs={**local, **options},
         processor_kwargs=dict(local),
         config_kwargs=dict(local),
@@ -182,6 +213,17 @@ def _build(plan: PipelinePlan, options: dict[str, Any], device: str, trust_remot
     pooling = plan.pooling or _default_pooling(transformer)
     modules: list[torch.nn.Module] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
     return SentenceTransformer(modules=modules, device=device, local_files_only=True)
+
+
+def _merge_adapter(pipeline: SentenceTransformer, repository: Repository) -> None:
+    first: Any = pipeline[0]
+    if not isinstance(first, Transformer):
+        raise UnsupportedModelError(
+            f"{repository.name} is an adapter, and its base model {repository.base} is not a transformer."
+        )
+    from emb_model_provider.backends.pytorch.lora import merge_adapter  # PEFT takes a second to import
+
+    merge_adapter(first, repository)
 
 
 def _default_pooling(transformer: Transformer) -> Any:
@@ -235,10 +277,10 @@ def _normalizes_embedding(module: torch.nn.Module) -> bool:
     )
 
 
-def _check(pipeline: SentenceTransformer, name: str) -> None:
-    """Reject pipelines whose vectors would be noise, or whose inputs are not plain text."""
+def _check(pipeline: SentenceTransformer, plan: PipelinePlan, name: str) -> None:
+    """Reject pipelines whose vectors would be noise or those of another model, or whose inputs are not plain text."""
     first: Any = pipeline[0]
-    if isinstance(first, Router):
+    if any(isinstance(module, Router) for module in pipeline.modules()):
         raise UnsupportedModelError(
             f"{name} sends queries and documents through different modules (Router), which is not supported."
         )
@@ -261,10 +303,35 @@ def _check(pipeline: SentenceTransformer, name: str) -> None:
         )
     for module in pipeline.modules():
         if isinstance(module, _CheckedTransformer):
-            _reject_missing_weights(module, name)
+            _check_class(module, plan, name)
+            _check_weights(module, name)
 
 
-def _reject_missing_weights(transformer: _CheckedTransformer, name: str) -> None:
+def _check_class(transformer: _CheckedTransformer, plan: PipelinePlan, name: str) -> None:
+    """Reject a model that transformers has loaded as another class than its configuration declares."""
+    loaded, declared = type(transformer.model), plan.architecture
+    if not declared or not loaded.__module__.startswith("transformers."):
+        return
+    known: Any = getattr(transformers, declared, None)
+    config = type(transformer.config)
+    kind = getattr(known, "config_class", None)
+    if isinstance(kind, type) and (issubclass(config, kind) or issubclass(kind, config)):
+        return
+    if kind is not None and transformer.config.model_type == getattr(kind, "model_type", None):
+        return
+    problem = (
+        f"which transformers {transformers.__version__} does not have"
+        if known is None
+        else f"but the model type {transformer.config.model_type!r}"
+    )
+    raise UnsupportedModelError(
+        f"{name} declares the class {declared}, {problem}. {loaded.__name__} would be loaded in its place, and its "
+        f"vectors could be others. If the model's card says that they are the same, set {POOLING_ADVICE}."
+    )
+
+
+def _check_weights(transformer: _CheckedTransformer, name: str) -> None:
+    """Reject a model if its files lack weights of its modules, or have weights of modules that it does not have."""
     outputs = {str(params["method_output_name"]) for params in transformer.modality_config.values()}
     missing = sorted(
         key
@@ -277,6 +344,31 @@ def _reject_missing_weights(transformer: _CheckedTransformer, name: str) -> None
             f"{name}: {len(missing)} weights (such as {missing[0]}) are missing in the weight files, so its "
             "vectors would be noise. The repository may be incomplete, or may contain another type of model."
         )
+    unused = sorted(key for key in transformer.unused_weights if _matters(key, transformer.model))
+    if unused:
+        reason = (
+            "They belong to an adapter, which is not merged: merge it into the model, and save that."
+            if any(part in unused[0] for part in _ADAPTER_WEIGHTS)
+            else "config.json may declare fewer layers than there are, or a feature that transformers "
+            f"{transformers.__version__} does not have. Compare it with the original, or choose another model."
+        )
+        raise LoadError(
+            f"{name}: {len(unused)} weights in its files (such as {unused[0]}) belong to no module of "
+            f"{type(transformer.model).__name__}, so its vectors would not be those of the model. {reason}"
+        )
+
+
+def _matters(key: str, model: torch.nn.Module) -> bool:
+    """Return whether a weight is inside the loaded model, and not part of a head or of another tower."""
+    parts = key.split(".")
+    if parts[-1] in _RECOMPUTED or "pooler" in parts:
+        return False
+    if any(part in key for part in _ADAPTER_WEIGHTS):
+        return True
+    prefix = getattr(model, "base_model_prefix", "")
+    if parts[0] == prefix and prefix:
+        parts = parts[1:]
+    return parts[0] in {name for name, _ in model.named_children()}
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""A temporary directory with exactly the files of a repository, for the libraries that load a model from a directory.
+
+They read whatever they find in a directory: weights that are not in the snapshot, an index of shards that do not exist,
+an adapter of somebody's experiment. In this directory they find the verified files only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emb_model_provider.backends.repository import is_processor_file
+from emb_model_provider.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from emb_model_provider.backends.repository import Repository
+
+_FILES_WITH_REFERENCES = ("config.json", "tokenizer_config.json", "modules.json")
+
+
+@contextmanager
+def open_view(repository: Repository, digest: str) -> Iterator[Path]:
+    """Yield a directory with links to the files of a repository. It is removed afterwards.
+
+    Args:
+        repository: The repository. Code of other repositories is put next to its own files.
+        digest: The digest of the snapshot. transformers keeps the Python files of a model by the name of its directory.
+
+    Raises:
+        UnsupportedModelError: Files of two repositories have the same name.
+    """
+    with tempfile.TemporaryDirectory(prefix="emb-provider-", ignore_cleanup_errors=True) as parent:
+        directory = Path(parent) / f"model_{digest[:16]}"
+        directory.mkdir()
+        for name, path in repository.files.items():
+            if repository.has_processor and is_processor_file(name):
+                continue
+            _link(path, directory / name)
+        _add_code(repository, directory)
+        if "modules.json" not in repository.files and repository.modules:
+            (directory / "modules.json").write_text(json.dumps(repository.modules), encoding="utf-8")
+        if repository.has_processor:
+            _use_tokenizer_as_processor(repository, directory)
+        yield directory
+
+
+def _link(path: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # Windows allows links to administrators only
+        link.symlink_to(path.absolute())
+        return
+    shutil.copyfile(path, link)
+
+
+def _add_code(repository: Repository, directory: Path) -> None:
+    """Add the Python files of other repositories, and let the references to them name the added files."""
+    if not repository.code:
+        return
+    owners = dict.fromkeys(repository.files, repository.name)
+    for other, files in repository.code.items():
+        for name, path in files.items():
+            if name in owners and path.read_bytes() != (directory / name).read_bytes():
+                raise UnsupportedModelError(
+                    f"{repository.name} needs code from {other}, and {owners[name]} has another file of the same name "
+                    f"({name}). Copy the code into one directory, change the references in config.json, and serve that."
+                )
+            if name not in owners:
+                owners[name] = other
+                _link(path, directory / name)
+    for name in _FILES_WITH_REFERENCES:
+        if name in repository.files:
+            value = json.loads(repository.files[name].read_text(encoding="utf-8-sig"))
+            (directory / name).unlink()
+            (directory / name).write_text(json.dumps(_without_owner(value, repository)), encoding="utf-8")
+
+
+def _without_owner(value: Any, repository: Repository) -> Any:
+    """Return a JSON value in which `owner/name--file.Class` of the added code is `file.Class`."""
+    if isinstance(value, dict):
+        return {key: _without_owner(item, repository) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_owner(item, repository) for item in value]
+    if isinstance(value, str):
+        owner, separator, reference = value.partition("--")
+        if separator and owner in repository.code:
+            return reference
+    return value
+
+
+def _use_tokenizer_as_processor(repository: Repository, directory: Path) -> None:
+    """Let AutoProcessor load the tokenizer: other processors need packages for images, which are not read here."""
+    tokenizer = repository.read("tokenizer_config.json").get("tokenizer_class") or "PreTrainedTokenizerFast"
+    (directory / "processor_config.json").write_text(json.dumps({"processor_class": tokenizer}), encoding="utf-8")

@@ -1,0 +1,214 @@
+"""The files of a repository as the libraries that load it must see them.
+
+A repository can consist of several snapshots: an adapter and its base model, or a model and the code of another
+repository. Imports no runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from emb_model_provider.errors import LoadError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from emb_model_provider.snapshots.snapshot import Snapshot
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_VARIANTS = re.compile(r"(.*/)?(model|pytorch_model)\.[a-z0-9]+\.(safetensors|bin)")
+"""Weights at another precision, such as `model.fp16.safetensors`."""
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_MODULE_FOLDER = re.compile(r"(\d+)_(Pooling|Dense|LayerNorm|Normalize)/config\.json")
+_MODULE_CLASSES = {
+    "Pooling": "sentence_transformers.models.Pooling",
+    "Dense": "sentence_transformers.models.Dense",
+    "LayerNorm": "sentence_transformers.models.LayerNorm",
+    "Normalize": "sentence_transformers.models.Normalize",
+}
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The files of a model, by their paths in the repository."""
+
+    name: str
+    """The id of the repository, for messages."""
+    files: Mapping[str, Path]
+    """Path in the repository, with forward slashes, to the path on disk."""
+    adapter: Mapping[str, Path] = field(default_factory=dict)
+    """Configuration and weights of a LoRA adapter, by their names; empty if the model is complete."""
+    base: str | None = None
+    """The base model of the adapter."""
+    code: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    """Python files of other repositories, by the id of the repository as it is referred to, and their paths in it."""
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Repository:
+        """Return the repository of a snapshot and its dependencies.
+
+        Raises:
+            UnsupportedModelError: It is an adapter whose base model is not known or not here.
+        """
+        files = {file.path: snapshot.path / file.path for file in snapshot.files}
+        base: Repository | None = None
+        adapter = {name: files.pop(name) for name in (ADAPTER_CONFIG, *_ADAPTER_WEIGHTS) if name in files}
+        if "config.json" in files:
+            adapter = {}  # of a complete model, which libraries would load with the adapter
+        elif ADAPTER_CONFIG in adapter:
+            base = _base_of(snapshot, adapter[ADAPTER_CONFIG])
+            files = {**base.files, **files}
+        else:
+            adapter = {}
+        code = {
+            each.required_as: {file.path: each.path / file.path for file in each.files if file.path.endswith(".py")}
+            for each in snapshot.dependencies
+        }
+        return cls(
+            name=snapshot.repository,
+            files=_rename_variants(files),
+            adapter=adapter,
+            base=base.name if base is not None else None,
+            code={**(base.code if base is not None else {}), **{name: each for name, each in code.items() if each}},
+        )
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return the JSON object in a file, or an empty one if there is no such file; LoadError if it is invalid."""
+        path = self.files.get(name)
+        return read_object(path) if path is not None else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the transformer, which older versions of sentence-transformers keep in a folder."""
+        if "config.json" in self.files:
+            return self.read("config.json")
+        first = str(self.modules[0].get("path") or "") if self.modules else ""
+        return self.read(f"{first}/config.json")
+
+    @cached_property
+    def has_modules(self) -> bool:
+        """Whether the repository declares its modules, in `modules.json` or by their folders."""
+        return bool(self.modules) or "modules.json" in self.files
+
+    @cached_property
+    def modules(self) -> list[dict[str, Any]]:
+        """The entries of `modules.json` or, without one, those of the folders of modules, such as `1_Pooling`."""
+        if (path := self.files.get("modules.json")) is not None:
+            return read_modules(path)
+        found = sorted(
+            (int(match[1]), match[2], name.rpartition("/")[0])
+            for name in self.files
+            if (match := _MODULE_FOLDER.fullmatch(name)) is not None
+        )
+        if not any(kind == "Pooling" for _, kind, _ in found):
+            return []
+        transformer = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+        return [
+            transformer,
+            *(
+                {"idx": index, "name": str(index), "path": path, "type": _MODULE_CLASSES[kind]}
+                for index, (_, kind, path) in enumerate(found, 1)
+            ),
+        ]
+
+    @cached_property
+    def card(self) -> str:
+        """The metadata at the beginning of `README.md`, as text; empty if there is none."""
+        path = self.files.get("README.md")
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path is not None else ""
+        except OSError:
+            return ""
+        match = _FRONT_MATTER.search(text)
+        return match[1] if match is not None else ""
+
+    def code_references(self) -> Iterator[tuple[str, str]]:
+        """Yield every reference to a class in Python files of a repository, with the file that has it."""
+        for name in ("config.json", "tokenizer_config.json"):
+            auto_map = self.read(name).get("auto_map")
+            values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+            for value in values:
+                for reference in value if isinstance(value, list) else [value]:
+                    if isinstance(reference, str):
+                        yield name, reference
+        for module in self.modules:
+            reference = str(module.get("type", ""))
+            if not reference.startswith("sentence_transformers."):
+                yield "modules.json", reference
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether the model also reads images or audio, so that the libraries would load more than a tokenizer."""
+        return any(name in self.files for name in _PROCESSOR_FILES) or any(
+            f"{kind}_config" in self.config for kind in ("vision", "audio")
+        )
+
+
+def is_processor_file(name: str) -> bool:
+    """Return whether a file configures the preparation of images, audio or video."""
+    return name.rpartition("/")[2] in _PROCESSOR_FILES
+
+
+def read_modules(path: Path) -> list[dict[str, Any]]:
+    """Read a `modules.json`; LoadError if it is invalid."""
+    value = _read_json(path)
+    if not isinstance(value, list) or not all(isinstance(module, dict) for module in value):
+        raise LoadError(f"{path} is not a list of modules. Download the model again, or correct the file.")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; LoadError if it is invalid."""
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} is not a JSON object. Download the model again, or correct the file.")
+    return value
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise LoadError(
+            f"{path} cannot be read as JSON ({error}). Download the model again, or correct the file."
+        ) from error
+
+
+def _base_of(snapshot: Snapshot, config: Path) -> Repository:
+    values = read_object(config)
+    name = values.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UnsupportedModelError(
+            f"{snapshot.repository} is an adapter, and its {ADAPTER_CONFIG} does not name the base model "
+            "(base_model_name_or_path). Merge the adapter into its base model, and serve the result."
+        )
+    dependency = snapshot.dependency(name)
+    if dependency is None:
+        raise UnsupportedModelError(
+            f"{snapshot.repository} is an adapter for {name!r}, which was not downloaded with it. Download it again "
+            f"(`emb-provider pull {snapshot.repository} --force`), or merge the adapter into its base model."
+        )
+    return Repository.of(dependency)
+
+
+def _rename_variants(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return files with weights at another precision under the plain name, if there are no plain weights."""
+    renamed = dict(files)
+    for name in sorted(files):
+        match = _VARIANTS.fullmatch(name)
+        if match is None:
+            continue
+        parent, stem, suffix = match[1] or "", match[2], match[3]
+        plain = [f"{parent}{each}" for each in ("model.safetensors", "pytorch_model.bin")]
+        plain += [f"{each}.index.json" for each in plain]
+        del renamed[name]
+        if not any(each in renamed for each in plain):
+            renamed[f"{parent}{stem}.{suffix}"] = files[name]
+    return renamed
