@@ -74,7 +74,7 @@ class CacheEntry:
     @property
     def digests(self) -> set[str]:
         """The digests of its snapshots, by which artifacts refer to it."""
-        return {found.snapshot.digest for _, found in self.manifests}
+        return {digest for _, found in self.manifests for digest in found.digests}
 
     @property
     def owns_files(self) -> bool:
@@ -241,7 +241,7 @@ class Inventory:
         key, first = found[0]
         snapshot = first.snapshot
         files = {file.path: file for _, each in found for file in each.snapshot.files}
-        digests = {each.snapshot.digest for _, each in found}
+        digests = {digest for _, each in found for digest in each.digests}
         own = [artifact for artifact in artifacts if artifact.snapshot in digests]
         keys = {each for each, _ in found}
         is_damaged = any(each.is_invalidated for _, each in found) or not has_sizes(snapshot.path, files.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import HubError, UnsupportedPrecisionError
-from emb_model_provider.hubs.fetch import fetch_snapshot, manifest_key
+from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
 from emb_model_provider.management.removal import Remover
@@ -20,11 +20,12 @@ from emb_model_provider.progress import CancelToken, OnProgress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.files import check_files, has_sizes
+from emb_model_provider.snapshots.locks import FileLock
 from emb_model_provider.snapshots.manifest import FilePatterns
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from sentence_transformers import SentenceTransformer
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from emb_model_provider.management.types import CachedModelRecord, Details, Removal, Verification
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
-    from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _TRIES = 5
@@ -74,7 +74,7 @@ class ModelManager:
         on_progress: OnProgress = ignore_progress,
         cancel: CancelToken | None = None,
     ) -> Snapshot:
-        """Return the complete, verified snapshot of a model, downloading it if necessary. Blocks.
+        """Return the complete, verified snapshot of a model and its dependencies, downloading it if necessary. Blocks.
 
         Args:
             spec: The model.
@@ -86,6 +86,7 @@ class ModelManager:
 
         Raises:
             HubError: The message says what to do.
+            UnsupportedModelError: It is an adapter whose base model cannot be used.
             ModelInUseError: A newer state of a branch would replace files that a process uses.
             OperationCancelledError: `cancel` was cancelled.
         """
@@ -96,6 +97,7 @@ class ModelManager:
             cancel=cancel,
             force=force,
             patterns=FilePatterns(tuple(include), tuple(exclude)),
+            trust=self._settings.trust,
         )
 
     def acquire(
@@ -103,7 +105,7 @@ class ModelManager:
     ) -> tuple[Snapshot, FileLock]:
         """Return the snapshot of a model, downloading it if necessary, with a lock that keeps it on disk.
 
-        Until the lock is released or the process ends, no process removes the snapshot. Blocks.
+        Until the lock is released or the process ends, no process removes the snapshot or its dependencies. Blocks.
 
         Args:
             spec: The model.
@@ -112,32 +114,35 @@ class ModelManager:
 
         Raises:
             HubError: The message says what to do.
+            UnsupportedModelError: It is an adapter whose base model cannot be used.
             OperationCancelledError: `cancel` was cancelled.
         """
-        lock: FileLock | None = None
-        locked: Path | None = None
+        held: dict[Path, FileLock] = {}
         for _ in range(_TRIES):
             snapshot = self.ensure(spec, on_progress=on_progress, cancel=cancel)
-            if lock is None or locked != snapshot.path:
-                lock, locked = self._inventory.locks.hold(snapshot.path), snapshot.path
-            if self._is_current(spec, snapshot):
-                return snapshot, lock
-            # Removed or replaced before it was locked. The lock is kept while it is downloaded again.
+            parts = list(_parts_of(snapshot))
+            # The locks of an earlier try are kept while it is downloaded again.
+            held = {part.path: held.get(part.path) or self._inventory.locks.hold(part.path) for part in parts}
+            if all(self._is_current(part) for part in parts):
+                return snapshot, FileLock(partial(_release_all, list(held.values())))
+            # Removed or replaced before it was locked.
         raise HubError(
             f"{spec.name} was removed or replaced each time before it could be loaded. Make sure that nothing else "
             "changes the cache meanwhile (`emb-provider rm`, `pull --force`, another tool), then try again."
         )
 
-    def _is_current(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
-        """Return whether a snapshot is unchanged since the time before it was locked."""
+    def _is_current(self, snapshot: Snapshot) -> bool:
+        """Return whether the files of a snapshot are unchanged since the time before it was locked."""
         if not has_sizes(snapshot.path, snapshot.files):
             return False
         if snapshot.hub != "modelscope":
             return True
         # A branch keeps its directory there. A process that replaces its files removes the manifest first.
-        key = manifest_key("modelscope", spec, self._settings.hubs)
-        found = manifest.load(key, self._inventory.manifest_dir)
-        return found is not None and found.snapshot == snapshot
+        digest = snapshot.with_dependencies({}).digest
+        return any(
+            (found.snapshot.path, found.snapshot.digest) == (snapshot.path, digest)
+            for _, found in manifest.load_all(self._inventory.manifest_dir)
+        )
 
     def compile(
         self, spec: ModelSpec, *, on_progress: OnProgress = ignore_progress, cancel: CancelToken | None = None
@@ -219,7 +224,7 @@ class ModelManager:
         spec = resolve_model(self._settings, entry.name, source=entry.hub)
         spec = replace(spec, path=Path(entry.name) if entry.hub == "local" else None)
         trusted = self._settings.trust.allows(spec, entry.hub)
-        return describe(entry, spec, trust_remote_code=trusted)
+        return describe(entry, spec, self._inventory.manifest_dir, trust_remote_code=trusted)
 
     def verify(
         self, model: CachedModelRecord, *, on_progress: OnProgress = ignore_progress, cancel: CancelToken | None = None
@@ -441,6 +446,18 @@ def get_model_manager(
     if source is None and use_modelscope is not None:
         source = "modelscope" if use_modelscope else "huggingface"
     return ModelManager(load_settings()[0] if settings is None else settings, source=source)
+
+
+def _parts_of(snapshot: Snapshot) -> Iterator[Snapshot]:
+    """Yield a snapshot, and all snapshots that it needs."""
+    yield snapshot
+    for each in snapshot.dependencies:
+        yield from _parts_of(each)
+
+
+def _release_all(locks: builtins.list[FileLock]) -> None:
+    for lock in locks:
+        lock.release()
 
 
 def _copy_files(snapshot: Snapshot, directory: Path) -> None:
