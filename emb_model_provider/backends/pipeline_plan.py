@@ -198,7 +198,7 @@ def _from_modules(repository: Repository, st_config: Mapping[str, Any]) -> Pipel
     prompts = {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
     truncate_dim = st_config.get("truncate_dim")
     notes: list[str] = []
-    if "modules.json" not in repository.files:
+    if "modules.json" not in repository.files and repository.config.get("model_type") != "model2vec":
         folders = ", ".join(str(module["path"]) for module in repository.modules[1:])
         notes.append(
             f"{_FOLDERS_NOTE}: its modules are read from the folders {folders}. Whether its vectors are normalized is not "

@@ -26,12 +26,6 @@ _VARIANTS = re.compile(r"(.*/)?(model|pytorch_model)\.[a-z0-9]+\.(safetensors|bi
 """Weights at another precision, such as `model.fp16.safetensors`."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _MODULE_FOLDER = re.compile(r"(\d+)_(Pooling|Dense|LayerNorm|Normalize)/config\.json")
-_MODULE_CLASSES = {
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Dense": "sentence_transformers.models.Dense",
-    "LayerNorm": "sentence_transformers.models.LayerNorm",
-    "Normalize": "sentence_transformers.models.Normalize",
-}
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -102,6 +96,9 @@ class Repository:
         """The entries of `modules.json` or, without one, those of the folders of modules, such as `1_Pooling`."""
         if (path := self.files.get("modules.json")) is not None:
             return read_modules(path)
+        if self.read("config.json").get("model_type") == "model2vec":
+            kinds = ["StaticEmbedding", *(["Normalize"] if self.read("config.json").get("normalize") else [])]
+            return [_module(index, kind, "" if index == 0 else f"{index}_{kind}") for index, kind in enumerate(kinds)]
         found = sorted(
             (int(match[1]), match[2], name.rpartition("/")[0])
             for name in self.files
@@ -109,13 +106,9 @@ class Repository:
         )
         if not any(kind == "Pooling" for _, kind, _ in found):
             return []
-        transformer = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
         return [
-            transformer,
-            *(
-                {"idx": index, "name": str(index), "path": path, "type": _MODULE_CLASSES[kind]}
-                for index, (_, kind, path) in enumerate(found, 1)
-            ),
+            _module(0, "Transformer", ""),
+            *(_module(index, kind, path) for index, (_, kind, path) in enumerate(found, 1)),
         ]
 
     @cached_property
@@ -149,6 +142,11 @@ class Repository:
         return any(name in self.files for name in _PROCESSOR_FILES) or any(
             f"{kind}_config" in self.config for kind in ("vision", "audio")
         )
+
+
+def _module(index: int, kind: str, path: str) -> dict[str, Any]:
+    """Return an entry of a `modules.json`."""
+    return {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
 
 
 def is_processor_file(name: str) -> bool:

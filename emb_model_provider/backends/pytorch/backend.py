@@ -81,6 +81,10 @@ class TorchBackend:
                 raise explain_error(error, name) from error
         description = describe(pipeline, plan, name, precision=precision, device=device, backend="torch")
         self.description = replace(description, notes=(*description.notes, *notes))
+        self._table_rows = description.vocab_size
+        if isinstance(pipeline[0], StaticEmbedding):
+            _add_zero_row(pipeline[0])
+            self._table_rows += 1
         self._pipeline: SentenceTransformer | None = pipeline
         self._device = torch.device(device)
         self._packing: Packing | None = None
@@ -179,8 +183,15 @@ class TorchBackend:
 
     def _to_device(self, ids: NDArray[np.int64]) -> torch.Tensor:
         # Checked first, because on CUDA the lookup of a missing row breaks the CUDA context of the whole process.
-        check_ids(ids, self.description.vocab_size)
+        check_ids(ids, self._table_rows)
         return torch.from_numpy(ids).to(self._device)
+
+
+def _add_zero_row(static: StaticEmbedding) -> None:
+    """Add a zero vector to a table, for the token that replaces a text without tokens (see `describe`)."""
+    weight = static.embedding.weight.detach()
+    table = torch.cat([weight, weight.new_zeros((1, weight.shape[1]))])
+    static.embedding = torch.nn.EmbeddingBag.from_pretrained(table, mode=static.embedding.mode)
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:

@@ -57,8 +57,10 @@ def describe(
     if isinstance(first, StaticEmbedding):
         vocab_size = first.num_embeddings
         tokenizer_json = _portable(first.tokenizer.to_str(), post_processor=None)  # without special tokens
-        pad_token_id = 0
-        max_length = min(_STATIC_MAX_LENGTH, plan.max_length or _STATIC_MAX_LENGTH)
+        # Not in the vocabulary: the backend adds a row of zeros, as the vector of a text without tokens.
+        pad_token_id = vocab_size
+        limit = (first.tokenizer.truncation or {}).get("max_length", _STATIC_MAX_LENGTH)
+        max_length = min(limit, plan.max_length or _STATIC_MAX_LENGTH)
     else:
         tokenizer = _fast_tokenizer(pipeline, name)
         tokenizer_json = _portable(tokenizer.backend_tokenizer.to_str())
