@@ -140,7 +140,8 @@ def models_using(models: Sequence[CachedModelRecord], statuses: Sequence[ModelSt
             return False
         if status.snapshot is None:
             return any(status.spec.name == model.model_name for model in models)
-        return any(str(status.snapshot.path) == model.path for model in models)
+        used = {str(directory) for directory in status.snapshot.directories}
+        return any(model.path in used for model in models)
 
     return [status for status in statuses if uses(status)]
 

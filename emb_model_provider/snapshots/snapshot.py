@@ -55,6 +55,11 @@ class Snapshot:
         """The size of the files in bytes, those of the dependencies included."""
         return sum(file.size for file in self.files) + sum(each.size for each in self.dependencies)
 
+    @property
+    def directories(self) -> frozenset[Path]:
+        """The directories of the files, those of the dependencies included."""
+        return frozenset({self.path}).union(*(each.directories for each in self.dependencies))
+
     def with_dependencies(self, dependencies: Mapping[str, Snapshot]) -> Snapshot:
         """Return this snapshot with other dependencies, by their names as the files of this snapshot write them."""
         named = tuple(replace(each, required_as=name) for name, each in sorted(dependencies.items()))

@@ -27,11 +27,13 @@ WEIGHTS = random.Random(7).randbytes(200_000)  # noqa: S311 - bytes that do not 
 
 def model_files() -> dict[str, bytes]:
     """Return a sentence-transformers repository, with files that serving does not need."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     return {
         ".gitattributes": b"*.safetensors filter=lfs\n",
         "README.md": b"# tiny\n",
         "config.json": json.dumps({"model_type": "bert", "hidden_size": 8}).encode(),
-        "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}]).encode(),
+        "modules.json": json.dumps(modules).encode(),
         "1_Pooling/config.json": b'{"word_embedding_dimension": 8}',
         "tokenizer.json": b'{"version": "1.0"}',
         "model.safetensors": WEIGHTS,

@@ -195,7 +195,7 @@ def test_compile_describes_what_is_served(
 ) -> None:
     """A model is downloaded and compiled once. Afterwards it is listed, not in use, and can be removed."""
 
-    def run_compiler(job: CompileJob, on_progress: OnProgress, _: CancelToken) -> CompileResult:
+    def run_compiler(job: CompileJob, on_progress: OnProgress, _: CancelToken, **__: object) -> CompileResult:
         on_progress(Progress("compile", job.snapshot.repository, step="convert"))
         fill(job.directory, job.recipe)
         return CompileResult("done")

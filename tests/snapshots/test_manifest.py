@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def test_file_names_are_those_of_earlier_versions(key: ManifestKey, stem: str, l
 
 
 def test_manifest_of_an_earlier_version_is_valid(tmp_path: Path) -> None:
-    """Its snapshot is used without hashing a file, and the file that is written is the same."""
+    """Its snapshot is used without hashing a file, and the file that is written is the same, but for the selection."""
     content = read_sample("manifest.json", tmp_path)
     directory = Path(content["path"])
     write_files(directory, modelscope_files())
@@ -79,7 +80,21 @@ def test_manifest_of_an_earlier_version_is_valid(tmp_path: Path) -> None:
     assert not hashed
     assert [key for key, _ in manifest.load_all(tmp_path / "snapshots")] == [KEY]
     manifest.save(KEY, snapshot, tmp_path / "snapshots", fetched=content["fetched"])
-    assert json.loads(path.read_bytes()) == content
+    assert json.loads(path.read_bytes()) == {**content, "selection": 2}
+
+
+def test_selection_of_an_earlier_version_is_not_used_for_variants(snapshot: Snapshot, tmp_path: Path) -> None:
+    """It left out the weights that the libraries read."""
+    variant = replace(snapshot.files[0], path="model.fp16.safetensors")
+    (snapshot.path / variant.path).write_bytes((snapshot.path / snapshot.files[0].path).read_bytes())
+    files = [*snapshot.files, variant]
+    manifest.save(KEY, Snapshot.of("modelscope", MS_REPO, "master", snapshot.path, files), tmp_path / "snapshots")
+    assert manifest.load_verified(KEY, tmp_path / "snapshots") is not None
+    path = KEY.manifest_path(tmp_path / "snapshots")
+    content = json.loads(path.read_bytes())
+    del content["selection"]
+    write_json(path, content)
+    assert manifest.load_verified(KEY, tmp_path / "snapshots") is None
 
 
 def test_changed_time_stamp_is_recorded_after_hashing(snapshot: Snapshot, tmp_path: Path) -> None:

@@ -60,3 +60,4 @@ def test_dependencies_are_found_by_their_names_in_the_files() -> None:
     assert snapshot.dependency("acme/base") == replace(BASE, required_as="acme/base")
     assert snapshot.dependency("mirror/base") is None
     assert snapshot.size == 35
+    assert snapshot.directories == {Path("/base"), Path("/lora")}
