@@ -168,7 +168,7 @@ def _directory_of(name: str, directory: Path) -> Path | None:
     """Return the directory that an adapter on this machine names, relative to its own, or to the working directory."""
     try:
         beside = directory / Path(name).expanduser()
-        return beside if beside.is_dir() else directory_of(name)
+        return beside.resolve() if beside.is_dir() else directory_of(name)
     except (OSError, RuntimeError, ValueError):  # the platform cannot look up this name
         return None
 
