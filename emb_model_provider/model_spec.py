@@ -51,6 +51,8 @@ class ModelSpec:
     """auto, cpu, cuda, cuda:N or mps."""
     backend: BackendName = "auto"
 
+    route: str | None = None
+    """The route of an asymmetric model to load; None for all of them. Not a setting."""
     pooling: Pooling | None = None
     normalize: bool | None = None
     max_length: int | None = None

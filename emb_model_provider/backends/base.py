@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from emb_model_provider.errors import InferenceError
@@ -65,6 +65,11 @@ class ModelDescription:
     """How it was loaded, for the operator, such as a guess about its pipeline."""
     truncation_side: Literal["left", "right"] = "right"
     """The end at which the model is meant to be given inputs that are too long, unless a request chooses one."""
+    routes: Mapping[str, ModelDescription] = field(default_factory=dict)
+    """Of an asymmetric model: the description of the route of each task, such as `query` and `document`. Then the other
+    values are those of the default route."""
+    default_route: str | None = None
+    """The task of requests that name none. None: an asymmetric model requires one."""
     fidelity: Fidelity | None = None
     """Measured before the model is served. None if the backend is the reference (torch at fp32), or if it was not
     measured, which a note then says."""
@@ -81,6 +86,8 @@ class TokenBatch:
     """Special tokens included. No input is empty."""
     prompt_lengths: Sequence[int]
     """Number of prompt tokens at the start of each input. Used only if the model excludes prompts."""
+    tasks: Sequence[str] | None = None
+    """Of an asymmetric model: the task of each input, which decides its route. None: the default route."""
 
 
 class Backend(Protocol):

@@ -67,6 +67,8 @@ class PipelinePlan:
     truncate_dim: int | None = None
     """Size to which vectors are truncated after all modules have run."""
     matryoshka: tuple[int, ...] | Literal["any"] | None = None
+    route: str | None = None
+    """The route of a Router whose modules are the pipeline."""
     architecture: str | None = None
     """The class that `config.json` declares, which must be the one that is loaded. None: the settings choose the
     pooling, so the class of the token vectors is chosen on purpose, too."""
@@ -90,7 +92,7 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
         UnsupportedModelError: The repository is not an embedding model, or declares something that is not supported.
         LoadError: A configuration file is not valid JSON.
     """
-    repository = Repository.of(snapshot)
+    repository = Repository.of(snapshot, spec.route)
     config, st_config = repository.config, repository.read("config_sentence_transformers.json")
     configuration = repository.read("configuration.json")
     section = modelscope_model_section(configuration)
@@ -120,6 +122,7 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
             plan = replace(plan, notes=())
     plan = replace(
         plan,
+        route=spec.route,
         architecture=architecture_of(config) if spec.pooling is None else None,
         notes=(*plan.notes, *_notes_on_files(repository, trust_remote_code)),
     )

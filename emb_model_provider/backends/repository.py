@@ -41,12 +41,14 @@ class Repository:
     """Configuration and weights of a LoRA adapter, by their names; empty if the model is complete."""
     base: str | None = None
     """The base model of the adapter."""
+    route: str | None = None
+    """The route of a Router whose modules are loaded."""
     code: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     """Python files of other repositories, by the id of the repository as it is referred to, and their paths in it."""
 
     @classmethod
-    def of(cls, snapshot: Snapshot) -> Repository:
-        """Return the repository of a snapshot and its dependencies.
+    def of(cls, snapshot: Snapshot, route: str | None = None) -> Repository:
+        """Return the repository of a snapshot and its dependencies, or of a route of its Router.
 
         Raises:
             UnsupportedModelError: It is an adapter whose base model is not known or not here.
@@ -70,6 +72,7 @@ class Repository:
             files=_rename_variants(files),
             adapter=adapter,
             base=base.name if base is not None else None,
+            route=route,
             code={**(base.code if base is not None else {}), **{name: each for name, each in code.items() if each}},
         )
 
@@ -79,12 +82,42 @@ class Repository:
         return read_object(path) if path is not None else {}
 
     @cached_property
+    def first_module(self) -> dict[str, Any]:
+        """The entry of the first module, of the route if there is a Router; empty if no modules are declared."""
+        if not self.modules:
+            return {}
+        first = self.modules[0]
+        if self.route is None or not is_router(first):
+            return first
+        router = self.router_config(first)
+        name = router["structure"][self.route][0]
+        return {"path": f"{first.get('path') or ''}/{name}", "type": router["types"][name]}
+
+    @property
+    def folder(self) -> str:
+        """The folder of the first module, with a slash, or an empty string. It has the tokenizer."""
+        path = str(self.first_module.get("path") or "").strip("./")
+        return f"{path}/" if path else ""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the model looks up token vectors and has no transformer."""
+        return str(self.first_module.get("type", "")).endswith(".StaticEmbedding")
+
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration of the transformer, which older versions of sentence-transformers keep in a folder."""
-        if "config.json" in self.files:
-            return self.read("config.json")
-        first = str(self.modules[0].get("path") or "") if self.modules else ""
-        return self.read(f"{first}/config.json")
+        """The configuration of the transformer, which some models keep in the folder of their first module."""
+        return self.read(f"{self.folder}config.json") or self.read("config.json")
+
+    def router_config(self, module: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration of a Router; LoadError if it has none."""
+        path = str(module.get("path") or "").strip("./")
+        names = [f"{path}/{name}" if path else name for name in ("router_config.json", "config.json")]
+        for name in names:
+            config = self.read(name)
+            if config.get("structure"):
+                return config
+        raise LoadError(f"{self.name} has a Router, but no {names[0]}. Download the model again.")
 
     @cached_property
     def has_modules(self) -> bool:
@@ -142,6 +175,11 @@ class Repository:
         return any(name in self.files for name in _PROCESSOR_FILES) or any(
             f"{kind}_config" in self.config for kind in ("vision", "audio")
         )
+
+
+def is_router(module: Mapping[str, Any]) -> bool:
+    """Return whether an entry of a `modules.json` sends queries and documents through different modules."""
+    return str(module.get("type", "")).endswith((".Router", ".Asym"))
 
 
 def _module(index: int, kind: str, path: str) -> dict[str, Any]:

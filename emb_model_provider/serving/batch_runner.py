@@ -84,8 +84,11 @@ def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
 
 
 def _token_batch(members: Sequence[Member]) -> TokenBatch:
+    tasks = [job.task for job, _ in members if job.task is not None]
     return TokenBatch(
-        ids=[job.ids[row] for job, row in members], prompt_lengths=[job.prompt_lengths[row] for job, row in members]
+        ids=[job.ids[row] for job, row in members],
+        prompt_lengths=[job.prompt_lengths[row] for job, row in members],
+        tasks=tasks or None,
     )
 
 

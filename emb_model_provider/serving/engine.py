@@ -24,6 +24,7 @@ from emb_model_provider.serving.model_thread import ModelThread
 from emb_model_provider.serving.request_options import (
     check_dimensions,
     choose_prompt,
+    choose_task,
     decode_cl100k,
     load_cl100k,
     postprocess,
@@ -31,7 +32,7 @@ from emb_model_provider.serving.request_options import (
 from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
     from numpy.typing import NDArray
@@ -96,7 +97,7 @@ class Engine:
         self.spec = spec
         self.description: ModelDescription
         self.memory_bytes: int
-        self._tokenization: Tokenization
+        self._tokenizations: Mapping[str | None, Tokenization]
         self._limits = config.limits
         self._executor = executor
         self._loader = _BackendLoader(load)
@@ -115,7 +116,7 @@ class Engine:
         except asyncio.CancelledError:
             self._scheduler.stop()
             raise
-        self._tokenization, self.memory_bytes = self._loader.tokenization, self._loader.memory_bytes
+        self._tokenizations, self.memory_bytes = self._loader.tokenizations, self._loader.memory_bytes
 
     @property
     def waiting_inputs(self) -> int:
@@ -147,21 +148,23 @@ class Engine:
             InferenceError: The model failed on an input.
         """
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
+        task = choose_task(options.input_type, self.description)
         prompt = choose_prompt(options.input_type, self.description)
         try:
             async with asyncio.timeout(self._limits.request_timeout_s):
                 started = time.perf_counter()
-                encoded = await self._encode(inputs, prompt, options)
+                encoded = await self._encode(inputs, task, prompt, options)
                 tokenize_s = time.perf_counter() - started
                 tokens = sum(map(len, encoded.ids))
                 if tokens > self._limits.max_request_tokens:
                     raise TooManyTokensError(tokens, self._limits.max_request_tokens)
-                vectors, timing = await self._run(encoded)
+                vectors, timing = await self._run(encoded, task)
         except TimeoutError:
             raise DeadlineExceededError(
                 f"The request was not answered within {self._limits.request_timeout_s:g} seconds."
             ) from None
-        normalize = self.description.normalize if options.normalize is None else options.normalize
+        described = self._described(task)
+        normalize = described.normalize if options.normalize is None else options.normalize
         return Embeddings(
             vectors=postprocess(vectors, dimensions=dimensions, normalize=normalize),
             tokens=tokens,
@@ -170,8 +173,14 @@ class Engine:
             timing=timing,
         )
 
-    async def _run(self, encoded: EncodedInputs) -> tuple[NDArray[np.float32], Timing]:
-        job = EmbeddingJob(encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension)
+    def _described(self, task: str | None) -> ModelDescription:
+        """Return the description of the route of a task, or of the model if it has no routes."""
+        return self.description if task is None else self.description.routes[task]
+
+    async def _run(self, encoded: EncodedInputs, task: str | None) -> tuple[NDArray[np.float32], Timing]:
+        job = EmbeddingJob(
+            encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension, task=task
+        )
         self._scheduler.submit(job)
         try:
             return await job.result
@@ -180,18 +189,19 @@ class Engine:
                 self._scheduler.cancel(job)
 
     async def _encode(
-        self, inputs: Sequence[str] | Sequence[Sequence[int]], prompt: str, options: EmbedOptions
+        self, inputs: Sequence[str] | Sequence[Sequence[int]], task: str | None, prompt: str, options: EmbedOptions
     ) -> EncodedInputs:
-        limit = self._token_limit(options.truncate_prompt_tokens)
+        tokenization, longest = self._tokenizations[task], self._described(task).max_length
+        limit = _token_limit(options.truncate_prompt_tokens, longest)
         truncate = options.truncate or self.spec.truncate
-        if options.truncate is None and truncate == "NONE" and limit < self.description.max_length:
+        if options.truncate is None and truncate == "NONE" and limit < longest:
             # A request that sets a limit wants its inputs truncated, even if the model's default is to reject them.
             truncate = None
         if truncate == "AUTO":
             truncate = None
 
         def encode(texts: Sequence[str]) -> EncodedInputs:
-            return self._tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
+            return tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
 
         if isinstance(inputs[0], str):
             texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API rejects mixed inputs
@@ -200,7 +210,7 @@ class Engine:
             return await asyncio.get_running_loop().run_in_executor(self._executor, encode, texts)
         rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
         if self.spec.token_input == "model":
-            return self._tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
+            return tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
         if self.spec.token_input == "cl100k":
             return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: encode(decode_cl100k(rows)))
         raise TokenInputError(
@@ -209,16 +219,16 @@ class Engine:
             "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or to 'model' for those of the model."
         )
 
-    def _token_limit(self, requested: int | None) -> int:
-        longest = self.description.max_length
-        if requested is None or requested == -1:
-            return longest
-        if not 1 <= requested <= longest:
-            raise RequestError(
-                f"Invalid value for 'truncate_prompt_tokens' = {requested}. Supported values: [-1, 1 to {longest}].",
-                param="truncate_prompt_tokens",
-            )
-        return requested
+
+def _token_limit(requested: int | None, longest: int) -> int:
+    if requested is None or requested == -1:
+        return longest
+    if not 1 <= requested <= longest:
+        raise RequestError(
+            f"Invalid value for 'truncate_prompt_tokens' = {requested}. Supported values: [-1, 1 to {longest}].",
+            param="truncate_prompt_tokens",
+        )
+    return requested
 
 
 class _BackendLoader:
@@ -229,8 +239,9 @@ class _BackendLoader:
 
     def __init__(self, load: Callable[[], Backend]) -> None:
         self._load = load
-        self._tokenizer_json: str | None = None
-        self.tokenization: Tokenization
+        self._tokenizer_json: dict[str | None, str] | None = None
+        self.tokenizations: dict[str | None, Tokenization]
+        """Those of the routes of an asymmetric model, by task, or that of any other model under None."""
         self.memory_bytes: int
 
     def load(self) -> Backend:
@@ -246,17 +257,26 @@ class _BackendLoader:
         return backend
 
     def _prepare_tokenization(self, description: ModelDescription) -> None:
+        described: dict[str | None, ModelDescription] = dict(description.routes.items()) or {None: description}
+        files = {task: each.tokenizer_json for task, each in described.items()}
         if self._tokenizer_json is None:
-            self.tokenization, self._tokenizer_json = Tokenization(description), description.tokenizer_json
-        elif self._tokenizer_json != description.tokenizer_json:
+            self.tokenizations = {task: Tokenization(each) for task, each in described.items()}
+            self._tokenizer_json = files
+        elif self._tokenizer_json != files:
             # The waiting requests were tokenized for the model that was loaded before.
             raise LoadError("its files now contain another model than before it was restarted")
 
     def check(self, backend: Backend) -> None:
         """Embed a test text; raise LoadError if the model fails or returns a vector that is not finite."""
-        encoded = self.tokenization.encode(["This is a test."], truncate="END")
+        tasks = [task for task in self.tokenizations if task is not None]
+        encoded = [tokenization.encode(["This is a test."]) for tokenization in self.tokenizations.values()]
+        batch = TokenBatch(
+            ids=[each.ids[0] for each in encoded],
+            prompt_lengths=[each.prompt_lengths[0] for each in encoded],
+            tasks=tasks or None,
+        )
         try:
-            vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+            vectors = backend.embed(batch)
         except Exception as error:
             raise LoadError(f"it cannot embed a test text: {type(error).__name__}: {error}") from error
         if not np.isfinite(vectors).all():

@@ -53,11 +53,15 @@ class Timing:
 class EmbeddingJob(BatchJob):
     """A request whose vectors are awaited on an event loop."""
 
-    __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "vectors")
+    __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "task", "vectors")
 
-    def __init__(self, ids: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int], dimension: int) -> None:
+    def __init__(
+        self, ids: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int], dimension: int, task: str | None = None
+    ) -> None:
         super().__init__(ids)
         self.prompt_lengths = prompt_lengths
+        self.task = task
+        """The task that decides the route of an asymmetric model."""
         self.loop = asyncio.get_running_loop()
         self.result: asyncio.Future[tuple[NDArray[np.float32], Timing]] = self.loop.create_future()
         self.vectors = np.empty((len(ids), dimension), dtype=np.float32)

@@ -28,27 +28,53 @@ _PROMPT_SYNONYMS = (
 """Names of the two sides of a search in common APIs. The names of a line are interchangeable."""
 
 
+def choose_task(input_type: str | None, description: ModelDescription) -> str | None:
+    """Return the task that decides the route of an asymmetric model, or None for any other model.
+
+    Raises:
+        RequestError: The model has no default route, and no route for `input_type`.
+    """
+    routes = description.routes
+    if not routes:
+        return None
+    names = _synonyms(input_type) if input_type is not None else ()
+    task = next((name for name in (input_type, *names) if name in routes), description.default_route)
+    if task is None:
+        supported = ", ".join(f"'{name}'" for name in routes)
+        raise RequestError(
+            "This model has different parts for queries and documents: set 'input_type'. "
+            f"Supported values: [{supported}].",
+            param="input_type",
+        )
+    return task
+
+
 def choose_prompt(input_type: str | None, description: ModelDescription) -> str:
     """Return the text to put before each input; empty for none.
 
-    `input_type` is the name of a prompt, or a synonym of `query` or `document`. The default prompt applies if it is
-    None, or if the model has no prompt for the synonym.
+    `input_type` is the name of a prompt or of a route, or a synonym of `query` or `document`. The default prompt applies
+    if it is None, or if the model has no prompt for the synonym.
     """
     prompts, default = description.prompts, description.default_prompt
     if input_type is not None:
         if input_type in prompts:
             return prompts[input_type]
-        synonyms = next((names for names in _PROMPT_SYNONYMS if input_type in names), None)
-        if synonyms is None:
-            supported = ", ".join(f"'{name}'" for name in dict.fromkeys(chain(prompts, *_PROMPT_SYNONYMS)))
+        synonyms = _synonyms(input_type)
+        if not synonyms and input_type not in description.routes:
+            known = dict.fromkeys(chain(prompts, description.routes, *_PROMPT_SYNONYMS))
             raise RequestError(
-                f"Invalid value for 'input_type' = {input_type[:100]!r}. Supported values: [{supported}].",
+                f"Invalid value for 'input_type' = {input_type[:100]!r}. Supported values: "
+                f"[{', '.join(map(repr, known))}].",
                 param="input_type",
             )
         for name in synonyms:
             if name in prompts:
                 return prompts[name]
     return prompts.get(default, "") if default is not None else ""
+
+
+def _synonyms(input_type: str) -> tuple[str, ...]:
+    return next((names for names in _PROMPT_SYNONYMS if input_type in names), ())
 
 
 def check_dimensions(requested: int | None, description: ModelDescription, spec: ModelSpec) -> int | None:

@@ -60,6 +60,8 @@ class FakeBackend:
         self.memory_bytes = memory_bytes
         self.description = description or describe()
         self.batches: list[list[list[int]]] = []
+        self.tasks: list[str | None] = []
+        """The task of each input of all batches."""
         self.threads: set[str] = {threading.current_thread().name}
         self.gate = threading.Event()
         self.gate.set()
@@ -94,6 +96,7 @@ class FakeBackend:
         rows = [list(row) for row in batch.ids]
         self.threads.add(threading.current_thread().name)
         self.batches.append(rows)
+        self.tasks += batch.tasks or [None] * len(rows)
         self.broken |= any(IDS[BREAKS] in row for row in rows)
         if self.broken or any(IDS[FAILS] in row for row in rows):
             raise RuntimeError("planted")

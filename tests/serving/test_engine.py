@@ -14,7 +14,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import LimitSettings
-from tests.serving.fakes import expected
+from tests.serving.fakes import describe, expected
 from tests.serving.helpers import ids, started_engine
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -55,6 +55,22 @@ async def test_long_inputs_are_truncated_or_rejected() -> None:
         assert start.tolist() == [expected(ids(*words[6:]))]
         with pytest.raises(InputTooLongError, match=r"'input\[1\]': maximum input length is 16 tokens"):
             await run.embed("w1", " ".join(words), truncate="NONE")
+
+
+async def test_inputs_take_the_route_of_their_task() -> None:
+    """Each with the prompts, the length and the normalization of its route."""
+    query = describe(prompts={"query": "w1 "}, max_length=6, normalize=True)
+    model = describe(routes={"query": query, "document": describe()}, default_route="document", prompts=query.prompts)
+    async with started_engine(model) as run:
+        run.backend.tasks.clear()
+        vectors = await run.embed("w2", input_type="query")
+        assert vectors[0] == pytest.approx(
+            np.array(expected(ids("w1", "w2"))) / np.linalg.norm(expected(ids("w1", "w2")))
+        )
+        assert (await run.embed("w2")).tolist() == [expected(ids("w2"))]
+        with pytest.raises(InputTooLongError, match="6 tokens"):
+            await run.embed("w2 " * 6, input_type="query", truncate="NONE")
+        assert run.backend.tasks == ["query", "document"]
 
 
 async def test_request_can_lower_the_token_limit() -> None:

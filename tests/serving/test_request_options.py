@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from emb_model_provider.errors import DimensionsError, RequestError
+from emb_model_provider.serving.request_options import choose_prompt, choose_task
 from tests.serving.fakes import describe, expected
 from tests.serving.helpers import ids, started_engine
 
@@ -59,3 +60,31 @@ async def test_known_input_type_without_a_prompt_changes_nothing() -> None:
     """A model without prompts accepts the common names."""
     async with started_engine() as run:
         assert (await run.embed("w1", input_type="query")).tolist() == [expected(ids("w1"))]
+
+
+ROUTES = {"query": describe(prompts={"query": "q "}), "document": describe()}
+
+
+@pytest.mark.parametrize(
+    ("input_type", "task"),
+    [(None, "document"), ("query", "query"), ("search_query", "query"), ("passage", "document"), ("other", "document")],
+)
+def test_input_type_decides_the_route(input_type: str | None, task: str) -> None:
+    """With the synonyms of prompts. Without one, the default route is taken."""
+    assert choose_task(input_type, describe(routes=ROUTES, default_route="document")) == task
+
+
+def test_input_type_is_required_without_a_default_route() -> None:
+    """The message names the routes."""
+    with pytest.raises(RequestError, match=r"input_type.*'query', 'document'"):
+        choose_task(None, describe(routes=ROUTES))
+    assert choose_task("query", describe(routes=ROUTES)) == "query"
+    assert choose_task("query", describe()) is None
+
+
+def test_the_name_of_a_route_is_an_input_type() -> None:
+    """Also if there is no prompt of this name."""
+    described = describe(routes={"code": describe(), "text": describe()}, default_route="text")
+    assert choose_prompt("code", described) == ""
+    with pytest.raises(RequestError, match="'code'"):
+        choose_prompt("image", described)

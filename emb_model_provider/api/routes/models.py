@@ -69,7 +69,7 @@ def _model_object(status: ModelStatus) -> ModelObject:
         supported_dimensions=_supported_dimensions(status),
         pooling=description.pooling if description is not None else None,
         normalize=description.normalize if description is not None else None,
-        prompts=sorted(description.prompts) if description is not None else None,
+        prompts=sorted({*description.prompts, *description.routes}) if description is not None else None,
         **common_fields(status),
     )
 

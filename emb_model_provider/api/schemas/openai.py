@@ -60,7 +60,7 @@ class EmbeddingRequest(BaseModel):
     """Truncate vectors to this size and normalize them again, if the model was trained for it (Matryoshka) or the
     operator allows it. Also `output_dimension`."""
     input_type: str | None = None
-    """Selects one of the model's prompts: query, document, a synonym (search_query, retrieval.query, passage,
+    """Selects one of the model's prompts, and the part of an asymmetric model that embeds the input: query, document, a synonym (search_query, retrieval.query, passage,
     search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`."""
     truncate: bool | Literal["NONE", "START", "END"] | None = None
     """At which end an input that is too long is truncated; NONE or false rejects it instead. Default: the
@@ -120,7 +120,7 @@ class ModelObject(BaseModel):
     max_input_tokens: int | None
     pooling: str | None
     normalize: bool | None
-    prompts: list[str] | None = Field(description="Names for `input_type`.")
+    prompts: list[str] | None = Field(description="Names for `input_type`: those of prompts, and of the routes of an asymmetric model.")
     precision: str | None
     device: str | None
     backend: str | None

@@ -85,7 +85,7 @@ def load_pipeline(
     """
     # The dtype is always specified, because the default of a repository may be fp16, which is slow or wrong on a CPU.
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
-    repository = Repository.of(snapshot)
+    repository = Repository.of(snapshot, plan.route)
     name = repository.name
     try:
         with _LOADING, _quiet_progress(), open_view(repository, snapshot.digest) as directory:
@@ -100,6 +100,8 @@ def load_pipeline(
                     )
                 else:
                     pipeline = _build(plan, directory, options, device, trust_remote_code)
+                if plan.route is not None:
+                    pipeline = _select_route(pipeline, plan.route, device)
                 if repository.adapter:
                     _merge_adapter(pipeline, repository)
                 notes = use_declared_tokenizer(pipeline, repository)
@@ -215,6 +217,14 @@ def _build(
     return SentenceTransformer(modules=modules, device=device, local_files_only=True)
 
 
+def _select_route(pipeline: SentenceTransformer, route: str, device: str) -> SentenceTransformer:
+    """Return a pipeline with the modules of a route in the place of the Router."""
+    modules: list[torch.nn.Module] = []
+    for module in pipeline:
+        modules.extend(module.sub_modules[route].children() if isinstance(module, Router) else [module])
+    return SentenceTransformer(modules=modules, device=device, local_files_only=True)
+
+
 def _merge_adapter(pipeline: SentenceTransformer, repository: Repository) -> None:
     first: Any = pipeline[0]
     if not isinstance(first, Transformer):
@@ -282,7 +292,7 @@ def _check(pipeline: SentenceTransformer, plan: PipelinePlan, name: str) -> None
     first: Any = pipeline[0]
     if any(isinstance(module, Router) for module in pipeline.modules()):
         raise UnsupportedModelError(
-            f"{name} sends queries and documents through different modules (Router), which is not supported."
+            f"{name} sends queries and documents through different modules (Router): load one of its routes."
         )
     modalities = getattr(first, "modality_config", {"text": {}})
     if "message" in modalities:

@@ -69,7 +69,7 @@ def use_declared_tokenizer(pipeline: SentenceTransformer, repository: Repository
     if not isinstance(first, Transformer) or type(loaded).__module__.startswith(_CODE_MODULE):
         _require_same_ids(loaded, repository)
         return ()
-    folder = _folder(repository)
+    folder = repository.folder
     try:
         declared = _declared_tokenizer(repository, folder, loaded, lowercase=bool(first.do_lower_case))
     except LoadError:
@@ -91,12 +91,6 @@ def use_declared_tokenizer(pipeline: SentenceTransformer, repository: Repository
         f"the tokens are those that {source} declares; {config.get('tokenizer_class') or type(loaded).__name__} of "
         "transformers makes others, and so does sentence-transformers with it",
     )
-
-
-def _folder(repository: Repository) -> str:
-    """Return the folder of the tokenizer's files, with a slash, or an empty string."""
-    path = str(repository.modules[0].get("path") or "") if repository.modules else ""
-    return f"{path}/" if path else ""
 
 
 def _declared_tokenizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import InferenceError
 from tests.backends.helpers import TEXTS, assert_same, cosines, embed_texts, load_torch, reference
 from tests.backends.small_tokenizers import wordpiece
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WITHOUT_TOKENS = ["", "   \n\t "]
 
