@@ -1,0 +1,482 @@
+"""Compares what is served with `encode` of sentence-transformers, family by family, on both backends at fp32.
+
+Each family is a small directory with random weights (`benchmarks.family_models`). Its vectors are compared on texts from
+one token to several times the maximum length, alone and in mixed batches, with every prompt. The exit status is 1 if a
+family has other vectors, or is refused although it should be served, or the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import logging
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from benchmarks.report import NONE, describe_run, log_progress, markdown_table
+from emb_model_provider.errors import ProviderError
+from emb_model_provider.fidelity.compare import cosines
+from emb_model_provider.formatting import describe_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from multiprocessing.connection import Connection
+
+    from numpy.typing import NDArray
+    from sentence_transformers import SentenceTransformer
+
+    from benchmarks.family_models import Family
+    from emb_model_provider.artifacts.compiler_process import CompileResult
+    from emb_model_provider.backends.base import Backend
+    from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.snapshots.snapshot import Snapshot
+
+    Vectors = NDArray[np.float32]
+
+BACKENDS = ("torch", "openvino")
+MIN_COSINE = 0.9999
+MAX_SIMILARITY = 0.99
+"""If two different texts have more similar reference vectors than this, a comparison proves nothing."""
+TIMEOUT_S = 180.0
+"""For each step of a family: some models take many minutes to compile."""
+TEXTS = (
+    "a",
+    "hello world",
+    "The quick brown fox jumps over the lazy dog.",
+    "How do I reset my password? 😀",
+    "今天天气很好，我们去公园散步。",
+    "向量检索 mixed with English words",
+    "🚀🎉👍🏽😂",
+    "",
+    "   \n\t ",
+    "nul\0inside",
+    "Embedding models turn text into vectors that can be compared. " * 12,
+    "如何重置我的密码？" * 40,
+    "x" * 700,
+)
+"""From one token to several times the maximum length: Chinese, emoji, empty, blank and unusual texts."""
+DISTINCT = (0, 1, 2, 3, 4, 5, 10, 11)
+"""Indexes of texts whose vectors must differ."""
+_BATCHES = (1, 5)
+_EXIT_S = 2.0
+_NORM_TOLERANCE = 1e-3
+_CELL_CHARS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one backend did with a family."""
+
+    status: Literal["compared", "refused", "torch", "invalid", "error"]
+    """torch: it could not be compiled, so that the torch backend serves it. error: it can neither be served nor is it
+    refused with a reason."""
+    cosine: float | None = None
+    """The lowest one to the reference."""
+    reason: str = ""
+
+    def fails(self, expect: str) -> bool:
+        if self.status == "compared":
+            equal = self.cosine is not None and self.cosine >= MIN_COSINE and not self.reason
+            return expect != "equal" or not equal
+        return self.status in ("invalid", "error") or (self.status == "refused") != (expect == "refused")
+
+    @property
+    def cell(self) -> str:
+        reason = self.reason.replace("|", "\\|")[:_CELL_CHARS]
+        if self.status != "compared":
+            return f"{self.status}: {reason}"
+        # Truncated, so that 0.9999999 is not shown as 1.
+        cosine = f"{int((self.cosine or 0) * 1e7) / 1e7:.7f}"
+        return f"{cosine} ({reason})" if reason else cosine
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A family and its outcomes."""
+
+    family: str
+    expect: Literal["equal", "refused"]
+    layout: str
+    outcomes: dict[str, Outcome]
+    """By backend."""
+
+    @property
+    def failures(self) -> list[str]:
+        return [backend for backend, outcome in self.outcomes.items() if outcome.fails(self.expect)]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The reference vectors of a family."""
+
+    vectors: Mapping[str | None, Vectors]
+    """Vectors of `TEXTS` by prompt; None is the default prompt of the model. NaN for a text that the reference cannot
+    embed: some models fail for a text without tokens."""
+    note: str = ""
+    """Said if the vectors that are served differ."""
+
+
+class Difference(Exception):  # noqa: N818 - it is a result
+    """Vectors cannot be compared with the reference at all."""
+
+
+# --- in the worker process ------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """A family that was written to a directory, and the comparisons of its vectors."""
+
+    def __init__(self, name: str, family: Family, root: Path) -> None:
+        self._family = family
+        self._root = root
+        self._directory = root / name.replace("+", "-")
+        family.build(self._directory)
+        self.layout = layout_of(self._directory)
+        self._expected: Expected | None = None
+
+    def run(self, backend: str) -> Outcome:
+        """Load the family with a backend, and compare it. Never raises."""
+        outcome = self._run(backend)
+        return replace(outcome, reason=outcome.reason.replace(str(self._directory), self._directory.name))
+
+    def _run(self, backend: str) -> Outcome:
+        try:
+            return self._torch() if backend == "torch" else self._openvino()
+        except ProviderError as error:
+            return Outcome("refused", reason=describe_error(error))
+        except Difference as error:
+            return Outcome("invalid", reason=str(error))
+        except Exception as error:
+            logging.getLogger(__name__).debug("%s failed", backend, exc_info=True)
+            return Outcome("error", reason=describe_error(error))
+
+    def _torch(self) -> Outcome:
+        from emb_model_provider.backends.pytorch.backend import TorchBackend
+
+        spec = self._spec()
+        return self._compare(TorchBackend(spec, self._snapshot(spec), trust_remote_code=False))
+
+    def _openvino(self) -> Outcome:
+        from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
+        from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+
+        artifact_directory = self._root / f"{self._directory.name}-artifact"
+        artifact_directory.mkdir()
+        result = self._compile(artifact_directory)
+        if result.outcome == "broken":
+            return Outcome("refused", reason=result.reason)
+        if result.outcome != "done":
+            return Outcome("torch", reason=result.reason)
+        artifact = read_artifact(artifact_directory)
+        if artifact is None:
+            raise Difference("the artifact cannot be read")
+        return self._compare(OpenVinoBackend(artifact.directory / GRAPH, artifact.description, cpus=2))
+
+    def _compile(self, directory: Path) -> CompileResult:
+        """Compile in this process, because a new one would import torch for each family."""
+        from emb_model_provider.artifacts.compiler_process import CompileJob
+        from emb_model_provider.artifacts.recipe import recipe_for
+        from emb_model_provider.compiler.build import build_artifact
+
+        spec = self._spec()
+        snapshot = self._snapshot(spec)
+        recipe = recipe_for(spec, snapshot, trust_remote_code=False, native_bf16=False, fast_int8=False)
+        job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=2)
+        return build_artifact(job, lambda _: None, corpus_s=0.0)
+
+    def _spec(self) -> ModelSpec:
+        from emb_model_provider.model_spec import ModelSpec
+
+        return ModelSpec(
+            alias="small", name=self._family.repository, path=self._directory, source="local", device="cpu",
+            precision="fp32", max_length=self._family.max_length,
+        )  # fmt: skip
+
+    def _snapshot(self, spec: ModelSpec) -> Snapshot:
+        """Return the files that the server would read."""
+        from emb_model_provider.hubs.fetch import fetch_snapshot
+        from emb_model_provider.settings import HubSettings
+
+        snapshot = fetch_snapshot(spec, HubSettings(cache_dir=self._root / "cache"))
+        return replace(snapshot, repository=self._family.repository)
+
+    def _compare(self, backend: Backend) -> Outcome:
+        try:
+            if self._family.expect == "refused":
+                return Outcome("compared", reason="served, not refused")
+            if self._expected is None:
+                self._expected = reference_vectors(self._family, self._directory)
+            return compare(backend, self._expected)
+        finally:
+            backend.close()
+
+
+def reference_vectors(family: Family, directory: Path) -> Expected:
+    """Return the reference vectors of `TEXTS` by prompt, computed text by text.
+
+    Raises:
+        Difference: Different texts have nearly the same vector.
+    """
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    if family.reference is not None:
+        expected = Expected({None: family.reference(directory, TEXTS)})
+    else:
+        model = SentenceTransformer(
+            str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+        )
+        prompts = {None: None, **{text: name for name, text in model.prompts.items() if text}}
+        vectors = {prompt: _encode_alone(model, prompt_name=name) for prompt, name in prompts.items()}
+        if model.default_prompt_name is not None:
+            vectors[""] = _encode_alone(model, prompt="")
+        together = model.encode(list(TEXTS), batch_size=_BATCHES[-1], show_progress_bar=False)
+        lowest = float(np.nanmin(cosines(together, vectors[None])))
+        note = f"sentence-transformers itself differs in a batch: {lowest:.4f}" if lowest < MIN_COSINE else ""
+        expected = Expected(vectors, note)
+    similar = highest_similarity(expected.vectors[None][list(DISTINCT)])
+    if similar >= MAX_SIMILARITY:
+        raise Difference(f"different texts have reference vectors with a cosine of {similar:.4f}")
+    return expected
+
+
+def _encode_alone(model: SentenceTransformer, **options: Any) -> Vectors:
+    rows: list[Vectors | None] = []
+    for text in TEXTS:
+        try:
+            rows.append(model.encode(text, show_progress_bar=False, **options))
+        except (IndexError, RuntimeError):
+            rows.append(None)
+    missing = np.full_like(next(row for row in rows if row is not None), np.nan)
+    return np.stack([missing if row is None else row for row in rows])
+
+
+def compare(backend: Backend, expected: Expected) -> Outcome:
+    """Return the lowest cosine of the vectors of a backend to the expected ones, alone and in mixed batches.
+
+    Raises:
+        Difference: The vectors have another size.
+    """
+    lowest, reasons = 1.0, set()
+    for prompt, theirs in expected.vectors.items():
+        known = np.isfinite(theirs).all(axis=1)
+        for size in _BATCHES:
+            ours = served_vectors(backend, TEXTS, prompt, batch_size=size)
+            if ours.shape != theirs.shape:
+                raise Difference(f"vectors have {ours.shape[1]} values, those of the reference {theirs.shape[1]}")
+            if not np.isfinite(ours).all():
+                reasons.add("vectors that are not finite")
+            similar = np.where(known, cosines(ours, theirs), 1.0)
+            worst = int(similar.argmin())
+            lowest = min(lowest, float(similar[worst]))
+            how = "alone" if size == 1 else "in a batch"
+            if not similar[worst] >= MIN_COSINE:
+                reasons.add(f"{how}: {TEXTS[worst][:16]!r}{f' after {prompt!r}' if prompt else ''}")
+            norms, their_norms = (np.linalg.norm(vectors[known], axis=1) for vectors in (ours, theirs))
+            if not np.allclose(norms, their_norms, rtol=_NORM_TOLERANCE, atol=1e-6):
+                reasons.add("other norms")
+    if reasons and expected.note:
+        reasons.add(expected.note)
+    return Outcome("compared", lowest, "; ".join(sorted(reasons)))
+
+
+def served_vectors(backend: Backend, texts: Sequence[str], prompt: str | None, *, batch_size: int) -> Vectors:
+    """Tokenize, embed and normalize as serving does; None is the default prompt of the model."""
+    from emb_model_provider.backends.tokenization import Tokenization
+    from emb_model_provider.fidelity.compare import embed_texts
+
+    description = backend.description
+    if prompt is None:
+        prompt = description.prompts[description.default_prompt] if description.default_prompt else ""
+    vectors = embed_texts(backend, Tokenization(description), texts, prompt, batch_size=batch_size)
+    if description.normalize:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
+
+
+def highest_similarity(vectors: Vectors) -> float:
+    """Return the highest cosine between two different rows."""
+    units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    return float(np.max(units @ units.T - 2 * np.eye(len(units))))
+
+
+def layout_of(directory: Path) -> str:
+    """Return the modules of a directory, such as `Transformer, Pooling (mean), Normalize`."""
+    path = directory / "modules.json"
+    if not path.exists():
+        names = [name for name in ("configuration.json", "config.json") if (directory / name).exists()]
+        return f"{names[0]} only" if names else NONE
+    parts = []
+    for module in json.loads(path.read_text(encoding="utf-8")):
+        kind = str(module["type"]).rpartition(".")[2]
+        config = directory / str(module["path"]) / "config.json"
+        if kind == "Pooling" and config.exists():
+            values = json.loads(config.read_text(encoding="utf-8"))
+            mode = values.get("pooling_mode") or [
+                key.removeprefix("pooling_mode_").partition("_")[0]
+                for key, value in values.items()
+                if key.startswith("pooling_mode_") and value is True
+            ]
+            kind += f" ({mode if isinstance(mode, str) else '+'.join(mode)})"
+        parts.append(kind)
+    return ", ".join(parts)
+
+
+def work(connection: Connection, root: str) -> None:
+    """Evaluate the families whose names arrive, and send the layout, each outcome and None for each one."""
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # transformers would import it for ten seconds
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    import torch
+    import transformers
+
+    from benchmarks.family_models import FAMILIES
+
+    torch.set_num_threads(2)
+    transformers.utils.logging.disable_progress_bar()
+    connection.send({name: family.expect for name, family in FAMILIES.items()})
+    while (request := connection.recv()) is not None:
+        name, backends = request
+        with tempfile.TemporaryDirectory(dir=root) as directory:
+            try:
+                evaluation = Evaluation(name, FAMILIES[name], Path(directory))
+            except Exception as error:  # noqa: BLE001 - one family must not stop the others
+                connection.send(f"cannot be built: {describe_error(error)}")
+                connection.send(None)
+                continue
+            connection.send(evaluation.layout)
+            for backend in backends:
+                connection.send((backend, evaluation.run(backend)))
+        connection.send(None)
+
+
+# --- in the main process ----------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that evaluates families. One that crashes or hangs is replaced."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._process: Any = None
+        self._connection: Any = None
+        self._start()
+
+    def evaluate(self, name: str, backends: Sequence[str]) -> Row:
+        expect, layout = self.families[name], ""
+        outcomes: dict[str, Outcome] = {}
+        try:
+            if self._process is None:
+                self._start()
+            self._connection.send((name, backends))
+            layout = self._receive()
+            if layout.startswith("cannot be built"):
+                self._receive()
+                return Row(name, expect, NONE, {backend: Outcome("error", reason=layout) for backend in backends})
+            while (message := self._receive()) is not None:
+                backend, outcome = message
+                outcomes[backend] = outcome
+        except TimeoutError:
+            self.close()
+            missing = next(backend for backend in backends if backend not in outcomes)
+            status: Literal["torch", "error"] = "torch" if missing == "openvino" else "error"
+            outcomes[missing] = Outcome(status, reason=f"no result within {TIMEOUT_S:g} s")
+        except (EOFError, OSError):
+            self.close()
+        for backend in backends:
+            outcomes.setdefault(backend, Outcome("error", reason="the process crashed"))
+        return Row(name, expect, layout, outcomes)
+
+    def close(self) -> None:
+        """End the process: at once if it is busy, gracefully if it waits for a family."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(None)
+            self._process.join(_EXIT_S)
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = self._connection = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=work, args=(other, str(self._root)), daemon=True)
+        self._process.start()
+        other.close()
+        self.families: dict[str, Literal["equal", "refused"]] = self._receive()
+        """What is expected of each family. Asked of the process, because only that imports torch."""
+
+    def _receive(self) -> Any:
+        if not self._connection.poll(TIMEOUT_S):
+            raise TimeoutError
+        return self._connection.recv()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse_options(arguments)
+    backends = BACKENDS if options.backend == "both" else (options.backend,)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="benchmarks-families-") as root:
+        worker = Worker(Path(root))
+        patterns = options.family or ["*"]
+        names = [name for name in worker.families if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        try:
+            for name in names:
+                row = worker.evaluate(name, backends)
+                rows.append(row)
+                cells = "; ".join(f"{backend} {outcome.cell}" for backend, outcome in row.outcomes.items())
+                log_progress(f"{len(rows)}/{len(names)} {'FAILED ' if row.failures else ''}{name}: {cells}")
+        finally:
+            worker.close()
+    if not rows:
+        print(f"No family matches. The families are: {', '.join(worker.families)}", file=sys.stderr)
+        return 2
+    if options.json:
+        contents = json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1)
+        options.json.write_text(contents, encoding="utf-8")
+    print(report(rows, backends))
+    return exit_status(rows)
+
+
+def report(rows: Sequence[Row], backends: Sequence[str]) -> str:
+    """Return the description of the run, the table, and the families that failed."""
+    failed = [row for row in rows if row.failures]
+    notes = [
+        f"Families: {len(rows)}, {len(failed)} failed",
+        f"Texts: {len(TEXTS)}, alone and in batches of {_BATCHES[1]}",
+    ]
+    head = ["family", "modules", *(f"lowest cosine, {backend}" for backend in backends)]
+    return "\n\n".join([describe_run("benchmarks.families", notes), markdown_table(head, table_rows(rows, backends))])
+
+
+def table_rows(rows: Iterable[Row], backends: Sequence[str]) -> Iterator[list[str]]:
+    for row in rows:
+        cells = [f"**{row.outcomes[b].cell}**" if b in row.failures else row.outcomes[b].cell for b in backends]
+        yield [row.family, row.layout, *cells]
+
+
+def exit_status(rows: Iterable[Row]) -> int:
+    return int(any(row.failures for row in rows))
+
+
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
+    parser.add_argument("--family", action="append", metavar="NAME",
+                        help="a family, or a pattern such as 'qwen*'; can be repeated (default: all)")  # fmt: skip
+    parser.add_argument("--backend", choices=[*BACKENDS, "both"], default="both")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a file")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
