@@ -98,14 +98,27 @@ class CompilerDiedError(Exception):
     """The compiler process ended without a result: it was killed, or ran out of memory."""
 
 
-def run_compiler(job: CompileJob, on_progress: OnProgress, cancel: CancelToken) -> CompileResult:
+class CompileTimeoutError(Exception):
+    """The compiler took longer than allowed, and was killed."""
+
+
+def run_compiler(
+    job: CompileJob, on_progress: OnProgress, cancel: CancelToken, *, timeout_s: float = 0
+) -> CompileResult:
     """Compile in a child process. Blocks until the child is gone.
 
     The child has its own process group, and is killed when this process ends, when `cancel` is cancelled, and on
     any exception here.
 
+    Args:
+        job: The artifact to compile.
+        on_progress: Called when the child begins a step.
+        cancel: Cancels the compilation.
+        timeout_s: Seconds that it may take; 0 for no limit.
+
     Raises:
         CompilerDiedError: The child ended without a result.
+        CompileTimeoutError: The child took longer than `timeout_s`. The message names the step.
         OperationCancelledError: `cancel` was cancelled.
         OSError: The child could not be started.
     """
@@ -143,7 +156,7 @@ def run_compiler(job: CompileJob, on_progress: OnProgress, cancel: CancelToken) 
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(job.to_json() + "\n")
                 process.stdin.flush()
-        result = _follow(job, lines, on_progress, cancel)
+        result = _follow(job, lines, on_progress, cancel, timeout_s)
         if result is None:
             raise CompilerDiedError(_describe_end(process.wait(), stderr_lines))
         logger.info("model %s: compiled in %.1f s", alias, time.monotonic() - started)
@@ -171,12 +184,15 @@ def to_line(event: CompileStep | CompileResult) -> str:
 
 
 def _follow(
-    job: CompileJob, lines: queue.Queue[str | None], on_progress: OnProgress, cancel: CancelToken
+    job: CompileJob, lines: queue.Queue[str | None], on_progress: OnProgress, cancel: CancelToken, timeout_s: float
 ) -> CompileResult | None:
     """Report the steps of the child until its result; None if it ends without one."""
-    step, since = "start", time.monotonic()
+    step, started = "start", time.monotonic()
+    since = started
     while True:
         cancel.raise_if_cancelled()
+        if timeout_s and time.monotonic() - started > timeout_s:
+            raise CompileTimeoutError(f"compiling took longer than {timeout_s:g} s (last step: {step!r})")
         try:
             line = lines.get(timeout=_POLL_S)
         except queue.Empty:

@@ -23,6 +23,7 @@ import time
 from typing import TYPE_CHECKING
 
 from emb_model_provider.artifacts.manifest import read_artifact, read_info, verify_artifact
+from emb_model_provider.artifacts.recipe import installed_version
 from emb_model_provider.formatting import format_size
 from emb_model_provider.snapshots.files import (
     CACHE_SETTING,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PACKAGE = "emb-model-provider"
+
 
 class ArtifactStore:
     """The artifacts of one cache directory. Any number of processes can share it."""
@@ -64,13 +67,22 @@ class ArtifactStore:
                 return found
         return None
 
-    def refusal(self, recipe: Recipe) -> str | None:
-        """Return why a recipe is known to give no artifact, or None."""
+    def refusal(self, recipe: Recipe, *, timeout_s: float = 0) -> str | None:
+        """Return why a recipe is known to give no artifact, or None.
+
+        A refusal of another version of this package does not count, because that version may compile more models. Nor
+        does one because of a timeout that was shorter than `timeout_s` (seconds, 0 for none).
+        """
         try:
             content = json.loads(self._refusal_path(recipe).read_bytes())
-            return str(content["reason"])
-        except (OSError, ValueError, KeyError, TypeError):
+            reason, package, limit = str(content["reason"]), content.get("package"), content.get("timeout_s")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        if package != installed_version(_PACKAGE):
+            return None
+        if isinstance(limit, (int, float)) and (timeout_s == 0 or timeout_s > limit):
+            return None
+        return reason
 
     def require_writable(self) -> None:
         """Raise a HubError if artifacts cannot be written; most often a CacheNotWritableError."""
@@ -112,9 +124,17 @@ class ArtifactStore:
         self._trim()
         return held
 
-    def refuse(self, recipe: Recipe, reason: str) -> None:
-        """Record that a recipe gives no artifact. Any change of the recipe makes the record void."""
-        content = {"reason": reason, "recipe": recipe.as_json()}
+    def refuse(self, recipe: Recipe, reason: str, *, timeout_s: float | None = None) -> None:
+        """Record that a recipe gives no artifact, or none within `timeout_s` seconds.
+
+        Any change of the recipe makes the record void; see also `refusal`.
+        """
+        content = {
+            "reason": reason,
+            "package": installed_version(_PACKAGE),
+            "timeout_s": timeout_s,
+            "recipe": recipe.as_json(),
+        }
         with contextlib.suppress(OSError):
             write_atomically(self._refusal_path(recipe), json.dumps(content, indent=1).encode())
 

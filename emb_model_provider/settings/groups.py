@@ -154,8 +154,8 @@ class FidelitySettings(SettingsGroup, title="Accuracy"):
         Allowed('JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.99}'),
     ] = dict(FIDELITY_FLOORS)
     """A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not served.
-    Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses fp32 instead. A
-    model compiled at fp32, bf16 or fp16 is never served below 0.999."""
+    Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses fp32 instead. So
+    does bf16 on a CPU if it is below its floor. A model compiled at fp32 or fp16 is never served below 0.999."""
     measure_fidelity: bool = True
     """Measure how close a model that torch serves below fp32 comes to itself at fp32. The model is loaded at fp32 once
     for this, and the result is kept. false: it is not measured, and FIDELITY_FLOORS applies only where a result is
@@ -189,6 +189,9 @@ class HubSettings(SettingsGroup, title="Downloads and caches"):
     cache directory."""
     max_artifacts_gb: PositiveNumber = 20
     """Disk limit for compiled models in CACHE_DIR, in GiB; the least recently used are removed first."""
+    compile_timeout_s: NonNegativeNumber = 1800
+    """Longest time that compiling a model may take, in seconds. After that torch serves the model, and it is compiled
+    again only if this limit is raised; with BACKEND=openvino it is an error. 0: no limit."""
     modelscope_endpoint: Url | None = None
     """URL of a ModelScope mirror. Unset: the client's own (MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN)."""
     hf_endpoint: Url | None = None
