@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from emb_model_provider.artifacts.compiler_process import (
     CompileJob,
@@ -21,29 +21,43 @@ from emb_model_provider.artifacts.compiler_process import (
     reserve_stdout,
     to_line,
 )
+from emb_model_provider.compiler.failures import result_of
 from emb_model_provider.errors import LoadError
+from emb_model_provider.formatting import describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 _NICE = 10
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    """Run one job."""
+def main() -> NoReturn:
+    """Run one job, report its result whatever happens, and end the process."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     out = reserve_stdout()
-    job = CompileJob.from_json(sys.stdin.readline())
-    exit_with_parent(job.parent)
-    if hasattr(os, "nice"):
-        os.nice(_NICE)
+    step = "start"
 
     def send(event: CompileStep | CompileResult) -> None:
         out.write(to_line(event))
         out.flush()
 
-    send(_run(job, lambda name: send(CompileStep(name))))
+    def begin(name: str) -> None:
+        nonlocal step
+        step = name
+        send(CompileStep(name))
+
+    try:
+        result = _run(sys.stdin.readline(), begin)
+    except BaseException as error:
+        logger.exception("The step %r failed", step)
+        result = result_of(error, step)
+    send(result)
+    # Without finalizing the interpreter, which takes seconds with torch, and may abort because of threads of libraries.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def exit_with_parent(parent: int) -> None:
@@ -55,7 +69,8 @@ def exit_with_parent(parent: int) -> None:
             os._exit(1)
 
     def watch_stdin() -> None:
-        while sys.stdin.buffer.read(1):
+        # Not with `sys.stdin`, because the interpreter aborts if a thread holds the lock of its buffer when it ends.
+        while os.read(0, 1):
             pass
         os._exit(1)
 
@@ -63,7 +78,17 @@ def exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch_stdin, name="parent", daemon=True).start()
 
 
-def _run(job: CompileJob, on_step: Callable[[str], None]) -> CompileResult:
+def _run(line: str, on_step: Callable[[str], None]) -> CompileResult:
+    try:
+        job = CompileJob.from_json(line)
+    except (ValueError, TypeError, KeyError) as error:
+        # Most often, the package was updated while the service runs, so the next start can read it.
+        return CompileResult(
+            "unable", f"the compiler cannot read its job: {describe_error(error)}. Restart the service"
+        )
+    exit_with_parent(job.parent)
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
     on_step("import")
     # transformers imports torchao if it is installed, which takes as long as all other imports. Nothing here needs it.
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as the import system documents
@@ -78,7 +103,8 @@ def _run(job: CompileJob, on_step: Callable[[str], None]) -> CompileResult:
         with warnings.catch_warnings(action="ignore"):
             return build_artifact(job, on_step)
     except OSError as error:
-        return CompileResult("unable", f"{error.strerror or error} ({error.filename or job.directory})")
+        path = error.filename or job.directory
+        return CompileResult("unable", f"{error.strerror or error} ({path})")
 
 
 if __name__ == "__main__":

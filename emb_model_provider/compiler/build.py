@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline
 from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporters
+from emb_model_provider.compiler.failures import is_temporary
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.fidelity.compare import (
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.artifacts.compiler_process import CompileJob
-    from emb_model_provider.backends.base import ComputePrecision, Fidelity, ModelDescription
+    from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity, ModelDescription
     from emb_model_provider.compiler.export import Exporter
     from emb_model_provider.compiler.quantize import QuantizedWeights
     from emb_model_provider.fidelity.compare import Case
@@ -49,17 +50,32 @@ _EXACT_GRAPH = "exact.xml"
 """The graph before quantization, in the directory of the artifact."""
 
 
+class Measure(Protocol):
+    """Compares a backend with reference vectors, like `compare`."""
+
+    def __call__(self, backend: Backend, cases: Sequence[Case], *, exact: bool) -> Fidelity: ...
+
+
 def build_artifact(
     job: CompileJob,
     on_step: Callable[[str], None],
     *,
     exporters: Mapping[str, Exporter] = EXPORTERS,
     corpus_s: float = CORPUS_S,
+    measure: Measure = compare,
 ) -> CompileResult:
     """Make the artifact of a job. Its manifest is written only if the vectors are accurate enough.
 
-    `exporters` are tried in order, and after them the prebuilt exports among the files of the snapshot. Embedding the
-    corpus with the reference model may take `corpus_s` seconds. Errors of reading and writing files are raised.
+    Args:
+        job: The artifact to make.
+        on_step: Called with the name of each step when it begins.
+        exporters: They are tried in order, and after them the prebuilt exports among the files of the snapshot.
+        corpus_s: Seconds that embedding the corpus with the reference model may take.
+        measure: Compares a backend with the reference vectors; see `compare`.
+
+    Raises:
+        OSError: A file cannot be read or written.
+        MemoryError: There is not enough memory; likewise a RuntimeError of a library for which `is_temporary` is true.
     """
     on_step("load")
     try:
@@ -68,34 +84,32 @@ def build_artifact(
         return CompileResult("broken", error.message)
     try:
         check_exportable(pipeline)
+        on_step("reference vectors")
+        cases = _reference_cases(pipeline, description, corpus_s)
     except UnsupportedModelError as error:
         return CompileResult("unsupported", error.message)
-    on_step("reference vectors")
-    cases = _reference_cases(pipeline, description, corpus_s)
+    verification = _Verification(job, cases, measure)
     weights = job.recipe.weights
     failures: list[str] = []
     inaccurate = False
     for name, export in {**exporters, **prebuilt_exporters(job.snapshot)}.items():
+        path = job.directory / (_EXACT_GRAPH if weights in ("int8", "int4") else GRAPH)
         try:
             graph = export(pipeline, on_step)
-        except OSError:
-            raise
+            on_step("save")
+            openvino().save_model(graph, path, compress_to_fp16=weights == "fp16")
+            del graph
+            on_step("verify")
+            accurate, reasons = verification.verify(path, description)
         except Exception as error:
+            if is_temporary(error):
+                raise
             logger.exception("%s failed", name)
             failures.append(f"{name}: {describe_error(error)}")
             continue
-        path = job.directory / (_EXACT_GRAPH if weights in ("int8", "int4") else GRAPH)
-        on_step("save")
-        openvino().save_model(graph, path, compress_to_fp16=weights == "fp16")
-        del graph
-        on_step("verify")
-        # Before quantization the graph must be exact at fp32, so that a wrong conversion is not taken for the loss of
-        # accuracy by quantization.
-        compute = job.recipe.compute if path.name == GRAPH else ("fp32",)
-        accurate, reasons = _first_accurate(path, compute, job, description, cases)
         if accurate is not None and (weights == "int8" or weights == "int4"):
             try:
-                accurate, reasons = _quantize(path, weights, job, description, cases, on_step)
+                accurate, reasons = _quantize(path, weights, verification, description, on_step)
             except ImportError as error:
                 return CompileResult("unable", f"{error}: precision {weights} needs nncf (pip install nncf)")
             except QuantizeError as error:
@@ -115,7 +129,7 @@ def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
     spec = replace(job.spec, prompts=None)
     name, trusted = job.snapshot.repository, job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
-    pipeline = load_pipeline(plan, name, precision="fp32", device="cpu", trust_remote_code=trusted)
+    pipeline, plan = load_pipeline(plan, job.snapshot, precision="fp32", device="cpu", trust_remote_code=trusted)
     if pipeline.transformers_model is not None:
         # The key-value cache of a decoder would become part of the graph without being used.
         pipeline.transformers_model.config.use_cache = False
@@ -144,64 +158,106 @@ def _reference_cases(pipeline: SentenceTransformer, description: ModelDescriptio
         )
         return np.asarray(vectors, dtype=np.float32)
 
-    return make_cases(embed, description, corpus_s=corpus_s)
+    try:
+        return make_cases(embed, description, corpus_s=corpus_s)
+    except Exception as error:
+        if is_temporary(error):
+            raise
+        raise UnsupportedModelError(
+            f"the reference cannot embed the comparison texts: {describe_error(error)}"
+        ) from error
 
 
 def _quantize(
     exact: Path,
     weights: QuantizedWeights,
-    job: CompileJob,
+    verification: _Verification,
     description: ModelDescription,
-    cases: Sequence[Case],
     on_step: Callable[[str], None],
 ) -> tuple[ModelDescription | None, list[str]]:
     """Quantize the exact graph, remove it, and measure the quantized one."""
     on_step(f"quantize to {weights}")
     graph = quantize(openvino().Core().read_model(exact), weights, description)
     on_step("save")
-    openvino().save_model(graph, job.directory / GRAPH, compress_to_fp16=False)
+    quantized = exact.with_name(GRAPH)
+    openvino().save_model(graph, quantized, compress_to_fp16=False)
     del graph
     for path in (exact, exact.with_suffix(".bin")):
         path.unlink()
     on_step("measure")
-    description = replace(description, precision=weights)
-    return _first_accurate(job.directory / GRAPH, job.recipe.compute, job, description, cases)
+    return verification.verify(quantized, replace(description, precision=weights))
 
 
-def _first_accurate(
-    graph: Path,
-    compute: Sequence[ComputePrecision],
-    job: CompileJob,
-    description: ModelDescription,
-    cases: Sequence[Case],
-) -> tuple[ModelDescription | None, list[str]]:
-    """Return the description at the first precision that is accurate enough, and why those before it are not.
+class _Verification:
+    """Compares the graphs of a job with the reference vectors, and chooses the precision that they compute in."""
 
-    Integer weights are only measured, because their floor is a setting of the service. But 8-bit activations are
-    used only if they reach the accuracy target of the weights.
-    """
-    reasons: list[str] = []
-    target = ACCURACY_TARGETS.get(description.precision)
-    for precision in compute:
-        exact = replace(description, precision=precision)
-        candidate = exact if target is None else replace(description, compute=precision)
-        backend = OpenVinoBackend(graph, candidate, cpus=job.threads)
+    def __init__(self, job: CompileJob, cases: Sequence[Case], measure: Measure) -> None:
+        self._job = job
+        self._cases = cases
+        self._measure = measure
+
+    def verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
+        """Return the description at the precision in which a graph is accurate enough, and why others are not.
+
+        The description is None if no precision is accurate enough.
+        """
+        compute = self._job.recipe.compute
+        if graph.name == _EXACT_GRAPH:
+            # Before quantization the graph must be exact at fp32, so that a wrong conversion is not taken for the loss
+            # of accuracy by quantization.
+            return self._first_accurate(graph, ("fp32",), description)
+        accurate, reasons = self._first_accurate(graph, compute, description)
+        if accurate is not None or compute != ("bf16",):
+            return accurate, reasons
+        # bf16 was requested. If the graph is exact at fp32, the difference is that of bf16, whose floor is a setting of
+        # the service.
+        exact, more = self._first_accurate(graph, ("fp32",), description)
+        if exact is None:
+            return None, [*reasons, *more]
         try:
-            fidelity = compare(backend, cases, exact=target is None)
-        except MismatchError as error:
-            reasons.append(f"at {precision}, {error}")
-            continue
+            fidelity = self._compare(graph, replace(description, precision="bf16"), exact=False)
+        except MismatchError:  # not finite
+            return replace(exact, notes=(*exact.notes, *(_note("fp32", reason) for reason in reasons))), reasons
+        return replace(description, precision="bf16", fidelity=fidelity), reasons
+
+    def _first_accurate(
+        self, graph: Path, compute: Sequence[ComputePrecision], description: ModelDescription
+    ) -> tuple[ModelDescription | None, list[str]]:
+        """Return the description at the first precision that is accurate enough, and why those before it are not.
+
+        Integer weights are only measured, because their floor is a setting of the service. But 8-bit activations are
+        used only if they reach the accuracy target of the weights.
+        """
+        reasons: list[str] = []
+        target = ACCURACY_TARGETS.get(description.precision)
+        for precision in compute:
+            exact = replace(description, precision=precision)
+            candidate = exact if target is None else replace(description, compute=precision)
+            try:
+                fidelity = self._compare(graph, candidate, exact=target is None)
+            except MismatchError as error:
+                reasons.append(f"at {precision}, {error}")
+                continue
+            if target is not None and precision == "int8" and not _reaches(fidelity, *target):
+                reasons.append(
+                    f"with activations in 8 bits (lowest cosine {fidelity.min_cosine:.4f}, "
+                    f"{fidelity.top10_overlap or 0:.4f} of neighbors kept; the targets are {target[0]} and {target[1]})"
+                )
+                continue
+            notes = (_note(precision, reason) for reason in reasons)
+            return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
+        return None, reasons
+
+    def _compare(self, graph: Path, description: ModelDescription, *, exact: bool) -> Fidelity:
+        backend = OpenVinoBackend(graph, description, cpus=self._job.threads)
+        try:
+            return self._measure(backend, self._cases, exact=exact)
         finally:
             backend.close()
-        if target is not None and precision == "int8" and not _reaches(fidelity, *target):
-            reasons.append(
-                f"with activations in 8 bits (lowest cosine {fidelity.min_cosine:.4f}, "
-                f"{fidelity.top10_overlap or 0:.4f} of neighbors kept; the targets are {target[0]} and {target[1]})"
-            )
-            continue
-        notes = (f"computed in {precision}, because it is not accurate enough {reason}" for reason in reasons)
-        return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
-    return None, reasons
+
+
+def _note(precision: ComputePrecision, reason: str) -> str:
+    return f"computed in {precision}, because it is not accurate enough {reason}"
 
 
 def _reaches(fidelity: Fidelity, min_cosine: float, min_overlap: float) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from emb_model_provider.backends.openvino_cpu.runtime import ATTENTION_MASK, INPUT_IDS, POOLING_MASK, openvino
 from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.compiler.failures import is_temporary
 from emb_model_provider.fidelity.texts import calibration_texts
 from emb_model_provider.formatting import describe_error
 
@@ -69,6 +70,7 @@ def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescript
     Raises:
         QuantizeError: nncf failed.
         ImportError: nncf is not installed.
+        OSError: A file cannot be written; likewise any other error for which `is_temporary` is true.
     """
     # First, because it blocks the import of the package with which nncf, too, reports its use.
     openvino()
@@ -85,6 +87,8 @@ def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescript
             graph = _quantize_to_int4(nncf, graph, found, description)
         return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=_ignore(nncf, small))
     except Exception as error:
+        if is_temporary(error):
+            raise
         raise QuantizeError(f"nncf cannot quantize it to {weights}: {describe_error(error)}") from error
 
 
@@ -92,7 +96,7 @@ def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[
     """Return the inputs of the graph for each calibration text, with the default prompt: int64 of shape (1, length)."""
     prompt = description.prompts.get(description.default_prompt or "", "")
     limit = min(description.max_length, _MAX_CALIBRATION_TOKENS)
-    encoded = Tokenization(description).encode(calibration_texts(), prompt=prompt, truncate="END", max_tokens=limit)
+    encoded = Tokenization(description).encode(calibration_texts(), prompt=prompt, max_tokens=limit)
     batches = []
     for ids, prompt_length in zip(encoded.ids, encoded.prompt_lengths, strict=True):
         mask = np.ones((1, len(ids)), dtype=np.int64)

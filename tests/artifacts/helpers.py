@@ -22,7 +22,7 @@ from emb_model_provider.backends.hardware import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.compiler.build import build_artifact
 from emb_model_provider.compiler.export import EXPORTERS
-from emb_model_provider.fidelity.compare import CORPUS_S
+from emb_model_provider.fidelity.compare import CORPUS_S, compare
 from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.prepare import PreparedBackend
     from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.compiler.build import Measure
     from emb_model_provider.compiler.export import Exporter
     from emb_model_provider.progress import CancelToken, Progress
 
@@ -53,6 +54,7 @@ def compile_here(
     corpus_s: float = 0.0,
     bf16: bool | None = None,
     int8: bool = False,
+    measure: Measure = compare,
     **spec: Any,
 ) -> tuple[CompileResult, list[str]]:
     """Compile a model in this process, by default with the smallest part of the corpus.
@@ -64,6 +66,7 @@ def compile_here(
         corpus_s: See `build_artifact`.
         bf16: Whether the processor is to have native bf16; None for what this one has.
         int8: Whether the processor is to be fast at int8.
+        measure: See `build_artifact`.
         spec: Values of the spec.
 
     Returns:
@@ -81,7 +84,7 @@ def compile_here(
     job = CompileJob(spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2)
     steps: list[str] = []
     with warnings.catch_warnings(action="ignore"):
-        result = build_artifact(job, steps.append, exporters=exporters, corpus_s=corpus_s)
+        result = build_artifact(job, steps.append, exporters=exporters, corpus_s=corpus_s, measure=measure)
     return result, steps
 
 
@@ -173,6 +176,7 @@ class Harness:
     root: Path
     monkeypatch: pytest.MonkeyPatch
     max_artifacts_gb: float = 1.0
+    compile_timeout_s: float = 0
     progress: list[Progress] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -216,7 +220,9 @@ class Harness:
             spec: Values of the spec.
         """
         preparer = BackendPreparer(
-            HubSettings(cache_dir=self.cache, max_artifacts_gb=self.max_artifacts_gb),
+            HubSettings(
+                cache_dir=self.cache, max_artifacts_gb=self.max_artifacts_gb, compile_timeout_s=self.compile_timeout_s
+            ),
             FidelitySettings(fidelity_floors=dict(floors or {}), measure_fidelity=measure),
             TrustSettings(),
         )

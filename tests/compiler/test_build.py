@@ -7,16 +7,22 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import BertConfig, BertModel
 
+from emb_model_provider.backends.base import Fidelity
 from emb_model_provider.backends.hardware import native_bf16
-from emb_model_provider.compiler import build
 from emb_model_provider.compiler.export import EXPORTERS, trace
-from emb_model_provider.fidelity.compare import MismatchError
+from emb_model_provider.fidelity.compare import MIN_COSINE, MismatchError, compare
 from tests.artifacts.helpers import FAMILY, CompiledModels, compile_here
+from tests.backends.small_tokenizers import wordpiece
+from tests.models import save_st
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from emb_model_provider.backends.base import Backend
+    from emb_model_provider.fidelity.compare import Case
 
 
 def failing_export(*_: object) -> Any:
@@ -69,22 +75,107 @@ def test_each_exporter_makes_the_same_model(name: str, family: str, compiled: Co
     assert result.outcome == "done"
 
 
+class Measurement:
+    """Measures like `compare`, but lets every precision except fp32 have another lowest cosine."""
+
+    def __init__(self, min_cosine: float | None) -> None:
+        self.min_cosine = min_cosine
+        """None if vectors are not finite."""
+
+    def __call__(self, backend: Backend, cases: Sequence[Case], *, exact: bool) -> Fidelity:
+        if backend.description.precision == "fp32":
+            return compare(backend, cases, exact=exact)
+        if self.min_cosine is None:
+            raise MismatchError("1 of 2 vectors are not finite")
+        if exact and self.min_cosine < MIN_COSINE:
+            raise MismatchError(f"cosine {self.min_cosine}")
+        return Fidelity(min_cosine=self.min_cosine, mean_cosine=self.min_cosine, texts=1)
+
+
 @pytest.mark.slow
-def test_auto_falls_back_to_fp32(compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_to_fp32(compiled: CompiledModels, tmp_path: Path) -> None:
     """A note says how far bf16 is off."""
-    real = build.compare
-
-    def compare(backend: Any, cases: Any, **options: Any) -> Any:
-        if backend.description.precision != "fp32":
-            raise MismatchError("cosine 0.5")
-        return real(backend, cases, **options)
-
-    monkeypatch.setattr(build, "compare", compare)
-    result, _ = compile_here(compiled.directory(FAMILY), tmp_path, bf16=True, precision="auto")
+    result, _ = compile_here(
+        compiled.directory(FAMILY), tmp_path, measure=Measurement(0.5), bf16=True, precision="auto"
+    )
     assert result.outcome == "done"
     description = manifest(tmp_path)["description"]
     assert description["precision"] == "fp32"
     assert description["notes"] == ["computed in fp32, because it is not accurate enough at bf16, cosine 0.5"]
+
+
+def test_a_requested_bf16_is_only_measured(compiled: CompiledModels, tmp_path: Path) -> None:
+    """Its floor is a setting of the service, so that the artifact has the cosine and no note."""
+    result, _ = compile_here(
+        compiled.directory(FAMILY), tmp_path, measure=Measurement(0.9987), bf16=True, precision="bf16"
+    )
+    assert result.outcome == "done", result
+    description = manifest(tmp_path)["description"]
+    assert (description["precision"], description["notes"]) == ("bf16", [])
+    assert description["fidelity"]["min_cosine"] == 0.9987
+
+
+@pytest.mark.slow
+def test_a_requested_bf16_that_is_not_finite_is_computed_in_fp32(compiled: CompiledModels, tmp_path: Path) -> None:
+    result, _ = compile_here(
+        compiled.directory(FAMILY), tmp_path, measure=Measurement(None), bf16=True, precision="bf16"
+    )
+    assert result.outcome == "done", result
+    description = manifest(tmp_path)["description"]
+    assert description["precision"] == "fp32"
+    assert description["notes"] == [
+        "computed in fp32, because it is not accurate enough at bf16, 1 of 2 vectors are not finite"
+    ]
+
+
+@pytest.mark.slow
+def test_a_wrong_conversion_is_not_taken_for_the_inaccuracy_of_bf16(compiled: CompiledModels, tmp_path: Path) -> None:
+    """The graph must be exact at fp32."""
+    exporters = {"wrong": wrong_export}
+    result, _ = compile_here(compiled.directory(FAMILY), tmp_path, exporters=exporters, bf16=True, precision="bf16")
+    assert result.outcome == "refused"
+    assert "at fp32, cosine" in result.reason
+
+
+def test_a_reference_that_cannot_embed_is_a_reason(tmp_path: Path) -> None:
+    """Here the tokenizer has ids that the model does not have."""
+    config = BertConfig(
+        vocab_size=20, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64
+    )
+    directory = save_st(tmp_path / "model", lambda _: BertModel(config), wordpiece())
+    result, _ = compile_here(directory, tmp_path / "artifact")
+    assert result.outcome == "unsupported"
+    assert result.reason.startswith("the reference cannot embed the comparison texts: IndexError: ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_not_a_property_of_the_model(
+    error: Exception, compiled: CompiledModels, tmp_path: Path
+) -> None:
+    """It is raised, so that it is not recorded as a refusal, and no other exporter is tried."""
+
+    def exhausted(*_: object) -> Any:
+        raise error
+
+    with pytest.raises(type(error)):
+        compile_here(compiled.directory(FAMILY), tmp_path, exporters={"first": exhausted, "second": failing_export})
+
+
+def test_the_next_exporter_is_tried_if_a_graph_cannot_be_run(compiled: CompiledModels, tmp_path: Path) -> None:
+    """Not only if it cannot be exported."""
+    calls = []
+
+    def measure(backend: Backend, cases: Sequence[Case], *, exact: bool) -> Fidelity:
+        calls.append(backend)
+        if len(calls) == 1:
+            raise RuntimeError("unknown operation")
+        return compare(backend, cases, exact=exact)
+
+    result, _ = compile_here(
+        compiled.directory(FAMILY), tmp_path, exporters={"first": trace, "second": trace}, measure=measure, bf16=False
+    )
+    assert result.outcome == "done", result
+    assert manifest(tmp_path)["made_by"] == "second"
 
 
 @pytest.mark.slow

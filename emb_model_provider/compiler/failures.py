@@ -1,0 +1,31 @@
+"""Turns errors of the compiler into results: whether another attempt can succeed, and the reason for the operator."""
+
+from __future__ import annotations
+
+from emb_model_provider.artifacts.compiler_process import CompileResult
+from emb_model_provider.formatting import describe_error
+
+_MEMORY_TEXTS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "not enough memory")
+"""Parts of the messages with which PyTorch and OpenVINO report that memory cannot be allocated, as a RuntimeError."""
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Return whether an error is due to the state of the machine, such as its free memory or disk space."""
+    if isinstance(error, (MemoryError, OSError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _MEMORY_TEXTS)
+
+
+def result_of(error: BaseException, step: str) -> CompileResult:
+    """Return the result of a compilation that ended with an unexpected error.
+
+    An error that depends on the model only is `unsupported`, so that it is recorded. All others are `unable`, so that
+    the next start tries again.
+
+    Args:
+        error: The error, which may also be a SystemExit that code of a repository raised.
+        step: The name of the step in which it occurred.
+    """
+    reason = f"compiling failed at the step {step!r}: {describe_error(error)}"
+    depends_on_model = isinstance(error, Exception) and not isinstance(error, ImportError) and not is_temporary(error)
+    return CompileResult("unsupported" if depends_on_model else "unable", reason)
