@@ -10,9 +10,14 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from emb_model_provider.artifacts.compiler_process import CompileJob, CompilerDiedError, run_compiler
+from emb_model_provider.artifacts.compiler_process import (
+    CompileJob,
+    CompilerDiedError,
+    CompileTimeoutError,
+    run_compiler,
+)
 from emb_model_provider.artifacts.manifest import GRAPH
-from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
+from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, is_static, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.artifacts.torch_fidelity import TorchModel
 from emb_model_provider.backends.hardware import fast_int8, has_cuda, native_bf16, usable_cpus
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TURN_POLL_S = 0.2
+_TIMEOUT_SETTING = "EMB_PROVIDER_COMPILE_TIMEOUT_S"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class BackendPreparer:
 
     def __init__(self, hubs: HubSettings, fidelity: FidelitySettings, trust: TrustSettings) -> None:
         self._cache_dir = hubs.cache_dir
+        self._compile_timeout_s = hubs.compile_timeout_s
         self._fidelity = fidelity
         self._trust = trust
         self._store = ArtifactStore(hubs.cache_dir, max_bytes=hubs.max_artifact_bytes)
@@ -84,15 +91,19 @@ class BackendPreparer:
             CacheNotWritableError: `openvino` was requested, and the cache for its artifact cannot be written.
             OperationCancelledError: `cancel` was cancelled.
         """
+        notes: tuple[str, ...] = ()
+        if spec.precision in ("int8", "int4") and is_static(snapshot):
+            notes = (f"precision {spec.precision}: static embeddings have no matrices to quantize, so fp32 is used",)
+            spec = replace(spec, precision="fp32")
         if not _uses_openvino(spec):
-            return self._prepare_torch(spec, snapshot)
+            return self._prepare_torch(spec, snapshot, notes)
         try:
             return self._prepare_openvino(spec, snapshot, on_progress, cancel or CancelToken())
         except (NoArtifactError, CacheNotWritableError) as error:
             if spec.backend != "openvino":
                 note = f"served by the torch backend, because it could not be compiled for OpenVINO: {error}"
                 logger.warning("model %s: %s", spec.alias, note)
-                return self._prepare_torch(spec, snapshot, (note,))
+                return self._prepare_torch(spec, snapshot, (*notes, note))
             if isinstance(error, CacheNotWritableError):
                 raise
             raise LoadError(
@@ -121,7 +132,7 @@ class BackendPreparer:
     def _prepare_openvino(
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
     ) -> PreparedBackend:
-        """Find or make an artifact that is accurate enough; if the first choice of `auto` is not, one at fp32."""
+        """Find or make an artifact that is accurate enough; if that of `auto` or `bf16` is not, one at fp32."""
         notes: tuple[str, ...] = ()
         while True:
             artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
@@ -131,12 +142,13 @@ class BackendPreparer:
                 break
             except AccuracyError as error:
                 lock.release()
-                if spec.precision != "auto" or description.precision == "fp32":
+                if spec.precision not in ("auto", "bf16") or description.precision == "fp32":
                     raise
                 notes = (f"computed in fp32: {error.reason}",)
                 logger.warning("model %s: %s", spec.alias, notes[0])
                 spec = replace(spec, precision="fp32")
-        if (note := precision_note(spec.precision, description.compute or description.precision)) is not None:
+        computed = description.compute or description.precision
+        if (note := precision_note(spec.precision, computed, native_bf16=native_bf16())) is not None:
             notes = (note, *notes)
         description = replace(
             description, prompts={**description.prompts, **(spec.prompts or {})}, notes=(*description.notes, *notes)
@@ -153,6 +165,8 @@ class BackendPreparer:
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
     ) -> tuple[Artifact, FileLock]:
         """Find or make the artifact of a model, and the lock that keeps it on disk."""
+        if is_static(snapshot):
+            raise NoArtifactError("static embeddings are only looked up and averaged, so there is nothing to compile")
         if installed_version("openvino") is None:
             raise NoArtifactError("OpenVINO is not installed (pip install openvino)")
         recipe = recipe_for(
@@ -184,8 +198,10 @@ class BackendPreparer:
     def _find(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
         """Return the artifact of a recipe; None if it must be compiled; NoArtifactError if it was refused before."""
         found = self._store.find(recipe)
-        if found is None and (reason := self._store.refusal(recipe)) is not None:
-            raise NoArtifactError(reason)
+        if found is None:
+            reason = self._store.refusal(recipe, timeout_s=self._compile_timeout_s)
+            if reason is not None:
+                raise NoArtifactError(reason)
         return found
 
     def _check_can_compile(self) -> None:
@@ -209,7 +225,12 @@ class BackendPreparer:
                 job = CompileJob(
                     spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=usable_cpus()
                 )
-                result = run_compiler(job, on_progress, cancel)
+                try:
+                    result = run_compiler(job, on_progress, cancel, timeout_s=self._compile_timeout_s)
+                except CompileTimeoutError as error:
+                    reason = f"{error}. To allow more time, increase {_TIMEOUT_SETTING} (0: no limit)"
+                    self._store.refuse(recipe, reason, timeout_s=self._compile_timeout_s)
+                    raise NoArtifactError(reason) from error
                 if result.outcome == "done":
                     return self._store.add(recipe, directory)
                 if result.outcome == "broken":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-FORMAT = 2
+FORMAT = 3
 """Increased by hand whenever the compiler makes another artifact of the same snapshot."""
 
 RUNTIME_PACKAGES = ("openvino", "tokenizers")
@@ -91,13 +91,11 @@ def recipe_for(
 
 
 def plan_values(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Return the pipeline plan as plain values, without the directory and without the prompts of the settings.
+    """Return the pipeline plan as plain values, without the prompts of the settings.
 
     Those are not part of the graph: they are applied when the artifact is loaded.
     """
-    values = asdict(plan_pipeline(replace(spec, prompts=None), snapshot, trust_remote_code=trust_remote_code))
-    del values["directory"]
-    return values
+    return asdict(plan_pipeline(replace(spec, prompts=None), snapshot, trust_remote_code=trust_remote_code))
 
 
 def installed_version(package: str) -> str | None:
@@ -108,8 +106,23 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def precision_note(requested: Precision, computed: ComputePrecision) -> str | None:
-    """Return a note on why a model computes in another precision than the requested one, or None."""
+def is_static(snapshot: Snapshot) -> bool:
+    """Return whether a snapshot is a model of static embeddings, as its modules.json says."""
+    try:
+        first = json.loads((snapshot.path / "modules.json").read_text(encoding="utf-8-sig"))[0]
+        return str(first["type"]).endswith(".StaticEmbedding")
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def precision_note(requested: Precision, computed: ComputePrecision, *, native_bf16: bool) -> str | None:
+    """Return a note on why a model computes in another precision than the requested one, or None.
+
+    Args:
+        requested: The precision of the settings.
+        computed: The precision of the artifact.
+        native_bf16: Whether this processor supports bf16 natively. If so, the artifact says why it is at fp32.
+    """
     if requested in ("int8", "int4"):
         stored = {
             "int8": "in 8 bits",
@@ -122,7 +135,7 @@ def precision_note(requested: Precision, computed: ComputePrecision) -> str | No
             f"precision fp16 on a CPU: weights are stored at half precision; the model computes in {computed}, "
             "because processors are slower at fp16 than at fp32"
         )
-    if requested == "bf16" and computed != "bf16":
+    if requested == "bf16" and computed != "bf16" and not native_bf16:
         return (
             f"precision bf16: this processor does not support bf16 natively, so the model computes in {computed}, "
             "which is faster here"
@@ -139,5 +152,5 @@ def _precisions(
     weights: Weights = "fp16" if requested == "fp16" else "fp32"
     if requested == "fp32" or not native_bf16:
         return weights, ("fp32",)
-    # A requested bf16 that is not accurate enough is refused; auto and fp16 leave the choice to us.
+    # A requested bf16 that is not accurate enough is only measured, because its floor is a setting of the service.
     return weights, ("bf16",) if requested == "bf16" else ("bf16", "fp32")

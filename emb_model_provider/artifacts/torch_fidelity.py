@@ -67,7 +67,8 @@ class TorchModel:
     def load(self) -> Backend:
         """Load the model and, below fp32, measure its fidelity. Call it on the thread that will own the backend.
 
-        If `auto` chose a precision that is not accurate enough, more accurate ones are tried, with a note.
+        If the precision is not accurate enough, `auto` tries more accurate ones, with a note; so does bf16 for a model
+        that was to be compiled, which would be computed in fp32, too.
 
         Raises:
             LoadError: The model cannot be loaded; an AccuracyError if the requested precision is not accurate enough.
@@ -80,11 +81,12 @@ class TorchModel:
         chosen = resolve_torch_precision(self.spec.precision, device, facts)
         reference = _Reference(self)
         reasons: list[str] = []
-        for precision in self._candidates(chosen, device):
+        candidates = self._candidates(chosen, device)
+        for precision in candidates:
             try:
                 backend = self._load_if_accurate(precision, self._record_path(precision, device, facts), reference)
             except AccuracyError as error:
-                if self.spec.precision != "auto":
+                if precision == candidates[-1]:
                     raise
                 reasons.append(error.reason)
                 continue
@@ -99,6 +101,8 @@ class TorchModel:
         return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
 
     def _candidates(self, chosen: ComputePrecision, device: str) -> tuple[ComputePrecision, ...]:
+        if self.spec.precision == "bf16" and self.spec.backend != "torch" and device == "cpu":
+            return ("bf16", "fp32")
         if self.spec.precision != "auto" or chosen == "fp32":
             return (chosen,)
         # On a GPU, fp16 is as fast as bf16 and three bits more precise, but its range is narrower.

@@ -21,7 +21,8 @@ from emb_model_provider.fidelity.compare import SETTING, AccuracyError
 from emb_model_provider.formatting import format_cosine
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings import FIDELITY_FLOORS
-from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, wait_for
+from tests.artifacts.helpers import FAMILY, ONE_TOKEN, CompiledModels, Harness, wait_for
+from tests.backends.small_tokenizers import wordpiece
 
 if TYPE_CHECKING:
     from emb_model_provider.artifacts.prepare import PreparedBackend
@@ -136,6 +137,44 @@ def test_a_refusal_is_recorded(harness: Harness, monkeypatch: pytest.MonkeyPatch
         harness.prepare(backend="openvino")
     harness.configure_compiler()
     monkeypatch.setattr(recipes, "FORMAT", 999)
+    assert harness.prepare().notes == ()
+
+
+def test_a_refusal_of_another_version_of_the_package_is_void(harness: Harness) -> None:
+    """An upgrade may compile models that its predecessor could not."""
+    harness.configure_compiler(outcome="unsupported")
+    harness.prepare()
+    (record,) = (harness.cache / "artifacts").glob("*.refused.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), "package": "0.0.1"}))
+    harness.configure_compiler()
+    assert harness.prepare().notes == ()
+    assert harness.starts == 2
+
+
+def test_torch_serves_if_compiling_takes_too_long(harness: Harness) -> None:
+    """The compiler process is killed, and a note names the setting. The same limit is not tried again, a higher one is."""
+    harness.configure_compiler(wait_for=str(harness.root / "never"))
+    harness.compile_timeout_s = 2
+    for _ in range(2):
+        (note,) = harness.prepare().notes
+        assert "compiling took longer than 2 s (last step: 'pretend')" in note
+        assert "increase EMB_PROVIDER_COMPILE_TIMEOUT_S (0: no limit)" in note
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(harness.starts_file.read_text()), 0)
+    with pytest.raises(LoadError, match=r"BACKEND=openvino: compiling took longer.*COMPILE_TIMEOUT_S"):
+        harness.prepare(backend="openvino")
+    harness.configure_compiler()
+    harness.compile_timeout_s = 60
+    assert harness.prepare().notes == ()
+    assert harness.starts == 2
+
+
+def test_without_a_limit_a_timed_out_model_is_compiled_again(harness: Harness) -> None:
+    harness.configure_compiler(wait_for=str(harness.root / "never"))
+    harness.compile_timeout_s = 0.1
+    assert harness.prepare().notes
+    harness.configure_compiler()
+    harness.compile_timeout_s = 0
     assert harness.prepare().notes == ()
 
 
@@ -294,6 +333,63 @@ def test_auto_is_bf16_if_it_is_accurate_enough(harness: Harness) -> None:
     description = harness.describe(precision="auto")
     assert (description.precision, description.notes) == ("bf16", ())
     assert harness.starts == 1
+
+
+@pytest.mark.skipif(not native_bf16(), reason="bf16 is fp32 on a processor without native bf16")
+def test_a_requested_bf16_below_its_floor_is_computed_in_fp32(harness: Harness) -> None:
+    """As with auto, a note names cosine and floor; torch at bf16, which is as inaccurate, is not tried."""
+    harness.describe(precision="fp32")
+    _compile_to_bf16(harness, 0.9987)
+    description = harness.describe(precision="bf16")
+    assert (description.precision, description.backend) == ("fp32", "openvino")
+    assert description.notes == ("computed in fp32: its lowest cosine to fp32 at bf16 is 0.99870, below 0.999",)
+
+
+@pytest.mark.skipif(not native_bf16(), reason="bf16 is fp32 on a processor without native bf16")
+def test_a_requested_bf16_above_its_floor_is_served(harness: Harness) -> None:
+    """The floor is that of the operator, not the 0.999 of auto."""
+    _compile_to_bf16(harness, 0.9987)
+    description = harness.describe(precision="bf16", floors={"bf16": 0.998})
+    assert (description.precision, description.notes) == ("bf16", ())
+    assert harness.starts == 1
+
+
+def test_torch_computes_in_fp32_if_a_model_cannot_be_compiled_and_bf16_is_not_accurate_enough(harness: Harness) -> None:
+    """With backend=torch, bf16 below its floor is an error instead."""
+    harness.configure_compiler(outcome="unsupported")
+    description = harness.describe(precision="bf16", floors={"bf16": 1.0})
+    assert (description.precision, description.backend) == ("fp32", "torch")
+    assert any(note.startswith("computed in fp32: its lowest cosine") for note in description.notes)
+
+
+# --- static embeddings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requested", ["auto", "torch"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_static_embeddings_are_served_at_fp32_instead_of_integers(
+    requested: str, precision: str, harness: Harness, tmp_path: Path
+) -> None:
+    """A service-wide precision must not break them. They are not compiled, because there is nothing to compile."""
+    harness.directory = _static_model(tmp_path / "static")
+    loaded = harness.load(precision=precision, backend=requested)
+    description = loaded.description
+    assert (description.precision, description.backend) == ("fp32", "torch")
+    assert (
+        f"precision {precision}: static embeddings have no matrices to quantize, so fp32 is used" in description.notes
+    )
+    assert loaded.embed(ONE_TOKEN).shape == (1, 24)
+    assert harness.starts == 0
+
+
+def _static_model(directory: Path) -> Path:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    static = StaticEmbedding(wordpiece().backend_tokenizer, embedding_dim=24)
+    model = SentenceTransformer(modules=[static], device="cpu", local_files_only=True)
+    model.save(str(directory), create_model_card=False)
+    return directory
 
 
 def _compile_to_bf16(harness: Harness, min_cosine: float) -> None:

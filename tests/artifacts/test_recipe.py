@@ -72,14 +72,20 @@ def test_tools_that_are_not_installed_are_not_compared(directory: Path, monkeypa
 
 def test_a_note_says_how_integer_weights_are_stored_and_computed() -> None:
     """int8 and int4 always have a note."""
-    assert precision_note("int8", "bf16") == (
+    assert precision_note("int8", "bf16", native_bf16=True) == (
         "precision int8 on a CPU: weights are stored in 8 bits; the model computes in bf16"
     )
-    assert "with activations as 8-bit integers" in str(precision_note("int4", "int8"))
-    assert "in 4 bits if that costs little accuracy" in str(precision_note("int4", "fp32"))
+    assert "with activations as 8-bit integers" in str(precision_note("int4", "int8", native_bf16=True))
+    assert "in 4 bits if that costs little accuracy" in str(precision_note("int4", "fp32", native_bf16=False))
 
 
 def test_there_is_no_note_if_the_requested_precision_is_used() -> None:
-    assert precision_note("fp32", "fp32") is None
-    assert precision_note("bf16", "bf16") is None
-    assert precision_note("auto", "bf16") is None
+    assert precision_note("fp32", "fp32", native_bf16=True) is None
+    assert precision_note("bf16", "bf16", native_bf16=True) is None
+    assert precision_note("auto", "bf16", native_bf16=True) is None
+
+
+def test_the_processor_is_the_reason_for_fp32_only_if_it_has_no_bf16() -> None:
+    """Otherwise the artifact says that bf16 is not accurate enough."""
+    assert "does not support bf16 natively" in str(precision_note("bf16", "fp32", native_bf16=False))
+    assert precision_note("bf16", "fp32", native_bf16=True) is None
