@@ -17,10 +17,12 @@ from emb_model_provider.artifacts.compiler_process import (
     run_compiler,
 )
 from emb_model_provider.artifacts.manifest import GRAPH
-from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, is_static, precision_note, recipe_for
+from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.artifacts.torch_fidelity import TorchModel
 from emb_model_provider.backends.hardware import fast_int8, has_cuda, native_bf16, usable_cpus
+from emb_model_provider.backends.repository import Repository
+from emb_model_provider.backends.routes import RoutedBackend, describe_routes, routes_of
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
 from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.recipe import Recipe
     from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.backends.routes import Routes
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
     from emb_model_provider.snapshots.locks import FileLock
@@ -91,8 +94,11 @@ class BackendPreparer:
             CacheNotWritableError: `openvino` was requested, and the cache for its artifact cannot be written.
             OperationCancelledError: `cancel` was cancelled.
         """
+        routes = routes_of(Repository.of(snapshot)) if spec.route is None else None
+        if routes is not None:
+            return self._prepare_routes(routes, spec, snapshot, on_progress, cancel)
         notes: tuple[str, ...] = ()
-        if spec.precision in ("int8", "int4") and is_static(snapshot):
+        if spec.precision in ("int8", "int4") and Repository.of(snapshot, spec.route).is_static:
             notes = (f"precision {spec.precision}: static embeddings have no matrices to quantize, so fp32 is used",)
             spec = replace(spec, precision="fp32")
         if not _uses_openvino(spec):
@@ -114,6 +120,23 @@ class BackendPreparer:
     def allows_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
         """Return whether code from the repository of a model may run."""
         return self._trust.allows(spec, snapshot.hub)
+
+    def _prepare_routes(
+        self, routes: Routes, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken | None
+    ) -> PreparedBackend:
+        """Prepare each route of an asymmetric model as a model of its own."""
+        prepared = {
+            name: self.prepare(replace(spec, route=name), snapshot, on_progress=on_progress, cancel=cancel)
+            for name in dict.fromkeys(routes.by_task.values())
+        }
+        descriptions = {name: each.description for name, each in prepared.items() if each.description is not None}
+        return PreparedBackend(
+            lambda: RoutedBackend.load({name: each.load for name, each in prepared.items()}, routes),
+            notes=tuple(f"{name}: {note}" for name, each in prepared.items() for note in each.notes),
+            backend="openvino" if all(each.backend == "openvino" for each in prepared.values()) else "torch",
+            size=sum(each.size for each in prepared.values()),
+            description=describe_routes(descriptions, routes) if len(descriptions) == len(prepared) else None,
+        )
 
     def _prepare_torch(self, spec: ModelSpec, snapshot: Snapshot, notes: tuple[str, ...] = ()) -> PreparedBackend:
         model = TorchModel(spec, snapshot, self.allows_code(spec, snapshot), self._cache_dir, self._fidelity)
@@ -165,7 +188,7 @@ class BackendPreparer:
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
     ) -> tuple[Artifact, FileLock]:
         """Find or make the artifact of a model, and the lock that keeps it on disk."""
-        if is_static(snapshot):
+        if Repository.of(snapshot, spec.route).is_static:
             raise NoArtifactError("static embeddings are only looked up and averaged, so there is nothing to compile")
         if installed_version("openvino") is None:
             raise NoArtifactError("OpenVINO is not installed (pip install openvino)")

@@ -106,15 +106,6 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def is_static(snapshot: Snapshot) -> bool:
-    """Return whether a snapshot is a model of static embeddings, as its modules.json says."""
-    try:
-        first = json.loads((snapshot.path / "modules.json").read_text(encoding="utf-8-sig"))[0]
-        return str(first["type"]).endswith(".StaticEmbedding")
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
 def precision_note(requested: Precision, computed: ComputePrecision, *, native_bf16: bool) -> str | None:
     """Return a note on why a model computes in another precision than the requested one, or None.
 
