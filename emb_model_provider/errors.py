@@ -150,7 +150,11 @@ class DimensionsError(RequestError):
     code = "invalid_dimensions"
 
     def __init__(self, allowed: str) -> None:
-        super().__init__(f"This model does not support specifying dimensions. (allowed: {allowed})", param="dimensions")
+        super().__init__(
+            f"This model does not support specifying dimensions. (allowed: {allowed}) To allow other sizes, the operator can "
+            'set the key "dimensions" of this model in EMB_PROVIDER_MODEL_MAPPING.',
+            param="dimensions",
+        )
 
 
 class TokenInputError(RequestError):

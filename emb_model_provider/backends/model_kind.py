@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from emb_model_provider.backends.repository import read_object
 from emb_model_provider.errors import UnsupportedModelError
+from emb_model_provider.snapshots.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -186,8 +188,6 @@ def _kinds_of_bare(repository: Repository, tasks: Iterable[str]) -> Iterator[_Ki
         yield _RERANKER if labels == 1 else _CLASSIFIER
     yield from (kind for end, kind in _ARCHITECTURES if architecture.endswith(end))
     if repository.adapter:
-        from emb_model_provider.backends.repository import ADAPTER_CONFIG, read_object
-
         task = read_object(repository.adapter[ADAPTER_CONFIG]).get("task_type")
         if task in _ADAPTER_TASKS:
             yield _ADAPTER_TASKS[task]

@@ -13,6 +13,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.snapshots.weights import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    best_variant,
+    is_adapter,
+    is_variant,
+    is_weights,
+    split_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,10 +29,6 @@ if TYPE_CHECKING:
 
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_VARIANTS = re.compile(r"(.*/)?(model|pytorch_model)\.[a-z0-9]+\.(safetensors|bin)")
-"""Weights at another precision, such as `model.fp16.safetensors`."""
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _MODULE_FOLDER = re.compile(r"(\d+)_(Pooling|Dense|LayerNorm|Normalize)/config\.json")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
@@ -51,16 +56,21 @@ class Repository:
         """Return the repository of a snapshot and its dependencies, or of a route of its Router.
 
         Raises:
-            UnsupportedModelError: It is an adapter whose base model is not known or not here.
+            UnsupportedModelError: It is an adapter whose base model is not known or not here, or it is unclear whether it
+                is one.
         """
         files = {file.path: snapshot.path / file.path for file in snapshot.files}
         base: Repository | None = None
-        adapter = {name: files.pop(name) for name in (ADAPTER_CONFIG, *_ADAPTER_WEIGHTS) if name in files}
-        if "config.json" in files:
-            adapter = {}  # of a complete model, which libraries would load with the adapter
-        elif ADAPTER_CONFIG in adapter:
+        with_adapter = is_adapter(files)
+        adapter = {name: files.pop(name) for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS) if name in files}
+        if with_adapter:
             base = _base_of(snapshot, adapter[ADAPTER_CONFIG])
             files = {**base.files, **files}
+        elif len(adapter) > 1:
+            raise UnsupportedModelError(
+                f"{snapshot.repository} contains both a complete model and an adapter ({', '.join(adapter)}), and does not "
+                "say whether the adapter is merged into the weights. Serve a directory with one of them."
+            )
         else:
             adapter = {}
         code = {
@@ -236,15 +246,11 @@ def _base_of(snapshot: Snapshot, config: Path) -> Repository:
 
 def _rename_variants(files: Mapping[str, Path]) -> dict[str, Path]:
     """Return files with weights at another precision under the plain name, if there are no plain weights."""
-    renamed = dict(files)
-    for name in sorted(files):
-        match = _VARIANTS.fullmatch(name)
-        if match is None:
-            continue
-        parent, stem, suffix = match[1] or "", match[2], match[3]
-        plain = [f"{parent}{each}" for each in ("model.safetensors", "pytorch_model.bin")]
-        plain += [f"{each}.index.json" for each in plain]
-        del renamed[name]
-        if not any(each in renamed for each in plain):
-            renamed[f"{parent}{stem}.{suffix}"] = files[name]
+    renamed = {name: path for name, path in files.items() if not is_variant(split_path(name)[1])}
+    plain = {split_path(name)[0] for name in renamed if is_weights(name)}
+    for folder in {split_path(name)[0] for name in files} - plain:
+        best = best_variant(name for parent, name in map(split_path, files) if parent == folder)
+        if best is not None:
+            stem, _, suffix = best.split(".")
+            renamed[f"{folder}{stem}.{suffix}"] = files[f"{folder}{best}"]
     return renamed

@@ -191,10 +191,13 @@ def test_a_custom_activation_is_an_error_unless_it_is_trusted(tmp_path: Path) ->
     assert any("trust_remote_code is on" in note for note in plan.notes)
 
 
-def test_an_adapter_is_an_error(tmp_path: Path) -> None:
-    """Its base model is in another repository."""
+def test_an_adapter_without_its_base_model_is_an_error(tmp_path: Path) -> None:
+    """The message names the base model, or says that the adapter does not."""
+    weights = {"adapter_model.safetensors": ""}
     with pytest.raises(UnsupportedModelError, match="'other/base'"):
-        plan_of(tmp_path, {"adapter_config.json": {"base_model_name_or_path": "other/base"}})
+        plan_of(tmp_path / "a", {"adapter_config.json": {"base_model_name_or_path": "other/base"}, **weights})
+    with pytest.raises(UnsupportedModelError, match="does not name the base model"):
+        plan_of(tmp_path / "b", {"adapter_config.json": {}, **weights})
 
 
 def test_a_tokenizer_of_another_repository_is_an_error(tmp_path: Path) -> None:

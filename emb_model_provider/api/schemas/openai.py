@@ -120,7 +120,9 @@ class ModelObject(BaseModel):
     max_input_tokens: int | None
     pooling: str | None
     normalize: bool | None
-    prompts: list[str] | None = Field(description="Names for `input_type`: those of prompts, and of the routes of an asymmetric model.")
+    prompts: list[str] | None = Field(
+        description="Names for `input_type`: those of prompts, and of the routes of an asymmetric model."
+    )
     precision: str | None
     device: str | None
     backend: str | None

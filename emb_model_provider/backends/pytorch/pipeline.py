@@ -5,6 +5,7 @@ It reads local files only: weights from safetensors or, with PyTorch's weights-o
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -48,6 +49,42 @@ _RECOMPUTED = frozenset(
     {"position_ids", "token_type_ids", "inv_freq", "masked_bias", "bias_mask", "num_batches_tracked"}
 )
 """Last parts of the names of buffers that older versions of transformers saved, and that newer ones compute."""
+_CAUSES: tuple[tuple[re.Pattern[str], type[LoadError], str], ...] = (
+    (
+        re.compile(r"model type `([^`]+)` but Transformers does not recognize"),
+        UnsupportedModelError,
+        "transformers {version} does not have the model type {0!r}. A newer version may have it: `uv sync "
+        "--upgrade-package transformers`, or pip install -U transformers. If the repository contains code for it: "
+        + TRUST_ADVICE,
+    ),
+    (
+        re.compile(r"Unrecognized model in|Should have a `model_type` key"),
+        UnsupportedModelError,
+        "its config.json has no model_type. It may not be a model of transformers; choose another repository.",
+    ),
+    (
+        re.compile(r"Error while deserializing|invalid header or archive|PytorchStreamReader failed"),
+        LoadError,
+        "its weights are damaged or incomplete. Download the model again.",
+    ),
+    (
+        re.compile(r"size mismatch for (\S+?):|(?:ignore_mismatched_sizes)"),
+        LoadError,
+        "its weights do not have the sizes that its config.json declares. Compare config.json with the original.",
+    ),
+    (
+        re.compile(r"Couldn't instantiate the backend tokenizer|Can't load tokenizer|Can't load processor"),
+        UnsupportedModelError,
+        "it has no tokenizer that can be read here (tokenizer.json, vocab.txt, or a sentencepiece model). Download the "
+        "model again, or choose one with a fast tokenizer.",
+    ),
+    (
+        re.compile(r"requires the (\S+) library|No module named '([^']+)'"),
+        LoadError,
+        "a Python package that it needs is not installed ({0}{1}). Install it next to the service (pip install).",
+    ),
+)
+"""Parts of the messages of libraries, and what to do."""
 _TEXT_SETTINGS_WITHOUT_EFFECT = {"padding", "truncation", "max_length"}
 """Keys of a Transformer's `processing_kwargs` that are handled elsewhere, or that depend on the batch."""
 
@@ -170,6 +207,11 @@ def explain_error(error: Exception, name: str, directory: str | None = None) -> 
             f"{name} does not fit into the device's free memory. Choose a lower EMB_PROVIDER_MODEL_PRECISION, "
             "another EMB_PROVIDER_DEVICE, or a smaller model."
         )
+    for pattern, kind, advice in _CAUSES:
+        if (match := pattern.search(text)) is not None:
+            return kind(
+                f"{name} cannot be loaded: {advice.format(*(group or '' for group in match.groups()), version=transformers.__version__)}"
+            )
     return LoadError(f"{name} cannot be loaded: {type(error).__name__}: {text[:600]}")
 
 

@@ -9,6 +9,7 @@ difference. Here `tokenizer.json` is authoritative, then the keys of `tokenizer_
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from sentence_transformers.base.modules import Transformer
@@ -48,6 +49,8 @@ _BERT_KEYS = {
 """Keys of tokenizer_config.json, and those of a BertNormalizer that they override."""
 _OMITS_TOKENS = ("Llama", "CodeLlama", "Gemma", "Cohere")
 """Classes whose `add_bos_token: false` and `add_eos_token: false` remove a token that tokenizer.json adds."""
+_VOCABULARY = re.compile(r"(.*/)?(tokenizer\.json|tekken\.json|vocab[^/]*|[^/]+\.(model|tiktoken|vocab|bpe))")
+"""Files that contain the vocabulary of a tokenizer."""
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CODE_MODULE = "transformers_modules"
 """Package of classes that come from a repository."""
@@ -70,6 +73,12 @@ def use_declared_tokenizer(pipeline: SentenceTransformer, repository: Repository
         _require_same_ids(loaded, repository)
         return ()
     folder = repository.folder
+    if not any(_VOCABULARY.fullmatch(name) for name in repository.files):
+        # transformers makes a tokenizer that knows no word.
+        raise UnsupportedModelError(
+            f"{repository.name} has no tokenizer that can be read here (tokenizer.json, vocab.txt, or a sentencepiece "
+            "model). Download the model again, or choose another one."
+        )
     try:
         declared = _declared_tokenizer(repository, folder, loaded, lowercase=bool(first.do_lower_case))
     except LoadError:

@@ -304,6 +304,19 @@ def test_an_adapter_without_its_base_is_an_error(base: Path, tmp_path: Path) -> 
         load(snapshot_of(tmp_path / "adapter"))
 
 
+def test_a_complete_model_with_an_adapter_is_an_error(base: Path, tmp_path: Path) -> None:
+    """Whether the adapter is merged into the weights already is not known. Its configuration alone does not matter."""
+    from transformers import BertModel
+
+    expected = encode(base)
+    write_adapter(BertModel.from_pretrained(base), tmp_path / "adapter", "owner/base")
+    shutil.copy(tmp_path / "adapter/adapter_config.json", base)
+    assert_vectors(load(snapshot_of(base)), expected)
+    shutil.copy(tmp_path / "adapter/adapter_model.safetensors", base)
+    with pytest.raises(UnsupportedModelError, match="both a complete model and an adapter"):
+        load(snapshot_of(base))
+
+
 def test_an_adapter_of_a_classifier_is_an_error(base: Path, tmp_path: Path) -> None:
     """It changes another task than embedding."""
     from transformers import BertModel
