@@ -150,7 +150,7 @@ class BackendPreparer:
             backend.description = replace(backend.description, notes=(*backend.description.notes, *notes))
             return backend
 
-        return PreparedBackend(load, notes, "torch", sum(file.size for file in snapshot.files))
+        return PreparedBackend(load, notes, "torch", snapshot.size)
 
     def _prepare_openvino(
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
