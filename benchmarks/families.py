@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from benchmarks.family_models import Family
-    from emb_model_provider.artifacts.compiler_process import CompileResult
+    from emb_model_provider.artifacts.compiler_process import CompileJob, CompileResult
     from emb_model_provider.backends.base import Backend
-    from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.model_spec import BackendName, ModelSpec
+    from emb_model_provider.settings import HubSettings
     from emb_model_provider.snapshots.snapshot import Snapshot
 
     Vectors = NDArray[np.float32]
@@ -69,7 +70,7 @@ DISTINCT = (0, 1, 2, 3, 4, 5, 10, 11)
 _BATCHES = (1, 5)
 _EXIT_S = 2.0
 _NORM_TOLERANCE = 1e-3
-_CELL_CHARS = 160
+_CELL_CHARS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,10 @@ class Row:
 class Expected:
     """The reference vectors of a family."""
 
-    vectors: Mapping[str | None, Vectors]
-    """Vectors of `TEXTS` by prompt; None is the default prompt of the model. NaN for a text that the reference cannot
-    embed: some models fail for a text without tokens."""
+    vectors: Mapping[tuple[str | None, str | None], Vectors]
+    """Vectors of `TEXTS` by task and prompt. The task is None for models without routes; a prompt that is None is the
+    default prompt of the model. NaN for a text that the reference cannot embed: some models fail for a text without
+    tokens."""
     note: str = ""
     """Said if the vectors that are served differ."""
 
@@ -149,8 +151,20 @@ class Evaluation:
         return replace(outcome, reason=outcome.reason.replace(str(self._directory), self._directory.name))
 
     def _run(self, backend: str) -> Outcome:
+        from emb_model_provider.artifacts.prepare import BackendPreparer
+        from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
+
+        hubs = HubSettings(cache_dir=self._root / "cache", offline=True)
+        preparer = BackendPreparer(hubs, FidelitySettings(), TrustSettings())
         try:
-            return self._torch() if backend == "torch" else self._openvino()
+            spec = self._spec("torch" if backend == "torch" else "auto")
+            prepared = preparer.prepare(spec, self._snapshot(spec, hubs))
+            if prepared.backend != backend:
+                # The beginnings of the notes only say that it is served by the torch backend.
+                return Outcome(
+                    "torch", reason="; ".join(note.partition("OpenVINO: ")[2] or note for note in prepared.notes)
+                )
+            return self._compare(prepared.load())
         except ProviderError as error:
             return Outcome("refused", reason=describe_error(error))
         except Difference as error:
@@ -159,55 +173,25 @@ class Evaluation:
             logging.getLogger(__name__).debug("%s failed", backend, exc_info=True)
             return Outcome("error", reason=describe_error(error))
 
-    def _torch(self) -> Outcome:
-        from emb_model_provider.backends.pytorch.backend import TorchBackend
-
-        spec = self._spec()
-        return self._compare(TorchBackend(spec, self._snapshot(spec), trust_remote_code=False))
-
-    def _openvino(self) -> Outcome:
-        from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
-        from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-
-        artifact_directory = self._root / f"{self._directory.name}-artifact"
-        artifact_directory.mkdir()
-        result = self._compile(artifact_directory)
-        if result.outcome == "broken":
-            return Outcome("refused", reason=result.reason)
-        if result.outcome != "done":
-            return Outcome("torch", reason=result.reason)
-        artifact = read_artifact(artifact_directory)
-        if artifact is None:
-            raise Difference("the artifact cannot be read")
-        return self._compare(OpenVinoBackend(artifact.directory / GRAPH, artifact.description, cpus=2))
-
-    def _compile(self, directory: Path) -> CompileResult:
-        """Compile in this process, because a new one would import torch for each family."""
-        from emb_model_provider.artifacts.compiler_process import CompileJob
-        from emb_model_provider.artifacts.recipe import recipe_for
-        from emb_model_provider.compiler.build import build_artifact
-
-        spec = self._spec()
-        snapshot = self._snapshot(spec)
-        recipe = recipe_for(spec, snapshot, trust_remote_code=False, native_bf16=False, fast_int8=False)
-        job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=2)
-        return build_artifact(job, lambda _: None, corpus_s=0.0)
-
-    def _spec(self) -> ModelSpec:
+    def _spec(self, backend: BackendName) -> ModelSpec:
         from emb_model_provider.model_spec import ModelSpec
 
         return ModelSpec(
-            alias="small", name=self._family.repository, path=self._directory, source="local", device="cpu",
-            precision="fp32", max_length=self._family.max_length,
-        )  # fmt: skip
+            alias="small",
+            name=self._family.repository,
+            path=self._directory,
+            source="local",
+            device="cpu",
+            precision="fp32",
+            backend=backend,
+            max_length=self._family.max_length,
+        )
 
-    def _snapshot(self, spec: ModelSpec) -> Snapshot:
+    def _snapshot(self, spec: ModelSpec, hubs: HubSettings) -> Snapshot:
         """Return the files that the server would read."""
         from emb_model_provider.hubs.fetch import fetch_snapshot
-        from emb_model_provider.settings import HubSettings
 
-        snapshot = fetch_snapshot(spec, HubSettings(cache_dir=self._root / "cache"))
-        return replace(snapshot, repository=self._family.repository)
+        return replace(fetch_snapshot(spec, hubs), repository=self._family.repository)
 
     def _compare(self, backend: Backend) -> Outcome:
         try:
@@ -221,32 +205,41 @@ class Evaluation:
 
 
 def reference_vectors(family: Family, directory: Path) -> Expected:
-    """Return the reference vectors of `TEXTS` by prompt, computed text by text.
+    """Return the reference vectors of `TEXTS`, computed text by text.
 
     Raises:
         Difference: Different texts have nearly the same vector.
     """
     import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
 
     if family.reference is not None:
-        expected = Expected({None: family.reference(directory, TEXTS)})
+        expected = Expected({(None, None): family.reference(directory, TEXTS)})
     else:
         model = SentenceTransformer(
             str(directory), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
         )
-        prompts = {None: None, **{text: name for name, text in model.prompts.items() if text}}
-        vectors = {prompt: _encode_alone(model, prompt_name=name) for prompt, name in prompts.items()}
-        if model.default_prompt_name is not None:
-            vectors[""] = _encode_alone(model, prompt="")
-        together = model.encode(list(TEXTS), batch_size=_BATCHES[-1], show_progress_bar=False)
-        lowest = float(np.nanmin(cosines(together, vectors[None])))
-        note = f"sentence-transformers itself differs in a batch: {lowest:.4f}" if lowest < MIN_COSINE else ""
-        expected = Expected(vectors, note)
-    similar = highest_similarity(expected.vectors[None][list(DISTINCT)])
+        prompts = {text: name for name, text in model.prompts.items() if text}
+        if any(isinstance(module, Router) for module in model):
+            vectors = {(task, ""): _encode_alone(model, task=task, prompt="") for task in ("query", "document")}
+        else:
+            vectors = {(None, prompt): _encode_alone(model, prompt_name=name) for prompt, name in prompts.items()}
+            vectors[None, None] = _encode_alone(model)
+            if model.default_prompt_name is not None:
+                vectors[None, ""] = _encode_alone(model, prompt="")
+        expected = Expected(vectors, _padding_note(model))
+    similar = max(highest_similarity(vectors[list(DISTINCT)]) for vectors in expected.vectors.values())
     if similar >= MAX_SIMILARITY:
         raise Difference(f"different texts have reference vectors with a cosine of {similar:.4f}")
     return expected
+
+
+def _padding_note(model: SentenceTransformer) -> str:
+    """Return a note if the vectors of sentence-transformers depend on the other texts of a batch."""
+    together = model.encode(list(TEXTS), batch_size=_BATCHES[-1], show_progress_bar=False)
+    lowest = float(np.nanmin(cosines(together, _encode_alone(model))))
+    return f"sentence-transformers itself differs in a batch: {lowest:.4f}" if lowest < MIN_COSINE else ""
 
 
 def _encode_alone(model: SentenceTransformer, **options: Any) -> Vectors:
@@ -267,10 +260,10 @@ def compare(backend: Backend, expected: Expected) -> Outcome:
         Difference: The vectors have another size.
     """
     lowest, reasons = 1.0, set()
-    for prompt, theirs in expected.vectors.items():
+    for (task, prompt), theirs in expected.vectors.items():
         known = np.isfinite(theirs).all(axis=1)
         for size in _BATCHES:
-            ours = served_vectors(backend, TEXTS, prompt, batch_size=size)
+            ours = served_vectors(backend, task, prompt, batch_size=size)
             if ours.shape != theirs.shape:
                 raise Difference(f"vectors have {ours.shape[1]} values, those of the reference {theirs.shape[1]}")
             if not np.isfinite(ours).all():
@@ -289,16 +282,24 @@ def compare(backend: Backend, expected: Expected) -> Outcome:
     return Outcome("compared", lowest, "; ".join(sorted(reasons)))
 
 
-def served_vectors(backend: Backend, texts: Sequence[str], prompt: str | None, *, batch_size: int) -> Vectors:
-    """Tokenize, embed and normalize as serving does; None is the default prompt of the model."""
+def served_vectors(backend: Backend, task: str | None, prompt: str | None, *, batch_size: int) -> Vectors:
+    """Tokenize `TEXTS`, embed and normalize them as serving does; a prompt that is None is the model's default."""
+    from emb_model_provider.backends.base import TokenBatch
     from emb_model_provider.backends.tokenization import Tokenization
-    from emb_model_provider.fidelity.compare import embed_texts
 
-    description = backend.description
+    whole = backend.description
+    route = whole if task is None else whole.routes[task]
     if prompt is None:
-        prompt = description.prompts[description.default_prompt] if description.default_prompt else ""
-    vectors = embed_texts(backend, Tokenization(description), texts, prompt, batch_size=batch_size)
-    if description.normalize:
+        prompt = whole.prompts[whole.default_prompt] if whole.default_prompt else ""
+    encoded = Tokenization(route).encode(TEXTS, prompt=prompt)
+    parts = []
+    for start in range(0, len(TEXTS), batch_size):
+        ids = encoded.ids[start : start + batch_size]
+        lengths = encoded.prompt_lengths[start : start + batch_size]
+        tasks = [task] * len(ids) if task is not None else None
+        parts.append(backend.embed(TokenBatch(ids=ids, prompt_lengths=lengths, tasks=tasks)))
+    vectors = np.concatenate(parts)
+    if route.normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors
 
@@ -313,7 +314,8 @@ def layout_of(directory: Path) -> str:
     """Return the modules of a directory, such as `Transformer, Pooling (mean), Normalize`."""
     path = directory / "modules.json"
     if not path.exists():
-        names = [name for name in ("configuration.json", "config.json") if (directory / name).exists()]
+        candidates = ("configuration.json", "adapter_config.json", "config.json")
+        names = [name for name in candidates if (directory / name).exists()]
         return f"{names[0]} only" if names else NONE
     parts = []
     for module in json.loads(path.read_text(encoding="utf-8")):
@@ -331,6 +333,13 @@ def layout_of(directory: Path) -> str:
     return ", ".join(parts)
 
 
+def compile_here(job: CompileJob, *_: object, **__: object) -> CompileResult:
+    """Compile in this process, because a new one would import torch for each family."""
+    from emb_model_provider.compiler.build import build_artifact
+
+    return build_artifact(job, lambda _: None, corpus_s=0.0)
+
+
 def work(connection: Connection, root: str) -> None:
     """Evaluate the families whose names arrive, and send the layout, each outcome and None for each one."""
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # transformers would import it for ten seconds
@@ -340,7 +349,9 @@ def work(connection: Connection, root: str) -> None:
     import transformers
 
     from benchmarks.family_models import FAMILIES
+    from emb_model_provider.artifacts import prepare
 
+    prepare.run_compiler = compile_here
     torch.set_num_threads(2)
     transformers.utils.logging.disable_progress_bar()
     connection.send({name: family.expect for name, family in FAMILIES.items()})
@@ -456,12 +467,18 @@ def report(rows: Sequence[Row], backends: Sequence[str]) -> str:
         f"Texts: {len(TEXTS)}, alone and in batches of {_BATCHES[1]}",
     ]
     head = ["family", "modules", *(f"lowest cosine, {backend}" for backend in backends)]
-    return "\n\n".join([describe_run("benchmarks.families", notes), markdown_table(head, table_rows(rows, backends))])
+    table = markdown_table(head, table_rows(rows, backends)).replace(" ---:", " ---")  # because the cells are texts
+    return f"{describe_run('benchmarks.families', notes)}\n\n{table}"
 
 
 def table_rows(rows: Iterable[Row], backends: Sequence[str]) -> Iterator[list[str]]:
+    """Return the cells of each row. Those of failures are bold."""
     for row in rows:
-        cells = [f"**{row.outcomes[b].cell}**" if b in row.failures else row.outcomes[b].cell for b in backends]
+        cells: list[str] = []
+        for backend in backends:
+            cell = row.outcomes[backend].cell
+            cell = f"**{cell}**" if backend in row.failures else cell
+            cells.append("refused" if cell in cells and cell.startswith("refused") else cell)
         yield [row.family, row.layout, *cells]
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import peft
 import sentencepiece
 import torch
 import transformers
@@ -466,6 +467,16 @@ def _words(following: Callable[[int], torch.nn.Module] | None = None) -> Family:
     return Family(build=build, expect="refused")
 
 
+def _router(directory: Path, *, first: bool) -> Path:
+    transformer = _transformer(directory, *_small("bert"))
+    torch.manual_seed(11)
+    if first:
+        routes = {"query": [transformer, Pooling(_WIDTH)], "document": [transformer, Pooling(_WIDTH, "cls")]}
+        return save_modules(directory, [Router(routes, default_route="document")])
+    routes = {"query": [dense(_WIDTH, 20)], "document": [dense(_WIDTH, 20)]}
+    return save_modules(directory, [transformer, Pooling(_WIDTH), Router(routes, default_route="document")])
+
+
 _POOLINGS = ("cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 _EXCLUDED = {"include_prompt": False, "prompts": _PROMPTS, "default_prompt_name": "document"}
 _LAYERS = {"config": {"output_hidden_states": True}}
@@ -502,6 +513,8 @@ _PIPELINES: dict[str, Family] = {
     "weighted-layer-pooling": _modules(
         lambda n: [WeightedLayerPooling(n, num_hidden_layers=2, layer_start=1), Pooling(n)], **_LAYERS
     ),
+    "router-first": Family(build=partial(_router, first=True)),
+    "router-later": Family(build=partial(_router, first=False)),
     "static": Family(build=_static),
     "static-normalize": Family(build=lambda d: _static(d, Normalize())),
     "word-embeddings": _words(),
@@ -594,6 +607,27 @@ def _other_weights(directory: Path) -> None:
     torch.save({}, directory / "pytorch_model.bin")
 
 
+def _save_adapter(directory: Path, base: Path) -> None:
+    model = transformers.AutoModel.from_pretrained(base, local_files_only=True)
+    torch.manual_seed(13)
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(directory)
+
+
+def _lora(directory: Path) -> None:
+    """Write an adapter, and its base model next to it."""
+    _save_adapter(directory, _save_bare("bert", directory.with_name(f"{directory.name}-base")))
+    tokenizer("bert").save_pretrained(directory)
+
+
+def _lora_with_modules(directory: Path) -> None:
+    """Write an adapter like sentence-transformers, which adds the modules."""
+    base = _save("bert", directory.with_name(f"{directory.name}-base"), pooling="cls")
+    shutil.copytree(base, directory, ignore=shutil.ignore_patterns("config.json", "model.safetensors"))
+    shutil.copytree(base / "1_Pooling", directory / "1_Pooling", dirs_exist_ok=True)
+    _save_adapter(directory, base)
+
+
 def _modelscope(
     reference: Reference | None, *, repository: str = "test/small", expect: Expect = "equal", **model: Any
 ) -> Family:
@@ -610,7 +644,9 @@ _CLS, _CLS_NORMALIZED = (by_hand("bert", "BertModel", _first_token, normalize=no
 _GTE = "iic/nlp_gte_sentence-embedding_chinese-base"
 _LAYOUTS: dict[str, Family] = {
     "bare-bert": Family(build=lambda d: _save_bare("bert", d)),
-    "bare-bert-for-masked-lm": Family(build=lambda d: _save_bare("bert", d, head="AutoModelForMaskedLM")),
+    "bare-bert-for-masked-lm": Family(
+        build=lambda d: _save_bare("bert", d, head="AutoModelForMaskedLM"), expect="refused"
+    ),
     "bare-qwen3-causal-lm": Family(build=lambda d: _save_bare("qwen3", d)),
     "bare-llama-causal-lm": Family(build=lambda d: _save_bare("llama", d)),
     "no-padding-token": Family(
@@ -637,6 +673,8 @@ _LAYOUTS: dict[str, Family] = {
     "weights-bin": _edited(_bin_weights),
     "weights-stale-index": _edited(_stale_index),
     "weights-variant": _edited(_other_weights),
+    "lora": Family(build=_lora),
+    "lora-with-modules": Family(build=_lora_with_modules),
     "modelscope-gte": _modelscope(_CLS_NORMALIZED, repository=_GTE, emb_pooler_type="cls", normalize=True),
     "modelscope-corom": _modelscope(_CLS),
     "modelscope-mean": _modelscope(by_hand("bert", "BertModel", _mean, normalize=False), emb_pooler_type="avg"),
@@ -676,16 +714,6 @@ def _clip(directory: Path) -> None:
         directory / "sentence_bert_config.json",
         {"modality_config": modalities, "module_output_name": "sentence_embedding"},
     )
-
-
-def _router(directory: Path, *, first: bool) -> Path:
-    transformer = _transformer(directory, *_small("bert"))
-    torch.manual_seed(11)
-    if first:
-        routes = {"query": [transformer, Pooling(_WIDTH)], "document": [transformer, Pooling(_WIDTH, "cls")]}
-        return save_modules(directory, [Router(routes, default_route="document")])
-    routes = {"query": [dense(_WIDTH, 20)], "document": [dense(_WIDTH, 20)]}
-    return save_modules(directory, [transformer, Pooling(_WIDTH), Router(routes, default_route="document")])
 
 
 def _save_classifier(directory: Path, kind: str, labels: int) -> Path:
@@ -766,8 +794,6 @@ def _gptq(directory: Path) -> None:
 
 _OTHERS: dict[str, Family] = {
     "clip-text": Family(build=_clip, reference=by_hand("clip", "CLIPModel", _pooled, method="get_text_features")),
-    "router-first": Family(build=partial(_router, first=True), expect="refused"),
-    "router-later": Family(build=partial(_router, first=False), expect="refused"),
     "cross-encoder": Family(build=_cross_encoder, expect="refused"),
     "cross-encoder-3": Family(build=_cross_encoder_3, expect="refused"),
     "reranker-bare": _classifier("SequenceClassification", 1),

@@ -19,12 +19,14 @@ from benchmarks.families import (
     Evaluation,
     Outcome,
     Row,
+    compile_here,
     exit_status,
     highest_similarity,
     layout_of,
     table_rows,
 )
 from benchmarks.family_models import FAMILIES
+from tests.docs.markdown import rows
 from tests.marks import mark_slow_except
 
 if TYPE_CHECKING:
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EQUAL = Outcome("compared", 0.99999)
+
+
+@pytest.fixture(autouse=True)
+def compile_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emb_model_provider.artifacts.prepare.run_compiler", compile_here)
 
 
 def row(expect: str, torch: Outcome, openvino: Outcome = EQUAL) -> Row:
@@ -117,6 +124,22 @@ def test_layouts_show_modules_and_pooling(tmp_path: Path) -> None:
     assert layout_of(tmp_path / "bare") == "config.json only"
 
 
+def test_a_refusal_of_both_backends_is_shown_once() -> None:
+    """Its message is the same."""
+    refused = Outcome("refused", reason="it is a reranker")
+    assert list(table_rows([row("refused", refused, refused)], BACKENDS)) == [
+        ["small", "Transformer", "refused: it is a reranker", "refused"]
+    ]
+
+
+@pytest.mark.parametrize("name", ["models.md", "models.zh-CN.md"])
+def test_documents_contain_all_families(name: str) -> None:
+    """In the order of the program."""
+    document = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    table = document.partition("-m benchmarks.families")[2].partition("\n## ")[0]
+    assert [cells[0] for cells in rows(table)[2:]] == list(FAMILIES)
+
+
 def test_texts_differ() -> None:
     """Rows of the same direction have the similarity 1, and a zero row that of no other row."""
     assert highest_similarity(np.array([[1, 0], [2, 0], [0, 0]], dtype=np.float32)) == pytest.approx(1)
@@ -132,8 +155,7 @@ def test_program(tmp_path: Path) -> None:
         [sys.executable, "-m", "benchmarks.families", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    rows = [line for line in process.stdout.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in rows[2:]] == ["| bert", "| cross-encoder"]
+    assert [cells[0] for cells in rows(process.stdout)[2:]] == ["bert", "cross-encoder"]
     assert str(tmp_path) not in process.stdout
     written = json.loads(results.read_text(encoding="utf-8"))
     assert [entry["outcomes"]["openvino"]["status"] for entry in written] == ["compared", "refused"]
