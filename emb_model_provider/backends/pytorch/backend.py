@@ -24,6 +24,8 @@ from emb_model_provider.backends.pytorch.packing import (
     varlen_available,
     varlen_kernel,
 )
+from emb_model_provider.backends.pytorch.padding import NOTE as PADDING_NOTE
+from emb_model_provider.backends.pytorch.padding import depends_on_padding
 from emb_model_provider.backends.pytorch.pipeline import explain_error, load_pipeline, torch_device_facts
 from emb_model_provider.backends.pytorch.quantization import PACKAGES, import_packages, quantize_pipeline
 from emb_model_provider.backends.tokenization import Tokenization
@@ -80,6 +82,9 @@ class TorchBackend:
             except Exception as error:
                 raise explain_error(error, name) from error
         description = describe(pipeline, plan, name, precision=precision, device=device, backend="torch")
+        self._pads = not depends_on_padding(pipeline, description)
+        if not self._pads:
+            notes = (*notes, PADDING_NOTE)
         self.description = replace(description, notes=(*description.notes, *notes))
         self._table_rows = description.vocab_size
         if isinstance(pipeline[0], StaticEmbedding):
@@ -95,16 +100,16 @@ class TorchBackend:
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
         check_lengths(batch, self.description.max_length)
-        if not self.description.excludes_prompt:
-            return self._forward(batch.ids)
-        lengths = sorted(set(batch.prompt_lengths))
-        if len(lengths) == 1:
-            return self._forward(batch.ids, prompt_length=lengths[0])
         # Pooling of sentence-transformers supports only one prompt length per batch.
+        prompts = batch.prompt_lengths if self.description.excludes_prompt else [0] * len(batch.ids)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (ids, prompt_length) in enumerate(zip(batch.ids, prompts, strict=True)):
+            groups.setdefault((prompt_length, 0 if self._pads else len(ids)), []).append(row)
+        if len(groups) == 1:
+            return self._forward(batch.ids, prompt_length=prompts[0])
         vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
-        for length in lengths:
-            rows = [row for row, other in enumerate(batch.prompt_lengths) if other == length]
-            vectors[rows] = self._forward([batch.ids[row] for row in rows], prompt_length=length)
+        for (prompt_length, _), rows in groups.items():
+            vectors[rows] = self._forward([batch.ids[row] for row in rows], prompt_length=prompt_length)
         return vectors
 
     def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:

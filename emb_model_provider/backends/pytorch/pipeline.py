@@ -157,10 +157,11 @@ def load_pipeline(
 
 
 def embedding_dimension(pipeline: SentenceTransformer) -> int:
-    """Run one token through a pipeline, and return the size of its vectors."""
-    ids = torch.zeros((1, 1), dtype=torch.int64, device=pipeline.device)
+    """Run a few tokens through a pipeline, and return the size of its vectors."""
+    # Not one, because models that pool inside (Funnel) need several.
+    ids = torch.zeros((1, 8), dtype=torch.int64, device=pipeline.device)
     if isinstance(pipeline[0], StaticEmbedding):
-        features = {"input_ids": ids[0], "offsets": ids[0]}
+        features = {"input_ids": ids[0], "offsets": ids[0, :1]}
     else:
         features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
