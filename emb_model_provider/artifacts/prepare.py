@@ -26,6 +26,7 @@ from emb_model_provider.backends.routes import RoutedBackend, describe_routes, r
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
 from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.snapshots.weights import find_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,11 +102,18 @@ class BackendPreparer:
         if spec.precision in ("int8", "int4") and Repository.of(snapshot, spec.route).is_static:
             notes = (f"precision {spec.precision}: static embeddings have no matrices to quantize, so fp32 is used",)
             spec = replace(spec, precision="fp32")
-        if not _uses_openvino(spec):
+        export = find_export([file.path for file in snapshot.files])
+        if export is not None:
+            spec = _for_export(spec, snapshot, export)
+        elif not _uses_openvino(spec):
             return self._prepare_torch(spec, snapshot, notes)
         try:
             return self._prepare_openvino(spec, snapshot, on_progress, cancel or CancelToken())
         except (NoArtifactError, CacheNotWritableError) as error:
+            if export is not None and isinstance(error, NoArtifactError):
+                raise LoadError(
+                    f"{snapshot.repository} has no weights, only {export}, and cannot be served from it: {error}"
+                ) from error
             if spec.backend != "openvino":
                 note = f"served by the torch backend, because it could not be compiled for OpenVINO: {error}"
                 logger.warning("model %s: %s", spec.alias, note)
@@ -266,6 +274,17 @@ class BackendPreparer:
         except (CompilerDiedError, HubError, OSError) as error:
             # Not recorded, because the next attempt may have more memory or space.
             raise NoArtifactError(str(error)) from error
+
+
+def _for_export(spec: ModelSpec, snapshot: Snapshot, export: str) -> ModelSpec:
+    """Return the spec of a model that has only an export, which OpenVINO runs; LoadError if it must not run there."""
+    if spec.backend == "torch" or spec.device.strip().lower() not in ("auto", "cpu"):
+        raise LoadError(
+            f"{snapshot.repository} has no weights for torch, only {export}, which OpenVINO runs on the CPU. Set "
+            "EMB_PROVIDER_BACKEND to auto or openvino and EMB_PROVIDER_DEVICE to auto or cpu, or choose a repository "
+            "that has weights."
+        )
+    return replace(spec, backend="openvino", device="cpu")
 
 
 def _uses_openvino(spec: ModelSpec) -> bool:

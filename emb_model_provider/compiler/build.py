@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,19 +16,24 @@ from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline
-from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporters
+from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporter, prebuilt_exporters
 from emb_model_provider.compiler.failures import is_temporary
+from emb_model_provider.compiler.prebuilt import load_prebuilt
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.fidelity.compare import (
     CORPUS_S,
     LONGEST_COMPARED,
+    MIN_COSINE,
     MismatchError,
     compare,
     comparison_limit,
+    embed_texts,
     make_cases,
 )
-from emb_model_provider.formatting import describe_error
+from emb_model_provider.formatting import describe_error, format_cosine
+from emb_model_provider.snapshots.weights import find_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.artifacts.compiler_process import CompileJob
     from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity, ModelDescription
+    from emb_model_provider.backends.openvino_cpu.runtime import Graph
     from emb_model_provider.compiler.export import Exporter
     from emb_model_provider.compiler.quantize import QuantizedWeights
     from emb_model_provider.fidelity.compare import Case
@@ -48,6 +55,8 @@ ACCURACY_TARGETS: Mapping[ComputePrecision, tuple[float, float]] = {"int8": (0.9
 """Targets of integer weights: the lowest cosine to fp32, and the share of the ten nearest neighbors kept."""
 _EXACT_GRAPH = "exact.xml"
 """The graph before quantization, in the directory of the artifact."""
+_REFERENCE_GRAPH = "reference.xml"
+"""The graph of an export that is its own reference, likewise."""
 
 
 class Measure(Protocol):
@@ -78,21 +87,29 @@ def build_artifact(
         MemoryError: There is not enough memory; likewise a RuntimeError of a library for which `is_temporary` is true.
     """
     on_step("load")
+    only_export = find_export([file.path for file in job.snapshot.files])
     try:
-        pipeline, description = _load(job)
+        pipeline, description = _load(job, only_export)
     except LoadError as error:
         return CompileResult("broken", error.message)
     try:
         check_exportable(pipeline)
-        on_step("reference vectors")
-        cases = _reference_cases(pipeline, description, corpus_s)
+        if only_export is None:
+            on_step("reference vectors")
+            cases = _reference_cases(pipeline, description, corpus_s)
+            exporters = {**exporters, **prebuilt_exporters(job.snapshot)}
+        else:
+            completed, description = _complete_export(job, only_export, pipeline, description, on_step)
+            exporters = {only_export: _returning(completed)}
+            on_step("reference vectors")
+            cases = _cases_of_export(job, completed, description, corpus_s)
     except UnsupportedModelError as error:
         return CompileResult("unsupported", error.message)
-    verification = _Verification(job, cases, measure)
+    verification = _Verification(job, cases, measure, has_reference=only_export is None)
     weights = job.recipe.weights
     failures: list[str] = []
     inaccurate = False
-    for name, export in {**exporters, **prebuilt_exporters(job.snapshot)}.items():
+    for name, export in exporters.items():
         path = job.directory / (_EXACT_GRAPH if weights in ("int8", "int4") else GRAPH)
         try:
             graph = export(pipeline, on_step)
@@ -125,15 +142,19 @@ def build_artifact(
     return CompileResult("refused" if inaccurate else "unsupported", "; ".join(failures))
 
 
-def _load(job: CompileJob) -> tuple[SentenceTransformer, ModelDescription]:
+def _load(job: CompileJob, export: str | None) -> tuple[SentenceTransformer, ModelDescription]:
+    """Load the pipeline of a job; with `export`, the part of it that the export does not contain."""
     spec = replace(job.spec, prompts=None)
     name, trusted = job.snapshot.repository, job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
-    pipeline, plan = load_pipeline(plan, job.snapshot, precision="fp32", device="cpu", trust_remote_code=trusted)
+    if export is not None:
+        pipeline, description = load_prebuilt(plan, job.snapshot, export, trust_remote_code=trusted)
+    else:
+        pipeline, plan = load_pipeline(plan, job.snapshot, precision="fp32", device="cpu", trust_remote_code=trusted)
+        description = describe(pipeline, plan, name, precision="fp32", device="cpu", backend="openvino")
     if pipeline.transformers_model is not None:
         # The key-value cache of a decoder would become part of the graph without being used.
         pipeline.transformers_model.config.use_cache = False
-    description = describe(pipeline, plan, name, precision="fp32", device="cpu", backend="openvino")
     if description.max_length > LONGEST_COMPARED:
         note = (
             f"compared with the reference on texts of up to {LONGEST_COMPARED} tokens, of the "
@@ -168,6 +189,48 @@ def _reference_cases(pipeline: SentenceTransformer, description: ModelDescriptio
         ) from error
 
 
+def _complete_export(
+    job: CompileJob,
+    export: str,
+    pipeline: SentenceTransformer,
+    description: ModelDescription,
+    on_step: Callable[[str], None],
+) -> tuple[Graph, ModelDescription]:
+    """Return the graph of a repository that has only an export, and the description with the size of its vectors."""
+    try:
+        graph = prebuilt_exporter(job.snapshot, export)(pipeline, on_step)
+    except Exception as error:
+        if is_temporary(error):
+            raise
+        raise UnsupportedModelError(f"{export} cannot be used: {describe_error(error)}") from error
+    size = graph.outputs[0].get_partial_shape()[-1]
+    return graph, replace(description, dimension=int(size.get_length())) if size.is_static else description
+
+
+def _returning(graph: Graph) -> Exporter:
+    return lambda _pipeline, _on_step: graph
+
+
+def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescription, corpus_s: float) -> list[Case]:
+    """Embed the comparison texts with an export at fp32, because there are no weights to do it with."""
+    path = job.directory / _REFERENCE_GRAPH
+    openvino().save_model(graph, path, compress_to_fp16=False)
+    backend = OpenVinoBackend(path, description, cpus=job.threads)
+    try:
+        cases = make_cases(partial(embed_texts, backend, Tokenization(description)), description, corpus_s=corpus_s)
+    except Exception as error:
+        if is_temporary(error):
+            raise
+        raise UnsupportedModelError(f"it cannot embed the comparison texts: {describe_error(error)}") from error
+    finally:
+        backend.close()
+        for each in (path, path.with_suffix(".bin")):
+            each.unlink()
+    if not all(np.isfinite(case.expected).all() for case in cases):
+        raise UnsupportedModelError("some of its vectors are not finite at fp32")
+    return cases
+
+
 def _quantize(
     exact: Path,
     weights: QuantizedWeights,
@@ -191,10 +254,12 @@ def _quantize(
 class _Verification:
     """Compares the graphs of a job with the reference vectors, and chooses the precision that they compute in."""
 
-    def __init__(self, job: CompileJob, cases: Sequence[Case], measure: Measure) -> None:
+    def __init__(self, job: CompileJob, cases: Sequence[Case], measure: Measure, *, has_reference: bool) -> None:
+        """Create the verification of a job; without a reference, the graph itself at fp32 is the reference."""
         self._job = job
         self._cases = cases
         self._measure = measure
+        self._has_reference = has_reference
 
     def verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
         """Return the description at the precision in which a graph is accurate enough, and why others are not.
@@ -233,6 +298,8 @@ class _Verification:
         for precision in compute:
             exact = replace(description, precision=precision)
             candidate = exact if target is None else replace(description, compute=precision)
+            if precision == "fp32" and target is None and self._is_reference:
+                return self._accept_reference(graph, candidate, reasons), reasons
             try:
                 fidelity = self._compare(graph, candidate, exact=target is None)
             except MismatchError as error:
@@ -247,6 +314,21 @@ class _Verification:
             notes = (_note(precision, reason) for reason in reasons)
             return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
         return None, reasons
+
+    @property
+    def _is_reference(self) -> bool:
+        return not self._has_reference and self._job.recipe.weights != "fp16"
+
+    def _accept_reference(self, graph: Path, description: ModelDescription, reasons: Sequence[str]) -> ModelDescription:
+        """Return the description at fp32 of a graph that has only itself to be compared with."""
+        notes = [_note("fp32", reason) for reason in reasons]
+        fidelity = self._compare(graph, description, exact=False)
+        if fidelity.min_cosine < MIN_COSINE:
+            notes.append(
+                "the vector of a text depends on the other texts of its batch, as with activations that are quantized "
+                f"while the model runs (lowest cosine {format_cosine(fidelity.min_cosine)})"
+            )
+        return replace(description, notes=(*description.notes, *notes))
 
     def _compare(self, graph: Path, description: ModelDescription, *, exact: bool) -> Fidelity:
         backend = OpenVinoBackend(graph, description, cpus=self._job.threads)

@@ -32,8 +32,13 @@ _FULL_ATTENTION_TYPES = frozenset(
 """Model types whose tokens attend to all real tokens of their text, so that no row of the attention mask is fully
 masked. Other types get `_unmask_fully_masked_rows`, which makes texts of 256 tokens a few per cent slower."""
 _TOKEN_EMBEDDINGS = "token_embeddings"
-_TOKEN_OUTPUTS = (_TOKEN_EMBEDDINGS, "last_hidden_state")
-"""Names that prebuilt exports give to token vectors."""
+_SENTENCE_EMBEDDING = "sentence_embedding"
+_OUTPUTS = {
+    3: (_TOKEN_EMBEDDINGS, "last_hidden_state"),
+    2: (_SENTENCE_EMBEDDING, "sentence_embeddings", "text_embeds", "embeddings", "embedding"),
+}
+"""Names that prebuilt exports give to token vectors and to pooled vectors, by the number of dimensions."""
+_TOKEN_TYPES, _POSITIONS = "token_type_ids", "position_ids"
 
 
 class PipelineModule(torch.nn.Module):
@@ -60,7 +65,7 @@ class PipelineModule(torch.nn.Module):
                 features = stage({**features, ATTENTION_MASK: pooling_mask})
             else:
                 features = stage(features)
-        vectors: torch.Tensor = features["sentence_embedding"]
+        vectors: torch.Tensor = features[_SENTENCE_EMBEDDING]
         return vectors[:, : self.truncate_dim] if self.truncate_dim is not None else vectors
 
     def example(self) -> dict[str, torch.Tensor]:
@@ -121,7 +126,12 @@ EXPORTERS: Mapping[str, Exporter] = {
 def prebuilt_exporters(snapshot: Snapshot) -> dict[str, Exporter]:
     """Return an exporter for each prebuilt export among the files of a snapshot, by the path of the file."""
     present = {file.path for file in snapshot.files}
-    return {name: partial(_extend_prebuilt, snapshot.path / name) for name in EXPORTS if name in present}
+    return {name: prebuilt_exporter(snapshot, name) for name in EXPORTS if name in present}
+
+
+def prebuilt_exporter(snapshot: Snapshot, name: str) -> Exporter:
+    """Return the exporter that completes a prebuilt export by the later stages of a pipeline."""
+    return partial(_extend_prebuilt, snapshot.path / name)
 
 
 def _trace(module: torch.nn.Module, example: tuple[torch.Tensor, ...], on_step: Callable[[str], None]) -> Graph:
@@ -142,7 +152,7 @@ def _finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> 
     if not _has_full_attention(pipeline):
         _unmask_fully_masked_rows(graph)
     graph.validate_nodes_and_infer_types()
-    graph.outputs[0].get_tensor().set_names({"sentence_embedding"})
+    graph.outputs[0].get_tensor().set_names({_SENTENCE_EMBEDDING})
     return graph
 
 
@@ -184,55 +194,107 @@ def _unmask_fully_masked_rows(graph: Graph) -> None:
 
 
 class _Tail(torch.nn.Module):
-    """The stages of a pipeline after its transformer: token vectors and masks to one vector per text."""
+    """The stages of a pipeline after its transformer: token vectors and masks, or pooled vectors, to one vector per text."""
 
-    def __init__(self, whole: PipelineModule) -> None:
+    def __init__(self, whole: PipelineModule, *, pooled: bool) -> None:
         super().__init__()
         self.whole = whole
+        self.pooled = pooled
 
     def forward(
-        self, token_embeddings: torch.Tensor, attention_mask: torch.Tensor, pooling_mask: torch.Tensor | None = None
+        self,
+        vectors: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pooling_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        features = {_TOKEN_EMBEDDINGS: token_embeddings, ATTENTION_MASK: attention_mask}
+        features = {_SENTENCE_EMBEDDING if self.pooled else _TOKEN_EMBEDDINGS: vectors, ATTENTION_MASK: attention_mask}
         return self.whole.run(features, list(self.whole.stages)[1:], pooling_mask)
 
 
 def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    """Append the later stages of a pipeline to a prebuilt export, which contains its transformer only."""
+    """Append the later stages of a pipeline to a prebuilt export, which contains its transformer only.
+
+    If the pipeline has no Pooling, the export contains it, too.
+    """
     on_step(f"read {path.name}")
     ov = openvino()
     body = ov.Core().read_model(path)
-    vectors = _token_vectors(body)
     whole = PipelineModule(pipeline)
+    pools = any(isinstance(stage, Pooling) for stage in whole.stages)
+    vectors = _vectors(body, _width(pipeline), rank=3 if pools else 2)
     masks = {name: value for name, value in whole.example().items() if name != INPUT_IDS}
-    first: Any = pipeline[0]
-    hidden = torch.randn(*masks[ATTENTION_MASK].shape, int(first.get_embedding_dimension()))
-    tail = _trace(_Tail(whole), (hidden, *masks.values()), on_step)
-    ids, mask = _token_inputs(body)
-    ports = [_find_input(tail, name, index) for index, name in enumerate([_TOKEN_EMBEDDINGS, *masks])]
+    rows, length = masks[ATTENTION_MASK].shape
+    width = int(vectors.get_partial_shape()[-1].get_length()) if not pools else _width(pipeline)
+    example = torch.randn(rows, length, width) if pools else torch.randn(rows, width)
+    tail = _trace(_Tail(whole, pooled=not pools), (example, *masks.values()) if pools else (example,), on_step)
+    ids, mask = _connect_inputs(body)
+    if vectors.get_element_type() != ov.Type.f32:
+        vectors = ov.opset13.convert(vectors, "f32").output(0)
+    names = ["vectors", *masks] if pools else ["vectors"]
+    ports = [_find_input(tail, name, index) for index, name in enumerate(names)]
     ports[0].replace(vectors)
-    ports[1].replace(mask.output(0))
+    if pools:
+        ports[1].replace(mask.output(0))
     inputs = [ids, mask, *(port.get_node() for port in ports[2:])]
     graph = ov.Model([tail.outputs[0].get_node().input_value(0)], inputs, "joined")
-    return _finalize(graph, [INPUT_IDS, *masks], pipeline)
+    return _finalize(graph, [INPUT_IDS, ATTENTION_MASK, *names[2:]], pipeline)
 
 
-def _token_vectors(body: Graph) -> Any:
-    for name in _TOKEN_OUTPUTS:
-        for port in body.outputs:
-            if name in port.get_names() and port.get_partial_shape().rank.get_length() == 3:
-                return port.get_node().input_value(0)
-    raise UnsupportedModelError(f"it has none of the outputs {', '.join(_TOKEN_OUTPUTS)}")
+def has_token_vectors(path: Path) -> bool:
+    """Return whether a prebuilt export returns token vectors, and not only one vector per text."""
+    body = openvino().Core().read_model(path)
+    return any(_rank(port) == 3 for port in body.outputs)
 
 
-def _token_inputs(body: Graph) -> tuple[Any, Any]:
-    """Return the nodes of token ids and attention mask, with token types replaced by 0."""
+def _width(pipeline: SentenceTransformer) -> int:
+    first: Any = pipeline[0]
+    return int(first.get_embedding_dimension())
+
+
+def _vectors(body: Graph, width: int, *, rank: int) -> Any:
+    """Return the value of the output of a rank: that with a usual name, else the only one."""
+    found = [port for port in body.outputs if _rank(port) == rank]
+    usual = [port for name in _OUTPUTS[rank] for port in found if name in port.get_names()]
+    if not usual and len(found) != 1:
+        outputs = ", ".join(f"{port.get_any_name()} {port.get_partial_shape()}" for port in body.outputs)
+        raise UnsupportedModelError(
+            f"it has none of the outputs {', '.join(_OUTPUTS[rank])} with {rank} dimensions; it has {outputs}"
+        )
+    port = (usual or found)[0]
+    size = port.get_partial_shape()[-1]
+    if rank == 3 and size.is_static and size.get_length() != width:
+        raise UnsupportedModelError(
+            f"its output {port.get_any_name()} has {size.get_length()} values per token, and the model has {width}"
+        )
+    if rank == 2 and size.is_dynamic:
+        raise UnsupportedModelError(f"the size of its output {port.get_any_name()} is not fixed")
+    return port.get_node().input_value(0)
+
+
+def _rank(port: Any) -> int | None:
+    shape = port.get_partial_shape()
+    return int(shape.rank.get_length()) if shape.rank.is_static else None
+
+
+def _connect_inputs(body: Graph) -> tuple[Any, Any]:
+    """Connect the inputs of a prebuilt export with new ones for token ids and attention mask, and return these nodes.
+
+    Token types are 0, and positions are those of the tokens that the mask does not hide.
+    """
     ops = openvino().opset13
+    ids, mask = (ops.parameter([-1, -1], dtype=np.int64, name=name) for name in (INPUT_IDS, ATTENTION_MASK))
     ports = {port.get_any_name(): port for port in body.inputs}
-    if "token_type_ids" in ports:
-        port = ports.pop("token_type_ids")
-        zero = ops.constant(0, dtype=np.int64)
-        port.replace(ops.broadcast(zero, ops.shape_of(ports[INPUT_IDS])).output(0))
-    if set(ports) != {INPUT_IDS, ATTENTION_MASK}:
-        raise UnsupportedModelError(f"its inputs are {', '.join(sorted(ports))}")
-    return ports[INPUT_IDS].get_node(), ports[ATTENTION_MASK].get_node()
+    if unknown := ports.keys() - {INPUT_IDS, ATTENTION_MASK, _TOKEN_TYPES, _POSITIONS}:
+        raise UnsupportedModelError(f"it has inputs that are not known here: {', '.join(sorted(unknown))}")
+    zero, one = (ops.constant(value, dtype=np.int64) for value in (0, 1))
+    for name, port in ports.items():
+        if name == _TOKEN_TYPES:
+            value = ops.broadcast(zero, ops.shape_of(ids))
+        elif name == _POSITIONS:
+            value = ops.maximum(ops.subtract(ops.cum_sum(mask, one), one), zero)
+        else:
+            value = ids if name == INPUT_IDS else mask
+        if port.get_element_type() != openvino().Type.i64:
+            value = ops.convert(value, port.get_element_type())
+        port.replace(value.output(0))
+    return ids, mask
