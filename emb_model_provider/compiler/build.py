@@ -15,10 +15,11 @@ from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
+from emb_model_provider.backends.pytorch.padding import depends_on_padding
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporter, prebuilt_exporters
-from emb_model_provider.compiler.failures import is_temporary
+from emb_model_provider.compiler.failures import describe_export_error, is_temporary
 from emb_model_provider.compiler.prebuilt import load_prebuilt
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
 from emb_model_provider.errors import LoadError, UnsupportedModelError
@@ -95,17 +96,17 @@ def build_artifact(
     try:
         check_exportable(pipeline)
         if only_export is None:
-            on_step("reference vectors")
-            cases = _reference_cases(pipeline, description, corpus_s)
+            if depends_on_padding(pipeline, description):
+                return CompileResult("unsupported", "its vectors depend on padding, which only torch can run without")
+            embed = partial(_reference_cases, pipeline, description, corpus_s)
             exporters = {**exporters, **prebuilt_exporters(job.snapshot)}
         else:
             completed, description = _complete_export(job, only_export, pipeline, description, on_step)
+            embed = partial(_cases_of_export, job, completed, description, corpus_s)
             exporters = {only_export: _returning(completed)}
-            on_step("reference vectors")
-            cases = _cases_of_export(job, completed, description, corpus_s)
     except UnsupportedModelError as error:
         return CompileResult("unsupported", error.message)
-    verification = _Verification(job, cases, measure, has_reference=only_export is None)
+    verification = _Verification(job, embed, measure, has_reference=only_export is None)
     weights = job.recipe.weights
     failures: list[str] = []
     inaccurate = False
@@ -116,13 +117,16 @@ def build_artifact(
             on_step("save")
             openvino().save_model(graph, path, compress_to_fp16=weights == "fp16")
             del graph
+            verification.embed_reference(on_step)
             on_step("verify")
             accurate, reasons = verification.verify(path, description)
+        except _ReferenceError as error:
+            return CompileResult("unsupported", error.message)
         except Exception as error:
             if is_temporary(error):
                 raise
             logger.exception("%s failed", name)
-            failures.append(f"{name}: {describe_error(error)}")
+            failures.append(f"{name}: {describe_export_error(error)}")
             continue
         if accurate is not None and (weights == "int8" or weights == "int4"):
             try:
@@ -184,9 +188,7 @@ def _reference_cases(pipeline: SentenceTransformer, description: ModelDescriptio
     except Exception as error:
         if is_temporary(error):
             raise
-        raise UnsupportedModelError(
-            f"the reference cannot embed the comparison texts: {describe_error(error)}"
-        ) from error
+        raise _ReferenceError(f"the reference cannot embed the comparison texts: {describe_error(error)}") from error
 
 
 def _complete_export(
@@ -202,7 +204,7 @@ def _complete_export(
     except Exception as error:
         if is_temporary(error):
             raise
-        raise UnsupportedModelError(f"{export} cannot be used: {describe_error(error)}") from error
+        raise UnsupportedModelError(f"{export} cannot be used: {describe_export_error(error)}") from error
     size = graph.outputs[0].get_partial_shape()[-1]
     return graph, replace(description, dimension=int(size.get_length())) if size.is_static else description
 
@@ -221,13 +223,13 @@ def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescriptio
     except Exception as error:
         if is_temporary(error):
             raise
-        raise UnsupportedModelError(f"it cannot embed the comparison texts: {describe_error(error)}") from error
+        raise _ReferenceError(f"it cannot embed the comparison texts: {describe_error(error)}") from error
     finally:
         backend.close()
         for each in (path, path.with_suffix(".bin")):
             each.unlink()
     if not all(np.isfinite(case.expected).all() for case in cases):
-        raise UnsupportedModelError("some of its vectors are not finite at fp32")
+        raise _ReferenceError("some of its vectors are not finite at fp32")
     return cases
 
 
@@ -251,15 +253,35 @@ def _quantize(
     return verification.verify(quantized, replace(description, precision=weights))
 
 
+class _ReferenceError(UnsupportedModelError):
+    """The reference cannot embed the comparison texts, so that no graph can be compared."""
+
+
 class _Verification:
     """Compares the graphs of a job with the reference vectors, and chooses the precision that they compute in."""
 
-    def __init__(self, job: CompileJob, cases: Sequence[Case], measure: Measure, *, has_reference: bool) -> None:
-        """Create the verification of a job; without a reference, the graph itself at fp32 is the reference."""
+    def __init__(
+        self, job: CompileJob, embed: Callable[[], list[Case]], measure: Measure, *, has_reference: bool
+    ) -> None:
+        """Create the verification of a job.
+
+        Args:
+            job: The job.
+            embed: Embeds the comparison texts with the reference.
+            measure: See `build_artifact`.
+            has_reference: Whether the reference is another one than the graph itself at fp32.
+        """
         self._job = job
-        self._cases = cases
+        self._embed = embed
+        self._cases: list[Case] | None = None
         self._measure = measure
         self._has_reference = has_reference
+
+    def embed_reference(self, on_step: Callable[[str], None]) -> None:
+        """Embed the comparison texts once, and only when there is a graph: it takes longer than most exporters."""
+        if self._cases is None:
+            on_step("reference vectors")
+            self._cases = self._embed()
 
     def verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
         """Return the description at the precision in which a graph is accurate enough, and why others are not.
@@ -333,7 +355,7 @@ class _Verification:
     def _compare(self, graph: Path, description: ModelDescription, *, exact: bool) -> Fidelity:
         backend = OpenVinoBackend(graph, description, cpus=self._job.threads)
         try:
-            return self._measure(backend, self._cases, exact=exact)
+            return self._measure(backend, self._cases or (), exact=exact)
         finally:
             backend.close()
 

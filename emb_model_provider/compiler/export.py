@@ -110,9 +110,16 @@ def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Grap
 
 
 def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    if pipeline.transformers_model is not None:
-        pipeline.transformers_model.set_attn_implementation("eager")
-    return trace(pipeline, on_step)
+    model = pipeline.transformers_model
+    if model is None:
+        return trace(pipeline, on_step)
+    # Restored, because the same pipeline may compute the reference vectors afterwards.
+    fused = str(model.config._attn_implementation)
+    model.set_attn_implementation("eager")
+    try:
+        return trace(pipeline, on_step)
+    finally:
+        model.set_attn_implementation(fused)
 
 
 EXPORTERS: Mapping[str, Exporter] = {

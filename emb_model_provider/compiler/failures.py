@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from emb_model_provider.artifacts.compiler_process import CompileResult
 from emb_model_provider.formatting import describe_error
 
 _MEMORY_TEXTS = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory", "not enough memory")
 """Parts of the messages with which PyTorch and OpenVINO report that memory cannot be allocated, as a RuntimeError."""
+_UNCONVERTED = re.compile(r"No conversion rule found for operations: ([^\n]+)")
 
 
 def is_temporary(error: BaseException) -> bool:
@@ -29,3 +32,10 @@ def result_of(error: BaseException, step: str) -> CompileResult:
     reason = f"compiling failed at the step {step!r}: {describe_error(error)}"
     depends_on_model = isinstance(error, Exception) and not isinstance(error, ImportError) and not is_temporary(error)
     return CompileResult("unsupported" if depends_on_model else "unable", reason)
+
+
+def describe_export_error(error: BaseException) -> str:
+    """Describe an error of an exporter in one line, with the operations that OpenVINO does not support."""
+    if (match := _UNCONVERTED.search(str(error))) is not None:
+        return f"OpenVINO does not support its operations {match[1].strip()}"
+    return describe_error(error)

@@ -14,6 +14,7 @@ from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.compiler.export import EXPORTERS, trace
 from emb_model_provider.fidelity.compare import MIN_COSINE, MismatchError, compare
 from tests.artifacts.helpers import FAMILY, CompiledModels, compile_here
+from tests.backends.pytorch.test_padding import fnet
 from tests.backends.small_tokenizers import wordpiece
 from tests.models import save_st
 
@@ -60,9 +61,11 @@ def test_a_model_is_refused_if_all_exporters_make_other_vectors(compiled: Compil
 
 
 def test_a_model_is_unsupported_if_all_exporters_fail(compiled: CompiledModels, tmp_path: Path) -> None:
+    """The reference vectors are not computed, because they take longer than failing."""
     exporters = {"first": failing_export, "second": failing_export}
-    result, _ = compile_here(compiled.directory(FAMILY), tmp_path, exporters=exporters, precision="fp32")
+    result, steps = compile_here(compiled.directory(FAMILY), tmp_path, exporters=exporters, precision="fp32")
     assert result.outcome == "unsupported"
+    assert steps == ["load"]
     assert result.reason == ("first: RuntimeError: cannot be exported; second: RuntimeError: cannot be exported")
 
 
@@ -196,3 +199,10 @@ def test_activations_are_quantized_only_if_that_is_accurate_enough(compiled: Com
     description = manifest(tmp_path)["description"]
     assert description["compute"] == ("bf16" if native_bf16() else "fp32")
     assert any("not accurate enough with activations in 8 bits" in note for note in description["notes"])
+
+
+def test_a_model_whose_vectors_depend_on_padding_is_not_compiled(tmp_path: Path) -> None:
+    """A compiled model pads its inputs. It is not exported first, which takes long."""
+    result, steps = compile_here(save_st(tmp_path / "fnet", fnet, wordpiece()), tmp_path / "artifact")
+    assert (result.outcome, steps) == ("unsupported", ["load"])
+    assert "padding" in result.reason

@@ -11,7 +11,7 @@ import pytest
 
 from emb_model_provider.artifacts.compiler_process import CompileJob, CompileResult, run_compiler
 from emb_model_provider.artifacts.recipe import recipe_for
-from emb_model_provider.compiler.failures import is_temporary, result_of
+from emb_model_provider.compiler.failures import describe_export_error, is_temporary, result_of
 from emb_model_provider.errors import LoadError
 from emb_model_provider.progress import CancelToken, Progress
 from tests.artifacts.helpers import FAMILY
@@ -73,3 +73,13 @@ def test_an_unexpected_error_reaches_the_parent(compiled: CompiledModels, tmp_pa
     assert result.outcome == "unsupported"
     assert result.reason.startswith("compiling failed at the step 'import': RuntimeError: ")
     assert [each.step for each in progress] == ["import"]
+
+
+def test_operations_that_openvino_does_not_support_are_named() -> None:
+    """They are not in the first line of its message."""
+    error = RuntimeError(
+        "Check 'false' failed at src/frontends/x.cpp:151:\nModel wasn't fully converted.\nSummary:\n"
+        "-- No conversion rule found for operations: aten::histc, x::y\n"
+    )
+    assert describe_export_error(error) == "OpenVINO does not support its operations aten::histc, x::y"
+    assert describe_export_error(ValueError("other\nlines")) == "ValueError: other"

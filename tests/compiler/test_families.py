@@ -113,4 +113,4 @@ def test_fp16_weights_take_half_the_space(compiled: CompiledModels) -> None:
 def test_steps_are_reported_in_order(compiled: CompiledModels) -> None:
     """Each one when it begins."""
     steps = compiled(FAMILY).steps
-    assert steps == ["load", "reference vectors", "export", "convert", "save", "verify", "write"]
+    assert steps == ["load", "export", "convert", "save", "reference vectors", "verify", "write"]
