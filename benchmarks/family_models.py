@@ -374,7 +374,7 @@ _ENCODERS: dict[str, Family] = {
     "longformer": _encoder("LongformerConfig", "roberta", attention_window=16, max_position_embeddings=66),
     "rembert": _encoder("RemBertConfig", "rembert", input_embedding_size=24, output_embedding_size=24),
     "nystromformer": _encoder("NystromformerConfig", "nystromformer", st={"pooling": "cls"}, num_landmarks=64),
-    "funnel": _encoder("FunnelConfig", "funnel", **_FUNNEL),
+    "funnel": _encoder("FunnelConfig", "funnel", expect="refused", **_FUNNEL),
     "xlnet": _encoder("XLNetConfig", "xlnet", expect="refused", **_XLNET),
     "fnet": _encoder("FNetConfig", "fnet"),
     "t5": _encoder("T5Config", "t5", **_T5_ENCODER),
