@@ -19,6 +19,7 @@ from emb_model_provider.backends.model_kind import (
 )
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.snapshots.weights import is_weights, split_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -269,10 +270,10 @@ def _matryoshka(config: Mapping[str, Any]) -> tuple[int, ...] | Literal["any"] |
 
 def _reject_custom_activations(repository: Repository) -> None:
     """Reject Dense modules whose activation function sentence-transformers would silently replace by Tanh."""
-    for module in repository.modules:
+    for module in repository.nested_modules:
         if not str(module.get("type", "")).endswith(".Dense"):
             continue
-        config = repository.read(f"{module.get('path', '')}/config.json")
+        config = repository.read(f"{module['path']}/config.json")
         activation = str(config.get("activation_function", "torch."))
         if not activation.startswith("torch."):
             raise UnsupportedModelError(
@@ -301,12 +302,23 @@ def _notes_on_files(repository: Repository, trust_remote_code: bool) -> Iterator
             f"{_BIN_NOTE}: read with PyTorch's weights-only loader, which runs no code from them; "
             "prefer a revision with safetensors"
         )
+    if unused := _unused_folders(repository):
+        yield f"weights that no module uses, because modules.json does not list their folders: {', '.join(unused)}"
     if repository.base is not None:
         yield f"a LoRA adapter, merged into its base model {repository.base}"
     if trust_remote_code:
         yield f"{_CODE_NOTE}: code from the repository runs inside this service"
         for other in sorted(repository.code):
             yield f"{_OTHER_CODE_NOTE}: {other}"
+
+
+def _unused_folders(repository: Repository) -> list[str]:
+    """Return the folders with weights that no module of `modules.json` has, such as a Dense for another size."""
+    if not repository.has_modules:
+        return []
+    used = {str(module["path"]) for module in repository.nested_modules}
+    folders = {split_path(path)[0].rstrip("/") for path in repository.files if is_weights(path)}
+    return sorted(folder for folder in folders if not any(folder == path or not folder for path in used))
 
 
 def _task_names(task: object) -> Iterator[str]:

@@ -119,6 +119,19 @@ class Repository:
         """The configuration of the transformer, which some models keep in the folder of their first module."""
         return self.read(f"{self.folder}config.json") or self.read("config.json")
 
+    @cached_property
+    def nested_modules(self) -> list[dict[str, Any]]:
+        """The entries of all modules, with those inside a Router in its place, and their paths without `./`."""
+        found: list[dict[str, Any]] = []
+        for module in self.modules:
+            path = str(module.get("path") or "").strip("./")
+            if not is_router(module):
+                found.append({**module, "path": path})
+                continue
+            for name, kind in (self.router_config(module).get("types") or {}).items():
+                found.append({"path": f"{path}/{name}" if path else name, "type": kind})
+        return found
+
     def router_config(self, module: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration of a Router; LoadError if it has none."""
         path = str(module.get("path") or "").strip("./")
@@ -174,7 +187,7 @@ class Repository:
                 for reference in value if isinstance(value, list) else [value]:
                     if isinstance(reference, str):
                         yield name, reference
-        for module in self.modules:
+        for module in self.nested_modules:
             reference = str(module.get("type", ""))
             if not reference.startswith("sentence_transformers."):
                 yield "modules.json", reference

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError
 from emb_model_provider.formatting import describe_error
+from emb_model_provider.model_resolver import hidden_repository_note, resolve_source
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.registry.loader import Loader
 from emb_model_provider.registry.memory_budget import MemoryBudget
@@ -129,6 +130,8 @@ class Lifecycle:
         except BaseException as error:  # a panic of a library written in Rust is not an Exception
             self._release(loaded_model, State.FAILED)
             entry.error = describe_error(error)
+            if isinstance(error, LoadError) and resolve_source(entry.spec) == "local":
+                entry.error += hidden_repository_note(entry.spec)
             if isinstance(error, ProviderError):
                 logger.error("model %s could not be loaded: %s", alias, error)  # noqa: TRY400 - the message is enough
                 raise

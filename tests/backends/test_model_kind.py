@@ -136,6 +136,17 @@ def test_classes_for_other_tasks_do_not_matter(tmp_path: Path) -> None:
     assert plan_of(tmp_path, {**config, "modules.json": []}).layout == "sentence-transformers"
 
 
+def test_a_class_of_a_router_is_an_error_unless_it_is_trusted(tmp_path: Path) -> None:
+    """Like one in modules.json."""
+    router = {"structure": {"query": ["q"]}, "types": {"q": "own.Table"}}
+    files = {
+        "modules.json": [{"path": "", "type": "sentence_transformers.models.Router"}],
+        "router_config.json": router,
+    }
+    with pytest.raises(UnsupportedModelError, match=r"own\.Table"):
+        plan_of(tmp_path, files)
+
+
 # --- modules without modules.json ---------------------------------------------------------------------------------
 
 

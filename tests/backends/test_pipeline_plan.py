@@ -235,6 +235,16 @@ def test_bin_weights_without_safetensors_are_noted(tmp_path: Path) -> None:
     assert not any(".bin" in note for note in both.notes)
 
 
+def test_folders_with_weights_that_no_module_uses_are_noted(tmp_path: Path) -> None:
+    """Such as a Dense for another number of dimensions. It is information only."""
+    modules = [{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]
+    files = {"config.json": {}, "modules.json": modules, "2_Dense/config.json": {}, "model.safetensors": ""}
+    weights = {"2_Dense/model.safetensors": "", "2_Dense_256/model.safetensors": ""}
+    (note,) = plan_of(tmp_path, {**files, **weights}).notes
+    assert "2_Dense_256" in note
+    assert not is_warning(note)
+
+
 def test_files_outside_the_snapshot_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[]")
     assert plan_of(tmp_path, {"config.json": {}}).layout == "transformers"

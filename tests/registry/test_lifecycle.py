@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.errors import DeadlineExceededError, ModelNotReadyError
+from emb_model_provider.errors import DeadlineExceededError, LoadError, ModelNotReadyError
 from emb_model_provider.registry import State
 from tests.serving.helpers import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 async def test_model_is_unloaded_after_its_requests(fleet: Callable[..., Any]) -> None:
@@ -123,6 +124,20 @@ async def test_unload_resets_a_failed_model(fleet: Callable[..., Any]) -> None:
         assert (status.state, status.error, status.is_available) == (State.UNLOADED, None, True)
         models["a"].load_error = None
         assert len(await models.embed("a")) == 1
+
+
+async def test_a_directory_that_hides_a_repository_is_named(
+    fleet: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error says how to get the model of the hub."""
+    (tmp_path / "owner/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    async with fleet("owner/model", "a", preload=("owner/model", "a")) as models:
+        for name in ("owner/model", "a"):
+            models[name].load_error = LoadError("it is another kind of model.")
+        await models.registry.preload()
+        assert "EMB_PROVIDER_MODEL_SOURCE" in models.registry.status("owner/model").error
+        assert models.registry.status("a").error == "it is another kind of model."
 
 
 async def test_unloaded_model_is_available(fleet: Callable[..., Any]) -> None:
