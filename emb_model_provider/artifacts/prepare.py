@@ -169,7 +169,9 @@ class BackendPreparer:
             artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
             description = artifact.description
             try:
-                check_accuracy(spec, description.precision, description.fidelity, self._fidelity.floors)
+                check_accuracy(
+                    spec, description.precision, description.fidelity, self._fidelity.floors, name=snapshot.repository
+                )
                 break
             except AccuracyError as error:
                 lock.release()

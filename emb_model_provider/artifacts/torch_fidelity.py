@@ -112,7 +112,7 @@ class TorchModel:
         if precision == "fp32":
             return self.load_at(precision)
         if (known := _read_record(record)) is not None:
-            check_accuracy(self.spec, precision, known, self.fidelity.floors)
+            check_accuracy(self.spec, precision, known, self.fidelity.floors, name=self.snapshot.repository)
             return _annotate(self.load_at(precision), fidelity=known)
         cases: list[Case] | str = "EMB_PROVIDER_MEASURE_FIDELITY=false"
         if self.fidelity.measure_fidelity:
@@ -124,11 +124,11 @@ class TorchModel:
         try:
             fidelity = compare(backend, cases, exact=False)
             _write_record(record, fidelity, self.snapshot)
-            check_accuracy(self.spec, precision, fidelity, self.fidelity.floors)
+            check_accuracy(self.spec, precision, fidelity, self.fidelity.floors, name=self.snapshot.repository)
         except MismatchError as error:
             backend.close()
             raise AccuracyError(
-                f"{self.spec.name} cannot be served at {precision}: {error}. Choose another precision, such as fp32.",
+                f"{self.snapshot.repository} cannot be served at {precision}: {error}. Choose another precision, such as fp32.",
                 reason=f"at {precision}, {error}",
             ) from error
         except BaseException:

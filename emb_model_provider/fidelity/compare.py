@@ -163,12 +163,13 @@ def comparison_limit(description: ModelDescription) -> int:
 
 
 def check_accuracy(
-    spec: ModelSpec, computed: ComputePrecision, fidelity: Fidelity | None, floors: Mapping[str, float]
+    spec: ModelSpec, computed: ComputePrecision, fidelity: Fidelity | None, floors: Mapping[str, float], *, name: str
 ) -> None:
     """Check a model's lowest cosine to fp32 against its floor. A model that was not measured passes.
 
     The floor is that of the requested precision, whatever the model computes in; for `auto`, it is that of the
-    precision that was chosen.
+    precision that was chosen. `name` is that of the repository, for the message; the name in the settings can be that of
+    a directory, such as a commit hash.
 
     Raises:
         AccuracyError: It is below the floor. The message says which settings to change.
@@ -187,7 +188,7 @@ def check_accuracy(
         )
     cosine = format_cosine(fidelity.min_cosine)
     raise AccuracyError(
-        f"{spec.name} is not accurate enough at {precision}: its lowest cosine to fp32 is {cosine} over "
+        f"{name} is not accurate enough at {precision}: its lowest cosine to fp32 is {cosine} over "
         f"{fidelity.texts} texts, and the floor of {precision} in {SETTING} is {floor:g}. {advice}",
         reason=f"its lowest cosine to fp32 at {computed} is {cosine}, below {floor:g}",
     )
