@@ -260,7 +260,7 @@ def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool)
     worst = int(similar.argmin())
     if similar[worst] < MIN_COSINE:
         raise MismatchError(
-            f"cosine {similar[worst]:.5f} to sentence-transformers at fp32 is less than {MIN_COSINE} "
+            f"cosine {similar[worst]:.5f} to the reference at fp32 is less than {MIN_COSINE} "
             f"({how}, {case.texts[worst][:30]!r})"
         )
     ours, theirs = (np.linalg.norm(side.astype(np.float64), axis=1) for side in (vectors, case.expected))

@@ -70,11 +70,40 @@ def add_export(
     ov.save_model(graph, directory / name, compress_to_fp16=False)
 
 
+class Decoder(torch.nn.Module):
+    """The part of a decoder that optimum exports: it gets the positions of the tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+
+def export_decoder(directory: Path) -> Path:
+    """Replace the weights of a decoder by an ONNX file with its weights in another file."""
+    ids = torch.ones((3, 11), dtype=torch.int64)
+    mask = ids.clone()
+    mask[1, :4] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            Decoder(reference(directory).transformers_model).eval(), tuple(inputs.values()), directory / "model.onnx",
+            input_names=list(inputs), output_names=["last_hidden_state"], verbose=False,
+            dynamic_shapes=dict.fromkeys(inputs, dynamic), external_data=True, dynamo=True,
+        )  # fmt: skip
+    _remove_weights(directory)
+    return directory
+
+
 def export_only(directory: Path, name: str = ONNX, **options: Any) -> Path:
     """Add an export to a directory and remove its weights; see `add_export` for the options."""
     add_export(directory, name, **options)
-    for path in directory.glob("*.safetensors"):
-        path.unlink()
+    _remove_weights(directory)
     return directory
 
 
@@ -84,3 +113,8 @@ def remove_modules(directory: Path) -> None:
         for path in (directory / module["path"]).glob("*") if module["path"] else ():
             path.unlink()
     (directory / "modules.json").unlink()
+
+
+def _remove_weights(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        path.unlink()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 import pytest
+from onnxruntime import quantization
 from tokenizers import Tokenizer
 
 from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
@@ -20,7 +21,7 @@ from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
 from tests.artifacts.helpers import CompiledModels, compile_here
 from tests.backends.helpers import TEXTS, cosines, embed_texts, reference
-from tests.compiler.exports import ONNX, OPENVINO, export_only, remove_modules
+from tests.compiler.exports import ONNX, OPENVINO, export_decoder, export_only, remove_modules
 from tests.marks import mark_slow_except
 from tests.models import bundled_directory, snapshot_of, spec_of
 
@@ -82,6 +83,29 @@ def test_precisions_below_fp32_are_compared_with_the_export_at_fp32(compiled: Co
     assert description.precision == "int8"
     assert description.fidelity is not None
     assert 0.9 < description.fidelity.min_cosine < 1
+
+
+@pytest.mark.slow
+def test_a_decoder_gets_the_positions_of_its_tokens(compiled: CompiledModels, tmp_path: Path) -> None:
+    """Padding on the left does not count. The weights of the file are in another file."""
+    directory = copy_of(compiled.directory("qwen3-left"), tmp_path)
+    expected = reference(directory).encode(TEXTS, show_progress_bar=False)
+    export_decoder(directory)
+    assert (directory / "model.onnx.data").exists()
+    assert cosines(vectors_of(compile_export(directory, tmp_path)), expected).min() >= 0.9999
+
+
+@pytest.mark.slow
+def test_a_quantized_file_is_served_with_a_note(compiled: CompiledModels, tmp_path: Path) -> None:
+    """Its activations are quantized with a scale for the whole batch, so a vector depends on the rest of the batch."""
+    directory = copy_of(compiled.directory("bert-mean-normalize"), tmp_path)
+    expected = reference(directory).encode(TEXTS, show_progress_bar=False)
+    export_only(directory, "model.onnx")
+    quantization.quantize_dynamic(directory / "model.onnx", directory / "model_quantized.onnx")
+    (directory / "model.onnx").unlink()
+    artifact = compile_export(directory, tmp_path)
+    assert cosines(vectors_of(artifact), expected).min() >= 0.98
+    assert any("depends on the other texts of its batch" in note for note in artifact.description.notes)
 
 
 @pytest.mark.slow
