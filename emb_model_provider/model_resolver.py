@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
+from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION, name_of_directory
 from emb_model_provider.settings import MappingEntry
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def resolve_model(
         model = named[0].name
     directory = directory_of(model) if source in (None, "auto", "local") else None
     entry = MappingEntry(
-        name=directory.resolve().name if directory is not None else model,
+        name=name_of_directory(directory) if directory is not None else model,
         path=directory,
         source=source,
         revision=revision,

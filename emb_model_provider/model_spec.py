@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,8 @@ Truncate = Literal["NONE", "START", "END"]
 BUNDLED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
 """Commit of the official repository from which the bundled files were taken."""
+MIRROR_MANIFEST = "mirror-manifest.json"
+"""The manifest in the directory of a mirror (snapshots/mirror.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +68,13 @@ class ModelSpec:
     truncate: Truncate | None = None
     """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected. None: the side
     that the tokenizer of the model declares, which is nearly always END."""
+
+
+def name_of_directory(directory: Path) -> str:
+    """Return the name of the model in a directory: that of the original if it is a mirror, else that of the directory."""
+    try:
+        name = json.loads((directory / MIRROR_MANIFEST).read_bytes())["name"]
+    except (OSError, ValueError, KeyError, TypeError):  # an invalid manifest is an error when the model is loaded
+        name = None
+    is_valid = isinstance(name, str) and bool(name) and name == name.strip() and name.isprintable()
+    return name if is_valid else directory.resolve().name

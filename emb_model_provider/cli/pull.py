@@ -23,6 +23,8 @@ from emb_model_provider.cli.output import (
 from emb_model_provider.errors import OperationCancelledError, ProviderError
 from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import CancelToken, Mode, ProgressReporter
+from emb_model_provider.snapshots.mirror import is_mirror
+from emb_model_provider.snapshots.snapshot import parts_of
 
 if TYPE_CHECKING:
     from emb_model_provider.management.manager import ModelManager
@@ -49,7 +51,7 @@ _COMPILER_STOP_S = 30.0
 )
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Do not download matching files. Can be repeated.")
 @click.option("--to", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Also copy the files to DIR, to serve them with EMB_PROVIDER_MODEL_PATH.")  # fmt: skip
+              help="Also make DIR a mirror of the model, as `mirror` does.")  # fmt: skip
 @options.progress
 @options.quiet("the directories of the files")
 @options.json
@@ -136,7 +138,11 @@ class _PullTask:
         snapshot = self.manager.ensure(
             spec, force=self.force, include=self.include, exclude=self.exclude, on_progress=report
         )
-        copy = self.manager.copy_to(snapshot, self.directory) if self.directory is not None else None
+        copy = (
+            self.manager.copy_to(spec, snapshot, self.directory, on_progress=report)
+            if self.directory is not None
+            else None
+        )
         compiled = None
         if self.compiles:
             self.is_compiling = True
@@ -152,8 +158,8 @@ def _to_json(spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None
         "source": snapshot.hub,
         "revision": snapshot.revision,
         "path": str(snapshot.path),
-        "files": len(snapshot.files),
-        "size": sum(file.size for file in snapshot.files),
+        "files": sum(len(part.files) for part in parts_of(snapshot)),
+        "size": snapshot.size,
         "compiled": _compiled_to_json(compiled) if compiled is not None else None,
         "copied_to": str(copy) if copy is not None else None,
     }
@@ -205,7 +211,7 @@ def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     if result["copied_to"] is not None:
         lines.append(("copied to", result["copied_to"]))
         configuration = f"EMB_PROVIDER_MODEL_PATH={result['copied_to']}"
-    elif result["source"] == "local":
+    elif result["source"] == "local" or is_mirror(Path(result["path"])):
         configuration = f"EMB_PROVIDER_MODEL_PATH={result['path']}"
     else:
         configuration = f"EMB_PROVIDER_MODEL_NAME={result['model_name']} EMB_PROVIDER_MODEL_SOURCE={result['source']}"

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import CacheNotWritableError, HubError, OperationCancelledError, RepositoryNotFoundError
+from emb_model_provider.errors import (
+    CacheNotWritableError,
+    HubError,
+    IncompleteRepositoryError,
+    OperationCancelledError,
+    RepositoryNotFoundError,
+)
 from emb_model_provider.hubs import caches
 from emb_model_provider.hubs import dependencies as dependencies_of
 from emb_model_provider.hubs.base import HubConfig, create_hub
@@ -110,6 +116,11 @@ class _Run:
     def fetch_model(self, spec: ModelSpec, *, adapter: Snapshot | None = None) -> tuple[ManifestKey, Snapshot]:
         """Get a model with its dependencies; as the base model of an adapter, it must have weights."""
         key, snapshot = self.fetch_files(spec, ALL_FILES)
+        return key, self._with_dependencies(key, snapshot, spec, adapter)
+
+    def _with_dependencies(
+        self, key: ManifestKey, snapshot: Snapshot, spec: ModelSpec, adapter: Snapshot | None
+    ) -> Snapshot:
         if adapter is not None:
             # Before its own dependencies, because two adapters could name each other.
             dependencies_of.check_base(adapter, snapshot)
@@ -123,12 +134,14 @@ class _Run:
         composed = snapshot.with_dependencies(dependencies)
         with contextlib.suppress(OSError):  # without it, `prune` removes the compiled form, and it is compiled again
             manifest.record_dependencies(key, composed, keys, self.settings.cache_dir / "snapshots")
-        return key, composed
+        return composed
 
     def _fetch_required(
         self, requirement: Requirement, spec: ModelSpec, snapshot: Snapshot
     ) -> tuple[ManifestKey, Snapshot] | None:
         """Get a repository that a model needs; None if it is code from a hub whose code may not run."""
+        if snapshot.is_mirror:
+            return self._find_in_mirror(requirement, spec, snapshot)
         required = dependencies_of.spec_of(requirement, spec, snapshot)
         try:
             if requirement.kind == "code":
@@ -139,6 +152,22 @@ class _Run:
             return self.fetch_model(required, adapter=snapshot)
         except HubError as error:
             raise dependencies_of.explain(error, requirement, snapshot) from error
+
+    def _find_in_mirror(
+        self, requirement: Requirement, spec: ModelSpec, snapshot: Snapshot
+    ) -> tuple[ManifestKey, Snapshot] | None:
+        """Return a repository that a model in a mirror needs. Asks no hub, because a mirror has everything or is wrong."""
+        found = snapshot.dependency(requirement.name)
+        if found is None:
+            raise IncompleteRepositoryError(
+                f"{snapshot.repository} needs {requirement.name} ({requirement.file} names it), which is not in the mirror "
+                f"{snapshot.path}. Run `emb-provider mirror` again where the hub can be reached"
+                f"{', with EMB_PROVIDER_TRUST_REMOTE_CODE=true' if requirement.kind == 'code' else ''}."
+            )
+        key = ManifestKey("local", str(found.path))
+        if requirement.kind == "code":
+            return (key, found) if self.trust.allows(spec, found.hub) else None
+        return key, self._with_dependencies(key, found, replace(spec, name=requirement.name), snapshot)
 
     def fetch_files(self, spec: ModelSpec, patterns: FilePatterns) -> tuple[ManifestKey, Snapshot]:
         """Get the files of one repository."""

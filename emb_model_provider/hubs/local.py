@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +14,13 @@ from emb_model_provider.hubs.directories import list_files, locate_model, select
 from emb_model_provider.hubs.selection import require_all_parts, require_model, select
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
 from emb_model_provider.progress import Progress
-from emb_model_provider.snapshots import manifest
-from emb_model_provider.snapshots.files import CACHE_SETTING, is_same_mtime
+from emb_model_provider.snapshots import manifest, mirror
+from emb_model_provider.snapshots.files import CACHE_SETTING, MUST_HASH, check_files, is_same_mtime
 from emb_model_provider.snapshots.manifest import ManifestKey
-from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file
+from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile, hash_file, parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from emb_model_provider.hubs.base import HubConfig
     from emb_model_provider.progress import CancelToken, OnProgress
@@ -50,7 +52,10 @@ class LocalHub:
         on_progress: OnProgress,
         cancel: CancelToken,  # noqa: ARG002 - of the protocol; `on_progress` raises
     ) -> Snapshot:
-        """Hash the files of a directory that have changed since the last time, and return them all."""
+        """Hash the files of a directory that have changed since the last time, and return them all.
+
+        Of a mirror only the files in its manifest are returned, with the dependencies; a wrong file is an error.
+        """
         directory = Path(repository).expanduser().absolute()
         if not directory.is_dir():
             problem = "is not a directory" if directory.exists() else "does not exist"
@@ -59,7 +64,10 @@ class LocalHub:
             )
         try:
             key = ManifestKey("local", str(directory))
-            directory = locate_model(directory)
+            if not mirror.is_mirror(directory):
+                directory = locate_model(directory)
+            if (mirrored := mirror.read(directory)) is not None:
+                return self._verify_mirror(key, mirrored.snapshot, on_progress)
             found = list_files(directory)
             paths = select_present(directory, found)
             require_model(paths, f"The directory {directory}", available=found.files)
@@ -69,6 +77,27 @@ class LocalHub:
             raise HubError(
                 f"The model directory {directory} cannot be read: {error}. Check its permissions."
             ) from error
+
+    def _verify_mirror(self, key: ManifestKey, snapshot: Snapshot, on_progress: OnProgress) -> Snapshot:
+        """Compare the files of a mirror with its manifest, and return it. Only files that have changed are hashed."""
+        paths = [file.path for file in snapshot.files]
+        require_model(paths, f"The mirror {snapshot.path}", available=paths)
+        for part in parts_of(snapshot):
+            part_key = key if part is snapshot else ManifestKey("local", str(part.path))
+            earlier = manifest.load(part_key, self._config.manifest_dir)
+            mtimes = dict.fromkeys((file.path for file in part.files), MUST_HASH)
+            if earlier is not None and earlier.snapshot.path == part.path:
+                mtimes |= {file.path: earlier.mtimes[file.path] for file in {*earlier.snapshot.files} & {*part.files}}
+            check = check_files(part.path, part.files, mtimes, partial(_report, part, on_progress))
+            if not check.ok:
+                inside = (part.path / check.problems[0].path).relative_to(snapshot.path).as_posix()
+                raise CorruptSnapshotError(
+                    mirror.describe_problem(snapshot.path, replace(check.problems[0], path=inside))
+                )
+            plain = replace(part.with_dependencies({}), required_as="")
+            if check.hashed or earlier is None or earlier.snapshot != plain:
+                _save(part_key, plain, self._config.manifest_dir, {**mtimes, **check.hashed})
+        return snapshot
 
 
 class BundledHub:
@@ -148,13 +177,21 @@ def _snapshot_in_place(
         on_progress(Progress("verify", key.repository, done, total))
     snapshot = Snapshot.of(key.hub, key.repository, revision, directory, files.values())
     if changed or earlier is None or earlier.snapshot.digest != snapshot.digest:
-        mtimes = {path: stat.st_mtime_ns for path, stat in stats.items()}
-        try:
-            manifest.save(key, snapshot, manifest_dir, mtimes=mtimes)
-        except OSError as error:  # the snapshot does not need a manifest
-            logger.warning(
-                "The hashes of %s cannot be stored in %s (%s): they will be computed at every start. "
-                "Set %s to a writable directory.",
-                key.repository, manifest_dir, error.strerror, CACHE_SETTING,
-            )  # fmt: skip
+        _save(key, snapshot, manifest_dir, {path: stat.st_mtime_ns for path, stat in stats.items()})
     return snapshot
+
+
+def _save(key: ManifestKey, snapshot: Snapshot, manifest_dir: Path, mtimes: Mapping[str, int]) -> None:
+    """Store the hashes of files, so that they are not computed at the next start."""
+    try:
+        manifest.save(key, snapshot, manifest_dir, mtimes=mtimes)
+    except OSError as error:  # the snapshot does not need a manifest
+        logger.warning(
+            "The hashes of %s cannot be stored in %s (%s): they will be computed at every start. "
+            "Set %s to a writable directory.",
+            key.repository, manifest_dir, error.strerror, CACHE_SETTING,
+        )  # fmt: skip
+
+
+def _report(part: Snapshot, on_progress: OnProgress, done: int, total: int) -> None:
+    on_progress(Progress("verify", part.repository, done, total))

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.pipeline_plan import declared_values, plan_pipeline
 from emb_model_provider.errors import LoadError
 from emb_model_provider.management.types import CachedFile, Details, Finding, Verification
 from emb_model_provider.progress import Progress
-from emb_model_provider.snapshots import manifest
+from emb_model_provider.snapshots import manifest, mirror
 from emb_model_provider.snapshots.files import check_files
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from emb_model_provider.artifacts.manifest import ArtifactInfo
     from emb_model_provider.management.inventory import CacheEntry, Inventory
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.progress import CancelToken, OnProgress
+    from emb_model_provider.snapshots.files import FileProblem
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _LICENSE = re.compile(r"^license:[ \t]*(?:\n[ \t]*-[ \t]+)?[\"']?([^\"'#\n]+)", re.MULTILINE)
@@ -30,7 +33,12 @@ def describe(entry: CacheEntry, spec: ModelSpec, manifest_dir: Path, *, trust_re
     values: dict[str, Any] = {**dict.fromkeys(Details.model_fields), "notes": [], "files": []}
     if not entry.manifests:
         return Details(**values)
-    snapshot = manifest.compose(entry.manifests[0][1], manifest_dir)
+    found = entry.manifests[0][1]
+    snapshot = manifest.compose(found, manifest_dir)
+    if snapshot.is_mirror:
+        values["mirror_of"] = f"{snapshot.repository} ({snapshot.hub})"
+        if not found.dependencies and (mirrored := mirror.read(snapshot.path)) is not None:  # it was never loaded
+            snapshot = mirrored.snapshot
     compiled = [each for each in entry.artifacts if each.snapshot == snapshot.digest]
     if compiled:
         values |= _from_artifact(compiled[-1])
@@ -44,9 +52,10 @@ def describe(entry: CacheEntry, spec: ModelSpec, manifest_dir: Path, *, trust_re
 def verify(entry: CacheEntry, inventory: Inventory, on_progress: OnProgress, cancel: CancelToken) -> Verification:
     """Hash all files of a snapshot and of its artifacts. Wrong files are not used again before they are replaced."""
     everything = entry.state == "unverified"
+    scan = partial(inventory.scan, everything=everything, directory=entry.directory)
     # Held, because a removal or an update would look like damage.
     with inventory.locks.hold(entry.path) if entry.path is not None else contextlib.nullcontext():
-        entry = inventory.scan(everything=everything).entry_at(entry.location)
+        entry = scan().entry_at(entry.location)
         findings = _check(entry, on_progress, cancel)
         wrong = [finding.path for finding in findings]
         if wrong:
@@ -55,7 +64,7 @@ def verify(entry: CacheEntry, inventory: Inventory, on_progress: OnProgress, can
                     manifest.invalidate(key, found, wrong, inventory.manifest_dir)
         damaged = [each.key for each in entry.artifacts if not inventory.store.verify(each.key)]
     if wrong:
-        entry = inventory.scan().entry_at(entry.location)
+        entry = scan().entry_at(entry.location)
     record = inventory.record_of(entry)
     ok = not findings and not damaged and record.state == "complete"
     return Verification(**dict(record), ok=ok, findings=findings, damaged_artifacts=damaged)
@@ -70,8 +79,11 @@ def _check(entry: CacheEntry, on_progress: OnProgress, cancel: CancelToken) -> l
         cancel.raise_if_cancelled()
         on_progress(Progress("verify", entry.name, done, total))
 
-    check = check_files(entry.path, files.values(), on_bytes=report)
-    return [Finding(path=each.path, problem=each.problem) for each in check.problems]
+    if (directory := entry.directory) is not None and (mirrored := mirror.read(directory)) is not None:
+        problems: Sequence[FileProblem] = mirror.check(mirrored, report)
+    else:
+        problems = check_files(entry.path, files.values(), on_bytes=report).problems
+    return [Finding(path=each.path, problem=each.problem) for each in problems]
 
 
 def _from_artifact(artifact: ArtifactInfo) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,10 @@ from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.hubs.caches import REMOTE_HUBS, cache_root, leftovers, scan_cache
 from emb_model_provider.management.types import CachedArtifact, CachedModelRecord, FidelityObject
 from emb_model_provider.model_spec import HubName
-from emb_model_provider.snapshots import journal, manifest
+from emb_model_provider.snapshots import journal, manifest, mirror
 from emb_model_provider.snapshots.files import has_sizes, size_of, walk
 from emb_model_provider.snapshots.locks import SnapshotLocks, is_locked
+from emb_model_provider.snapshots.manifest import Manifest, ManifestKey
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import Source
     from emb_model_provider.settings import Settings
     from emb_model_provider.snapshots.journal import Journal
-    from emb_model_provider.snapshots.manifest import Manifest, ManifestKey
+    from emb_model_provider.snapshots.mirror import Mirror
 
 _MIN_COMMIT_CHARS = 7
 """Length from which the beginning of a commit refers to it."""
@@ -80,6 +81,11 @@ class CacheEntry:
     def owns_files(self) -> bool:
         """Whether removing the model removes its files: directories and the bundled model are not ours."""
         return self.hub in REMOTE_HUBS
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory of the files if a user made it, so that it can be a mirror."""
+        return self.path if self.hub == "local" else None
 
     @property
     def location(self) -> Location:
@@ -150,8 +156,16 @@ class Inventory:
             for hub in REMOTE_HUBS
         }
 
-    def scan(self, *, everything: bool = False) -> CacheInfo:
-        """Read all manifests, journals and artifacts; with `everything` also what other programs left in the caches."""
+    def scan(self, *, everything: bool = False, directory: Path | None = None) -> CacheInfo:
+        """Read all manifests, journals and artifacts.
+
+        Args:
+            everything: Include what other programs left in the caches.
+            directory: A directory that is included even if it was never loaded, if it is a mirror.
+
+        Raises:
+            CorruptSnapshotError: `directory` is an incomplete mirror, or its manifest is invalid.
+        """
         artifacts = self.store.list()
         # Before the manifests, so that a download that ends now is found as one of the two. A journal of work in
         # directories that are not configured is ignored.
@@ -163,6 +177,9 @@ class Inventory:
         by_directory: dict[tuple[str, Path], list[tuple[ManifestKey, Manifest]]] = {}
         for key, found in manifest.load_all(self.manifest_dir):
             by_directory.setdefault((key.hub, found.snapshot.path), []).append((key, found))
+        if directory is not None and (mirrored := mirror.read(directory.absolute())) is not None:
+            path = mirrored.snapshot.path
+            by_directory["local", path] = [_of_mirror(mirrored, by_directory.get(("local", path), []))]
         entries = [self._downloaded(found, journals, artifacts) for found in by_directory.values()]
         with_snapshot = [each for entry in entries for each in entry.journals]
         complete = {path for _, path in by_directory}
@@ -307,6 +324,18 @@ class Inventory:
             return by_id
         last = [entry for entry in entries if entry.name.rstrip("/").rpartition("/")[2] == name]
         return last if len({entry.name for entry in last}) == 1 else []
+
+
+def _of_mirror(mirrored: Mirror, earlier: Sequence[tuple[ManifestKey, Manifest]]) -> tuple[ManifestKey, Manifest]:
+    """Return the manifest of a mirror as it is now, which may have been replaced since it was last loaded."""
+    snapshot = mirrored.snapshot
+    plain = snapshot.with_dependencies({})
+    fetched = mirrored.created.timestamp()
+    key = earlier[0][0] if earlier else ManifestKey("local", str(snapshot.path))
+    for _, found in earlier:
+        if found.snapshot.digest == plain.digest:
+            return key, replace(found, snapshot=plain, mtimes={}, fetched=fetched)
+    return key, Manifest(plain, {}, fetched, composed_digest=snapshot.digest)
 
 
 def _not_cached(name: str, source: Source | None, revision: str | None, entries: Sequence[CacheEntry]) -> str:

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.errors import HubError, UnsupportedPrecisionError
+from emb_model_provider.errors import (
+    CorruptSnapshotError,
+    HubError,
+    ModelInUseError,
+    NotAllowedError,
+    NotCachedError,
+    UnsupportedPrecisionError,
+)
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
 from emb_model_provider.management.removal import Remover
-from emb_model_provider.management.types import CompiledModel
-from emb_model_provider.model_resolver import PATHS, resolve_model, resolve_source
-from emb_model_provider.progress import CancelToken, OnProgress, ignore_progress
+from emb_model_provider.management.types import CompiledModel, Finding, Verification
+from emb_model_provider.model_resolver import PATHS, directory_of, resolve_model, resolve_source
+from emb_model_provider.model_spec import MIRROR_MANIFEST
+from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
-from emb_model_provider.snapshots import manifest
-from emb_model_provider.snapshots.files import check_files, has_sizes
+from emb_model_provider.snapshots import manifest, mirror
+from emb_model_provider.snapshots.files import has_sizes
 from emb_model_provider.snapshots.locks import FileLock
 from emb_model_provider.snapshots.manifest import FilePatterns
+from emb_model_provider.snapshots.snapshot import parts_of
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.artifacts.prepare import BackendPreparer
     from emb_model_provider.management.inventory import CacheEntry
-    from emb_model_provider.management.types import CachedModelRecord, Details, Removal, Verification
+    from emb_model_provider.management.types import CachedModelRecord, Details, Removal
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
+    from emb_model_provider.snapshots.mirror import Mirror, MirrorChanges
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _TRIES = 5
@@ -120,15 +130,23 @@ class ModelManager:
         held: dict[Path, FileLock] = {}
         for _ in range(_TRIES):
             snapshot = self.ensure(spec, on_progress=on_progress, cancel=cancel)
-            parts = list(_parts_of(snapshot))
+            parts = list(parts_of(snapshot))
             # The locks of an earlier try are kept while it is downloaded again.
             held = {part.path: held.get(part.path) or self._inventory.locks.hold(part.path) for part in parts}
-            if all(self._is_current(part) for part in parts):
+            if self._is_current_mirror(snapshot) if snapshot.is_mirror else all(map(self._is_current, parts)):
                 return snapshot, FileLock(partial(_release_all, list(held.values())))
             # Removed or replaced before it was locked.
         raise HubError(
             f"{spec.name} was removed or replaced each time before it could be loaded. Make sure that nothing else "
             "changes the cache meanwhile (`emb-provider rm`, `pull --force`, another tool), then try again."
+        )
+
+    def _is_current_mirror(self, snapshot: Snapshot) -> bool:
+        """Return whether a mirror was not replaced by a newer one before it was locked."""
+        found = mirror.read(snapshot.path)
+        files = {part.path: part.files for part in parts_of(found.snapshot)} if found is not None else {}
+        return all(
+            files.get(part.path) == part.files and has_sizes(part.path, part.files) for part in parts_of(snapshot)
         )
 
     def _is_current(self, snapshot: Snapshot) -> bool:
@@ -170,21 +188,97 @@ class ModelManager:
             notes=prepared.notes,
         )
 
-    def copy_to(self, snapshot: Snapshot, directory: Path) -> Path:
-        """Copy the files of a snapshot into a directory, checking each against its hash.
+    def mirror(
+        self,
+        spec: ModelSpec,
+        directory: Path,
+        *,
+        force: bool = False,
+        on_progress: OnProgress = ignore_progress,
+        cancel: CancelToken | None = None,
+    ) -> tuple[Mirror, MirrorChanges]:
+        """Make a directory a mirror of a model, downloading the model if necessary. Blocks.
 
-        Files that exist already with the right bytes are left alone; others of the same name are replaced.
+        The directory contains everything that serving needs, and can be copied to a machine without a hub.
+
+        Args:
+            spec: The model.
+            directory: A directory that does not exist or is empty, or an earlier mirror of the same repository, of which
+                only what has changed is replaced.
+            force: Ask the hub even if the model is on disk, and download what changed.
+            on_progress: Called with the progress of the download, then of the copy with the phase `verify`.
+            cancel: Ends the download or the copy.
+
+        Returns:
+            What the manifest of the mirror says, and what was changed in the directory.
+
+        Raises:
+            HubError: It cannot be downloaded, or the directory is not writable.
+            NotAllowedError: The directory contains something else.
+            ModelInUseError: A process on this machine has loaded the mirror.
+            OperationCancelledError: `cancel` was cancelled. To continue, call it again.
+        """
+        if force:
+            self.ensure(spec, force=True, on_progress=on_progress, cancel=cancel)
+        snapshot, lock = self.acquire(spec, on_progress=on_progress, cancel=cancel)
+        with lock:
+            changes = self._copy(spec, snapshot, directory, on_progress, cancel)
+        mirrored = mirror.read(directory.expanduser().absolute())
+        if mirrored is None:
+            raise HubError(f"Another program has removed the mirror {directory}. Run the same command again.")
+        return mirrored, changes
+
+    def copy_to(
+        self, spec: ModelSpec, snapshot: Snapshot, directory: Path, *, on_progress: OnProgress = ignore_progress
+    ) -> Path:
+        """Make a directory a mirror of a snapshot that `ensure` returned for a model, or of the chosen files of one.
 
         Returns:
             The directory, as an absolute path.
 
         Raises:
             HubError: The directory is not writable, or the snapshot has changed.
+            NotAllowedError: The directory contains something else.
+            ModelInUseError: A process on this machine has loaded the mirror.
         """
+        with ExitStack() as held:
+            for path in sorted(snapshot.directories):
+                held.enter_context(self._inventory.locks.hold(path))
+            self._copy(spec, snapshot, directory, on_progress)
+        return directory.expanduser().absolute()
+
+    def _copy(
+        self,
+        spec: ModelSpec,
+        snapshot: Snapshot,
+        directory: Path,
+        on_progress: OnProgress,
+        cancel: CancelToken | None = None,
+    ) -> MirrorChanges:
+        """Write a mirror. The snapshot is locked."""
         directory = directory.expanduser().absolute()
-        with self._inventory.locks.hold(snapshot.path):
-            _copy_files(snapshot, directory)
-        return directory
+        real = directory.resolve()
+        for part in parts_of(snapshot):
+            if part.path.resolve() in (real, *real.parents):
+                raise NotAllowedError(
+                    f"{directory} is in the directory of {snapshot.repository} itself ({part.path}). Choose another directory."
+                )
+        is_named = snapshot.hub != "local" or spec.path is not None
+        name = spec.name if is_named else snapshot.path.name
+        token = cancel or CancelToken()
+
+        def report(done: int, total: int) -> None:
+            on_progress(Progress("verify", snapshot.repository, done, total))
+            token.raise_if_cancelled()
+
+        lock = self._inventory.locks.try_lock(directory)
+        if lock is None:
+            raise ModelInUseError(
+                f"{directory} is in use: a process has loaded it, or writes it. Nothing was changed. Unload the model first "
+                "(`emb-provider unload`), or end the process."
+            )
+        with lock:
+            return mirror.write(snapshot, directory, name, report)
 
     # --- listing --------------------------------------------------------------------------------------
 
@@ -211,7 +305,18 @@ class ModelManager:
             NotCachedError: There is none; the message names models that exist.
             AmbiguousNameError: An `id` is that of several models.
         """
-        found = self._inventory.find(self._inventory.scan(), name, source, revision)
+        directory = directory_of(name) if source in (None, "auto", "local") else None
+        info = self._inventory.scan(directory=directory)
+        try:
+            found = self._inventory.find(info, name, source, revision)
+        except NotCachedError:
+            if directory is None:
+                raise
+            raise NotCachedError(
+                f"{name} is a directory without {MIRROR_MANIFEST}: it is not a mirror, or it was copied incompletely, and no "
+                f"model was loaded from it on this machine. Copy it again with {MIRROR_MANIFEST}, or load it as it is: "
+                f"`emb-provider pull {name}`."
+            ) from None
         return [self._inventory.record_of(entry) for entry in found]
 
     def inspect(self, model: CachedModelRecord) -> Details:
@@ -223,7 +328,8 @@ class ModelManager:
         entry = self._entry(model)
         spec = resolve_model(self._settings, entry.name, source=entry.hub)
         spec = replace(spec, path=Path(entry.name) if entry.hub == "local" else None)
-        trusted = self._settings.trust.allows(spec, entry.hub)
+        hub = entry.manifests[0][1].snapshot.hub if entry.manifests else entry.hub
+        trusted = self._settings.trust.allows(spec, hub)
         return describe(entry, spec, self._inventory.manifest_dir, trust_remote_code=trusted)
 
     def verify(
@@ -237,7 +343,11 @@ class ModelManager:
             NotCachedError: It is no longer on disk.
             OperationCancelledError: `cancel` was cancelled.
         """
-        return verify(self._entry(model), self._inventory, on_progress, cancel or CancelToken())
+        try:
+            return verify(self._entry(model), self._inventory, on_progress, cancel or CancelToken())
+        except CorruptSnapshotError:  # a mirror whose manifest was replaced by something else
+            finding = Finding(path=MIRROR_MANIFEST, problem="bytes")
+            return Verification(**dict(model), ok=False, findings=[finding], damaged_artifacts=[])
 
     def repair(
         self, verification: Verification, *, on_progress: OnProgress = ignore_progress
@@ -254,6 +364,8 @@ class ModelManager:
         entry = self._entry(verification)
         name = entry.name
         if verification.findings and not entry.owns_files:
+            if entry.directory is not None and mirror.is_mirror(entry.directory):
+                return verification, [f"{name}: mirrors are not repaired. Copy it again, or run emb-provider mirror"]
             return verification, [
                 f"{name}: its files are your own and are not repaired. Restore them, or remove the model (rm)"
             ]
@@ -351,14 +463,15 @@ class ModelManager:
             force: Ask the hub even if the model is on disk, and download what changed.
             include: Patterns (fnmatch) of the files to download, among those that serving needs.
             exclude: Patterns of files not to download.
-            local_dir: Directory to copy the files to.
+            local_dir: Directory to copy the files to, which becomes a mirror (see `mirror`).
 
         Raises:
             HubError: The message says what to do.
+            NotAllowedError: `local_dir` contains something else.
         """
         spec = self._spec(name, source=source, revision=revision)
         snapshot = self.ensure(spec, force=force, include=include, exclude=exclude)
-        return snapshot.path if local_dir is None else self.copy_to(snapshot, Path(local_dir))
+        return snapshot.path if local_dir is None else self.copy_to(spec, snapshot, Path(local_dir))
 
     def list_cached_models(self) -> builtins.list[dict[str, Any]]:
         """Return the models on disk as dictionaries, with the fields of `GET /api/models/cache/list`."""
@@ -413,8 +526,9 @@ class ModelManager:
         return model, model.tokenizer
 
     def _entry(self, model: CachedModelRecord) -> CacheEntry:
-        info = self._inventory.scan(everything=model.state == "unverified")
         path = Path(model.path) if model.path is not None else None
+        directory = path if model.source == "local" else None
+        info = self._inventory.scan(everything=model.state == "unverified", directory=directory)
         return info.entry_at((model.source, model.model_name, path))
 
     def _spec(self, name: str, *, source: Source | None = None, revision: str | None = None) -> ModelSpec:
@@ -448,39 +562,6 @@ def get_model_manager(
     return ModelManager(load_settings()[0] if settings is None else settings, source=source)
 
 
-def _parts_of(snapshot: Snapshot) -> Iterator[Snapshot]:
-    """Yield a snapshot, and all snapshots that it needs."""
-    yield snapshot
-    for each in snapshot.dependencies:
-        yield from _parts_of(each)
-
-
 def _release_all(locks: builtins.list[FileLock]) -> None:
     for lock in locks:
         lock.release()
-
-
-def _copy_files(snapshot: Snapshot, directory: Path) -> None:
-    try:
-        for file in snapshot.files:
-            if check_files(directory, [file]).ok:
-                continue
-            target = directory / file.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.incomplete")
-            try:
-                shutil.copyfile(snapshot.path / file.path, temporary)
-                copied = replace(file, path=str(temporary.relative_to(directory)))
-                if not check_files(directory, [copied]).ok:
-                    raise HubError(
-                        f"{file.path} of {snapshot.repository} in {snapshot.path} has changed. "
-                        f"Download it again: `emb-provider pull --force {snapshot.repository}`."
-                    )
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise HubError(
-            f"{snapshot.repository} could not be copied to {directory}: {error}. Free space or make it writable, or "
-            "choose another directory."
-        ) from error

@@ -96,6 +96,7 @@ class Details(BaseModel):
     default_prompt: str | None
     matryoshka: list[int] | Literal["any"] | None = Field(description="Smaller sizes that vectors can be cut to.")
     license: str | None
+    mirror_of: str | None = Field(description="Repository and hub, if the directory is a mirror.")
     notes: list[str]
     files: list[CachedFile]
 
@@ -104,7 +105,9 @@ class Finding(Record):
     """A file that differs from its record."""
 
     path: str
-    problem: Literal["missing", "size", "bytes", "unreadable"]
+    problem: Literal["missing", "size", "bytes", "unreadable", "extra"] = Field(
+        description="extra: a mirror contains it, and its manifest does not."
+    )
 
 
 class Verification(CachedModelRecord):

@@ -35,10 +35,10 @@ _SECOND = 10**9
 
 @dataclass(frozen=True, slots=True)
 class FileProblem:
-    """A file that differs from its record."""
+    """A file that differs from its record, or has none."""
 
     path: str
-    problem: Literal["missing", "size", "bytes", "unreadable"]
+    problem: Literal["missing", "size", "bytes", "unreadable", "extra"]
 
 
 @dataclass(frozen=True, slots=True)

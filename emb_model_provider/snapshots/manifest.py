@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -174,6 +174,8 @@ def save(
             for file in snapshot.files
         ],
     }
+    if snapshot.is_mirror:
+        content["mirror_of"] = {"hub": snapshot.hub, "repository": snapshot.repository}
     write_atomically(key.manifest_path(manifest_dir), json.dumps(content, indent=1).encode())
 
 
@@ -293,6 +295,10 @@ def _parse(content: Any) -> tuple[ManifestKey, Manifest]:
     if not files or not directory.is_absolute() or digest_of(files) != content["digest"]:
         raise ValueError("its digest does not match its files")
     snapshot = Snapshot.of(key.hub, key.repository, str(content["revision"]), directory, files)
+    if (origin := content.get("mirror_of")) is not None:
+        if origin["hub"] not in get_args(HubName):
+            raise ValueError(f"unknown hub {origin['hub']}")
+        snapshot = replace(snapshot, hub=origin["hub"], repository=str(origin["repository"]), is_mirror=True)
     fetched = content.get("fetched")
     composed_digest = content.get("composed_digest")
     return key, Manifest(

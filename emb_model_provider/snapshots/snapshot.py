@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from emb_model_provider.model_spec import HubName
@@ -43,6 +43,8 @@ class Snapshot:
     """Snapshots of other repositories that loading reads too: the base model of an adapter, and repositories of code."""
     required_as: str = ""
     """Of a dependency: its name as the files that require it write it, which can differ from its name on the hub."""
+    is_mirror: bool = False
+    """Whether the files are in a mirror, in which all dependencies are, too. Then the hub is that of the original."""
 
     @classmethod
     def of(cls, hub: HubName, repository: str, revision: str, path: Path, files: Iterable[SnapshotFile]) -> Snapshot:
@@ -82,6 +84,13 @@ class Hashes:
     sha256: str
     git_sha1: str | None
     """The id of the file as a git blob, if it was requested."""
+
+
+def parts_of(snapshot: Snapshot) -> Iterator[Snapshot]:
+    """Yield a snapshot, and all snapshots that it needs."""
+    yield snapshot
+    for each in snapshot.dependencies:
+        yield from parts_of(each)
 
 
 def digest_of(files: Iterable[SnapshotFile]) -> str:
