@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
-from emb_model_provider.model_spec import BackendName, Pooling, Precision, Source, TokenInput, Truncate
+from emb_model_provider.model_spec import (
+    BackendName,
+    Pooling,
+    Precision,
+    Source,
+    TokenInput,
+    Truncate,
+    name_of_directory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +92,13 @@ class MappingEntry(BaseModel):
     endpoint: Url | None = None
     token: SecretStr | None = None
     cache_dir: Directory | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name_of_path(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "name" not in values and isinstance(path := values.get("path"), str) and path:
+            return {**values, "name": name_of_directory(_expand_user(path))}
+        return values
 
 
 def allowed_values(info: FieldInfo) -> str:

@@ -14,7 +14,7 @@ import platformdirs
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from emb_model_provider.errors import SettingsError
-from emb_model_provider.model_spec import BUNDLED_MODEL, BackendName, ModelSpec, Precision, Source
+from emb_model_provider.model_spec import BUNDLED_MODEL, BackendName, ModelSpec, Precision, Source, name_of_directory
 from emb_model_provider.settings.fields import (
     Allowed,
     Count,
@@ -64,8 +64,8 @@ class ModelSettings(SettingsGroup, title="Models"):
     model_revision: str | None = None
     """Branch, tag or commit. Unset: the hub's default branch."""
     model_mapping: Annotated[dict[str, MappingEntry], Allowed('JSON like {"alias": {"name": "owner/model"}}')] = {}
-    """JSON object, possibly over several lines: alias → model. Only `name` is required; the other keys are `source`,
-    `precision`, `revision`, `path`, `device`, `backend`, `pooling`, `normalize`, `max_length`, `trust_remote_code`,
+    """JSON object, possibly over several lines: alias → model. Only `name` or `path` is required; the other keys are
+    `source`, `precision`, `revision`, `device`, `backend`, `pooling`, `normalize`, `max_length`, `trust_remote_code`,
     `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`. The first entry is the default
     model if MODEL_NAME is unset; if both are set, both are served."""
     preload_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
@@ -120,7 +120,7 @@ class ModelSettings(SettingsGroup, title="Models"):
     def _main_model(self) -> ModelSpec | None:
         name, source = self.model_name, self.model_source
         if name is None and self.model_path is not None:
-            name = self.model_path.resolve().name
+            name = name_of_directory(self.model_path)
         elif name is None and self.model_mapping:
             return None
         elif name is None:
