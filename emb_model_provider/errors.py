@@ -83,6 +83,22 @@ class NotAllowedError(ManagementError):
     """The operation is not allowed, for example loading a directory over HTTP."""
 
 
+class TransferError(ProviderError):
+    """A repository could not be transferred to another hub."""
+
+
+class InvalidTransferError(TransferError):
+    """The source, the destination or a line of a list is invalid."""
+
+
+class PermissionRequiredError(TransferError):
+    """The source is gated, non-commercial or private, and the user has not confirmed that they may copy it."""
+
+
+class LicenseRequiredError(TransferError):
+    """The source names no license, and neither does the user."""
+
+
 class LoadError(ProviderError):
     """A snapshot could not be loaded."""
 

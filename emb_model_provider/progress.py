@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["resolve", "download", "verify", "compile", "compare", "load"]
-"""Phases of preparing a model: look it up on its hub, download its files, hash them, compile the model, compare the
-compiled model with the reference, load it into memory."""
+Phase = Literal["resolve", "download", "transfer", "verify", "compile", "compare", "load"]
+"""Phases of preparing a model: look it up on its hub, download its files (or transfer them to another hub), hash them,
+compile the model, compare the compiled model with the reference, load it into memory."""
 Mode = Literal["auto", "plain", "json", "none", "log"]
 """How progress is shown. auto: one line that is redrawn on a terminal, else plain lines. log: log lines."""
 
@@ -136,7 +136,7 @@ class ProgressReporter:
                 self._started_at = self._moved_at = self._stalled_at = now
                 self._rate = RateMeter(progress.done_bytes, now)
                 # Most other phases are short, and a log should have few lines about them.
-                if self._mode != "log" or progress.phase == "download" or self._is_due(progress, now):
+                if self._mode != "log" or progress.phase in ("download", "transfer") or self._is_due(progress, now):
                     self._show(progress, now)
                 return
             if last.done_bytes != progress.done_bytes:
@@ -173,7 +173,7 @@ class ProgressReporter:
     def _show(self, progress: Progress, now: float) -> None:
         self._shown_at, self._shown_tenth = now, _tenth_of(progress)
         total = progress.total_bytes or None
-        rate = self._rate.bytes_per_s if progress.phase in ("download", "verify") else None
+        rate = self._rate.bytes_per_s if progress.phase in ("download", "transfer", "verify") else None
         self._print(
             Status(
                 phase=progress.phase,
@@ -208,7 +208,7 @@ class ProgressReporter:
                 if progress is None or self._mode == "none":
                     continue
                 self._rate.update(progress.done_bytes, now)
-                is_downloading = progress.phase == "download" and bool(progress.total_bytes)
+                is_downloading = progress.phase in ("download", "transfer") and bool(progress.total_bytes)
                 if is_downloading and now - self._stalled_at >= self._stall_s:
                     self._stalled_at = now
                     self.note(f"{self._name}: no bytes for {now - self._moved_at:.0f} s, still trying")

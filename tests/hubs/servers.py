@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import BinaryIO
 
 LARGE_BYTES = 10_000
 """Files of at least this size are on the storage host, and listed with their sha256."""
@@ -35,6 +36,7 @@ class Request:
     """Names in lower case."""
     storage: bool
     """Whether it was sent to the storage host."""
+    body: bytes = b""
 
 
 @dataclass
@@ -79,6 +81,8 @@ class HubServer:
     """
 
     revisions: tuple[str, ...] = ()
+    NO_ANSWER = 599
+    """The status of an answer that is not sent: the connection is closed."""
 
     def __init__(
         self,
@@ -150,6 +154,19 @@ class HubServer:
 
     def route(self, request: Request) -> Answer:
         raise NotImplementedError
+
+    def receive(self, handler: BaseHTTPRequestHandler) -> None:
+        """Respond to an upload. These hubs accept none; see tests/transfer/servers.py."""
+        handler.close_connection = True
+        handler.send_error(405)
+
+    def cut(self, body: bytes, start: int) -> bytes:
+        """Return the bytes of a file from an offset."""
+        return body[start:]
+
+    def write(self, body: bytes, stream: BinaryIO) -> None:
+        """Send the bytes of a response."""
+        stream.write(body)
 
     def send_file(self, request: Request, repo: str, path: str, **headers: str) -> Answer:
         """Return a file, or a redirect to the storage host."""
@@ -275,6 +292,7 @@ def git_sha1(body: bytes) -> str:
 def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a response waits 40 ms for the acknowledgment of its headers
 
         def log_message(self, *args: object) -> None: ...
 
@@ -284,12 +302,21 @@ def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler
         def do_GET(self) -> None:
             self._serve()
 
-        def _serve(self) -> None:
+        def do_POST(self) -> None:
+            self._serve(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+        def do_PUT(self) -> None:
+            server.receive(self)
+
+        def _serve(self, received: bytes = b"") -> None:
             url = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             headers = {name.lower(): value for name, value in self.headers.items()}
-            request = Request(self.command, unquote(url.path), query, headers, storage)
+            request = Request(self.command, unquote(url.path), query, headers, storage, received)
             answer = server.answer(request)
+            if answer.status == server.NO_ANSWER:
+                self.close_connection = True
+                return
             body, status = answer.body, answer.status
             extra = dict(answer.headers)
             if answer.file is not None and self.command == "GET":
@@ -298,7 +325,7 @@ def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler
                 if start.isdigit() and 0 < int(start) < len(body):
                     status, total = 206, len(body)
                     extra["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
-                    body = body[int(start) :]
+                    body = server.cut(body, int(start))
             self.send_response(status)
             for name, value in {**extra, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -307,7 +334,7 @@ def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler
                 return
             if answer.file is not None and self._misbehave(answer.file, body):
                 return
-            self.wfile.write(body)
+            server.write(body, self.wfile)
 
         def _misbehave(self, file: str, body: bytes) -> bool:
             faults = server.faults

@@ -1,0 +1,33 @@
+"""Repositories for the tests of transfers."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.transfer.servers import DestinationServer, SourceServer
+
+SOURCE, DESTINATION = "acme/tiny", "mirrors/tiny"
+TOKEN = "ms-s3cret"
+README = b"---\nlicense: mit\ntags:\n- test\n---\n# tiny\n"
+WEIGHTS = random.Random(5).randbytes(3_000_000)  # noqa: S311 - bytes that do not compress
+
+
+def model_files(seed: int = 0) -> dict[str, bytes]:
+    """Return a repository with weights, small files, and a tokenizer that one hub keeps in LFS and the other does not."""
+    return {
+        ".gitattributes": b"*.safetensors filter=lfs\n",
+        "README.md": README,
+        "config.json": json.dumps({"model_type": "bert", "seed": seed}).encode(),
+        "1_Pooling/config.json": b'{"word_embedding_dimension": 8}',
+        "vocab.txt": b"[PAD]\n[UNK]\n" * 100,
+        "model.safetensors": WEIGHTS if seed == 0 else random.Random(seed).randbytes(20_000),  # noqa: S311 - likewise
+    }
+
+
+def mirrored(source: SourceServer, destination: DestinationServer, src: str = SOURCE, dst: str = DESTINATION) -> bool:
+    """Return whether the destination has all files of the source with right bytes."""
+    expected = set(source.repos[src]) - {".gitattributes"}
+    return expected <= set(destination.repos[dst]) and destination.wrong_files(dst, source.repos[src]) == []
