@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import sys
 import tempfile
+import textwrap
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -92,11 +93,12 @@ class Outcome:
 
     @property
     def cell(self) -> str:
-        reason = self.reason.replace("|", "\\|")[:_CELL_CHARS]
+        first_sentence = self.reason.replace("|", "\\|").partition(". ")[0]
+        reason = textwrap.shorten(first_sentence, _CELL_CHARS, placeholder=" …")
         if self.status != "compared":
             return f"{self.status}: {reason}"
-        # Truncated, so that 0.9999999 is not shown as 1.
-        cosine = f"{int((self.cosine or 0) * 1e7) / 1e7:.7f}"
+        # Truncated, so that 0.99999999 is not shown as 1.
+        cosine = f"{np.trunc((self.cosine or 0.0) * 1e7) / 1e7:.7f}"
         return f"{cosine} ({reason})" if reason else cosine
 
 
