@@ -96,7 +96,7 @@ def build_artifact(
     try:
         check_exportable(pipeline)
         if only_export is None:
-            if depends_on_padding(pipeline, description):
+            if _depends_on_padding(pipeline, description):
                 return CompileResult("unsupported", "its vectors depend on padding, which only torch can run without")
             embed = partial(_reference_cases, pipeline, description, corpus_s)
             exporters = {**exporters, **prebuilt_exporters(job.snapshot)}
@@ -168,6 +168,15 @@ def _load(job: CompileJob, export: str | None) -> tuple[SentenceTransformer, Mod
     return pipeline, description
 
 
+def _depends_on_padding(pipeline: SentenceTransformer, description: ModelDescription) -> bool:
+    try:
+        return depends_on_padding(pipeline, description)
+    except Exception as error:
+        if is_temporary(error):
+            raise
+        raise _ReferenceError(f"the reference cannot embed texts: {describe_error(error)}") from error
+
+
 def _reference_cases(pipeline: SentenceTransformer, description: ModelDescription, corpus_s: float) -> list[Case]:
     """Embed the comparison texts with sentence-transformers, truncated to the maximum length of the comparison."""
     pipeline.max_seq_length = comparison_limit(description)
@@ -223,7 +232,7 @@ def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescriptio
     except Exception as error:
         if is_temporary(error):
             raise
-        raise _ReferenceError(f"it cannot embed the comparison texts: {describe_error(error)}") from error
+        raise _ReferenceError(f"it cannot embed the comparison texts: {describe_export_error(error)}") from error
     finally:
         backend.close()
         for each in (path, path.with_suffix(".bin")):

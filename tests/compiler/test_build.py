@@ -140,15 +140,22 @@ def test_a_wrong_conversion_is_not_taken_for_the_inaccuracy_of_bf16(compiled: Co
     assert "at fp32, cosine" in result.reason
 
 
-def test_a_reference_that_cannot_embed_is_a_reason(tmp_path: Path) -> None:
-    """Here the tokenizer has ids that the model does not have."""
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [(20, "the reference cannot embed texts"), (239, "the reference cannot embed the comparison texts")],
+)
+def test_a_reference_that_cannot_embed_is_a_reason(rows: int, reason: str, tmp_path: Path) -> None:
+    """Here the tokenizer has ids that the model does not have: those of most words, or one that is only in a prompt."""
+    tokenizer = wordpiece()
+    tokenizer.add_tokens(["[EXTRA]"])
     config = BertConfig(
-        vocab_size=20, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64
+        vocab_size=rows, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64
     )
-    directory = save_st(tmp_path / "model", lambda _: BertModel(config), wordpiece())
+    prompts = {"prompts": {"query": "[EXTRA] "}}
+    directory = save_st(tmp_path / "model", lambda _: BertModel(config), tokenizer, st=prompts)
     result, _ = compile_here(directory, tmp_path / "artifact")
     assert result.outcome == "unsupported"
-    assert result.reason.startswith("the reference cannot embed the comparison texts: IndexError: ")
+    assert result.reason.startswith(f"{reason}: IndexError: ")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

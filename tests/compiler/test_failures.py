@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from tests.artifacts.helpers import CompiledModels
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "reason"),
     [
@@ -49,6 +54,8 @@ def test_temporary_errors() -> None:
     assert is_temporary(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_temporary(RuntimeError("data-dependent control flow"))
     assert not is_temporary(ValueError("out of memory"))
+    assert is_temporary(caused(LoadError("OpenVINO cannot run the graph"), MemoryError()))
+    assert not is_temporary(caused(LoadError("it has no tokenizer"), OSError("no such file")))
 
 
 def test_a_job_that_cannot_be_read_has_a_reason() -> None:
@@ -83,3 +90,9 @@ def test_operations_that_openvino_does_not_support_are_named() -> None:
     )
     assert describe_export_error(error) == "OpenVINO does not support its operations aten::histc, x::y"
     assert describe_export_error(ValueError("other\nlines")) == "ValueError: other"
+
+
+def test_the_advice_for_artifacts_is_not_given_for_a_graph_that_is_being_made() -> None:
+    """Its directory is temporary."""
+    error = caused(LoadError("OpenVINO cannot run /cache/.x.tmp. Remove its directory"), RuntimeError("a\nbad shape"))
+    assert describe_export_error(error) == "OpenVINO cannot run its graph: bad shape"
