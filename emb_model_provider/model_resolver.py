@@ -34,7 +34,7 @@ def resolve_model(
 
     The name is one of, in this order:
 
-    1. The alias or the name of a configured model. A name does not match if another hub or revision is requested than
+    1. The alias, the name or the directory of a configured model. A name does not match if another hub or revision is requested than
        the configured one, because the other settings of the model may not apply there. An alias does match at another
        revision; on another hub it replaces the name.
     2. A directory that exists.
@@ -45,7 +45,11 @@ def resolve_model(
     """
     overrides = {"alias": alias, "source": source, "revision": revision, "precision": precision}
     changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    named = [spec for spec in settings.models.specs() if model in (spec.alias, spec.name)]
+    directory = directory_of(model) if source in (None, "auto", "local") else None
+    configured = settings.models.specs()
+    named = [spec for spec in configured if model in (spec.alias, spec.name)]
+    if not named and directory is not None:
+        named = [spec for spec in configured if spec.path is not None and spec.path.resolve() == directory.resolve()]
     at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
     for spec in at_hub:
         if revision in (None, spec.revision):
@@ -56,7 +60,6 @@ def resolve_model(
     if named and model == named[0].alias and "/" not in model:
         # The alias stands for the name, because an alias without an owner is not a repository of the other hub.
         model = named[0].name
-    directory = directory_of(model) if source in (None, "auto", "local") else None
     entry = MappingEntry(
         name=name_of_directory(directory) if directory is not None else model,
         path=directory,

@@ -169,6 +169,18 @@ def test_directory_of_a_mirror_needs_no_name_in_the_mapping(
     assert (spec.alias, spec.name) == ("x", HF_REPO)
 
 
+def test_directory_of_a_configured_model_is_that_model(
+    write: Callable[..., Path], closed: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its alias and its own settings, however the directory is written."""
+    usb = write()
+    monkeypatch.chdir(usb.parent)
+    settings = closed(model_mapping={"x": {"path": str(usb), "pooling": "max"}})
+    for name in (str(usb), "usb", "./usb/"):
+        spec = resolve_model(settings, name)
+        assert (spec.alias, spec.pooling) == ("x", "max")
+
+
 # --- writing again ------------------------------------------------------------------------------------
 
 
@@ -309,7 +321,7 @@ def test_file_that_changed_in_the_cache_is_not_copied(
 # --- names that lead elsewhere ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "a/../../evil.json"])
+@pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "a/../../evil.json"])
 def test_name_from_a_hub_that_leads_elsewhere_is_refused(
     name: str, write: Callable[..., Path], tmp_path: Path, huggingface: HuggingFaceServer
 ) -> None:
