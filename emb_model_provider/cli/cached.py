@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,6 +31,7 @@ _PROBLEMS = {
     "size": "has the wrong size",
     "bytes": "has the wrong content",
     "unreadable": "cannot be read",
+    "extra": "is not in the manifest",
 }
 
 
@@ -83,7 +85,7 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
 
 
 @click.command()
-@click.argument("models", nargs=-1, type=options.ModelId(), metavar="[ID]...")
+@click.argument("models", nargs=-1, type=options.ModelId(), metavar="[ID|DIR]...")
 @click.option("--repair", is_flag=True, help="Download wrong files again, and remove damaged compiled forms.")
 @options.source
 @options.revision
@@ -92,10 +94,11 @@ def show(model: str, source: Source | None, revision: str | None, *, as_json: bo
 def verify(
     models: tuple[str, ...], source: Source | None, revision: str | None, progress: Mode, *, repair: bool, as_json: bool
 ) -> None:
-    """Compare models with what was downloaded.
+    """Compare models and mirrors with what was downloaded.
 
     Hashes every file again; without ID, those of all models. The exit code is 1 if a model differs; with --repair, if it
-    still differs afterwards.
+    still differs afterwards. DIR is a directory that `mirror` wrote, or a copy of one: files that its manifest does not
+    list are differences, too.
 
     JSON: {"ok", "models": [...]}: each as in `list`, with `ok`, `findings` [{path, problem}] and `damaged_artifacts`.
     """
@@ -124,7 +127,7 @@ def verify(
             say("There are no models on disk to verify.")
     if not ok:
         if not repair:
-            say("To download wrong files again: emb-provider verify --repair")
+            say(_advice([result for result in results if not result.ok]))
         raise SystemExit(FAILED)
 
 
@@ -224,6 +227,14 @@ def _verify(manager: ModelManager, model: CachedModelRecord, report: ProgressRep
     for note in notes:
         report.note(note)
     return result
+
+
+def _advice(wrong: Sequence[Verification]) -> str:
+    from emb_model_provider.snapshots.mirror import is_mirror
+
+    if all(result.source == "local" and result.path is not None and is_mirror(Path(result.path)) for result in wrong):
+        return "Copy the mirror again, or run emb-provider mirror again where the hub can be reached."
+    return "To download wrong files again: emb-provider verify --repair"
 
 
 def _print_verification(result: Verification) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "serve:serve",
     "pull": "pull:pull",
+    "mirror": "mirror:mirror",
     "list": "cached:list_models",
     "show": "cached:show",
     "verify": "cached:verify",
@@ -29,12 +30,13 @@ COMMANDS = {
     "unload": "server:unload",
     "embed": "embed:embed",
     "fidelity": "fidelity:fidelity",
+    "transfer": "transfer:transfer",
     "doctor": "doctor:doctor",
     "models": "main:models",
     "completion": "serve:completion",
 }
 """Names of the commands, and where their functions are in this package."""
-MODEL_COMMANDS = ("pull", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")
+MODEL_COMMANDS = ("pull", "mirror", "list", "show", "verify", "rm", "prune", "ps", "load", "unload")
 """Commands that are also available as `emb-provider models COMMAND`."""
 
 

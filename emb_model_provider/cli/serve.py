@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import click
 
 from emb_model_provider.cli.output import out, say
+from emb_model_provider.model_spec import name_of_directory
 
 _INSTALL_COMMANDS = {
     "bash": "emb-provider completion bash > ~/.local/share/bash-completion/completions/emb-provider",
@@ -14,16 +18,27 @@ _INSTALL_COMMANDS = {
 
 
 @click.command()
+@click.argument(
+    "directory", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="[DIR]"
+)
 @click.option(
     "--supervise",
     is_flag=True,
     help="Run the service as a child of a small process that keeps the port open, and restarts the service if it "
     "crashes or hangs (like EMB_PROVIDER_SUPERVISE=true).",
 )
-def serve(*, supervise: bool) -> None:
-    """Start the service. It is configured with EMB_PROVIDER_... variables or .env."""
+def serve(directory: Path | None, *, supervise: bool) -> None:
+    """Start the service. It is configured with EMB_PROVIDER_... variables or .env.
+
+    DIR is served in place of the model that EMB_PROVIDER_MODEL_NAME or EMB_PROVIDER_MODEL_PATH names: a directory that
+    `mirror` wrote, or any other directory with a model.
+    """
     from emb_model_provider.main import run
 
+    if directory is not None:
+        # Variables take precedence over .env, and a supervised service inherits them.
+        os.environ["EMB_PROVIDER_MODEL_PATH"] = str(directory.absolute())
+        os.environ["EMB_PROVIDER_MODEL_NAME"] = name_of_directory(directory)
     run(supervise=supervise)
 
 
