@@ -52,7 +52,7 @@ class HuggingFaceHub:
     """Downloads a repository at the commit that a branch or tag refers to now."""
 
     def __init__(self, config: HubConfig) -> None:
-        _redirect_logs()
+        redirect_logs()
         self._config = config
 
     def fetch(self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
@@ -288,7 +288,7 @@ class HuggingFaceHub:
         return ", ".join(names[:_MAX_REVISIONS_SHOWN]) or "none"
 
 
-def _redirect_logs() -> None:
+def redirect_logs() -> None:
     """Let the client's log lines go to the handlers of the service, and only there."""
     import huggingface_hub.utils.logging  # noqa: F401 - the import adds the client's handler
 
