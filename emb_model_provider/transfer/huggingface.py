@@ -7,6 +7,7 @@ because the client uploads to Xet storage only what is a file on disk or in memo
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,6 +21,7 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
     TransferError,
 )
+from emb_model_provider.hubs.huggingface import redirect_logs
 from emb_model_provider.hubs.transfer import RemoteFile
 from emb_model_provider.transfer import card
 from emb_model_provider.transfer.repository import Failure, RepositoryInfo, reason_of
@@ -155,6 +157,9 @@ class HuggingFaceRepository:
 
     @cached_property
     def _api(self) -> HfApi:
+        redirect_logs()
+        # It warns about each upload that does not use Xet.
+        logging.getLogger("huggingface_hub._commit_api").setLevel(logging.ERROR)
         from huggingface_hub import HfApi
 
         return HfApi(endpoint=self._settings.endpoint("huggingface"), token=self._settings.token("huggingface"))

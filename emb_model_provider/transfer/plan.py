@@ -92,7 +92,7 @@ def make_plan(session: Session, *, checks_rights: bool = True) -> Plan:
     existing = session.ask_destination(session.destination.describe, f"looking up {destination}")
     license_id = options.license or info.license
     if checks_rights:
-        if existing is None:
+        if existing is None and destination.site != "directory":
             license_id = rights.find_license(info.license, options.license, str(source))
         if not options.has_permission:
             names = (str(source), str(destination))

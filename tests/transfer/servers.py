@@ -105,6 +105,8 @@ class _Uploads:
     def prepare_uploads(self) -> None:
         self.blobs: dict[str, StoredBlob] = {}
         self.uploads = UploadFaults()
+        self.fault_body = ""
+        """The body of responses with a fault; empty: a short JSON."""
         self.commits: list[dict[str, Any]] = []
         self.received_bytes = 0
         """Bytes of all PUT bodies and of all content in commits."""
@@ -124,7 +126,8 @@ class _Uploads:
         for part, statuses in self.uploads.statuses.items():
             if part in line and statuses:
                 status, headers = statuses.pop(0)
-                return Answer(status, json.dumps({"Code": status, "Message": "fault"}).encode(), dict(headers))
+                body = self.fault_body or json.dumps({"Code": status, "Message": "fault"})
+                return Answer(status, body.encode(), dict(headers))
         return None
 
     def receive(self, handler: BaseHTTPRequestHandler) -> None:
@@ -157,16 +160,26 @@ class _Uploads:
                 return
         fault = self.fault(request)
         status = fault.status if fault is not None else 200
+        answer = b"" if fault is None else fault.body
         if status == 200:
             body = bytes(kept) if length <= self.keep_bytes else None
             self.blobs[sha256] = StoredBlob(size, digest.hexdigest(), body)
         handler.send_response(status)
-        for name, value in {**(fault.headers if fault else {}), "ETag": f'"{sha256}"', "Content-Length": "0"}.items():
+        for name, value in {
+            **(fault.headers if fault else {}),
+            "ETag": f'"{sha256}"',
+            "Content-Length": str(len(answer)),
+        }.items():
             handler.send_header(name, value)
         handler.end_headers()
+        handler.wfile.write(answer)
 
     def store(self, repo: str, path: str, body: bytes) -> None:
         self.repos[repo][path] = body  # type: ignore[attr-defined]
+
+    def wrong_blobs(self) -> list[str]:
+        """Return the announced hashes of uploads whose bytes have another hash."""
+        return [sha256 for sha256, blob in self.blobs.items() if blob.sha256 != sha256]
 
     def link(self, repo: str, path: str, sha256: str, size: int) -> None:
         """Add a file whose bytes were uploaded. The listing shows the announced hash, like an LFS pointer."""
