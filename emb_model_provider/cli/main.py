@@ -31,6 +31,7 @@ COMMANDS = {
     "embed": "embed:embed",
     "fidelity": "fidelity:fidelity",
     "transfer": "transfer:transfer",
+    "transfer": "transfer:transfer",
     "doctor": "doctor:doctor",
     "models": "main:models",
     "completion": "serve:completion",
