@@ -31,7 +31,6 @@ COMMANDS = {
     "embed": "embed:embed",
     "fidelity": "fidelity:fidelity",
     "transfer": "transfer:transfer",
-    "transfer": "transfer:transfer",
     "doctor": "doctor:doctor",
     "models": "main:models",
     "completion": "serve:completion",
