@@ -34,9 +34,9 @@ def resolve_model(
 
     The name is one of, in this order:
 
-    1. The alias, the name or the directory of a configured model. A name does not match if another hub or revision is requested than
-       the configured one, because the other settings of the model may not apply there. An alias does match at another
-       revision; on another hub it replaces the name.
+    1. The alias, the name or the directory of a configured model. A name does not match if another hub or revision is
+       requested than the configured one, because the other settings of the model may not apply there. An alias does match
+       at another revision; on another hub it replaces the name.
     2. A directory that exists.
     3. The id of a repository.
 
@@ -97,7 +97,7 @@ def directory_of(model: str) -> Path | None:
 def hidden_repository_note(spec: ModelSpec) -> str:
     """Return a sentence, after a space, for errors of a model in a directory whose name could be that of a repository.
 
-    It says how to get the model of a hub. Empty if the model is no such directory.
+    It says how to get the model of a hub. Empty if the model is not such a directory.
     """
     name = str(spec.path or spec.name)
     if name.startswith(PATHS) or len(Path(name).parts) != 2 or directory_of(name) is None:
