@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -70,11 +71,25 @@ class ModelSpec:
     that the tokenizer of the model declares, which is nearly always END."""
 
 
+_CACHED = re.compile(
+    r"/models--([\w.-]+?)--([\w.-]+)(?:/snapshots/[^/]+)?$|/models/([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$", re.ASCII
+)
+"""Directories of one model in the caches of Hugging Face's and ModelScope's clients."""
+
+
 def name_of_directory(directory: Path) -> str:
-    """Return the name of the model in a directory: that of the original if it is a mirror, else that of the directory."""
+    """Return the name of the model in a directory.
+
+    It is that of the original if the directory is a mirror, the id of the repository in the caches of the hubs' clients,
+    whose directories have the names of commits and branches, and else the name of the directory.
+    """
     try:
         name = json.loads((directory / MIRROR_MANIFEST).read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):  # an invalid manifest is an error when the model is loaded
         name = None
     is_valid = isinstance(name, str) and bool(name) and name == name.strip() and name.isprintable()
-    return name if is_valid else directory.resolve().name
+    if is_valid:
+        return str(name)
+    path = directory.absolute()
+    snapshot = _CACHED.search(path.as_posix())
+    return "/".join(filter(None, snapshot.groups())) if snapshot is not None else path.resolve().name
