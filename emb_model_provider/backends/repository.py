@@ -87,7 +87,7 @@ class Repository:
         )
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return the JSON object in a file, or an empty one if there is no such file; LoadError if it is invalid."""
+        """Return the JSON object in a file, or an empty one if the file does not exist; LoadError if it is invalid."""
         path = self.files.get(name)
         return read_object(path) if path is not None else {}
 

@@ -45,6 +45,8 @@ def describe(
             with `name`.
     """
     normalize = strip_final_normalize(pipeline, plan)
+    if not isinstance(pipeline[0], StaticEmbedding):
+        _fast_tokenizer(pipeline, name)  # what other modules read cannot be embedded
     try:
         dimension = embedding_dimension(pipeline)
     except Exception as error:

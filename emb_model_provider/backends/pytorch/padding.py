@@ -38,7 +38,10 @@ def depends_on_padding(pipeline: SentenceTransformer, description: ModelDescript
         return True
     if any(parameter.dtype != torch.float32 for parameter in pipeline.parameters()):
         return False  # rounding depends on the shape of a batch
-    ids = Tokenization(description).encode(PROBES, max_tokens=_TOKENS).ids
+    rows = Tokenization(description).encode(PROBES, max_tokens=_TOKENS).ids
+    ids = [row for row in rows if max(row) < description.vocab_size]  # a tokenizer can have more ids than the model
+    if not ids:
+        return False
     longest = max(map(len, ids))
     padded = _run(pipeline, description, ids, longest)
     alone = np.concatenate([_run(pipeline, description, [row], len(row)) for row in ids])

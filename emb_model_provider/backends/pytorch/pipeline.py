@@ -79,6 +79,11 @@ _CAUSES: tuple[tuple[re.Pattern[str], type[LoadError], str], ...] = (
         "model again, or choose one with a fast tokenizer.",
     ),
     (
+        re.compile(r"Unrecognized processing class|Can't instantiate a processor"),
+        UnsupportedModelError,
+        "it has no tokenizer, so it does not read text: it may be a model of images or audio. Choose an embedding model.",
+    ),
+    (
         re.compile(r"requires the (\S+) library|No module named '([^']+)'"),
         LoadError,
         "a Python package that it needs is not installed ({0}{1}). Install it next to the service (pip install).",

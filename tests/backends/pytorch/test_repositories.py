@@ -65,7 +65,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_that_are_not_in_the_snapshot_are_not_read(st_directory: Path) -> None:
     """Such as an adapter of an experiment, or the index of shards that do not exist."""
     expected, snapshot = encode(st_directory), snapshot_of(st_directory)
-    edit(st_directory / "adapter_config.json", base_model_name_or_path="nobody/base", peft_type="LORA")
+    edit(st_directory / "adapter_config.json", base_model_name_or_path="owner/base", peft_type="LORA")
     edit(st_directory / "model.safetensors.index.json", weight_map={"a": "model-00001-of-00002.safetensors"})
     edit(st_directory / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
     assert_vectors(load(snapshot), expected)
