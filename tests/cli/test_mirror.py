@@ -201,7 +201,10 @@ def test_killed_mirror_is_continued(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_mirror_is_served_in_a_closed_network(tmp_path: Path, is_adapter: bool) -> None:
-    """The vectors are those from before, under the name of the repository, after the hub and all caches are gone."""
+    """The vectors are those from before, under the name of the repository, after the hub and all caches are gone.
+
+    A model that was compiled before is not compiled again.
+    """
     model, base = "acme/small", "acme/base"
     directory = FAMILIES["bert-mean-normalize"](tmp_path / "made" / "base")
     if is_adapter:
@@ -222,6 +225,9 @@ def test_mirror_is_served_in_a_closed_network(tmp_path: Path, is_adapter: bool) 
         commit = hub.commit(model)
     expected = np.array([json.loads(line) for line in embedded.stdout.splitlines()])
     shutil.copytree(office / "usb", closed / "model", copy_function=shutil.copyfile)
+    if not is_adapter:
+        shutil.copytree(office / "cache" / "artifacts", closed / "cache" / "artifacts")
+    compiled = {path: path.stat().st_ino for path in closed.glob("cache/artifacts/*/model.bin")}
     shutil.rmtree(office)
     shutil.rmtree(tmp_path / "made")
 
@@ -246,6 +252,8 @@ def test_mirror_is_served_in_a_closed_network(tmp_path: Path, is_adapter: bool) 
     shown = json.loads(run(closed, "show", "model", "--json", **offline).stdout)["models"][0]
     assert (shown["revision"], shown["details"]["mirror_of"]) == (commit, f"{model} (huggingface)")
     assert [artifact["precision"] for artifact in shown["artifacts"]] == ["fp32"]
+    assert len(compiled) == (0 if is_adapter else 1)
+    assert {path: path.stat().st_ino for path in compiled} == compiled
 
     weights = next(path for path in (closed / "model").rglob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
