@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import CorruptSnapshotError, TransferError
+from emb_model_provider.errors import CorruptSnapshotError, ProviderError, TransferError
 from emb_model_provider.snapshots.files import require_writable, translate_os_error
 from emb_model_provider.snapshots.snapshot import hash_file
 
@@ -41,7 +41,7 @@ def spooled(session: Session, directory: Path, file: RemoteFile) -> Iterator[Bin
         _fill(session, path, file)
         stream = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
     except OSError as error:
-        raise translate_os_error(error, directory, "--spool") or error from error
+        raise _disk_error(error, directory) from error
     with stream:
         yield stream
     path.unlink(missing_ok=True)
@@ -76,9 +76,7 @@ def _append(session: Session, stream: BinaryIO, directory: Path, file: RemoteFil
             try:
                 stream.write(block[: file.size - position])
             except OSError as error:  # of the disk, while others are those of the network
-                raise translate_os_error(error, directory, "--spool") or TransferError(
-                    f"Cannot write to {directory} ({error.strerror}). Use another directory for --spool."
-                ) from error
+                raise _disk_error(error, directory) from error
             position += len(block)
         return stream.seek(0, os.SEEK_END)
 
@@ -86,3 +84,9 @@ def _append(session: Session, stream: BinaryIO, directory: Path, file: RemoteFil
     if end == start:
         raise CorruptSnapshotError(f"The hub sends only {end} of the {file.size} bytes that it lists of {file.path}.")
     return end
+
+
+def _disk_error(error: OSError, directory: Path) -> ProviderError:
+    return translate_os_error(error, directory, "--spool") or TransferError(
+        f"Cannot store a file in {directory} ({error.strerror}). Use another directory for --spool."
+    )

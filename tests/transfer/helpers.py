@@ -6,7 +6,11 @@ import json
 import random
 from typing import TYPE_CHECKING
 
+from tests.service import environment
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.transfer.servers import DestinationServer, SourceServer
 
 SOURCE, DESTINATION = "acme/tiny", "mirrors/tiny"
@@ -31,3 +35,21 @@ def mirrored(source: SourceServer, destination: DestinationServer, src: str = SO
     """Return whether the destination has all files of the source with right bytes."""
     expected = set(source.repos[src]) - {".gitattributes"}
     return expected <= set(destination.repos[dst]) and destination.wrong_files(dst, source.repos[src]) == []
+
+
+def user(directory: Path, source: SourceServer, destination: DestinationServer) -> dict[str, str]:
+    """Return an environment whose home, temporary files and cache are below `directory`."""
+    for name in ("home", "tmp"):
+        (directory / name).mkdir(exist_ok=True)
+    return environment(
+        directory,
+        HF_ENDPOINT=source.url,
+        HF_TOKEN="hf-s3cret",
+        MODELSCOPE_ENDPOINT=destination.url,
+        MODELSCOPE_TOKEN=TOKEN,
+    ) | {
+        "HOME": str(directory / "home"),
+        "TMPDIR": str(directory / "tmp"),
+        "MODELSCOPE_API_MAX_RETRIES": "1",
+        "NO_PROXY": "localhost,127.0.0.1",
+    }

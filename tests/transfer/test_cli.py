@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cli.helpers import SCRIPT, invoke, invoke_json
-from tests.service import environment, wait_until
-from tests.transfer.helpers import DESTINATION, SOURCE, TOKEN, WEIGHTS, mirrored
+from tests.service import wait_until
+from tests.transfer.helpers import DESTINATION, SOURCE, TOKEN, WEIGHTS, mirrored, user
 from tests.transfer.servers import listed_sha256
 
 if TYPE_CHECKING:
@@ -25,13 +25,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def variables(tmp_path: Path, source: SourceServer, destination: DestinationServer) -> dict[str, str]:
     """Return the environment of a user who is logged in to both hubs."""
-    return environment(
-        tmp_path,
-        HF_ENDPOINT=source.url,
-        MODELSCOPE_ENDPOINT=destination.url,
-        HF_TOKEN="hf-s3cret",
-        MODELSCOPE_TOKEN=TOKEN,
-    ) | {"HOME": str(tmp_path / "home"), "MODELSCOPE_API_MAX_RETRIES": "1", "NO_PROXY": "localhost,127.0.0.1"}
+    return user(tmp_path, source, destination)
 
 
 @pytest.fixture
