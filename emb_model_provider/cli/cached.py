@@ -164,7 +164,7 @@ def _find(
     settings: Settings, manager: ModelManager, argument: str, source: Source | None, revision: str | None
 ) -> list[CachedModelRecord]:
     name, revision = options.split_revision(settings, argument, revision)
-    return manager.find(name, source=source, revision=revision)
+    return manager.find(name, source=source, revision=revision, directories=True)
 
 
 def _to_json(model: CachedModelRecord, details: Details) -> dict[str, Any]:

@@ -291,7 +291,7 @@ class ModelManager:
         return [self._inventory.record_of(entry) for entry in self._inventory.scan(everything=everything).entries]
 
     def find(
-        self, name: str, *, source: Source | None = None, revision: str | None = None
+        self, name: str, *, source: Source | None = None, revision: str | None = None, directories: bool = False
     ) -> builtins.list[CachedModelRecord]:
         """Return the models on disk that a name refers to.
 
@@ -300,12 +300,16 @@ class ModelManager:
                 last part of a name that only one model has.
             source: Only models from this hub.
             revision: Only this revision, as it was requested or as it was resolved.
+            directories: Also read a directory from which no model was loaded yet, if it is a mirror. Not for names from
+                clients of the service, which may not name directories.
 
         Raises:
             NotCachedError: There is none; the message names models that exist.
+            CorruptSnapshotError: The directory is an incomplete mirror, or its manifest is invalid.
             AmbiguousNameError: An `id` is that of several models.
         """
-        directory = directory_of(name) if source in (None, "auto", "local") else None
+        is_allowed = directories and source in (None, "auto", "local")
+        directory = directory_of(name) if is_allowed else None
         info = self._inventory.scan(directory=directory)
         try:
             found = self._inventory.find(info, name, source, revision)
