@@ -159,7 +159,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)  # mkstemp creates files for the owner only, but a cache can be shared
+        with contextlib.suppress(PermissionError):  # FAT and exFAT, on removable media, have no permissions
+            temporary.chmod(0o644)  # mkstemp creates files for the owner only, but a cache can be shared
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

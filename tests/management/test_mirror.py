@@ -75,7 +75,7 @@ def names_below(directory: Path) -> set[str]:
 
 def findings(settings: Settings, directory: Path) -> list[tuple[str, str]]:
     manager = ModelManager(settings)
-    (model,) = manager.find(str(directory))
+    (model,) = manager.find(str(directory), directories=True)
     result = manager.verify(model)
     assert result.ok == (not result.findings)
     return [(finding.path, finding.problem) for finding in result.findings]
@@ -226,7 +226,7 @@ def test_interrupted_mirror_is_not_loaded_and_is_continued(
     with pytest.raises(CorruptSnapshotError, match=command):
         load(closed(), tmp_path / "usb")
     with pytest.raises(CorruptSnapshotError, match=command):
-        manager.find(str(tmp_path / "usb"))
+        manager.find(str(tmp_path / "usb"), directories=True)
     _, changes = manager.mirror(spec, tmp_path / "usb")
     assert 0 < changes.copied_bytes < len(WEIGHTS)
     assert findings(closed(), write()) == []
@@ -303,6 +303,19 @@ def test_full_disk_is_reported_and_leaves_no_partial_file(write: Callable[..., P
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "usb").rglob("*mirror-incomplete"))
     write()
+
+
+def test_mirror_on_a_file_system_without_permissions(
+    write: Callable[..., Path], configured: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On FAT and exFAT, permissions cannot be changed."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    ModelManager(configured()).ensure(resolve_model(configured(), HF_REPO))
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    assert findings(configured(), write()) == []
 
 
 def test_file_that_changed_in_the_cache_is_not_copied(
@@ -439,7 +452,7 @@ def test_updated_mirror_is_loaded_with_its_new_files(
     write(force=True)
     second = load(closed(), usb)
     assert second.revision == huggingface.commit(HF_REPO) != first.revision
-    (model,) = ModelManager(closed()).find(str(usb))
+    (model,) = ModelManager(closed()).find(str(usb), directories=True)
     assert (model.revision, model.source, model.state) == (second.revision, "local", "complete")
 
 
@@ -448,11 +461,13 @@ def test_mirror_is_shown_before_it_was_loaded(
 ) -> None:
     usb = write()
     manager = ModelManager(closed())
-    (model,) = manager.find(str(usb))
+    (model,) = manager.find(str(usb), directories=True)
     details = manager.inspect(model)
     assert (model.revision, details.mirror_of) == (huggingface.commit(HF_REPO), f"{HF_REPO} (huggingface)")
     assert "model.safetensors" in {file.path for file in details.files}
     assert manager.list() == []
+    with pytest.raises(NotCachedError, match="no other model is"):  # a name from a client of the service
+        manager.find(str(usb))
 
 
 def test_directory_without_a_manifest_is_not_verified(
@@ -462,7 +477,7 @@ def test_directory_without_a_manifest_is_not_verified(
     usb = write()
     (usb / MIRROR_MANIFEST).unlink()
     with pytest.raises(NotCachedError, match=r"without mirror-manifest.json.*copied incompletely"):
-        ModelManager(closed()).find(str(usb))
+        ModelManager(closed()).find(str(usb), directories=True)
 
 
 def test_removing_a_mirror_keeps_its_files(write: Callable[..., Path], closed: Callable[..., Settings]) -> None:
