@@ -13,7 +13,11 @@ from tests.docs.markdown import DOCUMENTS, ROOT, Block, anchors, blocks, links, 
 if TYPE_CHECKING:
     from pathlib import Path
 
-CHINESE = [document for document in DOCUMENTS if document.name.endswith(".zh-CN.md")]
+CHINESE = [
+    document
+    for document in DOCUMENTS
+    if document.name.endswith(".zh-CN.md") or document.with_suffix(".en.md") in DOCUMENTS
+]
 PACKAGE = ROOT / "emb_model_provider"
 MARKS = {"", "run", "output", "env", "script", "startup", "mapping keys"}
 
@@ -23,7 +27,10 @@ def relative(path: Path) -> str:
 
 
 def english(document: Path) -> Path:
-    return document.with_name(document.name.replace(".zh-CN", ""))
+    """Return the English form of a Chinese document: without `.zh-CN`, or with `.en` if users know the Chinese name."""
+    if document.name.endswith(".zh-CN.md"):
+        return document.with_name(document.name.replace(".zh-CN", ""))
+    return document.with_suffix(".en.md")
 
 
 def read(name: str) -> str:
