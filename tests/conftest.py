@@ -28,6 +28,7 @@ FIRST = (
     "hubs",
     "management",
     "faults",
+    "transfer",
     "cli",
     "process",
     "backends",

@@ -1,4 +1,4 @@
-"""Downloads in the background: started, watched and cancelled as jobs."""
+"""Downloads, and transfers to other hubs, in the background: started, watched and cancelled as jobs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFullError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.types import DownloadRecord
 from emb_model_provider.model_resolver import resolve_source
-from emb_model_provider.progress import CancelToken, ProgressReporter, RateMeter
+from emb_model_provider.progress import CancelToken, OnProgress, ProgressReporter, RateMeter
 
 if TYPE_CHECKING:
     from emb_model_provider.management.manager import ModelManager
@@ -34,10 +36,16 @@ _MAX_ENDED = 100
 _RETRY_AFTER_S = 60.0
 _FILES = attrgetter("record.source", "spec.name", "spec.path", "spec.revision", "spec.endpoint", "spec.cache_dir")
 """What determines the files that a job downloads."""
+_TRANSFER = attrgetter(
+    "record.kind", "record.source", "record.model_name", "record.asked_revision", "record.destination"
+)
+
+Work = Callable[[OnProgress, CancelToken], Mapping[str, Any]]
+"""Does the work of a job, and returns the fields of its record that are known when it is done."""
 
 
 class DownloadJobs:
-    """The downloads of one service. Thread-safe; each job runs on a thread of its own."""
+    """The downloads and transfers of one service. Thread-safe; each job runs on a thread of its own."""
 
     def __init__(self, manager: ModelManager) -> None:
         self._manager = manager
@@ -48,7 +56,35 @@ class DownloadJobs:
 
     def start(self, spec: ModelSpec, *, force: bool = False, compiling: bool = False) -> DownloadRecord:
         """Start to download a model, or return the job that already does so. `force` asks the hub in any case."""
-        requested = _Job(spec, force=force, compiling=compiling)
+        job = _Job(
+            partial(self._download, spec, force, compiling),
+            spec,
+            kind="download",
+            model_name=spec.name,
+            source=resolve_source(spec),
+            asked_revision=spec.revision,
+            force=force,
+            compile=compiling,
+            precision=spec.precision if compiling else None,
+        )
+        return self._start(job)
+
+    def start_transfer(
+        self, work: Work, *, model_name: str, source: str, asked_revision: str | None, destination: str
+    ) -> DownloadRecord:
+        """Start a transfer to another hub, or return the job that already does so."""
+        job = _Job(
+            work,
+            None,
+            kind="transfer",
+            model_name=model_name,
+            source=source,
+            asked_revision=asked_revision,
+            destination=destination,
+        )
+        return self._start(job)
+
+    def _start(self, requested: _Job) -> DownloadRecord:
         with self._lock:
             for job in self._jobs.values():
                 if job.covers(requested):
@@ -117,7 +153,7 @@ class DownloadJobs:
                 job.record.state, job.record.started = "running", _now()
                 # A daemon, so that a transfer that hangs does not delay the end of the process.
                 job.thread = threading.Thread(
-                    target=self._run, args=(job,), name=f"download-{job.record.id}", daemon=True
+                    target=self._run, args=(job,), name=f"{job.record.kind}-{job.record.id}", daemon=True
                 )
                 job.thread.start()
 
@@ -133,12 +169,12 @@ class DownloadJobs:
     # --- on the thread of a job -----------------------------------------------------------------------
 
     def _run(self, job: _Job) -> None:
-        job_id, name = job.record.id, job.spec.name
-        logger.info("job %s: downloading %s from %s", job_id, name, job.record.source)
+        job_id, name = job.record.id, job.record.model_name
+        logger.info("job %s: %s of %s from %s", job_id, job.record.kind, name, job.record.source)
         state: JobState = "done"
         failure: BaseException | None = None
         try:
-            self._download(job)
+            self._work(job)
         except BaseException as error:  # noqa: BLE001 - any error fails the job, and must not block others
             if job.cancel.is_cancelled:
                 state = "cancelled"
@@ -153,7 +189,7 @@ class DownloadJobs:
             trace = None if isinstance(failure, ProviderError) else failure
             logger.error("job %s: %s failed: %s", job_id, name, describe_error(failure), exc_info=trace)
 
-    def _download(self, job: _Job) -> None:
+    def _work(self, job: _Job) -> None:
         with ProgressReporter("log") as report:
 
             def on_progress(progress: Progress) -> None:
@@ -161,54 +197,44 @@ class DownloadJobs:
                     job.update(progress)
                 report(progress)
 
-            notes: tuple[str, ...] = ()
-            force = job.record.force
-            if force or not job.record.compile:
-                snapshot = self._manager.ensure(job.spec, force=force, on_progress=on_progress, cancel=job.cancel)
-            if job.record.compile:
-                compiled = self._manager.compile(job.spec, on_progress=on_progress, cancel=job.cancel)
-                snapshot, notes = compiled.snapshot, compiled.notes
+            results = job.work(on_progress, job.cancel)
         with self._lock:
-            job.record.source, job.record.revision = snapshot.hub, snapshot.revision
-            job.record.path, job.record.notes = str(snapshot.path), list(notes)
+            for name, value in results.items():
+                setattr(job.record, name, value)
+
+    def _download(
+        self, spec: ModelSpec, force: bool, compiling: bool, on_progress: OnProgress, cancel: CancelToken
+    ) -> Mapping[str, Any]:
+        notes: tuple[str, ...] = ()
+        if force or not compiling:
+            snapshot = self._manager.ensure(spec, force=force, on_progress=on_progress, cancel=cancel)
+        if compiling:
+            compiled = self._manager.compile(spec, on_progress=on_progress, cancel=cancel)
+            snapshot, notes = compiled.snapshot, compiled.notes
+        return {"source": snapshot.hub, "revision": snapshot.revision, "path": str(snapshot.path), "notes": list(notes)}
 
 
 class _Job:
-    """A download. It is read and changed with the lock of `DownloadJobs` held."""
+    """A download or a transfer. It is read and changed with the lock of `DownloadJobs` held."""
 
-    def __init__(self, spec: ModelSpec, *, force: bool, compiling: bool) -> None:
+    def __init__(self, work: Work, spec: ModelSpec | None, **values: Any) -> None:
+        """Create a job; `spec` is the model of a download, and `values` are fields of the record."""
+        self.work = work
         self.spec = spec
         self.cancel = CancelToken()
         self.thread: threading.Thread | None = None
-        self.record = DownloadRecord(
-            id=secrets.token_hex(6),
-            state="queued",
-            model_name=spec.name,
-            source=resolve_source(spec),
-            asked_revision=spec.revision,
-            revision=None,
-            force=force,
-            compile=compiling,
-            precision=spec.precision if compiling else None,
-            phase=None,
-            done_bytes=0,
-            total_bytes=None,
-            bytes_per_s=None,
-            cancelling=False,
-            error=None,
-            error_code=None,
-            created=_now(),
-            started=None,
-            ended=None,
-            path=None,
-            notes=[],
-        )
+        empty: dict[str, Any] = dict.fromkeys(DownloadRecord.model_fields)
+        flags = {"force": False, "compile": False, "cancelling": False, "done_bytes": 0, "notes": []}
+        identity = {"id": secrets.token_hex(6), "state": "queued", "created": _now()}
+        self.record = DownloadRecord(**{**empty, **flags, **identity, **values})
         self._rate = RateMeter(0, time.monotonic())
 
     def covers(self, other: _Job) -> bool:
         """Return whether this job is not over and does what another one would do."""
         if self.record.is_over or self.cancel.is_cancelled or other.record.force > self.record.force:
             return False
+        if self.spec is None or other.spec is None:
+            return bool(_TRANSFER(self) == _TRANSFER(other))
         if not self.record.compile or not other.record.compile:
             return self.record.compile == other.record.compile and bool(_FILES(self) == _FILES(other))
         return replace(self.spec, alias="", token=None) == replace(other.spec, alias="", token=None)
@@ -225,7 +251,7 @@ class _Job:
     def report(self) -> DownloadRecord:
         """Return a copy of the record, with the rate at this moment."""
         bytes_per_s = None
-        if self.record.state == "running" and self.record.phase in ("download", "verify"):
+        if self.record.state == "running" and self.record.phase in ("download", "transfer", "verify"):
             self._rate.update(self.record.done_bytes, time.monotonic())
             bytes_per_s = self._rate.bytes_per_s
         cancelling = self.cancel.is_cancelled and not self.record.is_over

@@ -20,7 +20,8 @@ State = Literal["complete", "incomplete", "damaged", "unverified"]
 damaged: files are missing or have wrong bytes. unverified: it is in a hub's cache without a manifest of ours, because
 another program downloaded it."""
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
-JobPhase = Literal["resolve", "download", "verify", "compile"]
+JobKind = Literal["download", "transfer"]
+JobPhase = Literal["resolve", "download", "transfer", "verify", "compile"]
 
 
 class Record(BaseModel):
@@ -134,9 +135,10 @@ class Removal(Record):
 
 
 class DownloadRecord(Record):
-    """A download at one moment."""
+    """A download, or a transfer to another hub, at one moment."""
 
     id: str
+    kind: JobKind
     state: JobState
     model_name: str
     source: str = Field(description="The hub that is used; when it is done, the hub that the files came from.")
@@ -145,6 +147,7 @@ class DownloadRecord(Record):
     force: bool
     compile: bool
     precision: str | None = Field(description="Precision that it is compiled at; null if it is not compiled.")
+    destination: str | None = Field(description="Where a transfer copies the model to; null for a download.")
     phase: JobPhase | None = Field(description="What it does, or did when it ended. Null before it begins.")
     done_bytes: int = Field(description="Of this phase. Decreases if a file is downloaded again.")
     total_bytes: int | None
@@ -156,7 +159,7 @@ class DownloadRecord(Record):
     started: datetime | None
     ended: datetime | None
     path: str | None = Field(description="Directory of the files, when it is done.")
-    notes: list[str] = Field(description="Notes on how it was compiled.")
+    notes: list[str] = Field(description="Notes on how it was compiled, or what was transferred.")
 
     @property
     def is_over(self) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from emb_model_provider.transfer.session import Session
 
 MAX_FILES_PER_COMMIT = 2000
-"""ModelScope accepts no more."""
+"""The limit of ModelScope."""
 MAX_INLINE_BYTES_PER_COMMIT = 8 * 1024 * 1024
 """Of the files whose content is in the commit, which becomes a third larger in the request."""
 

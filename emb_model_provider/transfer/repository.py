@@ -77,7 +77,7 @@ class Repository(Protocol):
     def __init__(self, location: Location, settings: HubSettings) -> None: ...
 
     def describe(self) -> RepositoryInfo | None:
-        """Return what the hub says, or None if there is no such repository."""
+        """Return what the hub says, or None if the repository does not exist."""
 
     def list_files(self, revision: str) -> Mapping[str, RemoteFile]:
         """Return the files of a revision by their paths. The paths are not checked."""

@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import OfflineError, OperationCancelledError, ProviderError, TransferError
@@ -26,10 +26,11 @@ from emb_model_provider.transfer.session import Session, TransferOptions
 from emb_model_provider.transfer.verify import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from emb_model_provider.progress import OnProgress
     from emb_model_provider.settings import Settings
+    from emb_model_provider.transfer.location import Location
     from emb_model_provider.transfer.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,16 @@ class Transfer:
             results.append(result)
             on_result(result)
         return results
+
+    def job(self, source: Location, destination: Location) -> Callable[[OnProgress, CancelToken], Mapping[str, Any]]:
+        """Return the work of a job of the service that does the same as `run`."""
+
+        def work(on_progress: OnProgress, cancel: CancelToken) -> Mapping[str, Any]:
+            result = self._run(Pair(source, destination), on_progress, cancel)
+            note = f"{len(result.sent)} of {result.files} files were sent, {result.sent_bytes} bytes."
+            return {"revision": result.revision, "notes": [note]}
+
+        return work
 
     # --- one pair -------------------------------------------------------------------------------------
 

@@ -185,6 +185,7 @@ def test_other_routes_match_the_document(service: Service, strained: Service, do
         ("post", "/api/models/load", "?model_name=/etc"),
         ("post", "/api/models/unload", "?model_name=nope"),
         ("post", "/api/models/download", ""),
+        ("post", "/api/models/transfer", "?model_name=a/b&destination=dir:/x"),
         ("delete", "/api/models/cache/{model_id}", "?wait_s=-1"),
     ],
 )

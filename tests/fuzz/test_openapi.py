@@ -42,6 +42,7 @@ NOT_FUZZED = {
     ("POST", "/api/models/load"),
     ("POST", "/api/models/unload"),
     ("POST", "/api/models/download"),
+    ("POST", "/api/models/transfer"),
     ("DELETE", "/api/models/cache/{model_id}"),
     ("DELETE", "/api/models/cache/all"),
     ("GET", "/api/models/jobs/{job_id}/events"),

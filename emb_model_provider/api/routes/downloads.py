@@ -1,4 +1,4 @@
-"""`/api/models/download` and `/api/models/jobs`: downloads are started, listed, watched and cancelled."""
+"""`/api/models/download`, `…/transfer` and `…/jobs`: downloads and transfers are started, listed, watched and cancelled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from emb_model_provider.api.dependencies import ServicesDep, get_record
 from emb_model_provider.api.routes.loaded_models import resolve_requested_model
-from emb_model_provider.api.schemas.management import DownloadJob, DownloadJobList, DownloadQuery
+from emb_model_provider.api.schemas.management import DownloadJob, DownloadJobList, DownloadQuery, TransferQuery
 from emb_model_provider.api.schemas.openai import error_responses
-from emb_model_provider.errors import JobNotFoundError
+from emb_model_provider.errors import JobNotFoundError, NotAllowedError
+from emb_model_provider.transfer.location import parse_destination, parse_source
+from emb_model_provider.transfer.session import TransferOptions
+from emb_model_provider.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -46,23 +49,53 @@ router = APIRouter(tags=["management"])
 async def download(services: ServicesDep, query: Annotated[DownloadQuery, Query()]) -> Response:
     # On a thread, because it checks whether the name is a directory.
     spec = await asyncio.to_thread(resolve_requested_model, services.settings, query)
-    job = _with_url(services.jobs.start(spec, force=query.force, compiling=query.compile))
-    return JSONResponse(job.model_dump(mode="json"), 202, headers={"location": job.url})
+    return _accepted(services.jobs.start(spec, force=query.force, compiling=query.compile))
 
 
-@router.get(JOBS, summary="List the downloads", responses=error_responses(401, 403))
+@router.post(
+    "/api/models/transfer",
+    summary="Start to copy a repository from one hub to another",
+    description="Files are streamed, and only those that the destination lacks are sent. If the repository is being copied "
+    "to this destination already, the existing job is returned. A transfer that failed or was cancelled continues when it is "
+    "started again.",
+    response_model=DownloadJob,
+    status_code=202,
+    responses=error_responses(400, 401, 403, 429),
+)
+async def transfer(services: ServicesDep, query: Annotated[TransferQuery, Query()]) -> Response:
+    source = parse_source(query.model_name)
+    destination = parse_destination(query.destination, source)
+    if destination.site == "directory":
+        raise NotAllowedError("A repository is not copied to a directory over HTTP. Use `emb-provider transfer`.")
+    options = TransferOptions(
+        license=query.license,
+        commit_message=query.commit_message,
+        has_permission=query.i_have_permission,
+        overwrite_card=query.overwrite_card,
+    )
+    job = services.jobs.start_transfer(
+        Transfer(services.settings, options).job(source, destination),
+        model_name=source.name,
+        source=source.site,
+        asked_revision=source.revision,
+        destination=str(destination),
+    )
+    return _accepted(job)
+
+
+@router.get(JOBS, summary="List the downloads and transfers", responses=error_responses(401, 403))
 async def list_jobs(services: ServicesDep) -> DownloadJobList:
     return DownloadJobList(jobs=[_with_url(job) for job in services.jobs.list()])
 
 
-@router.get(f"{JOBS}/{{job_id}}", summary="Describe a download", responses=error_responses(401, 403, 404))
+@router.get(f"{JOBS}/{{job_id}}", summary="Describe a download or a transfer", responses=error_responses(401, 403, 404))
 async def look(services: ServicesDep, job_id: str) -> DownloadJob:
     return _with_url(services.jobs.get(job_id))
 
 
 @router.delete(
     f"{JOBS}/{{job_id}}",
-    summary="Cancel a download",
+    summary="Cancel a download or a transfer",
     description="A running job is `cancelling` until it has removed its partial files. A job that has ended does not "
     "change.",
     responses=error_responses(401, 403, 404),
@@ -73,7 +106,7 @@ async def cancel(services: ServicesDep, job_id: str) -> DownloadJob:
 
 @router.get(
     f"{JOBS}/{{job_id}}/events",
-    summary="Watch a download",
+    summary="Watch a download or a transfer",
     description="Server-sent events named `progress`, `done`, `failed` or `cancelled`, each with the job as JSON. "
     "The first event is sent at once. The stream ends after `done`, `failed` or `cancelled`.",
     response_class=StreamingResponse,
@@ -116,6 +149,11 @@ async def _events(jobs: DownloadJobs, job_id: str, is_shutting_down: Callable[[]
             sent_at = now
             yield KEEPALIVE_COMMENT
         await asyncio.sleep(_POLL_S)
+
+
+def _accepted(record: DownloadRecord) -> Response:
+    job = _with_url(record)
+    return JSONResponse(job.model_dump(mode="json"), 202, headers={"location": job.url})
 
 
 def _event(name: str, job: DownloadRecord) -> bytes:

@@ -58,6 +58,27 @@ class DownloadQuery(ModelQuery):
     compile: bool = Field(False, description="Also compile the model at `precision`, so that it loads within seconds.")
 
 
+class TransferQuery(_Query):
+    """A repository to copy from one hub to another."""
+
+    model_name: Name = Field(
+        description="`owner/name` on Hugging Face, or `ms:owner/name` on ModelScope; `@REV` at its end is a branch, tag or "
+        "commit."
+    )
+    destination: Name = Field(description="`owner/name` on the other hub, or with `hf:` or `ms:` on this one.")
+    license: Name | None = Field(
+        None, description="License of the repository if it is created. Default: that of the source."
+    )
+    commit_message: Name | None = Field(None, description="Default: `Mirror of owner/name@commit`.")
+    i_have_permission: bool = Field(
+        False, description="Confirms that a gated, non-commercial or private repository may be copied."
+    )
+    overwrite_card: bool = Field(
+        False,
+        description="Replace the front matter of README.md and configuration.json of a destination that exists already.",
+    )
+
+
 class ListQuery(_Query):
     """Which models on disk are listed."""
 
@@ -142,13 +163,13 @@ class ServedModels(_Response):
 
 
 class DownloadJob(DownloadRecord):
-    """A download that runs in the background."""
+    """A download, or a transfer to another hub, that runs in the background."""
 
     url: str = Field(description="Path of this job. `{url}/events` streams its events; DELETE cancels it.")
 
 
 class DownloadJobList(_Response):
-    """The downloads since the service started."""
+    """The downloads and transfers since the service started."""
 
     jobs: list[DownloadJob] = Field(
         description="The latest first. The last 100 ended jobs are kept until the service stops."
