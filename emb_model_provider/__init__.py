@@ -1,7 +1,7 @@
 """Serves embedding models from ModelScope, Hugging Face or a directory, over HTTP and in Python programs.
 
 `Embedder` runs a model in this process. `ModelManager` and `get_model_manager` download, list, verify and remove
-models.
+models. `Transfer` copies repositories from one hub to another.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from emb_model_provider.embedder import Embedder
     from emb_model_provider.management.manager import ModelManager, get_model_manager
+    from emb_model_provider.transfer.session import TransferOptions
+    from emb_model_provider.transfer.transfer import Transfer
 
-__all__ = ["Embedder", "ModelManager", "get_model_manager"]
+__all__ = ["Embedder", "ModelManager", "Transfer", "TransferOptions", "get_model_manager"]
 
 _MODULES = {
     "Embedder": "emb_model_provider.embedder",
     "ModelManager": "emb_model_provider.management.manager",
+    "Transfer": "emb_model_provider.transfer.transfer",
+    "TransferOptions": "emb_model_provider.transfer.session",
     "get_model_manager": "emb_model_provider.management.manager",
 }
 """Modules of the public names. Imported at first use, because the supervisor and the command line need none of them."""

@@ -52,6 +52,11 @@ def first_line(error: BaseException, *, limit: int = 200, secret: str | None = N
     return (line.replace(secret, "***") if secret else line)[:limit]
 
 
+def printable(text: str) -> str:
+    """Return a text from another machine, in which `?` replaces control characters: a terminal would obey them."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
+
+
 def describe_error(error: BaseException) -> str:
     """Return the message of an error of this package, and of any other error its class and the first line."""
     if isinstance(error, ProviderError):

@@ -113,6 +113,8 @@ def transfer(
         overwrite_card=overwrite_card,
     )
     worker = Transfer(options.open_settings(), choices)
+    if report is not None:
+        write_report(report, [])  # fails before hours of work, not after them
     cancel = CancelToken()
     results: list[TransferResult] = []
 

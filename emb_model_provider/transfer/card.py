@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from emb_model_provider.formatting import printable
+
 README = "README.md"
 CONFIGURATION = "configuration.json"
 """What ModelScope reads to run a model, next to the front matter of README.md."""
@@ -25,7 +27,7 @@ def license_in(readme: bytes) -> str | None:
 def license_of(license_id: str | None, name: str | None) -> str | None:
     """Return the license that a card names: its id, or its name if the id is `other`."""
     named = name if license_id == "other" and name else license_id
-    return (named or "").strip() or None
+    return printable((named or "").strip()) or None
 
 
 def keep_front_matter(readme: bytes, own: bytes) -> bytes:

@@ -47,10 +47,8 @@ class Copier:
         self._plan = plan
         self._lock = threading.Lock()
         self._sent_bytes = 0
-        self._uploaded: dict[str, threading.Lock] = {}
-        """A lock for each sha256, so that two files with the same bytes are sent once."""
-        self._has: set[str] = set()
-        """The sha256 of files that the destination's hub has."""
+        self._sending: dict[str, threading.Lock] = {}
+        """A lock for each sha256, so that two files with the same bytes are sent once, and spooled once."""
 
     def run(self) -> Copied:
         """Create the repository if necessary, upload large files, and commit all files.
@@ -103,13 +101,18 @@ class Copier:
         file = planned.file if planned.file.sha256 is not None else self._session.identify(planned.file)
         addition = Addition(file.path, file.size, _sha256(file), None)
         directory = self._session.options.spool
-        if directory is None or file.size < spool.MIN_BYTES or not self._is_missing(file):
-            with self._session.reader(file, self._session.add_bytes) as reader:
-                self._send(file, cast("BinaryIO", reader))
-        else:
-            with spool.spooled(self._session, directory, file) as stream:
-                self._send(file, stream)
+        with self._lock_of(file):
+            if directory is None or file.size < spool.MIN_BYTES or not self._is_missing(file):
+                with self._session.reader(file, self._session.add_bytes) as reader:
+                    self._send(file, cast("BinaryIO", reader))
+            else:
+                with spool.spooled(self._session, directory, file) as stream:
+                    self._send(file, stream)
         return addition
+
+    def _lock_of(self, file: RemoteFile) -> threading.Lock:
+        with self._lock:
+            return self._sending.setdefault(_sha256(file), threading.Lock())
 
     def _is_missing(self, file: RemoteFile) -> bool:
         return file.sha256 in self._session.ask_destination(
@@ -124,16 +127,13 @@ class Copier:
             content.seek(0)
             return session.destination.upload(file.path, file.size, sha256, content)
 
-        with self._lock:
-            own = self._uploaded.setdefault(sha256, threading.Lock())
-        with own:
-            for is_last in (False, True):
-                try:
-                    is_sent = session.ask_destination(upload, f"sending {file.path}")
-                    break
-                except CorruptSnapshotError:
-                    if is_last:  # the bytes were wrong twice
-                        raise
+        for is_last in (False, True):
+            try:
+                is_sent = session.ask_destination(upload, f"sending {file.path}")
+                break
+            except CorruptSnapshotError:
+                if is_last:  # the bytes were wrong twice
+                    raise
         if is_sent:
             with self._lock:
                 self._sent_bytes += file.size
@@ -154,7 +154,8 @@ class Copier:
                 self._sent_bytes += len(content)
             session.add_bytes(len(content))
             return Addition(file.path, len(content), _sha256(known), content)
-        self._send(known, io.BytesIO(content))
+        with self._lock_of(known):
+            self._send(known, io.BytesIO(content))
         session.add_bytes(len(content))
         return Addition(file.path, len(content), _sha256(known), None)
 

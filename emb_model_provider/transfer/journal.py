@@ -47,6 +47,7 @@ class TransferJournal:
         name = hashlib.sha256("\0".join(self._pair).encode()).hexdigest()[:24]
         self.path = directory / f"{name}.jsonl"
         self._lock = threading.Lock()
+        self._is_reported = False
         self._known: dict[tuple[str, int], tuple[str, str]] = {}
         """Both hashes of files, by one of them and the size."""
         self.has_created = False
@@ -73,8 +74,13 @@ class TransferJournal:
                     start = b"" if self._ends_with_newline() else b"\n"
                     stream.write(start + text.encode() + b"\n")
             except OSError as error:
-                logger.warning("The journal %s cannot be written (%s): a later run reads small files again.", self.path,
-                               error.strerror)  # fmt: skip
+                if not self._is_reported:
+                    self._is_reported = True
+                    logger.warning(
+                        "The journal %s cannot be written (%s): a later run reads small files again.",
+                        self.path,
+                        error.strerror,
+                    )
 
     def _learn(self, entry: JournalEntry) -> None:
         if entry.git_sha1 and entry.sha256:

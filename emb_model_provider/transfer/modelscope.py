@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import secrets
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
 _DEFAULT_REVISIONS = ("master", "main")
-_BLOBS_PER_REQUEST = 64
+_BLOBS_PER_REQUEST = 63
+"""One less than the client sends, because a probe is added."""
 _MAX_REVISIONS_SHOWN = 10
 _PUBLIC = 5
 """The client's number of the visibility; 3 is visible to the members of an organization."""
@@ -120,17 +122,15 @@ class ModelScopeRepository:
 
     def find_missing(self, files: Sequence[RemoteFile]) -> frozenset[str]:
         missing: set[str] = set()
-        objects = [{"oid": file.sha256, "size": file.size} for file in files]
+        objects: list[Mapping[str, Any]] = [{"oid": file.sha256, "size": file.size} for file in files]
         for start in range(0, len(objects), _BLOBS_PER_REQUEST):
             some = objects[start : start + _BLOBS_PER_REQUEST]
-            urls = self._api.legacy.validate_blobs(self._name, "model", some)
-            missing |= {oid for oid, url in urls.items() if url is not None}
+            missing |= self._find_upload_urls(some).keys()
         return frozenset(missing)
 
     def upload(self, path: str, size: int, sha256: str, content: BinaryIO) -> bool:  # noqa: ARG002 - blobs have no path
         # Asked for each file, because the URLs expire.
-        urls = self._api.legacy.validate_blobs(self._name, "model", [{"oid": sha256, "size": size}])
-        url = urls.get(sha256)
+        url = self._find_upload_urls([{"oid": sha256, "size": size}]).get(sha256)
         if url is None:
             return False
         self._api.legacy.upload_blob(url, content, size)
@@ -139,6 +139,21 @@ class ModelScopeRepository:
     def commit(self, additions: Sequence[Addition], message: str) -> None:
         operations = [_operation(addition) for addition in additions]
         self._api.legacy.create_commit(self._name, "model", operations, message, revision=self.branch)
+
+    def _find_upload_urls(self, objects: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Return where to send the objects that the hub lacks.
+
+        Raises:
+            ServerError: The response is not an answer. An object that the hub does not mention counts as present, so an
+                object that cannot exist is asked for, too.
+        """
+        from modelscope_hub.errors import ServerError
+
+        probe = secrets.token_hex(32)
+        urls = self._api.legacy.validate_blobs(self._name, "model", [*map(dict, objects), {"oid": probe, "size": 1}])
+        if urls.pop(probe, None) is None:
+            raise ServerError("ModelScope did not say which files it lacks.")
+        return {oid: url for oid, url in urls.items() if url is not None}
 
     # --- the client -----------------------------------------------------------------------------------
 

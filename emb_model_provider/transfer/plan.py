@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import RepositoryNotFoundError, TransferError
+from emb_model_provider.formatting import printable
 from emb_model_provider.transfer import card, rights
 from emb_model_provider.transfer.repository import checked_listing
 from emb_model_provider.transfer.session import identify_content
@@ -150,7 +151,9 @@ def _compare(
         missing=find_missing(session, planned.values(), exists=not creates),
         comparison=Comparison((*comparison.same, *own), different, missing),
         kept=tuple(kept),
-        extra=tuple(sorted(path for path in present if path not in files and path not in (*_OWN_FILES, *planned))),
+        extra=tuple(
+            sorted(printable(path) for path in present if path not in files and path not in (*_OWN_FILES, *planned))
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from emb_model_provider.errors import CorruptSnapshotError
-from emb_model_provider.formatting import first_line
+from emb_model_provider.formatting import first_line, printable
 from emb_model_provider.snapshots.snapshot import is_safe_path
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def open_repository(location: Location, settings: HubSettings) -> Repository:
 
 def reason_of(error: BaseException, token: str | None) -> str:
     """Return an error of a client in one line, without the token and the queries of URLs, which can be signed."""
-    return _QUERY.sub("?…", first_line(error, secret=token))
+    return printable(_QUERY.sub("?…", first_line(error, secret=token)))
 
 
 def checked_listing(files: Iterable[RemoteFile], origin: str) -> dict[str, RemoteFile]:

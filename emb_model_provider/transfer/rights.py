@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import LicenseRequiredError, PermissionRequiredError
+from emb_model_provider.formatting import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -61,7 +62,7 @@ def require_permission(
     name = min((path for path in files if _LICENSE_FILES.fullmatch(path)), key=len, default=None)
     text = f"The license is {license_id}; the repository has no license file."
     if name is not None:
-        content = read_text(name)
+        content = printable(read_text(name).replace("\r\n", "\n"))
         more = " …" if len(content) > _MAX_TEXT_CHARS else ""
         text = f"{name}:\n\n{content[:_MAX_TEXT_CHARS].strip()}{more}"
     raise PermissionRequiredError(

@@ -55,7 +55,7 @@ def _fill(session: Session, path: Path, file: RemoteFile) -> None:
         if start > file.size:
             start = 0
             stream.truncate(0)
-        stream.seek(start)
+        session.add_bytes(start)
         while start < file.size:
             start = _append(session, stream, path.parent, file, start)
         stream.flush()
@@ -78,6 +78,7 @@ def _append(session: Session, stream: BinaryIO, directory: Path, file: RemoteFil
             except OSError as error:  # of the disk, while others are those of the network
                 raise _disk_error(error, directory) from error
             position += len(block)
+            session.add_bytes(len(block))
         return stream.seek(0, os.SEEK_END)
 
     end = session.ask_source(read, f"reading {file.path}")

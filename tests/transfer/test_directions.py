@@ -66,6 +66,14 @@ def test_dropped_connections_between_modelscope_and_huggingface(
     assert source.wrong_blobs() == []
 
 
+@pytest.mark.parametrize("prefix", ["ms", "hf"])
+def test_a_repository_is_copied_within_its_hub(
+    prefix: str, transfer: Make, source: SourceServer, modelscope: DestinationServer
+) -> None:
+    assert transfer().run(f"{prefix}:acme/tiny", f"{prefix}:mirrors/again").state == "done"
+    assert transfer().verify(f"{prefix}:acme/tiny", f"{prefix}:mirrors/again").state == "same"
+
+
 def test_a_license_is_written_into_the_card_on_huggingface(
     transfer: Make, source: SourceServer, modelscope: DestinationServer
 ) -> None:

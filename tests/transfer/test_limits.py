@@ -129,6 +129,16 @@ def test_a_spooled_file_is_resumed_and_deleted(
     assert destination.wrong_blobs() == []
 
 
+def test_files_with_the_same_bytes_share_the_spool(
+    transfer: Make, source: SourceServer, destination: DestinationServer, tmp_path: Path
+) -> None:
+    file = GeneratedFile(9 * BLOCK, seed=4)
+    source.repos[SOURCE] |= {f"copy{number}.bin": file for number in range(4)}
+    assert transfer(spool=tmp_path / "spool").run(SOURCE, DESTINATION).state == "done"
+    assert destination.put_counts[listed_sha256(file)] == 1
+    assert destination.wrong_blobs() == []
+
+
 def test_a_damaged_spool_is_detected(
     transfer: Make, source: SourceServer, destination: DestinationServer, tmp_path: Path
 ) -> None:
@@ -200,7 +210,7 @@ def test_a_journal_that_cannot_be_written_does_not_stop_the_transfer(
 # --- killed processes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4), pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(3), pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_processes_never_leave_a_destination_that_verifies_wrongly(
     kills: int, tmp_path: Path, settings: Settings, source: SourceServer, destination: DestinationServer
 ) -> None:

@@ -14,13 +14,16 @@ from emb_model_provider.errors import (
     HubUnavailableError,
     OfflineError,
     OperationCancelledError,
+    PermissionRequiredError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     TransferError,
 )
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings import Settings
+from emb_model_provider.transfer import copy
 from emb_model_provider.transfer.transfer import Transfer
+from tests.hubs.servers import Answer, Request, json_answer
 from tests.transfer.helpers import DESTINATION, README, SOURCE, WEIGHTS, mirrored
 from tests.transfer.servers import listed_sha256
 
@@ -105,10 +108,15 @@ def test_card_and_configuration_are_committed_inline(
         assert listed_sha256(source.repos[SOURCE][name]) not in destination.blobs
 
 
-def test_commits_have_at_most_2000_files(transfer: Make, source: SourceServer, destination: DestinationServer) -> None:
-    source.repos[SOURCE] |= {f"data/{number}.txt": b"%d" % number for number in range(2100)}
+@pytest.mark.parametrize("limit", [3, pytest.param(2000, marks=pytest.mark.slow)])
+def test_the_number_of_files_in_a_commit_is_limited(
+    limit: int, transfer: Make, source: SourceServer, destination: DestinationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert copy.MAX_FILES_PER_COMMIT == 2000
+    monkeypatch.setattr(copy, "MAX_FILES_PER_COMMIT", limit)
+    source.repos[SOURCE] |= {f"data/{number}.txt": b"%d" % number for number in range(limit)}
     transfer(jobs=16).run(SOURCE, DESTINATION)
-    assert [commit["files"] for commit in destination.commits] == [2000, 105]
+    assert [commit["files"] for commit in destination.commits] == ([3, 3, 2] if limit == 3 else [2000, 5])
     assert mirrored(source, destination)
 
 
@@ -270,6 +278,23 @@ def test_a_wait_of_hours_fails_the_repository(transfer: Make, destination: Desti
         transfer().run(SOURCE, DESTINATION)
 
 
+def test_an_empty_answer_does_not_mean_that_the_files_are_there(
+    transfer: Make, destination: DestinationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub mentions only files that it lacks. A response that is not an answer mentions none, and is asked again."""
+    route = destination._repository
+    answers = [{"Code": 500, "Success": False, "Data": None}, {"Code": 200, "Data": {"objects": []}}]
+
+    def fail(request: Request, repo: str, rest: str) -> Answer:
+        is_question = rest.endswith("/batch") and bool(answers)
+        return json_answer(answers.pop()) if is_question else route(request, repo, rest)
+
+    monkeypatch.setattr(destination, "_repository", fail)
+    assert transfer().run(SOURCE, DESTINATION).state == "done"
+    assert listed_sha256(WEIGHTS) in destination.blobs
+    assert answers == []
+
+
 def test_a_commit_whose_answer_was_lost_is_not_repeated(
     transfer: Make, source: SourceServer, destination: DestinationServer
 ) -> None:
@@ -286,8 +311,6 @@ def test_a_commit_that_another_one_overtook_is_repeated(
     answers = [{"Code": 400, "Success": False, "Message": "branch changed, please retry"}]
 
     def conflict(repo: str, body: dict[str, object]) -> object:
-        from tests.hubs.servers import json_answer
-
         return json_answer(answers.pop(), 400) if answers else commit(repo, body)
 
     monkeypatch.setattr(destination, "_commit", conflict)
@@ -362,6 +385,21 @@ def test_a_file_name_that_escapes_is_refused(
     with pytest.raises(CorruptSnapshotError, match="outside of its directory"):
         transfer().run(SOURCE, DESTINATION)
     assert DESTINATION not in destination.repos
+
+
+def test_control_characters_of_a_hub_are_not_shown(
+    transfer: Make, source: SourceServer, destination: DestinationServer
+) -> None:
+    """A terminal would obey them."""
+    transfer().run(SOURCE, DESTINATION)
+    destination.repos[DESTINATION]["own\x1b[2J.txt"] = b"own"
+    assert "own?[2J.txt" in transfer().verify(SOURCE, DESTINATION).extra
+    source.info["acme/odd"] = {"cardData": {"license": "cc-by-nc-4.0\x1b[2J"}}
+    source.repos["acme/odd"] = {"LICENSE": b"no\x1b[2J\r\nyes", "config.json": b"{}"}
+    with pytest.raises(PermissionRequiredError) as raised:
+        transfer().run("acme/odd", "mirrors/odd")
+    assert "\x1b" not in str(raised.value)
+    assert "no?[2J\nyes" in str(raised.value)
 
 
 def test_unusual_names_are_transferred(transfer: Make, source: SourceServer, destination: DestinationServer) -> None:
