@@ -28,6 +28,8 @@ provider() {
 setup() {
   if ! command -v emb-provider > /dev/null; then
     command -v uv > /dev/null || python3 -m pip install uv
+    # pip may have installed it to a directory that is not on PATH.
+    command -v uv > /dev/null || uv() { python3 -m uv "$@"; }
     uv sync --project "$root"
   fi
   provider --version

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
+
+INSTALLED = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "python"
+"""The Python of `setup`, if this script is run with another one."""
 
 
 def main() -> None:
@@ -17,6 +21,8 @@ def main() -> None:
     try:
         from emb_model_provider.cli.main import main as emb_provider
     except ImportError as error:
+        if INSTALLED.exists() and Path(sys.executable) != INSTALLED:
+            os.execv(INSTALLED, [str(INSTALLED), *sys.argv])  # noqa: S606 - this script again, with the other Python
         sys.exit(f"{error}. Install this project first: bash scripts/quick_start_transfer.sh setup")
     emb_provider(["transfer", sys.argv[1], sys.argv[2]])
 

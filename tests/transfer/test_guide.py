@@ -150,6 +150,17 @@ def test_the_token_of_the_command_line_is_used(
     assert run(clone, variables, sys.executable, *short).returncode == 0
 
 
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="there is no .venv")
+def test_scripts_find_what_setup_has_installed(
+    clone: Path, variables: dict[str, str], source: SourceServer, destination: DestinationServer
+) -> None:
+    """Also if `python` is another Python than that of the project."""
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    done = run(clone, variables, str(python), "scripts/simple_hf_to_ms.py", MODELS[0], "your-org/found")
+    assert done.returncode == 0, done.stderr
+    assert mirrored(source, destination, MODELS[0], "your-org/found")
+
+
 def test_scripts_without_the_package_say_what_to_do(clone: Path, variables: dict[str, str]) -> None:
     """Without this project, uv and pip, each script names `setup`."""
     bare = variables | {"PATH": "/usr/bin:/bin"}

@@ -78,10 +78,12 @@ def test_a_second_mirror_of_the_same_weights_sends_only_small_files(
     destination.received_bytes = 0
     source.forget()
     source.repos["acme/copy"] = {**source.repos[SOURCE], "vocab.txt": b"[PAD]\n"}
-    second = transfer().run("acme/copy", "mirrors/copy")
+    seen: list[Progress] = []
+    second = transfer().run("acme/copy", "mirrors/copy", on_progress=seen.append)
     assert mirrored(source, destination, "acme/copy", "mirrors/copy")
     assert second.sent_bytes == destination.received_bytes < first.sent_bytes / 1000
     assert "model.safetensors" not in source.bodies()
+    assert next(each.total_bytes for each in seen if each.phase == "transfer") == second.sent_bytes
 
 
 def test_files_with_the_same_bytes_are_sent_once(
