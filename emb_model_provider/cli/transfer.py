@@ -168,13 +168,12 @@ def _print_one(result: TransferResult) -> None:
     out(f"{result.source} -> {result.destination}: {result.state}")
     if result.state == "failed":
         return
+    sent = f"{len(result.sent)} files, {format_size(result.sent_bytes)}"
     rows = [
         ("revision", str(result.revision)),
         ("files", f"{result.files}, of which the destination had {result.same}"),
-        (
-            "to send" if result.state == "planned" else "sent",
-            f"{len(result.sent)} files, {format_size(result.sent_bytes)}",
-        ),
+        ("to send", sent if result.state == "planned" else ""),
+        ("sent", sent if result.state == "done" else ""),
         ("created", "yes" if result.created else ""),
         ("kept", _names(result.kept)),
         ("only there", _names(result.extra)),

@@ -61,11 +61,12 @@ class Copier:
             ProviderError: A hub refuses a request, or does not respond after all retries.
             OperationCancelledError: The transfer was cancelled.
         """
-        session, plan = self._session, self._plan
-        if not plan.files:
+        session = self._session
+        if not self._plan.files:
             return Copied((), 0, 0)
-        if plan.creates:
+        if self._plan.creates:
             self._create()
+        plan = self._plan
         large = [each for each in plan.files if not self._is_small(each)]
         small = [each for each in plan.files if self._is_small(each)]
         session.begin("transfer", plan.send_bytes)

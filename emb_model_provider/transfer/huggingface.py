@@ -181,6 +181,8 @@ class HuggingFaceRepository:
         reason = reason_of(cause, self._token)
         if isinstance(cause, errors.RevisionNotFoundError):
             return Failure(RevisionNotFoundError(f"{where} has no branch, tag or commit {self._requested!r}."))
+        if isinstance(cause, errors.EntryNotFoundError):
+            return Failure(TransferError(f"{where}: a file that it lists does not exist ({reason}). Try again later."))
         if isinstance(cause, errors.HfHubHTTPError):
             return self._http_failure(cause, where, reason)
         if isinstance(cause, httpx2.HTTPError | OSError):

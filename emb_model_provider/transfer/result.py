@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 State = Literal["done", "same", "planned", "differs", "failed", "skipped"]
@@ -39,7 +39,6 @@ class TransferResult:
     error_code: str | None = None
     exit_code: int = 0
     seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def ok(self) -> bool:
