@@ -12,6 +12,7 @@ CONFIGURATION = "configuration.json"
 
 _FRONT_MATTER = re.compile(rb"\A(?:\xef\xbb\xbf)?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _LICENSE = re.compile(r"^license:[ \t]*(?:\r?\n[ \t]*-[ \t]+)?[\"']?([^\"'#\r\n]+)", re.MULTILINE)
+_LICENSE_LINES = re.compile(rb"^license(_name|_link)?:.*\n([ \t]*-[ \t].*\n)*", re.MULTILINE)
 _LICENSE_NAME = re.compile(r"^license_name:[ \t]*[\"']?([^\"'#\r\n]+)", re.MULTILINE)
 
 
@@ -39,10 +40,10 @@ def keep_front_matter(readme: bytes, own: bytes) -> bytes:
     return kept[0] + (readme[replaced.end() :] if replaced is not None else readme)
 
 
-def add_license(readme: bytes, license_id: str) -> bytes:
+def set_license(readme: bytes, license_id: str) -> bytes:
     """Return a README whose front matter names a license, for a hub that reads it there."""
     line = f"license: {license_id}\n".encode()
     match = _FRONT_MATTER.match(readme)
     if match is None:
         return b"---\n" + line + b"---\n" + readme
-    return readme[: match.start(1)] + line + readme[match.start(1) :]
+    return readme[: match.start(1)] + line + _LICENSE_LINES.sub(b"", match[1]) + readme[match.end(1) :]

@@ -21,6 +21,7 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
     TransferError,
 )
+from emb_model_provider.formatting import printable
 from emb_model_provider.hubs.huggingface import redirect_logs
 from emb_model_provider.hubs.transfer import RemoteFile
 from emb_model_provider.transfer import card
@@ -190,6 +191,11 @@ class HuggingFaceRepository:
                 f"{where}: {type(cause).__name__}: {reason}. Check the network and HF_ENDPOINT, or try again later."
             )
             return Failure(HubUnavailableError(message), is_temporary=True)
+        if isinstance(cause, ValueError) and "README.md" in reason:  # what the hub's check of the front matter found
+            details = printable(" ".join(str(cause).split()))
+            return Failure(
+                TransferError(f"{where}: {details} Correct it at the source; for the license, add --license ID.")
+            )
         return Failure(TransferError(f"{where}: {type(cause).__name__}: {reason}"))
 
     def _http_failure(self, error: Any, where: str, reason: str) -> Failure:

@@ -20,11 +20,6 @@ _PREFIXES: Final[dict[str, Site]] = {
 }
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"[\w./-]+", re.ASCII)
-SITE_NAMES: Final[dict[Site, str]] = {
-    "huggingface": "Hugging Face",
-    "modelscope": "ModelScope",
-    "directory": "this machine",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import RepositoryNotFoundError, TransferError
+from emb_model_provider.errors import InvalidTransferError, RepositoryNotFoundError, TransferError
 from emb_model_provider.formatting import printable
 from emb_model_provider.transfer import card, rights
 from emb_model_provider.transfer.repository import checked_listing
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from emb_model_provider.transfer.repository import RepositoryInfo
     from emb_model_provider.transfer.session import Session
 
+_LICENSE_ID = re.compile(r"[\w.+ -]{1,100}", re.ASCII)
 _OWN_FILES = (".gitattributes",)
 """Files that each hub writes itself: they say which files it keeps in LFS."""
 
@@ -91,6 +93,10 @@ def make_plan(session: Session, *, checks_rights: bool = True) -> Plan:
     if info.license is None and card.README in files:
         info = replace(info, license=card.license_in(session.read_file(files[card.README])))
     existing = session.ask_destination(session.destination.describe, f"looking up {destination}")
+    if options.license is not None and not _LICENSE_ID.fullmatch(options.license):
+        raise InvalidTransferError(
+            f"{options.license!r} is not the id of a license. Use an id such as mit or apache-2.0."
+        )
     license_id = options.license or info.license
     if checks_rights:
         if existing is None and destination.site != "directory":
@@ -127,7 +133,7 @@ def _compare(
         own.append(present[card.CONFIGURATION])
         kept.append(card.CONFIGURATION)
         del compared[card.CONFIGURATION]
-    readme = _merged_readme(session, files, present, info, license_id, keeps_card=keeps_card)
+    readme = _merged_readme(session, files, present, keeps_card=keeps_card)
     if readme is not None:
         compared.pop(card.README, None)
         merged = identify_content(card.README, readme)
@@ -180,13 +186,7 @@ def find_missing(session: Session, planned: Iterable[PlannedFile], *, exists: bo
 
 
 def _merged_readme(
-    session: Session,
-    files: Mapping[str, RemoteFile],
-    present: Mapping[str, RemoteFile],
-    info: RepositoryInfo,
-    license_id: str | None,
-    *,
-    keeps_card: bool,
+    session: Session, files: Mapping[str, RemoteFile], present: Mapping[str, RemoteFile], *, keeps_card: bool
 ) -> bytes | None:
     """Return the README to send if it is not that of the source, else None."""
     if keeps_card and card.README in files and card.README in present:
@@ -194,9 +194,10 @@ def _merged_readme(
             own = reader.read()
         merged = card.keep_front_matter(session.read_file(files[card.README]), own)
         return merged if card.keep_front_matter(b"", own) else None
-    if session.destination_location.site == "huggingface" and license_id and not info.license and not present:
+    requested = session.options.license
+    if session.destination_location.site == "huggingface" and requested is not None:
         # Hugging Face reads the license in the README.
-        return card.add_license(session.read_file(files[card.README]) if card.README in files else b"", license_id)
+        return card.set_license(session.read_file(files[card.README]) if card.README in files else b"", requested)
     return None
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emb_model_provider.progress import OnProgress, Phase
-    from emb_model_provider.transfer.journal import TransferJournal
+    from emb_model_provider.transfer.journal import State, TransferJournal
     from emb_model_provider.transfer.location import Location
     from emb_model_provider.transfer.repository import Repository
 
@@ -132,9 +132,9 @@ class Session:
             self.write("hashed", file)
         return file
 
-    def write(self, state: str, file: RemoteFile | None = None, error: str = "") -> None:
+    def write(self, state: State, file: RemoteFile | None = None, error: str = "") -> None:
         """Append an entry to the journal."""
-        entry = JournalEntry(state=state, error=error)  # type: ignore[arg-type]
+        entry = JournalEntry(state=state, error=error)
         if file is not None:
             entry = replace(
                 entry, path=file.path, size=file.size, sha256=file.sha256 or "", git_sha1=file.git_sha1 or ""

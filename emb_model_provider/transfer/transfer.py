@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import OfflineError, OperationCancelledError, ProviderError, TransferError
@@ -130,7 +130,7 @@ class Transfer:
         self,
         pairs: Path | Iterable[Pair],
         *,
-        mode: str = "run",
+        mode: Literal["run", "plan", "verify"] = "run",
         on_result: Callable[[TransferResult], None] = lambda _: None,
         on_progress: OnProgress = ignore_progress,
         cancel: CancelToken | None = None,

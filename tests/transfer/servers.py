@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -279,6 +280,9 @@ class SourceServer(_Uploads, HuggingFaceServer):
             self.info[repo] = {"private": body.get("visibility") == "private"}
             return json_answer({"url": f"{self.url}/{repo}"})
         if path == "/api/validate-yaml":
+            match = re.search(r"^license: (.*)$", body["content"], re.MULTILINE)
+            if match and " " in match[1]:
+                return json_answer({"errors": [{"message": '"license" must be one of [apache-2.0, …]'}]}, 400)
             return json_answer({"errors": [], "warnings": []})
         if "/preupload/" in path:
             files = [

@@ -68,6 +68,7 @@ def test_differences_exit_with_1(here: Path, source: SourceServer, destination: 
         (("--batch", "none.txt"), "none.txt cannot be read"),
         (("a/b", "c/d", "--dry-run", "--verify-only"), "exclude each other"),
         (("a/b", "c/d", "--jobs", "0"), "--jobs"),
+        (("acme/tiny", "c/d", "--license", "mit\nprivate: false"), "not the id of a license"),
         (("acme/none", "c/d"), "There is no repository huggingface:acme/none"),
     ],
 )

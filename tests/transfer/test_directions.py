@@ -86,6 +86,17 @@ def test_a_license_is_written_into_the_card_on_huggingface(
     assert source.info["mirrors/tiny"]["private"] is True
 
 
+def test_a_license_that_huggingface_does_not_know_is_replaced(
+    transfer: Make, source: SourceServer, modelscope: DestinationServer
+) -> None:
+    """ModelScope writes `Apache License 2.0`, which Hugging Face refuses."""
+    modelscope.repos["acme/tiny"]["README.md"] = b"---\nlicense: Apache License 2.0\n---\n# text\n"
+    with pytest.raises(TransferError, match=r"must be one of .* add --license ID"):
+        transfer().run("ms:acme/tiny", "mirrors/tiny")
+    assert transfer(license="apache-2.0").run("ms:acme/tiny", "mirrors/tiny").state == "done"
+    assert source.repos["mirrors/tiny"]["README.md"] == b"---\nlicense: apache-2.0\n---\n# text\n"
+
+
 @pytest.mark.parametrize("name", [SOURCE, "ms:acme/tiny"])
 def test_a_repository_is_copied_to_a_directory(
     name: str, transfer: Make, source: SourceServer, modelscope: DestinationServer, tmp_path: Path

@@ -181,6 +181,15 @@ def test_the_license_in_a_readme(readme: bytes, expected: str | None) -> None:
     assert card.license_in(readme) == expected
 
 
-def test_a_license_is_added_to_a_readme() -> None:
-    assert card.add_license(b"# text\n", "mit") == b"---\nlicense: mit\n---\n# text\n"
-    assert card.license_in(card.add_license(b"---\ntags: [a]\n---\n# text\n", "mit")) == "mit"
+@pytest.mark.parametrize(
+    ("readme", "expected"),
+    [
+        (b"# text\n", b"---\nlicense: mit\n---\n# text\n"),
+        (b"---\ntags: [a]\n---\n# text\n", b"---\nlicense: mit\ntags: [a]\n---\n# text\n"),
+        (b"---\na: 1\nlicense: Apache License 2.0\nb: 2\n---\n", b"---\nlicense: mit\na: 1\nb: 2\n---\n"),
+        (b"---\nlicense:\n- a\n- b\ntags:\n- c\n---\n", b"---\nlicense: mit\ntags:\n- c\n---\n"),
+        (b"---\nlicense: other\nlicense_name: x\nlicense_link: y\n---\n", b"---\nlicense: mit\n---\n"),
+    ],
+)
+def test_the_license_in_a_readme_is_replaced(readme: bytes, expected: bytes) -> None:
+    assert card.set_license(readme, "mit") == expected
