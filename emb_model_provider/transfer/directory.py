@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -70,9 +71,8 @@ class DirectoryRepository:
     def find_missing(self, files: Sequence[RemoteFile]) -> frozenset[str]:
         return frozenset(file.sha256 for file in files if file.sha256 is not None)
 
-    def upload(self, path: str, size: int, sha256: str, content: BinaryIO) -> bool:  # noqa: ARG002 - named by its hash
-        staged = self._staged(sha256)
-        with self._create(staged) as stream:
+    def upload(self, path: str, size: int, sha256: str, content: BinaryIO) -> bool:  # noqa: ARG002 - the reader checks both
+        with self._create(self._staged(path)) as stream:
             while block := content.read(_BLOCK_BYTES):
                 stream.write(block)
             stream.flush()
@@ -80,22 +80,13 @@ class DirectoryRepository:
         return True
 
     def commit(self, additions: Sequence[Addition], message: str) -> None:  # noqa: ARG002 - directories have no history
-        remaining = [addition.sha256 for addition in additions if addition.content is None]
         for addition in additions:
-            staged = self._staged(addition.sha256)
+            staged = self._staged(addition.path)
             if addition.content is not None:
                 with self._create(staged) as stream:
                     stream.write(addition.content)
             target = self._safe(addition.path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if addition.content is None:
-                remaining.remove(addition.sha256)
-            if addition.content is None and addition.sha256 in remaining:  # another path has the same bytes
-                copy = staged.with_suffix(".copy")
-                with staged.open("rb") as stream, self._create(copy) as copied:
-                    while block := stream.read(_BLOCK_BYTES):
-                        copied.write(block)
-                staged = copy
             staged.replace(target)
         staging = self._root / _STAGING
         if staging.is_dir() and not any(staging.iterdir()):
@@ -104,8 +95,9 @@ class DirectoryRepository:
     def explain(self, error: Exception) -> Failure:
         return Failure(TransferError(f"{self._root}: {first_line(error)}. Check the disk and its permissions."))
 
-    def _staged(self, sha256: str) -> Path:
-        return self._safe(f"{_STAGING}/{sha256}")
+    def _staged(self, path: str) -> Path:
+        """Return where a file is until it is committed."""
+        return self._safe(f"{_STAGING}/{hashlib.sha256(path.encode()).hexdigest()}")
 
     def _create(self, path: Path) -> BinaryIO:
         path.parent.mkdir(parents=True, exist_ok=True)
