@@ -15,6 +15,7 @@ from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.registry import Registry, RegistryConfig
 from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.settings import ServedModels
 from emb_model_provider.settings.loading import load_settings
 
@@ -215,9 +216,14 @@ class _Running:
             RegistryConfig(
                 batching=settings.batching.model_copy(update={"max_queue_tokens": _NO_LIMIT}),
                 limits=settings.limits.model_copy(
-                    update={"request_timeout_s": _NO_TIMEOUT_S, "max_request_tokens": _NO_LIMIT}
+                    update={
+                        "request_timeout_s": _NO_TIMEOUT_S,
+                        "request_total_timeout_s": _NO_TIMEOUT_S,
+                        "max_request_tokens": _NO_LIMIT,
+                    }
                 ),
                 memory=settings.memory.model_copy(update={"load_wait_s": _NO_TIMEOUT_S}),
+                result_cache=ResultCache(settings.memory.result_cache_bytes),
             ),
         )
         self._is_open = True

@@ -193,7 +193,7 @@ class QueueFullError(RetryLaterError):
 
 
 class DeadlineExceededError(ProviderError):
-    """The request took longer than REQUEST_TIMEOUT_S. Its remaining work was dropped."""
+    """The model made no progress, or the request took too long. Its remaining work was dropped."""
 
 
 class InferenceError(ProviderError):

@@ -117,6 +117,23 @@ async def test_request_larger_than_the_queue_does_not_block_small_ones() -> None
         await asyncio.gather(holding, large, small)
 
 
+async def test_without_a_limit_in_tokens_the_queue_is_limited_by_memory() -> None:
+    """A request that does not fit is rejected with the time that the excess takes. An empty queue accepts any request."""
+    async with started_engine(config={"queue_bytes": 40_000}) as run:
+        assert len(await run.embed(*(["w1"] * 1000))) == 1000
+        holding = await run.hold()
+        large = asyncio.create_task(run.embed(*(["w2"] * 200)))
+        await run.until_waiting(200)
+        with pytest.raises(QueueFullError, match="MiB") as caught:
+            await run.embed(*(["w3"] * 200))
+        assert 0 < caught.value.retry_after_s < 1
+        small = asyncio.create_task(run.embed("w4"))
+        await run.until_waiting(201)
+        run.backend.gate.set()
+        await asyncio.gather(holding, large, small)
+        assert len(await run.embed(*(["w5"] * 200))) == 200
+
+
 async def test_error_while_recording_metrics_fails_no_request() -> None:
     """Recording a batch is not part of answering it."""
 
