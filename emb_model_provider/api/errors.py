@@ -1,7 +1,8 @@
-"""Error responses: every error that a client sees, in OpenAI's form."""
+"""Error responses: every error that a client sees, in the form of the API that it uses, by default OpenAI's."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from typing import TYPE_CHECKING, cast
@@ -10,6 +11,7 @@ import orjson
 from starlette.responses import Response
 
 from emb_model_provider.api.dependencies import get_record
+from emb_model_provider.api.paths import dialect_of
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import (
     ModelNotReadyError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,7 @@ def error_response(
     """Return an error in OpenAI's form."""
     # A message can quote what the client sent, lone surrogates included, which UTF-8 cannot encode.
     message = message.encode("utf-8", "replace").decode()
-    body = {"error": {"message": message, "type": type, "param": param, "code": code}}
-    return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
+    return ErrorResponse(status, {"message": message, "type": type, "param": param, "code": code}, headers)
 
 
 def response_for(error: Exception) -> Response:
@@ -102,6 +104,15 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
             code = "invalid_type" if kind.endswith(("_parsing", "_type")) else "invalid_value"
     return error_response(400, message, param=name, code=code)
 
+def _tei_error_type(status: int) -> str:
+    match status:
+        case 429:
+            return "Overloaded"
+        case 503:
+            return "Unhealthy"
+    return "Validation" if status < 500 else "Backend"
+
+
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """Return the response to a request for an unknown path or with a method that its path does not support."""
@@ -111,8 +122,23 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     message = f"Invalid URL ({method} {request.scope['path'][:_MAX_QUOTE]})"
     match exception.status_code:
         case 404:
-            return error_response(404, message, code="unknown_url")
+            return error_response(404, f"{message}. {_nearest_route(request)}", code="unknown_url")
         case 405:
-            return error_response(405, message, code="method_not_allowed", headers=exception.headers)
+            allowed = (exception.headers or {}).get("Allow", "")
+            return error_response(
+                405,
+                f"{message}: {method[:_MAX_QUOTE]} is not a method of this route. Use {allowed}.",
+                code="method_not_allowed",
+                headers=exception.headers,
+            )
         case status:
             return error_response(status, str(exception.detail), headers=exception.headers)
+
+
+def _nearest_route(request: Request) -> str:
+    """Return a sentence that names the route whose path is most similar to that of the request, if there is one."""
+    method = get_record(request).method
+    routes: Mapping[str, set[str]] = request.app.state.methods
+    for path in difflib.get_close_matches(request.scope["path"][:_MAX_QUOTE], routes, n=1):
+        return f"Did you mean {method if method in routes[path] else min(routes[path])} {path}?"
+    return "/docs lists the routes."

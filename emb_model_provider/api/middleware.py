@@ -16,6 +16,7 @@ from starlette.responses import Response
 from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
+from emb_model_provider.api.paths import is_embedding_request
 from emb_model_provider.errors import BodyTooLargeError, CompressedBodyError, ModelNotReadyError, ReceiveTimeoutError
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
@@ -74,7 +75,7 @@ class AccessLogMiddleware:
             self._write(record)
 
     def _write(self, record: RequestRecord) -> None:
-        if record.path == "/v1/embeddings" and record.method == "POST":
+        if is_embedding_request(record.method, record.path):
             self._on_request(record)
         level = logging.DEBUG if record.path in _MONITORING_PATHS else logging.INFO
         if not access_logger.isEnabledFor(level):
