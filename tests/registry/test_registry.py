@@ -109,8 +109,8 @@ def test_names_refer_to_aliases_ids_and_unique_last_parts() -> None:
     assert registry.alias_of("model") == "bge-m3"
     assert registry.alias_of("long-name") == "org/long-name"
     assert registry.alias_of("y/twin") == "c"
-    assert registry.alias_of("z/shared") == "d"
-    for unknown in ("twin", "shared", "nothing", ""):
+    assert registry.alias_of("z/shared") == registry.alias_of("shared") == "d"
+    for unknown in ("twin", "nothing", "", "BGE-M3", "bge-m3:latest", "bge-m3-query"):
         with pytest.raises(ModelNotFoundError, match="does not exist"):
             registry.alias_of(unknown)
 
