@@ -7,11 +7,13 @@ import logging
 import shlex
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 
@@ -20,7 +22,20 @@ from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
-from emb_model_provider.api.routes import cached_models, downloads, embeddings, loaded_models, models, operations
+from emb_model_provider.api.paths import PathMiddleware
+from emb_model_provider.api.routes import (
+    azure,
+    cached_models,
+    cohere,
+    downloads,
+    embeddings,
+    llamafile,
+    loaded_models,
+    models,
+    ollama,
+    operations,
+    tei,
+)
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.management.downloads import DownloadJobs
@@ -29,9 +44,10 @@ from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, RegistryConfig, State
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
     from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
+    from fastapi import APIRouter
 
     from emb_model_provider.settings import ServerSettings, Settings
 
@@ -53,6 +69,11 @@ _ROUTERS = (
     cached_models.router,
     operations.router,
 )
+    azure.router,
+    cohere.router,
+    llamafile.router,
+    ollama.router,
+    tei.router,
 
 
 class Application(FastAPI):
@@ -65,6 +86,7 @@ class Application(FastAPI):
         )  # fmt: skip
         self.state.services = services
         for router in _ROUTERS:
+        self.state.methods = _methods(_ROUTERS)
             self.include_router(router)
         # All other errors are handled by AuthAndLimitsMiddleware.
         self.add_exception_handler(HTTPException, on_http_exception)
@@ -150,13 +172,23 @@ def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     policy = AccessPolicy(server)
     app = EmbeddingsFastPath(app, services)
+def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
+    """Return the methods of each path, from which the error for an unknown path names the most similar one."""
+    methods: dict[str, set[str]] = {}
+    for route in chain.from_iterable(router.routes for router in routers):
+        if isinstance(route, APIRoute):
+            methods.setdefault(route.path, set()).update(route.methods or ())
+    return methods
+
+
     app = AuthAndLimitsMiddleware(app, policy, limits.max_body_bytes, BodyBudget(limits.max_pending_body_bytes))
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
         app = CorsMiddleware(app, server.cors_origins)
     if server.accepted_hosts is not None:
         app = TrustedHostMiddleware(app, policy)
-    return AccessLogMiddleware(app, services.metrics.on_request)
+    app = AccessLogMiddleware(app, services.metrics.on_request)
+    return PathMiddleware(app)
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:

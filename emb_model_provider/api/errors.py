@@ -38,6 +38,28 @@ _MAX_QUOTE = 200
 """Longest quotation of what the client sent, in characters."""
 
 
+class ErrorResponse(Response):
+    """An error in OpenAI's form, which is sent in the form of the API that the request belongs to."""
+
+    def __init__(self, status: int, error: Mapping[str, str | None], headers: Mapping[str, str] | None) -> None:
+        super().__init__(orjson.dumps({"error": error}), status, headers=headers, media_type="application/json")
+        self._message = error["message"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match dialect_of(scope["method"], scope["path"]):
+            case "ollama":
+                self._set_body({"error": self._message})
+            case "tei":
+                self._set_body({"error": self._message, "error_type": _tei_error_type(self.status_code)})
+            case "cohere":
+                self._set_body({"message": self._message})
+        await super().__call__(scope, receive, send)
+
+    def _set_body(self, body: Mapping[str, str | None]) -> None:
+        self.body = orjson.dumps(body)
+        self.headers["content-length"] = str(len(self.body))
+
+
 def error_response(
     status: int,
     message: str,
@@ -82,6 +104,15 @@ def response_for(error: Exception) -> Response:
     return error_response(info.status, error.message, type=kind, param=param, code=info.code, headers=headers)
 
 
+def _tei_error_type(status: int) -> str:
+    match status:
+        case 429:
+            return "Overloaded"
+        case 503:
+            return "Unhealthy"
+    return "Validation" if status < 500 else "Backend"
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(seconds))))}
 
@@ -103,15 +134,6 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
             message = f"Invalid value for '{name}' = {quoted}. {problem['msg']}."
             code = "invalid_type" if kind.endswith(("_parsing", "_type")) else "invalid_value"
     return error_response(400, message, param=name, code=code)
-
-def _tei_error_type(status: int) -> str:
-    match status:
-        case 429:
-            return "Overloaded"
-        case 503:
-            return "Unhealthy"
-    return "Validation" if status < 500 else "Backend"
-
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -73,6 +73,12 @@ def choose_prompt(input_type: str | None, description: ModelDescription) -> str:
     return prompts.get(default, "") if default is not None else ""
 
 
+def has_search_prompts(description: ModelDescription) -> bool:
+    """Return whether a model has a prompt or a route for queries, and one for documents."""
+    names = {*description.prompts, *description.routes}
+    return all(names.intersection(synonyms) for synonyms in _PROMPT_SYNONYMS)
+
+
 def _synonyms(input_type: str) -> tuple[str, ...]:
     return next((names for names in _PROMPT_SYNONYMS if input_type in names), ())
 

@@ -38,23 +38,40 @@ def test_default_model(service: Service, fields: dict[str, Any]) -> None:
     assert service.embed("hello", **fields).json()["model"] == BUNDLED
 
 
-@pytest.mark.parametrize("name", ["team/own-ids", "own-ids", BUNDLED])
-def test_names_of_a_model_with_several_aliases(guarded: Service, name: str) -> None:
-    """An alias, its unique last part, and an id are accepted. An id with several aliases means the first of them."""
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [("team/own-ids", "team/own-ids"), ("own-ids", "team/own-ids"), (BUNDLED, "mini"), ("all-MiniLM-L6-v2", "mini"),
+     ("MINI", "mini"), ("Strict:latest", "strict"), ("openai/late", "late"), ("mini-query", "mini"), ("mini-passage", "mini")],
+)  # fmt: skip
+def test_names_of_a_model_with_several_aliases(guarded: Service, name: str, alias: str) -> None:
+    """Aliases, ids, unique last parts and similar names are accepted. An id with several aliases means the first."""
     response = guarded.embed("hello", model=name)
     assert response.json()["model"] == name
-    alias = "mini" if name == BUNDLED else "team/own-ids"
     assert guarded.http.get(f"/v1/models/{name}").json()["id"] == alias
 
 
-@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "MINI", "mini "])
-def test_ambiguous_name_is_unknown(guarded: Service, name: str) -> None:
-    """A last part that several models share gets a 404 that lists the names."""
+@pytest.mark.parametrize(
+    "name", ["sentence-transformers", "mini ", "mini-document", "strict-query", "mini-query-query"]
+)
+def test_other_names_are_unknown(guarded: Service, name: str) -> None:
+    """The error lists the names. Names for queries exist only if the model has prompts for both sides of a search."""
     response = guarded.embed("hello", model=name)
     assert_error(response, 404, "model_not_found", param="model", phrase="Served here: mini, strict")
 
 
-@pytest.mark.parametrize("name", ["", "nope", "ALL-MINILM-L6-V2", "x" * 5000, "a\nb\u2028c", "../../etc/passwd"])
+def test_name_chooses_the_prompt(guarded: Service) -> None:
+    """NAME-query and NAME-passage have the prompts of these sides, unless the request has an `input_type` itself."""
+
+    def tokens(name: str, **fields: str) -> int:
+        count: int = guarded.embed("hello", model=name, **fields).json()["usage"]["total_tokens"]
+        return count
+
+    plain = tokens("mini")
+    assert tokens("mini-query") == tokens("mini", input_type="query") == plain + 2
+    assert tokens("mini-passage", input_type="query") == tokens("mini", input_type="query")
+
+
+@pytest.mark.parametrize("name", ["", "nope", "x" * 5000, "a\nb\u2028c", "../../etc/passwd"])
 def test_unknown_model(service: Service, name: str) -> None:
     """An unknown name gets a 404 that lists the served models."""
     response = service.embed("hello", model=name)

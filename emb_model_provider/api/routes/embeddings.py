@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 from binascii import b2a_base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -20,10 +20,12 @@ from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.schemas.openai import EmbeddingRequest, EmbeddingResponse, error_responses
 from emb_model_provider.errors import RequestError
 from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.request_options import has_search_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from numpy.typing import NDArray
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from emb_model_provider.model_spec import Truncate
@@ -80,23 +82,76 @@ class EmbeddingsFastPath:
     },
 )
 async def create_embeddings(request: Request, services: ServicesDep) -> Response:
+    return await create_response(await embed_request(request, services))
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingAnswer:
+    """A request for embeddings, and its vectors."""
+
+    fields: Mapping[str, Any]
+    """The fields of the request, in its own dialect."""
+    call: EmbeddingCall
+    model: str
+    """The requested name, or the alias of the default model."""
+    embeddings: Embeddings
+
+
+async def embed_request(
+    request: Request,
+    services: Services,
+    translate: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda fields: fields,
+) -> EmbeddingAnswer:
+    """Parse a request and embed its inputs.
+
+    Args:
+        request: The request, whose body has not been read.
+        services: The parts of the service.
+        translate: Returns the fields of `POST /v1/embeddings` that mean the same as those of the request.
+    """
     registry, limits = services.registry, services.settings.limits
     body = await request.body()
     record = get_record(request)
+
+    def parse() -> tuple[Mapping[str, Any], EmbeddingCall]:
+        fields = parse_object(body)
+        return fields, parse_fields(translate(fields), limits)
+
     async with cancelled_on_disconnect(request):
-        if len(body) > _MAX_INLINE_BODY_BYTES:
-            call = await asyncio.to_thread(parse_embedding_call, body, limits)
-        else:
-            call = parse_embedding_call(body, limits)
+        fields, call = await asyncio.to_thread(parse) if len(body) > _MAX_INLINE_BODY_BYTES else parse()
         model = call.model if call.model is not None else registry.default_alias
-        record.model = registry.alias_of(model)
-        async with registry.lease(record.model) as engine:
-            embeddings = await engine.embed(call.inputs, call.options)
+        resolved = registry.resolve(model)
+        record.model = resolved.alias
+        options = call.options
+        if resolved.input_type is not None and options.input_type is None:
+            options = replace(options, input_type=resolved.input_type)
+        async with registry.lease(resolved.alias) as engine:
+            if resolved.needs_prompts and not has_search_prompts(engine.description):
+                raise registry.not_found(model)
+            embeddings = await engine.embed(call.inputs, options)
     _fill_record(record, embeddings)
-    if embeddings.vectors.size > _MAX_INLINE_NUMBERS:
-        content = await asyncio.to_thread(render_response, embeddings, call.encoding, model)
-    else:
-        content = render_response(embeddings, call.encoding, model)
+    return EmbeddingAnswer(fields, call, model, embeddings)
+
+
+async def create_response(answer: EmbeddingAnswer) -> Response:
+    """Return vectors in OpenAI's form."""
+    return await _respond(answer, lambda: render_response(answer.embeddings, answer.call.encoding, answer.model))
+
+
+async def vectors_response(answer: EmbeddingAnswer, create_body: Callable[[NDArray[np.float32]], Any]) -> Response:
+    """Return vectors in the form of another API. The body may contain float32 arrays, which become arrays of numbers."""
+
+    def render() -> bytes:
+        vectors = np.ascontiguousarray(answer.embeddings.vectors, dtype=np.float32)
+        return orjson.dumps(create_body(vectors), option=orjson.OPT_SERIALIZE_NUMPY)
+
+    return await _respond(answer, render)
+
+
+async def _respond(answer: EmbeddingAnswer, render: Callable[[], bytes]) -> Response:
+    """Return a response whose body `render` creates, on a thread if there are many numbers."""
+    embeddings = answer.embeddings
+    content = await asyncio.to_thread(render) if embeddings.vectors.size > _MAX_INLINE_NUMBERS else render()
     headers = {"x-truncated-inputs": str(embeddings.truncated)} if embeddings.truncated else None
     return Response(content, media_type="application/json", headers=headers)
 
@@ -113,12 +168,11 @@ class EmbeddingCall:
     options: EmbedOptions
 
 
-def parse_embedding_call(body: bytes, limits: LimitSettings) -> EmbeddingCall:
-    """Parse and check the body of `POST /v1/embeddings`.
+def parse_fields(fields: Mapping[str, Any], limits: LimitSettings) -> EmbeddingCall:
+    """Check the fields of `POST /v1/embeddings`.
 
     Pydantic is not used, because it takes longer, and its messages differ from OpenAI's.
     """
-    fields = _parse_object(body)
     return EmbeddingCall(
         model=_value(fields, str, "model"),
         inputs=_inputs(fields, limits),
@@ -157,7 +211,16 @@ def _fill_record(record: RequestRecord, embeddings: Embeddings) -> None:
     record.inference_s = embeddings.timing.inference_s
 
 
-def _parse_object(body: bytes) -> Mapping[str, Any]:
+def require(fields: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field; raise RequestError if it is absent or null."""
+    value = fields.get(name)
+    if value is None:
+        raise RequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+    return value
+
+
+def parse_object(body: bytes) -> Mapping[str, Any]:
+    """Return the fields of a JSON object; raise RequestError if the body is not one."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -193,9 +256,7 @@ def _parse_integer(digits: str) -> int | float:
 
 
 def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
-    value = fields.get("input")
-    if value is None:
-        raise RequestError("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+    value = require(fields, "input")
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):

@@ -118,6 +118,12 @@ class ModelObject(BaseModel):
         description="Smaller sizes that vectors can be truncated to."
     )
     max_input_tokens: int | None
+    input_type: str | None = Field(
+        description="The `input_type` of requests that use this alias and have none themselves."
+    )
+    model_type: Literal["embedding"] = Field(description="For clients of Xinference.")
+    model_name: str = Field(description="The same as `name`, for clients of Xinference.")
+    max_tokens: int | None = Field(description="The same as `max_input_tokens`, for clients of Xinference.")
     pooling: str | None
     normalize: bool | None
     prompts: list[str] | None = Field(
@@ -142,6 +148,19 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelObject]
+
+
+class About(BaseModel):
+    """What this service is, with the paths of its documentation and of its main routes."""
+
+    name: str
+    version: str
+    description: str
+    base_url: str = Field(description="The path of the base URL for clients of OpenAI.")
+    default_model: str = Field(description="Alias of the model that serves requests without a model name.")
+    documentation: str
+    models: str
+    state: str
 
 
 class Health(BaseModel):
