@@ -46,8 +46,8 @@ from emb_model_provider.registry import Registry, RegistryConfig, State
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
-    from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
     from fastapi import APIRouter
+    from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
     from emb_model_provider.settings import ServerSettings, Settings
 
@@ -68,12 +68,12 @@ _ROUTERS = (
     downloads.router,
     cached_models.router,
     operations.router,
-)
     azure.router,
     cohere.router,
     llamafile.router,
     ollama.router,
     tei.router,
+)
 
 
 class Application(FastAPI):
@@ -85,8 +85,8 @@ class Application(FastAPI):
             lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
         )  # fmt: skip
         self.state.services = services
-        for router in _ROUTERS:
         self.state.methods = _methods(_ROUTERS)
+        for router in _ROUTERS:
             self.include_router(router)
         # All other errors are handled by AuthAndLimitsMiddleware.
         self.add_exception_handler(HTTPException, on_http_exception)
@@ -168,10 +168,6 @@ def create_app(
     return Application(services, lifespan)
 
 
-def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
-    server, limits = services.settings.server, services.settings.limits
-    policy = AccessPolicy(server)
-    app = EmbeddingsFastPath(app, services)
 def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
     """Return the methods of each path, from which the error for an unknown path names the most similar one."""
     methods: dict[str, set[str]] = {}
@@ -181,6 +177,10 @@ def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
     return methods
 
 
+def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
+    server, limits = services.settings.server, services.settings.limits
+    policy = AccessPolicy(server)
+    app = EmbeddingsFastPath(app, services)
     app = AuthAndLimitsMiddleware(app, policy, limits.max_body_bytes, BodyBudget(limits.max_pending_body_bytes))
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
