@@ -57,6 +57,8 @@ class EmbedOptions:
     """Whether vectors are scaled to length 1. Truncated vectors always are."""
     input_type: str | None = None
     """Name of a prompt, or a synonym of `query` or `document`."""
+    instruction: str | None = None
+    """Text that replaces the instruction in the prompt of the model; see `choose_prompt`."""
     truncate: Truncate | Literal["AUTO"] | None = None
     """Side from which inputs that are too long are cut; NONE rejects them, and AUTO is the side that the tokenizer of the
     model declares."""
@@ -149,7 +151,7 @@ class Engine:
         """
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         task = choose_task(options.input_type, self.description)
-        prompt = choose_prompt(options.input_type, self.description)
+        prompt = choose_prompt(options.input_type, self.description, options.instruction)
         try:
             async with asyncio.timeout(self._limits.request_timeout_s):
                 started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -28,6 +29,18 @@ _PROMPT_SYNONYMS = (
 """Names of the two sides of a search in common APIs. The names of a line are interchangeable."""
 
 
+_INSTRUCTIONS = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"(Instruct: ?)(.+?)(\s*\n *Query: ?)",
+        r"(<instruct>)(.+?)(\n<query>)",
+        r"(task: )(.+?)( \| query: )",
+    )
+)
+"""Prompts that contain an instruction, with the text before and after it: those of Qwen3, E5 and GTE; of BGE-ICL; of
+EmbeddingGemma."""
+
+
 def choose_task(input_type: str | None, description: ModelDescription) -> str | None:
     """Return the task that decides the route of an asymmetric model, or None for any other model.
 
@@ -49,12 +62,37 @@ def choose_task(input_type: str | None, description: ModelDescription) -> str | 
     return task
 
 
-def choose_prompt(input_type: str | None, description: ModelDescription) -> str:
+def choose_prompt(input_type: str | None, description: ModelDescription, instruction: str | None = None) -> str:
     """Return the text to put before each input; empty for none.
 
     `input_type` is the name of a prompt or of a route, or a synonym of `query` or `document`. The default prompt applies
-    if it is None, or if the model has no prompt for the synonym.
+    if it is None, or if the model has no prompt for the synonym. An instruction replaces that of the prompt. If no prompt
+    of the model contains one, the instruction is the prompt.
+
+    Raises:
+        RequestError: The model has no such prompt, or only its other prompts contain an instruction.
     """
+    prompt = _choose_prompt(input_type, description)
+    if instruction is None:
+        return prompt
+    candidates = (prompt, *description.prompts.values()) if input_type is None else (prompt,)
+    for candidate in candidates:
+        for pattern in _INSTRUCTIONS:
+            if match := pattern.fullmatch(candidate):
+                return f"{match[1]}{instruction}{match[3]}"
+    with_instruction = [
+        name for name, text in description.prompts.items() if any(each.fullmatch(text) for each in _INSTRUCTIONS)
+    ]
+    if with_instruction:
+        raise RequestError(
+            f"This model has no instruction for 'input_type' = {(input_type or '')[:100]!r}. Values of 'input_type' with an "
+            f"instruction: [{', '.join(map(repr, with_instruction))}].",
+            param="instruction",
+        )
+    return instruction
+
+
+def _choose_prompt(input_type: str | None, description: ModelDescription) -> str:
     prompts, default = description.prompts, description.default_prompt
     if input_type is not None:
         if input_type in prompts:

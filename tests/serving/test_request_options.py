@@ -88,3 +88,30 @@ def test_the_name_of_a_route_is_an_input_type() -> None:
     assert choose_prompt("code", described) == ""
     with pytest.raises(RequestError, match="'code'"):
         choose_prompt("image", described)
+
+
+QWEN = {"query": "Instruct: Find answers\nQuery:", "document": ""}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "input_type", "expected"),
+    [
+        (QWEN, "query", "Instruct: Find duplicates\nQuery:"),
+        (QWEN, None, "Instruct: Find duplicates\nQuery:"),
+        ({"web": "Instruct: Find\nanswers\n Query: "}, "web", "Instruct: Find duplicates\n Query: "),
+        ({"query": "<instruct>Find answers\n<query>"}, "search_query", "<instruct>Find duplicates\n<query>"),
+        ({"query": "task: search result | query: "}, "query", "task: Find duplicates | query: "),
+        ({"query": "query: "}, "query", "Find duplicates"),
+        ({}, None, "Find duplicates"),
+    ],
+)
+def test_instruction(prompts: dict[str, str], input_type: str | None, expected: str) -> None:
+    """It replaces the instruction in a prompt of the model. If none contains one, it is the prompt."""
+    assert choose_prompt(input_type, describe(prompts=prompts), "Find duplicates") == expected
+
+
+def test_instruction_for_the_side_without_one_is_rejected() -> None:
+    """It would change the vectors in a way that the model was not trained for."""
+    with pytest.raises(RequestError, match=r"'document'.*with an instruction: \['query'\]") as caught:
+        choose_prompt("document", describe(prompts=QWEN), "Find duplicates")
+    assert caught.value.param == "instruction"

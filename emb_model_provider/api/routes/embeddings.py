@@ -181,6 +181,7 @@ def parse_fields(fields: Mapping[str, Any], limits: LimitSettings) -> EmbeddingC
             dimensions=_dimensions(fields),
             normalize=_value(fields, bool, "normalize", "normalized"),
             input_type=_value(fields, str, "input_type", "task", "prompt_name"),
+            instruction=_value(fields, str, "instruction"),
             truncate=_truncate(fields),
             truncate_prompt_tokens=_value(fields, int, "truncate_prompt_tokens"),
         ),

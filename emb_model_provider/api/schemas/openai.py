@@ -62,6 +62,9 @@ class EmbeddingRequest(BaseModel):
     input_type: str | None = None
     """Selects one of the model's prompts, and the part of an asymmetric model that embeds the input: query, document, a synonym (search_query, retrieval.query, passage,
     search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`."""
+    instruction: str | None = None
+    """Replaces the instruction in the prompt of the model, if its prompts contain one (as those of Qwen3-Embedding do);
+    else it is put before each input as it is."""
     truncate: bool | Literal["NONE", "START", "END"] | None = None
     """At which end an input that is too long is truncated; NONE or false rejects it instead. Default: the
     end that the tokenizer of the model declares, which is nearly always END, unless the operator has set another value for
