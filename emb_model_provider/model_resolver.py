@@ -107,7 +107,7 @@ def directory_of(model: str) -> Path | None:
 def hidden_repository_note(spec: ModelSpec) -> str:
     """Return a sentence, after a space, for errors of a model in a directory whose name could be that of a repository.
 
-    It says how to get the model of a hub. Empty if the model is no such directory.
+    It says how to get the model of a hub. Empty for any other model.
     """
     name = str(spec.path or spec.name)
     if name.startswith(PATHS) or len(Path(name).parts) != 2 or directory_of(name) is None:

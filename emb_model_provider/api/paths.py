@@ -23,8 +23,8 @@ _AZURE: Final = "/openai/deployments/"
 _PUBLIC: Final = frozenset({"/docs", "/health", "/metrics", "/openapi.json", "/ready"})
 """Paths that require no API key, besides `GET /` and the files of `/docs`."""
 
-_BASE = r"(?:/+(?:(?:api|openai|compatible-mode|engines(?:/+[^/]+)?)/+)?v[13])*"
-"""Any number of base URLs of OpenAI-compatible services: /v1, /v3, /api/v1, /api/v3, /openai/v1, /engines/v1, ..."""
+_BASE = r"(?:/+(?:(?:api|openai|compatible-mode|engines(?:/+[^/]+)?)/+)?v[1-3])*"
+"""Any number of base URLs of OpenAI-compatible services: /v1, /v2, /v3, /api/v1, /api/v3, /openai/v1, /engines/v1, ..."""
 _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), path)
     for pattern, path in (

@@ -28,6 +28,7 @@ EMBEDDINGS = [
     "/api/v1/embeddings",
     "/api/v3/embeddings",
     "/openai/v1/embeddings",
+    "/v2/embeddings",
     "/v3/embeddings",
     "/engines/v1/embeddings",
     "/engines/llama.cpp/v1/embeddings",
@@ -52,7 +53,7 @@ OTHERS = {
     "/health/": "/health",
 }
 UNCHANGED = [
-    "/", "/v1", "/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json", "/v1/embedding", "/v2/embeddings", "/v1/embeddings/x",
+    "/", "/v1", "/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json", "/v1/embedding", "/v4/embeddings", "/v1/embeddings/x",
     "/api/models", "/api/models/", "//api/models", "/api//models/load", "/v1/api/models", "/api/api/models/load", "/API/models",
     "/api/models/cache/all", "/api/models/cache//data/x", "/api/models/embed", "/api/embed/models",
 ]  # fmt: skip
