@@ -35,6 +35,7 @@ from emb_model_provider.api.routes import (
     ollama,
     operations,
     tei,
+    tokenize,
 )
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
@@ -73,6 +74,7 @@ _ROUTERS = (
     llamafile.router,
     ollama.router,
     tei.router,
+    tokenize.router,
 )
 
 

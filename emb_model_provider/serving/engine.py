@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import Backend, ModelDescription
-    from emb_model_provider.backends.tokenization import EncodedInputs
+    from emb_model_provider.backends.tokenization import EncodedInputs, Token
     from emb_model_provider.model_spec import ModelSpec, Truncate
     from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
@@ -174,6 +174,26 @@ class Engine:
             tokenize_s=tokenize_s,
             timing=timing,
         )
+
+    async def tokenize(
+        self, texts: Sequence[str], *, input_type: str | None = None, add_special_tokens: bool = True
+    ) -> list[list[Token]]:
+        """Return the tokens of each text with its prompt, without truncation.
+
+        Raises:
+            RequestError: The model has no such prompt, or the texts have more tokens than a request may have.
+        """
+        task = choose_task(input_type, self.description)
+        prompt = choose_prompt(input_type, self.description)
+        tokenization = self._tokenizations[task]
+
+        def tokenize() -> list[list[Token]]:
+            return [tokenization.tokens(prompt + text, add_special_tokens=add_special_tokens) for text in texts]
+
+        rows = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        if (count := sum(map(len, rows))) > self._limits.max_request_tokens:
+            raise TooManyTokensError(count, self._limits.max_request_tokens)
+        return rows
 
     def _described(self, task: str | None) -> ModelDescription:
         """Return the description of the route of a task, or of the model if it has no routes."""

@@ -116,6 +116,32 @@ def test_tei_similarity(service: Service, path: str) -> None:
     assert_vectors(post(service, path, {"inputs": inputs, "parameters": {"truncate": True}}), vectors[1:] @ vectors[0])
 
 
+def test_tei_tokenize(service: Service) -> None:
+    """Each token has its id, its characters, and where they are in the text."""
+    (row,) = post(service, "/tokenize", {"inputs": "Hello, 向量"})
+    assert [token["text"] for token in row] == ["[CLS]", "Hello", ",", "向", "量", "[SEP]"]
+    assert [(token["start"], token["stop"]) for token in row] == [(None, None), (0, 5), (5, 6), (7, 8), (8, 9), (None, None)]  # fmt: skip
+    assert [token["special"] for token in row] == [True, False, False, False, False, True]
+    rows = post(service, "/tokenize", {"inputs": [*TEXTS, LONG], "add_special_tokens": False})
+    assert [len(row) for row in rows][2:] == [0, 400]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
+def test_vllm_tokenize(service: Service, path: str) -> None:
+    """The number of tokens is that in `usage` of a request for embeddings."""
+    body = post(service, path, {"model": BUNDLED, "prompt": TEXTS[0]})
+    usage = service.embed(TEXTS[0]).json()["usage"]
+    assert (body["count"], body["max_model_len"]) == (usage["total_tokens"], 256)
+    assert len(body["tokens"]) == body["count"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"inputs": []}, {"inputs": ["x", 1]}, {"inputs": ["x"] * 2049}, {"inputs": LONG * 800}, {"prompt": 1}, {"inputs": "x", "model": 1}, {"inputs": "x", "add_special_tokens": 1}])  # fmt: skip
+def test_invalid_requests_for_tokens(service: Service, fields: Any) -> None:
+    """The texts are limited as those of a request for embeddings."""
+    response = service.http.post("/tokenize", json=fields)
+    assert (response.status_code, set(response.json())) == (400, {"error", "error_type"})
+
+
 def test_tei_info(service: Service) -> None:
     """Clients read the longest input and the largest batch."""
     info = service.http.get("/info").json()
@@ -127,6 +153,7 @@ def test_tei_info(service: Service) -> None:
     ("path", "body"),
     [
         ("/embed", {}),
+        ("/tokenize", {}),
         ("/embed", {"inputs": []}),
         ("/embed", {"inputs": "x", "truncation_direction": "up"}),
         ("/embed", {"inputs": LONG, "truncate": False}),

@@ -174,16 +174,16 @@ def parse_fields(fields: Mapping[str, Any], limits: LimitSettings) -> EmbeddingC
     Pydantic is not used, because it takes longer, and its messages differ from OpenAI's.
     """
     return EmbeddingCall(
-        model=_value(fields, str, "model"),
+        model=optional(fields, str, "model"),
         inputs=_inputs(fields, limits),
         encoding=_encoding(fields),
         options=EmbedOptions(
             dimensions=_dimensions(fields),
-            normalize=_value(fields, bool, "normalize", "normalized"),
-            input_type=_value(fields, str, "input_type", "task", "prompt_name"),
-            instruction=_value(fields, str, "instruction"),
+            normalize=optional(fields, bool, "normalize", "normalized"),
+            input_type=optional(fields, str, "input_type", "task", "prompt_name"),
+            instruction=optional(fields, str, "instruction"),
             truncate=_truncate(fields),
-            truncate_prompt_tokens=_value(fields, int, "truncate_prompt_tokens"),
+            truncate_prompt_tokens=optional(fields, int, "truncate_prompt_tokens"),
         ),
     )
 
@@ -210,6 +210,12 @@ def _fill_record(record: RequestRecord, embeddings: Embeddings) -> None:
     record.tokenize_s = embeddings.tokenize_s
     record.queue_s = embeddings.timing.queue_s
     record.inference_s = embeddings.timing.inference_s
+
+
+async def read_fields(request: Request) -> Mapping[str, Any]:
+    """Return the fields of the JSON object in the body of a request."""
+    body = await request.body()
+    return await asyncio.to_thread(parse_object, body) if len(body) > _MAX_INLINE_BODY_BYTES else parse_object(body)
 
 
 def require(fields: Mapping[str, Any], name: str) -> Any:
@@ -291,7 +297,7 @@ def _invalid_input(reason: str) -> RequestError:
 
 
 def _encoding(fields: Mapping[str, Any]) -> Literal["float", "base64"]:
-    text = _value(fields, str, "encoding_format")
+    text = optional(fields, str, "encoding_format")
     match text.lower() if text is not None else "float":
         case "float" | "base64" as encoding:
             return encoding
@@ -300,7 +306,7 @@ def _encoding(fields: Mapping[str, Any]) -> Literal["float", "base64"]:
 
 def _dimensions(fields: Mapping[str, Any]) -> int | None:
     names = ("dimensions", "output_dimension")
-    value = _value(fields, int, *names)
+    value = optional(fields, int, *names)
     if value is not None and value < 1:
         raise _unsupported(_first(fields, *names)[0], value, "1 or more")
     return value
@@ -321,7 +327,7 @@ def _truncate(fields: Mapping[str, Any]) -> Truncate | Literal["AUTO"] | None:
     raise _unsupported(name, value, supported)
 
 
-def _value(fields: Mapping[str, Any], kind: type[T], *names: str) -> T | None:
+def optional(fields: Mapping[str, Any], kind: type[T], *names: str) -> T | None:
     """Return the value of a field that can have several names and must have this type."""
     name, value = _first(fields, *names)
     if value is None or type(value) is kind:  # not isinstance, because a bool is an int

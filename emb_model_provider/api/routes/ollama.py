@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.routes.embeddings import embed_request, parse_object, require, vectors_response
+from emb_model_provider.api.routes.embeddings import embed_request, read_fields, require, vectors_response
 from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ async def loaded(services: ServicesDep) -> Response:
 
 @router.post("/api/show")
 async def show(request: Request, services: ServicesDep) -> Response:
-    fields = parse_object(await request.body())
+    fields = await read_fields(request)
     name = fields["model"] if fields.get("model") is not None else require(fields, "name")
     status = services.registry.status(services.registry.resolve(str(name)).alias)
     description = status.description
