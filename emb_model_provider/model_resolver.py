@@ -181,10 +181,7 @@ def _names_of(specs: Iterable[ModelSpec]) -> dict[str, ResolvedName | None]:
     ids: dict[str, ResolvedName] = {}
     last_parts: dict[str, dict[tuple[str, Path | None], ResolvedName]] = {}
     for spec in specs:
-        of_spec = {
-            alias: ResolvedName(spec.alias, alias, input_type)
-            for alias, input_type in {spec.alias: spec.input_type, **spec.more_aliases}.items()
-        }
+        of_spec = {alias: ResolvedName(spec.alias, alias, spec.input_type_of(alias)) for alias in spec.aliases}
         aliases |= of_spec
         ids.setdefault(spec.name, ResolvedName(spec.alias, spec.alias))
         for name, found in (*of_spec.items(), (spec.name, ResolvedName(spec.alias, spec.alias))):

@@ -74,3 +74,7 @@ class ModelSpec:
     def aliases(self) -> tuple[str, ...]:
         """All aliases of the model. The first one names it in logs and metrics."""
         return self.alias, *self.more_aliases
+
+    def input_type_of(self, name: str) -> str | None:
+        """Return the `input_type` of requests that use a name; None for a name that is not an alias."""
+        return self.input_type if name == self.alias else self.more_aliases.get(name)

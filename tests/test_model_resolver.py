@@ -58,7 +58,8 @@ def test_aliases_of_one_model_leave_its_short_name_unique() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bge-m3:latest", "openai/bge-m3", "openai/bge-m3:latest", "BGE-M3", "BAAI/BGE-m3:latest", "openai/BAAI/bge-m3"]
+    "name",
+    ["bge-m3:latest", "openai/bge-m3", "openai/bge-m3:latest", "BGE-M3", "BAAI/BGE-m3:latest", "openai/BAAI/bge-m3"],
 )
 def test_spellings_of_clients_are_understood(name: str) -> None:
     """Ollama's clients add a tag, LiteLLM adds a provider, and users change the case."""

@@ -78,7 +78,7 @@ def _model_object(status: ModelStatus, alias: str) -> ModelObject:
         model_type="embedding",
         model_name=spec.name,
         max_tokens=description.max_length if description is not None else None,
-        input_type=spec.input_type if alias == spec.alias else spec.more_aliases[alias],
+        input_type=spec.input_type_of(alias),
         supported_dimensions=_supported_dimensions(status),
         pooling=description.pooling if description is not None else None,
         normalize=description.normalize if description is not None else None,
