@@ -43,6 +43,7 @@ from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, RegistryConfig, State
+from emb_model_provider.serving.result_cache import ResultCache
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -138,7 +139,8 @@ def create_app(
 ) -> Application:
     """Return the service as an ASGI application. `is_shutting_down` is called on any thread."""
     manager = ModelManager(settings)
-    metrics = Metrics(lambda: registry.statuses())
+    result_cache = ResultCache(settings.memory.result_cache_bytes)
+    metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes)
     registry = Registry(
         settings.served_models(),
         manager,
@@ -148,6 +150,8 @@ def create_app(
             memory=settings.memory,
             watchdog_s=settings.lifecycle.watchdog_s,
             on_batch=metrics.on_batch,
+            result_cache=result_cache,
+            on_lookup=metrics.on_lookup,
         ),
     )
     jobs = DownloadJobs(manager)

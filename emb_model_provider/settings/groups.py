@@ -285,6 +285,13 @@ class MemorySettings(SettingsGroup, title="Models in memory"):
     load_wait_s: NonNegativeNumber | None = None
     """How many seconds a request waits for its model to be downloaded, compiled and loaded. After that it gets 503 with
     `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S."""
+    result_cache_mb: NonNegativeNumber = 64
+    """Memory for the vectors of recent inputs of all models, in MiB. An input with exactly the same tokens is answered
+    without computing it again, as long as its model stays loaded. 0: every input is computed."""
+
+    @property
+    def result_cache_bytes(self) -> int:
+        return int(self.result_cache_mb * _MIB)
 
 
 class BatchSettings(SettingsGroup, title="Batching"):

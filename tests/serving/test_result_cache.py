@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 
+from emb_model_provider.errors import InferenceError
+from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.serving.result_cache import Lookup, ModelResults, ResultCache
+from tests.serving.fakes import FAILS, expected
+from tests.serving.helpers import ids, started_engine
+
+if TYPE_CHECKING:
+    from emb_model_provider.serving.jobs import BatchRecord
+
+pytestmark = pytest.mark.usefixtures("short_collections")
 
 DIMENSION = 4
 
@@ -106,3 +118,67 @@ def test_memory_is_bounded() -> None:
     tracemalloc.stop()
     assert 0.6 * limit < used < 1.05 * limit
     assert cache.size_bytes <= limit
+
+
+# --- in an engine -------------------------------------------------------------------------------------
+
+
+def engine_config() -> tuple[dict[str, object], ResultCache, list[tuple[int, int]]]:
+    """Return the configuration of an engine with a cache, the cache, and the hits and misses of each request."""
+    cache, lookups = ResultCache(100_000), []  # type: ignore[var-annotated]
+    return {"result_cache": cache, "on_lookup": lambda _, hits, misses: lookups.append((hits, misses))}, cache, lookups
+
+
+async def test_an_engine_does_not_compute_kept_vectors() -> None:
+    """Other options of a request change what is made of the vectors. The tokens of all inputs count."""
+    config, _, lookups = engine_config()
+    async with started_engine(config=config) as run:
+        first = await run.embed("w1", "w2", "w1")
+        again = await run.engine.embed(["w2", "w3", "w1"], EmbedOptions())
+        scaled = await run.embed("w1", normalize=True)
+    assert [sorted(batch) for batch in run.backend.batches] == [[ids("w1"), ids("w2")], [ids("w3")]]
+    assert first.tolist() == [expected(ids(word)) for word in ("w1", "w2", "w1")]
+    assert again.vectors.tolist() == [expected(ids(word)) for word in ("w2", "w3", "w1")]
+    assert again.tokens == 9
+    assert np.linalg.norm(scaled) == pytest.approx(1)
+    assert lookups == [(0, 2), (2, 1), (1, 0)]
+
+
+async def test_results_do_not_outlive_the_model() -> None:
+    """They are dropped when it is loaded again after a crash, and when it is unloaded."""
+    config, cache, lookups = engine_config()
+    crashes = [False, True]
+
+    def crash_second_batch(_: BatchRecord) -> None:
+        if crashes and crashes.pop(0):
+            raise SystemExit(1)
+
+    async with started_engine(config=config, on_batch=crash_second_batch) as run:
+        await run.embed("w1")
+        await run.embed("w2")
+        assert len(run.backends) == 2
+        await run.embed("w1")
+        assert cache.size_bytes > 0
+    assert lookups[-1] == (0, 1)
+    assert cache.size_bytes == 0
+
+
+async def test_a_failed_request_is_not_kept() -> None:
+    config, cache, _ = engine_config()
+    async with started_engine(config=config) as run:
+        with pytest.raises(InferenceError):
+            await run.embed("w1", FAILS)
+        assert cache.size_bytes == 0
+
+
+async def test_identical_inputs_of_a_batch_are_computed_once() -> None:
+    """Also if they belong to different requests."""
+    async with started_engine() as run:
+        holding = await run.hold()
+        tasks = [asyncio.create_task(run.embed(word)) for word in ("w2", "w3", "w2", "w2")]
+        await run.until_waiting(4)
+        run.backend.gate.set()
+        await holding
+        results = [(await task).tolist() for task in tasks]
+    assert results == [[expected(ids(word))] for word in ("w2", "w3", "w2", "w2")]
+    assert sorted(map(len, run.backend.batches)) == [1, 2]
