@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import cohere
+import numpy as np
 import pytest
 
 from tests.clients.helpers import DOCUMENT, IGNORE_WARNINGS, KEY, QUERY, TEXTS, Reference, assert_vectors
@@ -37,6 +38,22 @@ def test_version_2(clients: Service, reference: Reference) -> None:
     assert response.meta is not None
     assert response.meta.billed_units is not None
     assert response.meta.billed_units.input_tokens
+
+
+def test_types(clients: Service, reference: Reference) -> None:
+    """Each type is computed from the same vectors: integers by the range of the model, bits by the sign."""
+    client = cohere.ClientV2(api_key=KEY, base_url=clients.url)
+    types = ["float", "int8", "uint8", "binary", "ubinary"]
+    embeddings = client.embed(model="mini", texts=TEXTS, input_type="search_query", embedding_types=types).embeddings
+    vectors = reference(*TEXTS, prompt=QUERY)
+    assert_vectors(embeddings.float_, vectors)
+    bits = np.packbits(np.array(embeddings.float_) > 0, axis=1)
+    assert np.array_equal(embeddings.ubinary, bits)
+    assert np.array_equal(embeddings.binary, bits.astype(np.int16) - 128)
+    for values, offset in ((embeddings.int8, 0), (embeddings.uint8, 128)):
+        shifted = np.array(values, dtype=np.float32) - offset
+        cosines = (shifted * vectors).sum(axis=1) / np.linalg.norm(shifted, axis=1) / np.linalg.norm(vectors, axis=1)
+        assert cosines.min() > 0.999
 
 
 async def test_asynchronous_client(clients: Service, reference: Reference) -> None:

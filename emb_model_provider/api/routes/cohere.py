@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -13,11 +14,16 @@ from emb_model_provider.api.routes.embeddings import embed_request, require, vec
 from emb_model_provider.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from emb_model_provider.api.routes.embeddings import EmbeddingAnswer
+
+_Type = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+_TYPES: tuple[_Type, ...] = get_args(_Type)
+"""Types of vectors. `base64` encodes little-endian float32."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -29,8 +35,8 @@ async def embed_v1(request: Request, services: ServicesDep) -> Response:
     by_type = answer.fields.get("embedding_types") is not None
     response_type = "embeddings_by_type" if by_type else "embeddings_floats"
 
-    def body(vectors: NDArray[Any]) -> Mapping[str, Any]:
-        embeddings = {"float": vectors} if by_type else vectors
+    def body(vectors: NDArray[np.float32]) -> Mapping[str, Any]:
+        embeddings = _by_type(answer, vectors) if by_type else vectors
         return {"response_type": response_type, "embeddings": embeddings, **_common_fields(request, answer, "1")}
 
     return await vectors_response(answer, body)
@@ -40,18 +46,14 @@ async def embed_v1(request: Request, services: ServicesDep) -> Response:
 async def embed_v2(request: Request, services: ServicesDep) -> Response:
     answer = await embed_request(request, services, _translate)
     return await vectors_response(
-        answer, lambda vectors: {"embeddings": {"float": vectors}, **_common_fields(request, answer, "2")}
+        answer, lambda vectors: {"embeddings": _by_type(answer, vectors), **_common_fields(request, answer, "2")}
     )
 
 
 def _translate(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if fields.get("images"):
         raise RequestError("Images are not supported: send 'texts'.", param="images")
-    types = fields.get("embedding_types")
-    if types is not None and types != ["float"]:
-        raise RequestError(
-            "Invalid value for 'embedding_types'. Supported values: [['float']].", param="embedding_types"
-        )
+    _types(fields)  # an error is raised before the texts are embedded
     return {
         "model": fields.get("model"),
         "input": _texts(fields["inputs"]) if fields.get("inputs") is not None else require(fields, "texts"),
@@ -59,6 +61,28 @@ def _translate(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         "output_dimension": fields.get("output_dimension"),
         "truncate": fields.get("truncate"),
         "truncate_prompt_tokens": fields.get("max_tokens"),
+    }
+
+
+def _types(fields: Mapping[str, Any]) -> Sequence[_Type]:
+    """Return the requested types of vectors, by default `float`."""
+    types = fields.get("embedding_types")
+    if types is None:
+        return ("float",)
+    if isinstance(types, list) and types and all(kind in _TYPES for kind in types):
+        return types
+    raise RequestError(
+        f"Invalid value for 'embedding_types'. Supported values: arrays of [{', '.join(map(repr, _TYPES))}].",
+        param="embedding_types",
+    )
+
+
+def _by_type(answer: EmbeddingAnswer, vectors: NDArray[np.float32]) -> Mapping[str, Any]:
+    return {
+        kind: [b64encode(vector).decode() for vector in vectors]
+        if kind == "base64"
+        else answer.embeddings.as_type(kind)
+        for kind in _types(answer.fields)
     }
 
 
