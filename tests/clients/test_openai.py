@@ -77,3 +77,18 @@ def test_llama_index(clients: Service, reference: Reference) -> None:
     model = OpenAILikeEmbedding(model_name="mini", api_base=f"{clients.url}/v1", api_key=KEY)
     assert_vectors(model.get_text_embedding_batch(TEXTS[:3]), reference(*TEXTS[:3]))
     assert_vectors([model.get_query_embedding(TEXTS[0])], reference(TEXTS[0]))
+
+
+def test_haystack(clients: Service, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedders of Haystack for OpenAI and Azure return the vectors of documents and queries."""
+    monkeypatch.setenv("HAYSTACK_TELEMETRY_ENABLED", "False")
+    from haystack import Document
+    from haystack.components.embedders import AzureOpenAITextEmbedder, OpenAIDocumentEmbedder
+    from haystack.utils import Secret
+
+    key = Secret.from_token(KEY)
+    documents = OpenAIDocumentEmbedder(api_key=key, model="mini", api_base_url=f"{clients.url}/v1")
+    result = documents.run([Document(content=text) for text in TEXTS])
+    assert_vectors([document.embedding for document in result["documents"]], reference(*TEXTS))
+    text = AzureOpenAITextEmbedder(azure_endpoint=clients.url, azure_deployment="mini", api_key=key)
+    assert_vectors([text.run(TEXTS[0])["embedding"]], reference(TEXTS[0]))
