@@ -21,7 +21,7 @@ _ERROR_DESCRIPTIONS = {
     408: "The client did not send the whole request in time.",
     409: "The model or the alias is in use; the message says by what, and what to do.",
     413: "The request body is too large.",
-    415: "The request body is compressed.",
+    415: "The request body is compressed in an unsupported way.",
     429: "The queue is full, or all current request bodies are too large in total; `Retry-After` says when to try again.",
     500: "The server failed; its log has the reason under the request id.",
     502: "The hub did not respond, or its files differ from what it announced.",
