@@ -23,7 +23,7 @@ MODELSCOPE_OWNERS = ("damo/", "iic/")
 _TAG = ":latest"
 _OPENAI = "openai/"
 _SIDES = {"query": "query", "passage": "document"}
-"""Last words of the names NAME-query and NAME-passage, which NVIDIA NIM introduced, and their `input_type`."""
+"""Endings of the names NAME-query and NAME-passage, which NVIDIA NIM introduced, and their `input_type`."""
 
 
 def resolve_model(

@@ -36,12 +36,13 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?:/+(?:v1|api))*/+api/+(embed|embeddings|ps|show|tags|version)/*", r"/api/\1"),
         (r"(?:/+(?:openai|v1))*/+deployments/+([^/].*)/embeddings/*", r"/openai/deployments/\1/embeddings"),
         (r"(?:/+v1)?/+engines/+([^/].*)/embeddings/*", r"/openai/deployments/\1/embeddings"),
-        (r"/+(embed|embedding|info|similarity|tokenize|health|metrics|ready)/*", r"/\1"),
+        (r"/+(embed|embedding|info|similarity|tokenize)/*", r"/\1"),
     )
 )
 """Patterns of paths that users and clients send, and the paths of the routes. The first match counts.
 
-No pattern matches a management route, and no replacement is one: each of them has exactly one spelling.
+No pattern matches a route for management or monitoring, and no replacement is one: each of them has exactly one
+spelling, so that the rule of a proxy for its path cannot be bypassed.
 """
 
 

@@ -45,7 +45,7 @@ class Token:
 
     id: int
     text: str
-    """The characters of the text that it stands for; of a special token its name."""
+    """Its characters in the text; of a special token its name."""
     is_special: bool
     """Whether the model adds it to every text."""
     start: int

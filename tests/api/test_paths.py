@@ -50,10 +50,10 @@ OTHERS = {
     "/openai/v1/deployments/x/embeddings": "/openai/deployments/x/embeddings",
     "/v1/engines/x/embeddings": "/openai/deployments/x/embeddings",
     "//embed": "/embed",
-    "/health/": "/health",
+    "/tokenize/": "/tokenize",
 }
 UNCHANGED = [
-    "/", "/v1", "/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json", "/v1/embedding", "/v4/embeddings", "/v1/embeddings/x",
+    "/", "/v1", "/metrics/", "//metrics", "/v1/ready", "/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json", "/v1/embedding", "/v4/embeddings", "/v1/embeddings/x",
     "/api/models", "/api/models/", "//api/models", "/api//models/load", "/v1/api/models", "/api/api/models/load", "/API/models",
     "/api/models/cache/all", "/api/models/cache//data/x", "/api/models/embed", "/api/embed/models",
 ]  # fmt: skip
@@ -80,7 +80,7 @@ def test_spellings_of_other_urls(path: str, route: str) -> None:
 
 @pytest.mark.parametrize("path", UNCHANGED)
 def test_other_paths_are_not_changed(path: str) -> None:
-    """This includes management routes and everything that resembles them."""
+    """This includes routes for management and monitoring, and everything that resembles them."""
     assert normalize_path(path) == path
 
 
