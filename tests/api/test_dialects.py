@@ -202,6 +202,8 @@ def test_cohere_v2(service: Service) -> None:
         {"model": BUNDLED, "images": ["data:image/png;base64,AA"]},
         {"model": BUNDLED, "inputs": [{"content": [{"type": "image_url"}]}]},
         {"model": BUNDLED, "texts": ["x"], "embedding_types": ["int3"]},
+        {"model": BUNDLED, "texts": ["x"], "embedding_types": []},
+        {"model": BUNDLED, "texts": ["x"], "embedding_types": "float"},
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/embed", "/v2/embed"])
@@ -230,6 +232,10 @@ def test_llamafile(service: Service) -> None:
     assert_vectors([post(service, "/embedding", {"content": TEXTS[0]})["embedding"]], expected(service, TEXTS[0]))
     results = post(service, "/embedding", {"content": TEXTS})["results"]
     assert_vectors([result["embedding"] for result in results], expected(service, *TEXTS))
+    unscaled = post(service, "/embedding", {"input": TEXTS[0], "embd_normalize": -1})
+    assert_vectors([unscaled["embedding"]], expected(service, TEXTS[0], normalize=False))
+    response = service.http.post("/embedding", json={"content": "x", "embd_normalize": 1})
+    assert_error(response, 400, "invalid_value", param="embd_normalize")
 
 
 def test_xinference_fields(service: Service) -> None:
