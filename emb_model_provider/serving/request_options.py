@@ -41,6 +41,11 @@ _INSTRUCTIONS = tuple(
 EmbeddingGemma."""
 
 
+_OTHER_TASKS = ("classification", "clustering", "text-matching", "separation")
+"""Other tasks of common APIs. A model that has no prompt for them computes the same vectors as without a task."""
+_OTHER_TASKS_PREFIX = "code."
+
+
 def choose_task(input_type: str | None, description: ModelDescription) -> str | None:
     """Return the task that decides the route of an asymmetric model, or None for any other model.
 
@@ -98,8 +103,8 @@ def _choose_prompt(input_type: str | None, description: ModelDescription) -> str
         if input_type in prompts:
             return prompts[input_type]
         synonyms = _synonyms(input_type)
-        if not synonyms and input_type not in description.routes:
-            known = dict.fromkeys(chain(prompts, description.routes, *_PROMPT_SYNONYMS))
+        if not synonyms and input_type not in description.routes and not _is_other_task(input_type):
+            known = dict.fromkeys(chain(prompts, description.routes, *_PROMPT_SYNONYMS, _OTHER_TASKS))
             raise RequestError(
                 f"Invalid value for 'input_type' = {input_type[:100]!r}. Supported values: "
                 f"[{', '.join(map(repr, known))}].",
@@ -115,6 +120,10 @@ def has_search_prompts(description: ModelDescription) -> bool:
     """Return whether a model has a prompt or a route for queries, and one for documents."""
     names = {*description.prompts, *description.routes}
     return all(names.intersection(synonyms) for synonyms in _PROMPT_SYNONYMS)
+
+
+def _is_other_task(input_type: str) -> bool:
+    return input_type in _OTHER_TASKS or input_type.startswith(_OTHER_TASKS_PREFIX)
 
 
 def _synonyms(input_type: str) -> tuple[str, ...]:
@@ -134,11 +143,11 @@ def check_dimensions(requested: int | None, description: ModelDescription, spec:
     if "any" in allowed:
         if 1 <= requested < native:
             return requested
-        raise DimensionsError(f"1 to {native}")
+        raise DimensionsError(f"1 to {native}", native)
     sizes = {size for group in allowed if isinstance(group, tuple) for size in group if size < native}
     if requested in sizes:
         return requested
-    raise DimensionsError(", ".join(map(str, sorted({*sizes, native}))))
+    raise DimensionsError(", ".join(map(str, sorted({*sizes, native}))), native)
 
 
 def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:

@@ -52,7 +52,7 @@ async def test_prompt_is_put_before_each_input() -> None:
             assert (await run.embed("w1", input_type=name)).tolist() == [expected(ids("w91", "w1"))]
         assert (await run.embed("w1")).tolist() == [expected(ids("w91", "w1"))]
         with pytest.raises(RequestError, match=r"'query', 'passage'") as caught:
-            await run.embed("w1", input_type="clustering")
+            await run.embed("w1", input_type="poem")
         assert caught.value.param == "input_type"
 
 
@@ -115,3 +115,12 @@ def test_instruction_for_the_side_without_one_is_rejected() -> None:
     with pytest.raises(RequestError, match=r"'document'.*with an instruction: \['query'\]") as caught:
         choose_prompt("document", describe(prompts=QWEN), "Find duplicates")
     assert caught.value.param == "instruction"
+
+
+def test_tasks_of_other_apis_need_no_prompt() -> None:
+    """A model that has a prompt for them uses it; any other one computes the same as without a task."""
+    with_prompt = describe(prompts={"clustering": "cluster: ", "query": "query: "}, default_prompt="query")
+    assert choose_prompt("clustering", with_prompt) == "cluster: "
+    for task in ("classification", "text-matching", "separation", "code.query", "code.passage"):
+        assert choose_prompt(task, with_prompt) == "query: "
+        assert choose_prompt(task, describe()) == ""

@@ -7,7 +7,7 @@ import json
 import math
 from binascii import b2a_base64
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 import numpy as np
 import orjson
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from emb_model_provider.api.dependencies import Services, ServicesDep, get_record
 from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.schemas.openai import EmbeddingRequest, EmbeddingResponse, error_responses
+from emb_model_provider.backends.output_types import OUTPUT_TYPES
 from emb_model_provider.errors import RequestError
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.serving.request_options import has_search_prompts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from emb_model_provider.backends.output_types import OutputType
     from emb_model_provider.model_spec import Truncate
     from emb_model_provider.observability.metrics import RequestRecord
     from emb_model_provider.serving.engine import Embeddings
@@ -46,6 +48,21 @@ _MAX_QUOTE = 100
 _MAX_INTEGER_DIGITS = 20
 """Digits, with the sign, of the longest 64-bit integer."""
 _TYPE_NAMES = {str: "a string", bool: "true, false", int: "an integer"}
+_OUTPUT_TYPE_FIELDS: Final = ("output_dtype", "embedding_type", "embedding_types", "encoding_dtype", "embed_dtype")
+"""Names of the type of the values, in the APIs of Voyage, Jina, Cohere and vLLM."""
+_OUTPUT_TYPE_SYNONYMS: Final[Mapping[str, OutputType]] = {"float32": "float", "dense": "float"}
+_FIXED_FIELDS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "late_chunking": (False,),
+    "return_multivector": (False,),
+    "return_dense": (True,),
+    "return_sparse": (False,),
+    "return_colbert_vecs": (False,),
+    "output_type": ("dense",),
+    "add_special_tokens": (True,),
+    "endianness": ("little", "native"),
+}
+"""Fields of other APIs that would change the meaning of the response, and the only values that are supported."""
+_SIDES: Final[Mapping[str, Truncate]] = {"left": "START", "right": "END"}
 
 router = APIRouter(tags=["embeddings"])
 
@@ -135,7 +152,10 @@ async def embed_request(
 
 async def create_response(answer: EmbeddingAnswer) -> Response:
     """Return vectors in OpenAI's form."""
-    return await _respond(answer, lambda: render_response(answer.embeddings, answer.call.encoding, answer.model))
+    call = answer.call
+    return await _respond(
+        answer, lambda: render_response(answer.embeddings, call.encoding, answer.model, call.output_type)
+    )
 
 
 async def vectors_response(answer: EmbeddingAnswer, create_body: Callable[[NDArray[np.float32]], Any]) -> Response:
@@ -166,6 +186,7 @@ class EmbeddingCall:
     """Texts, or rows of token ids."""
     encoding: Literal["float", "base64"]
     options: EmbedOptions
+    output_type: OutputType = "float"
 
 
 def parse_fields(fields: Mapping[str, Any], limits: LimitSettings) -> EmbeddingCall:
@@ -173,24 +194,37 @@ def parse_fields(fields: Mapping[str, Any], limits: LimitSettings) -> EmbeddingC
 
     Pydantic is not used, because it takes longer, and its messages differ from OpenAI's.
     """
+    for name in _FIXED_FIELDS.keys() & fields.keys():
+        value = fields[name]
+        if value is not None and value not in _FIXED_FIELDS[name]:
+            raise _unsupported(name, value, ", ".join(map(_as_json, _FIXED_FIELDS[name])))
+    output_type, encoding = _output_type(fields)
     return EmbeddingCall(
         model=optional(fields, str, "model"),
         inputs=_inputs(fields, limits),
-        encoding=_encoding(fields),
+        encoding=encoding or _encoding(fields),
+        output_type=output_type,
         options=EmbedOptions(
             dimensions=_dimensions(fields),
             normalize=optional(fields, bool, "normalize", "normalized"),
-            input_type=optional(fields, str, "input_type", "task", "prompt_name"),
-            instruction=optional(fields, str, "instruction"),
+            input_type=optional(fields, str, "input_type", "task", "prompt_name", "text_type"),
+            instruction=optional(fields, str, "instruction", "instruct"),
             truncate=_truncate(fields),
             truncate_prompt_tokens=optional(fields, int, "truncate_prompt_tokens"),
         ),
     )
 
 
-def render_response(embeddings: Embeddings, encoding: Literal["float", "base64"], model: str) -> bytes:
-    """Return the response body as JSON. `base64` encodes little-endian float32."""
-    vectors = np.ascontiguousarray(embeddings.vectors, dtype="<f4")
+def render_response(
+    embeddings: Embeddings, encoding: Literal["float", "base64"], model: str, output_type: OutputType = "float"
+) -> bytes:
+    """Return the response body as JSON. `base64` encodes the bytes of the values, which are little-endian.
+
+    Raises:
+        RequestError: The model cannot return this type of values.
+    """
+    vectors = np.ascontiguousarray(embeddings.as_type(output_type))
+    vectors = vectors.astype(vectors.dtype.newbyteorder("<"), copy=False)
     data = [
         {
             "object": "embedding",
@@ -289,7 +323,16 @@ def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] |
             raise _invalid_input("an array of token ids is empty")
         if all(type(item) is int for row in value for item in row):
             return cast("list[list[int]]", value)
+    if types == {dict}:
+        return _texts_of_objects(value, limits)
     raise _invalid_input("all items must be strings, or all token ids, or all arrays of token ids, and not null")
+
+
+def _texts_of_objects(value: Sequence[Mapping[str, Any]], limits: LimitSettings) -> Sequence[str]:
+    """Return the texts of objects as Jina's API has them: `{"text": "..."}`."""
+    if any(item.keys() != {"text"} or not isinstance(item["text"], str) for item in value):
+        raise _invalid_input('the only supported objects are {"text": "..."}')
+    return _inputs({"input": [item["text"] for item in value]}, limits)  # type: ignore[return-value]
 
 
 def _invalid_input(reason: str) -> RequestError:
@@ -304,8 +347,31 @@ def _encoding(fields: Mapping[str, Any]) -> Literal["float", "base64"]:
     raise _unsupported("encoding_format", text, "'float', 'base64'")
 
 
+def _output_type(fields: Mapping[str, Any]) -> tuple[OutputType, Literal["base64"] | None]:
+    """Return the type of the values, and `base64` if it is requested in the place of a type, as in Jina's API."""
+    output_type: OutputType | None = None
+    encoding: Literal["base64"] | None = None
+    for name in _OUTPUT_TYPE_FIELDS:
+        value = fields.get(name)
+        if value is None:
+            continue
+        for item in value if isinstance(value, list) and value else (value,):
+            text = item.lower() if isinstance(item, str) else item
+            if text == "base64":
+                encoding = "base64"
+                continue
+            kind = _OUTPUT_TYPE_SYNONYMS.get(text, text) if isinstance(text, str) else None
+            if kind not in OUTPUT_TYPES:
+                code = "invalid_value" if isinstance(item, str) else "invalid_type"
+                raise _unsupported(name, value, ", ".join(map(repr, (*OUTPUT_TYPES, "base64"))), code=code)
+            if output_type not in (None, kind):
+                raise RequestError(f"'{name}' requests a second type of values. Request one type.", param=name)
+            output_type = kind
+    return output_type or "float", encoding
+
+
 def _dimensions(fields: Mapping[str, Any]) -> int | None:
-    names = ("dimensions", "output_dimension")
+    names = ("dimensions", "output_dimension", "output_dimensionality", "truncate_dim")
     value = optional(fields, int, *names)
     if value is not None and value < 1:
         raise _unsupported(_first(fields, *names)[0], value, "1 or more")
@@ -314,17 +380,34 @@ def _dimensions(fields: Mapping[str, Any]) -> int | None:
 
 def _truncate(fields: Mapping[str, Any]) -> Truncate | Literal["AUTO"] | None:
     name, value = _first(fields, "truncate", "truncation")
+    side = _truncation_side(fields)
     if value is None:
-        return None
+        return side
     if isinstance(value, bool):
-        return "AUTO" if value else "NONE"
+        return (side or "AUTO") if value else "NONE"
     supported = "true, false, 'NONE', 'START', 'END'"
     if not isinstance(value, str):
         raise _unsupported(name, value, supported, code="invalid_type")
     match value.upper():
-        case "NONE" | "START" | "END" as direction:
+        case "NONE":
+            return "NONE"
+        case "START" | "END" as direction:
+            if side not in (None, direction):
+                raise RequestError(f"'truncation_side' contradicts '{name}' = {value!r}.", param="truncation_side")
             return direction
     raise _unsupported(name, value, supported)
+
+
+def _truncation_side(fields: Mapping[str, Any]) -> Truncate | None:
+    names = "truncation_side", "truncation_direction"
+    text = optional(fields, str, *names)
+    if text is not None and text.lower() not in _SIDES:
+        raise _unsupported(_first(fields, *names)[0], text, "'left', 'right'")
+    return _SIDES[text.lower()] if text is not None else None
+
+
+def _as_json(value: object) -> str:
+    return repr(value) if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def optional(fields: Mapping[str, Any], kind: type[T], *names: str) -> T | None:

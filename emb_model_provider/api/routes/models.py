@@ -8,11 +8,13 @@ from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.schemas.openai import ModelList, ModelObject, error_responses
+from emb_model_provider.api.schemas.openai import ModelList, ModelObject, OutputTypes, error_responses
+from emb_model_provider.backends.output_types import range_of
 from emb_model_provider.management.types import FidelityObject
 from emb_model_provider.serving.request_options import has_search_prompts
 
 if TYPE_CHECKING:
+    from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.registry import ModelStatus
 
 _DESCRIBED_FIELDS = (
@@ -83,7 +85,20 @@ def _model_object(status: ModelStatus, alias: str) -> ModelObject:
         pooling=description.pooling if description is not None else None,
         normalize=description.normalize if description is not None else None,
         prompts=sorted({*description.prompts, *description.routes}) if description is not None else None,
+        output_types=_output_types(description) if description is not None else None,
         **common_fields(status),
+    )
+
+
+def _output_types(description: ModelDescription) -> OutputTypes | None:
+    calibration = description.calibration
+    if calibration is None:
+        return None
+    normalized, size = description.normalize, description.dimension
+    return OutputTypes(
+        int8_range=range_of(calibration, size, normalized=normalized),
+        int8_range_normalized=range_of(calibration, size, normalized=True),
+        top10_overlap=dict(calibration.top10_overlap),
     )
 
 

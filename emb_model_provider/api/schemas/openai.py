@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from emb_model_provider.management.types import FidelityObject
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TextObject = Annotated[dict[Literal["text"], str], Field(min_length=1)]
 
 _ERROR_DESCRIPTIONS = {
     400: "The request is invalid; `param` and `code` say why.",
@@ -50,12 +51,16 @@ class EmbeddingRequest(BaseModel):
         | Annotated[list[str], Field(min_length=1, max_length=2048)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+        | Annotated[list[TextObject], Field(min_length=1, max_length=2048)]
     )
-    """One text, or up to 2048. Token ids are accepted only if the model's `token_input` allows them."""
+    """One text, or up to 2048, also in the form `{"text": "..."}`. Token ids are accepted only if the model's `token_input` allows them."""
     model: str | None = None
     """An alias, a model's id, or the unique last part of an id. Default: the default model."""
     encoding_format: Literal["float", "base64"] | None = "float"
-    """`base64` is padded standard base64 of little-endian float32."""
+    """`base64` is padded standard base64 of the little-endian values, by default float32."""
+    output_dtype: Literal["float", "float16", "int8", "uint8", "binary", "ubinary"] | None = "float"
+    """Type of the values. `int8` and `uint8` are scaled by a range of the model; `binary` and `ubinary` are the signs, eight
+    in each byte. Also `embedding_type`, `embedding_types` (an array), `encoding_dtype` and `embed_dtype`."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """Truncate vectors to this size and normalize them again, if the model was trained for it (Matryoshka) or the
     operator allows it. Also `output_dimension`."""
@@ -72,6 +77,8 @@ class EmbeddingRequest(BaseModel):
     inputs. Also `truncation`."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """Truncate inputs to this many tokens; -1 is the model's own limit."""
+    truncation_side: Literal["left", "right"] | None = None
+    """At which end an input that is too long is truncated: left is START of `truncate`, right is END."""
     normalize: bool | None = None
     """Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`."""
     user: str | None = None
@@ -100,6 +107,21 @@ class EmbeddingResponse(BaseModel):
     data: list[EmbeddingObject] = Field(description="One for each input, in the order of the inputs.")
     model: str = Field(description="The name that the request used.")
     usage: Usage
+
+
+class OutputTypes(BaseModel):
+    """Vectors of integers and bits: how they are scaled, and what they cost."""
+
+    int8_range: float = Field(
+        description="The absolute value that becomes 127 of int8 and 255 of uint8, unless a request sets `normalize` or "
+        "`dimensions`."
+    )
+    int8_range_normalized: float = Field(
+        description="The same for vectors of length 1. For vectors of size d, multiply by the square root of dimensions/d."
+    )
+    top10_overlap: dict[str, float] = Field(
+        description="By type: share of each text's ten nearest neighbors that are the same as among float vectors, 0 to 1."
+    )
 
 
 class ModelObject(BaseModel):
@@ -143,6 +165,10 @@ class ModelObject(BaseModel):
     fidelity: FidelityObject | None = Field(
         description="Null if the backend is the reference itself (torch at fp32), if it was not measured (a note says "
         "why), and if the model is not loaded."
+    )
+    output_types: OutputTypes | None = Field(
+        description="Null if it was not measured, and if the model is not loaded. Without it, int8 and uint8 are not "
+        "available."
     )
 
 
