@@ -16,7 +16,6 @@ from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.registry import Registry, RegistryConfig
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.serving.result_cache import ResultCache
-from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.settings import ServedModels
 from emb_model_provider.settings.loading import load_settings
 
@@ -236,7 +235,6 @@ class _Running:
                     }
                 ),
                 memory=settings.memory.model_copy(update={"load_wait_s": _NO_TIMEOUT_S}),
-                result_cache=ResultCache(settings.memory.result_cache_bytes),
                 result_cache=ResultCache(settings.memory.result_cache_bytes),
             ),
         )
