@@ -54,7 +54,7 @@ _PROCESS_ENDS_SHARE = 0.4
 _SETTLED_AFTER_S = 120.0
 _MODELS = {"first": {"name": BUNDLED_MODEL}, "second": {"name": BUNDLED_MODEL, "precision": "fp32", "pooling": "cls"}}
 """The models use different pooling, so that a response of the wrong model is a wrong response."""
-_QUICK_MODELS = {"first": {"name": BUNDLED_MODEL}, "second": {"name": BUNDLED_MODEL}}
+_QUICK_MODELS = {"first": {"name": BUNDLED_MODEL}, "second": {"name": BUNDLED_MODEL, "dimensions": [128]}}
 
 
 class SoakTest:

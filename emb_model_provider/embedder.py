@@ -15,6 +15,7 @@ from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.registry import Registry, RegistryConfig
 from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.settings import ServedModels
 from emb_model_provider.settings.loading import load_settings
 
@@ -76,6 +77,7 @@ class Embedder:
         self._settings = settings if settings is not None else load_settings()[0]
         name = model if model is not None else self._settings.models.specs()[0].alias
         spec = resolve_model(self._settings, name, source=source, revision=revision, precision=precision)
+        self._input_type = spec.input_type_of(name)
         self.spec: ModelSpec = replace(spec, device=device or spec.device, backend=backend or spec.backend)
         self._running: _Running | None = None
         self._starting = threading.Lock()
@@ -160,7 +162,8 @@ class Embedder:
             dimensions: Size to which vectors are truncated, if the model supports it. Truncated vectors are normalized.
                 None: the size of the model's vectors.
             normalize: Whether vectors are scaled to length 1. None: as the model declares.
-            input_type: Prompt to put before each text: its name, or `query` or `document`. None: the model's default.
+            input_type: Prompt to put before each text: its name, or `query` or `document`. None: that of the alias in the
+                settings, or the model's default.
             truncate: Side from which texts that are too long are cut: `END` or `START`; `NONE` raises RequestError
                 instead. None: as in the settings, `END` by default.
 
@@ -173,7 +176,7 @@ class Embedder:
             InferenceError: The model failed on a text.
             ModelNotReadyError: The model is not loaded, was closed, or crashed repeatedly.
         """
-        options = EmbedOptions(dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate)
+        options = self._options(dimensions, normalize, input_type, truncate)
         running = self._loaded()
         return running.call(running.embed(texts, options))
 
@@ -190,9 +193,19 @@ class Embedder:
 
         Arguments, result and errors are those of `embed`. Cancelling the call removes its texts from the queue.
         """
-        options = EmbedOptions(dimensions=dimensions, normalize=normalize, input_type=input_type, truncate=truncate)
+        options = self._options(dimensions, normalize, input_type, truncate)
         running = self._loaded()
         return await asyncio.wrap_future(running.start(running.embed(texts, options)))
+
+    def _options(
+        self, dimensions: int | None, normalize: bool | None, input_type: str | None, truncate: Truncate | None
+    ) -> EmbedOptions:
+        return EmbedOptions(
+            dimensions=dimensions,
+            normalize=normalize,
+            input_type=self._input_type if input_type is None else input_type,
+            truncate=truncate,
+        )
 
     def _loaded(self) -> _Running:
         if self._running is None:
@@ -215,9 +228,14 @@ class _Running:
             RegistryConfig(
                 batching=settings.batching.model_copy(update={"max_queue_tokens": _NO_LIMIT}),
                 limits=settings.limits.model_copy(
-                    update={"request_timeout_s": _NO_TIMEOUT_S, "max_request_tokens": _NO_LIMIT}
+                    update={
+                        "request_timeout_s": _NO_TIMEOUT_S,
+                        "request_total_timeout_s": _NO_TIMEOUT_S,
+                        "max_request_tokens": _NO_LIMIT,
+                    }
                 ),
                 memory=settings.memory.model_copy(update={"load_wait_s": _NO_TIMEOUT_S}),
+                result_cache=ResultCache(settings.memory.result_cache_bytes),
             ),
         )
         self._is_open = True

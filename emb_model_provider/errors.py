@@ -120,7 +120,7 @@ class BodyTooLargeError(ProviderError):
 
 
 class CompressedBodyError(ProviderError):
-    """The request body has a Content-Encoding."""
+    """The request body has a Content-Encoding that is not supported."""
 
 
 class ReceiveTimeoutError(ProviderError):
@@ -165,10 +165,11 @@ class DimensionsError(RequestError):
 
     code = "invalid_dimensions"
 
-    def __init__(self, allowed: str) -> None:
+    def __init__(self, allowed: str, native: int) -> None:
         super().__init__(
-            f"This model does not support specifying dimensions. (allowed: {allowed}) To allow other sizes, the operator can "
-            'set the key "dimensions" of this model in EMB_PROVIDER_MODEL_MAPPING.',
+            f"This model does not support specifying dimensions. (allowed: {allowed}) Its vectors have {native} "
+            f"dimensions: set 'dimensions' to {native} or remove it. To allow other sizes, the operator can set the key "
+            '"dimensions" of this model in EMB_PROVIDER_MODEL_MAPPING.',
             param="dimensions",
         )
 
@@ -209,7 +210,7 @@ class QueueFullError(RetryLaterError):
 
 
 class DeadlineExceededError(ProviderError):
-    """The request took longer than REQUEST_TIMEOUT_S. Its remaining work was dropped."""
+    """The model made no progress, or the request took too long. Its remaining work was dropped."""
 
 
 class InferenceError(ProviderError):

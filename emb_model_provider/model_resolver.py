@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,7 @@ from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION, name_
 from emb_model_provider.settings import MappingEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
@@ -19,6 +19,11 @@ PATHS = ("/", "./", "../", "~")
 """Prefixes of names that are paths and cannot be repositories."""
 MODELSCOPE_OWNERS = ("damo/", "iic/")
 """Owners whose models the source `auto` looks for on ModelScope."""
+
+_TAG = ":latest"
+_OPENAI = "openai/"
+_SIDES = {"query": "query", "passage": "document"}
+"""Endings of the names NAME-query and NAME-passage, which NVIDIA NIM introduced, and their `input_type`."""
 
 
 def resolve_model(
@@ -47,17 +52,17 @@ def resolve_model(
     changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     directory = directory_of(model) if source in (None, "auto", "local") else None
     configured = settings.models.specs()
-    named = [spec for spec in configured if model in (spec.alias, spec.name)]
+    named = [spec for spec in configured if model in (*spec.aliases, spec.name)]
     if not named and directory is not None:
         named = [spec for spec in configured if spec.path is not None and spec.path.resolve() == directory.resolve()]
     at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
     for spec in at_hub:
         if revision in (None, spec.revision):
-            return replace(spec, **changes)
+            return _change(spec, changes)
     for spec in at_hub:
-        if model == spec.alias != spec.name and spec.path is None:
-            return replace(spec, **changes)
-    if named and model == named[0].alias and "/" not in model:
+        if model in spec.aliases and model != spec.name and spec.path is None:
+            return _change(spec, changes)
+    if named and model in named[0].aliases and "/" not in model:
         # The alias stands for the name, because an alias without an owner is not a repository of the other hub.
         model = named[0].name
     entry = MappingEntry(
@@ -68,6 +73,14 @@ def resolve_model(
         precision=precision,
     )
     return settings.models.spec_for(alias or entry.name, entry)
+
+
+def _change(spec: ModelSpec, changes: dict[str, Any]) -> ModelSpec:
+    """Return a configured model with other values. Under another alias it has no other names."""
+    alias = changes.get("alias")
+    if alias is None or alias in spec.aliases:
+        return replace(spec, **changes | {"alias": spec.alias})
+    return replace(spec, **changes, more_aliases={}, input_type=None)
 
 
 def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "local", "bundled"]:
@@ -97,7 +110,7 @@ def directory_of(model: str) -> Path | None:
 def hidden_repository_note(spec: ModelSpec) -> str:
     """Return a sentence, after a space, for errors of a model in a directory whose name could be that of a repository.
 
-    It says how to get the model of a hub. Empty if the model is not such a directory.
+    It says how to get the model of a hub. Empty for any other model.
     """
     name = str(spec.path or spec.name)
     if name.startswith(PATHS) or len(Path(name).parts) != 2 or directory_of(name) is None:
@@ -108,25 +121,83 @@ def hidden_repository_note(spec: ModelSpec) -> str:
     )
 
 
-def build_alias_index(configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> dict[str, str]:
-    """Return the alias that each name refers to: ids, and last parts of ids and aliases that are unique.
+@dataclass(frozen=True, slots=True)
+class ResolvedName:
+    """What a name refers to."""
 
-    An id of several configured models refers to the first one. Models that were added later change the meaning of no
-    earlier name, because a client that uses it would get an error or the vectors of another model.
+    alias: str
+    """First alias of the model."""
+    listed: str
+    """The alias under which the list of models has this name."""
+    input_type: str | None = None
+    """The `input_type` of requests that use this name and have none themselves."""
+    needs_prompts: bool = False
+    """Whether the name exists only if the model has a prompt for queries and one for documents."""
+
+
+class NameIndex:
+    """The names of the served models: aliases, ids, and last parts of both that are unique.
+
+    An alias takes precedence over an id, and an id over a last part. A name that several models share is ambiguous and
+    refers to none; several aliases of one model are not ambiguous. An id of several configured models refers to the
+    first one. Models that were added later change the meaning of no earlier name, because a client that uses it would
+    get an error or the vectors of another model.
     """
-    names = _names_of(configured)
-    for spec in added:
-        names = _names_of([spec]) | names
-    return {name: alias for name, alias in names.items() if alias is not None}
+
+    def __init__(self, configured: Iterable[ModelSpec], added: Iterable[ModelSpec] = ()) -> None:
+        self._exact = _names_of(configured)
+        self._folded = _fold(self._exact)
+        for spec in added:
+            names = _names_of([spec])
+            # Its alias is not ambiguous, although several earlier models may have this last part.
+            aliases = {alias: names[alias] for alias in spec.aliases if self._exact.get(alias) is None}
+            self._exact = names | self._exact | aliases
+            self._folded = _fold(names) | self._folded | _fold(aliases)
+
+    def find(self, name: str) -> ResolvedName | None:
+        """Return what a name refers to, or None if it is unknown or ambiguous."""
+        return self._exact.get(name)
+
+    def find_similar(self, name: str) -> ResolvedName | None:
+        """Return what a name refers to, however a client changed it.
+
+        Clients add `:latest` (Ollama) or `openai/` (LiteLLM). Case matters only if it makes a name unique. NAME-query
+        and NAME-passage are names of a model whose requests have these values of `input_type`.
+        """
+        spellings = dict.fromkeys((name, name.removesuffix(_TAG)))
+        spellings |= dict.fromkeys(each.removeprefix(_OPENAI) for each in spellings)
+        return next(filter(None, (*map(self._find_folded, spellings), *map(self._find_side, spellings))), None)
+
+    def _find_folded(self, name: str) -> ResolvedName | None:
+        return self._exact.get(name) or self._folded.get(name.casefold())
+
+    def _find_side(self, name: str) -> ResolvedName | None:
+        base, _, side = name.rpartition("-")
+        input_type = _SIDES.get(side.casefold())
+        found = self._find_folded(base) if input_type is not None else None
+        return replace(found, input_type=input_type, needs_prompts=True) if found is not None else None
 
 
-def _names_of(specs: Iterable[ModelSpec]) -> dict[str, str | None]:
-    """Return the alias of each name, or None if the name is ambiguous among these models."""
-    ids: dict[str, str] = {}
-    last_parts: dict[str, set[str]] = {}
+def _names_of(specs: Iterable[ModelSpec]) -> dict[str, ResolvedName | None]:
+    """Return what each name refers to, or None if it is ambiguous among these models."""
+    aliases: dict[str, ResolvedName] = {}
+    ids: dict[str, ResolvedName] = {}
+    last_parts: dict[str, dict[tuple[str, Path | None], ResolvedName]] = {}
     for spec in specs:
-        ids.setdefault(spec.name, spec.alias)
-        for name in (spec.name, spec.alias):
-            last_parts.setdefault(name.rstrip("/").rpartition("/")[2], set()).add(spec.alias)
-    unique = {name: next(iter(aliases)) if len(aliases) == 1 else None for name, aliases in last_parts.items()}
-    return {**unique, **ids}
+        of_spec = {alias: ResolvedName(spec.alias, alias, spec.input_type_of(alias)) for alias in spec.aliases}
+        aliases |= of_spec
+        ids.setdefault(spec.name, ResolvedName(spec.alias, spec.alias))
+        for name, found in (*of_spec.items(), (spec.name, ResolvedName(spec.alias, spec.alias))):
+            models = last_parts.setdefault(name.rstrip("/").rpartition("/")[2], {})
+            models.setdefault((spec.name, spec.path), found)
+    unique = {name: next(iter(models.values())) if len(models) == 1 else None for name, models in last_parts.items()}
+    return {**unique, **ids, **aliases}
+
+
+def _fold(names: Mapping[str, ResolvedName | None]) -> dict[str, ResolvedName | None]:
+    """Return what each name refers to in lower case, or None if that is ambiguous."""
+    folded: dict[str, ResolvedName | None] = {}
+    for name, found in names.items():
+        key = name.casefold()
+        folded[key] = found if folded.get(key, found) == found else None
+    return folded

@@ -37,6 +37,10 @@ class ModelSpec:
     """Name that requests use."""
     name: str
     """Repository id on a hub, or a directory."""
+    input_type: str | None = None
+    """The `input_type` of requests that use the alias and have none themselves."""
+    more_aliases: Mapping[str, str | None] = field(default_factory=dict)
+    """Further aliases of the model, each with the `input_type` of its requests."""
     source: Source = "auto"
     path: Path | None = None
     """Local directory of the model. Takes precedence over any hub."""
@@ -69,6 +73,15 @@ class ModelSpec:
     truncate: Truncate | None = None
     """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected. None: the side
     that the tokenizer of the model declares, which is nearly always END."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """All aliases of the model. The first one names it in logs and metrics."""
+        return self.alias, *self.more_aliases
+
+    def input_type_of(self, name: str) -> str | None:
+        """Return the `input_type` of requests that use a name; None for a name that is not an alias."""
+        return self.input_type if name == self.alias else self.more_aliases.get(name)
 
 
 _CACHED = re.compile(

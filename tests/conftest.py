@@ -24,6 +24,7 @@ TESTS = Path(__file__).parent
 FIRST = (
     "compiler",
     "api",
+    "clients",
     "serving",
     "hubs",
     "management",

@@ -56,6 +56,16 @@ def test_vectors_are_those_of_sentence_transformers(embedder: Embedder, referenc
     assert cosines(vectors, reference).min() > 0.999
 
 
+def test_alias_fixes_the_prompt(service_cache: str) -> None:
+    """The `input_type` of an alias applies, unless a call has one."""
+    entry = {"name": "sentence-transformers/all-MiniLM-L6-v2", "prompts": {"query": "query: ", "document": "passage: "}}
+    mapping = {"plain": entry, "for-queries": {**entry, "input_type": "query"}}
+    settings = Settings.from_values(cache_dir=service_cache, model_mapping=mapping)
+    with Embedder("for-queries", settings=settings) as embedder:
+        assert cosines(embedder.embed("hello"), embedder.embed("hello", input_type="query")) > 0.9999
+        assert cosines(embedder.embed("hello"), embedder.embed("hello", input_type="document")) < 0.99
+
+
 def test_shape_of_one_text_and_of_no_texts(embedder: Embedder) -> None:
     """A single str returns a vector, and an empty list an empty matrix of the right width."""
     assert embedder.embed("hello").shape == (384,)

@@ -10,7 +10,7 @@ from emb_model_provider import errors
 from emb_model_provider.error_table import FAILED, UNEXPECTED, USAGE_ERROR, ErrorInfo, error_info
 
 EXAMPLES = [
-    (errors.DimensionsError("1 to 384"), ErrorInfo("invalid_dimensions", 400)),
+    (errors.DimensionsError("1 to 384", 384), ErrorInfo("invalid_dimensions", 400)),
     (errors.ModelNotFoundError("a", "b"), ErrorInfo("model_not_found", 404)),
     (errors.RequestError("invalid", code="invalid_json"), ErrorInfo("invalid_json", 400)),
     (errors.QueueFullError("full", retry_after_s=1), ErrorInfo("queue_full", 429)),

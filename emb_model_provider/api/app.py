@@ -7,11 +7,13 @@ import logging
 import shlex
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 
@@ -20,17 +22,33 @@ from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
-from emb_model_provider.api.routes import cached_models, downloads, embeddings, loaded_models, models, operations
+from emb_model_provider.api.paths import PathMiddleware
+from emb_model_provider.api.routes import (
+    azure,
+    cached_models,
+    cohere,
+    downloads,
+    embeddings,
+    llamafile,
+    loaded_models,
+    models,
+    ollama,
+    operations,
+    tei,
+    tokenize,
+)
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import Registry, RegistryConfig, State
+from emb_model_provider.serving.result_cache import ResultCache
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
 
+    from fastapi import APIRouter
     from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
     from emb_model_provider.settings import ServerSettings, Settings
@@ -52,6 +70,12 @@ _ROUTERS = (
     downloads.router,
     cached_models.router,
     operations.router,
+    azure.router,
+    cohere.router,
+    llamafile.router,
+    ollama.router,
+    tei.router,
+    tokenize.router,
 )
 
 
@@ -64,6 +88,7 @@ class Application(FastAPI):
             lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
         )  # fmt: skip
         self.state.services = services
+        self.state.methods = _methods(_ROUTERS)
         for router in _ROUTERS:
             self.include_router(router)
         # All other errors are handled by AuthAndLimitsMiddleware.
@@ -114,7 +139,8 @@ def create_app(
 ) -> Application:
     """Return the service as an ASGI application. `is_shutting_down` is called on any thread."""
     manager = ModelManager(settings)
-    metrics = Metrics(lambda: registry.statuses())
+    result_cache = ResultCache(settings.memory.result_cache_bytes)
+    metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes)
     registry = Registry(
         settings.served_models(),
         manager,
@@ -124,6 +150,8 @@ def create_app(
             memory=settings.memory,
             watchdog_s=settings.lifecycle.watchdog_s,
             on_batch=metrics.on_batch,
+            result_cache=result_cache,
+            on_lookup=metrics.on_lookup,
         ),
     )
     jobs = DownloadJobs(manager)
@@ -146,6 +174,15 @@ def create_app(
     return Application(services, lifespan)
 
 
+def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
+    """Return the methods of each path, from which the error for an unknown path names the most similar one."""
+    methods: dict[str, set[str]] = {}
+    for route in chain.from_iterable(router.routes for router in routers):
+        if isinstance(route, APIRoute):
+            methods.setdefault(route.path, set()).update(route.methods or ())
+    return methods
+
+
 def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     policy = AccessPolicy(server)
@@ -156,7 +193,8 @@ def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
         app = CorsMiddleware(app, server.cors_origins)
     if server.accepted_hosts is not None:
         app = TrustedHostMiddleware(app, policy)
-    return AccessLogMiddleware(app, services.metrics.on_request)
+    app = AccessLogMiddleware(app, services.metrics.on_request)
+    return PathMiddleware(app)
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from starlette.middleware.cors import CORSMiddleware
 
 from emb_model_provider.api.errors import error_response
+from emb_model_provider.api.paths import is_admin_path, is_public_path
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 _PROXY_HEADERS = frozenset({"forwarded", "x-real-ip", "via"})
 """Headers that proxies add, next to those that begin with `X-Forwarded`."""
+
+
+_KEY_HEADERS = ("api-key", "x-api-key")
+"""Headers in which clients of Azure and of other services send their key."""
 
 
 class AccessPolicy:
@@ -54,7 +59,7 @@ class AccessPolicy:
         """Return an error response if a request is not allowed or has no valid key, else None."""
         path = scope["path"]
         if not is_admin_path(path):
-            return _check_key(headers, self._keys) if path == "/v1" or path.startswith("/v1/") else None
+            return None if is_public_path(scope["method"], path) else _check_key(headers, self._keys, _KEY_HEADERS)
         if self._admin_keys:
             return _check_key(headers, self._admin_keys)
         if not _is_direct_local(scope, headers) or _is_cross_origin(headers):
@@ -100,19 +105,17 @@ class CorsMiddleware(CORSMiddleware):
         return refusal
 
 
-def is_admin_path(path: str) -> bool:
-    """Return whether a path (percent-decoded) belongs to the routes that can change the service."""
-    return path == "/api" or path.startswith("/api/")
-
-
-def _check_key(headers: Headers, keys: tuple[bytes, ...]) -> Response | None:
+def _check_key(headers: Headers, keys: tuple[bytes, ...], more_headers: tuple[str, ...] = ()) -> Response | None:
+    """Return an error response if no key is valid: a Bearer token, or the value of one of `more_headers`."""
     if not keys:
         return None
     scheme, _, value = headers.get("authorization", "").partition(" ")
+    sent = [value] if scheme.lower() == "bearer" else []
+    sent += [headers.get(name, "") for name in more_headers]
     # All keys are compared, so that the time does not depend on which one matches. Header text is Latin-1.
-    key = value.strip().encode("latin-1")
-    matches = [hmac.compare_digest(key, accepted) for accepted in keys]
-    if scheme.lower() != "bearer" or not key:
+    encoded = [key.strip().encode("latin-1") for key in sent]
+    matches = [hmac.compare_digest(key, accepted) for key in encoded for accepted in keys]
+    if not any(encoded):
         message = "You didn't provide an API key. Send it as 'Authorization: Bearer <key>'."
     elif any(matches):
         return None

@@ -1,7 +1,8 @@
-"""Error responses: every error that a client sees, in OpenAI's form."""
+"""Error responses: every error that a client sees, in the form of the API that it uses, by default OpenAI's."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from typing import TYPE_CHECKING, cast
@@ -10,6 +11,7 @@ import orjson
 from starlette.responses import Response
 
 from emb_model_provider.api.dependencies import get_record
+from emb_model_provider.api.paths import dialect_of
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import (
     ModelNotReadyError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,28 @@ _MAX_RETRY_AFTER_S = 120
 """The OpenAI SDKs do not retry if Retry-After is longer."""
 _MAX_QUOTE = 200
 """Longest quotation of what the client sent, in characters."""
+
+
+class ErrorResponse(Response):
+    """An error in OpenAI's form, which is sent in the form of the API that the request belongs to."""
+
+    def __init__(self, status: int, error: Mapping[str, str | None], headers: Mapping[str, str] | None) -> None:
+        super().__init__(orjson.dumps({"error": error}), status, headers=headers, media_type="application/json")
+        self._message = error["message"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match dialect_of(scope["method"], scope["path"]):
+            case "ollama":
+                self._set_body({"error": self._message})
+            case "tei":
+                self._set_body({"error": self._message, "error_type": _tei_error_type(self.status_code)})
+            case "cohere":
+                self._set_body({"message": self._message})
+        await super().__call__(scope, receive, send)
+
+    def _set_body(self, body: Mapping[str, str | None]) -> None:
+        self.body = orjson.dumps(body)
+        self.headers["content-length"] = str(len(self.body))
 
 
 def error_response(
@@ -47,8 +72,7 @@ def error_response(
     """Return an error in OpenAI's form."""
     # A message can quote what the client sent, lone surrogates included, which UTF-8 cannot encode.
     message = message.encode("utf-8", "replace").decode()
-    body = {"error": {"message": message, "type": type, "param": param, "code": code}}
-    return Response(orjson.dumps(body), status, headers=headers, media_type="application/json")
+    return ErrorResponse(status, {"message": message, "type": type, "param": param, "code": code}, headers)
 
 
 def response_for(error: Exception) -> Response:
@@ -78,6 +102,15 @@ def response_for(error: Exception) -> Response:
             param = "model"
             headers = retry_after(error.retry_after_s)
     return error_response(info.status, error.message, type=kind, param=param, code=info.code, headers=headers)
+
+
+def _tei_error_type(status: int) -> str:
+    match status:
+        case 429:
+            return "Overloaded"
+        case 503:
+            return "Unhealthy"
+    return "Validation" if status < 500 else "Backend"
 
 
 def retry_after(seconds: float) -> dict[str, str]:
@@ -111,8 +144,23 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     message = f"Invalid URL ({method} {request.scope['path'][:_MAX_QUOTE]})"
     match exception.status_code:
         case 404:
-            return error_response(404, message, code="unknown_url")
+            return error_response(404, f"{message}. {_nearest_route(request)}", code="unknown_url")
         case 405:
-            return error_response(405, message, code="method_not_allowed", headers=exception.headers)
+            allowed = (exception.headers or {}).get("Allow", "")
+            return error_response(
+                405,
+                f"{message}: {method[:_MAX_QUOTE]} is not a method of this route. Use {allowed}.",
+                code="method_not_allowed",
+                headers=exception.headers,
+            )
         case status:
             return error_response(status, str(exception.detail), headers=exception.headers)
+
+
+def _nearest_route(request: Request) -> str:
+    """Return a sentence that names the route whose path is most similar to that of the request, if there is one."""
+    method = get_record(request).method
+    routes: Mapping[str, set[str]] = request.app.state.methods
+    for path in difflib.get_close_matches(request.scope["path"][:_MAX_QUOTE], routes, n=1):
+        return f"Did you mean {method if method in routes[path] else min(routes[path])} {path}?"
+    return "/docs lists the routes."

@@ -13,10 +13,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from emb_model_provider.api.compression import decompressed
 from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
-from emb_model_provider.errors import BodyTooLargeError, CompressedBodyError, ModelNotReadyError, ReceiveTimeoutError
+from emb_model_provider.api.paths import is_embedding_request
+from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
@@ -74,7 +76,7 @@ class AccessLogMiddleware:
             self._write(record)
 
     def _write(self, record: RequestRecord) -> None:
-        if record.path == "/v1/embeddings" and record.method == "POST":
+        if is_embedding_request(record.method, record.path):
             self._on_request(record)
         level = logging.DEBUG if record.path in _MONITORING_PATHS else logging.INFO
         if not access_logger.isEnabledFor(level):
@@ -123,13 +125,18 @@ class AuthAndLimitsMiddleware:
         received_bytes = 0
         body_requested = response_started = False
 
-        async def limited_receive() -> Message:
-            nonlocal body_requested, received_bytes
+        async def checked_receive() -> Message:
+            nonlocal body_requested
             body_requested = True
             message = await receive()
+            if message["type"] == "http.request" and RECEIVE_TIMED_OUT in scope:
+                raise ReceiveTimeoutError("The request body was not sent in time.")
+            return message
+
+        async def limited_receive() -> Message:
+            nonlocal received_bytes
+            message = await receive_body()
             if message["type"] == "http.request":
-                if RECEIVE_TIMED_OUT in scope:
-                    raise ReceiveTimeoutError("The request body was not sent in time.")
                 size = len(message.get("body", b""))
                 self._check_size(received_bytes + size)
                 self._budget.reserve(size)
@@ -151,6 +158,8 @@ class AuthAndLimitsMiddleware:
                 await refusal(scope, receive, tracked_send)
                 return
             self._check_headers(headers)
+            # The size of the decompressed body counts, because that is what takes memory.
+            receive_body = decompressed(headers.get("content-encoding", "identity"), checked_receive)
             # Routes accept GET only. The server still sends no body, because it looks at the original scope.
             inner_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(inner_scope, limited_receive, tracked_send)
@@ -178,11 +187,6 @@ class AuthAndLimitsMiddleware:
         size = int(length) if length.isdecimal() else 0
         self._check_size(size)
         self._budget.check(size)
-        encoding = headers.get("content-encoding", "identity")
-        if encoding.strip().lower() != "identity":
-            raise CompressedBodyError(
-                f"The request body is compressed (Content-Encoding: {encoding[:50]}). Send it as plain JSON."
-            )
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:

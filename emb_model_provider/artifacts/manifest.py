@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.backends.base import Fidelity, ModelDescription
+from emb_model_provider.backends.base import Calibration, Fidelity, ModelDescription
 from emb_model_provider.snapshots.files import MUST_HASH, check_files, write_atomically
 from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
@@ -166,7 +166,12 @@ def read_fidelity(values: Mapping[str, Any]) -> Fidelity:
     TypeError is raised if a value is missing that every version has written.
     """
     known = {field.name for field in fields(Fidelity)}
-    return Fidelity(**{name: value for name, value in values.items() if name in known})
+    calibration = _read_calibration(values.get("calibration"))
+    return Fidelity(**{name: value for name, value in values.items() if name in known} | {"calibration": calibration})
+
+
+def _read_calibration(values: Mapping[str, Any] | None) -> Calibration | None:
+    return Calibration(**values) if values is not None else None
 
 
 def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
@@ -195,6 +200,7 @@ def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescrip
             "matryoshka": tuple(sizes) if isinstance(sizes, list) else sizes,
             "notes": tuple(values["notes"]),
             "fidelity": read_fidelity(fidelity) if fidelity is not None else None,
+            "own_calibration": _read_calibration(values.get("own_calibration")),
         }
     )
 

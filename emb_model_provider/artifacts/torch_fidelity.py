@@ -30,6 +30,7 @@ from emb_model_provider.fidelity.compare import (
     compare,
     embed_texts,
     make_cases,
+    measure_reference,
 )
 from emb_model_provider.fidelity.texts import corpus_digest
 from emb_model_provider.formatting import first_line, format_size
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Increased by hand whenever a measured value changes its meaning, or the torch backend computes differently."""
 _PACKAGES = ("tokenizers", *TOOL_PACKAGES, "torchao", "bitsandbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -110,7 +111,7 @@ class TorchModel:
 
     def _load_if_accurate(self, precision: ComputePrecision, record: Path, reference: _Reference) -> Backend:
         if precision == "fp32":
-            return self.load_at(precision)
+            return self._calibrated(self.load_at(precision), record)
         if (known := _read_record(record)) is not None:
             check_accuracy(self.spec, precision, known, self.fidelity.floors, name=self.snapshot.repository)
             return _annotate(self.load_at(precision), fidelity=known)
@@ -135,6 +136,25 @@ class TorchModel:
             backend.close()
             raise
         return _annotate(backend, fidelity=fidelity)
+
+    def _calibrated(self, backend: Backend, record: Path) -> Backend:
+        """Add the calibration of a model at fp32, which is measured at its first load and kept."""
+        known = _read_record(record)
+        if known is None and self.fidelity.measure_fidelity:
+            logger.info(
+                "model %s: measuring the ranges of its vectors; this is done once, and the result is kept",
+                self.spec.alias,
+            )
+            try:
+                known = measure_reference(backend)
+            except Exception as error:
+                # Not fatal, because only vectors of integers need the ranges.
+                logger.warning("model %s: the ranges of its vectors were not measured", self.spec.alias, exc_info=error)
+                return backend
+            _write_record(record, known, self.snapshot)
+        if known is not None:
+            backend.description = replace(backend.description, own_calibration=known.calibration)
+        return backend
 
     def _record_path(self, precision: ComputePrecision, device: str, facts: DeviceFacts) -> Path:
         """Return the file of a measured fidelity. Its name is a digest of everything the value depends on."""

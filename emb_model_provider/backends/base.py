@@ -17,6 +17,19 @@ ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Ranges of a model for vectors of integers, and what each type of values costs; see `output_types`."""
+
+    spread: float
+    """Largest absolute value of a vector of length 1 that integers represent, times the square root of its size."""
+    unscaled_range: float
+    """Largest absolute value that integers represent of a vector that is not normalized."""
+    top10_overlap: Mapping[str, float]
+    """By type: mean share of each text's ten nearest neighbors, among float vectors, that are also its ten nearest among
+    vectors of this type. Those of bits are compared by their Hamming distance, the others by their cosine."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fidelity:
     """How close the vectors of a model are to those at fp32, over the probes and the corpus.
 
@@ -30,6 +43,8 @@ class Fidelity:
     """Mean share of each text's ten nearest neighbors that are also its ten nearest at fp32, 0 to 1."""
     spearman: float | None = None
     """Spearman's rank correlation of the similarities of all pairs of those texts, -1 to 1."""
+    calibration: Calibration | None = None
+    """Measured with the same vectors. None: an earlier version measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,13 @@ class ModelDescription:
     compute: ComputePrecision | None = None
     """Precision of the computation if it differs from `precision`: weights that are stored in int4 may be computed in
     bf16. int8 means that activations are quantized, too, during inference."""
+    own_calibration: Calibration | None = None
+    """The calibration of a model without fidelity."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """None if it was not measured, so that vectors of integers cannot be returned."""
+        return self.fidelity.calibration if self.fidelity is not None else self.own_calibration
 
 
 @dataclass(frozen=True, slots=True)

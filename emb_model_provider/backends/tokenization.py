@@ -39,6 +39,20 @@ class EncodedInputs:
     """Number of inputs that were truncated."""
 
 
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of a text."""
+
+    id: int
+    text: str
+    """Its characters in the text; of a special token its name."""
+    is_special: bool
+    """Whether the model adds it to every text."""
+    start: int
+    """Position of its first character, in characters; 0 for a special token."""
+    stop: int
+
+
 class Tokenization:
     """The tokenizer of a model. Thread-safe."""
 
@@ -105,6 +119,17 @@ class Tokenization:
                     code="invalid_value",
                 )
         return _truncate([list(row) for row in rows], 0, 0, 0, truncate or self._side, self._limit(max_tokens))
+
+    def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[Token]:
+        """Return the tokens of a text, without truncation."""
+        text = _replace_lone_surrogates(text)
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return [
+            Token(number, name if special else text[start:stop], is_special=bool(special), start=start, stop=stop)
+            for number, name, special, (start, stop) in zip(
+                encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+            )
+        ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         try:

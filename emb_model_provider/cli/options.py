@@ -96,7 +96,7 @@ def split_revision(settings: Settings, argument: str, default: str | None = None
     from emb_model_provider.model_resolver import directory_of
 
     name, _, own = argument.rpartition("@")
-    configured = {name for spec in settings.models.specs() for name in (spec.alias, spec.name)}
+    configured = {name for spec in settings.models.specs() for name in (*spec.aliases, spec.name)}
     if not name or not own or argument in configured or directory_of(argument) is not None:
         return argument, default
     return name, own
@@ -116,7 +116,7 @@ def _known_names() -> list[str]:
         from emb_model_provider.settings.loading import load_settings
 
         settings, _ = load_settings()
-        configured = {spec.alias for spec in settings.models.specs()}
+        configured = {alias for spec in settings.models.specs() for alias in spec.aliases}
         return sorted(configured | {model.model_name for model in ModelManager(settings).list()})
     except Exception:  # noqa: BLE001 - an error would be printed into the command that the user types
         return []

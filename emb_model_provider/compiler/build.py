@@ -359,7 +359,7 @@ class _Verification:
                 "the vector of a text depends on the other texts of its batch, as with activations that are quantized "
                 f"while the model runs (lowest cosine {format_cosine(fidelity.min_cosine)})"
             )
-        return replace(description, notes=(*description.notes, *notes))
+        return replace(description, notes=(*description.notes, *notes), own_calibration=fidelity.calibration)
 
     def _compare(self, graph: Path, description: ModelDescription, *, exact: bool) -> Fidelity:
         backend = OpenVinoBackend(graph, description, cpus=self._job.threads)

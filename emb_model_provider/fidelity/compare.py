@@ -6,12 +6,13 @@ It uses the tokenization and the backends that serve requests.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.backends.base import Fidelity, TokenBatch
+from emb_model_provider.backends.base import Calibration, Fidelity, TokenBatch
+from emb_model_provider.backends.output_types import OUTPUT_TYPES, convert, measure_ranges, range_of
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import LoadError
 from emb_model_provider.fidelity.texts import corpus, long_probes, probes
@@ -34,6 +35,8 @@ LONGEST_COMPARED = 4096
 """In tokens. Comparing a text of 32,000 tokens at fp32 takes many minutes on a CPU."""
 CORPUS_S = 60.0
 """Seconds that embedding the corpus at fp32 may take, approximately. A slow model embeds a part of the corpus."""
+REFERENCE_CORPUS_S = 10.0
+"""Likewise, for a model that has nothing to be compared with, whose first load would take much longer otherwise."""
 NEIGHBORS = 10
 
 _MORE_ACCURATE: Mapping[str, str] = {
@@ -125,13 +128,18 @@ def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> F
     tokenization = Tokenization(backend.description)
     measured: list[NDArray[np.float64]] = []
     overlap, correlation = None, None
+    calibrating: list[NDArray[np.float32]] = []
+    neighbors: NDArray[np.float32] | None = None
     for case in cases:
         for size in (_BATCH,) if case.neighbors else (_BATCH, 1):
             vectors = embed_texts(backend, tokenization, case.texts, case.prompt, batch_size=size)
             measured.append(_compare(vectors, case, "in a batch" if size > 1 else "alone", exact=exact))
             if case.neighbors:
+                neighbors = vectors
                 ours, theirs = similarities(vectors), similarities(case.expected)
                 overlap, correlation = neighbor_overlap(ours, theirs), spearman(ours, theirs)
+            elif size > 1:
+                calibrating.append(vectors)
     every = np.concatenate(measured)
     return Fidelity(
         min_cosine=float(every.min()),
@@ -139,7 +147,56 @@ def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> F
         texts=sum(len(case.texts) for case in cases),
         top10_overlap=overlap,
         spearman=correlation,
+        calibration=calibrate(np.concatenate(calibrating), neighbors)
+        if calibrating and neighbors is not None
+        else None,
     )
+
+
+def measure_reference(backend: Backend, *, corpus_s: float = REFERENCE_CORPUS_S) -> Fidelity:
+    """Return the fidelity of the reference itself, which is exact, with its calibration.
+
+    Args:
+        backend: The model at fp32.
+        corpus_s: Seconds that embedding the corpus may take, approximately.
+    """
+    tokenization = Tokenization(backend.description)
+    embed_texts(backend, tokenization, probes()[:_BATCH], "")  # warms up
+    started = time.perf_counter()
+    vectors = embed_texts(backend, tokenization, probes(), "")
+    per_text = (time.perf_counter() - started) / len(probes())
+    texts = corpus(corpus_s / max(per_text * len(corpus()), 1e-6))
+    calibration = calibrate(vectors, embed_texts(backend, tokenization, texts, ""))
+    return Fidelity(min_cosine=1.0, mean_cosine=1.0, texts=len(probes()) + len(texts), calibration=calibration)
+
+
+def calibrate(sample: NDArray[np.float32], neighbors: NDArray[np.float32]) -> Calibration:
+    """Return the ranges of integers for the vectors of a model, and the cost of each type of values.
+
+    The ranges come from other texts than those whose neighbors are compared.
+
+    Args:
+        sample: Vectors of the probes, before any normalization.
+        neighbors: Vectors of the corpus, likewise.
+    """
+    spread, unscaled_range = measure_ranges(sample)
+    calibration = Calibration(spread, unscaled_range, {})
+    unit = neighbors / np.maximum(np.linalg.norm(neighbors, axis=1, keepdims=True), np.float32(_SMALLEST))
+    value_range = range_of(calibration, unit.shape[1], normalized=True)
+    expected = similarities(unit)
+    kept: dict[str, float] = {}
+    for kind in OUTPUT_TYPES[1:]:
+        values = convert(unit, kind, value_range)
+        if kind in ("binary", "ubinary"):
+            signs = np.unpackbits(values.view(np.uint8) ^ np.uint8(128 if kind == "binary" else 0), axis=1) * 2.0 - 1.0
+            # The more signs are equal, the lower is the Hamming distance.
+            similar = signs @ signs.T
+        else:
+            similar = similarities(values)
+        overlap = neighbor_overlap(similar, expected)
+        if overlap is not None:
+            kept[kind] = overlap
+    return replace(calibration, top10_overlap=kept)
 
 
 def embed_texts(

@@ -202,7 +202,7 @@ class Inventory:
     def find(self, info: CacheInfo, name: str, source: Source | None, revision: str | None) -> list[CacheEntry]:
         """Return the models of a scan that a name refers to. Without a source, an alias refers to that of the settings."""
         requested, requested_revision = name, revision
-        spec = next((each for each in self._models.specs() if each.alias == name != each.name), None)
+        spec = next((each for each in self._models.specs() if name in each.aliases and name != each.name), None)
         if spec is not None:
             requested = str(spec.path) if spec.path is not None else spec.name
             requested_revision = revision or spec.revision

@@ -543,9 +543,11 @@ class ModelManager:
     def _has_configured_hub(self, name: str) -> bool:
         """Return whether a name is a directory, or the settings name a hub for this model alone."""
         models = self._settings.models
-        if any(entry.source for alias, entry in models.model_mapping.items() if name in (alias, entry.name)):
+        if any(
+            entry.source for alias, entry in models.model_mapping.items() if name in (alias, *entry.aliases, entry.name)
+        ):
             return True
-        return name.startswith(PATHS) or any(spec.path for spec in models.specs() if name in (spec.alias, spec.name))
+        return name.startswith(PATHS) or any(spec.path for spec in models.specs() if name in (*spec.aliases, spec.name))
 
 
 def get_model_manager(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -44,9 +44,9 @@ class RequestRecord:
 
 
 class Metrics:
-    """The metrics of one service. Those of models and queues are read at each scrape."""
+    """The metrics of one service. Those of models, queues and the result cache are read at each scrape."""
 
-    def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
+    def __init__(self, models: Callable[[], Sequence[ModelStatus]], cache_bytes: Callable[[], int] = lambda: 0) -> None:
         # They would add a series for each counter and histogram that dashboards do not use.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
@@ -75,6 +75,14 @@ class Metrics:
         self._batch_inputs = histogram("batch_inputs", "Inputs per batch.", _SIZES)
         self._batch_padding = histogram("batch_padding_ratio", "Share of padding among the tokens of a batch.", _SHARES)
         self._inference_s = histogram("inference_seconds", "Time for running a batch.", _SECONDS)
+        self._cache_hits = counter(
+            "result_cache_hits", "Different inputs of requests whose vectors were in the result cache.", "model"
+        )
+        self._cache_misses = counter(
+            "result_cache_misses", "Different inputs of requests whose vectors were not in the result cache.", "model"
+        )
+        size = Gauge("emb_provider_result_cache_bytes", "Memory of the result cache.", registry=self._registry)
+        size.set_function(cache_bytes)
 
     def on_batch(self, record: BatchRecord) -> None:
         """Record a batch. Called on a thread of the model."""
@@ -82,6 +90,13 @@ class Metrics:
         self._batch_inputs(record.model).observe(record.inputs)
         self._batch_padding(record.model).observe(1 - record.tokens / record.padded_tokens)
         self._inference_s(record.model).observe(record.inference_s)
+
+    def on_lookup(self, model: str, hits: int, misses: int) -> None:
+        """Record how many inputs of a request have a vector in the result cache, and how many do not."""
+        if hits:
+            self._cache_hits(model).inc(hits)
+        if misses:
+            self._cache_misses(model).inc(misses)
 
     def on_request(self, record: RequestRecord) -> None:
         """Record an answered request for embeddings."""

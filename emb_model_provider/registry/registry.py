@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import (
@@ -15,7 +15,7 @@ from emb_model_provider.errors import (
     NotAllowedError,
     ProviderError,
 )
-from emb_model_provider.model_resolver import build_alias_index
+from emb_model_provider.model_resolver import NameIndex, ResolvedName
 from emb_model_provider.registry.lifecycle import Lifecycle, Watchdog
 from emb_model_provider.registry.model_entry import ModelEntry, ModelStatus, State
 
@@ -77,7 +77,8 @@ class Registry:
         }
         self.default_alias = models.specs[0].alias
         """Alias of the model that serves requests without a model name."""
-        self._alias_index = self._build_index()
+        self._answers_unknown = models.answers_unknown
+        self._names = self._build_index()
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._lifecycle = Lifecycle(manager, config, self._executor)
         self._watchdog = Watchdog(self._entries.values, self._lifecycle, config)
@@ -85,16 +86,27 @@ class Registry:
     # --- names and states -----------------------------------------------------------------------------
 
     def alias_of(self, name: str) -> str:
-        """Return the alias that a name refers to: an alias, an id, or the last part of one if it is unique.
+        """Return the first alias of the model that a name refers to: an alias, an id, or a unique last part of one.
 
         All methods with a name raise ModelNotFoundError if it refers to no served model, or to several.
         """
-        if name in self._entries:
-            return name
-        alias = self._alias_index.get(name)
-        if alias is None:
-            raise self._not_found(name)
-        return alias
+        found = self._names.find(name)
+        if found is None:
+            raise self.not_found(name)
+        return found.alias
+
+    def resolve(self, name: str) -> ResolvedName:
+        """Return what the name in a request for embeddings refers to.
+
+        These requests, unlike those that manage models, may also use similar names (`NameIndex.find_similar`), and any
+        name if the settings say that the default model answers requests for unknown models.
+        """
+        found = self._names.find(name) or self._names.find_similar(name)
+        if found is None and self._answers_unknown:
+            found = self._names.find(self.default_alias)
+        if found is None:
+            raise self.not_found(name)
+        return replace(found, needs_prompts=False) if self._answers_unknown else found
 
     def status(self, name: str) -> ModelStatus:
         return self._entries[self.alias_of(name)].status()
@@ -161,7 +173,7 @@ class Registry:
         entry = self._entries.get(spec.alias)
         if entry is None:
             self._entries[spec.alias] = ModelEntry(spec=spec, slow_load_s=self._timings.slow_load_s)
-            self._alias_index = self._build_index()
+            self._names = self._build_index()
         elif entry.spec != spec:
             raise ModelInUseError(
                 f"The alias `{spec.alias}` is taken by {entry.spec.name}. Choose another alias for this model."
@@ -179,14 +191,14 @@ class Registry:
         """
         entry = self._entries.get(alias)
         if entry is None:
-            raise self._not_found(alias)
+            raise self.not_found(alias)
         if entry.configured:
             raise NotAllowedError(
                 f"`{alias}` is in the settings and cannot be removed while the service runs. Unload it without "
                 "removing it (forget=false), or remove it from EMB_PROVIDER_MODEL_MAPPING and restart the service."
             )
         del self._entries[alias]
-        self._alias_index = self._build_index()
+        self._names = self._build_index()
         entry.removed = True
         await self._lifecycle.unload(entry, "forgotten")
         return entry.status()
@@ -196,15 +208,17 @@ class Registry:
         await self._lifecycle.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _build_index(self) -> dict[str, str]:
+    def not_found(self, name: str) -> ModelNotFoundError:
+        """Return the error for a name that refers to no served model, or to several."""
+        aliases = [alias for entry in self._entries.values() for alias in entry.spec.aliases]
+        return ModelNotFoundError(name[:200], ", ".join(aliases))
+
+    def _build_index(self) -> NameIndex:
         entries = self._entries.values()
-        return build_alias_index(
+        return NameIndex(
             [entry.spec for entry in entries if entry.configured],
             [entry.spec for entry in entries if not entry.configured],
         )
-
-    def _not_found(self, name: str) -> ModelNotFoundError:
-        return ModelNotFoundError(name[:200], ", ".join(self._entries))
 
     async def _ensure_loaded(self, entry: ModelEntry) -> LoadedModel:
         """Load a model for a request, and increment its reference count. Raises ModelNotReadyError only."""

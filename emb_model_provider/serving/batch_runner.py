@@ -76,11 +76,17 @@ def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchR
 
 
 def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
-    vectors = backend.embed(_token_batch(members))
-    expected = len(members), backend.description.dimension
+    # Different requests often have the same input, which is computed once.
+    inputs = [(tuple(job.ids[row]), job.prompt_lengths[row], job.task) for job, row in members]
+    distinct = dict(zip(inputs, members, strict=True))
+    vectors = backend.embed(_token_batch(list(distinct.values())))
+    expected = len(distinct), backend.description.dimension
     if vectors.shape != expected:
         raise InferenceError(f"The model returned vectors of shape {vectors.shape} instead of {expected}.")
-    return vectors
+    if len(distinct) == len(members):
+        return vectors
+    places = {key: place for place, key in enumerate(distinct)}
+    return vectors[[places[key] for key in inputs]]
 
 
 def _token_batch(members: Sequence[Member]) -> TokenBatch:

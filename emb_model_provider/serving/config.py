@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emb_model_provider.serving.batcher import BatchPolicy
+from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.settings import BatchSettings, LimitSettings
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class EngineConfig:
     """After how many seconds a batch counts as hung."""
     on_batch: Callable[[BatchRecord], None] = lambda _: None
     """Called on a thread of the model after each batch."""
+    result_cache: ResultCache = field(default_factory=lambda: ResultCache(0))
+    on_lookup: Callable[[str, int, int], None] = lambda _model, _hits, _misses: None
+    """Called with the alias of a model for each request: how many of its different inputs have a vector in the cache, and
+    how many must be computed."""
     timings: Timings = field(default_factory=Timings)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.output_types import convert, range_of
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import (
     DeadlineExceededError,
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import Backend, ModelDescription
-    from emb_model_provider.backends.tokenization import EncodedInputs
+    from emb_model_provider.backends.output_types import OutputType
+    from emb_model_provider.backends.tokenization import EncodedInputs, Token
     from emb_model_provider.model_spec import ModelSpec, Truncate
     from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
+    from emb_model_provider.serving.result_cache import ModelResults, ResultCache
 
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
@@ -57,6 +60,8 @@ class EmbedOptions:
     """Whether vectors are scaled to length 1. Truncated vectors always are."""
     input_type: str | None = None
     """Name of a prompt, or a synonym of `query` or `document`."""
+    instruction: str | None = None
+    """Text that replaces the instruction in the prompt of the model; see `choose_prompt`."""
     truncate: Truncate | Literal["AUTO"] | None = None
     """Side from which inputs that are too long are cut; NONE rejects them, and AUTO is the side that the tokenizer of the
     model declares."""
@@ -76,6 +81,23 @@ class Embeddings:
     """Number of inputs that were truncated."""
     tokenize_s: float
     timing: Timing
+    value_range: float | None = None
+    """The absolute value that becomes the largest integer; see `output_types.convert`. None: it was not measured."""
+
+    def as_type(self, kind: OutputType) -> NDArray[Any]:
+        """Return the vectors with values of another type; see `output_types.convert`.
+
+        Raises:
+            RequestError: The ranges for integers were not measured.
+        """
+        if kind in ("int8", "uint8") and self.value_range is None:
+            raise RequestError(
+                f"This model cannot return {kind}, because the range of its values was not measured "
+                "(EMB_PROVIDER_MEASURE_FIDELITY=false). Request 'float', 'float16', 'binary' or 'ubinary', or ask the "
+                "operator to enable it.",
+                param="output_dtype",
+            )
+        return convert(self.vectors, kind, self.value_range or 1.0)
 
 
 class Engine:
@@ -100,7 +122,8 @@ class Engine:
         self._tokenizations: Mapping[str | None, Tokenization]
         self._limits = config.limits
         self._executor = executor
-        self._loader = _BackendLoader(load)
+        self._loader = _BackendLoader(load, config.result_cache)
+        self._on_lookup = config.on_lookup
         self._scheduler = BatchScheduler(spec.alias, config, self._loader.check)
         self._thread = ModelThread(spec.alias, self._scheduler, self._loader.load, config, on_change)
 
@@ -133,7 +156,9 @@ class Engine:
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Answer the accepted requests, then free the model; return False if that took longer. Blocks."""
-        return self._thread.stop(timeout_s)
+        stopped = self._thread.stop(timeout_s)
+        self._loader.results.close()
+        return stopped
 
     async def embed(self, inputs: Sequence[str] | Sequence[Sequence[int]], options: EmbedOptions) -> Embeddings:
         """Return a vector for each input: at least one text or row of token ids, all of the same kind.
@@ -149,7 +174,7 @@ class Engine:
         """
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         task = choose_task(options.input_type, self.description)
-        prompt = choose_prompt(options.input_type, self.description)
+        prompt = choose_prompt(options.input_type, self.description, options.instruction)
         try:
             async with asyncio.timeout(self._limits.request_timeout_s):
                 started = time.perf_counter()
@@ -165,25 +190,58 @@ class Engine:
             ) from None
         described = self._described(task)
         normalize = described.normalize if options.normalize is None else options.normalize
+        vectors = postprocess(vectors, dimensions=dimensions, normalize=normalize)
+        calibration, normalized = described.calibration, normalize or dimensions is not None
         return Embeddings(
-            vectors=postprocess(vectors, dimensions=dimensions, normalize=normalize),
+            vectors=vectors,
             tokens=tokens,
             truncated=encoded.truncated,
             tokenize_s=tokenize_s,
             timing=timing,
+            value_range=range_of(calibration, vectors.shape[1], normalized=normalized) if calibration else None,
         )
+
+    async def tokenize(
+        self, texts: Sequence[str], *, input_type: str | None = None, add_special_tokens: bool = True
+    ) -> list[list[Token]]:
+        """Return the tokens of each text with its prompt, without truncation.
+
+        Raises:
+            RequestError: The model has no such prompt, or the texts have more tokens than a request may have.
+        """
+        task = choose_task(input_type, self.description)
+        prompt = choose_prompt(input_type, self.description)
+        tokenization = self._tokenizations[task]
+
+        def tokenize() -> list[list[Token]]:
+            return [tokenization.tokens(prompt + text, add_special_tokens=add_special_tokens) for text in texts]
+
+        rows = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
+        if (count := sum(map(len, rows))) > self._limits.max_request_tokens:
+            raise TooManyTokensError(count, self._limits.max_request_tokens)
+        return rows
 
     def _described(self, task: str | None) -> ModelDescription:
         """Return the description of the route of a task, or of the model if it has no routes."""
         return self.description if task is None else self.description.routes[task]
 
     async def _run(self, encoded: EncodedInputs, task: str | None) -> tuple[NDArray[np.float32], Timing]:
+        dimension, lengths = self.description.dimension, encoded.prompt_lengths
+        prompts = lengths if self._described(task).excludes_prompt else [0] * len(lengths)
+        lookup = self._loader.results.look_up(encoded.ids, prompts, task)
+        self._on_lookup(self.spec.alias, lookup.hits, len(lookup.rows))
+        if not lookup.rows:
+            return lookup.complete(np.empty((0, dimension), dtype=np.float32)), Timing(queue_s=0.0, inference_s=0.0)
         job = EmbeddingJob(
-            encoded.ids, prompt_lengths=encoded.prompt_lengths, dimension=self.description.dimension, task=task
+            [encoded.ids[row] for row in lookup.rows],
+            prompt_lengths=[lengths[row] for row in lookup.rows],
+            dimension=dimension,
+            task=task,
         )
         self._scheduler.submit(job)
         try:
-            return await job.result
+            vectors, timing = await job.result
+            return lookup.complete(vectors), timing
         finally:
             if not job.result.done() or job.result.cancelled():
                 self._scheduler.cancel(job)
@@ -237,8 +295,11 @@ class _BackendLoader:
     It does not refer to the engine, because a cycle would keep the tokenizer of an unloaded model in memory.
     """
 
-    def __init__(self, load: Callable[[], Backend]) -> None:
+    def __init__(self, load: Callable[[], Backend], cache: ResultCache) -> None:
         self._load = load
+        self._cache = cache
+        self.results: ModelResults = cache.open()
+        """Those of the backend that was loaded last."""
         self._tokenizer_json: dict[str | None, str] | None = None
         self.tokenizations: dict[str | None, Tokenization]
         """Those of the routes of an asymmetric model, by task, or that of any other model under None."""
@@ -253,6 +314,9 @@ class _BackendLoader:
         except BaseException:
             backend.close()
             raise
+        # After a crash, the files may contain another model than before.
+        self.results.close()
+        self.results = self._cache.open()
         freeze_gc()
         return backend
 

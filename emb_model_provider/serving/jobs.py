@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from emb_model_provider.errors import ProviderError
 
+_BYTES_PER_TOKEN = 40
+"""Memory of a token id in the queue: a Python integer, and a place in a list."""
+_BYTES_PER_VALUE = 4
 _MAX_ATTEMPTS = 2
 """A request that was running at this many crashes fails, because it may be their cause."""
 
@@ -53,13 +56,14 @@ class Timing:
 class EmbeddingJob(BatchJob):
     """A request whose vectors are awaited on an event loop."""
 
-    __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "task", "vectors")
+    __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "task", "tokens", "vectors")
 
     def __init__(
         self, ids: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int], dimension: int, task: str | None = None
     ) -> None:
         super().__init__(ids)
         self.prompt_lengths = prompt_lengths
+        self.tokens = self.waiting_tokens
         self.task = task
         """The task that decides the route of an asymmetric model."""
         self.loop = asyncio.get_running_loop()
@@ -68,6 +72,11 @@ class EmbeddingJob(BatchJob):
         self.started_at: float | None = None
         self.attempts = 0
         """How often the model crashed while it ran an input of this request."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of its token ids and vectors until it is answered, approximately."""
+        return self.tokens * _BYTES_PER_TOKEN + self.vectors.size * _BYTES_PER_VALUE
 
     def reset(self) -> None:
         """Mark all inputs as waiting and without a vector. The request must not be in a batcher."""
@@ -91,9 +100,17 @@ class PendingJobs:
     """Detached requests that were running when the model crashed: one of them may be the cause."""
     isolated: set[EmbeddingJob] = field(default_factory=set)
     """Suspects that are queued again, exclusively. Only one stream works then, so that a crash has one suspect."""
+    held_bytes: int = 0
+    """Memory of all these requests."""
+
+    def add(self, job: EmbeddingJob) -> None:
+        self.waiting.add(job)
+        self.held_bytes += job.held_bytes
 
     def remove(self, job: EmbeddingJob) -> bool:
         """Remove a request that is answered or cancelled; return whether it was the last isolated one."""
+        if job in self.waiting or job in self.detached:
+            self.held_bytes -= job.held_bytes
         self.waiting.discard(job)
         self.detached.discard(job)
         if job not in self.isolated:
@@ -129,6 +146,7 @@ class PendingJobs:
         """Remove and return all requests."""
         pending = self.detached | self.waiting
         self.detached, self.waiting = set(), set()
+        self.held_bytes = 0
         return pending
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -28,6 +29,23 @@ _PROMPT_SYNONYMS = (
 """Names of the two sides of a search in common APIs. The names of a line are interchangeable."""
 
 
+_INSTRUCTIONS = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"(Instruct: ?)(.+?)(\s*\n *Query: ?)",
+        r"(<instruct>)(.+?)(\n<query>)",
+        r"(task: )(.+?)( \| query: )",
+    )
+)
+"""Prompts that contain an instruction, with the text before and after it: those of Qwen3, E5 and GTE; of BGE-ICL; of
+EmbeddingGemma."""
+
+
+_OTHER_TASKS = ("classification", "clustering", "text-matching", "separation")
+"""Other tasks of common APIs. A model that has no prompt for them computes the same vectors as without a task."""
+_OTHER_TASKS_PREFIX = "code."
+
+
 def choose_task(input_type: str | None, description: ModelDescription) -> str | None:
     """Return the task that decides the route of an asymmetric model, or None for any other model.
 
@@ -49,19 +67,44 @@ def choose_task(input_type: str | None, description: ModelDescription) -> str | 
     return task
 
 
-def choose_prompt(input_type: str | None, description: ModelDescription) -> str:
+def choose_prompt(input_type: str | None, description: ModelDescription, instruction: str | None = None) -> str:
     """Return the text to put before each input; empty for none.
 
     `input_type` is the name of a prompt or of a route, or a synonym of `query` or `document`. The default prompt applies
-    if it is None, or if the model has no prompt for the synonym.
+    if it is None, or if the model has no prompt for the synonym. An instruction replaces that of the prompt. If no prompt
+    of the model contains one, the instruction is the prompt.
+
+    Raises:
+        RequestError: The model has no such prompt, or only its other prompts contain an instruction.
     """
+    prompt = _choose_prompt(input_type, description)
+    if instruction is None:
+        return prompt
+    candidates = (prompt, *description.prompts.values()) if input_type is None else (prompt,)
+    for candidate in candidates:
+        for pattern in _INSTRUCTIONS:
+            if match := pattern.fullmatch(candidate):
+                return f"{match[1]}{instruction}{match[3]}"
+    with_instruction = [
+        name for name, text in description.prompts.items() if any(each.fullmatch(text) for each in _INSTRUCTIONS)
+    ]
+    if with_instruction:
+        raise RequestError(
+            f"This model has no instruction for 'input_type' = {(input_type or '')[:100]!r}. Values of 'input_type' with an "
+            f"instruction: [{', '.join(map(repr, with_instruction))}].",
+            param="instruction",
+        )
+    return instruction
+
+
+def _choose_prompt(input_type: str | None, description: ModelDescription) -> str:
     prompts, default = description.prompts, description.default_prompt
     if input_type is not None:
         if input_type in prompts:
             return prompts[input_type]
         synonyms = _synonyms(input_type)
-        if not synonyms and input_type not in description.routes:
-            known = dict.fromkeys(chain(prompts, description.routes, *_PROMPT_SYNONYMS))
+        if not synonyms and input_type not in description.routes and not _is_other_task(input_type):
+            known = dict.fromkeys(chain(prompts, description.routes, *_PROMPT_SYNONYMS, _OTHER_TASKS))
             raise RequestError(
                 f"Invalid value for 'input_type' = {input_type[:100]!r}. Supported values: "
                 f"[{', '.join(map(repr, known))}].",
@@ -71,6 +114,16 @@ def choose_prompt(input_type: str | None, description: ModelDescription) -> str:
             if name in prompts:
                 return prompts[name]
     return prompts.get(default, "") if default is not None else ""
+
+
+def has_search_prompts(description: ModelDescription) -> bool:
+    """Return whether a model has a prompt or a route for queries, and one for documents."""
+    names = {*description.prompts, *description.routes}
+    return all(names.intersection(synonyms) for synonyms in _PROMPT_SYNONYMS)
+
+
+def _is_other_task(input_type: str) -> bool:
+    return input_type in _OTHER_TASKS or input_type.startswith(_OTHER_TASKS_PREFIX)
 
 
 def _synonyms(input_type: str) -> tuple[str, ...]:
@@ -90,11 +143,11 @@ def check_dimensions(requested: int | None, description: ModelDescription, spec:
     if "any" in allowed:
         if 1 <= requested < native:
             return requested
-        raise DimensionsError(f"1 to {native}")
+        raise DimensionsError(f"1 to {native}", native)
     sizes = {size for group in allowed if isinstance(group, tuple) for size in group if size < native}
     if requested in sizes:
         return requested
-    raise DimensionsError(", ".join(map(str, sorted({*sizes, native}))))
+    raise DimensionsError(", ".join(map(str, sorted({*sizes, native}))), native)
 
 
 def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normalize: bool) -> NDArray[np.float32]:

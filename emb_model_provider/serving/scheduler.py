@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_QUEUE_SECONDS = 20.0
-"""Without a configured limit, the queue holds what the model processes in this time at its measured speed."""
 _ASSUMED_TOKENS_PER_S = 5_000.0
 """Speed of a stream until its first batches are measured."""
 _RATE_SMOOTHING = 0.1
@@ -50,6 +48,7 @@ class BatchScheduler:
         self._model = model
         self._check = check
         self._max_queue_tokens = config.batching.max_queue_tokens
+        self._queue_bytes = config.queue_bytes
         self._watchdog_s = config.watchdog_s
         self._on_batch = config.on_batch
         self._timings = config.timings
@@ -64,6 +63,7 @@ class BatchScheduler:
         self._crash: BaseException | None = None
         self._failure: ModelNotReadyError | None = None
         self._stream_tokens_per_s = _ASSUMED_TOKENS_PER_S
+        self._progressed_at = time.monotonic()
 
     def open(self, backend: Backend, policy: BatchPolicy) -> None:
         """Accept requests from now on. They wait until `run` is called."""
@@ -110,7 +110,7 @@ class BatchScheduler:
                 )
             self._check_capacity(job, self._batcher.waiting_tokens)
             job.arrived_at = now
-            self._pending.waiting.add(job)
+            self._pending.add(job)
             self._batcher.submit(job)
             if self._idle:
                 self._wake.notify(len(job.ids))
@@ -169,8 +169,14 @@ class BatchScheduler:
         return ""
 
     @property
-    def _tokens_per_s(self) -> float:
+    def tokens_per_s(self) -> float:
+        """Measured speed of the model."""
         return self._stream_tokens_per_s * len(self._running)
+
+    @property
+    def progressed_at(self) -> float:
+        """When the model completed its last batch, on the monotonic clock."""
+        return self._progressed_at
 
     def _is_hanging(self, running: _RunningBatch, now: float) -> bool:
         expected_s = running.batch.padded_tokens / self._stream_tokens_per_s
@@ -180,9 +186,20 @@ class BatchScheduler:
         """Raise QueueFullError if the queue has no room for a request.
 
         An empty queue accepts a request of any size, because one that exceeds the limit could never be answered
-        otherwise. The largest waiting request is not counted, because smaller ones overtake it.
+        otherwise. Of a configured number of tokens, the largest waiting request is not counted, because smaller ones
+        overtake it.
         """
-        limit = self._max_queue_tokens or int(_QUEUE_SECONDS * self._tokens_per_s)
+        limit = self._max_queue_tokens
+        if limit is None:
+            held = self._pending.held_bytes
+            excess_bytes = held + job.held_bytes - self._queue_bytes
+            if held and excess_bytes > 0:
+                raise QueueFullError(
+                    f"The requests of model `{self._model}` take {held / 2**20:.0f} MiB of memory ({waiting} tokens are "
+                    "waiting), and this one does not fit. Try again later.",
+                    retry_after_s=waiting * min(1.0, excess_bytes / held) / self.tokens_per_s,
+                )
+            return
         if waiting + job.waiting_tokens <= limit:
             return
         others = waiting - max((other.waiting_tokens for other in self._pending.waiting), default=0)
@@ -190,7 +207,7 @@ class BatchScheduler:
             excess = waiting if job.waiting_tokens > limit else others + job.waiting_tokens - limit
             raise QueueFullError(
                 f"The queue of model `{self._model}` is full ({waiting} tokens are waiting). Try again later.",
-                retry_after_s=excess / self._tokens_per_s,
+                retry_after_s=excess / self.tokens_per_s,
             )
 
     def _remove(self, job: EmbeddingJob) -> None:
@@ -300,4 +317,5 @@ class BatchScheduler:
                     started = job.started_at if job.started_at is not None else job.arrived_at
                     done.append((job, Timing(queue_s=started - job.arrived_at, inference_s=ended - started)))
             self._running[stream] = None
+            self._progressed_at = ended
         set_results(done)

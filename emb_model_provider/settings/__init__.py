@@ -59,6 +59,8 @@ class ServedModels:
     """In the order of the settings; the first is the default model."""
     preload: tuple[str, ...]
     """Aliases that are loaded at startup."""
+    answers_unknown: bool = False
+    """Whether the default model answers requests for unknown models."""
 
 
 class Settings(BaseModel):
@@ -103,17 +105,20 @@ class Settings(BaseModel):
     def served_models(self) -> ServedModels:
         """Return the configured models, and which of them are loaded at startup."""
         specs = self.models.specs()
-        aliases = tuple(spec.alias for spec in specs)
+        first_aliases = {alias: spec.alias for spec in specs for alias in spec.aliases}
         preload, limit = self.models.preload_models, self.memory.max_loaded_models
+        answers_unknown = self.models.unknown_model == "default"
         if preload is None:
-            return ServedModels(specs, aliases[:limit])
+            return ServedModels(specs, tuple(spec.alias for spec in specs)[:limit], answers_unknown)
         if preload == ("none",):
-            return ServedModels(specs, ())
+            return ServedModels(specs, (), answers_unknown)
         if limit is not None and len(preload) > limit:
             raise SettingsError(
                 f"{PREFIX}PRELOAD_MODELS={','.join(preload)}: must not be more than {PREFIX}MAX_LOADED_MODELS={limit}."
             )
         for alias in preload:
-            if alias not in aliases:
-                raise SettingsError(f"{PREFIX}PRELOAD_MODELS={alias}: must be one of {', '.join(aliases)}, or none.")
-        return ServedModels(specs, preload)
+            if alias not in first_aliases:
+                raise SettingsError(
+                    f"{PREFIX}PRELOAD_MODELS={alias}: must be one of {', '.join(first_aliases)}, or none."
+                )
+        return ServedModels(specs, tuple(dict.fromkeys(map(first_aliases.__getitem__, preload))), answers_unknown)

@@ -92,6 +92,8 @@ class MappingEntry(BaseModel):
     endpoint: Url | None = None
     token: SecretStr | None = None
     cache_dir: Directory | None = None
+    aliases: Names = ()
+    input_type: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ the table in docs/configuration.md are generated from its docstring, default and
 from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads it
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -66,8 +67,12 @@ class ModelSettings(SettingsGroup, title="Models"):
     model_mapping: Annotated[dict[str, MappingEntry], Allowed('JSON like {"alias": {"name": "owner/model"}}')] = {}
     """JSON object, possibly over several lines: alias → model. Only `name` or `path` is required; the other keys are
     `source`, `precision`, `revision`, `device`, `backend`, `pooling`, `normalize`, `max_length`, `trust_remote_code`,
-    `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`. The first entry is the default
-    model if MODEL_NAME is unset; if both are set, both are served."""
+    `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`, `aliases` (a list of further
+    aliases) and `input_type` (of requests that have none). Entries that differ only in their alias and `input_type` are
+    one model in memory. The first entry is the default model if MODEL_NAME is unset; if both are set, both are served."""
+    unknown_model: Annotated[Literal["error", "default"], Lowered] = "error"
+    """What a request for embeddings gets whose model name is unknown. error: 404. default: the vectors of the default
+    model, for clients whose model name cannot be changed."""
     preload_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
     """Aliases to load at startup, separated by commas; the others are loaded at their first request. `none` loads
     nothing. Unset: all, or the first MAX_LOADED_MODELS of them."""
@@ -85,28 +90,44 @@ class ModelSettings(SettingsGroup, title="Models"):
 
     @model_validator(mode="after")
     def _check_aliases(self) -> Self:
-        for alias in self.model_mapping:
+        aliases = [alias for spec in self._separate_specs() for alias in spec.aliases]
+        for alias in aliases:
             if not alias.strip() or alias != alias.strip() or not alias.isprintable():
                 raise SettingsError(
                     f"{PREFIX}MODEL_MAPPING: {alias!r} is not a valid alias: use printable text without "
                     "surrounding spaces."
                 )
-        aliases = [spec.alias for spec in self.specs()]
-        if len(set(aliases)) < len(aliases):
-            raise SettingsError(
-                f"{PREFIX}MODEL_NAME={aliases[0]} is also an alias in {PREFIX}MODEL_MAPPING: rename one of them."
-            )
+            if aliases.count(alias) > 1:
+                kind = f"{PREFIX}MODEL_NAME={alias}" if alias == self.model_name else f"{PREFIX}MODEL_MAPPING: {alias}"
+                raise SettingsError(f"{kind} is also an alias in {PREFIX}MODEL_MAPPING: rename one of them.")
         return self
 
     def specs(self) -> tuple[ModelSpec, ...]:
-        """Return the configured models in the order of the settings; the first is the default model."""
-        mapped = (self.spec_for(alias, entry) for alias, entry in self.model_mapping.items())
+        """Return the configured models in the order of the settings; the first is the default model.
+
+        Entries that differ only in their aliases and the `input_type` of these are one model, which is loaded once.
+        """
+        merged: list[ModelSpec] = []
+        for spec in self._separate_specs():
+            for index, other in enumerate(merged):
+                if spec == replace(other, alias=spec.alias, input_type=spec.input_type, more_aliases=spec.more_aliases):
+                    more = {**other.more_aliases, spec.alias: spec.input_type, **spec.more_aliases}
+                    merged[index] = replace(other, more_aliases=more)
+                    break
+            else:
+                merged.append(spec)
+        return tuple(merged)
+
+    def _separate_specs(self) -> list[ModelSpec]:
+        """Return a model for MODEL_NAME and each entry of MODEL_MAPPING."""
         main = self._main_model()
-        return (*((main,) if main is not None else ()), *mapped)
+        mapped = [self.spec_for(alias, entry) for alias, entry in self.model_mapping.items()]
+        return [main, *mapped] if main is not None else mapped
 
     def spec_for(self, alias: str, entry: MappingEntry) -> ModelSpec:
         """Return the model that a mapping entry describes, with the service-wide defaults applied."""
         values = dict(entry) | {
+            "more_aliases": dict.fromkeys(entry.aliases, entry.input_type),
             "source": entry.source or self.model_source,
             "token": _reveal(entry.token),
             "precision": self._effective_precision(
@@ -115,6 +136,7 @@ class ModelSettings(SettingsGroup, title="Models"):
             "device": entry.device or self.device,
             "backend": entry.backend or self.backend,
         }
+        del values["aliases"]
         return ModelSpec(alias=alias, **values)
 
     def _main_model(self) -> ModelSpec | None:
@@ -263,6 +285,13 @@ class MemorySettings(SettingsGroup, title="Models in memory"):
     load_wait_s: NonNegativeNumber | None = None
     """How many seconds a request waits for its model to be downloaded, compiled and loaded. After that it gets 503 with
     `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S."""
+    result_cache_mb: NonNegativeNumber = 64
+    """Memory for the vectors of recent inputs of all models, in MiB. An input with exactly the same tokens is answered
+    without computing it again, as long as its model stays loaded. 0: every input is computed."""
+
+    @property
+    def result_cache_bytes(self) -> int:
+        return int(self.result_cache_mb * _MIB)
 
 
 class BatchSettings(SettingsGroup, title="Batching"):
@@ -338,7 +367,8 @@ class ServerSettings(SettingsGroup, title="Server"):
     port: Annotated[int, Field(ge=1, le=65_535), Allowed("1 to 65535")] = 9000
     """Port to listen on."""
     api_keys: SecretStr | None = None
-    """Keys, separated by commas. If set, every `/v1` route requires one of them as a Bearer token. Never shown."""
+    """Keys, separated by commas. If set, every route requires one of them, except those for monitoring and
+    documentation: as a Bearer token, or in the header `api-key` or `x-api-key`. Never shown."""
     admin_api_keys: SecretStr | None = None
     """Keys, separated by commas, for routes that change something (`/api/…`). Unset: those routes answer only direct
     clients on the same machine, not through a proxy and not from a page of another site. Never shown."""

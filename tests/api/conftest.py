@@ -83,6 +83,7 @@ def strained(
         "MODEL_MAPPING": json.dumps(mapping),
         "PRELOAD_MODELS": "mini,poisoned,broken",
         "REQUEST_TIMEOUT_S": "5",
+        "REQUEST_TOTAL_TIMEOUT_S": "5",
         "MAX_QUEUE_TOKENS": "500",
         "MAX_BATCH_TOKENS": "512",
     }

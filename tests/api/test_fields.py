@@ -38,23 +38,40 @@ def test_default_model(service: Service, fields: dict[str, Any]) -> None:
     assert service.embed("hello", **fields).json()["model"] == BUNDLED
 
 
-@pytest.mark.parametrize("name", ["team/own-ids", "own-ids", BUNDLED])
-def test_names_of_a_model_with_several_aliases(guarded: Service, name: str) -> None:
-    """An alias, its unique last part, and an id are accepted. An id with several aliases means the first of them."""
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [("team/own-ids", "team/own-ids"), ("own-ids", "team/own-ids"), (BUNDLED, "mini"), ("all-MiniLM-L6-v2", "mini"),
+     ("MINI", "mini"), ("Strict:latest", "strict"), ("openai/late", "late"), ("mini-query", "mini"), ("mini-passage", "mini")],
+)  # fmt: skip
+def test_names_of_a_model_with_several_aliases(guarded: Service, name: str, alias: str) -> None:
+    """Aliases, ids, unique last parts and similar names are accepted. An id with several aliases means the first."""
     response = guarded.embed("hello", model=name)
     assert response.json()["model"] == name
-    alias = "mini" if name == BUNDLED else "team/own-ids"
     assert guarded.http.get(f"/v1/models/{name}").json()["id"] == alias
 
 
-@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "MINI", "mini "])
-def test_ambiguous_name_is_unknown(guarded: Service, name: str) -> None:
-    """A last part that several models share gets a 404 that lists the names."""
+@pytest.mark.parametrize(
+    "name", ["sentence-transformers", "mini ", "mini-document", "strict-query", "mini-query-query"]
+)
+def test_other_names_are_unknown(guarded: Service, name: str) -> None:
+    """The error lists the names. Names for queries exist only if the model has prompts for both sides of a search."""
     response = guarded.embed("hello", model=name)
     assert_error(response, 404, "model_not_found", param="model", phrase="Served here: mini, strict")
 
 
-@pytest.mark.parametrize("name", ["", "nope", "ALL-MINILM-L6-V2", "x" * 5000, "a\nb\u2028c", "../../etc/passwd"])
+def test_name_chooses_the_prompt(guarded: Service) -> None:
+    """NAME-query and NAME-passage have the prompts of these sides, unless the request has an `input_type` itself."""
+
+    def tokens(name: str, **fields: str) -> int:
+        count: int = guarded.embed("hello", model=name, **fields).json()["usage"]["total_tokens"]
+        return count
+
+    plain = tokens("mini")
+    assert tokens("mini-query") == tokens("mini", input_type="query") == plain + 2
+    assert tokens("mini-passage", input_type="query") == tokens("mini", input_type="query")
+
+
+@pytest.mark.parametrize("name", ["", "nope", "x" * 5000, "a\nb\u2028c", "../../etc/passwd"])
 def test_unknown_model(service: Service, name: str) -> None:
     """An unknown name gets a 404 that lists the served models."""
     response = service.embed("hello", model=name)
@@ -92,9 +109,10 @@ def test_null_and_unknown_fields_are_ignored(service: Service) -> None:
     """Null is the same as absent, and unknown fields change nothing."""
     nulls = dict.fromkeys(
         ["model", "encoding_format", "dimensions", "output_dimension", "user", "input_type", "task", "prompt_name",
-         "truncate", "truncation", "truncate_prompt_tokens", "normalize", "normalized"]
+         "truncate", "truncation", "truncate_prompt_tokens", "truncation_side", "normalize", "normalized",
+         "output_dtype", "embedding_type", "embedding_types", "late_chunking", "return_multivector"]
     )  # fmt: skip
-    unknown = {"user": "someone", "extra_body": {"deep": [1]}, "late_chunking": True, "": 0, "embedding_type": 5}
+    unknown = {"user": "someone", "extra_body": {"deep": [1]}, "": 0, "dtype": 5}
     assert embedding(service, **nulls) == embedding(service, **unknown) == embedding(service)
 
 
@@ -109,7 +127,9 @@ def test_unsupported_dimensions(service: Service, size: int) -> None:
     """The error for a size that the model does not support lists the supported sizes."""
     response = service.embed("hello", dimensions=size)
     assert_error(response, 400, "invalid_dimensions", param="dimensions", phrase="(allowed: 384)")
-    assert "This model does not support specifying dimensions." in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
+    assert "This model does not support specifying dimensions." in message
+    assert "Its vectors have 384 dimensions: set 'dimensions' to 384" in message
 
 
 def test_dimensions_of_the_settings(guarded: Service) -> None:
@@ -133,6 +153,12 @@ def test_invalid_dimensions(service: Service, size: object, code: str) -> None:
 def test_known_input_type_without_a_prompt(service: Service, field: str, name: str) -> None:
     """The usual names are accepted and change nothing, because the bundled model has no prompts."""
     assert embedding(service, **{field: name}) == embedding(service)
+
+
+@pytest.mark.parametrize("name", ["classification", "clustering", "text-matching", "separation", "code.query"])
+def test_other_tasks_without_a_prompt(service: Service, name: str) -> None:
+    """Tasks of other APIs are harmless."""
+    assert embedding(service, task=name) == embedding(service)
 
 
 def test_unknown_input_type(service: Service) -> None:
@@ -199,3 +225,44 @@ def test_invalid_truncate_prompt_tokens(service: Service, limit: object, code: s
 def test_invalid_normalize(service: Service, field: str, value: Any) -> None:
     """Only true and false are accepted."""
     assert_error(service.embed("hello", **{field: value}), 400, "invalid_type", param=field, phrase="[true, false]")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "harmless"),
+    [
+        ("late_chunking", True, False),
+        ("return_multivector", True, False),
+        ("return_sparse", True, False),
+        ("return_dense", False, True),
+        ("add_special_tokens", False, True),
+        ("endianness", "big", "little"),
+        ("output_type", "sparse", "dense"),
+    ],
+)
+def test_fields_that_would_change_the_meaning_are_rejected(
+    service: Service, field: str, value: Any, harmless: Any
+) -> None:
+    """Unless their value asks for what the service does anyway."""
+    assert_error(service.embed("hello", **{field: value}), 400, "invalid_value", param=field, phrase="Supported values")
+    assert embedding(service, **{field: harmless}) == embedding(service)
+
+
+@pytest.mark.parametrize("name", ["truncation_side", "truncation_direction"])
+def test_truncation_side(service: Service, name: str) -> None:
+    """It is the side of `truncate`, and contradicts only the other side."""
+    text = "first " + "word " * 400 + "last"
+
+    def vector(**fields: Any) -> Any:
+        response = service.embed(text, **fields)
+        assert response.status_code == 200, response.text
+        return response.json()["data"][0]["embedding"]
+
+    left, right = vector(truncate="START"), vector(truncate="END")
+    assert left != right
+    for more in ({}, {"truncate": True}, {"truncation": True}):
+        assert vector(**{name: "left"}, **more) == left
+        assert vector(**{name: "Right"}, **more) == right
+    assert vector(**{name: "left"}, truncate="START") == left
+    assert_error(service.embed(text, **{name: "left"}, truncate=False), 400, "context_length_exceeded", param="input")
+    assert_error(service.embed(text, **{name: "left"}, truncate="END"), 400, "invalid_value", param="truncation_side")
+    assert_error(service.embed(text, **{name: "up"}), 400, "invalid_value", param=name, phrase="'left', 'right'")

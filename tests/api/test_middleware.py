@@ -48,8 +48,8 @@ def test_head_returns_the_headers_of_get(service: Service, path: str) -> None:
     assert service.http.head("/v1/embeddings").status_code == 405
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "GZIP", "deflate, gzip"])
-def test_compressed_bodies_are_rejected(service: Service, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["br", "zstd", "deflate, gzip"])
+def test_unsupported_compression_is_rejected(service: Service, encoding: str) -> None:
     """A compressed body is not reported as invalid JSON."""
     response = service.http.post("/v1/embeddings", content=b"\x1f\x8b\x08", headers={"content-encoding": encoding})
     assert_error(response, 415, "unsupported_content_encoding", phrase="Content-Encoding")

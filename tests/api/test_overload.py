@@ -34,7 +34,7 @@ def test_full_queue(strained: Service) -> None:
 
 
 def test_deadline(strained: Service) -> None:
-    """A request that takes longer than REQUEST_TIMEOUT_S gets 504, and its remaining work is dropped."""
+    """A request that takes longer than REQUEST_TOTAL_TIMEOUT_S gets 504, and its remaining work is dropped."""
     response = strained.embed(MANY_TEXTS, model="mini")
     assert_error(response, 504, "timeout", type="server_error", phrase="5 seconds")
     assert strained.figure("emb_provider_queue_tokens", model="mini") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +117,27 @@ def test_a_record_is_used_even_if_measuring_is_disabled(harness: Harness, record
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
 def test_torch_at_fp32_is_the_reference(precision: str, harness: Harness) -> None:
-    """It is not measured, and has no floor. auto is fp32 on a CPU."""
+    """It has no fidelity and no floor, but ranges for integers. auto is fp32 on a CPU."""
     description = harness.describe(floors={"fp32": 1.0}, backend="torch", precision=precision)
     assert (description.precision, description.fidelity, description.notes) == ("fp32", None, ())
+    assert description.calibration is not None
+
+
+def test_ranges_at_fp32_are_measured_once(harness: Harness) -> None:
+    """They are kept in a record, because the same text must have the same integers after a restart."""
+    first = harness.describe(backend="torch", precision="fp32").calibration
+    (path,) = records(harness)
+    content = json.loads(path.read_bytes())
+    content["calibration"]["spread"] = 12.5
+    path.write_text(json.dumps(content), encoding="utf-8")
+    second = harness.describe(backend="torch", precision="fp32", measure=False).calibration
+    assert first is not None
+    assert second == replace(first, spread=12.5)
+
+
+def test_ranges_are_not_measured_if_measuring_is_disabled(harness: Harness) -> None:
+    assert harness.describe(backend="torch", precision="fp32", measure=False).calibration is None
+    assert records(harness) == []
     assert records(harness) == []
 
 

@@ -155,3 +155,17 @@ def test_invalid_token_ids_are_an_error(bad: list[int], value: str) -> None:
     with pytest.raises(TokenInputError, match=rf"input\[1\].*{value}") as caught:
         tokenization_of(wordpiece()).encode_token_ids([[5], bad], truncate="END")
     assert (caught.value.code, caught.value.param) == ("invalid_value", "input")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokens_of_a_text(name: str) -> None:
+    """They have the ids of `encode`, and the characters of tokens that are not special are those of the text."""
+    tokenization = tokenization_of(TOKENIZERS[name]())
+    for text in ("hello world, 你好", "", "a \ud800 b"):
+        tokens = tokenization.tokens(text)
+        if tokens:
+            assert [[token.id for token in tokens]] == tokenization.encode([text], max_tokens=None).ids
+        ordinary = tokenization.tokens(text, add_special_tokens=False)
+        assert [token.id for token in tokens if not token.is_special] == [token.id for token in ordinary]
+        shown = text.replace("\ud800", "\ufffd")
+        assert all(token.text == shown[token.start : token.stop] for token in ordinary if not token.is_special)

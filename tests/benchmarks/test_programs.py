@@ -73,6 +73,13 @@ def test_memory() -> None:
     assert all(float(row[1]) <= peak for row, peak in zip(rows, peaks, strict=True))
 
 
+def test_reuse() -> None:
+    """Each case has the time with and without the cache, and repeated texts are faster."""
+    rows = _table(_run("reuse"), "Cost of the result cache")
+    assert [row[0] for row in rows] == ["1 short text", "64 short texts", "1 document", "32 documents"]
+    assert all(float(row[5].replace(",", "")) < float(row[1].replace(",", "")) for row in rows)
+
+
 def test_soak() -> None:
     """Under load, with injected failures and an end of the process, no response is lost, wrong or unexpected."""
     output = _run("soak")

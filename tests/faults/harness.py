@@ -59,7 +59,10 @@ class FaultyService(Service):
         self.control = Control(directory / "faults")
         self._references: dict[str, NDArray[np.float32]] = {}
         self._corpus = Corpus(seed=5)
-        settings["MODEL_MAPPING"] = json.dumps({alias: {"name": BUNDLED} for alias in (STEADY, SHAKY)})
+        settings["MODEL_MAPPING"] = json.dumps(
+            # Two models, because their settings differ.
+            {STEADY: {"name": BUNDLED}, SHAKY: {"name": BUNDLED, "dimensions": [1]}}
+        )
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setenv("PYTHONPATH", str(ROOT))
             monkeypatch.setenv("FAULTS_DIR", str(directory / "faults"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 
 from tests.faults.harness import SHAKY
@@ -24,7 +26,7 @@ BATCH_TOKENS = 512
 
 @pytest.fixture(scope="module")
 def faulty(start: Start) -> FaultyService:
-    return start(REQUEST_TIMEOUT_S=str(TIMEOUT_S), MAX_QUEUE_TOKENS="1000", MAX_BATCH_TOKENS=str(BATCH_TOKENS))
+    return start(REQUEST_TOTAL_TIMEOUT_S=str(TIMEOUT_S), MAX_QUEUE_TOKENS="1000", MAX_BATCH_TOKENS=str(BATCH_TOKENS))
 
 
 @pytest.mark.slow
@@ -38,6 +40,29 @@ def test_deadline_removes_the_request_from_the_queue(faulty: FaultyService) -> N
     assert faulty.waiting(SHAKY) == 0
     texts = faulty.texts(1)
     assert faulty.is_correct(faulty.embed(texts, model=SHAKY), texts)
+
+
+@pytest.mark.slow
+def test_bulk_requests_wait_for_their_turn(start: Start) -> None:
+    """2,000 at once, and one of 300,000 tokens, on a model that needs many times REQUEST_TIMEOUT_S for them."""
+    service = start(REQUEST_TIMEOUT_S="3")
+    texts = service.texts(2000, "slow")
+
+    async def send_all() -> set[str]:
+        limits = httpx.Limits(max_connections=len(texts))
+        async with httpx.AsyncClient(base_url=service.url, timeout=500, limits=limits, trust_env=False) as client:
+
+            async def send(inputs: Sequence[str] | str) -> str:
+                response = await client.post("/v1/embeddings", json={"model": SHAKY, "input": inputs})
+                return "answered" if response.status_code == 200 else response.text
+
+            large = ["word " * 240] * (300_000 // 242)
+            return set(await asyncio.gather(send(large), *map(send, texts)))
+
+    started = time.monotonic()
+    with service.undisturbed():
+        assert asyncio.run(send_all()) == {"answered"}
+    assert time.monotonic() - started > 9
 
 
 def test_full_queue_rejects_and_accepted_requests_are_answered(faulty: FaultyService) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from emb_model_provider.backends.output_types import measure_ranges
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.fidelity.compare import (
     LONGEST_COMPARED,
@@ -16,6 +17,7 @@ from emb_model_provider.fidelity.compare import (
     comparison_limit,
     embed_texts,
     make_cases,
+    measure_reference,
 )
 from emb_model_provider.fidelity.texts import MIN_TOPICS, corpus, probes
 from tests.artifacts.helpers import FAMILY, CompiledModels
@@ -107,6 +109,24 @@ def test_neighbors_are_compared_for_the_corpus(loaded: OpenVinoBackend) -> None:
     fidelity = compare(loaded, [Case(texts, "", vectors, neighbors=True)])
     assert fidelity.top10_overlap == 1
     assert fidelity.spearman == pytest.approx(1)
+
+
+def test_the_cost_of_each_output_type_is_measured(loaded: OpenVinoBackend, cases: list[Case]) -> None:
+    """With ranges from the other texts. Fewer bits keep fewer neighbors."""
+    texts = corpus(0)
+    vectors = embed_texts(loaded, Tokenization(loaded.description), texts, "")
+    calibration = compare(loaded, [*cases, Case(texts, "", vectors, neighbors=True)]).calibration
+    assert calibration is not None
+    assert (calibration.spread, calibration.unscaled_range) == measure_ranges(cases[0].expected)
+    kept = calibration.top10_overlap
+    assert set(kept) == {"float16", "int8", "uint8", "binary", "ubinary"}
+    assert min(kept["float16"], kept["int8"], kept["uint8"]) > 0.9 > kept["binary"] == kept["ubinary"] > 0.1
+
+
+def test_the_reference_is_calibrated_too(loaded: OpenVinoBackend) -> None:
+    fidelity = measure_reference(loaded, corpus_s=0)
+    assert (fidelity.min_cosine, fidelity.texts) == (1.0, len(probes()) + 10 * MIN_TOPICS)
+    assert fidelity.calibration is not None
 
 
 def test_cases_cover_prompts_and_as_much_of_the_corpus_as_time_allows() -> None:

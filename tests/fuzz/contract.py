@@ -20,7 +20,7 @@ NATIVE_DIMENSION = 384
 """Native size of a vector of the bundled model."""
 
 FIELDS = (
-    "model", "input", "encoding_format", "dimensions", "output_dimension", "input_type", "task", "prompt_name",
+    "model", "input", "encoding_format", "dimensions", "output_dimension", "input_type", "task", "prompt_name", "instruction",
     "truncate", "truncation", "truncate_prompt_tokens", "normalize", "normalized",
 )  # fmt: skip
 MANAGEMENT = ("model_name", "source", "revision", "all", "wait_s")

@@ -150,7 +150,9 @@ def test_headers(fuzz: Fuzz, scale: int) -> None:
             assert response.code == "host_not_allowed"
         elif "authorization" in headers:
             assert response.code == "invalid_api_key"
-        elif headers.get("content-encoding", "identity").lower() != "identity":
+        elif headers.get("content-encoding") == "gzip":
+            assert response.code == "invalid_json"
+        elif headers.get("content-encoding", "").lower() not in ("", "identity"):
             assert response.code == "unsupported_content_encoding"
         else:
             assert response.status == 200, response.body

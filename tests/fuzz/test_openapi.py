@@ -24,6 +24,7 @@ OPERATIONS = {
     ("GET", "/v1/models", _INVALID): 0.01,
     ("GET", "/v1/models/{model}", _VALID): 0.02,
     ("GET", "/v1/models/{model}", _INVALID): 0.02,
+    ("GET", "/", _VALID): 0.01,
     ("GET", "/health", _VALID): 0.01,
     ("GET", "/ready", _VALID): 0.01,
     ("GET", "/metrics", _VALID): 0.01,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import httpx
 
 ALIASES = ("one", "two", "three")
-MAPPING = json.dumps({alias: {"name": BUNDLED} for alias in ALIASES})
+MAPPING = json.dumps({alias: {"name": BUNDLED, "dimensions": [size]} for size, alias in enumerate(ALIASES, 1)})
+"""Three models, because their settings differ."""
 EVICTED = "room for another model"
 
 

@@ -15,6 +15,7 @@ from emb_model_provider.errors import (
     ModelNotReadyError,
     NotAllowedError,
 )
+from emb_model_provider.model_resolver import ResolvedName
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.registry import Registry, RegistryConfig, State
 from emb_model_provider.settings import ServedModels
@@ -109,10 +110,26 @@ def test_names_refer_to_aliases_ids_and_unique_last_parts() -> None:
     assert registry.alias_of("model") == "bge-m3"
     assert registry.alias_of("long-name") == "org/long-name"
     assert registry.alias_of("y/twin") == "c"
-    assert registry.alias_of("z/shared") == "d"
-    for unknown in ("twin", "shared", "nothing", ""):
+    assert registry.alias_of("z/shared") == registry.alias_of("shared") == "d"
+    for unknown in ("twin", "nothing", "", "BGE-M3", "bge-m3:latest", "bge-m3-query"):
         with pytest.raises(ModelNotFoundError, match="does not exist"):
             registry.alias_of(unknown)
+
+
+def test_default_model_answers_unknown_names_if_the_settings_say_so() -> None:
+    """Names of other models keep their meaning. Management still requires an exact name."""
+    specs = (ModelSpec(alias="a", name="acme/first"), ModelSpec(alias="b", name="acme/second"))
+    models = ServedModels(specs=specs, preload=(), answers_unknown=True)
+    registry = Registry(models, cast("ModelManager", Fleet()), RegistryConfig())
+    assert [registry.resolve(name).alias for name in ("gpt", "", "SECOND:latest", "b")] == ["a", "a", "b", "b"]
+    assert registry.resolve("b-query") == ResolvedName("b", "b", "query")
+    for name in ("gpt", "SECOND:latest"):
+        with pytest.raises(ModelNotFoundError):
+            registry.alias_of(name)
+    strict = Registry(ServedModels(specs=specs, preload=()), cast("ModelManager", Fleet()), RegistryConfig())
+    assert strict.resolve("SECOND:latest").alias == "b"
+    with pytest.raises(ModelNotFoundError, match="Served here: a, b"):
+        strict.resolve("gpt")
 
 
 async def test_added_model_is_served_under_all_its_names_until_it_is_removed(fleet: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.base import TokenBatch
 
-WORDS = [f"w{i}" for i in range(100)]
+WORDS = [f"w{i}" for i in range(4000)]
 FAILS, NOT_FINITE, NEVER_FINITE, BREAKS = "w98", "w99", "w97", "w96"
 """Words for which a batch raises, a vector is not finite, not even at fp32, and every later batch raises."""
 
@@ -39,7 +39,7 @@ IDS = {word: word_tokenizer().token_to_id(word) for word in WORDS}
 def describe(**changes: object) -> ModelDescription:
     """Describe a model of 4 dimensions and 16 tokens."""
     fields = {
-        "dimension": 4, "max_length": 16, "vocab_size": 104, "tokenizer_json": word_tokenizer().to_str(),
+        "dimension": 4, "max_length": 16, "vocab_size": 4 + len(WORDS), "tokenizer_json": word_tokenizer().to_str(),
         "pad_token_id": 0, "padding_side": "right", "normalize": False, "pooling": "mean", "prompts": {},
         "default_prompt": None, "excludes_prompt": False, "matryoshka": None, "precision": "fp32",
         "device": "cpu", "backend": "torch", **changes,

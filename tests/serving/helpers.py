@@ -128,6 +128,11 @@ def ids(*words: str) -> list[int]:
     return [2, *(IDS[word] for word in words), 3]
 
 
+def different(count: int) -> list[str]:
+    """Return different texts of one word, because identical ones are computed once."""
+    return [f"w{100 + n}" for n in range(count)]
+
+
 def expected_vectors(count: int) -> list[list[float]]:
     """Return the vectors of the first texts of `embed_together`."""
     return [expected(ids(f"w{n}", f"w{n}")) for n in range(count)]

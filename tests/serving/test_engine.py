@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 
@@ -13,9 +17,14 @@ from emb_model_provider.errors import (
     TooManyTokensError,
 )
 from emb_model_provider.serving.engine import EmbedOptions
-from emb_model_provider.settings import LimitSettings
+from emb_model_provider.settings import BatchSettings, LimitSettings
 from tests.serving.fakes import describe, expected
-from tests.serving.helpers import ids, started_engine
+from tests.serving.helpers import different, ids, started_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from emb_model_provider.serving.jobs import BatchRecord
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -25,7 +34,7 @@ DEFAULTS = EmbedOptions()
 async def test_vectors_have_the_order_of_the_inputs() -> None:
     """Inputs run sorted by length, and are returned in the order of the request."""
     async with started_engine() as run:
-        texts = [" ".join(["w5"] * (1 + n % 7)) for n in range(150)]
+        texts = [" ".join([word] * (1 + n % 7)) for n, word in enumerate(different(150))]
         vectors = await run.embed(*texts)
         assert vectors.dtype == np.float32
         assert vectors.tolist() == [expected(ids(*text.split())) for text in texts]
@@ -36,12 +45,36 @@ async def test_deadline_removes_the_request() -> None:
     """After REQUEST_TIMEOUT_S the request fails, and its waiting inputs do not run."""
     async with started_engine(config={"limits": LimitSettings(request_timeout_s=1.0)}) as run:
         holding = await run.hold()
-        with pytest.raises(DeadlineExceededError, match="1 seconds"):
-            await run.embed(*(["w9"] * 500))
+        with pytest.raises(DeadlineExceededError, match="no progress within 1 seconds"):
+            await run.embed(*different(500))
         assert run.engine.waiting_inputs == 0
         run.backend.gate.set()
         with pytest.raises(DeadlineExceededError):
             await holding
+
+
+def slow_batches(seconds: float) -> Callable[[BatchRecord], None]:
+    """Return a recorder of batches that takes this long, so that the model is slow."""
+    return lambda _record: time.sleep(seconds)
+
+
+async def test_requests_wait_while_the_model_makes_progress() -> None:
+    """Much longer than REQUEST_TIMEOUT_S: many small ones, and one of many batches."""
+    config = {"limits": LimitSettings(request_timeout_s=0.5), "batching": BatchSettings(max_batch_size=4)}
+    async with started_engine(config=config, on_batch=slow_batches(0.1)) as run:
+        large = asyncio.create_task(run.embed(*different(60)))
+        small = [asyncio.create_task(run.embed("w1")) for _ in range(40)]
+        assert (await large).shape == (60, 4)
+        assert len(await asyncio.gather(*small)) == 40
+
+
+async def test_total_time_of_a_request_is_limited() -> None:
+    """By REQUEST_TOTAL_TIMEOUT_S, whatever progress the model makes. Its waiting inputs do not run."""
+    limits = LimitSettings(request_total_timeout_s=0.5)
+    async with started_engine(config={"limits": limits}, on_batch=slow_batches(0.1)) as run:
+        with pytest.raises(DeadlineExceededError, match=r"0\.5 seconds"):
+            await run.embed(*different(3000))
+        assert run.engine.waiting_inputs == 0
 
 
 async def test_long_inputs_are_truncated_or_rejected() -> None:
@@ -105,5 +138,5 @@ async def test_token_ids_of_the_model_are_used_unchanged() -> None:
         embeddings = await run.engine.embed([[5, 6, 7], [8]], DEFAULTS)
         assert embeddings.vectors.tolist() == [expected([5, 6, 7]), expected([8])]
         with pytest.raises(TokenInputError, match=r"input\[1\]") as caught:
-            await run.engine.embed([[5], [104]], DEFAULTS)
+            await run.engine.embed([[5], [100_000]], DEFAULTS)
         assert caught.value.code == "invalid_value"

@@ -16,7 +16,7 @@ from emb_model_provider.serving.config import EngineConfig
 from emb_model_provider.serving.engine import Engine
 from emb_model_provider.settings import BatchSettings
 from tests.serving.fakes import BREAKS, FakeBackend, expected
-from tests.serving.helpers import expected_vectors, ids, started_engine, until
+from tests.serving.helpers import different, expected_vectors, ids, started_engine, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,7 +177,7 @@ async def test_stop_answers_accepted_requests() -> None:
     """`stop` answers the queue, closes the backend, and rejects later requests."""
     batching = BatchSettings(min_batch_size=64, max_wait_time_ms=30_000)
     async with started_engine(config={"batching": batching}) as run:
-        accepted = asyncio.create_task(run.embed(*(["w1"] * 20)))
+        accepted = asyncio.create_task(run.embed(*different(20)))
         await run.until_waiting(20)
         await asyncio.to_thread(run.engine.stop)
         assert len(await accepted) == 20

@@ -52,7 +52,7 @@ async def test_prompt_is_put_before_each_input() -> None:
             assert (await run.embed("w1", input_type=name)).tolist() == [expected(ids("w91", "w1"))]
         assert (await run.embed("w1")).tolist() == [expected(ids("w91", "w1"))]
         with pytest.raises(RequestError, match=r"'query', 'passage'") as caught:
-            await run.embed("w1", input_type="clustering")
+            await run.embed("w1", input_type="poem")
         assert caught.value.param == "input_type"
 
 
@@ -88,3 +88,39 @@ def test_the_name_of_a_route_is_an_input_type() -> None:
     assert choose_prompt("code", described) == ""
     with pytest.raises(RequestError, match="'code'"):
         choose_prompt("image", described)
+
+
+QWEN = {"query": "Instruct: Find answers\nQuery:", "document": ""}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "input_type", "expected"),
+    [
+        (QWEN, "query", "Instruct: Find duplicates\nQuery:"),
+        (QWEN, None, "Instruct: Find duplicates\nQuery:"),
+        ({"web": "Instruct: Find\nanswers\n Query: "}, "web", "Instruct: Find duplicates\n Query: "),
+        ({"query": "<instruct>Find answers\n<query>"}, "search_query", "<instruct>Find duplicates\n<query>"),
+        ({"query": "task: search result | query: "}, "query", "task: Find duplicates | query: "),
+        ({"query": "query: "}, "query", "Find duplicates"),
+        ({}, None, "Find duplicates"),
+    ],
+)
+def test_instruction(prompts: dict[str, str], input_type: str | None, expected: str) -> None:
+    """It replaces the instruction in a prompt of the model. If none contains one, it is the prompt."""
+    assert choose_prompt(input_type, describe(prompts=prompts), "Find duplicates") == expected
+
+
+def test_instruction_for_the_side_without_one_is_rejected() -> None:
+    """It would change the vectors in a way that the model was not trained for."""
+    with pytest.raises(RequestError, match=r"'document'.*with an instruction: \['query'\]") as caught:
+        choose_prompt("document", describe(prompts=QWEN), "Find duplicates")
+    assert caught.value.param == "instruction"
+
+
+def test_tasks_of_other_apis_need_no_prompt() -> None:
+    """A model that has a prompt for them uses it; any other one computes the same as without a task."""
+    with_prompt = describe(prompts={"clustering": "cluster: ", "query": "query: "}, default_prompt="query")
+    assert choose_prompt("clustering", with_prompt) == "cluster: "
+    for task in ("classification", "text-matching", "separation", "code.query", "code.passage"):
+        assert choose_prompt(task, with_prompt) == "query: "
+        assert choose_prompt(task, describe()) == ""

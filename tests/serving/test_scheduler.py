@@ -11,7 +11,7 @@ from emb_model_provider.errors import ModelNotReadyError, QueueFullError
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import BatchSettings
 from tests.serving.fakes import expected
-from tests.serving.helpers import ids, started_engine, until
+from tests.serving.helpers import different, ids, started_engine, until
 
 if TYPE_CHECKING:
     from emb_model_provider.serving.jobs import BatchRecord
@@ -49,7 +49,7 @@ async def test_large_request_does_not_delay_a_small_one() -> None:
     """A request of one text runs long before the end of an earlier request of 2048 texts."""
     async with started_engine() as run:
         holding = await run.hold()
-        large = asyncio.create_task(run.embed(*(["w2 w3"] * 2048)))
+        large = asyncio.create_task(run.embed(*(f"{word} w3" for word in different(2048))))
         await run.until_waiting(2048)
         small = asyncio.create_task(run.embed("w4 w4"))
         await run.until_waiting(2049)
@@ -64,7 +64,7 @@ async def test_cancelled_request_leaves_the_queue() -> None:
     """The waiting inputs of a cancelled request do not run."""
     async with started_engine() as run:
         holding = await run.hold()
-        cancelled = asyncio.create_task(run.embed(*(["w9"] * 500)))
+        cancelled = asyncio.create_task(run.embed(*different(500)))
         await run.until_waiting(500)
         cancelled.cancel()
         await run.until_waiting(0)
@@ -84,7 +84,7 @@ async def test_small_batch_waits_for_more_inputs() -> None:
         assert embeddings.timing.queue_s >= 0.2
     batching = BatchSettings(min_batch_size=8, max_wait_time_ms=60_000)
     async with started_engine(config={"batching": batching}) as run:
-        results = await asyncio.gather(*(run.engine.embed(["w1"], DEFAULTS) for _ in range(8)))
+        results = await asyncio.gather(*(run.engine.embed([text], DEFAULTS) for text in different(8)))
         assert max(result.timing.queue_s for result in results) < 60
         assert [len(batch) for batch in run.backend.batches] == [8]
 
@@ -92,12 +92,12 @@ async def test_small_batch_waits_for_more_inputs() -> None:
 async def test_full_queue_rejects_requests() -> None:
     """A request that exceeds MAX_QUEUE_TOKENS is rejected at once. An empty queue accepts any request."""
     async with started_engine(config={"batching": BatchSettings(max_queue_tokens=50)}) as run:
-        assert len(await run.embed(*(["w1"] * 100))) == 100
+        assert len(await run.embed(*different(100))) == 100
         holding = await run.hold()
-        waiting = [asyncio.create_task(run.embed(*(["w2"] * inputs))) for inputs in (15, 14)]
+        waiting = [asyncio.create_task(run.embed(*different(inputs))) for inputs in (15, 14)]
         await run.until_waiting(29)
         with pytest.raises(QueueFullError, match="87 tokens") as caught:
-            await run.embed(*(["w3"] * 3))
+            await run.embed(*different(3))
         assert caught.value.retry_after_s > 0
         run.backend.gate.set()
         await asyncio.gather(holding, *waiting)
@@ -107,14 +107,31 @@ async def test_request_larger_than_the_queue_does_not_block_small_ones() -> None
     """Small requests overtake it, so they are accepted. A second request of its size is rejected."""
     async with started_engine(config={"batching": BatchSettings(max_queue_tokens=50)}) as run:
         holding = await run.hold()
-        large = asyncio.create_task(run.embed(*(["w2"] * 100)))
+        large = asyncio.create_task(run.embed(*different(100)))
         await run.until_waiting(100)
         small = asyncio.create_task(run.embed("w3", "w4"))
         await run.until_waiting(102)
         with pytest.raises(QueueFullError, match="306 tokens"):
-            await run.embed(*(["w5"] * 100))
+            await run.embed(*different(100))
         run.backend.gate.set()
         await asyncio.gather(holding, large, small)
+
+
+async def test_without_a_limit_in_tokens_the_queue_is_limited_by_memory() -> None:
+    """A request that does not fit is rejected with the time that the excess takes. An empty queue accepts any request."""
+    async with started_engine(config={"queue_bytes": 40_000}) as run:
+        assert len(await run.embed(*different(1000))) == 1000
+        holding = await run.hold()
+        large = asyncio.create_task(run.embed(*different(200)))
+        await run.until_waiting(200)
+        with pytest.raises(QueueFullError, match="MiB") as caught:
+            await run.embed(*different(200))
+        assert 0 < caught.value.retry_after_s < 1
+        small = asyncio.create_task(run.embed("w4"))
+        await run.until_waiting(201)
+        run.backend.gate.set()
+        await asyncio.gather(holding, large, small)
+        assert len(await run.embed(*different(200))) == 200
 
 
 async def test_error_while_recording_metrics_fails_no_request() -> None:

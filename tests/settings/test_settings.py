@@ -278,6 +278,8 @@ def test_invalid_value_is_reported_in_one_line(name: str, value: str, allowed: s
         ('["a"]', "must be a JSON object"),
         ('{"a": {"name": "x"}, "a": {"name": "y"}}', "contains 'a' more than once"),
         ('{" a": {"name": "x"}}', "not a valid alias"),
+        ('{"a": {"name": "x", "aliases": ["b\\n"]}}', "not a valid alias"),
+        ('{"a": {"name": "x", "aliases": ["b"]}, "b": {"name": "y"}}', "b is also an alias"),
         ('{"a\\nb": {"name": "x"}}', "not a valid alias"),
         ('{"a": {"name": ', "not valid JSON, line 1"),
     ],

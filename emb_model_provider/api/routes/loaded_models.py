@@ -172,6 +172,7 @@ def _served_model(status: ModelStatus) -> ServedModel:
     spec = status.spec
     return ServedModel(
         alias=spec.alias,
+        more_aliases=list(spec.more_aliases),
         model_name=spec.name,
         path=str(status.snapshot.path) if status.snapshot is not None else None,
         configured=status.configured,

@@ -8,10 +8,13 @@ from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.schemas.openai import ModelList, ModelObject, error_responses
+from emb_model_provider.api.schemas.openai import ModelList, ModelObject, OutputTypes, error_responses
+from emb_model_provider.backends.output_types import range_of
 from emb_model_provider.management.types import FidelityObject
+from emb_model_provider.serving.request_options import has_search_prompts
 
 if TYPE_CHECKING:
+    from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.registry import ModelStatus
 
 _DESCRIBED_FIELDS = (
@@ -24,14 +27,22 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List the served models", responses=error_responses(401))
 async def list_models(services: ServicesDep) -> ModelList:
-    return ModelList(object="list", data=[_model_object(status) for status in services.registry.statuses()])
+    statuses = services.registry.statuses()
+    return ModelList(
+        object="list", data=[_model_object(status, alias) for status in statuses for alias in status.spec.aliases]
+    )
 
 
 @router.get("/v1/models/{model:path}", summary="Describe a served model", responses=error_responses(401, 404))
 async def retrieve_model(services: ServicesDep, model: str) -> ModelObject:
     if not model:
         raise HTTPException(404)
-    return _model_object(services.registry.status(model))
+    resolved = services.registry.resolve(model)
+    status = services.registry.status(resolved.alias)
+    description = status.description
+    if resolved.needs_prompts and description is not None and not has_search_prompts(description):
+        raise services.registry.not_found(model)
+    return _model_object(status, resolved.listed)
 
 
 def common_fields(status: ModelStatus) -> dict[str, Any]:
@@ -57,20 +68,37 @@ def common_fields(status: ModelStatus) -> dict[str, Any]:
     }
 
 
-def _model_object(status: ModelStatus) -> ModelObject:
+def _model_object(status: ModelStatus, alias: str) -> ModelObject:
     spec, description = status.spec, status.description
     owner, slash, _ = spec.name.partition("/")
     return ModelObject(
-        id=spec.alias,
+        id=alias,
         object="model",
         created=status.created,
         owned_by=owner if slash and owner else "local",
         name=spec.name,
+        model_type="embedding",
+        model_name=spec.name,
+        max_tokens=description.max_length if description is not None else None,
+        input_type=spec.input_type_of(alias),
         supported_dimensions=_supported_dimensions(status),
         pooling=description.pooling if description is not None else None,
         normalize=description.normalize if description is not None else None,
         prompts=sorted({*description.prompts, *description.routes}) if description is not None else None,
+        output_types=_output_types(description) if description is not None else None,
         **common_fields(status),
+    )
+
+
+def _output_types(description: ModelDescription) -> OutputTypes | None:
+    calibration = description.calibration
+    if calibration is None:
+        return None
+    normalized, size = description.normalize, description.dimension
+    return OutputTypes(
+        int8_range=range_of(calibration, size, normalized=normalized),
+        int8_range_normalized=range_of(calibration, size, normalized=True),
+        top10_overlap=dict(calibration.top10_overlap),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.schemas.openai import Health, ModelReadiness, Readiness
+from emb_model_provider.api.schemas.openai import About, Health, ModelReadiness, Readiness
 
 if TYPE_CHECKING:
     from emb_model_provider.registry import ModelStatus
@@ -21,6 +21,20 @@ _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/cs
 """Files of Swagger UI, with their media types."""
 
 router = APIRouter(tags=["operations"])
+
+
+@router.get("/", summary="What this service is, and where its documentation is")
+async def about(services: ServicesDep) -> About:
+    return About(
+        name="emb-model-provider",
+        version=version("emb-model-provider"),
+        description="Embeddings through the APIs of OpenAI, Ollama, TEI and Cohere.",
+        base_url="/v1",
+        default_model=services.registry.default_alias,
+        documentation="/docs",
+        models="/v1/models",
+        state="/ready",
+    )
 
 
 @router.get("/health", summary="Check that the process responds")

@@ -116,6 +116,7 @@ class ServedModel(_Response):
     """A model that is served, loaded or not. What only loading determines is null until then."""
 
     alias: str
+    more_aliases: list[str] = Field(description="Further aliases of the model.")
     model_name: str = Field(description="The repository's id or directory.")
     source: str = Field(description="The hub it came from; before it is loaded, the requested hub.")
     revision: str | None

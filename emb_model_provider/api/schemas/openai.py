@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from emb_model_provider.management.types import FidelityObject
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TextObject = Annotated[dict[Literal["text"], str], Field(min_length=1)]
 
 _ERROR_DESCRIPTIONS = {
     400: "The request is invalid; `param` and `code` say why.",
@@ -21,7 +22,7 @@ _ERROR_DESCRIPTIONS = {
     408: "The client did not send the whole request in time.",
     409: "The model or the alias is in use; the message says by what, and what to do.",
     413: "The request body is too large.",
-    415: "The request body is compressed.",
+    415: "The request body is compressed in an unsupported way.",
     429: "The queue is full, or all current request bodies are too large in total; `Retry-After` says when to try again.",
     500: "The server failed; its log has the reason under the request id.",
     502: "The hub did not respond, or its files differ from what it announced.",
@@ -50,18 +51,25 @@ class EmbeddingRequest(BaseModel):
         | Annotated[list[str], Field(min_length=1, max_length=2048)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+        | Annotated[list[TextObject], Field(min_length=1, max_length=2048)]
     )
-    """One text, or up to 2048. Token ids are accepted only if the model's `token_input` allows them."""
+    """One text, or up to 2048, also in the form `{"text": "..."}`. Token ids are accepted only if the model's `token_input` allows them."""
     model: str | None = None
     """An alias, a model's id, or the unique last part of an id. Default: the default model."""
     encoding_format: Literal["float", "base64"] | None = "float"
-    """`base64` is padded standard base64 of little-endian float32."""
+    """`base64` is padded standard base64 of the little-endian values, by default float32."""
+    output_dtype: Literal["float", "float16", "int8", "uint8", "binary", "ubinary"] | None = "float"
+    """Type of the values. `int8` and `uint8` are scaled by a range of the model; `binary` and `ubinary` are the signs, eight
+    in each byte. Also `embedding_type`, `embedding_types` (an array), `encoding_dtype` and `embed_dtype`."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """Truncate vectors to this size and normalize them again, if the model was trained for it (Matryoshka) or the
     operator allows it. Also `output_dimension`."""
     input_type: str | None = None
     """Selects one of the model's prompts, and the part of an asymmetric model that embeds the input: query, document, a synonym (search_query, retrieval.query, passage,
     search_document, retrieval.passage), or the name of a prompt. Also `task` and `prompt_name`."""
+    instruction: str | None = None
+    """Replaces the instruction in the prompt of the model, if its prompts contain one (as those of Qwen3-Embedding do);
+    else it is put before each input as it is."""
     truncate: bool | Literal["NONE", "START", "END"] | None = None
     """At which end an input that is too long is truncated; NONE or false rejects it instead. Default: the
     end that the tokenizer of the model declares, which is nearly always END, unless the operator has set another value for
@@ -69,6 +77,8 @@ class EmbeddingRequest(BaseModel):
     inputs. Also `truncation`."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """Truncate inputs to this many tokens; -1 is the model's own limit."""
+    truncation_side: Literal["left", "right"] | None = None
+    """At which end an input that is too long is truncated: left is START of `truncate`, right is END."""
     normalize: bool | None = None
     """Whether vectors are normalized to length 1. Default: as the model does. Also `normalized`."""
     user: str | None = None
@@ -99,6 +109,21 @@ class EmbeddingResponse(BaseModel):
     usage: Usage
 
 
+class OutputTypes(BaseModel):
+    """Vectors of integers and bits: how they are scaled, and what they cost."""
+
+    int8_range: float = Field(
+        description="The absolute value that becomes 127 of int8 and 255 of uint8, unless a request sets `normalize` or "
+        "`dimensions`."
+    )
+    int8_range_normalized: float = Field(
+        description="The same for vectors of length 1. For vectors of size d, multiply by the square root of dimensions/d."
+    )
+    top10_overlap: dict[str, float] = Field(
+        description="By type: share of each text's ten nearest neighbors that are the same as among float vectors, 0 to 1."
+    )
+
+
 class ModelObject(BaseModel):
     """A served model. The first four fields are OpenAI's. What only loading determines is null until then."""
 
@@ -118,6 +143,12 @@ class ModelObject(BaseModel):
         description="Smaller sizes that vectors can be truncated to."
     )
     max_input_tokens: int | None
+    input_type: str | None = Field(
+        description="The `input_type` of requests that use this alias and have none themselves."
+    )
+    model_type: Literal["embedding"] = Field(description="For clients of Xinference.")
+    model_name: str = Field(description="The same as `name`, for clients of Xinference.")
+    max_tokens: int | None = Field(description="The same as `max_input_tokens`, for clients of Xinference.")
     pooling: str | None
     normalize: bool | None
     prompts: list[str] | None = Field(
@@ -135,6 +166,10 @@ class ModelObject(BaseModel):
         description="Null if the backend is the reference itself (torch at fp32), if it was not measured (a note says "
         "why), and if the model is not loaded."
     )
+    output_types: OutputTypes | None = Field(
+        description="Null if it was not measured, and if the model is not loaded. Without it, int8 and uint8 are not "
+        "available."
+    )
 
 
 class ModelList(BaseModel):
@@ -142,6 +177,19 @@ class ModelList(BaseModel):
 
     object: Literal["list"]
     data: list[ModelObject]
+
+
+class About(BaseModel):
+    """What this service is, with the paths of its documentation and of its main routes."""
+
+    name: str
+    version: str
+    description: str
+    base_url: str = Field(description="The path of the base URL for clients of OpenAI.")
+    default_model: str = Field(description="Alias of the model that serves requests without a model name.")
+    documentation: str
+    models: str
+    state: str
 
 
 class Health(BaseModel):
