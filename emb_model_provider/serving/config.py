@@ -42,6 +42,8 @@ class EngineConfig:
 
     batching: BatchSettings = field(default_factory=BatchSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    queue_bytes: int = 256 * 2**20
+    """Without MAX_QUEUE_TOKENS, the requests of a model take this much memory at most."""
     watchdog_s: float = 60.0
     """After how many seconds a batch counts as hung."""
     on_batch: Callable[[BatchRecord], None] = lambda _: None

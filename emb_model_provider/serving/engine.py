@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.model_thread import StateChange
     from emb_model_provider.serving.result_cache import ModelResults, ResultCache
 
+_SPEED_FACTOR = 5
+"""A request may take this many times the time that the model needs at its present speed, because later requests share it."""
+_TOTAL_FACTOR = 10
+"""A request may take at least this many times REQUEST_TIMEOUT_S while the model makes progress."""
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
 
@@ -169,25 +173,25 @@ class Engine:
             RequestError: The request is invalid.
             QueueFullError: The queue is full.
             ModelNotReadyError: The model hangs, has failed, or is stopping.
-            DeadlineExceededError: The request took longer than REQUEST_TIMEOUT_S.
+            DeadlineExceededError: The model made no progress for REQUEST_TIMEOUT_S, or the request took longer than
+                REQUEST_TOTAL_TIMEOUT_S.
             InferenceError: The model failed on an input.
         """
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         task = choose_task(options.input_type, self.description)
         prompt = choose_prompt(options.input_type, self.description, options.instruction)
+        started, waiting = time.monotonic(), self._scheduler.waiting_tokens
+        total_s = self._total_timeout_s(waiting)
         try:
-            async with asyncio.timeout(self._limits.request_timeout_s):
-                started = time.perf_counter()
+            async with asyncio.timeout(total_s):
                 encoded = await self._encode(inputs, task, prompt, options)
-                tokenize_s = time.perf_counter() - started
-                tokens = sum(map(len, encoded.ids))
-                if tokens > self._limits.max_request_tokens:
-                    raise TooManyTokensError(tokens, self._limits.max_request_tokens)
-                vectors, timing = await self._run(encoded, task)
         except TimeoutError:
-            raise DeadlineExceededError(
-                f"The request was not answered within {self._limits.request_timeout_s:g} seconds."
-            ) from None
+            raise DeadlineExceededError(f"The request was not answered within {total_s:g} seconds.") from None
+        tokenize_s = time.monotonic() - started
+        tokens = sum(map(len, encoded.ids))
+        if tokens > self._limits.max_request_tokens:
+            raise TooManyTokensError(tokens, self._limits.max_request_tokens)
+        vectors, timing = await self._run(encoded, task, started, waiting)
         described = self._described(task)
         normalize = described.normalize if options.normalize is None else options.normalize
         vectors = postprocess(vectors, dimensions=dimensions, normalize=normalize)
@@ -225,7 +229,13 @@ class Engine:
         """Return the description of the route of a task, or of the model if it has no routes."""
         return self.description if task is None else self.description.routes[task]
 
-    async def _run(self, encoded: EncodedInputs, task: str | None) -> tuple[NDArray[np.float32], Timing]:
+    async def _run(
+        self, encoded: EncodedInputs, task: str | None, started: float, waiting: int
+    ) -> tuple[NDArray[np.float32], Timing]:
+        """Return the vectors of tokenized inputs.
+
+        The request started at a time of the monotonic clock, when a number of tokens waited.
+        """
         dimension, lengths = self.description.dimension, encoded.prompt_lengths
         prompts = lengths if self._described(task).excludes_prompt else [0] * len(lengths)
         lookup = self._loader.results.look_up(encoded.ids, prompts, task)
@@ -240,11 +250,35 @@ class Engine:
         )
         self._scheduler.submit(job)
         try:
-            vectors, timing = await job.result
+            vectors, timing = await self._wait(job, started, waiting)
             return lookup.complete(vectors), timing
         finally:
             if not job.result.done() or job.result.cancelled():
                 self._scheduler.cancel(job)
+
+    async def _wait(self, job: EmbeddingJob, started: float, waiting: int) -> tuple[NDArray[np.float32], Timing]:
+        """Wait for the result of a request as long as the model makes progress, but not without limit."""
+        timeout_s = self._limits.request_timeout_s
+        while not job.result.done():
+            total_s = self._total_timeout_s(waiting)
+            idle_until = max(started, self._scheduler.progressed_at) + timeout_s
+            now, end = time.monotonic(), started + total_s
+            if now >= end:
+                raise DeadlineExceededError(f"The request was not answered within {total_s:g} seconds.")
+            if now >= idle_until:
+                raise DeadlineExceededError(
+                    f"The model `{self.spec.alias}` made no progress within {timeout_s:g} seconds."
+                )
+            await asyncio.wait((job.result,), timeout=min(idle_until, end) - now)
+        return job.result.result()
+
+    def _total_timeout_s(self, waiting: int) -> float:
+        """Return how long a request may take before which a number of tokens waited, at the present speed."""
+        limits = self._limits
+        if limits.request_total_timeout_s is not None:
+            return limits.request_total_timeout_s
+        needed_s = (limits.max_request_tokens + waiting) / self._scheduler.tokens_per_s
+        return max(_TOTAL_FACTOR * limits.request_timeout_s, _SPEED_FACTOR * needed_s)
 
     async def _encode(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], task: str | None, prompt: str, options: EmbedOptions

@@ -309,8 +309,8 @@ class BatchSettings(SettingsGroup, title="Batching"):
     max_wait_time_ms: Annotated[float, Field(ge=0, le=60_000), Allowed("0 to 60000")] = 50
     """Longest wait for MIN_BATCH_SIZE inputs, in milliseconds."""
     max_queue_tokens: Count | None = None
-    """Maximum number of tokens that wait for one model; beyond it, new requests get 429. Unset: about 20 seconds of
-    work at the measured speed."""
+    """Maximum number of tokens that wait for one model; beyond it, new requests get 429. Unset: as many as fit into
+    256 MiB of memory, several million."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -326,7 +326,12 @@ class LimitSettings(SettingsGroup, title="Limits of requests"):
     """What requests may take."""
 
     request_timeout_s: PositiveNumber = 60
-    """A request that is not answered after this many seconds gets 504, and its work is dropped."""
+    """A request gets 504, and its work is dropped, if its model completes no batch in this many seconds. As long as the
+    model makes progress, requests wait for their turn."""
+    request_total_timeout_s: PositiveNumber | None = None
+    """A request that is not answered after this many seconds gets 504, whatever progress its model makes. Unset: five times
+    the time that the model needs for MAX_REQUEST_TOKENS and the requests before it at its measured speed, at least ten times
+    REQUEST_TIMEOUT_S."""
     max_inputs: Count = 2048
     """Maximum number of inputs in one request."""
     max_request_tokens: Count = 300_000
