@@ -140,11 +140,8 @@ def test_a_wrong_conversion_is_not_taken_for_the_inaccuracy_of_bf16(compiled: Co
     assert "at fp32, cosine" in result.reason
 
 
-@pytest.mark.parametrize(
-    ("rows", "reason"),
-    [(20, "the reference cannot embed texts"), (239, "the reference cannot embed the comparison texts")],
-)
-def test_a_reference_that_cannot_embed_is_a_reason(rows: int, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [20, 239])
+def test_a_reference_that_cannot_embed_is_a_reason(rows: int, tmp_path: Path) -> None:
     """Here the tokenizer has ids that the model does not have: those of most words, or one that is only in a prompt."""
     tokenizer = wordpiece()
     tokenizer.add_tokens(["[EXTRA]"])
@@ -155,7 +152,7 @@ def test_a_reference_that_cannot_embed_is_a_reason(rows: int, reason: str, tmp_p
     directory = save_st(tmp_path / "model", lambda _: BertModel(config), tokenizer, st=prompts)
     result, _ = compile_here(directory, tmp_path / "artifact")
     assert result.outcome == "unsupported"
-    assert result.reason.startswith(f"{reason}: IndexError: ")
+    assert result.reason.startswith("the reference cannot embed the comparison texts: IndexError: ")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
