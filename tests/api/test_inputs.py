@@ -75,7 +75,7 @@ def test_input_of_a_wrong_type(service: Service, value: Any) -> None:
 @pytest.mark.parametrize(
     "value",
     [[], [[]], [[1], []], [None], ["a", None], ["a", 1], [1, "a"], ["a", ["b"]], ["a", [1]], [[1], 1], [["a"]], [[1, None]],
-     [[[1]]], [True], [1, True], [1.0], [1, 2.5], [[1.0]], [[True]], [2**64], [-(2**63) - 1], [[2**100]], [{"text": "x"}]],
+     [[[1]]], [True], [1, True], [1.0], [1, 2.5], [[1.0]], [[True]], [2**64], [-(2**63) - 1], [[2**100]], [{"text": 1}], [{"image": "x"}]],
     ids=json.dumps,
 )  # fmt: skip
 def test_invalid_arrays(service: Service, value: Any) -> None:

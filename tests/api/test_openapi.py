@@ -133,7 +133,7 @@ def test_document_is_valid(document: dict[str, Any]) -> None:
 def test_each_field_of_a_request_is_described(document: dict[str, Any]) -> None:
     """The schema of the request describes all its fields."""
     properties = document["components"]["schemas"]["EmbeddingRequest"]["properties"]
-    assert {"input", "model", "encoding_format", "dimensions", "input_type", "instruction", "truncate", "truncate_prompt_tokens", "normalize", "user"} == set(properties)  # fmt: skip
+    assert {"input", "model", "encoding_format", "dimensions", "input_type", "instruction", "truncate", "truncate_prompt_tokens", "truncation_side", "output_dtype", "normalize", "user"} == set(properties)  # fmt: skip
     assert all(field["description"] for field in properties.values())
 
 

@@ -113,7 +113,7 @@ INVALID_FIELDS = (
     _invalid(
         "input", "invalid_input",
         [], [None], ["a", None], ["a", 1], [1, "a"], [1.5], [True], [1, True], [[]], [[1], []], [["a"]], [[1], [True]],
-        [[1], 1], [{}], [[[1]]], [[1.0]], [[None]], [{"text": "a"}], [10**30],
+        [[1], 1], [{}], [[[1]]], [[1.0]], [[None]], [{"text": 1}], [{"text": "a"}, "a"], [10**30],
     ),
     _invalid("input", "array_too_long", ["a"] * (MAX_INPUTS + 1), [""] * 2049, [[1]] * (MAX_INPUTS + 1), [None] * 100),
     _invalid("input", "max_tokens_per_request", ["word " * 100] * MAX_INPUTS, ["#" * LONGEST] * 20),

@@ -52,12 +52,28 @@ def test_request_is_counted_in_all_metrics(service: Service) -> None:
     batches = service.figure("emb_provider_batches_total", outcome="ok", **MODEL)
     seconds = service.figure("emb_provider_inference_seconds_sum", **MODEL)
     padding = service.figure("emb_provider_batch_padding_ratio_count", **MODEL)
-    assert service.embed("hello", "world", "word " * 10).status_code == 200
+    # Texts of no other test, because the vectors of those may be in the result cache.
+    assert service.embed("river", "stone", "train " * 10).status_code == 200
     assert {name: service.figure(name, **MODEL) - before[name] for name in names} == names
     ran = service.figure("emb_provider_batches_total", outcome="ok", **MODEL) - batches
     assert 1 <= ran <= 3
     assert service.figure("emb_provider_batch_padding_ratio_count", **MODEL) - padding == ran
     assert service.figure("emb_provider_inference_seconds_sum", **MODEL) > seconds
+
+
+def test_hits_and_misses_of_the_result_cache(service: Service) -> None:
+    """A repeated input is a hit, and is computed by no batch. Identical inputs of a request count once."""
+    names = [
+        f"emb_provider_{name}" for name in ("result_cache_hits_total", "result_cache_misses_total", "batch_inputs_sum")
+    ]
+    before = [service.figure(name, **MODEL) for name in names]
+    first = service.embed("meadow", "harbor", "meadow").json()["data"]
+    assert [service.figure(name, **MODEL) - value for name, value in zip(names, before, strict=True)] == [0, 2, 2]
+    assert service.figure("emb_provider_result_cache_bytes") > 0
+    again = service.embed("harbor", "meadow").json()["data"]
+    assert [service.figure(name, **MODEL) - value for name, value in zip(names, before, strict=True)] == [2, 2, 2]
+    assert [item["embedding"] for item in again] == [first[1]["embedding"], first[0]["embedding"]]
+    assert first[0]["embedding"] == first[2]["embedding"]
 
 
 def test_rejected_request_counts_no_work(service: Service) -> None:
