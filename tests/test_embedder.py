@@ -156,7 +156,7 @@ async def test_embedder_does_not_block_an_event_loop(settings: Settings) -> None
                 ticks += 1
 
         ticking = asyncio.create_task(tick())
-        long = asyncio.create_task(embedder.aembed(["word " * 200] * 3000))
+        long = asyncio.create_task(embedder.aembed([f"{n} " + "word " * 199 for n in range(3000)]))
         short = await embedder.aembed("hello")
         long.cancel()
         with pytest.raises(asyncio.CancelledError):

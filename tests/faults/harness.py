@@ -59,6 +59,7 @@ class FaultyService(Service):
         self.control = Control(directory / "faults")
         self._references: dict[str, NDArray[np.float32]] = {}
         self._corpus = Corpus(seed=5)
+        settings.setdefault("RESULT_CACHE_MB", "0")  # a kept vector would be returned by a model that fails
         settings["MODEL_MAPPING"] = json.dumps(
             # Two models, because their settings differ.
             {STEADY: {"name": BUNDLED}, SHAKY: {"name": BUNDLED, "dimensions": [1]}}
