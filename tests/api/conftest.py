@@ -84,6 +84,7 @@ def strained(
         "PRELOAD_MODELS": "mini,poisoned,broken",
         "REQUEST_TIMEOUT_S": "5",
         "REQUEST_TOTAL_TIMEOUT_S": "5",
+        "RESULT_CACHE_MB": "0",
         "MAX_QUEUE_TOKENS": "500",
         "MAX_BATCH_TOKENS": "512",
     }

@@ -119,7 +119,7 @@ INVALID_FIELDS = (
     _invalid("input", "max_tokens_per_request", ["word " * 100] * MAX_INPUTS, ["#" * LONGEST] * 20),
     _invalid("input", "token_input_unsupported", [1], [[1, 2], [3]], [-1], [2**63], model=PLAIN),
     _invalid("input", "invalid_value", [-1], [VOCABULARY], [[1], [2**62]], [2**63], [[2**64 - 1]], model=FREE),
-    _invalid("model", "model_not_found", "nope", "", " ", "../../etc/passwd", "team/", "free ", "PLAIN", "\ud800", "\0", "x" * 10_000, status=404),
+    _invalid("model", "model_not_found", "nope", "", " ", "../../etc/passwd", "team/", "free ", "PLAIN2", "\ud800", "\0", "x" * 10_000, status=404),
     _invalid("model", "invalid_type", 1, True, [], {}, 1.5, ["plain"]),
     _invalid("encoding_format", "invalid_value", "", "int8", "float ", "b64", "\ud800", "x" * 10_000),
     _invalid("encoding_format", "invalid_type", 1, True, False, [], {}, ["float"]),
