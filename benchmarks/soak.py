@@ -195,6 +195,7 @@ def _contender(models: dict[str, dict[str, str]], faults: Path) -> Contender:
         "SUPERVISE": "true",
         "WATCHDOG_S": f"{WATCHDOG_S:g}",
         "MAX_REQUEST_TOKENS": str(MAX_REQUEST_TOKENS),
+        "RESULT_CACHE_MB": "0",  # an input that is to fail must be computed
     }
     environment = {f"EMB_PROVIDER_{name}": value for name, value in settings.items()}
     environment |= {"FAULTS_DIR": str(faults), "PYTHONPATH": str(ROOT)}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["hello world", "How do I reset my password?", "今天天气很好"]
 REFUSED = {
     "reranker": "a reranker",

@@ -47,7 +47,7 @@ def row(expect: str, torch: Outcome, openvino: Outcome = EQUAL) -> Row:
     return Row("small", expect, "Transformer", {"torch": torch, "openvino": openvino})
 
 
-@pytest.mark.parametrize("family", mark_slow_except(["bert", "prompts-excluded-left", "dense-before-pooling"], "bert"))
+@pytest.mark.parametrize("family", mark_slow_except(["bert", "prompts-excluded-left", "dense-before-pooling"]))
 def test_family_equals_sentence_transformers(family: str, tmp_path: Path) -> None:
     """On both backends."""
     evaluation = Evaluation(family, FAMILIES[family], tmp_path)

@@ -177,7 +177,13 @@ def test_serve_requires_a_directory(here: Path) -> None:
 # --- processes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [("mirror", HF_REPO, "usb"), ("pull", HF_REPO, "--no-compile", "--to", "usb")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("mirror", HF_REPO, "usb"),
+        pytest.param(("pull", HF_REPO, "--no-compile", "--to", "usb"), marks=pytest.mark.slow),
+    ],
+)
 def test_killed_mirror_is_continued(
     arguments: tuple[str, ...], tmp_path: Path, settings: dict[str, str], huggingface: HuggingFaceServer
 ) -> None:

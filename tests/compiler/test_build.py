@@ -107,6 +107,7 @@ def test_auto_falls_back_to_fp32(compiled: CompiledModels, tmp_path: Path) -> No
     assert description["notes"] == ["computed in fp32, because it is not accurate enough at bf16, cosine 0.5"]
 
 
+@pytest.mark.slow
 def test_a_requested_bf16_is_only_measured(compiled: CompiledModels, tmp_path: Path) -> None:
     """Its floor is a setting of the service, so that the artifact has the cosine and no note."""
     result, _ = compile_here(
@@ -140,7 +141,7 @@ def test_a_wrong_conversion_is_not_taken_for_the_inaccuracy_of_bf16(compiled: Co
     assert "at fp32, cosine" in result.reason
 
 
-@pytest.mark.parametrize("rows", [20, 239])
+@pytest.mark.parametrize("rows", [20, pytest.param(239, marks=pytest.mark.slow)])
 def test_a_reference_that_cannot_embed_is_a_reason(rows: int, tmp_path: Path) -> None:
     """Here the tokenizer has ids that the model does not have: those of most words, or one that is only in a prompt."""
     tokenizer = wordpiece()
@@ -168,6 +169,7 @@ def test_a_lack_of_memory_is_not_a_property_of_the_model(
         compile_here(compiled.directory(FAMILY), tmp_path, exporters={"first": exhausted, "second": failing_export})
 
 
+@pytest.mark.slow
 def test_the_next_exporter_is_tried_if_a_graph_cannot_be_run(compiled: CompiledModels, tmp_path: Path) -> None:
     """Not only if it cannot be exported."""
     calls = []

@@ -57,7 +57,7 @@ def test_container_serves_and_shuts_down_gracefully(image: Image) -> None:
         assert len(_embed(url, ["hello"]).json()["data"][0]["embedding"]) == 384
 
         responses: list[httpx.Response] = []
-        texts = ["one of many long texts " * 30] * 40
+        texts = [f"{number} " + "one of many long texts " * 30 for number in range(40)]
         client = threading.Thread(target=lambda: responses.append(_embed(url, texts)))
         client.start()
         wait_until(lambda: _queued_inputs(url) > 0, 30)

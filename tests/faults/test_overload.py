@@ -33,9 +33,9 @@ def faulty(start: Start) -> FaultyService:
 def test_deadline_removes_the_request_from_the_queue(faulty: FaultyService) -> None:
     """A request that takes too long gets 504, and its waiting inputs do not run."""
     batches = 4 * TIMEOUT_S / SLOW_S * faulty.streams(SHAKY)
-    text = f"{WORDS['slow']} " * (BATCH_TOKENS // 2 - 10)  # two fill a batch
+    words = f"{WORDS['slow']} " * (BATCH_TOKENS // 2 - 10)  # two fill a batch
     with faulty.undisturbed():
-        response = faulty.embed([text] * int(2 * batches), model=SHAKY)
+        response = faulty.embed([f"{number} {words}" for number in range(int(2 * batches))], model=SHAKY)
     assert_error(response, 504, "timeout", type="server_error")
     assert faulty.waiting(SHAKY) == 0
     texts = faulty.texts(1)
@@ -44,7 +44,7 @@ def test_deadline_removes_the_request_from_the_queue(faulty: FaultyService) -> N
 
 @pytest.mark.slow
 def test_bulk_requests_wait_for_their_turn(start: Start) -> None:
-    """2,000 at once, and one of 300,000 tokens, on a model that needs many times REQUEST_TIMEOUT_S for them."""
+    """2,000 at once, and one of 100,000 tokens, on a model that needs many times REQUEST_TIMEOUT_S for them."""
     service = start(REQUEST_TIMEOUT_S="3")
     texts = service.texts(2000, "slow")
 
@@ -56,7 +56,7 @@ def test_bulk_requests_wait_for_their_turn(start: Start) -> None:
                 response = await client.post("/v1/embeddings", json={"model": SHAKY, "input": inputs})
                 return "answered" if response.status_code == 200 else response.text
 
-            large = ["word " * 240] * (300_000 // 242)
+            large = [f"{number} " + "word " * 236 for number in range(100_000 // 242)]
             return set(await asyncio.gather(send(large), *map(send, texts)))
 
     started = time.monotonic()

@@ -20,18 +20,18 @@ _LOCK = threading.RLock()
 
 
 @contextmanager
-def quiet_imports() -> Iterator[None]:
+def quiet_imports(*hidden: str) -> Iterator[None]:
     """Silence the import of torchao (which transformers imports, if it is installed) and bitsandbytes.
 
     Their deprecation warnings do not concern the operator. And on some CPUs, bitsandbytes downloads code from a
     Hugging Face repository when it is imported and the package `kernels` is installed. That code is not verified, and
-    must not be downloaded by an offline service, so `kernels` is hidden.
+    must not be downloaded by an offline service, so `kernels` is hidden, and further packages on request.
     """
     with _LOCK, warnings.catch_warnings(action="ignore"):
         levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-        hidden = "kernels" not in sys.modules
-        if hidden:
-            sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
+        absent = [name for name in ("kernels", *hidden) if name not in sys.modules]
+        for name in absent:
+            sys.modules[name] = None  # type: ignore[assignment]  # makes its import fail
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
@@ -39,9 +39,10 @@ def quiet_imports() -> Iterator[None]:
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-            if hidden:
-                sys.modules.pop("kernels", None)
+            for name in absent:
+                sys.modules.pop(name, None)
 
 
-with quiet_imports():
+# PEFT, which transformers imports, would import bitsandbytes, which only int4 needs.
+with quiet_imports("bitsandbytes"):
     import sentence_transformers  # noqa: F401
