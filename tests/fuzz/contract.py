@@ -151,12 +151,16 @@ def vectors(response: Response, sent: Mapping[str, Any], *, default_model: str) 
     assert all(list(entry) == ["object", "index", "embedding"] for entry in data)
     assert {entry["object"] for entry in data} == {"embedding"}
     encoding = (sent.get("encoding_format") or "float").lower()
-    rows = np.array([_vector(entry["embedding"], encoding) for entry in data], dtype=np.float32)
+    kind = (_first(sent, "output_dtype", "embedding_type", "encoding_dtype", "embed_dtype") or "float").lower()
+    rows = np.array([_vector(entry["embedding"], encoding, kind) for entry in data], dtype=np.float32)
     assert np.isfinite(rows).all()
     size = _first(sent, "dimensions", "output_dimension")
-    assert rows.shape == (expected, size or NATIVE_DIMENSION)
-    # Vectors of a smaller size are always normalized.
-    if _first(sent, "normalize", "normalized") is not False or size not in {None, NATIVE_DIMENSION}:
+    values = size or NATIVE_DIMENSION
+    assert rows.shape == (expected, -(-values // 8) if "binary" in kind else values)
+    # Vectors of a smaller size are always normalized, but integers are not of length 1.
+    if kind.startswith("float") and (
+        _first(sent, "normalize", "normalized") is not False or size not in {None, NATIVE_DIMENSION}
+    ):
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3)
     usage = body["usage"]
     assert set(usage) == {"prompt_tokens", "total_tokens"}
@@ -172,14 +176,18 @@ def count_inputs(value: Any) -> int:
     return len(value) if isinstance(value, list) and not isinstance(value[0], int) else 1
 
 
-def _vector(embedding: Any, encoding: str) -> NDArray[np.float32]:
+_DTYPES = {"float16": "<f2", "int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}
+
+
+def _vector(embedding: Any, encoding: str, kind: str) -> NDArray[np.float32]:
     if encoding == "float":
         assert isinstance(embedding, list)
         assert all(type(number) in {float, int} for number in embedding)
         return np.array(embedding, dtype=np.float32)
     assert isinstance(embedding, str)
     assert len(embedding) % 4 == 0
-    return np.frombuffer(base64.b64decode(embedding, validate=True), dtype="<f4")
+    decoded = np.frombuffer(base64.b64decode(embedding, validate=True), dtype=_DTYPES.get(kind, "<f4"))
+    return decoded.astype(np.float32)
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> Any:
