@@ -343,7 +343,7 @@ def compile_here(job: CompileJob, *_: object, **__: object) -> CompileResult:
 
 
 def work(connection: Connection, root: str) -> None:
-    """Evaluate the families whose names arrive, and send the layout, each outcome and None for each one."""
+    """Evaluate each family that is named on the connection: send its layout, each outcome, and then None."""
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # transformers would import it for ten seconds
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)

@@ -71,8 +71,8 @@ class ModelSettings(SettingsGroup, title="Models"):
     aliases) and `input_type` (of requests that have none). Entries that differ only in their alias and `input_type` are
     one model in memory. The first entry is the default model if MODEL_NAME is unset; if both are set, both are served."""
     unknown_model: Annotated[Literal["error", "default"], Lowered] = "error"
-    """What a request for embeddings gets whose model name is unknown. error: 404. default: the vectors of the default
-    model, for clients whose model name cannot be changed."""
+    """Response to a request for embeddings with an unknown model name. error: 404. default: the vectors of the default
+    model, for clients that send a fixed name."""
     preload_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
     """Aliases to load at startup, separated by commas; the others are loaded at their first request. `none` loads
     nothing. Unset: all, or the first MAX_LOADED_MODELS of them."""

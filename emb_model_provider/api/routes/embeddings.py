@@ -332,7 +332,7 @@ def _texts_of_objects(value: Sequence[Mapping[str, Any]], limits: LimitSettings)
     """Return the texts of objects as Jina's API has them: `{"text": "..."}`."""
     if any(item.keys() != {"text"} or not isinstance(item["text"], str) for item in value):
         raise _invalid_input('the only supported objects are {"text": "..."}')
-    return _inputs({"input": [item["text"] for item in value]}, limits)  # type: ignore[return-value]
+    return _inputs({"input": [item["text"] for item in value]}, limits)  # type: ignore[return-value]  # texts stay texts
 
 
 def _invalid_input(reason: str) -> RequestError:
