@@ -24,7 +24,7 @@ from emb_model_provider.process.supervisor import (
     SupervisorTimings,
     take_inherited_state,
 )
-from emb_model_provider.settings.loading import load_settings
+from emb_model_provider.settings.loading import load_settings, overridden_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,8 @@ def main(*, supervise: bool = False) -> int:
         # Only the child writes the log file, because two processes that rotate one file lose lines.
         writer = start_logging(logs.model_copy(update={"log_to_file": False}) if supervise else logs)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - there is no log yet
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)  # noqa: T201 - there is no log yet
         return 1
     try:
         if supervise:
@@ -77,6 +78,8 @@ def main(*, supervise: bool = False) -> int:
             return Supervisor(sockets, SupervisorTimings(heartbeat_timeout_s=heartbeat_timeout_s)).run()
         for warning in warnings:
             logger.warning("%s", warning)
+        if names := overridden_names():  # an image sets some, which its user does not see
+            logger.info("%s: the value in .env is not used, because the environment has another one", ", ".join(names))
         return _serve(settings, sockets, writer, inherited)
     finally:
         flush(writer)

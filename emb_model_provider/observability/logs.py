@@ -113,12 +113,13 @@ class LineWriter:
 
 
 def _file_handler(settings: LogSettings, rotation: Rotation) -> _RotatingFileHandler:
+    directory = settings.directory
     try:
-        settings.log_dir.mkdir(parents=True, exist_ok=True)
-        return _RotatingFileHandler(settings.log_dir / LOG_FILE, rotation)
+        directory.mkdir(parents=True, exist_ok=True)
+        return _RotatingFileHandler(directory / LOG_FILE, rotation)
     except OSError as error:
         raise SettingsError(
-            f"EMB_PROVIDER_LOG_DIR={settings.log_dir}: the directory cannot be written ({error.strerror}). "
+            f"EMB_PROVIDER_LOG_DIR={directory}: the directory cannot be written ({error.strerror}). "
             "Choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 RemoteHubName = Literal["huggingface", "modelscope"]
 FidelityPrecision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+
 _POOLING_ALIASES = {"last": "lasttoken", "last_token": "lasttoken", "weighted_mean": "weightedmean", "avg": "mean"}
 
 
@@ -39,6 +42,8 @@ def _split_commas(text: str) -> list[str]:
 
 
 def _expand_user(text: str) -> Path:
+    if CONTROL_CHARACTER.search(text):  # such as "D:\new" in JSON
+        raise ValueError(r"contains a control character: in JSON, write \\ for a backslash")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # pydantic reports only ValueError as a validation error

@@ -424,7 +424,20 @@ class LogSettings(SettingsGroup, title="Logs"):
     log_to_file: bool = True
     """Also write `emb_model_provider.log` in LOG_DIR, rotated by size and age."""
     log_dir: Directory = Path("logs")
-    """Directory of the log file."""
+    """Directory of the log file. The default is relative to the working directory; if that is `/`, as in services of
+    systemd, it is the user's log directory (`~/.local/state/emb_model_provider/log`)."""
+
+    @property
+    def directory(self) -> Path:
+        """LOG_DIR, or its default for the working directory."""
+        if "log_dir" in self.model_fields_set or Path.cwd() != Path(Path.cwd().anchor):
+            return self.log_dir
+        try:
+            return platformdirs.user_log_path("emb_model_provider", appauthor=False)
+        except RuntimeError as error:
+            raise SettingsError(
+                f"This user has no home directory for log files. Set {PREFIX}LOG_DIR or HOME, or {PREFIX}LOG_TO_FILE=false."
+            ) from error
 
 
 def _reveal(secret: SecretStr | None) -> str | None:

@@ -10,14 +10,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import ValidationError
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.settings import PREFIX, MappingEntry, Settings, allowed_values
+from emb_model_provider.settings.fields import CONTROL_CHARACTER
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
@@ -45,6 +46,9 @@ _USE_MODELSCOPE = {
     **dict.fromkeys(("true", "1", "yes", "on"), "modelscope"),
     **dict.fromkeys(("false", "0", "no", "off"), "huggingface"),
 }
+_QUOTES = ('"', "'")
+_SIMILAR_PREFIX = 0.9
+"""Similarity from which the beginning of a name counts as a misspelled prefix: `EMB_PROVDER_` does, `LLM_PROVIDER_` not."""
 _JSON_ASSIGNMENT = re.compile(r"^[ \t]*(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*(?=[{\[])", re.MULTILINE)
 _REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 
@@ -52,36 +56,87 @@ _REST_OF_LINE = re.compile(r"[ \t]*(?:#[^\n]*)?(?:\n|\Z)")
 def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ) -> tuple[Settings, list[str]]:
     """Read the settings from `env_file` and from `environ`, which takes precedence.
 
-    Also return warnings about names that look like settings but are unknown. A SettingsError has a message of one line.
+    Also return warnings about names that look like settings but are unknown.
+
+    Raises:
+        SettingsError: Values are wrong. Its message has one line for each of them.
     """
     variables = read_environment(env_file, environ)
-    warnings = _unknown_names(variables)
-    values = _collect_values(variables)
-    try:
-        return Settings.from_values(**values), warnings
-    except ValidationError as error:
-        raise SettingsError(_describe(error, values)) from None
+    values, problems = _collect_values(variables)
+    groups: dict[str, Any] = {}
+    for group, kind in Settings.groups().items():
+        own = {name: values[name] for name in kind.model_fields if name in values}
+        try:
+            groups[group] = kind(**own)
+        except SettingsError as error:
+            problems.append(str(error))
+        except ValidationError as error:
+            problems += _describe(error, own)
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return Settings(**groups), _unknown_names(variables)
 
 
 def read_environment(env_file: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return every variable that has a value. An empty value means unset, in the file and in the environment."""
     variables = _read_env_file(env_file)
-    variables.update(environ)
+    variables.update((name, _unquote(name, value.strip())) for name, value in environ.items())
     return {name: value.strip() for name, value in variables.items() if value.strip()}
 
 
-def _collect_values(variables: Mapping[str, str]) -> dict[str, Any]:
+def overridden_names(env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the settings in `env_file` whose value is not used, because the environment has another one."""
+    in_file = read_environment(env_file, {})
+    both = {name: value for name, value in in_file.items() if name in environ and _is_read(name)}
+    used = read_environment(env_file, environ)
+    return [name for name, value in both.items() if used.get(name) != value]
+
+
+def _is_read(name: str) -> bool:
+    return name.startswith(PREFIX) or any(name in names for names in OTHER_NAMES.values())
+
+
+def _unquote(name: str, value: str) -> str:
+    """Return the value of a variable of the environment without quotes, which `docker run --env-file` does not remove."""
+    if not (_is_read(name) and len(value) > 1 and value[0] in _QUOTES and value[0] == value[-1]):
+        return value
+    if value[0] in value[1:-1]:
+        raise SettingsError(f"{name}: its value begins and ends with a quote, and contains others: remove the quotes.")
+    return value[1:-1]
+
+
+def _collect_values(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the settings, and what is wrong with others."""
     values: dict[str, Any] = {}
+    problems: list[str] = []
     for setting in Settings.variables():
         variable = setting.upper()
         for name in (PREFIX + variable, *OTHER_NAMES.get(variable, ())):
-            if name in variables:
-                values[setting] = _translate(name, variables[name])
-                break
-    for setting, example in _JSON_SETTINGS.items():
-        if setting in values:
-            values[setting] = _parse_object(PREFIX + setting.upper(), values[setting], example)
-    return values
+            if name not in variables:
+                continue
+            try:
+                values[setting] = _read_value(setting, name, variables[name])
+            except SettingsError as error:
+                problems.append(str(error))
+            break
+    return values, problems
+
+
+def _read_value(setting: str, name: str, text: str) -> Any:
+    """Convert the text of a variable as far as that does not depend on the type of its setting."""
+    if setting in _JSON_SETTINGS:
+        return _parse_object(name, text, _JSON_SETTINGS[setting])
+    if CONTROL_CHARACTER.search(text):
+        raise SettingsError(
+            f"{name}={_shown(setting, repr(text))}: contains a control character. In double quotes, \\n, \\t and the like "
+            "are control characters in .env: write a path such as D:\\new without quotes, or in single quotes."
+        )
+    return _translate(name, text)
+
+
+def _shown(setting: str, value: object) -> object:
+    """Return a value as messages show it."""
+    return "(hidden)" if "SecretStr" in str(Settings.variables()[setting].annotation) else value
 
 
 def _translate(name: str, value: str) -> str:
@@ -120,27 +175,40 @@ def _unknown_names(variables: Mapping[str, str]) -> list[str]:
     known = [name.upper() for name in Settings.variables()]
     warnings = []
     for name in sorted(variables):
-        setting = name.upper().removeprefix(PREFIX)
-        if setting == name.upper() or name in (PREFIX + each for each in known):
+        if name in (PREFIX + each for each in known):
             continue
-        near = difflib.get_close_matches(setting, known, n=1)
+        if name.upper().startswith(PREFIX):
+            near = difflib.get_close_matches(name.upper().removeprefix(PREFIX), known, n=1)
+        elif not (near := _behind_misspelled_prefix(name.upper(), known)):
+            continue
         hint = f"did you mean {PREFIX}{near[0]}?" if near else "see docs/configuration.md."
         warnings.append(f"{name} is an unknown setting and is ignored: {hint}")
     return warnings
 
 
-def _describe(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """Return one line about the first wrong value."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    _, setting, *path = (str(part) for part in first["loc"])
-    variable = PREFIX + setting.upper()
-    if setting == "model_mapping":
-        return _describe_mapping(variable, path, first)
-    info = Settings.variables()[setting]
-    shown = "(hidden)" if "SecretStr" in str(info.annotation) else values[setting]
-    if setting in _JSON_SETTINGS:
-        shown = json.dumps(shown)
-    return f"{variable}={shown}: {_requirement(first, info)}."
+def _behind_misspelled_prefix(name: str, known: Sequence[str]) -> list[str]:
+    """Return the setting that a name ends with, if the rest of the name is similar to the prefix."""
+    return [
+        each
+        for each in known
+        if name.endswith(each)
+        and difflib.SequenceMatcher(None, name.removesuffix(each), PREFIX).ratio() >= _SIMILAR_PREFIX
+    ]
+
+
+def _describe(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """Return one line about each wrong value of a group."""
+    lines: dict[tuple[str, ...], str] = {}
+    for each in error.errors(include_url=False, include_input=False):
+        setting, *path = (str(part) for part in each["loc"])
+        variable = PREFIX + setting.upper()
+        # The alternatives of a type have an error each, of which the first one is enough.
+        if setting == "model_mapping":
+            lines.setdefault((setting, *path[:2]), _describe_mapping(variable, path, each))
+            continue
+        shown = _shown(setting, json.dumps(values[setting]) if setting in _JSON_SETTINGS else values[setting])
+        lines.setdefault((setting,), f"{variable}={shown}: {_requirement(each, Settings.variables()[setting])}.")
+    return list(lines.values())
 
 
 def _describe_mapping(variable: str, path: list[str], error: ErrorDetails) -> str:
@@ -149,6 +217,8 @@ def _describe_mapping(variable: str, path: list[str], error: ErrorDetails) -> st
         return f"{variable}: {path[0]!r} has no key {path[1]!r}: must be one of {', '.join(MappingEntry.model_fields)}."
     if error["type"] == "missing":
         return f'{variable}: {path[0]!r} lacks "{path[1]}": name the model, like {example}.'
+    if len(path) == 1 and error["type"] == "value_error":  # of the path, which the name is taken from
+        return f"{variable}: {path[0]}.path: {error['msg'].removeprefix('Value error, ')}."
     if len(path) == 1:
         return f"{variable}: {path[0]}: must be an object like {example}."
     return f"{variable}: {path[0]}.{path[1]}: {_requirement(error, MappingEntry.model_fields[path[1]])}."
@@ -170,8 +240,14 @@ def _read_env_file(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read ({error}): make it a readable UTF-8 text file.") from error
     rest, json_values = _extract_json_values(text.replace("\r\n", "\n"), path)
-    plain = dotenv_values(stream=io.StringIO(rest), interpolate=False)
-    return {**{name: value for name, value in plain.items() if value is not None}, **json_values}
+    plain: dict[str, str] = {}
+    for line in parse_stream(io.StringIO(rest)):
+        if line.error:
+            name = line.original.string.strip().partition("=")[0]  # the value may be a secret
+            raise SettingsError(f'{path}: the line of {name[:40]} is not valid: write NAME=VALUE, or NAME="VALUE".')
+        if line.key is not None and line.value is not None:
+            plain[line.key] = line.value
+    return {**plain, **json_values}
 
 
 def _extract_json_values(text: str, path: Path) -> tuple[str, dict[str, str]]:

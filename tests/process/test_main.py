@@ -60,6 +60,15 @@ def test_invalid_setting_is_reported_in_one_line(tmp_path: Path, settings: dict[
     assert_one_line(run(tmp_path, **settings), *phrases)
 
 
+def test_all_wrong_settings_are_reported(tmp_path: Path) -> None:
+    """One line each."""
+    done = run(tmp_path, PORT="http", MODEL_PRECISION="fp8")
+    assert [line.partition("=")[0] for line in done.stderr.splitlines()] == [
+        "error: EMB_PROVIDER_MODEL_PRECISION",
+        "error: EMB_PROVIDER_PORT",
+    ]
+
+
 def test_arguments_are_rejected(tmp_path: Path) -> None:
     """`--port 8000` does not start a service on another port. `--help` explains the settings."""
     results = {
@@ -104,6 +113,14 @@ def test_process_exits_if_no_model_can_be_loaded(tmp_path: Path) -> None:
     assert reasons == {"model one", "model two"}
     (last,) = [line["message"] for line in errors[2:]]
     assert last.startswith("no model could be loaded")
+
+
+def test_value_of_env_file_that_is_not_used_is_reported(tmp_path: Path) -> None:
+    """An image sets EMB_PROVIDER_PORT, which takes precedence over the file that its user mounts."""
+    (tmp_path / ".env").write_text("EMB_PROVIDER_PORT=1\nEMB_PROVIDER_LOG_LEVEL=INFO\n")
+    done = run(tmp_path, MODEL_PATH="/no/such/model", LOG_LEVEL="INFO")
+    message = "EMB_PROVIDER_PORT: the value in .env is not used, because the environment has another one"
+    assert message in [json.loads(line)["message"] for line in done.stderr.splitlines()]
 
 
 def test_unknown_setting_is_reported(tmp_path: Path) -> None:

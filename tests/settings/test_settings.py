@@ -12,7 +12,7 @@ import pytest
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
 from emb_model_provider.settings import FIDELITY_FLOORS, PREFIX, Settings
-from emb_model_provider.settings.loading import load_settings
+from emb_model_provider.settings.loading import load_settings, overridden_names
 
 GUIDE = Path(__file__).parents[1] / "data" / "guide.env.md"
 NO_FILE = Path("/nonexistent/.env")
@@ -348,6 +348,91 @@ def test_unknown_name_is_reported_with_a_suggestion() -> None:
     assert "docs/configuration.md" in warnings[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("EMB_PROVDER_PORT", "did you mean EMB_PROVIDER_PORT?"),
+        ("EMBPROVIDER_API_KEYS", "did you mean EMB_PROVIDER_API_KEYS?"),
+        ("EMB_PROVIDERS_MODEL_NAME", "did you mean EMB_PROVIDER_MODEL_NAME?"),
+        ("emb_provider_port", "did you mean EMB_PROVIDER_PORT?"),
+        ("LLM_PROVIDER_PORT", None),
+        ("PORT", None),
+        ("EMB_PROVDER_XYZZY", None),
+    ],
+)
+def test_misspelled_prefix_is_reported(name: str, warning: str | None) -> None:
+    """Variables of other programs are not."""
+    _, warnings = load_settings(NO_FILE, {name: "1"})
+    assert warnings == ([f"{name} is an unknown setting and is ignored: {warning}"] if warning is not None else [])
+
+
+def test_all_wrong_values_are_reported(tmp_path: Path) -> None:
+    """One line each: fields of one group and of several, values of other tools, JSON, and contradictions."""
+    with pytest.raises(SettingsError) as caught:
+        load(
+            PORT="x", LOG_LEVEL="loud", MAX_BATCH_SIZE="0", MAX_BODY_MB="-1", _MODEL_HUB="github", HUB_NAMES="{",
+            MODEL_MAPPING='{"a": {"name": "x", "device": "tpu", "dimensions": "some"}, "b": {}}', CACHE_DIR="a\tb",
+        )  # fmt: skip
+    lines = str(caught.value).splitlines()
+    assert sorted(re.split("[=: ]", line)[0].removeprefix(PREFIX) for line in lines) == [
+        "CACHE_DIR", "HUB_NAMES", "LOG_LEVEL", "MAX_BATCH_SIZE", "MAX_BODY_MB", "MODEL_HUB", "MODEL_MAPPING",
+        "MODEL_MAPPING", "MODEL_MAPPING", "PORT",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError) as caught:
+        load(MIN_BATCH_SIZE="65", MAX_PENDING_BODY_MB="1", ENABLE_QUANTIZATION="false", MODEL_PRECISION="int8")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(("quoted", "value"), [('"k1,k2"', ("k1", "k2")), ("'k1'", ("k1",)), ('"', ('"',))])
+def test_quotes_of_the_environment_are_removed(quoted: str, value: tuple[str, ...]) -> None:
+    """`docker run --env-file` does not remove them, and clients would get 401 with the right key."""
+    assert load(API_KEYS=quoted).server.accepted_keys == value
+    assert specs(_MODEL_HUB='"modelscope"', MODEL_NAME="o/n")["o/n"].source == "modelscope"
+    assert "x" in specs(MODEL_MAPPING="""'{"x": {"name": "y"}}'""")
+
+
+def test_ambiguous_quotes_are_rejected(tmp_path: Path) -> None:
+    """In the environment and in `.env`, and the value is not shown."""
+    expected = "EMB_PROVIDER_API_KEYS: its value begins and ends with a quote, and contains others: remove the quotes."
+    assert error_of(API_KEYS='"hush-1","hush-2"') == expected
+    (tmp_path / ".env").write_text('EMB_PROVIDER_API_KEYS="hush-1","hush-2"\n')
+    with pytest.raises(
+        SettingsError, match="the line of EMB_PROVIDER_API_KEYS is not valid: write NAME=VALUE"
+    ) as caught:
+        load_settings(tmp_path / ".env", {})
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ('EMB_PROVIDER_CACHE_DIR="D:\\new\\table"', None),
+        ("EMB_PROVIDER_CACHE_DIR='D:\\new\\table'", "D:\\new\\table"),
+        ("EMB_PROVIDER_CACHE_DIR=D:\\new\\table", "D:\\new\\table"),
+        ('EMB_PROVIDER_CACHE_DIR="D:/new/table"', "D:/new/table"),
+        ('EMB_PROVIDER_MODEL_NAME="D:\\app"', None),
+        ('EMB_PROVIDER_MODEL_MAPPING={"x": {"path": "D:\\new"}}', None),
+    ],
+)
+def test_path_with_escape_sequences_is_rejected(tmp_path: Path, line: str, value: str | None) -> None:
+    """The dotenv format and JSON turn `\\n` into a line break, and the directory would have another name."""
+    (tmp_path / ".env").write_text(line, encoding="utf-8")
+    if value is not None:
+        assert load_settings(tmp_path / ".env", {})[0].hubs.cache_dir == Path(value)
+        return
+    with pytest.raises(SettingsError, match="contains a control character") as caught:
+        load_settings(tmp_path / ".env", {})
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_the_environment_overrides_are_found(tmp_path: Path) -> None:
+    """Those that are equal, and variables of other programs, are not."""
+    file = tmp_path / ".env"
+    file.write_text("EMB_PROVIDER_PORT=8000\nEMB_PROVIDER_HOST=0.0.0.0\nMODEL_HUB=modelscope\nOTHER=1\n")
+    environ = {"EMB_PROVIDER_PORT": "9000", "EMB_PROVIDER_HOST": '"0.0.0.0"', "MODEL_HUB": "huggingface", "OTHER": "2"}
+    assert overridden_names(file, environ) == ["EMB_PROVIDER_PORT", "MODEL_HUB"]
+
+
 @pytest.mark.parametrize(("name", "value"), [("MODEL_HUB", "github"), ("USE_MODELSCOPE", "perhaps")])
 def test_invalid_value_of_an_older_name_is_rejected(name: str, value: str) -> None:
     """Variables without our prefix are checked too."""
@@ -376,3 +461,13 @@ def test_user_without_a_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
         SettingsError, match=r"^EMB_PROVIDER_LOG_DIR=~/logs: ~ cannot be expanded, because this user .*\.$"
     ):
         load(CACHE_DIR=str(tmp_path), LOG_DIR="~/logs")
+
+
+def test_default_log_directory_is_not_below_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service of systemd starts in `/`, where it may not create `logs`."""
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    monkeypatch.chdir("/")
+    assert load().logs.directory == Path("/state/emb_model_provider/log")
+    assert load(LOG_DIR="logs").logs.directory == Path("logs")
+    monkeypatch.chdir("/tmp")  # noqa: S108 - nothing is written
+    assert load().logs.directory == Path("logs")

@@ -61,7 +61,7 @@ def _run_checks() -> Iterator[CheckResult]:
     # A setting of ModelScope's client, which it reads when it is imported: its default of five tries takes too long.
     os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
     from emb_model_provider.cli.doctor import machine, service
-    from emb_model_provider.settings.loading import load_settings
+    from emb_model_provider.settings.loading import load_settings, overridden_names
 
     yield from machine.check_python()
     yield machine.check_processor()
@@ -70,13 +70,17 @@ def _run_checks() -> Iterator[CheckResult]:
         settings, warnings = load_settings()
     except SettingsError as error:
         advice = "Correct the setting, and run doctor again: the remaining checks need the settings."
-        yield CheckResult("settings", "fail", error.message, advice)
+        for line in error.message.splitlines():
+            yield CheckResult("settings", "fail", line, advice)
         return
     aliases = [spec.alias for spec in settings.models.specs()]
     found = f"valid; {len(aliases)} model{'s' if len(aliases) > 1 else ''}: {', '.join(aliases)}"
     yield CheckResult("settings", "ok", found)
     for warning in warnings:
         yield CheckResult("settings", "warn", warning, "Rename or remove it.")
+    for name in overridden_names():
+        found = f"the value of {name} in .env is not used, because the environment has another one"
+        yield CheckResult("settings", "warn", found, "Remove one of the two. A container sets it with -e.")
     yield machine.check_cuda(settings)
     yield from machine.check_directories(settings)
     yield service.check_port(settings)

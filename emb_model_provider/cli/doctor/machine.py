@@ -186,7 +186,7 @@ def check_directories(settings: Settings) -> Iterator[CheckResult]:
     directory = cache_root("modelscope", hubs.modelscope_cache_dir)
     yield _check_directory("cache of modelscope", directory, "EMB_PROVIDER_MODELSCOPE_CACHE_DIR")
     if logs.log_to_file:
-        yield _check_directory("log", logs.log_dir, "EMB_PROVIDER_LOG_DIR", small=True)
+        yield _check_directory("log", logs.directory, "EMB_PROVIDER_LOG_DIR", small=True)
 
 
 def _check_directory(name: str, directory: Path, setting: str, *, small: bool = False) -> CheckResult:
