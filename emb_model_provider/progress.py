@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -29,9 +30,11 @@ Mode = Literal["auto", "plain", "json", "none", "log"]
 """How progress is shown. auto: one line that is redrawn on a terminal, else plain lines. log: log lines."""
 
 _REDRAW_S = 0.2
-_SAMPLE_S = 0.5
-_SMOOTHING = 0.2
-"""Weight of the latest sample in the rate. Samples of more than a few seconds ago count little."""
+_RATE_S = 5.0
+_ESTIMATE_S = 30.0
+"""Seconds over which the shown rate, and that of the estimate of the time left, are averaged. Files arrive in bursts, with
+pauses between small files, so that an estimate from the last few seconds would jump."""
+_MIN_MEASURED_S = 0.5
 _MIN_NAME_WIDTH = 8
 _CLEAR_LINE = "\r\x1b[2K"
 
@@ -49,6 +52,12 @@ class Progress:
     """None if the work is not measured in bytes."""
     step: str = ""
     """The step of compiling or comparing, such as `convert`."""
+    resumed_bytes: int = 0
+    """Of `done_bytes`, those of an earlier download, which say nothing about the rate."""
+
+    @property
+    def transferred_bytes(self) -> int:
+        return self.done_bytes - self.resumed_bytes
 
 
 OnProgress = Callable[[Progress], None]
@@ -85,11 +94,18 @@ class ProgressReporter:
 
     There is a line at the start of each phase, every `every_s` seconds, and for every tenth of the bytes; a terminal is
     redrawn several times a second. A log has a line at the start of a download, and every `every_s` seconds. A download
-    without a byte for `stall_s` seconds is reported.
+    without a byte for `stall_s` seconds is reported. The time left is shown after `estimate_s` seconds, because the rate of
+    the first seconds says little.
     """
 
     def __init__(
-        self, mode: Mode, *, stream: TextIO | None = None, every_s: float = 10.0, stall_s: float = 20.0
+        self,
+        mode: Mode,
+        *,
+        stream: TextIO | None = None,
+        every_s: float = 10.0,
+        stall_s: float = 20.0,
+        estimate_s: float = 3.0,
     ) -> None:
         """Create a reporter that writes to `stream`, or to stderr if it is None."""
         self._mode = mode
@@ -97,6 +113,7 @@ class ProgressReporter:
         self._redraws = mode == "auto" and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._every_s = every_s
         self._stall_s = stall_s
+        self._estimate_s = estimate_s
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -134,14 +151,14 @@ class ProgressReporter:
             self._name = self._label or progress.model
             if last is None or (last.phase, last.model) != (progress.phase, progress.model):
                 self._started_at = self._moved_at = self._stalled_at = now
-                self._rate = RateMeter(progress.done_bytes, now)
+                self._rate = RateMeter(progress.transferred_bytes, now)
                 # Most other phases are short, and a log should have few lines about them.
                 if self._mode != "log" or progress.phase in ("download", "transfer") or self._is_due(progress, now):
                     self._show(progress, now)
                 return
             if last.done_bytes != progress.done_bytes:
                 self._moved_at = self._stalled_at = now
-            self._rate.update(progress.done_bytes, now)
+            self._rate.update(progress.transferred_bytes, now)
             if self._is_due(progress, now):
                 self._show(progress, now)
 
@@ -173,16 +190,19 @@ class ProgressReporter:
     def _show(self, progress: Progress, now: float) -> None:
         self._shown_at, self._shown_tenth = now, _tenth_of(progress)
         total = progress.total_bytes or None
-        rate = self._rate.bytes_per_s if progress.phase in ("download", "transfer", "verify") else None
+        is_measured = bool(total) and progress.phase in ("download", "transfer", "verify")
+        elapsed_s = now - self._started_at
         self._print(
             Status(
                 phase=progress.phase,
                 step=progress.step,
                 done_bytes=progress.done_bytes if total else None,
                 total_bytes=total,
-                bytes_per_s=rate,
-                seconds_left=(total - progress.done_bytes) / rate if total and rate else None,
-                elapsed_s=now - self._started_at,
+                bytes_per_s=self._rate.bytes_per_s if is_measured else None,
+                seconds_left=self._rate.seconds_for(total - progress.done_bytes)
+                if total and is_measured and elapsed_s >= self._estimate_s
+                else None,
+                elapsed_s=elapsed_s,
             )
         )
 
@@ -207,7 +227,7 @@ class ProgressReporter:
                 progress, now = self._last, time.monotonic()
                 if progress is None or self._mode == "none":
                     continue
-                self._rate.update(progress.done_bytes, now)
+                self._rate.update(progress.transferred_bytes, now)
                 is_downloading = progress.phase in ("download", "transfer") and bool(progress.total_bytes)
                 if is_downloading and now - self._stalled_at >= self._stall_s:
                     self._stalled_at = now
@@ -263,28 +283,46 @@ class Status:
 
 
 class RateMeter:
-    """Measures bytes per second, as an exponential moving average over the last seconds."""
+    """Measures bytes per second, as exponential moving averages over the last seconds."""
 
     def __init__(self, done_bytes: int, now: float) -> None:
-        from tqdm.std import EMA  # here, because it takes 25 ms, and most processes show no progress
-
-        self._bytes, self._seconds = EMA(_SMOOTHING), EMA(_SMOOTHING)
-        self._done_bytes, self._sampled_at = done_bytes, now
+        self._rate, self._estimate = _MovingAverage(_RATE_S), _MovingAverage(_ESTIMATE_S)
+        self._done_bytes, self._updated_at = done_bytes, now
 
     def update(self, done_bytes: int, now: float) -> None:
         """Take a sample. Call it also while nothing arrives, so that the rate falls."""
-        if done_bytes < self._done_bytes:  # a file is downloaded again
-            self._done_bytes, self._sampled_at = done_bytes, now
-        elif now - self._sampled_at >= _SAMPLE_S:
-            self._bytes(done_bytes - self._done_bytes)
-            self._seconds(now - self._sampled_at)
-            self._done_bytes, self._sampled_at = done_bytes, now
+        if done_bytes >= self._done_bytes:  # else a file is downloaded again
+            for average in (self._rate, self._estimate):
+                average.add(done_bytes - self._done_bytes, now - self._updated_at)
+        self._done_bytes, self._updated_at = done_bytes, now
 
     @property
     def bytes_per_s(self) -> float | None:
         """None if it is unknown, which it is at first, or less than 1."""
-        seconds: float = self._seconds()
-        rate: float = self._bytes() / seconds if seconds else 0.0
+        return self._rate.per_s
+
+    def seconds_for(self, count: int) -> float | None:
+        """Return an estimate of how long further bytes take; None if it is unknown. It changes slowly."""
+        rate = self._estimate.per_s
+        return count / rate if rate is not None else None
+
+
+class _MovingAverage:
+    """A rate over the last seconds, each of which has less weight than the next one; at first, over all seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._constant_s = seconds
+        self._count = self._seconds = 0.0
+
+    def add(self, count: int, seconds: float) -> None:
+        decay = math.exp(-seconds / self._constant_s)
+        self._count = self._count * decay + count
+        self._seconds = self._seconds * decay + seconds
+
+    @property
+    def per_s(self) -> float | None:
+        # The first bytes arrive at the same moment as the announcement of the phase.
+        rate = self._count / self._seconds if self._seconds >= _MIN_MEASURED_S else 0.0
         return rate if rate >= 1 else None
 
 

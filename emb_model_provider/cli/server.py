@@ -100,7 +100,7 @@ def load(
     client = ServerClient(settings, url)
 
     def work() -> dict[str, Any]:
-        with show_progress(progress) as report, _show_state(client, {alias or name, name}, report):
+        with show_progress(progress) as report, _show_state(client, alias, name, report):
             return client.request(
                 "POST",
                 "/api/models/load",
@@ -161,7 +161,7 @@ def _print(model: dict[str, Any], *, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _show_state(client: ServerClient, names: set[str], report: ProgressReporter) -> Iterator[None]:
+def _show_state(client: ServerClient, alias: str | None, name: str, report: ProgressReporter) -> Iterator[None]:
     """Show the state of a model while the caller waits for the response of the server."""
     done = threading.Event()
 
@@ -171,11 +171,12 @@ def _show_state(client: ServerClient, names: set[str], report: ProgressReporter)
                 models = client.models()["models"]
             except ProviderError:
                 continue  # the request of the caller fails for the same reason
-            for model in models:
-                phase = _PHASES.get(model["state"])
-                if phase is not None and names & {model["alias"], model["model_name"]}:
-                    report.model(model["alias"])
-                    report(Progress(phase, model["model_name"]))
+            # Without an alias, the model has its name as alias. An alias of the settings can have the same model.
+            found = [each for each in models if each["alias"] == (alias or name)]
+            found += [each for each in models if alias is None and each["model_name"] == name]
+            if found and (phase := _PHASES.get(found[0]["state"])) is not None:
+                report.model(found[0]["alias"])
+                report(Progress(phase, found[0]["model_name"]))
 
     watcher = threading.Thread(target=watch, name="model-state", daemon=True)
     watcher.start()

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _POLL_S = 0.5
 _END_S = 1.0
+_MAX_BLOCK = 32 * 1024**2
+"""Bytes that the ModelScope client reports at once at most, unless it resumes a file. Its blocks have 1 to 16 MiB."""
 
 
 class TransferCancelled(BaseException):
@@ -53,18 +55,33 @@ class ByteCounter:
     def __init__(self, repository: str, total_bytes: int, on_progress: OnProgress, cancel: CancelToken) -> None:
         self._repository = repository
         self._total = total_bytes
-        self._done = 0
+        self._done = self._resumed = 0
         self._lock = threading.Lock()
         self._on_progress = on_progress
         # A token of its own, because an interrupt ends the transfer but must not cancel other work of the caller.
         self._cancel = CancelToken(lambda: cancel.is_cancelled)
 
-    def add(self, count: int) -> None:
-        """Count bytes, a negative number if a file is transferred again. A cancellation ends the calling thread."""
+    def add(self, count: int, *, resumed: bool = False) -> None:
+        """Count bytes, a negative number if a file is transferred again. A cancellation ends the calling thread.
+
+        Args:
+            count: The number of bytes.
+            resumed: They are of an earlier download.
+        """
         with self._lock:
             self._cancel.raise_if_cancelled()
             self._done = max(0, self._done + count)
-            self._on_progress(Progress("download", self._repository, min(self._done, self._total), self._total))
+            if resumed:
+                self._resumed += count
+            self._on_progress(
+                Progress(
+                    "download",
+                    self._repository,
+                    min(self._done, self._total),
+                    self._total,
+                    resumed_bytes=min(self._done, self._resumed),
+                )
+            )
 
     def cancel(self) -> None:
         self._cancel.cancel()
@@ -121,7 +138,7 @@ def bar_class(counter: ByteCounter) -> Any:
 
     class Bar:
         def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.update(initial)
+            counter.add(initial, resumed=True)
 
         def __enter__(self) -> Bar:
             return self
@@ -145,7 +162,7 @@ def callback_class(counter: ByteCounter) -> Any:
     class Callback(ProgressCallback):
         def update(self, size: int) -> None:
             try:
-                counter.add(size)
+                counter.add(size, resumed=size > _MAX_BLOCK)
             except OperationCancelledError as error:
                 raise TransferCancelled from error
 

@@ -227,6 +227,7 @@ class _Job:
         flags = {"force": False, "compile": False, "cancelling": False, "done_bytes": 0, "notes": []}
         identity = {"id": secrets.token_hex(6), "state": "queued", "created": _now()}
         self.record = DownloadRecord(**{**empty, **flags, **identity, **values})
+        self._transferred_bytes = 0
         self._rate = RateMeter(0, time.monotonic())
 
     def covers(self, other: _Job) -> bool:
@@ -243,8 +244,9 @@ class _Job:
         now = time.monotonic()
         phase = cast("JobPhase", "compile" if progress.phase in ("compare", "load") else progress.phase)
         if phase != self.record.phase:
-            self._rate = RateMeter(progress.done_bytes, now)
-        self._rate.update(progress.done_bytes, now)
+            self._rate = RateMeter(progress.transferred_bytes, now)
+        self._rate.update(progress.transferred_bytes, now)
+        self._transferred_bytes = progress.transferred_bytes
         self.record.phase = phase
         self.record.done_bytes, self.record.total_bytes = progress.done_bytes, progress.total_bytes
 
@@ -252,7 +254,7 @@ class _Job:
         """Return a copy of the record, with the rate at this moment."""
         bytes_per_s = None
         if self.record.state == "running" and self.record.phase in ("download", "transfer", "verify"):
-            self._rate.update(self.record.done_bytes, time.monotonic())
+            self._rate.update(self._transferred_bytes, time.monotonic())
             bytes_per_s = self._rate.bytes_per_s
         cancelling = self.cancel.is_cancelled and not self.record.is_over
         return self.record.model_copy(update={"bytes_per_s": bytes_per_s, "cancelling": cancelling})

@@ -159,8 +159,11 @@ def test_a_server_of_another_version_is_named(here: object) -> None:
 
 
 def test_load_shows_the_state_of_the_model(here: object) -> None:
-    """Each phase once, while the server has not answered."""
-    models = [{"alias": "x", "model_name": "a/x", "state": "compiling"}]
+    """Each phase once, while the server has not answered, also if another alias of the same model has another state."""
+    models = [
+        {"alias": "x", "model_name": "a/x", "state": "compiling"},
+        {"alias": "y", "model_name": "x", "state": "loading"},
+    ]
     with fake_server({"alias": "x", "state": "ready", "models": models, "process": {}}, post_s=2.5) as url:
         result = invoke("load", "x", "--url", url, "--progress", "plain")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "x: ready\n", "x: compile\n")
