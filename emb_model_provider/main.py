@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.observability.logs import start_logging
@@ -24,6 +24,7 @@ from emb_model_provider.process.supervisor import (
     SupervisorTimings,
     take_inherited_state,
 )
+from emb_model_provider.settings.hosts import ANY
 from emb_model_provider.settings.loading import load_settings, overridden_names
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("emb_model_provider.main")  # not __name__, which is __main__ here
 
+_ALL_IPV4 = "0.0.0.0"  # noqa: S104 - compared, not the default
 _BACKLOG = 2048
 """Connections that may wait to be accepted. The system may allow fewer."""
 _USAGE = """\
@@ -86,31 +88,45 @@ def main(*, supervise: bool = False) -> int:
 
 
 def listen(server: ServerSettings) -> list[socket.socket]:
-    """Open a listening socket for each address of the host that this machine has. `localhost` often has two."""
+    """Open a listening socket for each address of the hosts that this machine has. `localhost` often has two."""
     setting = f"EMB_PROVIDER_HOST={server.host}, EMB_PROVIDER_PORT={server.port}"
-    try:
-        addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise SettingsError(f"{setting}: the host cannot be resolved ({error}).") from error
     with ExitStack() as opened:
-        sockets: list[socket.socket] = []
-        missing: OSError | None = None
-        for family, _, _, _, address in dict.fromkeys(addresses):
-            try:
-                listening = socket.create_server(address, family=family, backlog=_BACKLOG)
-                sockets.append(opened.enter_context(listening))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise SettingsError(
-                        f"{setting}: another process listens on this port. Stop it, or set another port."
-                    ) from error
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise SettingsError(f"{setting}: cannot listen: {error.strerror}.") from error
-                missing = error
-        if not sockets and missing is not None:
-            raise SettingsError(f"{setting}: cannot listen: {missing.strerror}.") from missing
+        sockets: dict[tuple[socket.AddressFamily, str], socket.socket] = {}
+        # 0.0.0.0 first, because it includes the other IPv4 addresses, which then need no sockets of their own.
+        for host in sorted(server.hosts, key=lambda host: host != _ALL_IPV4):
+            missing: OSError | None = None
+            listens = False
+            for family, address in _resolve(host, server.port, setting):
+                if (family, address[0]) in sockets or (family is socket.AF_INET and (family, _ALL_IPV4) in sockets):
+                    listens = True
+                    continue
+                try:
+                    listening = socket.create_server(address, family=family, backlog=_BACKLOG)
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        raise SettingsError(
+                            f"{setting}: another process listens on this port. Stop it, or set another port."
+                        ) from error
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise SettingsError(f"{setting}: cannot listen on {host}: {error.strerror}.") from error
+                    missing = error
+                else:
+                    sockets[family, address[0]] = opened.enter_context(listening)
+                    listens = True
+            if not listens and missing is not None:
+                raise SettingsError(f"{setting}: cannot listen on {host}: {missing.strerror}.") from missing
         opened.pop_all()
-        return sockets
+        return list(sockets.values())
+
+
+def _resolve(host: str, port: int, setting: str) -> list[tuple[socket.AddressFamily, Any]]:
+    try:
+        addresses = socket.getaddrinfo(
+            None if host == ANY else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{setting}: the host {host} cannot be resolved ({error}).") from error
+    return [(family, address) for family, _, _, _, address in addresses]
 
 
 def reject_arguments(arguments: Sequence[str]) -> None:

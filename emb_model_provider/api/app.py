@@ -191,7 +191,7 @@ def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
         app = CorsMiddleware(app, server.cors_origins)
-    if server.accepted_hosts is not None:
+    if server.checks_hosts:
         app = TrustedHostMiddleware(app, policy)
     app = AccessLogMiddleware(app, services.metrics.on_request)
     return PathMiddleware(app)
@@ -202,13 +202,11 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
         logger.error("no model could be loaded: stopping")
         on_nothing_to_serve()
         return
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    address = f"http://{host}:{server.port}"
     for status in registry.statuses():
         if status.state is State.READY and status.description is not None:
             logger.info(
                 "serving %s at %s (%s on %s)",
-                status.spec.alias, address, status.description.precision, status.description.device,
+                status.spec.alias, server.local_url, status.description.precision, status.description.device,
             )  # fmt: skip
         elif status.state is State.FAILED:
             logger.warning("%s failed to load; a later request tries again", status.spec.alias)
@@ -217,5 +215,8 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
     body = orjson.dumps({"model": registry.default_alias, "input": "hello"}).decode()
     key = " -H 'Authorization: Bearer YOUR_KEY'" if server.accepted_keys else ""
     logger.info(
-        "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s", address, key, shlex.quote(body)
+        "try it: curl %s/v1/embeddings -H 'Content-Type: application/json'%s -d %s",
+        server.local_url,
+        key,
+        shlex.quote(body),
     )

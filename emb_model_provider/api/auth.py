@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from typing import TYPE_CHECKING
 
 from starlette.middleware.cors import CORSMiddleware
 
 from emb_model_provider.api.errors import error_response
 from emb_model_provider.api.paths import is_admin_path, is_public_path
+from emb_model_provider.settings.hosts import is_loopback_address, is_loopback_host, parse_host
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
@@ -33,8 +33,8 @@ class AccessPolicy:
     def __init__(self, settings: ServerSettings) -> None:
         self._keys = tuple(key.encode() for key in settings.accepted_keys)
         self._admin_keys = tuple(key.encode() for key in settings.accepted_admin_keys)
-        hosts = settings.accepted_hosts
-        self._hosts = frozenset(map(_host_name, hosts)) if hosts is not None else None
+        self._origins = frozenset(map(str.lower, settings.cors_origins))
+        self._checks_hosts, self._hosts = settings.checks_hosts, settings.accepted_hosts
 
     def check_host(self, headers: Headers) -> Response | None:
         """Return an error response if the Host header names another host, else None.
@@ -43,10 +43,10 @@ class AccessPolicy:
         A browser always sends that name, so that a request without a Host header (HTTP/1.0, as simple health checks
         send it) is harmless.
         """
-        if self._hosts is None:
+        if not self._checks_hosts or "host" not in headers:
             return None
-        host = headers.get("host")
-        if not host or _host_name(host) in self._hosts:
+        host = _host(headers)
+        if host is not None and (host in self._hosts if self._hosts else is_loopback_host(host)):
             return None
         return error_response(
             400,
@@ -59,7 +59,9 @@ class AccessPolicy:
         """Return an error response if a request is not allowed or has no valid key, else None."""
         path = scope["path"]
         if not is_admin_path(path):
-            return None if is_public_path(scope["method"], path) else _check_key(headers, self._keys, _KEY_HEADERS)
+            if is_public_path(scope["method"], path):
+                return None
+            return _check_key(headers, self._keys, _KEY_HEADERS) if self._keys else self._check_origin(scope, headers)
         if self._admin_keys:
             return _check_key(headers, self._admin_keys)
         if not _is_direct_local(scope, headers) or _is_cross_origin(headers):
@@ -70,6 +72,22 @@ class AccessPolicy:
                 code="admin_only",
             )
         return _check_key(headers, self._keys)
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> Response | None:
+        """Return an error response if a page that is not allowed made a browser send the request, else None.
+
+        CORS alone would only hide the response from the page, after the service has done the work.
+        """
+        if not _is_cross_origin(headers) or "*" in self._origins or headers.get("origin", "").lower() in self._origins:
+            return None
+        if scope["method"] in ("GET", "HEAD") and headers.get("sec-fetch-dest") == "document":
+            return None  # a link that a user follows
+        return error_response(
+            403,
+            "The request comes from a web page of another origin. To allow it, the operator can add the page's origin to "
+            "EMB_PROVIDER_CORS_ORIGINS.",
+            code="cors_refused",
+        )
 
 
 class CorsMiddleware(CORSMiddleware):
@@ -130,12 +148,12 @@ def _is_direct_local(scope: Scope, headers: Headers) -> bool:
     The name matters because a page can make a browser on this machine connect to loopback under the page's own name.
     """
     client = scope.get("client")
-    if client is None or not _is_loopback(client[0]):
+    if client is None or not is_loopback_address(client[0]):
         return False
     if any(name in _PROXY_HEADERS or name.startswith("x-forwarded") for name in headers):
         return False
-    host = _host_name(headers.get("host", ""))
-    return host == "localhost" or _is_loopback(host)
+    host = _host(headers)
+    return host is not None and is_loopback_host(host)
 
 
 def _is_cross_origin(headers: Headers) -> bool:
@@ -147,18 +165,7 @@ def _is_cross_origin(headers: Headers) -> bool:
     return origin is not None and origin.lower() != f"http://{headers.get('host', '')}".lower()
 
 
-def _is_loopback(address: str) -> bool:
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return (mapped or parsed).is_loopback
-
-
-def _host_name(host: str) -> str:
-    """Return a Host header in lower case, without its port and without the brackets of an IPv6 address."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
+def _host(headers: Headers) -> str | None:
+    """Return the host that a request names, without its port; None if there is none, an invalid one, or several."""
+    values = headers.getlist("host")
+    return parse_host(values[0]) if len(values) == 1 else None

@@ -183,8 +183,9 @@ class AuthAndLimitsMiddleware:
             self._budget.release(received_bytes)
 
     def _check_headers(self, headers: Headers) -> None:
-        length = headers.get("content-length", "")
-        size = int(length) if length.isdecimal() else 0
+        # Without leading zeros, of which there can be thousands. More than 20 digits are too large for any limit.
+        length = headers.get("content-length", "").lstrip("0")
+        size = int(length[:20]) if length.isdecimal() else 0
         self._check_size(size)
         self._budget.check(size)
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.cli.output import ServerError
 from emb_model_provider.error_table import FAILED, UNREACHABLE, USAGE_ERROR
+from emb_model_provider.settings.hosts import is_loopback_host
 
 if TYPE_CHECKING:
     import httpx
 
-    from emb_model_provider.settings import ServerSettings, Settings
+    from emb_model_provider.settings import Settings
 
 _CONNECT_TIMEOUT_S = 5.0
 _LIST_TIMEOUT_S = 30.0
 _USAGE_STATUSES = frozenset({400, 401, 403, 404, 409, 422})
 """Not taken from the table of errors, because the server may have another version and other error codes."""
-_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - read, not listened on
-
-
-def server_url(server: ServerSettings) -> str:
-    """Return the URL of a server with these settings, for clients on the same machine."""
-    host = _LOOPBACK_OF.get(server.host, server.host)
-    return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
 
 
 class ServerClient:
@@ -35,7 +28,7 @@ class ServerClient:
     def __init__(self, settings: Settings, url: str | None = None) -> None:
         server = settings.server
         self._has_own_url = url is not None
-        self._url = (url or server_url(server)).rstrip("/")
+        self._url = (url or server.local_url).rstrip("/")
         keys = (*server.accepted_admin_keys, *server.accepted_keys)
         # As bytes, because a key may contain non-ASCII characters.
         self._headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
@@ -61,7 +54,7 @@ class ServerClient:
                 headers=self._headers,
                 timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
                 # A request through a proxy would not count as one from this machine.
-                trust_env=not _is_loopback(httpx.URL(self._url).host),
+                trust_env=not is_loopback_host(httpx.URL(self._url).host),
             )
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ServerError(
@@ -106,10 +99,3 @@ class ServerClient:
             f"The program at {self._url} is not this service (HTTP {status}). Set the URL of the service with --url URL.",
             exit_code=UNREACHABLE,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

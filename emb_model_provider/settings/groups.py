@@ -31,6 +31,7 @@ from emb_model_provider.settings.fields import (
     Uppered,
     Url,
 )
+from emb_model_provider.settings.hosts import ANY, is_loopback_host, parse_host
 
 PREFIX = "EMB_PROVIDER_"
 
@@ -41,7 +42,6 @@ FIDELITY_FLOORS: Mapping[FidelityPrecision, float] = {
 
 _MIB = 1024**2
 _GIB = 1024**3
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class SettingsGroup(BaseModel):
@@ -367,8 +367,9 @@ class LimitSettings(SettingsGroup, title="Limits of requests"):
 class ServerSettings(SettingsGroup, title="Server"):
     """Where the service listens, and which clients it answers."""
 
-    host: str = "localhost"
-    """Address to listen on. The container sets 0.0.0.0."""
+    host: Annotated[str, Allowed("names or addresses separated by commas")] = "localhost"
+    """Names or addresses to listen on, separated by commas. `*` or `::`: all addresses of this machine, IPv4 and IPv6;
+    `0.0.0.0`: all IPv4 addresses. The container sets 0.0.0.0."""
     port: Annotated[int, Field(ge=1, le=65_535), Allowed("1 to 65535")] = 9000
     """Port to listen on."""
     api_keys: SecretStr | None = None
@@ -378,10 +379,11 @@ class ServerSettings(SettingsGroup, title="Server"):
     """Keys, separated by commas, for routes that change something (`/api/…`). Unset: those routes answer only direct
     clients on the same machine, not through a proxy and not from a page of another site. Never shown."""
     allowed_hosts: Annotated[Names, Allowed("host names separated by commas")] | None = None
-    """Accepted Host header values, separated by commas; `*` accepts any. Unset: the loopback names if the service
-    listens on loopback, else any."""
+    """Accepted Host header values, separated by commas; `*` accepts any. Unset: the names and addresses of loopback if
+    the service listens only on loopback, else any."""
     cors_origins: Annotated[Names, Allowed("origins separated by commas")] = ()
-    """Browser origins that may call the API, separated by commas; `*` accepts any. Unset: none."""
+    """Origins of web pages that may call the API, separated by commas; `*` accepts any. Unset: none. Requests of other
+    pages are rejected, except with a valid key."""
 
     @property
     def accepted_keys(self) -> tuple[str, ...]:
@@ -392,12 +394,41 @@ class ServerSettings(SettingsGroup, title="Server"):
         """Keys of the management routes; without any, only a direct local client may use those routes."""
         return _split_keys(self.admin_api_keys)
 
+    @model_validator(mode="after")
+    def _check_hosts(self) -> Self:
+        if not self.hosts:
+            raise SettingsError(f"{PREFIX}HOST={self.host}: must be names or addresses separated by commas.")
+        for host in self.allowed_hosts or ():
+            if host != ANY and parse_host(_bracketed(host)) is None:
+                raise SettingsError(
+                    f"{PREFIX}ALLOWED_HOSTS={host}: must be host names separated by commas, like embeddings.example.com."
+                )
+        return self
+
     @property
-    def accepted_hosts(self) -> tuple[str, ...] | None:
-        """Host header values that are answered, or None for any."""
+    def hosts(self) -> tuple[str, ...]:
+        """The names and addresses to listen on; only `ANY` for all addresses."""
+        hosts = [host.strip().removeprefix("[").removesuffix("]") for host in self.host.split(",") if host.strip()]
+        return (ANY,) if {ANY, "::"} & set(hosts) else tuple(dict.fromkeys(hosts))
+
+    @property
+    def local_url(self) -> str:
+        """The URL for clients on this machine, under a loopback address if the service listens on one."""
+        host = next(filter(is_loopback_host, self.hosts), self.hosts[0])
+        host = "127.0.0.1" if host in (ANY, "0.0.0.0") else host  # noqa: S104 - not listened on
+        return f"http://{_bracketed(host)}:{self.port}"
+
+    @property
+    def checks_hosts(self) -> bool:
+        """Whether requests with another host than `accepted_hosts` are rejected."""
         if self.allowed_hosts is None:
-            return _LOOPBACK_NAMES if self.host in _LOOPBACK_NAMES else None
-        return None if "*" in self.allowed_hosts else self.allowed_hosts
+            return all(host != "0.0.0.0" and is_loopback_host(host) for host in self.hosts)  # noqa: S104 - likewise
+        return ANY not in self.allowed_hosts
+
+    @property
+    def accepted_hosts(self) -> frozenset[str]:
+        """The hosts of requests that are answered, without ports; none stands for the spellings of this machine."""
+        return frozenset(filter(None, (parse_host(_bracketed(host)) for host in self.allowed_hosts or ())))
 
 
 class LifecycleSettings(SettingsGroup, title="Faults and shutdown"):
@@ -442,6 +473,11 @@ class LogSettings(SettingsGroup, title="Logs"):
 
 def _reveal(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret is not None else None
+
+
+def _bracketed(host: str) -> str:
+    """Return a host as it is written in a URL or a Host header."""
+    return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
 
 
 def _split_keys(secret: SecretStr | None) -> tuple[str, ...]:

@@ -42,6 +42,11 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Variables of other tools that are read if the setting itself is unset."""
 
+_SERVICE_LINK = re.compile(
+    rf"{PREFIX}(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)",
+    re.ASCII,
+)
+_SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://", re.IGNORECASE)
 _USE_MODELSCOPE = {
     **dict.fromkeys(("true", "1", "yes", "on"), "modelscope"),
     **dict.fromkeys(("false", "0", "no", "off"), "huggingface"),
@@ -74,14 +79,32 @@ def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os
             problems += _describe(error, own)
     if problems:
         raise SettingsError("\n".join(problems))
-    return Settings(**groups), _unknown_names(variables)
+    return Settings(**groups), _service_links(environ) + _unknown_names(variables)
 
 
 def read_environment(env_file: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return every variable that has a value. An empty value means unset, in the file and in the environment."""
     variables = _read_env_file(env_file)
-    variables.update((name, _unquote(name, value.strip())) for name, value in environ.items())
+    for name, value in environ.items():
+        if not _is_service_link(name, value):
+            variables[name] = _unquote(name, value.strip())
     return {name: value.strip() for name, value in variables.items() if value.strip()}
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Return whether Kubernetes or Docker set a variable for a service named `emb-provider` or `emb-provider-…`."""
+    is_url = name.startswith(PREFIX) and name.endswith("_PORT") and _SERVICE_URL.match(value)
+    return bool(is_url or _SERVICE_LINK.fullmatch(name))
+
+
+def _service_links(environ: Mapping[str, str]) -> list[str]:
+    """Return a warning for each setting whose variable is such a link."""
+    return [
+        f"{name}={value} is ignored: it is the address of a Kubernetes service, not a setting. To remove such variables, "
+        "set enableServiceLinks: false in the specification of the pod."
+        for name, value in environ.items()
+        if name.removeprefix(PREFIX).lower() in Settings.variables() and _is_service_link(name, value)
+    ]
 
 
 def overridden_names(env_file: Path = Path(".env"), environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -45,6 +45,9 @@ NOT_DIRECT: list[dict[str, str]] = [
     {"origin": "https://localhost"},
     {"host": "localhost:9000", "origin": "http://localhost"},
 ]
+LOOPBACK_HOSTS = ["localhost", "LOCALHOST", "localhost:1", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:9000", "localhost.", "localhost.:9000", "app.localhost", "127.0.0.2", "0.0.0.0:9000", "[::]:9000", "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "localhost:"]  # fmt: skip
+WORK = [("POST", "/v1/embeddings"), ("POST", "/v3/embeddings"), ("POST", "/openai/deployments/x/embeddings"), ("POST", "/api/embed"), ("POST", "/api/embeddings"), ("POST", "/api/show"), ("GET", "/api/tags"), ("POST", "/"), ("POST", "/embed"), ("POST", "/similarity"), ("POST", "/tokenize"), ("POST", "/embedding"), ("POST", "/v1/embed"), ("POST", "/v2/embed"), ("GET", "/v1/models"), ("POST", "/no/such")]  # fmt: skip
+"""Routes that need a key if keys are configured."""
 REQUESTED_HEADERS = "authorization, content-type, x-stainless-os, x-stainless-retry-count, x-anything"
 
 
@@ -193,15 +196,14 @@ def test_peer_must_be_loopback(peer: str | None, status: int | None) -> None:
 # --- hosts --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST", "localhost:1", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:9000"]
-)
+@pytest.mark.parametrize("host", LOOPBACK_HOSTS)
 def test_loopback_names_are_allowed_by_default(service: Service, host: str) -> None:
-    """While it is bound to loopback, the service accepts loopback names with any port."""
+    """While it is bound to loopback, the service accepts every spelling of loopback, with any port; so do admin routes."""
     assert call(service, "GET", "/health", host=host).status_code == 200
+    assert_error(call(service, "POST", "/api/x", host=host), 404, "unknown_url")
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:9000", "localhost.evil.example", "127.0.0.1.evil.example", "::1.evil", "0.0.0.0", "192.168.1.1", "localhost@evil"])  # fmt: skip
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:9000", "localhost.evil.example", "127.0.0.1.evil.example", "::1.evil", "::1", "192.168.1.1", "localhost@evil", "localhost:evil", "localhost:80:80", "[::1]evil", "[::1", "[127.0.0.1]", "local host", "localhost..", ".localhost", "xlocalhost", "localhost,evil"])  # fmt: skip
 @pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("POST", "/v1/embeddings"), ("GET", "/docs")])
 def test_other_hosts_are_rejected_on_every_route(service: Service, method: str, path: str, host: str) -> None:
     """A page that reaches loopback through its own host name (DNS rebinding) is rejected."""
@@ -209,11 +211,57 @@ def test_other_hosts_are_rejected_on_every_route(service: Service, method: str, 
     assert_error(response, 400, "host_not_allowed", phrase="EMB_PROVIDER_ALLOWED_HOSTS")
 
 
+@pytest.mark.parametrize("lines", [b"Host: localhost\r\nHost: evil.example\r\n", b"Host: evil.example\r\nHost: localhost\r\n", b"Host: localhost\r\nHost: localhost\r\n"])  # fmt: skip
+def test_several_hosts_are_rejected(service: Service, lines: bytes) -> None:
+    """A proxy and the service could read different ones (RFC 9112, 3.2)."""
+    with connect(service) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n" + lines + b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
 def test_configured_hosts_replace_the_default(guarded: Service) -> None:
     """Hosts in ALLOWED_HOSTS are accepted with any port, and others, even loopback addresses, are rejected."""
     assert call(guarded, "GET", "/health", host="emb.example").status_code == 200
     assert call(guarded, "GET", "/health", host="emb.example:1234").status_code == 200
     assert call(guarded, "GET", "/health", host="127.0.0.1").status_code == 400
+
+
+# --- pages of other origins ---------------------------------------------------------------------------
+
+FROM_PAGES = [headers for headers in NOT_DIRECT if {"origin", "sec-fetch-site"} & headers.keys()]
+
+
+@pytest.mark.parametrize(("method", "path"), WORK)
+def test_pages_cannot_make_the_service_work(service: Service, method: str, path: str) -> None:
+    """A page can send a request although it cannot read the response (`no-cors`): nothing is computed for it."""
+    for headers in FROM_PAGES:
+        response = call(service, method, path, content_type="text/plain", **headers)
+        assert response.status_code == 403, headers
+        assert "EMB_PROVIDER_CORS_ORIGINS" in response.text
+
+
+@pytest.mark.parametrize("headers", [{}, {"origin": "http://localhost:9000", "host": "localhost:9000"}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}], ids=str)  # fmt: skip
+def test_programs_and_own_pages_are_answered(service: Service, headers: dict[str, str]) -> None:
+    """Programs send no origin, and the page of /docs the service's own."""
+    assert call(service, "GET", "/v1/models", **headers).status_code == 200
+
+
+def test_link_of_another_page_can_be_followed(service: Service) -> None:
+    """A browser shows the response to the user, not to the page with the link. A form that is sent is rejected."""
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert call(service, "GET", "/v1/models", **headers).status_code == 200
+    assert_error(call(service, "POST", "/v1/embeddings", **headers), 403, "cors_refused")
+
+
+@pytest.mark.parametrize(("origins", "origin", "status"), [((ORIGIN,), ORIGIN, None), ((ORIGIN,), ORIGIN.upper(), None), (("*",), "https://x.example", None), ((ORIGIN,), "https://x.example", 403), ((ORIGIN,), None, 403), (("null",), "null", None)])  # fmt: skip
+def test_pages_of_allowed_origins_are_answered(
+    origins: tuple[str, ...], origin: str | None, status: int | None
+) -> None:
+    """CORS_ORIGINS decides, also for requests that need no preflight."""
+    scope = {"method": "POST", "path": "/v1/embeddings", "client": ("127.0.0.1", 1)}
+    headers = {"host": "localhost", "sec-fetch-site": "cross-site"} | ({"origin": origin} if origin else {})
+    refusal = AccessPolicy(ServerSettings(cors_origins=origins)).authorize(scope, Headers(headers))
+    assert (refusal.status_code if refusal is not None else None) == status
 
 
 # --- CORS ---------------------------------------------------------------------------------------------
@@ -272,7 +320,9 @@ def test_pages_can_read_the_error_for_a_large_body(guarded: Service) -> None:
 
 
 def test_no_cors_headers_by_default(service: Service) -> None:
-    """By default, pages of other origins can read nothing, and OPTIONS is an unknown method."""
+    """By default, pages of other origins can read nothing, and OPTIONS is an unknown method for programs."""
     response = call(service, "OPTIONS", "/v1/embeddings", origin=ORIGIN, access_control_request_method="POST")
-    assert_error(response, 405, "method_not_allowed")
+    assert_error(response, 403, "cors_refused")
+    assert "access-control-allow-origin" not in response.headers
+    assert_error(call(service, "OPTIONS", "/v1/embeddings"), 405, "method_not_allowed")
     assert "access-control-allow-origin" not in call(service, "GET", "/health", origin=ORIGIN).headers

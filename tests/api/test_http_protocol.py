@@ -83,6 +83,10 @@ def post(*headers: bytes, version: bytes = b"1.1", body: bytes = BODY) -> bytes:
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
+def with_length(length: bytes) -> bytes:
+    return post().replace(b"Length: %d" % len(BODY), b"Length: " + length)
+
+
 # --- valid requests -----------------------------------------------------------------------------------
 
 
@@ -100,6 +104,19 @@ def test_chunked_body(service: Service) -> None:
         service, b"POST /v1/embeddings HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
     )
     assert response.status == 200
+
+
+@pytest.mark.parametrize("length", [b"0" * 5000 + b"%d", b"0" * 30_000 + b"%d"])
+def test_length_with_thousands_of_zeros_is_read(service: Service, length: bytes) -> None:
+    """Python refuses to convert a number of more than 4,300 digits, leading zeros included."""
+    assert exchange(service, with_length(length % len(BODY))).status == 200
+    exchange(service, with_length(length % 10**18)).assert_error(413, "request_too_large")
+
+
+@pytest.mark.parametrize("digits", [20, 5000, 30_000])
+def test_length_with_thousands_of_digits_is_rejected(service: Service, digits: int) -> None:
+    """No server can read so much."""
+    exchange(service, with_length(b"9" * digits)).assert_error(400, "invalid_http")
 
 
 def test_http_1_0_without_a_host(service: Service) -> None:

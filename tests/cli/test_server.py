@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.cli.server_client import server_url
 from emb_model_provider.settings import ServerSettings
 from tests.cli.conftest import COPY
 from tests.cli.helpers import invoke, invoke_json
@@ -180,11 +179,15 @@ def test_an_invalid_url_exits_with_2(url: str, here: object) -> None:
     ("host", "url"),
     [
         ("0.0.0.0", "http://127.0.0.1:1"),
-        ("::", "http://[::1]:1"),
+        ("::", "http://127.0.0.1:1"),
+        ("*", "http://127.0.0.1:1"),
+        ("[::1]", "http://[::1]:1"),
+        ("10.0.0.1, localhost", "http://localhost:1"),
+        ("fd00::1", "http://[fd00::1]:1"),
         ("::1", "http://[::1]:1"),
         ("localhost", "http://localhost:1"),
     ],
 )
 def test_the_default_url_is_local(host: str, url: str) -> None:
     """A server that listens on all addresses is reached at the loopback address."""
-    assert server_url(ServerSettings(host=host, port=1)) == url
+    assert ServerSettings(host=host, port=1).local_url == url

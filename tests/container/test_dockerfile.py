@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,14 @@ def test_service_is_the_first_process_and_gets_sigterm() -> None:
     assert final("STOPSIGNAL") == "SIGTERM"
     assert exec_form("CMD") == ["python", "-m", "emb_model_provider.main"]
     assert exec_form("HEALTHCHECK")[0] == "python"
+
+
+def test_healthcheck_ignores_the_port_of_a_kubernetes_service() -> None:
+    """Kubernetes replaces EMB_PROVIDER_PORT by a URL in pods beside a service named emb-provider."""
+    environment = os.environ | {"EMB_PROVIDER_PORT": "tcp://10.0.0.1:80"}
+    command = [sys.executable, *exec_form("HEALTHCHECK")[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert "ValueError" not in done.stderr
 
 
 def test_build_arguments_choose_torch_and_the_package_index() -> None:

@@ -59,6 +59,7 @@ ERRORS: dict[tuple[int, str], ErrorForm] = {
     (400, "invalid_http"): ErrorForm(headers={"connection": "close"}),
     (401, "invalid_api_key"): ErrorForm(headers={"www-authenticate": "Bearer"}),
     (403, "admin_only"): ErrorForm(),
+    (403, "cors_refused"): ErrorForm(),
     (404, "model_not_found"): ErrorForm(params=("model",)),
     (400, "unknown_parameter"): ErrorForm(params=None),
     (404, "not_cached"): ErrorForm(),

@@ -13,15 +13,15 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import httpx
 import pytest
 
+from emb_model_provider.errors import SettingsError
+from emb_model_provider.main import listen
+from emb_model_provider.settings import ServerSettings
 from tests.service import BUNDLED, COMMAND, Service, assert_error, environment, free_port, wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def run(directory: Path, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -100,6 +100,37 @@ def test_port_in_use_is_reported_in_one_line(tmp_path: Path, host: str) -> None:
         assert_one_line(
             run(tmp_path, HOST=host, PORT=port), f"EMB_PROVIDER_PORT={port}", "another process listens on this port"
         )
+
+
+@pytest.mark.parametrize(
+    ("host", "families"),
+    [("::", "46"), ("[::]", "46"), ("*", "46"), ("0.0.0.0", "4"), ("127.0.0.1, ::1", "46"), ("[::1]", "6"),
+     ("0.0.0.0,127.0.0.1,127.0.0.2", "4"), ("::,0.0.0.0,localhost", "46")],
+)  # fmt: skip
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_addresses_that_the_service_listens_on(host: str, families: str) -> None:
+    """`::` and `*` include IPv4, so that the container's health check works, and a list can repeat addresses."""
+    port = free_port()
+    sockets = listen(ServerSettings(host=host, port=port))
+    try:
+        reached = ""
+        for family, address in (("4", "127.0.0.1"), ("6", "::1")):
+            with suppress(ConnectionRefusedError), socket.create_connection((address, port), timeout=10):
+                reached += family
+        assert reached == families
+    finally:
+        for listening in sockets:
+            listening.close()
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1,192.0.2.1", "127.0.0.1,no-such-host.invalid", "http://localhost", "x" * 70]
+)
+def test_host_that_cannot_be_used_is_named(host: str) -> None:
+    """Each host of a list has to be an address of this machine."""
+    with pytest.raises(SettingsError, match=re.escape(host.rpartition(",")[2])) as caught:
+        listen(ServerSettings(host=host, port=free_port()))
+    assert str(caught.value).startswith(f"EMB_PROVIDER_HOST={host}, EMB_PROVIDER_PORT=")
 
 
 def test_process_exits_if_no_model_can_be_loaded(tmp_path: Path) -> None:

@@ -220,13 +220,14 @@ def test_sizes_are_converted_to_bytes() -> None:
 
 def test_host_headers_are_checked_on_loopback() -> None:
     """On other addresses any Host is accepted, unless ALLOWED_HOSTS is set."""
-    assert load().server.accepted_hosts == ("localhost", "127.0.0.1", "::1")
-    assert load(HOST="0.0.0.0").server.accepted_hosts is None
-    assert load(HOST="0.0.0.0", ALLOWED_HOSTS="a.example, b.example").server.accepted_hosts == (
-        "a.example",
-        "b.example",
-    )
-    assert load(ALLOWED_HOSTS="*").server.accepted_hosts is None
+    for host in ("localhost", "127.0.0.1", "127.0.0.2", "[::1]", "localhost,127.0.0.1"):
+        assert load(HOST=host).server.checks_hosts
+    for host in ("0.0.0.0", "::", "*", "localhost,10.0.0.1"):
+        assert not load(HOST=host).server.checks_hosts
+        assert load(HOST=host, ALLOWED_HOSTS="a.example").server.checks_hosts
+    assert not load(ALLOWED_HOSTS="*").server.checks_hosts
+    allowed = load(ALLOWED_HOSTS="A.example., b.example:80, ::1, [fd00::0]:1").server.accepted_hosts
+    assert allowed == {"a.example", "b.example", "::1", "fd00::"}
 
 
 def test_floors_that_are_not_set_keep_their_default() -> None:
@@ -255,6 +256,8 @@ def test_floors_that_are_not_set_keep_their_default() -> None:
         ("MAX_BODY_MB", "nan", "must be more than 0"),
         ("REQUEST_TIMEOUT_S", "inf", "must be more than 0"),
         ("MIN_BATCH_SIZE", "65", "must not be more than EMB_PROVIDER_MAX_BATCH_SIZE=64"),
+        ("ALLOWED_HOSTS", "https://b.example", "must be host names separated by commas"),
+        ("HOST", ",", "must be names or addresses separated by commas"),
         ("PRELOAD_MODELS", "x", f"must be one of {BUNDLED_MODEL}, or none"),
     ],
 )
@@ -431,6 +434,38 @@ def test_values_that_the_environment_overrides_are_found(tmp_path: Path) -> None
     file.write_text("EMB_PROVIDER_PORT=8000\nEMB_PROVIDER_HOST=0.0.0.0\nMODEL_HUB=modelscope\nOTHER=1\n")
     environ = {"EMB_PROVIDER_PORT": "9000", "EMB_PROVIDER_HOST": '"0.0.0.0"', "MODEL_HUB": "huggingface", "OTHER": "2"}
     assert overridden_names(file, environ) == ["EMB_PROVIDER_PORT", "MODEL_HUB"]
+
+
+SERVICE_LINKS = {
+    "EMB_PROVIDER_SERVICE_HOST": "10.0.0.1",
+    "EMB_PROVIDER_SERVICE_PORT": "9000",
+    "EMB_PROVIDER_SERVICE_PORT_HTTP": "9000",
+    "EMB_PROVIDER_PORT": "tcp://10.0.0.1:9000",
+    "EMB_PROVIDER_PORT_9000_TCP": "tcp://10.0.0.1:9000",
+    "EMB_PROVIDER_PORT_9000_TCP_PROTO": "tcp",
+    "EMB_PROVIDER_PORT_9000_TCP_PORT": "9000",
+    "EMB_PROVIDER_PORT_9000_TCP_ADDR": "10.0.0.1",
+    "EMB_PROVIDER_GPU_SERVICE_HOST": "10.0.0.2",
+    "EMB_PROVIDER_GPU_PORT": "udp://10.0.0.2:9000",
+    "EMB_PROVIDER_GPU_PORT_53_UDP_ADDR": "10.0.0.2",
+}
+"""What Kubernetes sets in a pod for the services `emb-provider` and `emb-provider-gpu`."""
+
+
+def test_variables_of_kubernetes_services_are_ignored() -> None:
+    """Only the one that has the name of a setting is reported, with what to do."""
+    settings, (warning,) = load_settings(NO_FILE, SERVICE_LINKS | {"EMB_PROVIDER_HOST": "0.0.0.0"})
+    assert (settings.server.port, settings.server.host) == (9000, "0.0.0.0")
+    assert "EMB_PROVIDER_PORT=tcp://10.0.0.1:9000 is ignored" in warning
+    assert "enableServiceLinks: false" in warning
+
+
+def test_port_of_a_kubernetes_service_does_not_override_the_file(tmp_path: Path) -> None:
+    """The value in `.env` is used, as without the link."""
+    file = tmp_path / ".env"
+    file.write_text("EMB_PROVIDER_PORT=8000\n")
+    assert load_settings(file, SERVICE_LINKS)[0].server.port == 8000
+    assert overridden_names(file, SERVICE_LINKS) == []
 
 
 @pytest.mark.parametrize(("name", "value"), [("MODEL_HUB", "github"), ("USE_MODELSCOPE", "perhaps")])

@@ -90,7 +90,7 @@ class EmbeddingsFastPath:
     PATH,
     summary="Create embeddings",
     response_model=EmbeddingResponse,
-    responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+    responses=error_responses(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -25,7 +25,7 @@ _DESCRIBED_FIELDS = (
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", summary="List the served models", responses=error_responses(401))
+@router.get("/v1/models", summary="List the served models", responses=error_responses(401, 403))
 async def list_models(services: ServicesDep) -> ModelList:
     statuses = services.registry.statuses()
     return ModelList(
@@ -33,7 +33,7 @@ async def list_models(services: ServicesDep) -> ModelList:
     )
 
 
-@router.get("/v1/models/{model:path}", summary="Describe a served model", responses=error_responses(401, 404))
+@router.get("/v1/models/{model:path}", summary="Describe a served model", responses=error_responses(401, 403, 404))
 async def retrieve_model(services: ServicesDep, model: str) -> ModelObject:
     if not model:
         raise HTTPException(404)

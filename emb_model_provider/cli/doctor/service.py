@@ -28,7 +28,6 @@ _PREFIXES = {"huggingface": "EMB_PROVIDER_HF", "modelscope": "EMB_PROVIDER_MODEL
 
 def check_port(settings: Settings) -> CheckResult:
     """Check that the port is free, or that this service listens on it."""
-    from emb_model_provider.cli.server_client import server_url
     from emb_model_provider.main import listen
 
     server = settings.server
@@ -36,7 +35,7 @@ def check_port(settings: Settings) -> CheckResult:
     try:
         sockets = listen(server)
     except SettingsError as error:
-        if _is_this_service(server_url(server)):
+        if _is_this_service(server.local_url):
             return CheckResult("port", "ok", f"{address}: the service is running")
         return CheckResult("port", "fail", f"{address} is not available", error.message)
     for listening in sockets:
