@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from emb_model_provider.cli.output import (
 from emb_model_provider.errors import OperationCancelledError, ProviderError
 from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import CancelToken, Mode, ProgressReporter
-from emb_model_provider.snapshots.mirror import is_mirror
 from emb_model_provider.snapshots.snapshot import parts_of
 
 if TYPE_CHECKING:
@@ -87,19 +87,19 @@ def pull(
         raise click.UsageError("--revision requires exactly one ID. For several, write ID@REV.")
     if directory is not None and len(models) != 1:
         raise click.UsageError("--to requires exactly one ID.")
-    specs = []
+    specs: dict[str, ModelSpec] = {}
     for argument in models or [spec.alias for spec in settings.models.specs()]:
         name, wanted = options.split_single_revision(settings, argument, revision)
-        specs.append(resolve_model(settings, name, source=source, revision=wanted, precision=precision))
+        specs[argument] = resolve_model(settings, name, source=source, revision=wanted, precision=precision)
     task = _PullTask(manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude))
     failures: list[ProviderError] = []
-    results: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
 
     def work() -> None:
         with show_progress("none" if quiet and progress == "auto" else progress) as report:
-            for spec in specs:
+            for argument, spec in specs.items():
                 try:
-                    results.append(task.run(spec, report))
+                    results[argument] = task.run(spec, report)
                 except OperationCancelledError:
                     return  # interrupted: the process ends
                 except ProviderError as error:
@@ -110,7 +110,12 @@ def pull(
     run_until_interrupted(work, RESUME_HINT, stop=task.stop)
     if failures and len(specs) == 1:
         raise failures[0]
-    _print(results, quiet=quiet, as_json=as_json)
+    _print([*results.values()], quiet=quiet, as_json=as_json)
+    if results and not quiet and not as_json:
+        served = [str(directory)] if directory is not None else [*results] if models else []
+        kept = {"source": source, "revision": revision, "precision": precision} if served and directory is None else {}
+        flags = [text for name, value in kept.items() if value is not None for text in (f"--{name}", value)]
+        say(f"To serve: {shlex.join(['emb-provider', 'serve', *served, *flags])}")
     if failures:
         raise SystemExit(max(exit_code_of(error) for error in failures))
 
@@ -192,8 +197,6 @@ def _print(results: list[dict[str, Any]], *, quiet: bool, as_json: bool) -> None
         else:
             out(f"{result['alias']} ({result['source']}, {result['revision']})")
             out(pairs(_describe(result)))
-    if results and not quiet:
-        say("To serve: emb-provider serve")
 
 
 def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -210,10 +213,4 @@ def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("compiled", "no: the torch backend serves the model from its files"))
     if result["copied_to"] is not None:
         lines.append(("copied to", result["copied_to"]))
-        configuration = f"EMB_PROVIDER_MODEL_PATH={result['copied_to']}"
-    elif result["source"] == "local" or is_mirror(Path(result["path"])):
-        configuration = f"EMB_PROVIDER_MODEL_PATH={result['path']}"
-    else:
-        configuration = f"EMB_PROVIDER_MODEL_NAME={result['model_name']} EMB_PROVIDER_MODEL_SOURCE={result['source']}"
-    lines.append(("to serve it", configuration))
     return lines

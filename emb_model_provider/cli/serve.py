@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from emb_model_provider.cli import options
 from emb_model_provider.cli.output import out, say
-from emb_model_provider.model_spec import name_of_directory
+from emb_model_provider.error_table import FAILED
+from emb_model_provider.errors import SettingsError
+
+if TYPE_CHECKING:
+    from emb_model_provider.model_spec import ModelSpec, Precision, Source
+    from emb_model_provider.settings import MappingEntry
 
 _INSTALL_COMMANDS = {
     "bash": "emb-provider completion bash > ~/.local/share/bash-completion/completions/emb-provider",
@@ -18,8 +25,22 @@ _INSTALL_COMMANDS = {
 
 
 @click.command()
-@click.argument(
-    "directory", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="[DIR]"
+@click.argument("models", nargs=-1, type=options.ModelId(), metavar="[MODEL[@REV]]...")
+@options.source
+@options.revision
+@options.precision
+@click.option("--device", metavar="DEVICE", help="Device of the models: auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--host", metavar="ADDRESS", help="Address to listen on. Default: localhost, so that only this machine is answered."
+)
+@click.option("--port", type=click.IntRange(1, 65_535), help="Port to listen on. Default: 9000.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    metavar="KEY",
+    help="Key that requests must have. Can be repeated. Other users of this machine can see it in the list of processes: "
+    "EMB_PROVIDER_API_KEYS avoids that.",
 )
 @click.option(
     "--supervise",
@@ -27,19 +48,97 @@ _INSTALL_COMMANDS = {
     help="Run the service as a child of a small process that keeps the port open, and restarts the service if it "
     "crashes or hangs (like EMB_PROVIDER_SUPERVISE=true).",
 )
-def serve(directory: Path | None, *, supervise: bool) -> None:
-    """Start the service. It is configured with EMB_PROVIDER_... variables or .env.
+def serve(
+    models: tuple[str, ...],
+    source: Source | None,
+    revision: str | None,
+    precision: Precision | None,
+    device: str | None,
+    host: str | None,
+    port: int | None,
+    api_keys: tuple[str, ...],
+    *,
+    supervise: bool,
+) -> None:
+    """Start the service. Options take precedence over EMB_PROVIDER_... variables and .env.
 
-    DIR is served in place of the model that EMB_PROVIDER_MODEL_NAME or EMB_PROVIDER_MODEL_PATH names: a directory that
-    `mirror` wrote, or any other directory with a model.
+    MODEL is an alias of the settings, a repository id, or a directory, such as one that `mirror` wrote. All of them are
+    loaded at the start, and the first is the default model. They take the place of EMB_PROVIDER_MODEL_NAME; other models
+    of EMB_PROVIDER_MODEL_MAPPING are loaded at their first request. Without MODEL, the models of the settings are served.
+
+    --source, --revision and --precision apply to each MODEL, --device to all models.
     """
     from emb_model_provider.main import run
 
-    if directory is not None:
-        # Variables take precedence over .env, and a supervised service inherits them.
-        os.environ["EMB_PROVIDER_MODEL_PATH"] = str(directory.absolute())
-        os.environ["EMB_PROVIDER_MODEL_NAME"] = name_of_directory(directory)
+    if not models and (source, revision, precision) != (None, None, None):
+        raise click.UsageError("--source, --revision and --precision require a MODEL.")
+    if revision is not None and len(models) != 1:
+        raise click.UsageError("--revision requires exactly one MODEL. For several, write MODEL@REV.")
+    if any("," in key or not key.strip() for key in api_keys):
+        raise click.UsageError(
+            "--api-key: a key must not be empty or contain a comma. Repeat the option for several keys."
+        )
+    values = {"DEVICE": device, "HOST": host, "PORT": port, "API_KEYS": ",".join(api_keys) or None}
+    # As variables, because they take precedence over .env, and a supervised service inherits them.
+    _set_variables({name: str(value) for name, value in values.items() if value is not None})
+    if models:
+        try:
+            _set_variables(_model_variables(models, source, revision, precision))
+        except SettingsError as error:  # with the exit code of a service that cannot start
+            say(f"Error: {error}")
+            raise SystemExit(FAILED) from None
     run(supervise=supervise)
+
+
+def _set_variables(values: dict[str, str]) -> None:
+    from emb_model_provider.settings import PREFIX
+
+    os.environ.update({PREFIX + name: value for name, value in values.items()})
+
+
+def _model_variables(
+    models: tuple[str, ...], source: Source | None, revision: str | None, precision: Precision | None
+) -> dict[str, str]:
+    """Return the settings that serve these models. An empty value hides that of `.env`."""
+    from emb_model_provider.model_resolver import PATHS, directory_of, resolve_model
+    from emb_model_provider.settings.loading import load_settings
+
+    settings, _ = load_settings()  # its warnings are those of the service
+    others = dict(settings.models.model_mapping)
+    served: dict[str, dict[str, Any]] = {}
+    for argument in models:
+        name, wanted = options.split_single_revision(settings, argument, revision)
+        if name.startswith(PATHS) and directory_of(name) is None:
+            raise click.UsageError(f"The directory {name} does not exist.")
+        spec = resolve_model(settings, name, source=source, revision=wanted, precision=precision)
+        changes = {"source": source, "revision": wanted, "precision": precision}
+        changed = {key: value for key, value in changes.items() if value is not None}
+        configured = {alias: _as_json(others.pop(alias)) | changed for alias in spec.aliases if alias in others}
+        served |= configured or {spec.alias: _entry_of(spec)}
+    mapping = {**served, **{alias: _as_json(entry) for alias, entry in others.items()}}
+    preload = [*served][: settings.memory.max_loaded_models]
+    return {
+        **dict.fromkeys(("MODEL_NAME", "MODEL_PATH", "MODEL_REVISION"), ""),
+        "MODEL_MAPPING": json.dumps(mapping),
+        "PRELOAD_MODELS": ",".join(preload) if others else "",
+    }
+
+
+def _entry_of(spec: ModelSpec) -> dict[str, Any]:
+    """Return the entry of MODEL_MAPPING for a model without one."""
+    entry = {
+        "name": spec.name,
+        "source": spec.source,
+        "path": str(spec.path.absolute()) if spec.path is not None else None,
+        "revision": spec.revision,
+        "precision": spec.precision,
+    }
+    return {key: value for key, value in entry.items() if value is not None}
+
+
+def _as_json(entry: MappingEntry) -> dict[str, Any]:
+    token = {"token": entry.token.get_secret_value()} if entry.token is not None else {}
+    return entry.model_dump(mode="json", exclude_unset=True) | token
 
 
 @click.command()

@@ -23,7 +23,7 @@ from emb_model_provider.model_resolver import hidden_repository_note, resolve_so
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.settings import TrustSettings
 from emb_model_provider.snapshots import journal, manifest
-from emb_model_provider.snapshots.files import CACHE_SETTING, require_writable, translate_os_error
+from emb_model_provider.snapshots.files import CACHE_SETTING, has_sizes, require_writable, translate_os_error
 from emb_model_provider.snapshots.locks import lock_exclusive
 from emb_model_provider.snapshots.manifest import ALL_FILES, ManifestKey
 
@@ -90,6 +90,37 @@ def manifest_key(
         return ManifestKey("bundled", spec.name)
     endpoint = spec.endpoint or settings.endpoint(hub)
     return ManifestKey(hub, settings.name_on(hub, spec.name), spec.revision, endpoint, patterns)
+
+
+def find_source(spec: ModelSpec, settings: HubSettings, patterns: FilePatterns = ALL_FILES) -> HubName:
+    """Return the hub of a model like `resolve_source`; without a hub in its spec, the one whose copy is on disk.
+
+    A verified copy takes precedence over one that another program has downloaded. Sends no requests.
+    """
+    hub: HubName = resolve_source(spec)
+    if spec.source != "auto" or hub not in caches.REMOTE_HUBS:
+        return hub
+    candidates = (hub, *(other for other in caches.REMOTE_HUBS if other != hub))
+    for has_copy in (_has_snapshot, _has_files):
+        for candidate in candidates:
+            if has_copy(manifest_key(candidate, spec, settings, patterns), spec, settings):
+                return candidate
+    return hub
+
+
+def _has_snapshot(key: ManifestKey, _: ModelSpec, settings: HubSettings) -> bool:
+    found = manifest.load(key, settings.cache_dir / "snapshots")
+    return found is not None and has_sizes(found.snapshot.path, found.snapshot.files)
+
+
+def _has_files(key: ManifestKey, spec: ModelSpec, settings: HubSettings) -> bool:
+    root = caches.cache_root(key.hub, spec.cache_dir or settings.hub_cache_dir(key.hub))
+    directories = caches.snapshot_dirs(key.hub, key.repository, root) if _is_valid_id(key.repository) else ()
+    return key.revision is None and any((path / "config.json").exists() for path in directories)
+
+
+def _is_valid_id(repository: str) -> bool:
+    return _REPOSITORY.fullmatch(repository) is not None and ".." not in repository
 
 
 def _config(hub: HubName, spec: ModelSpec, settings: HubSettings, patterns: FilePatterns) -> HubConfig:
@@ -171,7 +202,7 @@ class _Run:
 
     def fetch_files(self, spec: ModelSpec, patterns: FilePatterns) -> tuple[ManifestKey, Snapshot]:
         """Get the files of one repository."""
-        hub = resolve_source(spec)
+        hub = find_source(spec, self.settings, patterns)
         try:
             return self._fetch_from(hub, spec, patterns)
         except HubError as error:
@@ -239,7 +270,7 @@ class _Fetch:
 
     def _validate_ids(self) -> None:
         name, revision = self.key.repository, self.revision
-        if not _REPOSITORY.fullmatch(name) or ".." in name:
+        if not _is_valid_id(name):
             raise RepositoryNotFoundError(
                 f"{name!r} is neither a directory on this machine nor a repository id (owner/name). "
                 "Check EMB_PROVIDER_MODEL_NAME."

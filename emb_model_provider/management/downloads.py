@@ -34,7 +34,7 @@ _MAX_QUEUED = 100
 _MAX_ENDED = 100
 """How many ended jobs are remembered."""
 _RETRY_AFTER_S = 60.0
-_FILES = attrgetter("record.source", "spec.name", "spec.path", "spec.revision", "spec.endpoint", "spec.cache_dir")
+_FILES = attrgetter("record.source", "spec.name", "spec.path", "spec.revision", "spec.cache_dir")
 """What determines the files that a job downloads."""
 _TRANSFER = attrgetter(
     "record.kind", "record.source", "record.model_name", "record.asked_revision", "record.destination"
@@ -238,7 +238,7 @@ class _Job:
             return bool(_TRANSFER(self) == _TRANSFER(other))
         if not self.record.compile or not other.record.compile:
             return self.record.compile == other.record.compile and bool(_FILES(self) == _FILES(other))
-        return replace(self.spec, alias="", token=None) == replace(other.spec, alias="", token=None)
+        return _without_access(self.spec) == _without_access(other.spec)
 
     def update(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -258,6 +258,11 @@ class _Job:
             bytes_per_s = self._rate.bytes_per_s
         cancelling = self.cancel.is_cancelled and not self.record.is_over
         return self.record.model_copy(update={"bytes_per_s": bytes_per_s, "cancelling": cancelling})
+
+
+def _without_access(spec: ModelSpec) -> ModelSpec:
+    """Return a model without what does not determine its files: its alias, and how its hub is reached."""
+    return replace(spec, alias="", token=None, endpoint=None)
 
 
 def _now() -> datetime:

@@ -61,7 +61,7 @@ Lowered = _text_converter(str.lower)
 Uppered = _text_converter(str.upper)
 Names = Annotated[tuple[str, ...], _text_converter(_split_commas)]
 Directory = Annotated[Path, _text_converter(_expand_user), Allowed("a directory")]
-Url = Annotated[str, Allowed("a URL")]
+Url = Annotated[str, _text_converter(lambda text: text.strip().rstrip("/")), Allowed("a URL")]
 Device = Annotated[
     str, Lowered, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$"), Allowed("auto, cpu, cuda, cuda:N, mps")
 ]

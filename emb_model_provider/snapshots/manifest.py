@@ -6,9 +6,9 @@ There is one JSON file for each request that was sent to a hub, below `<cache di
     {hub}/{readable repository}--{digest}.pending   the journal of a download or a removal (journal.py)
     {hub}/{readable repository}--{digest}.lock      held while something of that repository is downloaded or removed
 
-`digest` is the start of sha256 over hub, endpoint, repository and the *requested* revision, because one name can mean
-different things at different endpoints, and branches move. The file is written last and atomically; a snapshot without
-a valid manifest does not exist.
+`digest` is the start of sha256 over hub, repository and the *requested* revision, because branches move. The endpoint is only
+recorded: a mirror has the same models. The file is written last and atomically; a snapshot without a valid manifest does
+not exist.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ class ManifestKey:
     repository: str
     revision: str | None = None
     """As requested; None is the default branch."""
-    endpoint: str | None = None
+    endpoint: str | None = field(default=None, compare=False)
+    """Where it was downloaded from, if not from the default endpoint."""
     patterns: FilePatterns = ALL_FILES
 
     @property
     def stem(self) -> str:
         """A file name that is readable and unique."""
-        values: list[Any] = [self.hub, (self.endpoint or "").rstrip("/"), self.repository, self.revision]
+        # The empty text is in the place of the endpoint, which earlier versions included.
+        values: list[Any] = [self.hub, "", self.repository, self.revision]
         if self.patterns:
             values += [self.patterns.include, self.patterns.exclude]
         return _file_name(self.repository, values)

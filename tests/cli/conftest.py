@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from emb_model_provider.settings.loading import load_settings
 from tests.cli.helpers import processes_in, run, start
 from tests.hubs.conftest import HF_REPO, MS_REPO, model_files, modelscope_files
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
@@ -20,6 +21,8 @@ from tests.service import environment, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from emb_model_provider.settings import Settings
 
 SMALL, COPY = "acme/small", "acme/copy"
 """Two repositories with the same files, so that they share artifacts."""
@@ -101,6 +104,17 @@ def settings(tmp_path: Path, huggingface: HuggingFaceServer, modelscope: ModelSc
         "MODELSCOPE_CACHE_DIR": str(tmp_path / "ms"),
         "MODELSCOPE_ENDPOINT": modelscope.url,
     }
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Settings]]:
+    """Replace the service by one that ends at once; yield the list of the settings with which it was started."""
+    started: list[Settings] = []
+    monkeypatch.setattr("emb_model_provider.main.run", lambda **_: started.append(load_settings()[0]))
+    before = dict(os.environ)
+    yield started
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

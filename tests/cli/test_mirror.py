@@ -89,7 +89,7 @@ def test_pull_to_a_directory_makes_it_a_mirror(here: Path, huggingface: HuggingF
 def test_pull_of_a_mirror_says_how_to_serve_it(here: Path) -> None:
     invoke_json("mirror", HF_REPO, "usb")
     pulled = invoke("pull", "usb", "--no-compile")
-    assert f"EMB_PROVIDER_MODEL_PATH={here / 'usb'}" in pulled.stdout
+    assert pulled.stderr.endswith("To serve: emb-provider serve usb\n")
     assert pulled.stdout.startswith(f"{HF_REPO} (huggingface, ")
 
 
@@ -166,12 +166,6 @@ def test_load_with_the_changed_file_named(here: Path) -> None:
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert f"tokenizer.json in the mirror {here / 'usb'} is missing" in refused.stderr
     assert "emb-provider verify" in refused.stderr
-
-
-def test_serve_requires_a_directory(here: Path) -> None:
-    result = invoke("serve", "nowhere")
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "'nowhere' does not exist" in result.stderr
 
 
 # --- processes ----------------------------------------------------------------------------------------

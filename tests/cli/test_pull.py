@@ -15,6 +15,7 @@ from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS
 from tests.service import wait_until
 
 if TYPE_CHECKING:
+    from emb_model_provider.settings import Settings
     from tests.cli.conftest import Compiled
     from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 
@@ -64,7 +65,29 @@ def test_pull_copies_the_files_to_a_directory(here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (here / "copy" / "model.safetensors").read_bytes() == WEIGHTS
     assert not any(path.is_symlink() for path in (here / "copy").rglob("*"))
-    assert f"EMB_PROVIDER_MODEL_PATH={here / 'copy'}" in result.stdout
+    assert result.stderr.endswith("To serve: emb-provider serve copy\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "served"),
+    [
+        ((HF_REPO,), HF_REPO),
+        ((f"{HF_REPO}@main", "--precision", "int8"), f"{HF_REPO}@main --precision int8"),
+        ((HF_REPO, "--revision", "main"), f"{HF_REPO} --revision main"),
+        ((HF_REPO, HF_REPO, "--source", "huggingface"), f"{HF_REPO} --source huggingface"),
+    ],
+    ids=" ".join,
+)
+def test_pull_ends_with_the_command_that_serves_the_models(
+    arguments: tuple[str, ...], served: str, here: Path, serving: list[Settings]
+) -> None:
+    """The command serves what was pulled, at the same revision and precision."""
+    pulled = invoke("pull", *arguments, "--no-compile")
+    assert pulled.stderr.endswith(f"To serve: emb-provider serve {served}\n")
+    invoke("serve", *served.split())
+    (spec,) = serving[0].models.specs()
+    assert (spec.alias, spec.name) == (HF_REPO, HF_REPO)
+    assert ("int8" in arguments, "main" in served) == (spec.precision == "int8", spec.revision == "main")
 
 
 def test_excluded_files_are_not_downloaded(here: Path, huggingface: HuggingFaceServer) -> None:

@@ -28,6 +28,7 @@ from emb_model_provider.errors import (
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION
+from emb_model_provider.snapshots import manifest
 from emb_model_provider.snapshots.manifest import FilePatterns
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, spec
 
@@ -233,14 +234,38 @@ def test_time_stamps_in_seconds_need_no_hashing(settings: Callable[..., HubSetti
     assert not seen
 
 
-def test_manifest_is_valid_for_one_endpoint_only(
-    settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_manifest_is_valid_for_every_endpoint(
+    ending: str, settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, tmp_path: Path
 ) -> None:
-    """A name can mean another model at another endpoint."""
-    fetch_snapshot(spec(HF_REPO), settings())
+    """The endpoint is only recorded, without a slash at its end."""
+    first = fetch_snapshot(spec(HF_REPO), settings(hf_endpoint=huggingface.url + ending))
     huggingface.forget()
-    fetch_snapshot(spec(HF_REPO, endpoint=huggingface.url.replace("127.0.0.1", "localhost")), settings())
-    assert huggingface.requests
+    assert fetch_snapshot(spec(HF_REPO), settings(hf_endpoint="http://127.0.0.1:9")) == first
+    assert fetch_snapshot(spec(HF_REPO, endpoint=huggingface.url), settings()) == first
+    assert huggingface.requests == []
+    ((key, _),) = manifest.load_all(tmp_path / "cache" / "snapshots")
+    assert key.endpoint == huggingface.url
+
+
+@pytest.mark.parametrize("is_verified", [True, False])
+def test_copy_on_disk_is_preferred_over_another_hub(
+    is_verified: bool,
+    settings: Callable[..., HubSettings],
+    huggingface: HuggingFaceServer,
+    modelscope: ModelScopeServer,
+) -> None:
+    """If no hub is named; also a copy that another program has downloaded, which is verified first."""
+    modelscope.repos[HF_REPO] = huggingface.repos[HF_REPO]
+    first = fetch_snapshot(spec(HF_REPO, source="modelscope"), settings())
+    if not is_verified:
+        shutil.rmtree(settings().cache_dir)
+    assert fetch_snapshot(spec(HF_REPO), settings()) == first
+    assert huggingface.requests == []
+    assert fetch_snapshot(spec(HF_REPO, source="huggingface"), settings()).hub == "huggingface"
+    assert fetch_snapshot(spec(HF_REPO), settings()).hub == "huggingface"
+    other_revision = fetch_snapshot(spec(HF_REPO, revision="main"), settings())
+    assert other_revision.hub == "huggingface"
 
 
 def test_cache_directory_of_a_model_takes_precedence(settings: Callable[..., HubSettings], tmp_path: Path) -> None:

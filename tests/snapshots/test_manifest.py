@@ -48,7 +48,7 @@ def load(manifest_dir: Path) -> Manifest:
         ),
         (
             ManifestKey("huggingface", "acme/tiny", "v1", "https://hub.example/"),
-            "acme--tiny--668fdefd79cfb4a9",
+            "acme--tiny--8490fd412416ccd2",
             "huggingface/acme--tiny--7b6bc50128ec7756.lock",
         ),
         (
