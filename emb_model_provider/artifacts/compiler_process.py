@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "emb_model_provider.compiler")
 _POLL_S = 0.2
 _KEPT_LINES = 40
+_LAST_WORDS_S = 5.0
+"""How long to wait for the last lines of a compiler that has ended, whose own children may keep its stderr open."""
 _SECRET_WORDS = ("TOKEN", "API_KEY", "PASSWORD", "SECRET", "CREDENTIAL")
 _COMPARE_STEPS = ("reference vectors", "verify", "measure")
 """Steps that compare the compiled model with the reference; the others make it."""
@@ -86,24 +88,34 @@ class CompileStep:
 class CompileResult:
     """The last message of the compiler."""
 
-    outcome: Literal["done", "refused", "unsupported", "broken", "unable"]
+    outcome: Literal["done", "refused", "unsupported", "broken", "unable", "no memory"]
     """`done`: the directory contains an artifact. `refused`: it was made, but its vectors are not accurate enough.
     `unsupported`: the pipeline cannot be exported. `broken`: the snapshot cannot be loaded by any backend.
-    `unable`: this machine cannot compile now, because a disk is full or a package cannot be imported."""
+    `unable`: this machine cannot compile now, because a disk is full or a package cannot be imported. `no memory`: it
+    has not enough free memory."""
     reason: str = ""
     """Why there is no artifact, in one line."""
 
 
 class CompilerDiedError(Exception):
-    """The compiler process ended without a result: it was killed, or ran out of memory."""
+    """The compiler process ended without a result."""
+
+
+class CompilerKilledError(CompilerDiedError):
+    """The compiler process was killed by SIGKILL, as the system does if memory runs out."""
 
 
 class CompileTimeoutError(Exception):
-    """The compiler took longer than allowed, and was killed."""
+    """The compiler, or one of its steps, took longer than allowed, and was killed."""
+
+    def __init__(self, message: str, step: str) -> None:
+        super().__init__(message)
+        self.step = step
+        """The step that it was in."""
 
 
 def run_compiler(
-    job: CompileJob, on_progress: OnProgress, cancel: CancelToken, *, timeout_s: float = 0
+    job: CompileJob, on_progress: OnProgress, cancel: CancelToken, *, timeout_s: float = 0, step_timeout_s: float = 0
 ) -> CompileResult:
     """Compile in a child process. Blocks until the child is gone.
 
@@ -115,10 +127,12 @@ def run_compiler(
         on_progress: Called when the child begins a step.
         cancel: Cancels the compilation.
         timeout_s: Seconds that it may take; 0 for no limit.
+        step_timeout_s: Seconds that each of its steps may take; 0 for no limit.
 
     Raises:
-        CompilerDiedError: The child ended without a result.
-        CompileTimeoutError: The child took longer than `timeout_s`. The message names the step.
+        CompilerDiedError: The child ended without a result; a CompilerKilledError if it was killed by SIGKILL.
+        CompileTimeoutError: The child took longer than `timeout_s`, or a step longer than `step_timeout_s`. The message
+            names the step.
         OperationCancelledError: `cancel` was cancelled.
         OSError: The child could not be started.
     """
@@ -156,9 +170,12 @@ def run_compiler(
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(job.to_json() + "\n")
                 process.stdin.flush()
-        result = _follow(job, lines, on_progress, cancel, timeout_s)
+        result = _follow(job, lines, on_progress, cancel, timeout_s, step_timeout_s)
         if result is None:
-            raise CompilerDiedError(_describe_end(process.wait(), stderr_lines))
+            status = process.wait()
+            readers[1].join(_LAST_WORDS_S)
+            killed = os.name == "posix" and status == -signal.SIGKILL
+            raise (CompilerKilledError if killed else CompilerDiedError)(_describe_end(status, stderr_lines))
         logger.info("model %s: compiled in %.1f s", alias, time.monotonic() - started)
         return result
     finally:
@@ -184,15 +201,23 @@ def to_line(event: CompileStep | CompileResult) -> str:
 
 
 def _follow(
-    job: CompileJob, lines: queue.Queue[str | None], on_progress: OnProgress, cancel: CancelToken, timeout_s: float
+    job: CompileJob,
+    lines: queue.Queue[str | None],
+    on_progress: OnProgress,
+    cancel: CancelToken,
+    timeout_s: float,
+    step_timeout_s: float,
 ) -> CompileResult | None:
     """Report the steps of the child until its result; None if it ends without one."""
     step, started = "start", time.monotonic()
     since = started
     while True:
         cancel.raise_if_cancelled()
-        if timeout_s and time.monotonic() - started > timeout_s:
-            raise CompileTimeoutError(f"compiling took longer than {timeout_s:g} s (last step: {step!r})")
+        now = time.monotonic()
+        if timeout_s and now - started > timeout_s:
+            raise CompileTimeoutError(f"compiling took longer than {timeout_s:g} s (last step: {step!r})", step)
+        if step_timeout_s and now - since > step_timeout_s:
+            raise CompileTimeoutError(f"compiling made no progress for {step_timeout_s:g} s (step: {step!r})", step)
         try:
             line = lines.get(timeout=_POLL_S)
         except queue.Empty:
@@ -231,13 +256,13 @@ def _forward(stream: IO[str] | None, receive: Callable[[str | None], None]) -> N
 
 
 def _describe_end(code: int, stderr_lines: deque[str]) -> str:
+    how = f"ended with status {code}"
     if code < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
-            hint = " (most often: not enough memory)" if name == "SIGKILL" else ""
-            return f"the compiler process was killed by {name}{hint}"
+            how = f"was killed by {name}{' (most often: not enough memory)' if name == 'SIGKILL' else ''}"
     tail = stderr_lines[-1][:300] if stderr_lines else "it printed nothing"
-    return f"the compiler process ended with status {code}: {tail}"
+    return f"the compiler process {how}: {tail}"
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -2,7 +2,11 @@
 
 model.xml, model.bin   the whole pipeline as an OpenVINO graph, without a final length normalization
 tokenizer.json         a `tokenizers.Tokenizer`, without truncation and padding
-manifest.json          written last: the recipe, the measured fidelity, and the size and sha256 of every file
+manifest.json          written last: the recipe, the measured fidelity, the vector of a fixed input, and the size and
+                       sha256 of every file
+
+At each load the small files are hashed, and the vector of the fixed input is compared, which shows damaged weights within
+milliseconds. Hashing the weights would take seconds, so it is done only if their time stamp or this vector differs.
 """
 
 from __future__ import annotations
@@ -10,10 +14,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+from base64 import b64decode, b64encode
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.backends.base import Calibration, Fidelity, ModelDescription
+from emb_model_provider.backends.base import Calibration, Fidelity, ModelDescription, TokenBatch
 from emb_model_provider.snapshots.files import MUST_HASH, check_files, write_atomically
 from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
@@ -21,7 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from emb_model_provider.artifacts.recipe import Recipe
+    from emb_model_provider.backends.base import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +39,11 @@ GRAPH = "model.xml"
 WEIGHTS = "model.bin"
 TOKENIZER = "tokenizer.json"
 FILES = (GRAPH, WEIGHTS, TOKENIZER)
+
+_PROBE_TOKENS = 128
+"""Tokens of the fixed input, whose ids are spread over the vocabulary, so that it reads all parts of the token table."""
+_MAX_PROBE_DIFFERENCE = 1e-4
+"""Largest difference of the cosine to the recorded vector. Another processor can exceed it, too: then hashing decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +60,8 @@ class ArtifactInfo:
     files: tuple[SnapshotFile, ...]
     mtimes: Mapping[str, int]
     """Time stamps of the files when they were hashed, in nanoseconds."""
+    probe: str
+    """The vector of the fixed input in base64; empty if an earlier version made the artifact."""
     last_used: float
     """Unix time in seconds."""
 
@@ -90,9 +106,33 @@ class Artifact:
     made_by: str
     size: int
     """In bytes."""
+    probe: NDArray[np.float32]
+    """The vector of the fixed input when the artifact was made; see `probe`."""
 
 
-def write_manifest(directory: Path, recipe: Recipe, description: ModelDescription, *, made_by: str) -> None:
+def probe(backend: Backend) -> NDArray[np.float32]:
+    """Return the vector of a fixed input, of shape (dimension,)."""
+    description = backend.description
+    length = min(_PROBE_TOKENS, description.max_length)
+    ids = [position * description.vocab_size // length for position in range(length)]
+    vector: NDArray[np.float32] = backend.embed(TokenBatch(ids=[ids], prompt_lengths=[0]))[0]
+    return vector
+
+
+def is_same_probe(actual: NDArray[np.float32], recorded: NDArray[np.float32]) -> bool:
+    """Return whether two vectors of the fixed input are those of the same weights. Non-finite values are not."""
+    import numpy as np  # here and below, because listing models needs the types of this module, but not numpy
+
+    if actual.shape != recorded.shape:
+        return False
+    a, b = actual.astype(np.float64), recorded.astype(np.float64)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return bool(float(a @ b) >= (1 - _MAX_PROBE_DIFFERENCE) * norms and np.isfinite(norms))
+
+
+def write_manifest(
+    directory: Path, recipe: Recipe, description: ModelDescription, *, made_by: str, probe: NDArray[np.float32]
+) -> None:
     """Hash the files of a directory and write the manifest that makes it an artifact; flush all of it to disk."""
     files = []
     for name in FILES:
@@ -103,7 +143,9 @@ def write_manifest(directory: Path, recipe: Recipe, description: ModelDescriptio
         files.append(entry)
     values = asdict(description)
     del values["tokenizer_json"]
-    _write(directory, {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files})
+    content = {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files}
+    content["probe"] = b64encode(probe.astype("<f4").tobytes()).decode()
+    _write(directory, content)
     _flush(directory)
 
 
@@ -124,12 +166,12 @@ def read_info(directory: Path) -> ArtifactInfo | None:
 def read_artifact(directory: Path) -> Artifact | None:
     """Return the artifact in a directory; None if there is none or its files differ from its manifest.
 
-    A file whose size and time stamp are unchanged counts as unchanged; one with another time stamp is hashed again.
+    The weights count as unchanged if their size and time stamp are; see `is_same_probe`. The other files are hashed.
     """
     info = read_info(directory)
     if info is None:
         return None
-    check = check_files(directory, info.files, info.mtimes)
+    check = check_files(directory, info.files, {**dict.fromkeys(FILES, MUST_HASH), WEIGHTS: info.mtimes[WEIGHTS]})
     if not check.ok:
         problem = check.problems[0]
         logger.warning("The artifact %s is damaged and is ignored: %s (%s)", directory, problem.path, problem.problem)
@@ -137,12 +179,13 @@ def read_artifact(directory: Path) -> Artifact | None:
     try:
         tokenizer = (directory / TOKENIZER).read_text(encoding="utf-8")
         description = _description(info.description, tokenizer)
+        vector = _read_vector(info.probe, description.dimension)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
         return None
-    if check.hashed:
+    if WEIGHTS in check.hashed:
         _record_mtimes(directory, check.hashed)
-    return Artifact(directory, description, info.made_by, info.size)
+    return Artifact(directory, description, info.made_by, info.size, vector)
 
 
 def verify_artifact(directory: Path) -> bool:
@@ -185,6 +228,7 @@ def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
         made_by=str(content["made_by"]),
         files=tuple(SnapshotFile(entry["path"], int(entry["size"]), entry["sha256"]) for entry in entries),
         mtimes={entry["path"]: int(entry["mtime_ns"]) for entry in entries},
+        probe=str(content.get("probe") or ""),
         last_used=directory.stat().st_mtime,
     )
     _ = (info.snapshot, info.weights, info.fidelity)  # raises if one is missing
@@ -203,6 +247,12 @@ def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescrip
             "own_calibration": _read_calibration(values.get("own_calibration")),
         }
     )
+
+
+def _read_vector(encoded: str, dimension: int) -> NDArray[np.float32]:
+    import numpy as np
+
+    return np.frombuffer(b64decode(encoded), dtype="<f4").reshape(dimension)
 
 
 def _record_mtimes(directory: Path, mtimes: Mapping[str, int]) -> None:

@@ -7,35 +7,39 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from emb_model_provider.artifacts.compiler_process import (
     CompileJob,
     CompilerDiedError,
+    CompilerKilledError,
     CompileTimeoutError,
     run_compiler,
 )
-from emb_model_provider.artifacts.manifest import GRAPH
+from emb_model_provider.artifacts.manifest import GRAPH, is_same_probe, probe
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.artifacts.torch_fidelity import TorchModel
-from emb_model_provider.backends.hardware import fast_int8, has_cuda, native_bf16, usable_cpus
+from emb_model_provider.backends.hardware import fast_int8, free_memory, has_cuda, native_bf16, usable_cpus
+from emb_model_provider.backends.memory_estimate import declared_bytes
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.backends.routes import RoutedBackend, describe_routes, routes_of
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
 from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
+from emb_model_provider.formatting import format_size
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.snapshots.weights import find_export
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.recipe import Recipe
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.backends.routes import Routes
-    from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.model_spec import ModelSpec, Precision
     from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
     from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
@@ -44,6 +48,29 @@ logger = logging.getLogger(__name__)
 
 _TURN_POLL_S = 0.2
 _TIMEOUT_SETTING = "EMB_PROVIDER_COMPILE_TIMEOUT_S"
+_COMPILING_BYTES = 8.0
+"""Memory that compiling takes at least for each weight: at fp32 in torch, and once more in the graph."""
+_ITEM_BYTES: Mapping[Precision, float] = {"fp32": 4.0, "int8": 1.0, "int4": 0.5}
+"""Memory that torch takes at least for each weight; at any other precision, 2 bytes."""
+_LOAD_STEP = "load"
+"""The step in which the compiler loads a model as torch would do in this process."""
+_CHOOSE_ANOTHER = "Choose another model, or look for an unusual value in its configuration files."
+_MEMORY_ADVICE = (
+    "Free memory, raise the memory limit of the container, or choose a smaller model (torch: or a lower "
+    "EMB_PROVIDER_MODEL_PRECISION)."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileLimits:
+    """How long compiling may be without progress, in seconds. COMPILE_TIMEOUT_S limits its whole time."""
+
+    step_s: float = 600.0
+    step_s_per_gib: float = 600.0
+    """A step may take this much longer for each GiB of the model."""
+    wait_s: float = 3600.0
+    """A model waits for another one to be compiled only as long as that one, or the next one, makes progress within this
+    time; and for another process that compiles the same model, only this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +95,23 @@ class NoArtifactError(Exception):
 class BackendPreparer:
     """Turns snapshots into backends that are ready to load. Thread-safe; compiles one model at a time."""
 
-    def __init__(self, hubs: HubSettings, fidelity: FidelitySettings, trust: TrustSettings) -> None:
+    def __init__(
+        self,
+        hubs: HubSettings,
+        fidelity: FidelitySettings,
+        trust: TrustSettings,
+        limits: CompileLimits = CompileLimits(),
+    ) -> None:
         self._cache_dir = hubs.cache_dir
         self._compile_timeout_s = hubs.compile_timeout_s
         self._fidelity = fidelity
         self._trust = trust
         self._store = ArtifactStore(hubs.cache_dir, max_bytes=hubs.max_artifact_bytes)
+        self._limits = limits
         # Held while compiling, because compiling takes all processors.
         self._turn = threading.Lock()
+        self._progressed_at = time.monotonic()
+        """When a compilation last made progress."""
 
     def prepare(
         self,
@@ -150,6 +186,8 @@ class BackendPreparer:
         model = TorchModel(spec, snapshot, self.allows_code(spec, snapshot), self._cache_dir, self._fidelity)
 
         def load() -> Backend:
+            # Only now, because other models may have been unloaded for this one.
+            self._require_memory(spec, snapshot)
             try:
                 backend = model.load()
             except ImportError as error:
@@ -164,6 +202,7 @@ class BackendPreparer:
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
     ) -> PreparedBackend:
         """Find or make an artifact that is accurate enough; if that of `auto` or `bf16` is not, one at fp32."""
+        requested = spec
         notes: tuple[str, ...] = ()
         while True:
             artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
@@ -188,11 +227,38 @@ class BackendPreparer:
         )
 
         def load() -> Backend:
-            from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-
-            return OpenVinoBackend(artifact.directory / GRAPH, description, on_close=lock.release)
+            if (backend := self._load(artifact, description, lock)) is not None:
+                return backend
+            logger.error("model %s: its artifact is damaged: compiling it again", spec.alias)
+            return self.prepare(requested, snapshot, cancel=cancel).load()
 
         return PreparedBackend(load, backend="openvino", size=artifact.size, description=description)
+
+    def _load(self, artifact: Artifact, description: ModelDescription, lock: FileLock) -> Backend | None:
+        """Load an artifact, and compare the vector of the fixed input with the recorded one.
+
+        Return None if the artifact is damaged: its files were changed, although their sizes and time stamps were not.
+        LoadError if it cannot be loaded although its files are as they were written.
+        """
+        from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+
+        key = artifact.directory.name
+        try:
+            backend = OpenVinoBackend(artifact.directory / GRAPH, description, on_close=lock.release)
+        except LoadError:
+            lock.release()
+            if self._store.verify(key):
+                raise
+            return None
+        try:
+            # If the files are unchanged, another processor made the artifact.
+            if is_same_probe(probe(backend), artifact.probe) or self._store.verify(key):
+                return backend
+        except BaseException:
+            backend.close()
+            raise
+        backend.close()
+        return None
 
     def _artifact(
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
@@ -221,12 +287,33 @@ class BackendPreparer:
             logger.info("model %s: using the artifact %s, compiled on another machine", spec.alias, name)
             return found
         on_progress(Progress("compile", snapshot.repository))
+        since = time.monotonic()
         while not self._turn.acquire(timeout=_TURN_POLL_S):
             cancel.raise_if_cancelled()
+            if time.monotonic() - max(since, self._progressed_at) > self._limits.wait_s:
+                raise NoArtifactError(
+                    f"another model is being compiled, without progress for {self._limits.wait_s:g} s. Restart the service"
+                )
+
+        def report(progress: Progress) -> None:
+            self._progressed_at = time.monotonic()
+            on_progress(progress)
+
         try:
-            return self._compile(spec, snapshot, recipe, on_progress, cancel)
+            self._progressed_at = time.monotonic()
+            return self._compile(spec, snapshot, recipe, report, cancel)
         finally:
             self._turn.release()
+
+    def _require_memory(self, spec: ModelSpec, snapshot: Snapshot, item_bytes: float | None = None) -> None:
+        """Raise LoadError if the weights that a model declares do not fit into the free memory."""
+        item_bytes = item_bytes or _ITEM_BYTES.get(spec.precision, 2.0)
+        needed, free = declared_bytes(Repository.of(snapshot, spec.route), item_bytes), free_memory()
+        if needed > free:
+            raise LoadError(
+                f"{snapshot.repository} needs at least {format_size(needed)} of memory by its config.json, and "
+                f"{format_size(free)} are free. {_MEMORY_ADVICE}"
+            )
 
     def _find(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
         """Return the artifact of a recipe; None if it must be compiled; NoArtifactError if it was refused before."""
@@ -251,31 +338,57 @@ class BackendPreparer:
     def _compile(
         self, spec: ModelSpec, snapshot: Snapshot, recipe: Recipe, on_progress: OnProgress, cancel: CancelToken
     ) -> tuple[Artifact, FileLock]:
+        name, limits = snapshot.repository, self._limits
         try:
-            with self._store.making(recipe, cancel) as directory:
+            self._require_memory(spec, snapshot, _COMPILING_BYTES)
+        except LoadError as error:
+            raise NoArtifactError(f"compiling it needs too much memory: {error.message}") from error
+        try:
+            with self._store.making(recipe, cancel, wait_s=limits.wait_s) as directory:
                 if (found := self._find(recipe)) is not None:  # another process has just made it
                     return found
                 job = CompileJob(
                     spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=usable_cpus()
                 )
                 try:
-                    result = run_compiler(job, on_progress, cancel, timeout_s=self._compile_timeout_s)
+                    result = run_compiler(
+                        job,
+                        on_progress,
+                        cancel,
+                        timeout_s=self._compile_timeout_s,
+                        step_timeout_s=limits.step_s + limits.step_s_per_gib * snapshot.size / 2**30,
+                    )
                 except CompileTimeoutError as error:
+                    if error.step == _LOAD_STEP:
+                        # torch would hang in this process, and everything with it.
+                        raise LoadError(f"{name} cannot be loaded: {error}. {_CHOOSE_ANOTHER}") from error
                     reason = f"{error}. To allow more time, increase {_TIMEOUT_SETTING} (0: no limit)"
                     self._store.refuse(recipe, reason, timeout_s=self._compile_timeout_s)
                     raise NoArtifactError(reason) from error
+                except CompilerKilledError as error:
+                    raise LoadError(_out_of_memory(name, str(error))) from error
                 if result.outcome == "done":
                     return self._store.add(recipe, directory)
                 if result.outcome == "broken":
                     raise LoadError(result.reason)
+                if result.outcome == "no memory":
+                    raise LoadError(_out_of_memory(name, result.reason))
                 if result.outcome in ("refused", "unsupported"):
                     self._store.refuse(recipe, result.reason)
                 raise NoArtifactError(result.reason)
         except CacheNotWritableError:
             raise
-        except (CompilerDiedError, HubError, OSError) as error:
+        except (CompilerDiedError, HubError, OSError) as error:  # TimeoutError included
             # Not recorded, because the next attempt may have more memory or space.
             raise NoArtifactError(str(error)) from error
+
+
+def _out_of_memory(name: str, reason: str) -> str:
+    # torch is not tried in this process, because it would take as much memory, and the system would kill all models.
+    return (
+        f"{name} could not be compiled: {reason}. It is not loaded by torch instead, because that could end the service. "
+        f"{_MEMORY_ADVICE} To load it without compiling, set EMB_PROVIDER_BACKEND=torch."
+    )
 
 
 def _for_export(spec: ModelSpec, snapshot: Snapshot, export: str) -> ModelSpec:

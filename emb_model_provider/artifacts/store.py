@@ -89,7 +89,7 @@ class ArtifactStore:
         require_writable(self._root, CACHE_SETTING)
 
     @contextlib.contextmanager
-    def making(self, recipe: Recipe, cancel: CancelToken) -> Iterator[Path]:
+    def making(self, recipe: Recipe, cancel: CancelToken, *, wait_s: float) -> Iterator[Path]:
         """Lock a recipe and provide an empty directory to make its artifact in; it is removed afterwards.
 
         Waits for a process that makes the same artifact, which may have finished it then: look for it again.
@@ -97,11 +97,12 @@ class ArtifactStore:
         Raises:
             HubError: The cache cannot be written.
             OperationCancelledError: `cancel` was cancelled while waiting.
+            TimeoutError: Another process still makes the artifact after `wait_s` seconds.
         """
         self.require_writable()
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._wait_for(self._root / f"{recipe.key}.lock", cancel))
+                stack.enter_context(self._wait_for(self._root / f"{recipe.key}.lock", cancel, wait_s))
                 self.remove_unfinished(recipe.key)
                 directory = tempfile.mkdtemp(dir=self._root, prefix=f".{recipe.key}.", suffix=".tmp")
             except OSError as error:
@@ -225,7 +226,7 @@ class ArtifactStore:
                 self._root, format_size(total), format_size(self._max_bytes),
             )  # fmt: skip
 
-    def _wait_for(self, path: Path, cancel: CancelToken) -> FileLock:
+    def _wait_for(self, path: Path, cancel: CancelToken, wait_s: float) -> FileLock:
         waiting_since: float | None = None
 
         def log_waiting() -> None:
@@ -233,7 +234,7 @@ class ArtifactStore:
             waiting_since = time.monotonic()
             logger.info("Another process is compiling this model: waiting for it")
 
-        lock = lock_exclusive(path, on_wait=log_waiting, cancel=cancel)
+        lock = lock_exclusive(path, on_wait=log_waiting, cancel=cancel, timeout_s=wait_s)
         if waiting_since is not None:
             logger.info("The other process has finished after %.0f s", time.monotonic() - waiting_since)
         return lock

@@ -12,14 +12,11 @@ import json
 import logging
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, plan_values
-from emb_model_provider.backends.hardware import native_bf16
+from emb_model_provider.backends.hardware import free_memory, native_bf16
 from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.fidelity.compare import (
@@ -37,6 +34,8 @@ from emb_model_provider.formatting import first_line, format_size
 from emb_model_provider.snapshots.files import write_atomically
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity
     from emb_model_provider.backends.precision import DeviceFacts
     from emb_model_provider.fidelity.compare import Case
@@ -52,7 +51,6 @@ _PACKAGES = ("tokenizers", *TOOL_PACKAGES, "torchao", "bitsandbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _MEMORY_FACTOR = 1.3
 """Memory for loading and running a model, relative to its weights."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +216,6 @@ def bytes_at_fp32(snapshot: Snapshot) -> float:
     except (OSError, ValueError, AttributeError):
         halves = False
     return stored * (2 if halves else 1) * _MEMORY_FACTOR
-
-
-def free_memory(cgroup: Path = _CGROUP) -> int:
-    """Return the bytes that this process can still allocate within the machine and its control group.
-
-    Models at fp32 pass through this memory whatever the device is, and a process that exceeds it is killed.
-    """
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # ValueError: "max" means no limit
-        limit = int((cgroup / "memory.max").read_text(encoding="ascii"))
-        free = min(free, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
-    return free
 
 
 def _annotate(backend: Backend, *, fidelity: Fidelity | None = None, notes: tuple[str, ...] = ()) -> Backend:

@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
+
 _ROOT = Path("/")
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
 """Of x86 and of ARM."""
@@ -33,13 +35,17 @@ def usable_cpus(root: Path = _ROOT) -> int:
 
 def cgroup_cpu_limit(root: Path = _ROOT) -> float | None:
     """Return the lowest CPU limit of this process's control group and its ancestors, in CPUs; None without a limit."""
-    limits = [
-        limit
-        for mount, group in _cgroups(root)
-        for directory in (mount / group, *(mount / group).parents)
-        if directory.is_relative_to(mount) and (limit := _cpu_limit(directory)) is not None
-    ]
-    return min(limits, default=None)
+    limits = (_cpu_limit(directory) for directory in _cgroups(root, "cpu"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def free_memory(root: Path = _ROOT) -> int:
+    """Return the bytes that this process can still allocate within the machine and its control groups (v1 and v2).
+
+    A process that exceeds them is killed. Cached files count as free, because the system drops them first.
+    """
+    free = (_free_memory(directory) for directory in _cgroups(root, "memory"))
+    return min([int(psutil.virtual_memory().available), *(each for each in free if each is not None)])
 
 
 def native_bf16(root: Path = _ROOT) -> bool:
@@ -88,24 +94,27 @@ def _cpu_flags(root: Path) -> list[set[str]]:
     return [set(flags.split()) for flags in re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)]
 
 
-def _cgroups(root: Path) -> list[tuple[Path, str]]:
-    """Return the possible mount points of the control group of this process, with its path below each."""
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """Return the directories of the control groups that a controller applies to this process, with their ancestors."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    groups = []
+    found = []
     for line in lines:
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         # In a container without its own namespace the path is that of the host and does not exist. Then only the
         # mount point is read, which is the group of the container.
         inside = "" if ".." in group else group.lstrip("/")
+        mounts: tuple[str, ...] = ()
         if number == "0" and not controllers:
-            groups.append((root / "sys/fs/cgroup", inside))
-        elif "cpu" in controllers.split(","):
-            groups += [(root / "sys/fs/cgroup" / name, inside) for name in (controllers, "cpu")]
-    return groups
+            mounts = ("",)
+        elif controller in controllers.split(","):
+            mounts = (controllers, controller)
+        for mount in (root / "sys/fs/cgroup" / name for name in mounts):
+            found += [each for each in (mount / inside, *(mount / inside).parents) if each.is_relative_to(mount)]
+    return found
 
 
 def _cpu_limit(directory: Path) -> float | None:
@@ -117,6 +126,19 @@ def _cpu_limit(directory: Path) -> float | None:
     if len(values) != 2 or not all(value.isdecimal() for value in values) or not int(values[1]):
         return None
     return int(values[0]) / int(values[1]) or None
+
+
+def _free_memory(directory: Path) -> int | None:
+    """Return how much more memory a control group may use, in bytes; None without a limit."""
+    v2 = [*_read_values(directory / "memory.max"), *_read_values(directory / "memory.current")]
+    v1 = [*_read_values(directory / "memory.limit_in_bytes"), *_read_values(directory / "memory.usage_in_bytes")]
+    values = v2 or v1
+    if len(values) != 2 or not all(value.isdecimal() for value in values):  # "max" means no limit
+        return None
+    names = ("inactive_file", "active_file") if v2 else ("total_inactive_file", "total_active_file")
+    statistics = _read_values(directory / "memory.stat")
+    cached = sum(int(size) for name, size in zip(statistics[::2], statistics[1::2], strict=False) if name in names)
+    return max(0, int(values[0]) - int(values[1]) + cached)
 
 
 def _read_values(path: Path) -> list[str]:

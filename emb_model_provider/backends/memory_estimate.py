@@ -8,12 +8,13 @@ are read only when they are used (see docs/performance.md).
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from emb_model_provider.backends.base import ComputePrecision, ModelDescription
+    from emb_model_provider.backends.repository import Repository
     from emb_model_provider.model_spec import Precision
 
 _MIB = 2**20
@@ -30,6 +31,16 @@ _UNIGRAM_ENTRY_BYTES, _ENTRY_BYTES = 900, 130
 """Memory of a tokenizer per entry of its vocabulary."""
 _MINIMUM_SHARES: Mapping[Precision, float] = {"fp32": 1.0, "int8": 0.25, "int4": 0.125}
 """Memory that torch needs at least, relative to the model's files, which may be at fp32."""
+
+_LAYER_BYTES = 20_000
+"""Memory of the Python objects of a layer; 58 KB were measured for BERT."""
+_WIDTHS = ("hidden_size", "d_model", "dim", "n_embd")
+_LAYERS = ("num_hidden_groups", "num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Names of `config.json`, those that count less first: the layers of a group share their weights."""
+_INNER_WIDTHS = ("intermediate_size", "d_ff", "hidden_dim", "n_inner", "ffn_dim")
+_TABLE_WIDTHS = ("embedding_size", "embedding_dim")
+_MOST_POSITIONS = 2**20
+"""Up to this number, the positions of a model can be computed instead of stored."""
 
 
 def openvino_bytes(
@@ -57,6 +68,38 @@ def expected_bytes(backend: Literal["openvino", "torch"], size: int, precision: 
     if backend == "openvino":
         return _USUAL_GROWTH * size + _OPENVINO_WORKING_BYTES
     return minimum_bytes(backend, size, precision) + _TORCH_WORKING_BYTES
+
+
+def declared_bytes(repository: Repository, item_bytes: float) -> float:
+    """Return a lower bound of the memory of the weights that the configuration files of a model declare.
+
+    The libraries allocate what these files declare, whatever the size of the files with the weights.
+
+    Args:
+        repository: The files of the model.
+        item_bytes: Bytes of each weight.
+    """
+    config = repository.config
+    parts = [config, *(part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict))]
+    modules = [repository.read(f"{module['path']}/config.json") for module in repository.nested_modules[1:]]
+    dense = sum(_size(module, ("in_features",)) * _size(module, ("out_features",)) for module in modules)
+    weights = max(map(_declared_weights, parts)) + dense
+    return weights * item_bytes + max(_size(part, _LAYERS) for part in parts) * _LAYER_BYTES
+
+
+def _declared_weights(config: Mapping[str, Any]) -> int:
+    width = _size(config, _WIDTHS)
+    layer = 2 * width * (width + _size(config, _INNER_WIDTHS))  # two of four matrices of an attention, two of a MLP
+    rows = _size(config, ("vocab_size",)) + _size(config, ("type_vocab_size",))
+    positions = _size(config, ("max_position_embeddings", "n_positions"))
+    if positions > _MOST_POSITIONS and not any("rope" in name or "rotary" in name for name in config):
+        rows += positions
+    return _size(config, _LAYERS) * layer + rows * (_size(config, _TABLE_WIDTHS) or width)
+
+
+def _size(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    """Return the first of these sizes that a configuration declares, or 0."""
+    return next((value for name in names if isinstance(value := config.get(name), int) and value > 0), 0)
 
 
 def _tokenizer_bytes(description: ModelDescription) -> int:

@@ -24,6 +24,7 @@ from emb_model_provider.artifacts.compiler_process import (
 from emb_model_provider.compiler.failures import result_of
 from emb_model_provider.errors import LoadError
 from emb_model_provider.formatting import describe_error
+from emb_model_provider.snapshots.files import CACHE_SETTING, translate_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,8 @@ def _run(line: str, on_step: Callable[[str], None]) -> CompileResult:
             return build_artifact(job, on_step)
     except OSError as error:
         path = error.filename or job.directory
-        return CompileResult("unable", f"{error.strerror or error} ({path})")
+        full = translate_os_error(error, job.directory.parent, CACHE_SETTING)
+        return CompileResult("unable", str(full) if full is not None else f"{error.strerror or error} ({path})")
 
 
 if __name__ == "__main__":

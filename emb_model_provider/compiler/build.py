@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from emb_model_provider.artifacts.compiler_process import CompileResult
-from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, write_manifest
+from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, probe, write_manifest
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
@@ -34,6 +35,7 @@ from emb_model_provider.fidelity.compare import (
     make_cases,
 )
 from emb_model_provider.formatting import describe_error, format_cosine
+from emb_model_provider.snapshots.files import require_space
 from emb_model_provider.snapshots.weights import find_export
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ def build_artifact(
         try:
             graph = export(pipeline, on_step)
             on_step("save")
-            openvino().save_model(graph, path, compress_to_fp16=weights == "fp16")
+            _save(graph, path, compress_to_fp16=weights == "fp16")
             del graph
             verification.embed_reference(on_step)
             on_step("verify")
@@ -139,11 +141,19 @@ def build_artifact(
         if accurate is not None:
             on_step("write")
             (job.directory / TOKENIZER).write_text(accurate.tokenizer_json, encoding="utf-8")
-            write_manifest(job.directory, job.recipe, accurate, made_by=name)
+            write_manifest(job.directory, job.recipe, accurate, made_by=name, probe=verification.probe_of(accurate))
             return CompileResult("done")
         inaccurate = True
         failures += [f"{name}: {reason}" for reason in reasons]
     return CompileResult("refused" if inaccurate else "unsupported", "; ".join(failures))
+
+
+def _save(graph: Graph, path: Path, *, compress_to_fp16: bool = False) -> None:
+    """Save a graph. OSError if the disk is too full, because OpenVINO would end the process."""
+    constants = (node.output(0) for node in graph.get_ordered_ops() if node.get_type_name() == "Constant")
+    size = sum(math.prod(each.get_shape()) * each.get_element_type().bitwidth // 8 for each in constants)
+    require_space(path.with_suffix(".bin"), size // 2 if compress_to_fp16 else size)
+    openvino().save_model(graph, path, compress_to_fp16=compress_to_fp16)
 
 
 def _load(job: CompileJob, export: str | None) -> tuple[SentenceTransformer, ModelDescription]:
@@ -225,7 +235,7 @@ def _returning(graph: Graph) -> Exporter:
 def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescription, corpus_s: float) -> list[Case]:
     """Embed the comparison texts with an export at fp32, because there are no weights to do it with."""
     path = job.directory / _REFERENCE_GRAPH
-    openvino().save_model(graph, path, compress_to_fp16=False)
+    _save(graph, path)
     backend = OpenVinoBackend(path, description, cpus=job.threads)
     try:
         cases = make_cases(partial(embed_texts, backend, Tokenization(description)), description, corpus_s=corpus_s)
@@ -254,7 +264,7 @@ def _quantize(
     graph = quantize(openvino().Core().read_model(exact), weights, description)
     on_step("save")
     quantized = exact.with_name(GRAPH)
-    openvino().save_model(graph, quantized, compress_to_fp16=False)
+    _save(graph, quantized)
     del graph
     for path in (exact, exact.with_suffix(".bin")):
         path.unlink()
@@ -285,12 +295,17 @@ class _Verification:
         self._cases: list[Case] | None = None
         self._measure = measure
         self._has_reference = has_reference
+        self._probes: dict[tuple[str, str | None], NDArray[np.float32]] = {}
 
     def embed_reference(self, on_step: Callable[[str], None]) -> None:
         """Embed the comparison texts once, and only when there is a graph: it takes longer than most exporters."""
         if self._cases is None:
             on_step("reference vectors")
             self._cases = self._embed()
+
+    def probe_of(self, description: ModelDescription) -> NDArray[np.float32]:
+        """Return the vector of the fixed input, as the graph that was last compared at this precision computes it."""
+        return self._probes[description.precision, description.compute]
 
     def verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
         """Return the description at the precision in which a graph is accurate enough, and why others are not.
@@ -364,6 +379,7 @@ class _Verification:
     def _compare(self, graph: Path, description: ModelDescription, *, exact: bool) -> Fidelity:
         backend = OpenVinoBackend(graph, description, cpus=self._job.threads)
         try:
+            self._probes[description.precision, description.compute] = probe(backend)
             return self._measure(backend, self._cases or (), exact=exact)
         finally:
             backend.close()

@@ -28,14 +28,16 @@ def _lacks_memory(error: BaseException | None) -> bool:
 def result_of(error: BaseException, step: str) -> CompileResult:
     """Return the result of a compilation that ended with an unexpected error.
 
-    An error that depends on the model only is `unsupported`, so that it is recorded. All others are `unable`, so that
-    the next start tries again.
+    An error that depends on the model only is `unsupported`, so that it is recorded. All others are `unable` or
+    `no memory`, so that the next start tries again.
 
     Args:
         error: The error, which may also be a SystemExit that code of a repository raised.
         step: The name of the step in which it occurred.
     """
     reason = f"compiling failed at the step {step!r}: {describe_error(error)}"
+    if _lacks_memory(error):
+        return CompileResult("no memory", reason)
     depends_on_model = isinstance(error, Exception) and not isinstance(error, ImportError) and not is_temporary(error)
     return CompileResult("unsupported" if depends_on_model else "unable", reason)
 

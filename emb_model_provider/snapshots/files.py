@@ -29,7 +29,7 @@ MUST_HASH = -1
 _CACHE_TAG = "CACHEDIR.TAG"
 """A file that the Hugging Face client writes into its cache next to the repositories."""
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SECOND = 10**9
 
 
@@ -132,6 +132,21 @@ def require_writable(directory: Path, setting: str) -> None:
         raise translate_os_error(error, directory, setting) or CacheNotWritableError(
             f"Cannot write to {directory} ({error.strerror}). Set {setting} to a writable directory."
         ) from error
+
+
+def require_space(path: Path, size: int) -> None:
+    """Raise OSError if a file of `size` bytes does not fit on the disk, where the platform can reserve space."""
+    if not hasattr(os, "posix_fallocate") or size <= 0:
+        return
+    try:
+        with path.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in _FULL:
+            error.filename = os.fspath(path)
+            raise
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def list_dir(directory: Path, pattern: str = "*") -> list[Path]:

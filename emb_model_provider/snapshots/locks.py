@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import re
 import sys
@@ -67,15 +68,25 @@ def lock_shared(path: Path) -> FileLock:
 
 
 def lock_exclusive(
-    path: Path, *, on_wait: Callable[[], None] = lambda: None, cancel: CancelToken | None = None
+    path: Path,
+    *,
+    on_wait: Callable[[], None] = lambda: None,
+    cancel: CancelToken | None = None,
+    timeout_s: float = math.inf,
 ) -> FileLock:
-    """Lock a file alone, waiting until `cancel` is cancelled. Calls `on_wait` once if another process holds the lock."""
+    """Lock a file alone, waiting until `cancel` is cancelled. Calls `on_wait` once if another process holds the lock.
+
+    Raises TimeoutError if the other process still holds it after `timeout_s` seconds.
+    """
     token = cancel or CancelToken()
+    deadline = time.monotonic() + timeout_s
     waiting = False
 
     def keep_waiting() -> bool:
         nonlocal waiting
         token.raise_if_cancelled()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process has held {path} for more than {timeout_s:g} s")
         if not waiting:
             waiting = True
             on_wait()

@@ -2,7 +2,7 @@
 
 FAKE_COMPILER in the environment is a JSON object: `copy`, an artifact whose files become the result; `log`, a file that
 gets one line per start; `wait_for`, a file to wait for before the result; `outcome`, an outcome to report instead of
-`done`; `die`, the number of a signal to end by.
+`done`; `die`, the number of a signal to end by, after the line `last_words` on stderr; `step`, the name of its step.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ def main() -> None:
     exit_with_parent(job.parent)
     with Path(options["log"]).open("a") as log:
         log.write(f"{os.getpid()}\n")
-    send(CompileStep("pretend"))
+    send(CompileStep(options.get("step", "pretend")))
     source = Path(options["copy"])
     for name in FILES:
         shutil.copyfile(source / name, job.directory / name)
     while "wait_for" in options and not Path(options["wait_for"]).exists():
         time.sleep(0.02)
     if "die" in options:
+        sys.stderr.write(f"{options.get('last_words', '')}\n")
         os.kill(os.getpid(), options["die"])
     if "outcome" in options:
         send(CompileResult(options["outcome"], "as the test requests"))
         return
     artifact = read_artifact(source)
     assert artifact is not None
-    write_manifest(job.directory, job.recipe, artifact.description, made_by="the fake compiler")
+    write_manifest(job.directory, job.recipe, artifact.description, made_by="the fake compiler", probe=artifact.probe)
     send(CompileResult("done"))
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from emb_model_provider.artifacts.compiler_process import CompileJob
 from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
-from emb_model_provider.artifacts.prepare import BackendPreparer
+from emb_model_provider.artifacts.prepare import BackendPreparer, CompileLimits
 from emb_model_provider.artifacts.recipe import recipe_for
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.hardware import fast_int8, native_bf16
@@ -177,6 +177,7 @@ class Harness:
     monkeypatch: pytest.MonkeyPatch
     max_artifacts_gb: float = 1.0
     compile_timeout_s: float = 0
+    limits: CompileLimits = field(default_factory=CompileLimits)
     progress: list[Progress] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -219,15 +220,19 @@ class Harness:
             measure: MEASURE_FIDELITY.
             spec: Values of the spec.
         """
-        preparer = BackendPreparer(
+        fidelity = FidelitySettings(fidelity_floors=dict(floors or {}), measure_fidelity=measure)
+        return self.preparer(fidelity).prepare(
+            spec_of(**spec), snapshot_of(self.directory), on_progress=self.progress.append, cancel=cancel
+        )
+
+    def preparer(self, fidelity: FidelitySettings | None = None) -> BackendPreparer:
+        return BackendPreparer(
             HubSettings(
                 cache_dir=self.cache, max_artifacts_gb=self.max_artifacts_gb, compile_timeout_s=self.compile_timeout_s
             ),
-            FidelitySettings(fidelity_floors=dict(floors or {}), measure_fidelity=measure),
+            fidelity or FidelitySettings(),
             TrustSettings(),
-        )
-        return preparer.prepare(
-            spec_of(**spec), snapshot_of(self.directory), on_progress=self.progress.append, cancel=cancel
+            self.limits,
         )
 
     def load(self, **options: Any) -> Backend:

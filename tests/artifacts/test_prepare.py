@@ -15,6 +15,7 @@ import pytest
 
 from emb_model_provider.artifacts import prepare
 from emb_model_provider.artifacts import recipe as recipes
+from emb_model_provider.artifacts.prepare import CompileLimits
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.errors import LoadError, OperationCancelledError
 from emb_model_provider.fidelity.compare import SETTING, AccuracyError
@@ -23,6 +24,7 @@ from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings import FIDELITY_FLOORS
 from tests.artifacts.helpers import FAMILY, ONE_TOKEN, CompiledModels, Harness, wait_for
 from tests.backends.small_tokenizers import wordpiece
+from tests.models import snapshot_of, spec_of
 
 if TYPE_CHECKING:
     from emb_model_provider.artifacts.prepare import PreparedBackend
@@ -113,18 +115,47 @@ def test_a_quantized_artifact_is_used_again(
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-def test_torch_serves_if_the_compiler_is_killed(harness: Harness) -> None:
-    """A note says why. It is tried again at the next start, because there may be more memory then."""
+def test_torch_does_not_serve_if_the_compiler_is_killed(harness: Harness) -> None:
+    """SIGKILL means that memory ran out, and in this process torch would need as much. A later attempt may succeed."""
     harness.configure_compiler(die=int(signal.SIGKILL))
-    prepared = harness.prepare()
-    assert "killed by SIGKILL (most often: not enough memory)" in prepared.notes[0]
+    with pytest.raises(LoadError, match=r"SIGKILL \(most often: not enough memory\).*not loaded by torch.*Free memory"):
+        harness.prepare()
+    harness.configure_compiler(outcome="no memory")
+    with pytest.raises(LoadError, match=r"as the test requests.*not loaded by torch.*Free memory"):
+        harness.prepare()
     assert harness.artifacts == []
+    harness.configure_compiler()
+    assert harness.prepare().backend == "openvino"
+    assert harness.starts == 3
+
+
+def test_torch_serves_if_the_compiler_crashes(harness: Harness) -> None:
+    """A note has the signal and the last line that the compiler printed. It is tried again at the next start."""
+    harness.configure_compiler(die=int(signal.SIGABRT), last_words="terminate called: No space left")
+    prepared = harness.prepare()
+    assert "killed by SIGABRT: terminate called: No space left" in prepared.notes[0]
     backend = prepared.load()
     assert backend.description.backend == "torch"
     assert prepared.notes[0] in backend.description.notes
     harness.configure_compiler()
     assert harness.prepare().notes == ()
-    assert harness.starts == 2
+
+
+@pytest.mark.parametrize("declared", [{"hidden_size": 2_000_000}, {"num_hidden_layers": 10**9}, {"vocab_size": 10**12}])
+def test_declared_sizes_are_compared_with_the_free_memory(
+    declared: dict[str, int], harness: Harness, tmp_path: Path
+) -> None:
+    """Whatever the size of the files with the weights: nothing is compiled, and torch loads nothing."""
+    harness.directory = Path(shutil.copytree(harness.directory, tmp_path / "declared"))
+    config = json.loads((harness.directory / "config.json").read_text())
+    (harness.directory / "config.json").write_text(json.dumps({**config, **declared}))
+    with pytest.raises(
+        LoadError, match=r"needs at least .* of memory by its config\.json, and .* are free\. Free memory"
+    ):
+        harness.prepare().load()
+    with pytest.raises(LoadError, match=r"BACKEND=openvino: compiling it needs too much memory"):
+        harness.prepare(backend="openvino")
+    assert harness.starts == 0
 
 
 def test_a_refusal_is_recorded(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +207,34 @@ def test_without_a_limit_a_timed_out_model_is_compiled_again(harness: Harness) -
     harness.configure_compiler()
     harness.compile_timeout_s = 0
     assert harness.prepare().notes == ()
+
+
+def test_a_compiler_without_progress_is_killed(harness: Harness) -> None:
+    """Without a limit of the whole time, too. torch serves, unless loading hangs, which it would here, too."""
+    harness.limits = CompileLimits(step_s=1)
+    harness.configure_compiler(wait_for=str(harness.root / "never"))
+    assert "no progress for 1" in harness.prepare().notes[0]
+    harness.configure_compiler(wait_for=str(harness.root / "never"), step="load")
+    with pytest.raises(LoadError, match=r"cannot be loaded: compiling made no progress for 1.*Choose another model"):
+        harness.prepare(max_length=9)
+
+
+def test_no_model_waits_forever_for_another_one_to_be_compiled(harness: Harness) -> None:
+    """Neither for another one of this process, nor for another process that compiles the same one."""
+    harness.limits = CompileLimits(wait_s=0.5)
+    harness.configure_compiler(wait_for=str(harness.root / "go"))
+    preparer = harness.preparer()
+    cancel = CancelToken()
+    thread = threading.Thread(target=lambda: preparer.prepare(spec_of(), snapshot_of(harness.directory), cancel=cancel))
+    thread.start()
+    wait_for(lambda: harness.starts)
+    other = preparer.prepare(spec_of(max_length=9), snapshot_of(harness.directory))
+    assert "another model is being compiled, without progress" in other.notes[0]
+    assert "another process has held" in harness.prepare().notes[0]
+    (harness.root / "go").touch()
+    thread.join(60)
+    assert harness.prepare().notes == ()
+    assert harness.starts == 1
 
 
 def test_a_snapshot_that_cannot_be_loaded_is_an_error(harness: Harness) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from base64 import b64encode
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from emb_model_provider.errors import CacheNotWritableError
+from emb_model_provider.snapshots.snapshot import Hashes, hash_file
+from tests.artifacts.helpers import ONE_TOKEN
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
     from tests.artifacts.helpers import Harness
 
 
@@ -72,14 +81,49 @@ def test_a_damaged_artifact_is_compiled_again(name: str, harness: Harness) -> No
     assert harness.starts == 3
 
 
+@pytest.mark.parametrize("name", ["model.bin", "model.xml", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["zeros", "nonsense"])
+def test_an_artifact_that_was_damaged_unnoticed_is_compiled_again(name: str, damage: str, harness: Harness) -> None:
+    """A part of a file has other bytes, and its size and time stamp are the same, as after a failure of a disk."""
+    expected = _vector(harness)
+    path = harness.artifacts[0] / name
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third) if damage == "zeros" else b"<" * third
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for _ in range(2):
+        assert harness.describe().backend == "openvino"
+        assert np.allclose(_vector(harness), expected, atol=1e-6)
+        assert harness.starts == 2
+
+
+def test_an_undamaged_artifact_with_another_probe_is_used(harness: Harness) -> None:
+    """Another processor computes slightly other vectors: hashing shows that the files are unchanged."""
+    harness.prepare()
+    path = harness.artifacts[0] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    other = np.random.default_rng(1).normal(size=48).astype("<f4")
+    path.write_text(json.dumps({**manifest, "probe": b64encode(other.tobytes()).decode()}))
+    assert harness.describe().backend == "openvino"
+    assert harness.starts == 1
+
+
 def test_an_artifact_with_other_time_stamps_is_hashed_once(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are unchanged, so the new time stamps are recorded."""
     harness.prepare()
     os.utime(harness.artifacts[0] / "model.bin", (1, 1))
+    hashed: list[str] = []
+
+    def record(path: Path) -> Hashes:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr("emb_model_provider.snapshots.files.hash_file", record)
     harness.prepare()
-    monkeypatch.setattr("emb_model_provider.snapshots.files.hash_file", lambda _: pytest.fail("hashed again"))
     harness.prepare()
     assert harness.starts == 1
+    assert hashed.count("model.bin") == 1
 
 
 def test_directories_of_killed_processes_are_removed(harness: Harness) -> None:
@@ -96,3 +140,11 @@ def test_directories_of_killed_processes_are_removed(harness: Harness) -> None:
 def _age(harness: Harness) -> None:
     for path in harness.artifacts:
         os.utime(path, ns=(10**9, 10**9))
+
+
+def _vector(harness: Harness) -> NDArray[np.float32]:
+    backend = harness.load()
+    try:
+        return backend.embed(ONE_TOKEN)
+    finally:
+        backend.close()

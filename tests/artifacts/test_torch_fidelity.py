@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.artifacts.manifest import read_fidelity
-from emb_model_provider.artifacts.torch_fidelity import bytes_at_fp32, free_memory
+from emb_model_provider.artifacts.torch_fidelity import bytes_at_fp32
 from emb_model_provider.fidelity.compare import SETTING, AccuracyError
 from emb_model_provider.formatting import format_cosine
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness
@@ -169,13 +169,3 @@ def test_memory_at_fp32_is_estimated_from_the_files(compiled: CompiledModels, tm
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     assert bytes_at_fp32(snapshot_of(directory)) == 2 * whole
-
-
-def test_free_memory_is_bounded_by_the_control_group(tmp_path: Path) -> None:
-    """`max` means that there is no limit."""
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    assert free_memory(tmp_path) == 3000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(tmp_path) > 10**6
-    assert free_memory(tmp_path / "missing") > 10**6

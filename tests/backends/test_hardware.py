@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.backends.hardware import cgroup_cpu_limit, fast_int8, native_bf16, usable_cpus
+from emb_model_provider.backends.hardware import cgroup_cpu_limit, fast_int8, free_memory, native_bf16, usable_cpus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,3 +86,43 @@ def test_int8_is_fast_with_vnni_and_without_amx(flags: str, fast: bool, tmp_path
     (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\n")
     assert fast_int8(tmp_path) is fast
     assert fast_int8(tmp_path / "elsewhere") is False
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        (
+            {
+                "proc/self/cgroup": "0::/a",
+                "sys/fs/cgroup/a/memory.max": "max",
+                "sys/fs/cgroup/a/memory.current": "900",
+                "sys/fs/cgroup/memory.max": "5000",
+                "sys/fs/cgroup/memory.current": "2000",
+                "sys/fs/cgroup/memory.stat": "anon 1000\ninactive_file 300\nactive_file 100\n",
+            },
+            3400,
+        ),
+        (
+            {
+                "proc/self/cgroup": "6:memory:/docker/abc",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "5000",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "4990",
+                "sys/fs/cgroup/memory/memory.stat": "cache 1\ntotal_inactive_file 20\ntotal_active_file 30\n",
+            },
+            60,
+        ),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "1", "sys/fs/cgroup/memory.current": "5"}, 0),
+        ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "max", "sys/fs/cgroup/memory.current": "5"}, None),
+        ({}, None),
+    ],
+)
+def test_free_memory_is_bounded_by_the_control_group(files: dict[str, str], free: int | None, tmp_path: Path) -> None:
+    """v2 with a limit of an ancestor, v1, an exceeded limit, and no limit. Cached files are free."""
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    if free is None:
+        assert free_memory(tmp_path) > 10**6
+    else:
+        assert free_memory(tmp_path) == free

@@ -7,6 +7,7 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from emb_model_provider.artifacts.compiler_process import CompileResult
@@ -64,14 +65,14 @@ def fill(directory: Path, made_of: Any) -> None:
     """Write the files of an artifact."""
     for name in FILES:
         (directory / name).write_bytes(b"{}" * 100)
-    write_manifest(directory, made_of, DESCRIPTION, made_by="a test")
+    write_manifest(directory, made_of, DESCRIPTION, made_by="a test", probe=np.ones(DESCRIPTION.dimension, np.float32))
 
 
 def add_artifact(cache: Path, digest: str, weights: str = "fp32") -> str:
     """Add an artifact to the store, and return its key."""
     store = ArtifactStore(cache, max_bytes=1 << 30)
     made_of = recipe(digest, weights)
-    with store.making(made_of, CancelToken()) as directory:
+    with store.making(made_of, CancelToken(), wait_s=60) as directory:
         fill(directory, made_of)
         store.add(made_of, directory)[1].release()
     return str(made_of.key)

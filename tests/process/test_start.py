@@ -81,6 +81,19 @@ def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_disk_that_is_full_while_compiling_is_reported_in_one_line(tmp_path: Path) -> None:
+    """OpenVINO would end the compiler, and the reason would be SIGABRT."""
+    command = with_tmpfs(tmp_path / "full", "size=20m")
+    settings = {"CACHE_DIR": str(tmp_path / "full" / "cache"), "BACKEND": "openvino"}
+    with Service(tmp_path / "service", command=command, **settings) as service:
+        assert service.ended() == 1
+    reason, last = errors(service)
+    assert f"No space left in {tmp_path / 'full' / 'cache'}" in reason
+    assert "SIG" not in reason
+    assert last.startswith("no model could be loaded")
+
+
+@pytest.mark.slow
 def test_full_disk_affects_only_one_model(tmp_path: Path, service_cache: str, hub: HuggingFaceServer) -> None:
     """/ready reports a download that does not fit, and the other model is served."""
     command = with_tmpfs(tmp_path / "full", "size=64k")
