@@ -1,4 +1,4 @@
-"""Runs blocking work on dedicated threads."""
+"""Blocking work on dedicated threads, and a lock with a bound on waiting."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+
+class BoundedLock:
+    """A lock that raises TimeoutError if another thread holds it for too long, so that no thread waits forever."""
+
+    def __init__(self, timeout_s: float, holder: str) -> None:
+        """Create a lock; `holder` says in messages what holds it."""
+        self._lock = threading.Lock()
+        self._timeout_s = timeout_s
+        self._holder = holder
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise TimeoutError(f"{self._holder} for more than {self._timeout_s:g} s. Restart the service")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 async def run_in_daemon_thread(name: str, work: Callable[[], T]) -> T:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
+from emb_model_provider.backends.loading_options import require_safe_adapter
+from emb_model_provider.backends.repository import read_object
 from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.snapshots.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from sentence_transformers.base.modules import Transformer
@@ -24,9 +27,10 @@ def merge_adapter(transformer: Transformer, repository: Repository) -> None:
     """Merge the adapter of a repository into the model that a transformer has loaded.
 
     Raises:
-        UnsupportedModelError: It is not LoRA, or changes the task of the model.
+        UnsupportedModelError: It is not LoRA, changes the task of the model, or has options that must not be used.
         LoadError: Its weights do not fit the model.
     """
+    require_safe_adapter(read_object(repository.adapter[ADAPTER_CONFIG]), f"{ADAPTER_CONFIG} of {repository.name}")
     with tempfile.TemporaryDirectory(prefix="emb-provider-") as directory:
         for name, path in repository.adapter.items():
             (Path(directory) / name).symlink_to(path.absolute())

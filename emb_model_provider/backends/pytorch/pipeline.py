@@ -6,7 +6,6 @@ It reads local files only: weights from safetensors or, with PyTorch's weights-o
 from __future__ import annotations
 
 import re
-import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from emb_model_provider.backends.precision import DeviceFacts, resolve_device, r
 from emb_model_provider.backends.pytorch.tokenizer import use_declared_tokenizer
 from emb_model_provider.backends.pytorch.view import open_view
 from emb_model_provider.backends.repository import Repository
+from emb_model_provider.concurrency import BoundedLock
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 DTYPES: dict[ComputePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_LOADING = threading.Lock()
+_LOADING = BoundedLock(1800, "another model has been loading")
 """Held while a model is loaded, because transformers changes the default dtype of the process. Of two loads at the same
 time, one could restore the dtype that the other one had set, so that all later tensors would be bf16."""
 

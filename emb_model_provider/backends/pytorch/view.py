@@ -7,12 +7,14 @@ an adapter of somebody's experiment. In this directory they find the verified fi
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emb_model_provider.backends.loading_options import config_options, tokenizer_options, transformer_options
 from emb_model_provider.backends.repository import is_processor_file
 from emb_model_provider.errors import UnsupportedModelError
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.repository import Repository
 
+_TRANSFORMER_CONFIG = re.compile(r"(.*/)?sentence_[^/]+_config\.json")
 _FILES_WITH_REFERENCES = ("config.json", "tokenizer_config.json", "modules.json")
 
 
@@ -33,7 +36,8 @@ def open_view(repository: Repository, digest: str) -> Iterator[Path]:
         digest: The digest of the snapshot. transformers keeps the Python files of a model by the name of its directory.
 
     Raises:
-        UnsupportedModelError: Files of two repositories have the same name.
+        UnsupportedModelError: Files of two repositories have the same name, or a file has options that must not be
+            passed on to the libraries.
     """
     with tempfile.TemporaryDirectory(prefix="emb-provider-", ignore_cleanup_errors=True) as parent:
         directory = Path(parent) / f"model_{digest[:16]}"
@@ -42,6 +46,7 @@ def open_view(repository: Repository, digest: str) -> Iterator[Path]:
             if repository.has_processor and is_processor_file(name):
                 continue
             _link(path, directory / name)
+        _restrict_options(repository, directory)
         _add_code(repository, directory)
         if "modules.json" not in repository.files and repository.modules:
             (directory / "modules.json").write_text(json.dumps(repository.modules), encoding="utf-8")
@@ -56,6 +61,26 @@ def _link(path: Path, link: Path) -> None:
         link.symlink_to(path.absolute())
         return
     shutil.copyfile(path, link)
+
+
+def _restrict_options(repository: Repository, directory: Path) -> None:
+    """Replace links to configuration files by files with those options only that may be passed on."""
+    for name in repository.files:
+        if _TRANSFORMER_CONFIG.fullmatch(name):
+            options = transformer_options(repository.read(name), f"{name} of {repository.name}")
+        elif name.rpartition("/")[2] == "tokenizer_config.json":
+            options = tokenizer_options(repository.read(name))
+        elif name.rpartition("/")[2] == "config.json":
+            options = config_options(repository.read(name))
+        else:
+            continue
+        if options != repository.read(name):
+            _replace(directory / name, options)
+
+
+def _replace(path: Path, value: Any) -> None:
+    path.unlink()  # a link
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _add_code(repository: Repository, directory: Path) -> None:
@@ -75,9 +100,8 @@ def _add_code(repository: Repository, directory: Path) -> None:
                 _link(path, directory / name)
     for name in _FILES_WITH_REFERENCES:
         if name in repository.files:
-            value = json.loads(repository.files[name].read_text(encoding="utf-8-sig"))
-            (directory / name).unlink()
-            (directory / name).write_text(json.dumps(_without_owner(value, repository)), encoding="utf-8")
+            value = json.loads((directory / name).read_text(encoding="utf-8-sig"))
+            _replace(directory / name, _without_owner(value, repository))
 
 
 def _without_owner(value: Any, repository: Repository) -> Any:
