@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 _TURN_POLL_S = 0.2
 _TIMEOUT_SETTING = "EMB_PROVIDER_COMPILE_TIMEOUT_S"
 _COMPILING_BYTES = 8.0
-"""Memory that compiling takes at least for each weight: at fp32 in torch, and once more in the graph."""
+"""Memory that compiling takes at least for each weight: at fp32 in torch, and again in the graph."""
 _ITEM_BYTES: Mapping[Precision, float] = {"fp32": 4.0, "int8": 1.0, "int4": 0.5}
 """Memory that torch takes at least for each weight; at any other precision, 2 bytes."""
 _LOAD_STEP = "load"
