@@ -20,7 +20,7 @@ RUN uv venv /opt/venv
 # The dependencies have their own layer, because they change less often than the code. uv reads the pinned versions in
 # [tool.uv].
 COPY pyproject.toml ./
-RUN uv pip install $(test "$TORCH" = cuda || echo "--torch-backend=$TORCH") --extra cl100k -r pyproject.toml
+RUN uv pip install $(test "$TORCH" = cuda || echo "--torch-backend=$TORCH") -r pyproject.toml
 
 COPY README.md LICENSE ./
 COPY emb_model_provider emb_model_provider
@@ -37,7 +37,6 @@ RUN install -d -o 10001 -g 10001 /data
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/data \
-    TIKTOKEN_CACHE_DIR=/data/tiktoken \
     EMB_PROVIDER_HOST=0.0.0.0 \
     EMB_PROVIDER_PORT=9000 \
     EMB_PROVIDER_LOG_TO_FILE=false

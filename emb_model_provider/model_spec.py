@@ -16,7 +16,7 @@ Source = Literal["auto", "huggingface", "modelscope", "local", "bundled"]
 Precision = Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"]
 BackendName = Literal["auto", "openvino", "torch"]
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-TokenInput = Literal["reject", "model", "cl100k"]
+TokenInput = Literal["auto", "reject", "model", "cl100k"]
 Truncate = Literal["NONE", "START", "END"]
 
 BUNDLED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -69,7 +69,9 @@ class ModelSpec:
     """Prompts by name, in addition to those of the repository. A prompt is put before each input."""
     dimensions: tuple[int, ...] | Literal["any"] | None = None
     """Sizes to which requests may truncate vectors, in addition to those that the model declares."""
-    token_input: TokenInput = "reject"
+    token_input: TokenInput = "auto"
+    """Tokenizer of token ids in requests: that of OpenAI's embedding models, or that of the model. auto: that of OpenAI, but
+    ids that look like those of the model are rejected."""
     truncate: Truncate | None = None
     """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected. None: the side
     that the tokenizer of the model declares, which is nearly always END."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from tests.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tiktoken import Encoding
 
 # Torch reads this at import. Threads that spin while they wait would take CPU time from the other worker.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -109,6 +112,24 @@ def short_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collect only young objects when an engine starts and stops, because the imports have millions."""
     collect = gc.collect
     monkeypatch.setattr(gc, "collect", lambda: collect(0))
+
+
+@pytest.fixture(scope="session")
+def tiktoken_cache() -> str:
+    """Return a directory with the vocabularies of tiktoken, which it would download: that of LlamaIndex."""
+    spec = importlib.util.find_spec("llama_index.core")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "_static" / "tiktoken_cache")
+
+
+@pytest.fixture
+def tiktoken_cl100k(tiktoken_cache: str, monkeypatch: pytest.MonkeyPatch) -> Encoding:
+    """Return OpenAI's tokenizer. In the same test, clients also find its vocabulary."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", tiktoken_cache)
+    import tiktoken
+
+    return tiktoken.get_encoding("cl100k_base")
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,10 @@ _FOREIGN = re.compile(
     r"(EMB_PROVIDER_|HF_|HUGGING|MODELSCOPE_|MODEL_HUB|MODEL_CACHE_DIR|OMP_WAIT|USE_MODELSCOPE|TRANSFORMERS_|.*_proxy$)",
     re.IGNORECASE,
 )
+NO_NETWORK = dict.fromkeys(
+    ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "https_proxy", "http_proxy"), "http://localhost:9"
+)
+"""Environment of processes whose requests must not leave the machine: a proxy on a port that is closed."""
 _CHILD = re.compile(r"the service is process (\d+)")
 _START_S, _STOP_S = 560.0, 90.0
 """Reached only if something is wrong, even on a slow machine."""

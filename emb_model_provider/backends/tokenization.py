@@ -65,7 +65,8 @@ class Tokenization:
         self._side: Truncate = "START" if description.truncation_side == "left" else "END"
         # Replaces inputs without any token; see `encode`.
         self._placeholder = [description.pad_token_id]
-        self._prefix, self._suffix = self._count_special_tokens()
+        self._first, self._last = self._added_tokens()
+        self._prefix, self._suffix = len(self._first), len(self._last)
         contents = json.loads(description.tokenizer_json)
         added = contents.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
@@ -120,6 +121,13 @@ class Tokenization:
                 )
         return _truncate([list(row) for row in rows], 0, 0, 0, truncate or self._side, self._limit(max_tokens))
 
+    def are_complete(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Return whether all rows begin and end with the special tokens that the model adds to both ends of each text."""
+        first, last = self._first, self._last
+        if not first or not last:
+            return False
+        return all(list(row[: len(first)]) == first and list(row[-len(last) :]) == last for row in rows)
+
     def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[Token]:
         """Return the tokens of a text, without truncation."""
         text = _replace_lone_surrogates(text)
@@ -142,15 +150,15 @@ class Tokenization:
     def _limit(self, max_tokens: int | None) -> int:
         return self._max_length if max_tokens is None else max(1, min(max_tokens, self._max_length))
 
-    def _count_special_tokens(self) -> tuple[int, int]:
-        """Return how many special tokens the tokenizer adds before and after each text."""
+    def _added_tokens(self) -> tuple[list[int], list[int]]:
+        """Return the special tokens that the tokenizer adds before and after each text."""
         bare = self._tokenizer.encode(_PROBE, add_special_tokens=False).ids
         full = self._tokenizer.encode(_PROBE).ids
         added = len(full) - len(bare)
         for prefix in range(added + 1):
             if full[prefix : prefix + len(bare)] == bare:
-                return prefix, added - prefix
-        return 0, 0
+                return full[:prefix], full[prefix + len(bare) :]
+        return [], []
 
     def _measure_prompt(self, prompt: str) -> int:
         """Return the number of tokens of a prompt like sentence-transformers: without a closing special token."""

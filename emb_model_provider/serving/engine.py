@@ -19,17 +19,11 @@ from emb_model_provider.errors import (
     TokenInputError,
     TooManyTokensError,
 )
+from emb_model_provider.serving import cl100k
 from emb_model_provider.serving.jobs import EmbeddingJob, Timing
 from emb_model_provider.serving.memory_tuning import freeze_gc
 from emb_model_provider.serving.model_thread import ModelThread
-from emb_model_provider.serving.request_options import (
-    check_dimensions,
-    choose_prompt,
-    choose_task,
-    decode_cl100k,
-    load_cl100k,
-    postprocess,
-)
+from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, choose_task, postprocess
 from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
@@ -50,6 +44,9 @@ _SPEED_FACTOR = 5
 """A request may take this many times the time that the model needs at its present speed, because later requests share it."""
 _TOTAL_FACTOR = 10
 """A request may take at least this many times REQUEST_TIMEOUT_S while the model makes progress."""
+_DECODED_FACTOR = 2
+"""Times MAX_REQUEST_TOKENS that a request may have whose ids of OpenAI's tokenizer are within this limit. Its client fills requests
+up to OpenAI's limit, and cannot know the number of tokens of the model, which can be larger."""
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
 
@@ -137,7 +134,7 @@ class Engine:
         If the call is cancelled, the thread frees the model as soon as it is loaded. Any error of the load is raised.
         """
         if self.spec.token_input == "cl100k":
-            await asyncio.get_running_loop().run_in_executor(self._executor, load_cl100k)
+            await asyncio.get_running_loop().run_in_executor(self._executor, cl100k.load_vocabulary)
         try:
             self.description = await asyncio.wrap_future(self._thread.start())
         except asyncio.CancelledError:
@@ -189,8 +186,11 @@ class Engine:
             raise DeadlineExceededError(f"The request was not answered within {total_s:g} seconds.") from None
         tokenize_s = time.monotonic() - started
         tokens = sum(map(len, encoded.ids))
-        if tokens > self._limits.max_request_tokens:
-            raise TooManyTokensError(tokens, self._limits.max_request_tokens)
+        limit = self._limits.max_request_tokens
+        if not isinstance(inputs[0], str) and self.spec.token_input != "model":
+            limit *= _DECODED_FACTOR
+        if tokens > limit:
+            raise TooManyTokensError(tokens, limit)
         vectors, timing = await self._run(encoded, task, started, waiting)
         described = self._described(task)
         normalize = described.normalize if options.normalize is None else options.normalize
@@ -303,13 +303,48 @@ class Engine:
         rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
         if self.spec.token_input == "model":
             return tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
-        if self.spec.token_input == "cl100k":
-            return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: encode(decode_cl100k(rows)))
-        raise TokenInputError(
-            f"The model `{self.spec.alias}` does not accept token ids. Send text (in LangChain: "
-            "OpenAIEmbeddings(check_embedding_ctx_length=False)), or set its token_input in "
-            "EMB_PROVIDER_MODEL_MAPPING to 'cl100k' for OpenAI's token ids or to 'model' for those of the model."
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, lambda: encode(self._decode(rows, tokenization))
         )
+
+    def _decode(self, rows: Sequence[Sequence[int]], tokenization: Tokenization) -> list[str]:
+        """Return the texts of rows of OpenAI's token ids.
+
+        Raises:
+            TokenInputError: The model does not accept them, or they are ids of another tokenizer.
+            TooManyTokensError: They are more than a request may have.
+            BodyTooLargeError: The texts are larger than a request body may be.
+        """
+        alias = self.spec.alias
+        if self.spec.token_input == "reject":
+            raise _unaccepted(f"The model `{alias}` does not accept token ids.")
+        if self.spec.token_input == "auto" and tokenization.are_complete(rows):
+            raise _unaccepted(
+                f"The token ids in 'input' begin and end with the special tokens of the model `{alias}`, but it expects ids "
+                "of OpenAI's tokenizer cl100k_base."
+            )
+        limit = self._limits.max_request_tokens
+        if (count := sum(map(len, rows))) > limit:
+            raise TooManyTokensError(count, limit)
+        texts: list[str] = []
+        remaining = self._limits.max_body_bytes
+        for index, row in enumerate(rows):
+            try:
+                texts.append(cl100k.decode(row, remaining))
+                remaining -= len(texts[-1])
+            except ValueError as error:
+                raise _unaccepted(
+                    f"Invalid 'input[{index}]': these are not token ids of OpenAI's tokenizer cl100k_base, which the model "
+                    f"`{alias}` expects: {error}."
+                ) from error
+        return texts
+
+
+def _unaccepted(reason: str) -> TokenInputError:
+    return TokenInputError(
+        f"{reason} Send text (in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)), or set token_input of the "
+        "model in EMB_PROVIDER_MODEL_MAPPING: 'model' for ids of the model's own tokenizer, 'cl100k' for OpenAI's."
+    )
 
 
 def _token_limit(requested: int | None, longest: int) -> int:

@@ -1,21 +1,17 @@
-"""Options of a request: its prompt, the dimensions and length of its vectors, and token ids of OpenAI as inputs."""
+"""Options of a request: its prompt, and the dimensions and length of its vectors."""
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.errors import DimensionsError, LoadError, RequestError, TokenInputError
+from emb_model_provider.errors import DimensionsError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
-    from tiktoken import Encoding
 
     from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.model_spec import ModelSpec
@@ -163,42 +159,3 @@ def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normali
     np.maximum(norms, _MIN_NORM, out=norms)
     result: NDArray[np.float32] = vectors / norms[:, np.newaxis]
     return result
-
-
-@lru_cache(maxsize=1)
-def load_cl100k() -> Encoding:
-    """Return the encoding cl100k_base, whose vocabulary is read from TIKTOKEN_CACHE_DIR or downloaded once."""
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise LoadError(
-            "token_input=cl100k needs tiktoken: install it with `uv sync --extra cl100k`, or `pip install tiktoken`."
-        ) from error
-    try:
-        return tiktoken.get_encoding("cl100k_base")
-    except Exception as error:
-        raise LoadError(
-            "token_input=cl100k needs the vocabulary cl100k_base, which could not be downloaded "
-            f"({type(error).__name__}): allow the download, or set TIKTOKEN_CACHE_DIR to a directory in which tiktoken "
-            "has stored it."
-        ) from error
-
-
-def decode_cl100k(rows: Sequence[Sequence[int]]) -> list[str]:
-    """Return the text of each row of token ids, for clients that tokenize before they send (as LangChain does).
-
-    Raises:
-        TokenInputError: An id is unknown, or a row is not complete UTF-8. Replacing half a character would embed a
-            different text.
-    """
-    encoding = load_cl100k()
-    texts = []
-    for index, row in enumerate(rows):
-        try:
-            texts.append(encoding.decode_bytes(row).decode("utf-8"))
-        except (KeyError, OverflowError, UnicodeDecodeError) as error:
-            raise TokenInputError(
-                f"Invalid 'input[{index}]': these cl100k_base token ids cannot be decoded to text.",
-                code="invalid_value",
-            ) from error
-    return texts

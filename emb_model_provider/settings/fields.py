@@ -89,7 +89,7 @@ class MappingEntry(BaseModel):
     max_length: Count | None = None
     trust_remote_code: bool | None = None
     prompts: dict[str, str] | None = None
-    token_input: Annotated[TokenInput, Lowered] = "reject"
+    token_input: Annotated[TokenInput, Lowered] = "auto"
     truncate: Annotated[Truncate | None, Uppered] = None
     dimensions: Annotated[
         Annotated[tuple[Count, ...], Field(min_length=1)] | Literal["any"] | None, Allowed('a list of sizes, or "any"')

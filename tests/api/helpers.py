@@ -43,6 +43,7 @@ MAPPING: dict[str, dict[str, Any]] = {
     "strict": {"name": BUNDLED, "precision": "fp32", "truncate": "NONE"},
     "team/own-ids": {"name": BUNDLED, "precision": "fp32", "token_input": "model", "dimensions": [64, 128]},
     "openai-ids": {"name": BUNDLED, "precision": "fp32", "token_input": "cl100k"},
+    "no-ids": {"name": BUNDLED, "precision": "fp32", "token_input": "reject"},
     "late": {"name": BUNDLED},
     "half": {"name": BUNDLED, "precision": "bf16", "backend": "torch"},
 }

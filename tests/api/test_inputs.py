@@ -84,12 +84,30 @@ def test_invalid_arrays(service: Service, value: Any) -> None:
     assert_error(response, 400, "invalid_input", param="input", phrase="'$.input' is invalid: ")
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], [[1, 2], [3]], [-1], [2**63]])
-def test_token_ids_are_rejected_by_default(service: Service, value: Any) -> None:
-    """The error names both remedies: the option of LangChain, and the setting of the model."""
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([101, 7592, 2088, 102], "begin and end with the special tokens of the model"),
+        ([[101, 102], [101, 7592, 102]], "begin and end with the special tokens of the model"),
+        ([151_643], "151643 is out of the range 0 to 100276"),
+        ([[15339], [-1]], "'input[1]': these are not token ids of OpenAI's tokenizer cl100k_base"),
+        ([2**63], "is out of the range"),
+        ([[15339, 222, 15339]], "not valid UTF-8"),
+    ],
+)
+def test_token_ids_of_other_tokenizers(service: Service, value: Any, reason: str) -> None:
+    """The error says why they are not those of OpenAI, and names the values of the setting and the option of LangChain."""
     response = service.embed(value)
-    assert_error(response, 400, "token_input_unsupported", param="input", phrase="check_embedding_ctx_length=False")
-    assert "token_input" in response.json()["error"]["message"]
+    assert_error(response, 400, "token_input_unsupported", param="input", phrase=reason)
+    message = response.json()["error"]["message"]
+    assert all(part in message for part in ("check_embedding_ctx_length=False", "token_input", "'model'", "'cl100k'"))
+
+
+def test_token_ids_of_openai(service: Service) -> None:
+    """One row, or several, of which some begin and end like those of the model."""
+    (vector,) = service.embed([15339, 1917]).json()["data"]
+    assert vector["embedding"] == service.embed("hello world").json()["data"][0]["embedding"]
+    assert service.embed([[101, 102], [15339, 1917]]).status_code == 200
 
 
 @pytest.mark.parametrize("value", [[30522], [[101, -1]], [[5], [2**62]]])

@@ -117,7 +117,7 @@ INVALID_FIELDS = (
     ),
     _invalid("input", "array_too_long", ["a"] * (MAX_INPUTS + 1), [""] * 2049, [[1]] * (MAX_INPUTS + 1), [None] * 100),
     _invalid("input", "max_tokens_per_request", ["word " * 100] * MAX_INPUTS, ["#" * LONGEST] * 20),
-    _invalid("input", "token_input_unsupported", [1], [[1, 2], [3]], [-1], [2**63], model=PLAIN),
+    _invalid("input", "token_input_unsupported", [101, 102], [[1], [100_277]], [100_256], [-1], [2**63], [222] * 4, model=PLAIN),
     _invalid("input", "invalid_value", [-1], [VOCABULARY], [[1], [2**62]], [2**63], [[2**64 - 1]], model=FREE),
     _invalid("model", "model_not_found", "nope", "", " ", "../../etc/passwd", "team/", "free ", "PLAIN2", "\ud800", "\0", "x" * 10_000, status=404),
     _invalid("model", "invalid_type", 1, True, [], {}, 1.5, ["plain"]),

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from emb_model_provider.errors import (
+    BodyTooLargeError,
     DeadlineExceededError,
     InputTooLongError,
     RequestError,
@@ -18,7 +20,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import BatchSettings, LimitSettings
-from tests.serving.fakes import describe, expected
+from tests.serving.fakes import describe, expected, word_tokenizer
 from tests.serving.helpers import different, ids, started_engine
 
 if TYPE_CHECKING:
@@ -125,11 +127,58 @@ async def test_tokens_of_a_request_are_limited() -> None:
         assert run.backend.batches == []
 
 
-async def test_token_ids_are_rejected_by_default() -> None:
-    """Ids of another tokenizer would return wrong vectors, so the error names both solutions."""
-    async with started_engine() as run:
-        with pytest.raises(TokenInputError, match=r"check_embedding_ctx_length=False.*token_input"):
-            await run.engine.embed([[5, 6]], DEFAULTS)
+@pytest.mark.parametrize(
+    ("token_input", "rows", "reason"),
+    [
+        ("reject", [[5, 6]], "does not accept token ids"),
+        ("auto", [[2, 5, 3], [2, 3]], "begin and end with the special tokens"),
+        ("auto", [[5], [100_277]], r"input\[1\].*100277 is out of the range"),
+        ("cl100k", [[15339, 222, 15339]], r"input\[0\].*not valid UTF-8"),
+    ],
+)
+async def test_token_ids_that_are_not_accepted(token_input: str, rows: list[list[int]], reason: str) -> None:
+    """Their vectors would be wrong. The error names the solutions: text, and the setting."""
+    async with started_engine(token_input=token_input) as run:
+        with pytest.raises(TokenInputError, match=f"{reason}.*check_embedding_ctx_length=False.*token_input"):
+            await run.engine.embed(rows, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("token_input", "rows"), [("auto", [[86, 16]]), ("auto", [[2, 5, 3], [86, 16]]), ("cl100k", [[2, 5, 3], [86, 16]])]
+)
+async def test_token_ids_of_openai_are_decoded(token_input: str, rows: list[list[int]]) -> None:
+    """Also those that look like ids of the model, if not all rows do, or if the setting says so."""
+    async with started_engine(token_input=token_input) as run:
+        embeddings = await run.engine.embed(rows, DEFAULTS)
+        assert embeddings.vectors[-1].tolist() == expected(ids("w1"))
+
+
+async def test_number_of_token_ids_is_limited() -> None:
+    """They count as the client sends them, because it cannot know how many tokens of the model they are."""
+    async with started_engine(config={"limits": LimitSettings(max_request_tokens=10)}) as run:
+        embeddings = await run.engine.embed([[86, 16]] * 5, DEFAULTS)
+        assert embeddings.tokens == 15
+        with pytest.raises(TooManyTokensError, match=r"Requested 12 tokens, max 10 tokens per request"):
+            await run.engine.embed([[86, 16]] * 6, DEFAULTS)
+        with pytest.raises(TooManyTokensError, match=r"Requested 24 tokens, max 20 tokens per request"):
+            await run.engine.embed([[86]] * 8, DEFAULTS)
+
+
+async def test_text_of_token_ids_is_limited() -> None:
+    """By the limit of request bodies, over all rows together."""
+    async with started_engine(config={"limits": LimitSettings(max_body_mb=0.001)}) as run:
+        await run.engine.embed([[86] * 500] * 2, DEFAULTS)
+        with pytest.raises(BodyTooLargeError):
+            await run.engine.embed([[86] * 500] * 3, DEFAULTS)
+
+
+@pytest.mark.parametrize("template", ["[CLS] $A", "$A [SEP]"])
+async def test_special_tokens_at_one_end_are_no_sign(template: str) -> None:
+    """A text may well begin with a character whose id is that of the first token of the model."""
+    tokenizer = word_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    async with started_engine(describe(tokenizer_json=tokenizer.to_str())) as run:
+        assert (await run.engine.embed([[2, 86, 16, 3]], DEFAULTS)).vectors.shape == (1, 4)
 
 
 async def test_token_ids_of_the_model_are_used_unchanged() -> None:

@@ -53,7 +53,7 @@ class EmbeddingRequest(BaseModel):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
         | Annotated[list[TextObject], Field(min_length=1, max_length=2048)]
     )
-    """One text, or up to 2048, also in the form `{"text": "..."}`. Token ids are accepted only if the model's `token_input` allows them."""
+    """One text, or up to 2048, also in the form `{"text": "..."}`. Token ids are those of OpenAI's tokenizer cl100k, unless the model's `token_input` says otherwise."""
     model: str | None = None
     """An alias, a model's id, or the unique last part of an id. Default: the default model."""
     encoding_format: Literal["float", "base64"] | None = "float"
