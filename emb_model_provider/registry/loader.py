@@ -15,6 +15,7 @@ from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import ProgressReporter
 from emb_model_provider.registry.model_entry import State
 from emb_model_provider.serving.engine import Engine
+from emb_model_provider.serving.request_options import check_input_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,6 +93,7 @@ class Loader:
         entry.measured_bytes = engine.memory_bytes
         try:
             budget.check_fits(engine.memory_bytes)
+            check_input_types(entry.spec, engine.description)
         except LoadError:
             await run_in_daemon_thread(f"stop-{alias}", engine.stop)
             raise

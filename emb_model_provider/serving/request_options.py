@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.errors import DimensionsError, RequestError
+from emb_model_provider.errors import DimensionsError, LoadError, RequestError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,6 +110,23 @@ def _choose_prompt(input_type: str | None, description: ModelDescription) -> str
             if name in prompts:
                 return prompts[name]
     return prompts.get(default, "") if default is not None else ""
+
+
+def check_input_types(spec: ModelSpec, description: ModelDescription) -> None:
+    """Raise LoadError if an alias of a model has an `input_type` that its requests cannot have."""
+    for alias in spec.aliases:
+        input_type = spec.input_type_of(alias)
+        if input_type is None:
+            continue
+        try:
+            choose_task(input_type, description)
+            choose_prompt(input_type, description)
+        except RequestError as error:
+            names = ", ".join(map(repr, dict.fromkeys((*description.prompts, *description.routes))))
+            raise LoadError(
+                f"the alias {alias} has input_type {input_type!r} in EMB_PROVIDER_MODEL_MAPPING, which the model does not "
+                f"have. Its prompts: {names or 'none'}. Set input_type to one of them, or remove it."
+            ) from error
 
 
 def has_search_prompts(description: ModelDescription) -> bool:

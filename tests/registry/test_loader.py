@@ -1,4 +1,4 @@
-"""The log lines of a model that has been loaded."""
+"""The log lines of a model that has been loaded, and the input types of its aliases."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.model_spec import BUNDLED_MODEL
+import pytest
+
+from emb_model_provider.errors import LoadError
+from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
+from tests.registry.helpers import FakeModel
 from tests.serving.fakes import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import pytest
 
 PREFIX = "2026-01-01 00:00:00.000 INFO    "
 
@@ -50,3 +52,33 @@ async def test_only_notes_that_need_attention_are_warnings(
     levels = {record.getMessage(): record.levelname for record in caplog.records}
     assert levels[f"model a: {declared}"] == "INFO"
     assert levels[f"model a: {weights}"] == "WARNING"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "names"),
+    [({"query": "w1 ", "summary": "w2 "}, "'query', 'summary'"), ({}, "none")],
+    ids=["some", "none"],
+)
+async def test_input_type_of_an_alias_is_checked(
+    fleet: Callable[..., Any], prompts: dict[str, str], names: str
+) -> None:
+    """A model whose alias has an unknown `input_type` fails to load, and the error names the prompts of the model."""
+    async with fleet("other") as models:
+        models.models["bge"] = FakeModel()
+        models["bge"].description = describe(prompts=prompts)
+        models.registry.add(ModelSpec(alias="bge", name="bge", more_aliases={"bge-q": "query", "bge-s": "sumary"}))
+        with pytest.raises(LoadError, match=f"alias bge-s has input_type 'sumary'.*Its prompts: {names}") as caught:
+            await models.registry.load("bge")
+        assert models.registry.status("bge").error == caught.value.message
+        assert models["bge"].in_memory == 0
+        assert (await models.embed("other")).shape == (1, 4)
+
+
+async def test_input_types_that_requests_can_have(fleet: Callable[..., Any]) -> None:
+    """The names of prompts, their synonyms, and tasks for which a model needs no prompt."""
+    async with fleet("other") as models:
+        models.models["bge"] = FakeModel()
+        models["bge"].description = describe(prompts={"query": "w1 "})
+        aliases = {f"bge-{name}": name for name in ("query", "search_query", "passage", "clustering")}
+        models.registry.add(ModelSpec(alias="bge", name="bge", more_aliases={**aliases, "plain": None}))
+        await models.registry.load("bge")
