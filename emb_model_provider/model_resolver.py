@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION, name_of_directory
+from emb_model_provider.errors import SettingsError
+from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION, name_of_directory, parse_address
 from emb_model_provider.settings import MappingEntry
 
 if TYPE_CHECKING:
@@ -39,15 +40,16 @@ def resolve_model(
 
     The name is one of, in this order:
 
-    1. The alias, the name or the directory of a configured model. A name does not match if another hub or revision is
-       requested than the configured one, because the other settings of the model may not apply there. An alias does match
-       at another revision; on another hub it replaces the name.
+    1. The alias, the name or the directory of a configured model, or the last part of the name of one. A name does not
+       match if another hub or revision is requested than the configured one, because the other settings of the model may
+       not apply there. An alias does match at another revision; on another hub it replaces the name.
     2. A directory that exists.
-    3. The id of a repository.
+    3. The id of a repository, or the URL of its page on a hub.
 
     Raises:
-        SettingsError: The precision contradicts the settings.
+        SettingsError: The precision contradicts the settings, or a URL contradicts the source or the revision.
     """
+    model, source, revision = read_address(model, source, revision)
     overrides = {"alias": alias, "source": source, "revision": revision, "precision": precision}
     changes: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     directory = directory_of(model) if source in (None, "auto", "local") else None
@@ -55,6 +57,9 @@ def resolve_model(
     named = [spec for spec in configured if model in (*spec.aliases, spec.name)]
     if not named and directory is not None:
         named = [spec for spec in configured if spec.path is not None and spec.path.resolve() == directory.resolve()]
+    if not named and directory is None and "/" not in model:
+        last = [spec for spec in configured if spec.name.rpartition("/")[2] == model and spec.path is None]
+        named = last if len(last) == 1 else []
     at_hub = [spec for spec in named if source in (None, spec.source, resolve_source(spec))]
     for spec in at_hub:
         if revision in (None, spec.revision):
@@ -73,6 +78,25 @@ def resolve_model(
         precision=precision,
     )
     return settings.models.spec_for(alias or entry.name, entry)
+
+
+def read_address(model: str, source: Source | None, revision: str | None) -> tuple[str, Source | None, str | None]:
+    """Return the id of a repository with its hub and revision, if a name is a URL of a hub; else return all as they are.
+
+    Raises:
+        SettingsError: The URL is not that of a model, or contradicts the source or the revision.
+    """
+    try:
+        address = parse_address(model)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from None
+    if address is None:
+        return model, source, revision
+    if source not in (None, "auto", address.source):
+        raise SettingsError(f"{model} is on {address.source}, not on {source}: remove one of the two.")
+    if None not in (revision, address.revision) and revision != address.revision:
+        raise SettingsError(f"{model} names the revision {address.revision}, not {revision}: remove one of the two.")
+    return address.name, address.source, revision or address.revision
 
 
 def _change(spec: ModelSpec, changes: dict[str, Any]) -> ModelSpec:
@@ -117,7 +141,7 @@ def hidden_repository_note(spec: ModelSpec) -> str:
         return ""
     return (
         f" {name} is a directory here ({Path(name).absolute()}), and directories take precedence over the hubs. To use the "
-        "model of a hub, set EMB_PROVIDER_MODEL_SOURCE to huggingface or modelscope."
+        "model of a hub, name the hub: `--source` (EMB_PROVIDER_MODEL_SOURCE) huggingface or modelscope."
     )
 
 

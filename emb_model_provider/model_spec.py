@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,6 +85,62 @@ class ModelSpec:
     def input_type_of(self, name: str) -> str | None:
         """Return the `input_type` of requests that use a name; None for a name that is not an alias."""
         return self.input_type if name == self.alias else self.more_aliases.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryAddress:
+    """The repository that a web page of a hub shows."""
+
+    source: Literal["huggingface", "modelscope"]
+    name: str
+    revision: str | None
+
+
+_HOSTS: Mapping[str, Literal["huggingface", "modelscope"]] = {
+    "huggingface.co": "huggingface",
+    "hf.co": "huggingface",
+    "hf-mirror.com": "huggingface",
+    "modelscope.cn": "modelscope",
+    "modelscope.ai": "modelscope",
+}
+_DEFAULT_BRANCHES = {"huggingface": "main", "modelscope": "master"}
+_OTHER_PAGES = ("datasets", "spaces", "studios", "collections", "papers", "docs", "blog", "learn", "organization")
+_REVISION_PAGES = ("tree", "blob", "resolve", "raw", "commit", "commits")
+"""Parts of a path that are followed by a revision, which has its slashes escaped."""
+
+
+def parse_address(text: str) -> RepositoryAddress | None:
+    """Return the repository of a URL of a hub, with or without its scheme, or None if a text is not a URL of a hub.
+
+    Raises:
+        ValueError: It is another URL, or the hub's page of something else, such as a dataset.
+    """
+    ssh = re.fullmatch(r"git@([\w.-]+):(.+)", text.strip())
+    scheme, separator, rest = (f"{ssh[1]}/{ssh[2]}" if ssh is not None else text.strip()).rpartition("://")
+    try:
+        url = urlsplit(f"//{rest}")
+    except ValueError:
+        if separator:
+            raise
+        return None
+    source = _HOSTS.get((url.hostname or "").removeprefix("www."))
+    if source is None and not separator:
+        return None
+    if source is None or scheme.lower() not in ("", "http", "https"):
+        raise ValueError(f"{text} is not the URL of a model on {', '.join(_HOSTS)}: write owner/name")
+    parts = [unquote(part) for part in url.path.split("/") if part]
+    if source == "modelscope" and parts[:1] == ["models"]:
+        del parts[0]
+    if not parts or parts[0] in _OTHER_PAGES:
+        raise ValueError(f"{text} is not the page of a model: open that page, and copy its URL, or write owner/name")
+    length = 2 if len(parts) > 1 and parts[1] not in _REVISION_PAGES else 1  # a few old repositories have no owner
+    name, _, revision = "/".join(parts[:length]).partition("@")
+    page, query = parts[length:], parse_qs(url.query)
+    if not revision and len(page) > 1 and page[0] in _REVISION_PAGES and page[1] != _DEFAULT_BRANCHES[source]:
+        revision = page[1]
+    if not revision:
+        revision = next((query[key][0] for key in ("revision", "Revision", "version") if key in query), "")
+    return RepositoryAddress(source, name.removesuffix(".git"), revision or None)
 
 
 _CACHED = re.compile(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
+from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_resolver import NameIndex, ResolvedName, resolve_model
-from emb_model_provider.model_spec import ModelSpec, name_of_directory
+from emb_model_provider.model_spec import ModelSpec, RepositoryAddress, name_of_directory, parse_address
 from emb_model_provider.settings import Settings
 
 if TYPE_CHECKING:
@@ -132,3 +133,90 @@ def test_a_directory_of_a_cache_has_the_name_of_its_repository(tmp_path: Path, d
     """And not that of a commit or a branch."""
     (tmp_path / directory).mkdir(parents=True)
     assert name_of_directory(tmp_path / directory) == name
+
+
+# --- URLs of hubs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "name", "revision"),
+    [
+        ("https://huggingface.co/BAAI/bge-m3", "huggingface", "BAAI/bge-m3", None),
+        ("hf.co/BAAI/bge-m3", "huggingface", "BAAI/bge-m3", None),
+        ("http://www.huggingface.co/BAAI/bge-m3/", "huggingface", "BAAI/bge-m3", None),
+        ("https://hf-mirror.com/BAAI/bge-m3?library=transformers#usage", "huggingface", "BAAI/bge-m3", None),
+        ("https://huggingface.co/BAAI/bge-m3/tree/main", "huggingface", "BAAI/bge-m3", None),
+        ("https://huggingface.co/BAAI/bge-m3/tree/v2/onnx", "huggingface", "BAAI/bge-m3", "v2"),
+        (
+            "https://huggingface.co/BAAI/bge-m3/blob/refs%2Fpr%2F9/config.json",
+            "huggingface",
+            "BAAI/bge-m3",
+            "refs/pr/9",
+        ),
+        ("https://huggingface.co/BAAI/bge-m3@v2", "huggingface", "BAAI/bge-m3", "v2"),
+        ("https://huggingface.co/bert-base-uncased/tree/main", "huggingface", "bert-base-uncased", None),
+        ("git@hf.co:BAAI/bge-m3", "huggingface", "BAAI/bge-m3", None),
+        ("https://www.modelscope.cn/models/iic/gte", "modelscope", "iic/gte", None),
+        ("modelscope.cn/models/iic/gte", "modelscope", "iic/gte", None),
+        ("www.modelscope.cn/models/iic/gte/summary", "modelscope", "iic/gte", None),
+        ("https://modelscope.cn/models/iic/gte/files", "modelscope", "iic/gte", None),
+        ("https://modelscope.cn/models/iic/gte/tree/master", "modelscope", "iic/gte", None),
+        ("https://modelscope.cn/models/iic/gte/tree/v1.0.1/config.json", "modelscope", "iic/gte", "v1.0.1"),
+        ("https://modelscope.cn/models/iic/gte/summary?version=v2", "modelscope", "iic/gte", "v2"),
+        ("https://www.modelscope.cn/iic/gte.git", "modelscope", "iic/gte", None),
+        ("HTTPS://ModelScope.ai/models/iic/gte", "modelscope", "iic/gte", None),
+    ],
+)
+def test_urls_of_hubs(text: str, source: Literal["huggingface", "modelscope"], name: str, revision: str | None) -> None:
+    """As copied from the address bar, or from the buttons for copying."""
+    assert parse_address(text) == RepositoryAddress(source, name, revision)
+    resolved = resolve_model(Settings(), text)
+    assert (resolved.alias, resolved.name, resolved.source, resolved.revision) == (name, name, source, revision)
+
+
+@pytest.mark.parametrize(
+    "text", ["BAAI/bge-m3", "bge-m3", "./hf.co/a", "D:\\models\\x", "a/b@v1", "[::", "models/hf.co"]
+)
+def test_names_that_are_no_urls(text: str) -> None:
+    assert parse_address(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("https://huggingface.co/datasets/a/b", "not the page of a model"),
+        ("https://modelscope.cn/datasets/a/b", "not the page of a model"),
+        ("huggingface.co", "not the page of a model"),
+        ("https://example.com/a/b", "not the URL of a model on huggingface.co, "),
+        ("ftp://hf.co/a/b", "not the URL of a model on huggingface.co, "),
+    ],
+)
+def test_other_urls_are_rejected(text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        resolve_model(Settings(), text)
+
+
+def test_url_must_not_contradict_source_and_revision() -> None:
+    url = "https://huggingface.co/a/b/tree/v1"
+    assert resolve_model(Settings(), url, source="huggingface", revision="v1").revision == "v1"
+    with pytest.raises(SettingsError, match="is on huggingface, not on modelscope"):
+        resolve_model(Settings(), url, source="modelscope")
+    with pytest.raises(SettingsError, match="names the revision v1, not v2"):
+        resolve_model(Settings(), url, revision="v2")
+
+
+def test_url_of_a_configured_model() -> None:
+    """It has the other settings of the model."""
+    settings = mapped({"m": {"name": "a/b", "source": "modelscope", "precision": "int8"}})
+    assert resolve_model(settings, "https://modelscope.cn/models/a/b").precision == "int8"
+    assert resolve_model(settings, "https://huggingface.co/a/b").precision == "auto"
+
+
+def test_last_part_of_a_configured_name() -> None:
+    """If only one configured model has it. Other names without an owner are ids of Hugging Face."""
+    settings = mapped(
+        {"x": {"name": "a/small", "source": "modelscope"}, "y": {"name": "b/twin"}, "z": {"name": "c/twin"}}
+    )
+    assert resolve_model(settings, "small").alias == "x"
+    assert resolve_model(settings, "twin").name == "twin"
+    assert resolve_model(Settings(), "all-MiniLM-L6-v2").source == "bundled"

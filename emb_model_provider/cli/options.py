@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
@@ -94,7 +95,11 @@ def split_revision(settings: Settings, argument: str, default: str | None = None
     A name that contains an @ is not split if it is a configured model or a directory.
     """
     from emb_model_provider.model_resolver import directory_of
+    from emb_model_provider.model_spec import parse_address
 
+    with contextlib.suppress(ValueError):
+        if parse_address(argument) is not None:  # the resolver reads the revision in a URL
+            return argument, default
     name, _, own = argument.rpartition("@")
     configured = {name for spec in settings.models.specs() for name in (*spec.aliases, spec.name)}
     if not name or not own or argument in configured or directory_of(argument) is not None:

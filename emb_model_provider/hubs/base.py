@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import logging
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from emb_model_provider.settings.fields import RemoteHubName
     from emb_model_provider.snapshots.manifest import FilePatterns
     from emb_model_provider.snapshots.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
 
 HUBS: dict[HubName, str] = {
     "huggingface": "emb_model_provider.hubs.huggingface:HuggingFaceHub",
@@ -39,6 +43,8 @@ that it was given; lacks: it has no such repository, or hides it; silent: it doe
 error of its own."""
 
 _MAX_REASON_CHARS = 160
+_MAX_SEARCH_RESULTS = 20
+_MAX_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,9 @@ class RemoteHub(Hub, Protocol):
     def check_repository(self, repository: str, timeout_s: float) -> None:
         """Ask the hub for a repository; raises the client's error if that fails."""
 
+    def search(self, text: str, limit: int) -> list[str]:
+        """Return the ids of repositories whose name contains a text, the most downloaded first."""
+
     def classify(self, error: Exception) -> HubState:
         """Return what an error of the client says about the hub."""
 
@@ -118,6 +127,27 @@ def create_hub(name: HubName, config: HubConfig) -> Hub:
     """Return a hub. Imports the hub's client only when it is used."""
     module, _, kind = HUBS[name].partition(":")
     return cast("Hub", getattr(importlib.import_module(module), kind)(config))
+
+
+def similar_repositories(remote: RemoteHub, repository: str) -> list[str]:
+    """Return repositories of a hub that could be meant by the name of one that it does not have.
+
+    Empty also if the hub does not answer, because the result is only a hint in the message of another error.
+    """
+    owner, _, name = repository.rpartition("/")
+    # The names of models on disk over HTTP have an underscore in place of the slash.
+    candidates = [name] if owner or "_" not in name else [name, name.partition("_")[2]]
+    found: list[str] = []
+    for text in candidates:
+        try:
+            found += remote.search(text, _MAX_SEARCH_RESULTS)
+        except Exception as error:  # noqa: BLE001 - the clients raise errors of several libraries
+            logger.debug("Could not search for %s: %s", text, type(error).__name__)
+            break
+    # A repository of another owner with the same name comes first, then similar names.
+    same = [each for each in found if each.rpartition("/")[2].casefold() in (text.casefold() for text in candidates)]
+    close = difflib.get_close_matches(repository, found, n=_MAX_SUGGESTIONS)
+    return list(dict.fromkeys([*same, *close]))[:_MAX_SUGGESTIONS]
 
 
 def check_hub(

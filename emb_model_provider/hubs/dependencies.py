@@ -92,8 +92,8 @@ def spec_of(requirement: Requirement, spec: ModelSpec, snapshot: Snapshot) -> Mo
     elif name.startswith(PATHS):
         raise UnsupportedModelError(
             f"The base model of {snapshot.repository} is {name!r} ({requirement.file}), a path on the machine where it "
-            "was trained. Download the adapter, write the repository id of its base model into that file, and set "
-            "EMB_PROVIDER_MODEL_PATH to its directory."
+            "was trained. Download the adapter, write the repository id of its base model into that file, and name "
+            "its directory in place of the repository."
         )
     return replace(required, source=_source_of(required, snapshot))
 

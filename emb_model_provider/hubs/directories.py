@@ -65,8 +65,8 @@ def locate_model(directory: Path) -> Path:
         shown = "".join(f"\n  {path}" for path in paths[:_MAX_PATHS_SHOWN])
         more = f"\n  and {len(paths) - _MAX_PATHS_SHOWN} more" if len(paths) > _MAX_PATHS_SHOWN else ""
         raise IncompleteRepositoryError(
-            f"The directory {directory} is not a model, and contains several. Set EMB_PROVIDER_MODEL_PATH (or the name of "
-            f"the model) to one of them:{shown}{more}"
+            f"The directory {directory} is not a model, and contains several. Name one of them in its "
+            f"place (EMB_PROVIDER_MODEL_PATH):{shown}{more}"
         )
     if not paths:
         return directory

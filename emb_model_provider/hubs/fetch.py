@@ -7,18 +7,19 @@ import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from emb_model_provider.errors import (
     CacheNotWritableError,
     HubError,
+    HubUnavailableError,
     IncompleteRepositoryError,
     OperationCancelledError,
     RepositoryNotFoundError,
 )
 from emb_model_provider.hubs import caches
 from emb_model_provider.hubs import dependencies as dependencies_of
-from emb_model_provider.hubs.base import HubConfig, create_hub
+from emb_model_provider.hubs.base import HubConfig, create_hub, similar_repositories
 from emb_model_provider.model_resolver import hidden_repository_note, resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.settings import TrustSettings
@@ -28,6 +29,7 @@ from emb_model_provider.snapshots.locks import lock_exclusive
 from emb_model_provider.snapshots.manifest import ALL_FILES, ManifestKey
 
 if TYPE_CHECKING:
+    from emb_model_provider.hubs.base import RemoteHub
     from emb_model_provider.hubs.dependencies import Requirement
     from emb_model_provider.model_spec import HubName, ModelSpec
     from emb_model_provider.settings import HubSettings
@@ -266,17 +268,28 @@ class _Fetch:
 
     def _fetch_from_hub(self, on_progress: OnProgress) -> Snapshot:
         hub = create_hub(self.key.hub, self.config)
-        return hub.fetch(self.key.repository, self.revision, on_progress, self.cancel)
+        name = self.key.repository
+        try:
+            return hub.fetch(name, self.revision, on_progress, self.cancel)
+        except RepositoryNotFoundError as error:
+            if self.key.hub not in caches.REMOTE_HUBS or self.config.offline:
+                raise
+            similar = similar_repositories(cast("RemoteHub", hub), name)
+            hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+            raise RepositoryNotFoundError(f"{error}{hint}") from error
+        except HubUnavailableError as error:
+            if "/" in name:
+                raise
+            raise HubUnavailableError(f"{error} {name} has no owner: a repository id is owner/name.") from error
 
     def _validate_ids(self) -> None:
         name, revision = self.key.repository, self.revision
         if not _is_valid_id(name):
             raise RepositoryNotFoundError(
-                f"{name!r} is neither a directory on this machine nor a repository id (owner/name). "
-                "Check EMB_PROVIDER_MODEL_NAME."
+                f"{name!r} is neither a directory on this machine nor a repository id (owner/name). Check the name."
             )
         if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-            raise HubError(f"{revision!r} is not a valid branch, tag or commit. Check EMB_PROVIDER_MODEL_REVISION.")
+            raise HubError(f"{revision!r} is not a valid branch, tag or commit. Check the revision.")
 
     def _load_known(self) -> Snapshot | None:
         key, manifest_dir = self.key, self.config.manifest_dir

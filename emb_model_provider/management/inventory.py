@@ -14,6 +14,7 @@ from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.errors import AmbiguousNameError, NotCachedError
 from emb_model_provider.hubs.caches import REMOTE_HUBS, cache_root, leftovers, scan_cache
 from emb_model_provider.management.types import CachedArtifact, CachedModelRecord, FidelityObject
+from emb_model_provider.model_resolver import read_address
 from emb_model_provider.model_spec import HubName
 from emb_model_provider.snapshots import journal, manifest, mirror
 from emb_model_provider.snapshots.files import has_sizes, size_of, walk
@@ -201,6 +202,7 @@ class Inventory:
 
     def find(self, info: CacheInfo, name: str, source: Source | None, revision: str | None) -> list[CacheEntry]:
         """Return the models of a scan that a name refers to. Without a source, an alias refers to that of the settings."""
+        name, source, revision = read_address(name, source, revision)
         requested, requested_revision = name, revision
         spec = next((each for each in self._models.specs() if name in each.aliases and name != each.name), None)
         if spec is not None:

@@ -17,6 +17,7 @@ from emb_model_provider.model_spec import (
     TokenInput,
     Truncate,
     name_of_directory,
+    parse_address,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _split_commas(text: str) -> list[str]:
 
 def _expand_user(text: str) -> Path:
     if CONTROL_CHARACTER.search(text):  # such as "D:\new" in JSON
-        raise ValueError(r"contains a control character: in JSON, write \\ for a backslash")
+        raise ValueError(r"the path contains a control character: in JSON, write \\ for a backslash")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # pydantic reports only ValueError as a validation error
@@ -106,6 +107,20 @@ class MappingEntry(BaseModel):
         if isinstance(values, dict) and "name" not in values and isinstance(path := values.get("path"), str) and path:
             return {**values, "name": name_of_directory(_expand_user(path))}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_address(cls, values: Any) -> Any:
+        address = (
+            parse_address(values["name"]) if isinstance(values, dict) and isinstance(values.get("name"), str) else None
+        )
+        if address is None:
+            return values
+        found = {"name": address.name, "source": address.source, "revision": address.revision}
+        for key in ("source", "revision"):
+            if None not in (values.get(key), found[key]) and values[key] not in ("auto", found[key]):
+                raise ValueError(f"{values['name']} contradicts {key} {values[key]!r}: remove one of the two")
+        return {**values, **{key: value for key, value in found.items() if value is not None}}
 
 
 def allowed_values(info: FieldInfo) -> str:

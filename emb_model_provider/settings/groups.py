@@ -15,7 +15,16 @@ import platformdirs
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from emb_model_provider.errors import SettingsError
-from emb_model_provider.model_spec import BUNDLED_MODEL, BackendName, ModelSpec, Precision, Source, name_of_directory
+from emb_model_provider.model_spec import (
+    BUNDLED_MODEL,
+    BackendName,
+    ModelSpec,
+    Precision,
+    RepositoryAddress,
+    Source,
+    name_of_directory,
+    parse_address,
+)
 from emb_model_provider.settings.fields import (
     Allowed,
     Count,
@@ -54,7 +63,7 @@ class ModelSettings(SettingsGroup, title="Models"):
     """Which models are served, and how they compute by default."""
 
     model_name: str | None = None
-    """Model to serve: a repository id on a hub, or a directory. Unset: the first entry of MODEL_MAPPING, or the bundled
+    """Model to serve: a repository id on a hub, the URL of its page there, or a directory. Unset: the first entry of MODEL_MAPPING, or the bundled
     `sentence-transformers/all-MiniLM-L6-v2`."""
     model_path: Directory | None = None
     """Local directory that holds MODEL_NAME. It takes precedence over any hub."""
@@ -140,7 +149,9 @@ class ModelSettings(SettingsGroup, title="Models"):
         return ModelSpec(alias=alias, **values)
 
     def _main_model(self) -> ModelSpec | None:
-        name, source = self.model_name, self.model_source
+        name, source, revision = self.model_name, self.model_source, self.model_revision
+        if (address := self._address) is not None:
+            name, source, revision = address.name, address.source, revision or address.revision
         if name is None and self.model_path is not None:
             name = name_of_directory(self.model_path)
         elif name is None and self.model_mapping:
@@ -153,11 +164,27 @@ class ModelSettings(SettingsGroup, title="Models"):
             name=name,
             source=source,
             path=self.model_path,
-            revision=self.model_revision,
+            revision=revision,
             precision=self._effective_precision(self.model_precision, f"{PREFIX}MODEL_PRECISION"),
             device=self.device,
             backend=self.backend,
         )
+
+    @property
+    def _address(self) -> RepositoryAddress | None:
+        """The repository, if MODEL_NAME is a URL of a hub."""
+        if self.model_name is None or self.model_path is not None:
+            return None
+        try:
+            address = parse_address(self.model_name)
+        except ValueError as error:
+            raise SettingsError(f"{PREFIX}MODEL_NAME: {error}.") from None
+        if address is not None and self.model_source not in ("auto", address.source):
+            raise SettingsError(
+                f"{PREFIX}MODEL_NAME={self.model_name}: contradicts {PREFIX}MODEL_SOURCE={self.model_source}: "
+                "remove one of the two."
+            )
+        return address
 
     def _effective_precision(self, precision: Precision, where: str) -> Precision:
         if precision in ("int8", "int4") and self.enable_quantization is False:

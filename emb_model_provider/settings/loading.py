@@ -240,8 +240,8 @@ def _describe_mapping(variable: str, path: list[str], error: ErrorDetails) -> st
         return f"{variable}: {path[0]!r} has no key {path[1]!r}: must be one of {', '.join(MappingEntry.model_fields)}."
     if error["type"] == "missing":
         return f'{variable}: {path[0]!r} lacks "{path[1]}": name the model, like {example}.'
-    if len(path) == 1 and error["type"] == "value_error":  # of the path, which the name is taken from
-        return f"{variable}: {path[0]}.path: {error['msg'].removeprefix('Value error, ')}."
+    if len(path) == 1 and error["type"] == "value_error":
+        return f"{variable}: {path[0]}: {error['msg'].removeprefix('Value error, ')}."
     if len(path) == 1:
         return f"{variable}: {path[0]}: must be an object like {example}."
     return f"{variable}: {path[0]}.{path[1]}: {_requirement(error, MappingEntry.model_fields[path[1]])}."

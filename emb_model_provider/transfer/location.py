@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from emb_model_provider.errors import InvalidTransferError
+from emb_model_provider.model_spec import parse_address
 
 Site = Literal["huggingface", "modelscope", "directory"]
 
@@ -38,7 +39,9 @@ class Location:
 
 
 def parse_source(text: str) -> Location:
-    """Return the location that `[hf:|ms:]owner/name[@REV]` names. Without a prefix it is on Hugging Face.
+    """Return the location that `[hf:|ms:]owner/name[@REV]`, or a URL of a hub, names.
+
+    Without a prefix it is on Hugging Face.
 
     Raises:
         InvalidTransferError: The text is not a location.
@@ -74,6 +77,12 @@ def parse_destination(text: str, source: Location) -> Location:
 
 
 def _split(text: str, default: Site) -> tuple[Site, str]:
+    try:
+        address = parse_address(text)
+    except ValueError as error:
+        raise InvalidTransferError(f"{error}.") from None
+    if address is not None:
+        return address.source, address.name if address.revision is None else f"{address.name}@{address.revision}"
     prefix, colon, rest = text.strip().partition(":")
     if not colon:
         return default, prefix

@@ -48,6 +48,57 @@ def test_pull_without_an_id_pulls_all_models_of_the_settings(here: Path, monkeyp
     assert [(model["alias"], model["source"]) for model in models] == [("one", "huggingface"), ("two", "modelscope")]
 
 
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://huggingface.co/acme/tiny/tree/main", HF_REPO),
+        ("hf.co/acme/tiny", HF_REPO),
+        ("https://www.modelscope.cn/models/iic/tiny/summary", MS_REPO),
+    ],
+)
+def test_urls_of_hubs_are_ids(url: str, name: str, here: Path) -> None:
+    """In every command."""
+    pull_files(url)
+    (model,) = invoke_json("show", url)["models"]
+    assert model["model_name"] == name
+    assert invoke("verify", url).exit_code == 0
+    assert invoke("rm", "-y", "-q", url).stdout == f"{name}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "suggested"),
+    [
+        ("tiny", (), HF_REPO),
+        ("acne/tiny", (), HF_REPO),
+        ("acme_tiny", (), HF_REPO),
+        ("acme/tinny", (), None),
+        ("tiny", ("--source", "modelscope"), MS_REPO),
+        ("iic_tiny", ("--source", "modelscope"), MS_REPO),
+        ("damo/tiny", (), MS_REPO),
+    ],
+)
+def test_similar_repositories_are_suggested(
+    name: str, options: tuple[str, ...], suggested: str | None, here: Path
+) -> None:
+    """For an id without its owner, with a wrong owner, or as models on disk are named over HTTP."""
+    result = invoke("pull", name, *options, "--no-compile")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.count("Did you mean") == (suggested is not None)
+    assert suggested is None or f"Did you mean {suggested}?" in result.stderr
+
+
+def test_an_unreachable_hub_names_the_other_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id without its owner is named as such, because the hub cannot be asked for similar ones."""
+    for hub, other in (("huggingface", "modelscope"), ("modelscope", "huggingface")):
+        monkeypatch.setenv("EMB_PROVIDER_HF_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setenv("EMB_PROVIDER_MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+        result = invoke("pull", "acme/tiny", "--source", hub, "--no-compile")
+        assert result.exit_code == 1
+        assert f"`--source {other}`" in result.stderr
+        assert "a repository id is owner/name" not in result.stderr
+    assert "a repository id is owner/name" in invoke("pull", "tiny", "--no-compile").stderr
+
+
 def test_an_id_can_have_a_revision(here: Path, huggingface: HuggingFaceServer) -> None:
     """An unknown revision exits with 2 and names those that exist."""
     huggingface.revisions = ("main", "v2")

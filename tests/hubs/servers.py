@@ -201,6 +201,9 @@ class HuggingFaceServer(HubServer):
         if self.token is not None and request.headers.get("authorization") != f"Bearer {self.token}":
             return json_answer({"error": "Invalid username or password."}, 401, X_Error_Code="GatedRepo")
         api, path = "/api/models/", request.path
+        if path == "/api/models":
+            text = request.query.get("search", "")
+            return json_answer([{"id": repo} for repo in self.repos if text.casefold() in repo.casefold()])
         for verb in ("/revision/", "/tree/", "/refs", "/resolve/"):
             if verb in path:
                 repo, _, rest = path.removeprefix(api).removeprefix("/").partition(verb)
@@ -246,6 +249,10 @@ class ModelScopeServer(HubServer):
 
     def route(self, request: Request) -> Answer:
         prefix, path = "/api/v1/models/", request.path
+        if path == "/openapi/v1/models":
+            text = request.query.get("search", "")
+            models = [{"id": repo} for repo in self.repos if text.casefold() in repo.casefold()]
+            return json_answer({"success": True, "data": {"models": models, "total_count": len(models)}})
         if not path.startswith(prefix):
             return json_answer({"Code": 404, "Success": False, "Message": "not found"}, 404)
         owner, name, rest = path.removeprefix(prefix).split("/", 2)

@@ -220,7 +220,7 @@ def test_error_of_a_directory_with_the_name_of_a_repository(tmp_path: Path, monk
     write_files(tmp_path / "BAAI" / "bge-m3", {"README.md": b""})
     monkeypatch.chdir(tmp_path)
     settings = HubSettings(cache_dir=tmp_path / "cache")
-    with pytest.raises(IncompleteRepositoryError, match=r"BAAI/bge-m3 is a directory here.*SOURCE to huggingface"):
+    with pytest.raises(IncompleteRepositoryError, match=r"BAAI/bge-m3 is a directory here.*SOURCE\) huggingface"):
         fetch_snapshot(spec("BAAI/bge-m3"), settings)
     with pytest.raises(IncompleteRepositoryError) as raised:
         fetch_snapshot(spec(str(tmp_path / "BAAI" / "bge-m3")), settings)

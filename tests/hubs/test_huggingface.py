@@ -116,7 +116,7 @@ def test_error_of_an_unknown_revision_names_existing_ones(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer
 ) -> None:
     huggingface.revisions = ("main", "v2")
-    with pytest.raises(RevisionNotFoundError, match=r"'v9'; it has main, v2\. Set EMB_PROVIDER_MODEL_REVISION"):
+    with pytest.raises(RevisionNotFoundError, match=r"'v9'; it has main, v2\. Name one of them: `--revision`, or EMB"):
         fetch_snapshot(spec(HF_REPO, revision="v9"), settings())
 
 

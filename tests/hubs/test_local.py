@@ -89,7 +89,7 @@ def test_invalid_directory_is_an_error(config: HubSettings, tmp_path: Path, prob
     path = tmp_path / "missing"
     if problem == "is not a directory":
         path.write_text("")
-    with pytest.raises(RepositoryNotFoundError, match=f"missing {problem}.*EMB_PROVIDER_MODEL_PATH"):
+    with pytest.raises(RepositoryNotFoundError, match=f"missing {problem}. Check the path"):
         fetch_snapshot(spec("x", path=path), config)
 
 

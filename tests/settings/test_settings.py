@@ -176,6 +176,19 @@ def test_path_without_a_name_uses_the_name_of_the_directory(tmp_path: Path) -> N
     assert list(specs(MODEL_PATH=str(tmp_path / "my-model"))) == ["my-model"]
 
 
+def test_names_can_be_urls_of_hubs() -> None:
+    """In MODEL_NAME and in the mapping. A URL that contradicts the source is an error."""
+    url = "https://www.modelscope.cn/models/iic/gte/tree/v1"
+    main = specs(MODEL_NAME=url)["iic/gte"]
+    assert (main.name, main.source, main.revision) == ("iic/gte", "modelscope", "v1")
+    mapped = specs(MODEL_MAPPING=f'{{"m": {{"name": "{url}"}}}}')["m"]
+    assert (mapped.name, mapped.source, mapped.revision) == ("iic/gte", "modelscope", "v1")
+    assert "contradicts EMB_PROVIDER_MODEL_SOURCE=huggingface" in error_of(MODEL_NAME=url, MODEL_SOURCE="huggingface")
+    entry = f'{{"m": {{"name": "{url}", "revision": "v2"}}}}'
+    assert "contradicts revision 'v2': remove one" in error_of(MODEL_MAPPING=entry)
+    assert "not the URL of a model" in error_of(MODEL_NAME="https://example.com/a/b")
+
+
 def test_quantization_is_requested_by_precision_or_switch() -> None:
     """ENABLE_QUANTIZATION=true with precision auto means int8. int8 does not need it."""
     assert specs(ENABLE_QUANTIZATION="true")[BUNDLED_MODEL].precision == "int8"

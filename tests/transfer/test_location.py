@@ -26,6 +26,8 @@ MS = Location("modelscope", "a/b")
         ("ms:a/b", MS),
         ("modelscope:a/b@master", Location("modelscope", "a/b", "master")),
         ("a/b@refs/pr/1", Location("huggingface", "a/b", "refs/pr/1")),
+        ("https://huggingface.co/a/b/tree/v1", Location("huggingface", "a/b", "v1")),
+        ("https://modelscope.cn/models/a/b/summary", MS),
     ],
 )
 def test_sources(text: str, expected: Location) -> None:
@@ -41,6 +43,7 @@ def test_sources(text: str, expected: Location) -> None:
         ("hf:c/d", HF, Location("huggingface", "c/d")),
         ("ms:c/d", MS, Location("modelscope", "c/d")),
         ("dir:/data/x", HF, Location("directory", "/data/x")),
+        ("https://modelscope.cn/models/c/d", HF, Location("modelscope", "c/d")),
     ],
 )
 def test_destinations(text: str, source: Location, expected: Location) -> None:
