@@ -42,7 +42,8 @@ _PROBLEMS = {
 def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     """List the models on disk.
 
-    SIZE includes the files of a model and its compiled forms. PRECISION lists the compiled forms, and FIDELITY the
+    SIZE includes the files of a model and its compiled forms. In the total, which is printed on stderr, files that
+    several models share count once. PRECISION lists the compiled forms, and FIDELITY the
     lowest cosine of each to fp32. STATE is complete, incomplete (a download was interrupted: run pull again), damaged
     (run verify --repair) or unverified (another program downloaded it: pull checks it).
 
@@ -52,7 +53,8 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     _, manager = options.open_manager()
     models = manager.list(everything=everything)
     if as_json:
-        print_json({"models": [model.model_dump(mode="json") for model in models], "total_size": _total_size(models)})
+        total_size = manager.total_size(models)
+        print_json({"models": [model.model_dump(mode="json") for model in models], "total_size": total_size})
         return
     if quiet:
         for name in dict.fromkeys(model.model_name for model in models):
@@ -61,6 +63,8 @@ def list_models(*, everything: bool, quiet: bool, as_json: bool) -> None:
     out(table(_HEAD, [_row(model) for model in models]))
     if not models:
         say("There are no models on disk. To download one: emb-provider pull ID")
+    elif len(models) > 1:
+        say(f"{len(models)} models, {format_size(manager.total_size(models))} in total")
 
 
 @click.command()
@@ -132,12 +136,6 @@ def verify(
 
 
 # --- list ---------------------------------------------------------------------------------------------
-
-
-def _total_size(models: Sequence[CachedModelRecord]) -> int:
-    """Return the size of all models together, in which an artifact that several of them share counts once."""
-    artifacts = {artifact.key: artifact.size for model in models for artifact in model.artifacts}
-    return sum(model.files_size for model in models) + sum(artifacts.values())
 
 
 def _row(model: CachedModelRecord) -> Sequence[str]:

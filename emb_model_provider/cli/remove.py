@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -15,7 +16,7 @@ from emb_model_provider.error_table import USAGE_ERROR
 from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from emb_model_provider.cli.server_client import ServerClient
     from emb_model_provider.management.manager import ModelManager
@@ -86,7 +87,10 @@ def rm(
     else:
         remove = partial(_remove, manager, names, source, wait_s)
     waits = wait_s > 0 and not unload and not dry_run
-    result = _plan(manager, names, source) if waits else remove(dry_run=True)
+    # What is in use now is released, or else the removal fails.
+    result = (
+        _remove(manager, names, source, 0, dry_run=True, released=_paths(manager)) if waits else remove(dry_run=True)
+    )
     if not dry_run and not _is_empty(result):
         _confirm(result, yes=yes)
         result = run_until_interrupted(partial(remove, dry_run=False), _INTERRUPTED)
@@ -106,40 +110,32 @@ def prune(*, dry_run: bool, yes: bool, quiet: bool, as_json: bool) -> None:
     JSON: as for rm.
     """
     _, manager = options.open_manager()
-    result = _to_json([manager.prune(dry_run=True)], dry_run=True)
+    result = _to_json(manager.prune(dry_run=True), dry_run=True)
     if not dry_run:
         _confirm(result, yes=yes)
         removal = run_until_interrupted(lambda: manager.prune(dry_run=False), _INTERRUPTED)
-        result = _to_json([removal], dry_run=False)
+        result = _to_json(removal, dry_run=False)
     _print(result, quiet=quiet, as_json=as_json)
 
 
-def _plan(manager: ModelManager, names: _Names, source: Source | None) -> dict[str, Any]:
-    """Return what is going to be removed if the models that are in use are released."""
-    from emb_model_provider.management.types import CachedModelRecord, Removal
-
-    plan = Removal(models=[], artifacts=[], freed=0, kept=[]) if names else manager.remove_all(dry_run=True)
-    models: list[CachedModelRecord] = [*plan.kept]
-    for name, revision in names:
-        models += manager.find(name, source=source, revision=revision)
-    plan.models += models
-    plan.freed += sum(model.size - (model.files_size if model.source in _KEEPS_FILES else 0) for model in models)
-    plan.kept = []
-    return _to_json([plan], dry_run=True)
+def _paths(manager: ModelManager) -> list[Path | None]:
+    return [Path(model.path) if model.path is not None else None for model in manager.list()]
 
 
 def _remove(
-    manager: ModelManager, names: _Names, source: Source | None, wait_s: float, *, dry_run: bool
+    manager: ModelManager,
+    names: _Names,
+    source: Source | None,
+    wait_s: float,
+    *,
+    dry_run: bool,
+    released: Sequence[Path | None] = (),
 ) -> dict[str, Any]:
-    if not names:
-        return _to_json([manager.remove_all(wait_s=wait_s, dry_run=dry_run)], dry_run=dry_run)
-    if wait_s == 0 and not dry_run:
-        _remove(manager, names, source, wait_s, dry_run=True)  # so that nothing is removed if one is in use
-    removals = [
-        manager.remove(name, source=source, revision=revision, wait_s=wait_s, dry_run=dry_run)
-        for name, revision in names
-    ]
-    return _to_json(removals, dry_run=dry_run)
+    if names:
+        removal = manager.remove_together(names, source=source, wait_s=wait_s, dry_run=dry_run, released=released)
+    else:
+        removal = manager.remove_all(wait_s=wait_s, dry_run=dry_run, released=released)
+    return _to_json(removal, dry_run=dry_run)
 
 
 def _remove_on_server(
@@ -160,17 +156,9 @@ def _remove_on_server(
     return first
 
 
-def _to_json(removals: Iterable[Removal], *, dry_run: bool) -> dict[str, Any]:
-    """Return removals as one object, with the fields of the response of DELETE /api/models/cache."""
-    dumps = [removal.model_dump(mode="json") for removal in removals]
-    return {
-        "dry_run": dry_run,
-        "models": [model for dump in dumps for model in dump["models"]],
-        "artifacts": [key for dump in dumps for key in dump["artifacts"]],
-        "freed": sum(dump["freed"] for dump in dumps),
-        "kept": [model for dump in dumps for model in dump["kept"]],
-        "unloaded": [],
-    }
+def _to_json(removal: Removal, *, dry_run: bool) -> dict[str, Any]:
+    """Return a removal with the fields of the response of DELETE /api/models/cache."""
+    return {"dry_run": dry_run, **removal.model_dump(mode="json"), "unloaded": []}
 
 
 def _is_empty(result: dict[str, Any]) -> bool:

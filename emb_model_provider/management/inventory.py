@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -76,7 +77,7 @@ class CacheEntry:
     @property
     def digests(self) -> set[str]:
         """The digests of its snapshots, by which artifacts refer to it."""
-        return {digest for _, found in self.manifests for digest in found.digests}
+        return _digests(self.manifests)
 
     @property
     def owns_files(self) -> bool:
@@ -175,13 +176,15 @@ class Inventory:
             for each in journal.load_all(self.manifest_dir)
             if set(each.roots) <= set(self.roots.get(each.key.hub, ()))
         ]
-        by_directory: dict[tuple[str, Path], list[tuple[ManifestKey, Manifest]]] = {}
+        by_directory: dict[tuple[HubName, Path], list[tuple[ManifestKey, Manifest]]] = {}
         for key, found in manifest.load_all(self.manifest_dir):
             by_directory.setdefault((key.hub, found.snapshot.path), []).append((key, found))
         if directory is not None and (mirrored := mirror.read(directory.absolute())) is not None:
             path = mirrored.snapshot.path
             by_directory["local", path] = [_of_mirror(mirrored, by_directory.get(("local", path), []))]
-        entries = [self._downloaded(found, journals, artifacts) for found in by_directory.values()]
+        owners = Counter(digest for found in by_directory.values() for digest in _digests(found))
+        shared = {digest for digest, count in owners.items() if count > 1}
+        entries = [self._downloaded(found, journals, artifacts, shared) for found in by_directory.values()]
         with_snapshot = [each for entry in entries for each in entry.journals]
         complete = {path for _, path in by_directory}
         entries += [self._interrupted(each, complete) for each in journals if each not in with_snapshot]
@@ -200,8 +203,19 @@ class Inventory:
         entries.sort(key=lambda entry: (entry.name.lower(), entry.hub, entry.asked_revision or ""))
         return CacheInfo(tuple(entries), tuple(artifacts))
 
-    def find(self, info: CacheInfo, name: str, source: Source | None, revision: str | None) -> list[CacheEntry]:
-        """Return the models of a scan that a name refers to. Without a source, an alias refers to that of the settings."""
+    def is_below_root(self, entry: CacheEntry) -> bool:
+        """Return whether the files of a model are in a configured cache of its hub."""
+        roots = self.roots.get(entry.hub, ())
+        return entry.path is None or any(entry.path.is_relative_to(root) for root in roots)
+
+    def find(
+        self, info: CacheInfo, name: str, source: Source | None, revision: str | None, *, removing: bool = False
+    ) -> list[CacheEntry]:
+        """Return the models of a scan that a name refers to. Without a source, an alias refers to that of the settings.
+
+        Raises:
+            NotCachedError: There is none. The message says how to download it, unless it is found for its removal.
+        """
         name, source, revision = read_address(name, source, revision)
         requested, requested_revision = name, revision
         spec = next((each for each in self._models.specs() if name in each.aliases and name != each.name), None)
@@ -218,9 +232,10 @@ class Inventory:
             if source in (None, "auto", repo.hub) and repo.repository == self._hubs.name_on(repo.hub, requested):
                 raise NotCachedError(
                     f"{name} is in {repo.path}, but another program downloaded it: it is neither verified nor "
-                    f"removed. `emb-provider pull {name}` verifies and adopts it without another download."
+                    f"removed. `emb-provider pull {requested} --source {repo.hub}` verifies and adopts it without another "
+                    "download."
                 )
-        raise NotCachedError(_not_cached(name, source, revision, info.entries))
+        raise NotCachedError(_not_cached(requested, source, revision, info.entries, offers_download=not removing))
 
     def record_of(self, entry: CacheEntry) -> CachedModelRecord:
         """Return an entry as it is shown to users."""
@@ -253,14 +268,18 @@ class Inventory:
         )
 
     def _downloaded(
-        self, found: list[tuple[ManifestKey, Manifest]], journals: Sequence[Journal], artifacts: Sequence[ArtifactInfo]
+        self,
+        found: list[tuple[ManifestKey, Manifest]],
+        journals: Sequence[Journal],
+        artifacts: Sequence[ArtifactInfo],
+        shared: Collection[str],
     ) -> CacheEntry:
         # Several requests can lead to one directory: show the one for the default branch without file patterns.
         found.sort(key=lambda each: (bool(each[0].patterns), each[0].revision or ""))
         key, first = found[0]
         snapshot = first.snapshot
         files = {file.path: file for _, each in found for file in each.snapshot.files}
-        digests = {digest for _, each in found for digest in each.digests}
+        digests = _digests(found)
         own = [artifact for artifact in artifacts if artifact.snapshot in digests]
         keys = {each for each, _ in found}
         is_damaged = any(each.is_invalidated for _, each in found) or not has_sizes(snapshot.path, files.values())
@@ -275,7 +294,9 @@ class Inventory:
             files_size=sum(file.size for file in files.values()),
             fetched=_latest(each.fetched for _, each in found),
             last_used=_latest(_mtime(each.manifest_path(self.manifest_dir)) for each in keys),
-            in_use=self._in_use(key, snapshot.path) or any(self.store.is_held(each.key) for each in own),
+            # A compiled form that other models have, too, does not say which of them is loaded.
+            in_use=self._in_use(key, snapshot.path)
+            or any(self.store.is_held(each.key) for each in own if each.snapshot not in shared),
             manifests=tuple(found),
             # A removal that was interrupted before it removed all manifests has removed no files.
             journals=tuple(each for each in journals if each.key in keys or each.path == snapshot.path),
@@ -328,6 +349,10 @@ class Inventory:
         return last if len({entry.name for entry in last}) == 1 else []
 
 
+def _digests(found: Iterable[tuple[ManifestKey, Manifest]]) -> set[str]:
+    return {digest for _, each in found for digest in each.digests}
+
+
 def _of_mirror(mirrored: Mirror, earlier: Sequence[tuple[ManifestKey, Manifest]]) -> tuple[ManifestKey, Manifest]:
     """Return the manifest of a mirror as it is now, which may have been replaced since it was last loaded."""
     snapshot = mirrored.snapshot
@@ -340,17 +365,24 @@ def _of_mirror(mirrored: Mirror, earlier: Sequence[tuple[ManifestKey, Manifest]]
     return key, Manifest(plain, {}, fetched, composed_digest=snapshot.digest)
 
 
-def _not_cached(name: str, source: Source | None, revision: str | None, entries: Sequence[CacheEntry]) -> str:
+def _not_cached(
+    name: str, source: Source | None, revision: str | None, entries: Sequence[CacheEntry], *, offers_download: bool
+) -> str:
     what = f"{name}{f'@{revision}' if revision else ''}{f' from {source}' if source else ''}"
+    # An id, such as Qwen_Qwen3-0.6B, is only the name of a model on disk. The owner of a repository comes first.
+    repository = name.replace("_", "/", 1) if "/" not in name and "_" in name else name
+    options = f"{f'@{revision}' if revision else ''}{f' --source {source}' if source else ''}"
+    pull = f" To download it: `emb-provider pull {repository}{options}`."
+    if "/" not in repository:
+        pull = f" To download it, name its owner, too: `emb-provider pull OWNER/{repository}{options}`."
+    if not offers_download:
+        pull = ""
     names = list(dict.fromkeys(entry.name for entry in entries))
     if not names:
-        return f"{what} is not on this machine, and no other model is. Download it with `emb-provider pull {name}`."
+        return f"{what} is not on this machine, and no other model is.{pull}"
     close = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
     more = "" if len(names) <= len(close) else f", and {len(names) - len(close)} more"
-    return (
-        f"{what} is not on this machine. Available: {', '.join(close)}{more} (`emb-provider list`). "
-        f"Download it with `emb-provider pull {name}`."
-    )
+    return f"{what} is not on this machine. Available: {', '.join(close)}{more} (`emb-provider list`).{pull}"
 
 
 def _mtime(path: Path) -> float | None:

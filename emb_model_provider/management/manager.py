@@ -17,6 +17,7 @@ from emb_model_provider.errors import (
     NotCachedError,
     UnsupportedPrecisionError,
 )
+from emb_model_provider.hubs.caches import REMOTE_HUBS
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
@@ -27,7 +28,7 @@ from emb_model_provider.model_spec import MIRROR_MANIFEST
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest, mirror
-from emb_model_provider.snapshots.files import has_sizes
+from emb_model_provider.snapshots.files import has_sizes, size_of, walk
 from emb_model_provider.snapshots.locks import FileLock
 from emb_model_provider.snapshots.manifest import FilePatterns
 from emb_model_provider.snapshots.snapshot import parts_of
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from emb_model_provider.artifacts.prepare import BackendPreparer
-    from emb_model_provider.management.inventory import CacheEntry
+    from emb_model_provider.management.inventory import CacheEntry, CacheInfo
     from emb_model_provider.management.types import CachedModelRecord, Details, Removal
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import Settings
@@ -291,7 +292,13 @@ class ModelManager:
         return [self._inventory.record_of(entry) for entry in self._inventory.scan(everything=everything).entries]
 
     def find(
-        self, name: str, *, source: Source | None = None, revision: str | None = None, directories: bool = False
+        self,
+        name: str,
+        *,
+        source: Source | None = None,
+        revision: str | None = None,
+        directories: bool = False,
+        removing: bool = False,
     ) -> builtins.list[CachedModelRecord]:
         """Return the models on disk that a name refers to.
 
@@ -302,6 +309,7 @@ class ModelManager:
             revision: Only this revision, as it was requested or as it was resolved.
             directories: Also read a directory from which no model was loaded yet, if it is a mirror. Not for names from
                 clients of the service, which may not name directories.
+            removing: The models are going to be removed, so that an error does not say how to download them.
 
         Raises:
             NotCachedError: There is none; the message names models that exist.
@@ -312,7 +320,7 @@ class ModelManager:
         directory = directory_of(name) if is_allowed else None
         info = self._inventory.scan(directory=directory)
         try:
-            found = self._inventory.find(info, name, source, revision)
+            found = self._inventory.find(info, name, source, revision, removing=removing)
         except NotCachedError:
             if directory is None:
                 raise
@@ -392,6 +400,20 @@ class ModelManager:
             f"emb-provider pull {name}"
         )
 
+    @staticmethod
+    def total_size(models: Sequence[CachedModelRecord]) -> int:
+        """Return the bytes that models take on disk together: a file or compiled form that several have counts once."""
+        artifacts = {artifact.key: artifact.size for model in models for artifact in model.artifacts}
+        # A directory of a user can contain other files. Those of one hub's cache can be links to the same file.
+        in_caches = {Path(model.path) for model in models if model.path is not None and model.source in REMOTE_HUBS}
+        others = {
+            (model.path, model.model_name): model.files_size
+            for model in models
+            if model.path is None or (model.source not in REMOTE_HUBS and Path(model.path) not in in_caches)
+        }
+        files = {path for directory in in_caches for path in walk(directory)}
+        return size_of(files) + sum(artifacts.values()) + sum(others.values())
+
     # --- removing -------------------------------------------------------------------------------------
 
     def remove(
@@ -402,7 +424,7 @@ class ModelManager:
         revision: str | None = None,
         wait_s: float = 0.0,
         dry_run: bool = False,
-        released: Collection[Path] = (),
+        released: Collection[Path | None] = (),
     ) -> Removal:
         """Remove the models that a name refers to: files, manifests, and everything derived from them, or nothing.
 
@@ -421,11 +443,37 @@ class ModelManager:
             ModelInUseError: A model is in use for longer than `wait_s`.
             ManagementError: Files cannot be removed.
         """
-        find = partial(self._inventory.find, name=name, source=source, revision=revision)
+        return self.remove_together(
+            [(name, revision)], source=source, wait_s=wait_s, dry_run=dry_run, released=released
+        )
+
+    def remove_together(
+        self,
+        names: Sequence[tuple[str, str | None]],
+        *,
+        source: Source | None = None,
+        wait_s: float = 0.0,
+        dry_run: bool = False,
+        released: Collection[Path | None] = (),
+    ) -> Removal:
+        """Remove the models that names with their revisions refer to, or none of them. See `remove`."""
+
+        def find(info: CacheInfo) -> builtins.list[CacheEntry]:
+            found = [
+                entry
+                for name, revision in names
+                for entry in self._inventory.find(info, name, source, revision, removing=True)
+            ]
+            return [*{entry.location: entry for entry in found}.values()]
+
         return self._remover.remove(find, wait_s=wait_s, dry_run=dry_run, released=released)
 
-    def remove_all(self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path] = ()) -> Removal:
-        """Remove every model that this package put on disk. Models that are in use are kept, with the reason.
+    def remove_all(
+        self, *, wait_s: float = 0.0, dry_run: bool = False, released: Collection[Path | None] = ()
+    ) -> Removal:
+        """Remove every model that this package put into the cache directories of the settings.
+
+        Models that are in use, or in other directories, are kept, with the reason.
 
         Args:
             wait_s: How many seconds to wait for models that are in use.

@@ -12,9 +12,9 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from emb_model_provider.errors import ManagementError, ModelInUseError, NotCachedError
+from emb_model_provider.errors import ManagementError, ModelInUseError, NotAllowedError, NotCachedError
 from emb_model_provider.hubs.caches import files_of, leftovers, remove_leftovers, repository_dirs
 from emb_model_provider.management.types import KeptModel, Removal
 from emb_model_provider.snapshots import journal
@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 _STALE_FILE_S = 3600.0
 """Age of temporary files that a killed process has left, because writing one takes milliseconds."""
+
+
+_Use = Literal["changing", "loaded", "served"]
+"""How a process uses a model: it downloads or removes it, has loaded its files, or its compiled form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +73,14 @@ class Remover:
         *,
         wait_s: float,
         dry_run: bool,
-        released: Collection[Path] = (),
+        released: Collection[Path | None] = (),
     ) -> Removal:
         """Remove all models that `find` returns for a scan, or none of them. See `ModelManager.remove`."""
         info = self._inventory.scan()
         entries = find(info)
         if dry_run:
             for entry in entries:
-                if entry.in_use and entry.path not in released:
-                    raise _in_use(entry, "a process uses it now")
+                self._require_unused(entry, released)
             return self._removal(self._plan(entries, info))
         with _LockSet(self._inventory, wait_s) as locks:
             while locks.add(entries, info):
@@ -87,14 +90,20 @@ class Remover:
             self._execute(plan)
         return self._removal(plan)
 
-    def remove_all(self, *, wait_s: float, dry_run: bool, released: Collection[Path] = ()) -> Removal:
-        """Remove everything that this package put on disk. What is in use is kept, with the reason."""
+    def remove_all(self, *, wait_s: float, dry_run: bool, released: Collection[Path | None] = ()) -> Removal:
+        """Remove everything that this package put into the configured caches.
+
+        What is in use, or in another directory, is kept, with the reason.
+        """
         info = self._inventory.scan()
         if dry_run:
             return self._would_remove_all(info, released)
         deadline = time.monotonic() + wait_s
         total = Removal(models=[], artifacts=[], freed=0, kept=[])
         for entry in info.entries:
+            if (elsewhere := self._elsewhere(entry)) is not None:
+                total.kept.append(self._kept(entry, elsewhere))
+                continue
             self._remove_or_keep(total, entry, wait_s=max(0.0, deadline - time.monotonic()), dry_run=False)
         _add(total, self.prune(dry_run=False))
         total.artifacts = list(dict.fromkeys(total.artifacts))
@@ -157,13 +166,28 @@ class Remover:
                 return None
         return files_of(entry.hub, entry.name, entry.path, self._inventory.roots[entry.hub], removed_before)
 
-    def _would_remove_all(self, info: CacheInfo, released: Collection[Path]) -> Removal:
+    def _elsewhere(self, entry: CacheEntry) -> NotAllowedError | None:
+        """Return why a model that was downloaded to a directory of earlier settings is only removed by its name."""
+        if not entry.owns_files or self._inventory.is_below_root(entry):
+            return None
+        return NotAllowedError(
+            f"{entry.path} is not in a cache directory of the settings. To remove it, name it: `emb-provider rm {entry.name}`."
+        )
+
+    def _require_unused(self, entry: CacheEntry, released: Collection[Path | None]) -> None:
+        if not entry.in_use or entry.path in released:
+            return
+        is_changing = any(is_locked(key.lock_path(self._manifest_dir)) for key in entry.keys)
+        raise _in_use(entry, "changing" if is_changing else "loaded")
+
+    def _would_remove_all(self, info: CacheInfo, released: Collection[Path | None]) -> Removal:
         removed: list[CacheEntry] = []
         kept: list[KeptModel] = []
         for entry in info.entries:
             try:
-                if entry.in_use and entry.path not in released:
-                    raise _in_use(entry, "another process, or a download, uses it now")
+                if (elsewhere := self._elsewhere(entry)) is not None:
+                    raise elsewhere
+                self._require_unused(entry, released)
                 self._files(entry)
             except ManagementError as error:
                 kept.append(self._kept(entry, error))
@@ -280,23 +304,23 @@ class _LockSet(ExitStack):
         for entry in entries:
             for path in sorted({key.lock_path(inventory.manifest_dir) for key in entry.keys}):
                 lock = partial(try_lock_exclusive, path)
-                self._add(entry, path, lock, "it is being downloaded or removed")
+                self._add(entry, path, lock, "changing")
             if entry.path is not None:
                 lock = partial(inventory.locks.try_lock, entry.path)
-                self._add(entry, entry.path, lock, "a process has loaded it, or is loading it")
+                self._add(entry, entry.path, lock, "loaded")
             for artifact in entry.artifacts:
                 if artifact.snapshot in orphaned:
                     lock = partial(inventory.store.try_lock, artifact.key)
-                    self._add(entry, artifact.key, lock, "a process serves its compiled form")
+                    self._add(entry, artifact.key, lock, "served")
         return len(self._locked) > before
 
-    def _add(self, entry: CacheEntry, resource: object, lock: Callable[..., FileLock | None], reason: str) -> None:
+    def _add(self, entry: CacheEntry, resource: object, lock: Callable[..., FileLock | None], use: _Use) -> None:
         if resource in self._locked:
             return
         with _translated_errors(self._inventory):
             held = lock(wait_s=max(0.0, self._deadline - time.monotonic()))
         if held is None:
-            raise _in_use(entry, reason)
+            raise _in_use(entry, use)
         self.enter_context(held)
         self._locked.add(resource)
 
@@ -324,10 +348,16 @@ def _add(total: Removal, removed: Removal) -> None:
     total.kept += removed.kept
 
 
-def _in_use(entry: CacheEntry, how: str) -> ModelInUseError:
+def _in_use(entry: CacheEntry, use: _Use) -> ModelInUseError:
+    if use == "changing":
+        return ModelInUseError(
+            f"{entry.name} is in use: it is being downloaded or removed. Nothing was removed. Wait until that has ended "
+            "(`--wait SECONDS`), or cancel the download first."
+        )
+    how = "has loaded it, or is loading it" if use == "loaded" else "serves its compiled form"
     return ModelInUseError(
-        f"{entry.name} is in use: {how}. Nothing was removed. Unload it first (`emb-provider unload {entry.name}`), "
-        "end the process that uses it, or wait for it (`--wait`)."
+        f"{entry.name} is in use: a process {how}. Nothing was removed. To let the running server unload it first: "
+        f"`emb-provider rm --unload {entry.name}`. If it is another process, end it, or wait for it (`--wait SECONDS`)."
     )
 
 

@@ -70,6 +70,15 @@ def test_rm_asks_on_a_terminal(here: Path) -> None:
 # --- rm -----------------------------------------------------------------------------------------------
 
 
+def test_rm_of_an_unknown_model_does_not_advise_to_download_it(here: Path) -> None:
+    """`show` does, with the id of a repository, of which the name over HTTP is another spelling."""
+    shown, removed = invoke("show", "Qwen_Qwen3-0.6B"), invoke("rm", "-y", "Qwen_Qwen3-0.6B")
+    assert (shown.exit_code, removed.exit_code) == (2, 2)
+    assert "`emb-provider pull Qwen/Qwen3-0.6B`" in shown.stderr
+    assert "pull" not in removed.stderr
+    assert "`emb-provider pull OWNER/bge-m3`" in invoke("show", "bge-m3").stderr
+
+
 def test_rm_leaves_no_files_behind(here: Path) -> None:
     """Neither in the caches of the hubs nor in ours, except lock files. Removing it again exits with 2."""
     before = cache_content(here)

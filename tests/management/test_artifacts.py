@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from emb_model_provider.progress import OnProgress
     from emb_model_provider.settings import Settings
     from emb_model_provider.snapshots.snapshot import Snapshot
+    from tests.hubs.servers import ModelScopeServer
 
 DESCRIPTION = ModelDescription(
     dimension=8,
@@ -126,6 +127,26 @@ def test_artifact_in_use_keeps_its_model(manager: ModelManager, snapshot: Snapsh
     assert on_disk(tmp_path) == before
     found[1].release()
     assert len(manager.remove(MS_REPO).artifacts) == 1
+
+
+def test_artifact_of_a_loaded_model_does_not_keep_another_model(
+    configured: Callable[..., Settings], manager: ModelManager, modelscope: ModelScopeServer, tmp_path: Path
+) -> None:
+    """Two models have the same files, and one of them is loaded. The other is removed, without the shared artifact."""
+    modelscope.repos["iic/copy"] = modelscope.repos[MS_REPO]
+    loaded, lock = manager.acquire(resolve_model(configured(), MS_REPO))
+    manager.ensure(resolve_model(configured(), "iic/copy"))
+    key = add_artifact(tmp_path / "cache", loaded.digest)
+    held = ArtifactStore(tmp_path / "cache", max_bytes=1).find(recipe(loaded.digest))
+    assert held is not None
+    assert {model.model_name: model.in_use for model in manager.list()} == {MS_REPO: True, "iic/copy": False}
+    assert manager.remove("iic/copy", dry_run=True).artifacts == []
+    assert manager.remove("iic/copy").artifacts == []
+    assert artifact_keys(tmp_path / "cache") == [key]
+    with pytest.raises(ModelInUseError):
+        manager.remove(MS_REPO)
+    held[1].release()
+    lock.release()
 
 
 def test_artifact_of_two_models_is_removed_with_the_last(

@@ -15,6 +15,7 @@ from emb_model_provider.model_spec import BUNDLED_MODEL
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, modelscope_files
 from tests.hubs.helpers import write_files
 from tests.management.helpers import on_disk
+from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,82 @@ def test_shared_files_of_removed_revisions_are_counted_once(
         removal = manager.remove_all(dry_run=dry_run) if remove_all else manager.remove(HF_REPO, dry_run=dry_run)
         assert removal.freed == size
     assert not manager.list()
+
+
+def test_shared_files_count_once_in_the_total(
+    manager: ModelManager, huggingface: HuggingFaceServer, tmp_path: Path
+) -> None:
+    """Two revisions are links to the same files."""
+    huggingface.revisions = ("main", "v1")
+    manager.ensure_model_cached(HF_REPO, revision="v1")
+    huggingface.repos[HF_REPO]["config.json"] = b'{"model_type": "bert", "hidden_size": 16}'
+    manager.ensure_model_cached(HF_REPO)
+    manager.ensure_model_cached(BUNDLED_MODEL)
+    models = manager.list()
+    blobs = sum(blob.stat().st_size for blob in (tmp_path / "hf" / "models--acme--tiny" / "blobs").iterdir())
+    bundled = next(model.files_size for model in models if model.source == "bundled")
+    assert manager.total_size(models) == blobs + bundled
+    assert sum(model.files_size for model in models) > blobs + bundled + len(WEIGHTS) / 2
+
+
+def test_models_that_are_removed_together_are_counted_together(
+    configured: Callable[..., Settings], manager: ModelManager, huggingface: HuggingFaceServer, tmp_path: Path
+) -> None:
+    """The dry run of several names reports what their removal frees."""
+    huggingface.repos["acme/other"] = model_files()
+    huggingface.revisions = ("main", "v1")
+    names: list[tuple[str, str | None]] = [(HF_REPO, None), (HF_REPO, "v1"), ("acme/other", None)]
+    for name, revision in names:
+        manager.ensure_model_cached(name, revision=revision)
+    planned = manager.remove_together(names, dry_run=True)
+    blobs = [path for path in (tmp_path / "hf").rglob("blobs/*") if path.is_file()]
+    assert planned.freed == sum(path.stat().st_size for path in blobs)
+    assert manager.remove_together(names).freed == planned.freed
+    assert not manager.list()
+
+
+def test_removal_of_all_is_limited_to_the_configured_directories(
+    configured: Callable[..., Settings], manager: ModelManager, tmp_path: Path
+) -> None:
+    """A model in a directory of earlier settings is kept, unless it is named."""
+    elsewhere = ModelManager(configured(modelscope_cache_dir=tmp_path / "elsewhere"))
+    path = elsewhere.ensure_model_cached(MS_REPO)
+    assert path.is_relative_to(tmp_path / "elsewhere")
+    manager.ensure_model_cached(HF_REPO)
+    for dry_run in (True, False):
+        removal = manager.remove_all(dry_run=dry_run)
+        assert [model.model_name for model in removal.models] == [HF_REPO]
+        (kept,) = removal.kept
+        assert kept.path == str(path)
+        assert f"`emb-provider rm {MS_REPO}`" in kept.reason
+    assert (path / "config.json").is_file()
+    assert [model.model_name for model in manager.list()] == [MS_REPO]
+    manager.remove(MS_REPO)
+    assert not path.exists()
+
+
+def test_error_says_how_the_model_is_used(
+    configured: Callable[..., Settings], manager: ModelManager, modelscope: ModelScopeServer
+) -> None:
+    """A download cannot be unloaded."""
+    snapshot, lock = manager.acquire(resolve_model(configured(), MS_REPO))
+    with lock:
+        for dry_run in (True, False):
+            with pytest.raises(ModelInUseError, match=f"has loaded it.*`emb-provider rm --unload {MS_REPO}`"):
+                manager.remove(MS_REPO, dry_run=dry_run)
+    modelscope.faults.hold_after["pytorch_model.bin"] = 100
+    shutil.rmtree(snapshot.path)
+    download = threading.Thread(target=manager.ensure_model_cached, args=(MS_REPO,))
+    download.start()
+    try:
+        wait_until(lambda: any(model.in_use for model in manager.list()))
+        for dry_run in (True, False):
+            with pytest.raises(ModelInUseError, match="being downloaded or removed") as raised:
+                manager.remove(MS_REPO, dry_run=dry_run)
+            assert "unload" not in str(raised.value)
+    finally:
+        modelscope.faults.release.set()
+        download.join()
 
 
 def test_model_in_use_is_not_removed(

@@ -36,16 +36,15 @@ router = APIRouter(tags=["management"])
 async def list_cached(services: ServicesDep, query: Annotated[schemas.ListQuery, Query()]) -> schemas.CachedModels:
     models = await services.in_disk_thread(partial(services.manager.list, everything=query.all))
     statuses = services.registry.statuses()
-    return schemas.CachedModels(
-        models=[_with_aliases(model, statuses) for model in models], total_size=_total_size(models)
-    )
+    total_size = await services.in_disk_thread(partial(services.manager.total_size, models))
+    return schemas.CachedModels(models=[_with_aliases(model, statuses) for model in models], total_size=total_size)
 
 
 @router.delete(
     f"{CACHE}/all",
     summary="Remove all models from disk",
-    description="Models that are in use are kept and listed. Directories, and models that other programs downloaded, are "
-    "not changed.",
+    description="Models that are in use, or outside the cache directories of the settings, are kept and listed. Directories, "
+    "and models that other programs downloaded, are not changed.",
     responses=error_responses(400, 401, 403, 500, 503),
 )
 async def remove_all(
@@ -109,18 +108,20 @@ async def verify(
 async def remove(
     services: ServicesDep, request: Request, model_id: str, query: Annotated[schemas.RemoveQuery, Query()]
 ) -> schemas.Removed:
-    models = await _find(services, model_id, query)
+    models = await _find(services, model_id, query, removing=True)
     remove_models = partial(services.manager.remove, model_id, source=query.source, revision=query.revision)
     return await _remove(CacheRemoval(services, request, query, models, remove_models))
 
 
-async def _find(services: Services, model_id: str, query: schemas.CachedQuery) -> list[CachedModelRecord]:
+async def _find(
+    services: Services, model_id: str, query: schemas.CachedQuery, *, removing: bool = False
+) -> list[CachedModelRecord]:
     if model_id in _RESERVED_IDS:
         raise HTTPException(405, headers={"allow": _RESERVED_IDS[model_id]})
     if len(model_id) > _MAX_ID_LENGTH:
         raise NotCachedError("The name is too long. GET /api/models/cache/list lists the models on disk.")
     return await services.in_disk_thread(
-        partial(services.manager.find, model_id, source=query.source, revision=query.revision)
+        partial(services.manager.find, model_id, source=query.source, revision=query.revision, removing=removing)
     )
 
 
@@ -130,12 +131,6 @@ def _with_aliases(model: CachedModelRecord, statuses: Sequence[ModelStatus]) -> 
 
 def _aliases(model: CachedModelRecord, statuses: Sequence[ModelStatus]) -> list[str]:
     return [status.spec.alias for status in models_using([model], statuses)]
-
-
-def _total_size(models: Sequence[CachedModelRecord]) -> int:
-    files = {model.path: model.files_size for model in models if model.path is not None}
-    artifacts = {artifact.key: artifact.size for model in models for artifact in model.artifacts}
-    return sum(files.values()) + sum(artifacts.values())
 
 
 async def _remove(cache_removal: CacheRemoval) -> schemas.Removed:
