@@ -45,6 +45,11 @@ def format_cosine(cosine: float) -> str:
     return f"{int(cosine * 100_000) / 100_000:.5f}"
 
 
+def precision_label(precision: str, computed: str) -> str:
+    """Return the name of a compiled form: the precision of its weights, or of the computation if they are fp32."""
+    return computed if precision == "fp32" else precision
+
+
 def first_line(error: BaseException, *, limit: int = 200, secret: str | None = None) -> str:
     """Return the first line of an error's message, or its class name if it has none, with `***` for `secret`."""
     lines = str(getattr(error, "message", None) or error).strip().splitlines()

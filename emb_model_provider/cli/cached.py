@@ -11,10 +11,10 @@ import click
 
 from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.output import out, pairs, precision_label, print_json, say, show_progress, table
+from emb_model_provider.cli.output import out, pairs, print_json, say, show_progress, table
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import ProviderError
-from emb_model_provider.formatting import format_age, format_cosine, format_size
+from emb_model_provider.formatting import format_age, format_cosine, format_size, precision_label
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

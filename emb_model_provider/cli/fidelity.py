@@ -201,7 +201,7 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
 def _about() -> dict[str, str]:
     from emb_model_provider.artifacts.recipe import installed_version
     from emb_model_provider.backends.hardware import usable_cpus
-    from emb_model_provider.cli.doctor.machine import processor_name
+    from emb_model_provider.doctor.machine import processor_name
 
     versions = {package: installed_version(package) for package in ("emb-model-provider", *_PACKAGES)}
     installed = ", ".join(f"{package} {found}" for package, found in versions.items() if found is not None)

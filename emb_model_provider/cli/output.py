@@ -119,11 +119,6 @@ def pairs(values: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:{width}}  {value}" for name, value in values)
 
 
-def precision_label(precision: str, computed: str) -> str:
-    """Return the name of a compiled form: the precision of its weights, or of the computation if they are fp32."""
-    return computed if precision == "fp32" else precision
-
-
 # --- errors -------------------------------------------------------------------------------------------
 
 

@@ -11,18 +11,9 @@ import click
 
 from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import RESUME_HINT, run_until_interrupted
-from emb_model_provider.cli.output import (
-    exit_code_of,
-    out,
-    pairs,
-    precision_label,
-    print_json,
-    say,
-    show_progress,
-    warn,
-)
+from emb_model_provider.cli.output import exit_code_of, out, pairs, print_json, say, show_progress, warn
 from emb_model_provider.errors import OperationCancelledError, ProviderError
-from emb_model_provider.formatting import format_cosine, format_size
+from emb_model_provider.formatting import format_cosine, format_size, precision_label
 from emb_model_provider.progress import CancelToken, Mode, ProgressReporter
 from emb_model_provider.snapshots.snapshot import parts_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from emb_model_provider.cli.doctor.machine import check_memory, check_processor, processor_name
+from emb_model_provider.doctor.machine import check_memory, check_processor, processor_name
 from tests.cli.helpers import run_doctor
 
 if TYPE_CHECKING:

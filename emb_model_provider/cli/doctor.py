@@ -1,36 +1,26 @@
-"""`emb-provider doctor`: checks this machine, and says what to do about problems."""
+"""`emb-provider doctor`: checks this machine and the settings, and says what to do about problems."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from emb_model_provider.cli import options
 from emb_model_provider.cli.output import out, print_json, say, styled
+from emb_model_provider.doctor import CheckResult, check_machine, check_setup
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Level = Literal["ok", "warn", "fail"]
+    from emb_model_provider.settings import Settings
 
+_HEALTH_TIMEOUT_S = 3.0
 _LABELS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "red")}
-
-
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """The result of one check."""
-
-    check: str
-    level: Level
-    """fail: something that is configured cannot work. warn: it works, but not well or not in every case."""
-    found: str
-    advice: str = ""
-    """What to do, such as a command or a setting; empty if there is nothing to do."""
 
 
 @click.command()
@@ -60,12 +50,9 @@ def doctor(*, as_json: bool) -> None:
 def _run_checks() -> Iterator[CheckResult]:
     # A setting of ModelScope's client, which it reads when it is imported: its default of five tries takes too long.
     os.environ.setdefault("MODELSCOPE_API_MAX_RETRIES", "1")
-    from emb_model_provider.cli.doctor import machine, service
     from emb_model_provider.settings.loading import load_settings, overridden_names
 
-    yield from machine.check_python()
-    yield machine.check_processor()
-    yield machine.check_memory()
+    yield from check_machine()
     try:
         settings, warnings = load_settings()
     except SettingsError as error:
@@ -81,11 +68,35 @@ def _run_checks() -> Iterator[CheckResult]:
     for name in overridden_names():
         found = f"the value of {name} in .env is not used, because the environment has another one"
         yield CheckResult("settings", "warn", found, "Remove one of the two. A container sets it with -e.")
-    yield machine.check_cuda(settings)
-    yield from machine.check_directories(settings)
-    yield service.check_port(settings)
-    yield from service.check_hubs(settings)
-    yield from service.check_models(settings)
+    yield check_port(settings)
+    yield from check_setup(settings)
+
+
+def check_port(settings: Settings) -> CheckResult:
+    """Check that the port is free, or that this service listens on it."""
+    from emb_model_provider.main import listen
+
+    server = settings.server
+    address = f"{server.host}:{server.port}"
+    try:
+        sockets = listen(server)
+    except SettingsError as error:
+        if _is_this_service(server.local_url):
+            return CheckResult("port", "ok", f"{address}: the service is running")
+        return CheckResult("port", "fail", f"{address} is not available", error.message)
+    for listening in sockets:
+        listening.close()
+    return CheckResult("port", "ok", f"{address} is free")
+
+
+def _is_this_service(url: str) -> bool:
+    import httpx
+
+    try:
+        response = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
+        return bool(response.json() == {"status": "ok"})
+    except (httpx.HTTPError, ValueError):
+        return False
 
 
 def _print(result: CheckResult) -> None:

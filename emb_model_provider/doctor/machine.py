@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from emb_model_provider.cli.doctor import CheckResult
+from emb_model_provider.doctor import CheckResult
 from emb_model_provider.errors import HubError
 from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from emb_model_provider.cli.doctor import Level
+    from emb_model_provider.doctor import Level
     from emb_model_provider.settings import Settings
 
 _ROOT = Path("/")

@@ -1,4 +1,4 @@
-"""Checks of what the service needs: its port, the hubs, and the configured models."""
+"""Checks of what the service needs: the hubs, and the configured models."""
 
 from __future__ import annotations
 
@@ -6,41 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emb_model_provider.cli.doctor import CheckResult
-from emb_model_provider.cli.output import precision_label
-from emb_model_provider.errors import ProviderError, SettingsError
+from emb_model_provider.doctor import CheckResult
+from emb_model_provider.errors import ProviderError
+from emb_model_provider.formatting import precision_label
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from emb_model_provider.cli.doctor import Level
+    from emb_model_provider.doctor import Level
     from emb_model_provider.hubs.base import HubStatus
     from emb_model_provider.management.types import CachedModelRecord
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import Settings
     from emb_model_provider.settings.fields import RemoteHubName
 
-_HEALTH_TIMEOUT_S = 3.0
 _HUB_TIMEOUT_S = 10.0
 _NAMES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 _PREFIXES = {"huggingface": "EMB_PROVIDER_HF", "modelscope": "EMB_PROVIDER_MODELSCOPE"}
-
-
-def check_port(settings: Settings) -> CheckResult:
-    """Check that the port is free, or that this service listens on it."""
-    from emb_model_provider.main import listen
-
-    server = settings.server
-    address = f"{server.host}:{server.port}"
-    try:
-        sockets = listen(server)
-    except SettingsError as error:
-        if _is_this_service(server.local_url):
-            return CheckResult("port", "ok", f"{address}: the service is running")
-        return CheckResult("port", "fail", f"{address} is not available", error.message)
-    for listening in sockets:
-        listening.close()
-    return CheckResult("port", "ok", f"{address} is free")
 
 
 def check_hubs(settings: Settings) -> Iterator[CheckResult]:
@@ -87,16 +69,6 @@ def check_models(settings: Settings) -> Iterator[CheckResult]:
         else:
             advice = f"The first start downloads it. To download it now: {pull}"
             yield CheckResult(check, "warn", f"not on disk yet ({hub})", advice)
-
-
-def _is_this_service(url: str) -> bool:
-    import httpx
-
-    try:
-        response = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
-        return bool(response.json() == {"status": "ok"})
-    except (httpx.HTTPError, ValueError):
-        return False
 
 
 def _missing_models(settings: Settings) -> dict[str, str]:
