@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.settings.fields import Lowered, MappingEntry, allowed_values
@@ -78,6 +79,22 @@ class Settings(BaseModel):
     server: ServerSettings = Field(default_factory=ServerSettings)
     lifecycle: LifecycleSettings = Field(default_factory=LifecycleSettings)
     logs: LogSettings = Field(default_factory=LogSettings)
+
+    _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where the settings that have a value come from: by setting, such as `HF_TOKEN` or `.env: EMB_PROVIDER_PORT`."""
+        return self._origins
+
+    def __eq__(self, other: object) -> bool:
+        # Settings are equal wherever their values come from.
+        return isinstance(other, Settings) and self.__dict__ == other.__dict__
+
+    def with_origins(self, origins: Mapping[str, str]) -> Self:
+        """Record where the values come from."""
+        self._origins = origins
+        return self
 
     @classmethod
     def groups(cls) -> dict[str, type[SettingsGroup]]:

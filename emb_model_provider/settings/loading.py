@@ -67,7 +67,7 @@ def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os
         SettingsError: Values are wrong. Its message has one line for each of them.
     """
     variables = read_environment(env_file, environ)
-    values, problems = _collect_values(variables)
+    values, names, problems = _collect_values(variables)
     groups: dict[str, Any] = {}
     for group, kind in Settings.groups().items():
         own = {name: values[name] for name in kind.model_fields if name in values}
@@ -79,7 +79,10 @@ def load_settings(env_file: Path = Path(".env"), environ: Mapping[str, str] = os
             problems += _describe(error, own)
     if problems:
         raise SettingsError("\n".join(problems))
-    return Settings(**groups), _service_links(environ) + _unknown_names(variables)
+    origins = {
+        setting: name if environ.get(name, "").strip() else f"{env_file}: {name}" for setting, name in names.items()
+    }
+    return Settings(**groups).with_origins(origins), _service_links(environ) + _unknown_names(variables)
 
 
 def read_environment(env_file: Path, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -128,9 +131,10 @@ def _unquote(name: str, value: str) -> str:
     return value[1:-1]
 
 
-def _collect_values(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of the settings, and what is wrong with others."""
+def _collect_values(variables: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return the values of the settings, the variables that they come from, and what is wrong with others."""
     values: dict[str, Any] = {}
+    names: dict[str, str] = {}
     problems: list[str] = []
     for setting in Settings.variables():
         variable = setting.upper()
@@ -141,8 +145,9 @@ def _collect_values(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[
                 values[setting] = _read_value(setting, name, variables[name])
             except SettingsError as error:
                 problems.append(str(error))
+            names[setting] = name
             break
-    return values, problems
+    return values, names, problems
 
 
 def _read_value(setting: str, name: str, text: str) -> Any:

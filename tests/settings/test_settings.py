@@ -519,3 +519,17 @@ def test_default_log_directory_is_not_below_the_root(monkeypatch: pytest.MonkeyP
     assert load(LOG_DIR="logs").logs.directory == Path("logs")
     monkeypatch.chdir("/tmp")  # noqa: S108 - nothing is written
     assert load().logs.directory == Path("logs")
+
+
+def test_the_origin_of_each_value_is_known(tmp_path: Path) -> None:
+    """The variable that a value was read from, and the file if it is in one. Defaults have none."""
+    env_file = tmp_path / ".env"
+    env_file.write_text("EMB_PROVIDER_PORT=9001\nHF_TOKEN=in-file\nEMB_PROVIDER_LOG_LEVEL=DEBUG\n", encoding="utf-8")
+    environ = {"HF_ENDPOINT": "https://mirror.example", "EMB_PROVIDER_LOG_LEVEL": "INFO", "EMB_PROVIDER_HOST": " "}
+    settings, _ = load_settings(env_file, environ)
+    assert settings.origins == {
+        "hf_endpoint": "HF_ENDPOINT",
+        "log_level": "EMB_PROVIDER_LOG_LEVEL",
+        "port": f"{env_file}: EMB_PROVIDER_PORT",
+        "hf_token": f"{env_file}: HF_TOKEN",
+    }
