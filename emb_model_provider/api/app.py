@@ -18,11 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
+from emb_model_provider.api.console.page import Console
+from emb_model_provider.api.console.routers import ROUTERS as CONSOLE_ROUTERS
 from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
-from emb_model_provider.api.paths import PathMiddleware
+from emb_model_provider.api.paths import CONSOLE, CONSOLE_SIGN_IN, PathMiddleware
 from emb_model_provider.api.routes import (
     azure,
     cached_models,
@@ -39,6 +41,7 @@ from emb_model_provider.api.routes import (
 )
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
+from emb_model_provider.api.sessions import Sessions
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
@@ -82,19 +85,23 @@ _ROUTERS = (
 class Application(FastAPI):
     """FastAPI, with the middleware of the service and `EmbeddingsFastPath` around all of its own layers."""
 
-    def __init__(self, services: Services, lifespan: Lifespan[Application]) -> None:
+    def __init__(self, services: Services, sessions: Sessions, lifespan: Lifespan[Application]) -> None:
         super().__init__(
             title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
             lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
         )  # fmt: skip
+        server = services.settings.server
+        policy = AccessPolicy(server, sessions if server.console else None)
+        routers = [*_ROUTERS, *(CONSOLE_ROUTERS if server.console else ())]
         self.state.services = services
-        self.state.methods = _methods(_ROUTERS)
-        for router in _ROUTERS:
+        self.state.console = Console(services, policy, sessions)
+        self.state.methods = _methods(routers)
+        for router in routers:
             self.include_router(router)
         # All other errors are handled by AuthAndLimitsMiddleware.
         self.add_exception_handler(HTTPException, on_http_exception)
         self.add_exception_handler(RequestValidationError, on_validation_error)
-        self._app = _add_middleware(super().__call__, services)
+        self._app = _add_middleware(super().__call__, services, policy)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -155,9 +162,11 @@ def create_app(
         ),
     )
     jobs = DownloadJobs(manager)
+    sessions = Sessions()
 
     @asynccontextmanager
     async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
+        _announce_console(settings.server, sessions)
         starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
         watching = asyncio.create_task(registry.watch(on_hung))
         yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
@@ -171,7 +180,7 @@ def create_app(
     services = Services(
         settings=settings, registry=registry, manager=manager, jobs=jobs, metrics=metrics, background=background
     )
-    return Application(services, lifespan)
+    return Application(services, sessions, lifespan)
 
 
 def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
@@ -183,9 +192,8 @@ def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
     return methods
 
 
-def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
+def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
-    policy = AccessPolicy(server)
     app = EmbeddingsFastPath(app, services)
     app = AuthAndLimitsMiddleware(app, policy, limits.max_body_bytes, BodyBudget(limits.max_pending_body_bytes))
     # Outside of the middleware that creates error responses, so that pages can read those too.
@@ -195,6 +203,19 @@ def _add_middleware(app: ASGIApp, services: Services) -> ASGIApp:
         app = TrustedHostMiddleware(app, policy)
     app = AccessLogMiddleware(app, services.metrics.on_request)
     return PathMiddleware(app)
+
+
+def _announce_console(server: ServerSettings, sessions: Sessions) -> None:
+    if not server.console:
+        return
+    logger.info("console: %s%s", server.local_url, CONSOLE)
+    if not server.accepted_admin_keys and not server.is_on_loopback:
+        # The browser may be on another machine, as it always is for a container.
+        token = sessions.create_link()
+        logger.info(
+            "console from another machine, once: %s%s?token=%s (with the name of this machine in place of the address)",
+            server.local_url, CONSOLE_SIGN_IN, token,
+        )  # fmt: skip
 
 
 async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse
 
 from emb_model_provider.api.errors import error_response
-from emb_model_provider.api.paths import is_admin_path, is_public_path
+from emb_model_provider.api.paths import (
+    CONSOLE_SIGN_IN,
+    is_admin_path,
+    is_console_path,
+    is_public_console_path,
+    is_public_path,
+)
 from emb_model_provider.settings.hosts import is_loopback_address, is_loopback_host, parse_host
 
 if TYPE_CHECKING:
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from emb_model_provider.api.sessions import Sessions
     from emb_model_provider.settings import ServerSettings
 
 
@@ -27,10 +36,18 @@ _KEY_HEADERS = ("api-key", "x-api-key")
 """Headers in which clients of Azure and of other services send their key."""
 
 
+SignIn = Literal["open", "key", "link"]
+"""How a browser gets to the console. open: without a key. key: with a key. link: with the link that the start prints."""
+
+
 class AccessPolicy:
     """Decides which requests are allowed, by their Host header, their API key, and where they come from."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, sessions: Sessions | None = None) -> None:
+        """Create a policy. Without `sessions` there is no console."""
+        self._sessions = sessions
+        self.cookie = f"emb_provider_console_{settings.port}"
+        """Name of the console's cookie. Cookies do not depend on the port, and one machine can run several services."""
         self._keys = tuple(key.encode() for key in settings.accepted_keys)
         self._admin_keys = tuple(key.encode() for key in settings.accepted_admin_keys)
         self._origins = frozenset(map(str.lower, settings.cors_origins))
@@ -58,10 +75,55 @@ class AccessPolicy:
     def authorize(self, scope: Scope, headers: Headers) -> Response | None:
         """Return an error response if a request is not allowed or has no valid key, else None."""
         path = scope["path"]
+        if self._sessions is not None and is_console_path(path):
+            return self._authorize_console(scope, headers)
         if not is_admin_path(path):
             if is_public_path(scope["method"], path):
                 return None
             return _check_key(headers, self._keys, _KEY_HEADERS) if self._keys else self._check_origin(scope, headers)
+        return self._authorize_admin(scope, headers)
+
+    def sign_in_with(self, scope: Scope, headers: Headers) -> SignIn:
+        """Return how the browser that sends a request can get to the console."""
+        if self._admin_keys:
+            return "key"
+        if not _is_direct_local(scope, headers):
+            return "link"
+        return "key" if self._keys else "open"
+
+    def accepts_key(self, scope: Scope, headers: Headers, key: str) -> bool:
+        """Return whether a key opens a session of the console. The same keys are accepted as on admin routes."""
+        accepted = self._admin_keys or (self._keys if self.sign_in_with(scope, headers) == "key" else ())
+        # All keys are compared, so that the time does not depend on which one matches.
+        matches = [hmac.compare_digest(key.strip().encode("utf-8", "replace"), each) for each in accepted]
+        return any(matches)
+
+    def session_token(self, headers: Headers) -> str | None:
+        """Return the token of the session that a request belongs to, or None."""
+        token = cookie_parser(headers.get("cookie", "")).get(self.cookie)
+        return token if token and self._sessions is not None and self._sessions.is_open(token) else None
+
+    def _authorize_console(self, scope: Scope, headers: Headers) -> Response | None:
+        is_read = scope["method"] in ("GET", "HEAD")
+        if _is_cross_origin(headers) and not is_read:
+            return error_response(
+                403,
+                "A page of another site, or of another port, cannot use the console. Open the console itself, and repeat "
+                "it there.",
+                code="cross_origin",
+            )
+        if is_public_console_path(scope["path"]):
+            return None
+        # Pages of other origins must not read the console either: SameSite cookies are sent by other ports of this host.
+        if not _is_cross_origin(headers) and (
+            self.session_token(headers) is not None or self._authorize_admin(scope, headers) is None
+        ):
+            return None
+        if "hx-request" in headers:
+            return error_response(401, "Sign in first.", code="signed_out", headers={"hx-redirect": CONSOLE_SIGN_IN})
+        return RedirectResponse(CONSOLE_SIGN_IN, 303)
+
+    def _authorize_admin(self, scope: Scope, headers: Headers) -> Response | None:
         if self._admin_keys:
             return _check_key(headers, self._admin_keys)
         if not _is_direct_local(scope, headers) or _is_cross_origin(headers):
@@ -106,7 +168,7 @@ class CorsMiddleware(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # CORS_ORIGINS allows pages to embed texts, not to change the service.
-        if scope["type"] == "http" and is_admin_path(scope["path"]):
+        if scope["type"] == "http" and (is_admin_path(scope["path"]) or is_console_path(scope["path"])):
             await self.app(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import orjson
 from starlette.responses import Response
 
-from emb_model_provider.api.dependencies import get_record
+from emb_model_provider.api.dependencies import RECORD, get_record
 from emb_model_provider.api.paths import dialect_of
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import (
@@ -43,16 +43,19 @@ class ErrorResponse(Response):
 
     def __init__(self, status: int, error: Mapping[str, str | None], headers: Mapping[str, str] | None) -> None:
         super().__init__(orjson.dumps({"error": error}), status, headers=headers, media_type="application/json")
-        self._message = error["message"]
+        self.message = error["message"] or ""
+        self._code = error["code"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (record := scope.get(RECORD)) is not None:
+            record.error_code = self._code or ""
         match dialect_of(scope["method"], scope["path"]):
             case "ollama":
-                self._set_body({"error": self._message})
+                self._set_body({"error": self.message})
             case "tei":
-                self._set_body({"error": self._message, "error_type": _tei_error_type(self.status_code)})
+                self._set_body({"error": self.message, "error_type": _tei_error_type(self.status_code)})
             case "cohere":
-                self._set_body({"message": self._message})
+                self._set_body({"message": self.message})
         await super().__call__(scope, receive, send)
 
     def _set_body(self, body: Mapping[str, str | None]) -> None:
@@ -68,14 +71,14 @@ def error_response(
     param: str | None = None,
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
-) -> Response:
+) -> ErrorResponse:
     """Return an error in OpenAI's form."""
     # A message can quote what the client sent, lone surrogates included, which UTF-8 cannot encode.
     message = message.encode("utf-8", "replace").decode()
     return ErrorResponse(status, {"message": message, "type": type, "param": param, "code": code}, headers)
 
 
-def response_for(error: Exception) -> Response:
+def response_for(error: Exception) -> ErrorResponse:
     """Return the response to a request that failed.
 
     Errors that are not in the table are logged and become a 500 that tells the client only the request id.

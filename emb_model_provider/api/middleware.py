@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 access_logger = logging.getLogger(ACCESS_LOGGER)
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""Requests for these are logged at DEBUG, because monitoring sends them every few seconds."""
+_MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics", "/console/live", "/console/models/state"})
+"""Requests for these are logged at DEBUG, because monitoring and the console send them every few seconds."""
 _CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a request whose client disconnected. Only the access log shows it."""
 _WATCH_AFTER_S = 0.2

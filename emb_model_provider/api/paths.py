@@ -23,6 +23,10 @@ _AZURE: Final = "/openai/deployments/"
 _PUBLIC: Final = frozenset({"/docs", "/health", "/metrics", "/openapi.json", "/ready"})
 """Paths that require no API key, besides `GET /` and the files of `/docs`."""
 
+CONSOLE: Final = "/console"
+CONSOLE_SIGN_IN: Final = "/console/sign-in"
+_CONSOLE_STATIC: Final = "/console/static/"
+
 _BASE = r"(?:/+(?:(?:api|openai|compatible-mode|engines(?:/+[^/]+)?)/+)?v[1-3])*"
 """Any number of base URLs of OpenAI-compatible services: /v1, /v2, /v3, /api/v1, /api/v3, /openai/v1, /engines/v1, ..."""
 _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -73,6 +77,16 @@ def normalize_path(path: str) -> str:
 def is_admin_path(path: str) -> bool:
     """Return whether a path (percent-decoded) belongs to the routes that can change the service."""
     return (path == "/api" or path.startswith("/api/")) and path not in _OLLAMA
+
+
+def is_console_path(path: str) -> bool:
+    """Return whether a path (percent-decoded) belongs to the web console."""
+    return path == CONSOLE or path.startswith(f"{CONSOLE}/")
+
+
+def is_public_console_path(path: str) -> bool:
+    """Return whether a path of the console can be requested before signing in: the form for this, and the assets."""
+    return path == CONSOLE_SIGN_IN or path.startswith(_CONSOLE_STATIC)
 
 
 def is_public_path(method: str, path: str) -> bool:

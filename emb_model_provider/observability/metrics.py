@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from emb_model_provider.observability.activity import Activity, Failure
 from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class RequestRecord:
     tokenize_s: float | None = None
     queue_s: float | None = None
     inference_s: float | None = None
+    error_code: str = ""
+    """Machine-readable name of the error in the response."""
 
 
 class Metrics:
@@ -83,6 +87,7 @@ class Metrics:
         )
         size = Gauge("emb_provider_result_cache_bytes", "Memory of the result cache.", registry=self._registry)
         size.set_function(cache_bytes)
+        self.activity = Activity()
 
     def on_batch(self, record: BatchRecord) -> None:
         """Record a batch. Called on a thread of the model."""
@@ -90,6 +95,7 @@ class Metrics:
         self._batch_inputs(record.model).observe(record.inputs)
         self._batch_padding(record.model).observe(1 - record.tokens / record.padded_tokens)
         self._inference_s(record.model).observe(record.inference_s)
+        self.activity.on_batch(record.inputs, record.tokens, record.padded_tokens)
 
     def on_lookup(self, model: str, hits: int, misses: int) -> None:
         """Record how many inputs of a request have a vector in the result cache, and how many do not."""
@@ -108,10 +114,22 @@ class Metrics:
             self._tokenize_s(record.model).observe(record.tokenize_s)
         if record.queue_s is not None:
             self._queue_s(record.model).observe(record.queue_s)
+        self.activity.on_request(record.duration_s, record.tokens, _failure(record) if record.status >= 400 else None)
 
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+
+def _failure(record: RequestRecord) -> Failure:
+    return Failure(
+        at=time.time(),
+        status=record.status,
+        code=record.error_code,
+        model=record.model,
+        path=record.path[:200],
+        request_id=record.request_id,
+    )
 
 
 class _ModelCollector(Collector):

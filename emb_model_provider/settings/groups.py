@@ -411,6 +411,9 @@ class ServerSettings(SettingsGroup, title="Server"):
     cors_origins: Annotated[Names, Allowed("origins separated by commas")] = ()
     """Origins of web pages that may call the API, separated by commas; `*` accepts any. Unset: none. Requests of other
     pages are rejected, except with a valid key."""
+    console: bool = True
+    """Serve the web console at `/console`. The rules of ADMIN_API_KEYS apply to it: docs/console.md. false: it does not
+    exist."""
 
     @property
     def accepted_keys(self) -> tuple[str, ...]:
@@ -448,9 +451,12 @@ class ServerSettings(SettingsGroup, title="Server"):
     @property
     def checks_hosts(self) -> bool:
         """Whether requests with another host than `accepted_hosts` are rejected."""
-        if self.allowed_hosts is None:
-            return all(host != "0.0.0.0" and is_loopback_host(host) for host in self.hosts)  # noqa: S104 - likewise
-        return ANY not in self.allowed_hosts
+        return self.is_on_loopback if self.allowed_hosts is None else ANY not in self.allowed_hosts
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only clients on this machine can connect."""
+        return all(host != "0.0.0.0" and is_loopback_host(host) for host in self.hosts)  # noqa: S104 - likewise
 
     @property
     def accepted_hosts(self) -> frozenset[str]:

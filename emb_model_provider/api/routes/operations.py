@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
+from emb_model_provider.api.paths import CONSOLE
 from emb_model_provider.api.schemas.openai import About, Health, ModelReadiness, Readiness
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ async def about(services: ServicesDep) -> About:
         documentation="/docs",
         models="/v1/models",
         state="/ready",
+        console=CONSOLE if services.settings.server.console else None,
     )
 
 

@@ -190,6 +190,7 @@ class About(BaseModel):
     documentation: str
     models: str
     state: str
+    console: str | None = Field(description="The web console; null if EMB_PROVIDER_CONSOLE=false.")
 
 
 class Health(BaseModel):
