@@ -148,3 +148,15 @@ def test_langchain(run: Callable[[str], Any], reference: Reference) -> None:
     error = results["errors"]["unknown model"]
     assert error["status"] == 404
     assert "The model `nope` does not exist" in error["message"]
+
+
+def test_applications(run: Callable[[str], Any], reference: Reference) -> None:
+    """FastGPT, AnythingLLM and n8n get the vectors, and n8n the list of models."""
+    results = run("applications")
+    vectors = reference(*TEXTS)
+    for actual in results["vectors"].values():
+        assert_vectors(actual, vectors)
+    assert_vectors(results["anythingllm"], np.tile(vectors, (125, 1)))
+    for result in results["n8n"].values():
+        assert result["models"] == NAMES
+        assert_vectors(result["vectors"], vectors)

@@ -1,0 +1,96 @@
+"""Applications: the class of Dify's SDK itself, and the requests of others, as their source code builds them.
+
+Those of FastGPT, AnythingLLM and n8n, which use SDKs for JavaScript, are in `node/applications.mjs`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
+
+import ollama
+import openai
+import pytest
+
+from tests.clients.helpers import IGNORE_WARNINGS, KEY, QUERY, TEXTS, Reference, assert_vectors
+
+if TYPE_CHECKING:
+    from tests.service import Service
+
+pytestmark = [pytest.mark.slow, IGNORE_WARNINGS]
+
+DIFY = "dify_plugin==0.7.4"
+"""The latest version for Python 3.11."""
+ENTERED = ("", "/", "/v1", "/v1/")
+"""Ends of base URLs that users enter."""
+
+
+def test_dify(clients: Service, reference: Reference) -> None:
+    """The class of the plugin SDK checks the credentials and gets vectors, under each URL."""
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv not found: it installs the SDK of Dify into an environment of its own")
+    argument = json.dumps({"url": clients.url, "key": KEY, "texts": TEXTS[:3]})
+    command = [uv, "run", "--isolated", "--no-project", "--with", DIFY, "python", Path(__file__).parent / "dify_sdk.py"]
+    done = subprocess.run([*command, argument], capture_output=True, encoding="utf-8", timeout=500)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for vectors in results["vectors"].values():
+        assert_vectors(vectors, reference(*TEXTS[:3]))
+    assert_vectors(results["query"], reference(TEXTS[0], prompt=QUERY))
+    assert results["tokens"] > 0
+    assert results["error"] == "Credentials validation failed with status code 404"
+
+
+def test_ragflow(clients: Service, reference: Reference) -> None:
+    """RAGFlow joins `v1` to the URL, which replaces the last part or comes after a slash, and sends a field of LiteLLM."""
+    vectors = reference(*TEXTS)
+    for end in ENTERED:
+        with openai.OpenAI(base_url=urljoin(clients.url + end, "v1"), api_key=KEY) as client:
+            response = client.embeddings.create(
+                model="mini", input=TEXTS, encoding_format="float", extra_body={"drop_params": True}
+            )
+        assert_vectors([item.embedding for item in response.data], vectors)
+        assert response.usage.total_tokens > 0
+
+
+def test_ragflow_with_ollama(clients: Service, reference: Reference) -> None:
+    """RAGFlow's class for Ollama uses one route for documents and the older one for queries."""
+    client = ollama.Client(host=clients.url, headers={"Authorization": f"Bearer {KEY}"})
+    options: dict[str, Any] = {"options": {"use_mmap": True}, "keep_alive": -1}
+    assert_vectors(client.embed(model="mini", input=TEXTS, **options).embeddings, reference(*TEXTS))
+    assert_vectors([client.embeddings(model="mini", prompt=TEXTS[0], **options).embedding], reference(TEXTS[0]))
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings"], ids=["1.x", "2.x"])
+def test_spring_ai(clients: Service, reference: Reference, path: str) -> None:
+    """Spring AI appends a path, which depends on its version. Java's HTTP client asks for HTTP/2."""
+    vectors = reference(*TEXTS)
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAAAAMAAAAA"}
+    for end in ENTERED:
+        body = {"input": TEXTS, "model": "mini"}
+        response = clients.http.post(clients.url + end + path, json=body, headers=upgrade).json()
+        assert_vectors([item["embedding"] for item in response["data"]], vectors)
+
+
+def test_one_api(clients: Service, reference: Reference) -> None:
+    """One API appends a path, which depends on the type of the channel, and forwards the body."""
+    vectors = reference(*TEXTS)
+    body = {"model": "mini", "input": TEXTS, "user": "a-user"}
+    for path in ("/v1", "/v1/v1", "", "/v2", "/api/v3", "/compatible-mode/v1"):
+        response = clients.http.post(f"{path}/embeddings", json=body, headers={"Accept": "*/*"}).json()
+        assert response["usage"]["prompt_tokens"] == response["usage"]["total_tokens"] > 0
+        assert_vectors([item["embedding"] for item in response["data"]], vectors)
+
+
+def test_one_api_for_azure(clients: Service, reference: Reference) -> None:
+    """A channel of type Azure has the model in the path and the key in `api-key`."""
+    headers = {"Authorization": "", "api-key": KEY}
+    path = "/openai/deployments/mini/embeddings?api-version=2024-03-01-preview"
+    response = clients.http.post(path, json={"model": "mini", "input": TEXTS}, headers=headers)
+    assert_vectors([item["embedding"] for item in response.json()["data"]], reference(*TEXTS))
