@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
 
 import ollama
 import openai
@@ -48,10 +47,11 @@ def test_dify(clients: Service, reference: Reference) -> None:
 
 
 def test_ragflow(clients: Service, reference: Reference) -> None:
-    """RAGFlow joins `v1` to the URL, which replaces the last part or comes after a slash, and sends a field of LiteLLM."""
+    """RAGFlow ends the URL in a version: by joining `v1` until 0.26, by appending `/v1` where none is since then."""
     vectors = reference(*TEXTS)
-    for end in ENTERED:
-        with openai.OpenAI(base_url=urljoin(clients.url + end, "v1"), api_key=KEY) as client:
+    for base in ("/v1", "//v1", "/v1/v1", "/v1/"):
+        with openai.OpenAI(base_url=clients.url + base, api_key=KEY) as client:
+            # The additional field is one of LiteLLM.
             response = client.embeddings.create(
                 model="mini", input=TEXTS, encoding_format="float", extra_body={"drop_params": True}
             )
@@ -60,11 +60,22 @@ def test_ragflow(clients: Service, reference: Reference) -> None:
 
 
 def test_ragflow_with_ollama(clients: Service, reference: Reference) -> None:
-    """RAGFlow's class for Ollama uses one route for documents and the older one for queries."""
+    """RAGFlow's class for Ollama; until 0.26 it used the older route for queries."""
     client = ollama.Client(host=clients.url, headers={"Authorization": f"Bearer {KEY}"})
     options: dict[str, Any] = {"options": {"use_mmap": True}, "keep_alive": -1}
-    assert_vectors(client.embed(model="mini", input=TEXTS, **options).embeddings, reference(*TEXTS))
+    response = client.embed(model="mini", input=TEXTS, truncate=True, **options)
+    assert_vectors(response.embeddings, reference(*TEXTS))
+    assert response.get("prompt_eval_count")
     assert_vectors([client.embeddings(model="mini", prompt=TEXTS[0], **options).embedding], reference(TEXTS[0]))
+
+
+def test_ragflow_with_tei(clients: Service, reference: Reference) -> None:
+    """RAGFlow's class for text-embeddings-inference sends an array for documents and a text for queries, but no key."""
+    vectors = reference(*TEXTS)
+    documents = clients.http.post("/embed", json={"inputs": TEXTS})
+    query = clients.http.post("/embed", json={"inputs": TEXTS[0]})
+    assert_vectors(documents.json(), vectors)
+    assert_vectors(query.json()[0], vectors[0])
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings"], ids=["1.x", "2.x"])

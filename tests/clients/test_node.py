@@ -44,7 +44,7 @@ def packages(pytestconfig: pytest.Config) -> Path:
     """Return a directory with the scripts and their packages. pytest's cache keeps it for the next run."""
     missing = [program for program in ("node", "npm") if shutil.which(program) is None]
     if missing:
-        pytest.skip(f"{' and '.join(missing)} not found: install Node.js 20 or later to test the SDKs for JavaScript")
+        pytest.skip(f"{' and '.join(missing)} not found: install Node.js 18 or later to test the SDKs for JavaScript")
     assert pytestconfig.cache is not None
     directory = pytestconfig.cache.mkdir("node-packages")
     shutil.copytree(SCRIPTS, directory, dirs_exist_ok=True)

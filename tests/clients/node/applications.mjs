@@ -18,7 +18,7 @@ async function fastgpt(requestUrl) {
   return vectors;
 }
 
-// AnythingLLM sends up to 500 chunks in one request. Without a key it passes null.
+// AnythingLLM sends up to 500 chunks in one request.
 async function anythingllm() {
   const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: key });
   const chunks = Array.from({ length: 500 }, (_, index) => texts[index % texts.length]);
