@@ -105,7 +105,8 @@ def listen(server: ServerSettings) -> list[socket.socket]:
                 except OSError as error:
                     if error.errno == errno.EADDRINUSE:
                         raise SettingsError(
-                            f"{setting}: another process listens on this port. Stop it, or set another port."
+                            f"{setting}: another process listens on this port. Stop it, or choose another port: `emb-provider serve --port`, or "
+                            "EMB_PROVIDER_PORT."
                         ) from error
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise SettingsError(f"{setting}: cannot listen on {host}: {error.strerror}.") from error

@@ -65,12 +65,17 @@ class AccessPolicy:
         host = _host(headers)
         if host is not None and (host in self._hosts if self._hosts else is_loopback_host(host)):
             return None
-        return error_response(
-            400,
-            "The Host header is not an allowed name of this service. The operator can add it to "
-            "EMB_PROVIDER_ALLOWED_HOSTS.",
-            code="host_not_allowed",
-        )
+        if host is None:
+            message = "The Host header is not the name of one host, so that EMB_PROVIDER_ALLOWED_HOSTS cannot allow it."
+        else:
+            name = f"[{host}]" if ":" in host else host
+            remedy = f"add {name} to EMB_PROVIDER_ALLOWED_HOSTS"
+            if not self._hosts:
+                remedy = f"set EMB_PROVIDER_ALLOWED_HOSTS=localhost,127.0.0.1,{name}"
+            message = (
+                f"This service does not answer requests to the host {name}. To allow it, the operator can {remedy}."
+            )
+        return error_response(400, message, code="host_not_allowed")
 
     def authorize(self, scope: Scope, headers: Headers) -> Response | None:
         """Return an error response if a request is not allowed or has no valid key, else None."""

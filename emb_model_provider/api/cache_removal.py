@@ -121,8 +121,8 @@ class CacheRemoval:
         """Return the error with what the client can do about models of this service."""
         if not self.query.unload and (aliases := _aliases(self._holders())):
             return ModelInUseError(
-                f"The model is loaded as {_quote(aliases)}. Nothing was removed. To unload it first, add unload=true, or "
-                f"POST /api/models/unload?model_name={aliases[0]}."
+                f"The model is loaded as {_quote(aliases)}. Nothing was removed. To unload it first, add unload=true "
+                f"(`emb-provider rm --unload`), or POST /api/models/unload?model_name={aliases[0]}."
             )
         if self._unloaded:
             return ModelInUseError(

@@ -13,7 +13,7 @@ import click
 
 from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.output import out, show_progress
+from emb_model_provider.cli.output import out, say, show_progress
 from emb_model_provider.progress import Mode, Progress
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ def embed(
     is downloaded and compiled if necessary, and runs in this process: no server is used.
     """
     _check_texts(texts)
+    lines = _read_texts(texts)
+    if (first := next(lines, None)) is None:  # else a model would be downloaded for nothing
+        say("There is no text to embed.")
+        return
     from emb_model_provider.embedder import Embedder
     from emb_model_provider.management.manager import ModelManager
 
@@ -64,8 +68,8 @@ def embed(
             embedder.load()
         with embedder:
             index = 0
-            lines = _read_texts(texts)
-            while batch := list(itertools.islice(lines, _BATCH_SIZE)):
+            remaining = itertools.chain([first], lines)
+            while batch := list(itertools.islice(remaining, _BATCH_SIZE)):
                 for text, vector in zip(batch, embedder.embed(batch), strict=True):
                     values = vector.tolist()
                     out(json.dumps({"index": index, "text": text, "embedding": values} if as_json else values))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emb_model_provider.error_table import error_info
+from emb_model_provider.error_table import UNREACHABLE, error_info
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.progress import Mode, ProgressReporter
 
@@ -50,8 +50,12 @@ def warn(message: str) -> None:
 
 
 def styled(text: str, *, fg: str) -> str:
-    """Return a colored text, unless NO_COLOR is set. `click.echo` removes colors if the stream is not a terminal."""
-    return text if os.environ.get("NO_COLOR") else click.style(text, fg=fg)
+    """Return a colored text, unless NO_COLOR is set or the terminal has no colors.
+
+    `click.echo` removes colors if the stream is not a terminal.
+    """
+    has_colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return click.style(text, fg=fg) if has_colors else text
 
 
 def print_json(value: Any) -> None:
@@ -125,9 +129,17 @@ def pairs(values: Sequence[tuple[str, str]]) -> str:
 class ServerError(ProviderError):
     """The server cannot be reached, or refused a request, or the request could not be sent."""
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
+    def __init__(self, message: str, *, exit_code: int, code: str | None = None) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.code = code or ("server_unreachable" if exit_code == UNREACHABLE else "invalid_usage")
+        """The code of the server's error, or of this one."""
+
+
+def error_as_json(error: ProviderError) -> dict[str, str]:
+    """Return an error as --json shows it, with the code that the API has for it."""
+    code = error.code if isinstance(error, ServerError) else error_info(error).code
+    return {"code": code, "message": error.message}
 
 
 def exit_code_of(error: ProviderError) -> int:

@@ -11,7 +11,7 @@ import click
 
 from emb_model_provider.cli import options
 from emb_model_provider.cli.interrupt import RESUME_HINT, run_until_interrupted
-from emb_model_provider.cli.output import exit_code_of, out, pairs, print_json, say, show_progress, warn
+from emb_model_provider.cli.output import error_as_json, exit_code_of, out, pairs, print_json, say, show_progress, warn
 from emb_model_provider.errors import OperationCancelledError, ProviderError
 from emb_model_provider.formatting import format_cosine, format_size, precision_label
 from emb_model_provider.progress import CancelToken, Mode, ProgressReporter
@@ -69,7 +69,7 @@ def pull(
     --exclude nothing is compiled.
 
     JSON: {"models": [{model_name, alias, source, revision, path, files, size, compiled: {backend, size, precision,
-    computed, fidelity, notes} or null, copied_to}]}.
+    computed, fidelity, notes} or null, copied_to}], "failed": [{alias, error: {code, message}}]}.
     """
     from emb_model_provider.model_resolver import resolve_model
 
@@ -83,7 +83,7 @@ def pull(
         name, wanted = options.split_single_revision(settings, argument, revision)
         specs[argument] = resolve_model(settings, name, source=source, revision=wanted, precision=precision)
     task = _PullTask(manager, force, include, exclude, directory, compiles=not (no_compile or include or exclude))
-    failures: list[ProviderError] = []
+    failures: list[tuple[ModelSpec, ProviderError]] = []
     results: dict[str, dict[str, Any]] = {}
 
     def work() -> None:
@@ -94,21 +94,22 @@ def pull(
                 except OperationCancelledError:
                     return  # interrupted: the process ends
                 except ProviderError as error:
-                    failures.append(error)
+                    failures.append((spec, error))
                     if len(specs) > 1:
                         report.note(f"Error: {spec.alias}: {error.message}")
 
     run_until_interrupted(work, RESUME_HINT, stop=task.stop)
     if failures and len(specs) == 1:
-        raise failures[0]
-    _print([*results.values()], quiet=quiet, as_json=as_json)
+        raise failures[0][1]
+    failed = [{"alias": spec.alias, "error": error_as_json(error)} for spec, error in failures]
+    _print([*results.values()], failed, quiet=quiet, as_json=as_json)
     if results and not quiet and not as_json:
         served = [str(directory)] if directory is not None else [*results] if models else []
         kept = {"source": source, "revision": revision, "precision": precision} if served and directory is None else {}
         flags = [text for name, value in kept.items() if value is not None for text in (f"--{name}", value)]
         say(f"To serve: {shlex.join(['emb-provider', 'serve', *served, *flags])}")
     if failures:
-        raise SystemExit(max(exit_code_of(error) for error in failures))
+        raise SystemExit(max(exit_code_of(error) for _, error in failures))
 
 
 @dataclass(slots=True)
@@ -175,12 +176,12 @@ def _compiled_to_json(compiled: CompiledModel) -> dict[str, Any]:
     }
 
 
-def _print(results: list[dict[str, Any]], *, quiet: bool, as_json: bool) -> None:
+def _print(results: list[dict[str, Any]], failed: list[dict[str, Any]], *, quiet: bool, as_json: bool) -> None:
     for result in results:
         for note in (result["compiled"] or {}).get("notes", ()):
             warn(f"{result['alias']}: {note}")
     if as_json:
-        print_json({"models": results})
+        print_json({"models": results, "failed": failed})
         return
     for result in results:
         if quiet:

@@ -92,7 +92,7 @@ class ServerClient:
         if error.get("code") == "unknown_url":
             message += f" The server at {self._url} has another version. To start this one: emb-provider serve"
         exit_code = USAGE_ERROR if response.status_code in _USAGE_STATUSES else FAILED
-        raise ServerError(message, exit_code=exit_code)
+        raise ServerError(message, exit_code=exit_code, code=str(error.get("code") or "failed"))
 
     def _not_this_service(self, status: int) -> ServerError:
         return ServerError(

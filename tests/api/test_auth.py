@@ -211,6 +211,14 @@ def test_other_hosts_are_rejected_on_every_route(service: Service, method: str, 
     assert_error(response, 400, "host_not_allowed", phrase="EMB_PROVIDER_ALLOWED_HOSTS")
 
 
+def test_rejected_host_is_named(service: Service) -> None:
+    """With the setting that allows it, and keeps the names of this machine."""
+    response = call(service, "GET", "/health", host="Embed.Example:9000")
+    assert_error(
+        response, 400, "host_not_allowed", phrase="EMB_PROVIDER_ALLOWED_HOSTS=localhost,127.0.0.1,embed.example"
+    )
+
+
 @pytest.mark.parametrize("lines", [b"Host: localhost\r\nHost: evil.example\r\n", b"Host: evil.example\r\nHost: localhost\r\n", b"Host: localhost\r\nHost: localhost\r\n"])  # fmt: skip
 def test_several_hosts_are_rejected(service: Service, lines: bytes) -> None:
     """A proxy and the service could read different ones (RFC 9112, 3.2)."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cli.helpers import SCRIPT, invoke, phases, run
+from tests.hubs.conftest import HF_REPO
 from tests.service import BUNDLED, environment
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.cli.conftest import Compiled
+    from tests.hubs.servers import HuggingFaceServer
 
 
 def test_embed_prints_an_array_per_text(tmp_path: Path, service_cache: str) -> None:
@@ -37,6 +39,14 @@ def test_embed_as_json_prints_an_object_per_text(tmp_path: Path, service_cache: 
     result = json.loads(line)
     assert (result["index"], result["text"]) == (0, "one")
     assert result["embedding"] == pytest.approx(json.loads(vector), abs=1e-6)
+
+
+def test_embed_without_a_text_does_not_load_a_model(here: Path, huggingface: HuggingFaceServer) -> None:
+    """Stdin and the file are empty."""
+    (here / "empty.txt").touch()
+    result = invoke("embed", "-", "@empty.txt", "--model", HF_REPO, stdin="")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "There is no text to embed.\n")
+    assert not huggingface.requests
 
 
 @pytest.mark.slow

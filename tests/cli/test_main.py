@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import click
 import pytest
 
 from emb_model_provider.cli.main import COMMANDS, MODEL_COMMANDS
-from tests.cli.helpers import SCRIPT, invoke, run, run_python
+from tests.cli.helpers import SCRIPT, invoke, invoke_json, run, run_python
 from tests.service import environment
 
 if TYPE_CHECKING:
@@ -122,7 +123,13 @@ def test_completion_completes_commands_and_models(words: str, expected: str, tmp
         (("fidelity",), "MODEL"),
         (("models", "serve"), "No such command"),
         (("show", ""), "empty"),
-        (("fidelty",), "fidelty"),
+        (("fidelty",), "Did you mean 'fidelity'?"),
+        (("ls",), "Did you mean 'list'?"),
+        (("remove", "a/b"), "Did you mean 'rm'?"),
+        (("models", "lst"), "Did you mean 'list'?"),
+        (("models", "run"), "No such command 'run'."),
+        (("help",), "Did you mean '--help'?"),
+        (("frobnicate",), "No such command 'frobnicate'."),
     ],
 )
 def test_invalid_usage_exits_with_2(arguments: tuple[str, ...], phrase: str, here: Path) -> None:
@@ -131,6 +138,35 @@ def test_invalid_usage_exits_with_2(arguments: tuple[str, ...], phrase: str, her
     assert (result.exit_code, result.stdout) == (2, "")
     assert phrase in result.stderr
     assert not (here / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "exit_code"),
+    [
+        (("show", "acme/none", "--json"), "not_cached", 2),
+        (("show", "--json"), "invalid_usage", 2),
+        (("shwo", "--json"), "invalid_usage", 2),
+        (("models", "show", "acme/none", "--json"), "not_cached", 2),
+        (("rm", "acme/none", "--json"), "not_cached", 2),
+        (("pull", "acme/none", "--json", "--no-compile"), "repository_not_found", 2),
+        (("ps", "--url", "http://127.0.0.1:9", "--json"), "server_unreachable", 3),
+        (("ps", "--url", "nonsense", "--json"), "invalid_usage", 2),
+    ],
+)
+def test_a_failure_with_json_is_json(arguments: tuple[str, ...], code: str, exit_code: int, here: Path) -> None:
+    """On stdout, with the message that is on stderr."""
+    result = invoke(*arguments)
+    error = json.loads(result.stdout)["error"]
+    assert (error["code"], result.exit_code) == (code, exit_code)
+    assert error["message"] in result.stderr
+
+
+def test_failures_of_several_models_are_in_the_json(here: Path) -> None:
+    pulled = invoke_json("pull", "acme/none", "acme/tiny", "--no-compile", status=2)
+    assert [model["alias"] for model in pulled["models"]] == ["acme/tiny"]
+    assert [(each["alias"], each["error"]["code"]) for each in pulled["failed"]] == [
+        ("acme/none", "repository_not_found")
+    ]
 
 
 def test_an_invalid_setting_is_one_line(tmp_path: Path) -> None:

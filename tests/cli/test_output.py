@@ -36,8 +36,15 @@ def test_pairs_are_aligned() -> None:
 
 def test_no_color_disables_colors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     assert styled("ok", fg="green") != "ok"
     monkeypatch.setenv("NO_COLOR", "1")
+    assert styled("ok", fg="green") == "ok"
+
+
+def test_a_dumb_terminal_has_no_colors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
     assert styled("ok", fg="green") == "ok"
 
 

@@ -129,8 +129,8 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
     if is_directory:
         raise NotAllowedError(
             f"{name!r} is a directory of this machine, which a request cannot name. The operator can add it to "
-            "EMB_PROVIDER_MODEL_MAPPING, or load it with `emb-provider` on this machine. If you mean a repository, add "
-            "its hub: &source=huggingface or &source=modelscope."
+            "EMB_PROVIDER_MODEL_MAPPING, or load it with `emb-provider` on this machine. If you mean a repository, name "
+            "its hub: `source` (`--source` on the command line) huggingface or modelscope."
         )
     return replace(spec, trust_remote_code=False)
 
@@ -148,9 +148,12 @@ def _alias_in_use_message(name: str, present: ModelStatus) -> str:
     spec = present.spec
     model = f"{spec.name} (source {spec.source}, revision {spec.revision or 'default'}, precision {spec.precision})"
     served = "" if name == spec.alias else f", served as `{spec.alias}`"
-    remedy = "Choose another alias for the new model: &alias=…"
+    remedy = "Choose another `alias` for the new model (`--alias` on the command line)"
     if not present.configured:
-        remedy += f", or remove this one: POST /api/models/unload?model_name={spec.alias}&forget=true"
+        remedy += (
+            f", or remove this one: `emb-provider unload --forget {spec.alias}`, or POST "
+            f"/api/models/unload?model_name={spec.alias}&forget=true"
+        )
     return f"`{name}` means {model}{served}. {remedy}."
 
 
