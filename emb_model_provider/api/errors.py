@@ -127,7 +127,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     match problem["type"]:
         case "missing":
             path = request.scope["path"][:_MAX_QUOTE]
-            message = f"Missing required parameter: '{name}'. Send it in the query: {path}?{name}=…"
+            message = f"Missing required parameter: '{name}'. Send it in the query ({path}?{name}=…), or in a JSON object as the body."
             code = "missing_required_parameter"
         case "extra_forbidden":
             message = f"Unknown parameter: '{name}'. /docs lists the parameters of this route."

@@ -187,8 +187,9 @@ def cached_models(service: Service, name: str) -> list[dict[str, Any]]:
 
 
 def start_download(service: Service, name: str, **parameters: str) -> dict[str, Any]:
-    """Start a download and return its job."""
-    response = service.http.post("/api/models/download", params={"model_name": name, **parameters})
+    """Start a download and return its job. By default nothing is compiled."""
+    values = {"model_name": name, "compile": "false", **parameters}
+    response = service.http.post("/api/models/download", params=values)
     assert response.status_code == 202, response.text
     job: dict[str, Any] = response.json()
     assert response.headers["location"] == job["url"] == f"/api/models/jobs/{job['id']}"

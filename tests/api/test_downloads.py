@@ -222,6 +222,36 @@ def test_invalid_parameters(managed: Service, query: str, code: str, param: str)
     assert_error(response, 400, code, param=param, phrase=param)
 
 
+def test_parameters_can_be_in_the_body(managed: Service, hub: HuggingFaceServer) -> None:
+    """As JSON, or some there and some in the query. A download is compiled unless `compile` is false."""
+    name = add_repository(hub, "acme/body")
+    job = managed.http.post("/api/models/download?compile=false", json={"model_name": name, "revision": None}).json()
+    assert wait_for_end(managed, job)["state"] == "done"
+    plan = managed.http.request("DELETE", f"/api/models/cache/{name}", json={"dry_run": True}).json()
+    assert (plan["dry_run"], [model["model_name"] for model in plan["models"]]) == (True, [name])
+    compiling = managed.http.post("/api/models/download", json={"model_name": name}).json()
+    assert (compiling["compile"], compiling["precision"]) == (True, "auto")
+    wait_for_end(managed, compiling)
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "code", "param"),
+    [
+        ("", b'["acme/body"]', "invalid_value", None),
+        ("", b"model_name=acme/body", "invalid_value", None),
+        ("", b"{}", "missing_required_parameter", "model_name"),
+        ("", b'{"model_name": "a/b", "forced": true}', "unknown_parameter", "forced"),
+        ("", b'{"model_name": "a/b", "force": "perhaps"}', "invalid_type", "force"),
+        ("", b'{"model_name": ["a/b"]}', "invalid_type", "model_name"),
+        ("?model_name=a/b", b'{"model_name": "c/d"}', "invalid_value", "model_name"),
+        ("?model_name=a/b&model_name=c/d", b"", "invalid_type", "model_name"),
+    ],
+)
+def test_invalid_bodies(managed: Service, query: str, body: bytes, code: str, param: str | None) -> None:
+    response = managed.http.post(f"/api/models/download{query}", content=body)
+    assert_error(response, 400, code, param=param)
+
+
 @pytest.mark.parametrize("query", ["model_name=/etc", "model_name=.", "model_name=a/b&source=local"])
 def test_directories_cannot_be_named(managed: Service, query: str) -> None:
     """A client cannot make the service read a directory of its machine."""

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from emb_model_provider.api.cache_removal import CacheRemoval, models_using
 from emb_model_provider.api.dependencies import Services, ServicesDep
 from emb_model_provider.api.middleware import cancelled_on_disconnect
+from emb_model_provider.api.parameters import documented, from_query_or_body
 from emb_model_provider.api.schemas import management as schemas
 from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import NotCachedError
@@ -46,9 +47,12 @@ async def list_cached(services: ServicesDep, query: Annotated[schemas.ListQuery,
     description="Models that are in use, or outside the cache directories of the settings, are kept and listed. Directories, "
     "and models that other programs downloaded, are not changed.",
     responses=error_responses(400, 401, 403, 500, 503),
+    openapi_extra=documented(schemas.RemoveAllQuery),
 )
 async def remove_all(
-    services: ServicesDep, request: Request, query: Annotated[schemas.RemoveAllQuery, Query()]
+    services: ServicesDep,
+    request: Request,
+    query: Annotated[schemas.RemoveAllQuery, from_query_or_body(schemas.RemoveAllQuery)],
 ) -> schemas.Removed:
     models = await services.in_disk_thread(services.manager.list)
     return await _remove(CacheRemoval(services, request, query, models, services.manager.remove_all))
@@ -76,9 +80,13 @@ async def look(
     f"{CACHE}/{{model_id:path}}/verify",
     summary="Hash all files of a model again, and compare them with the recorded hashes",
     responses=error_responses(400, 401, 403, 404, 503),
+    openapi_extra=documented(schemas.CachedQuery),
 )
 async def verify(
-    services: ServicesDep, request: Request, model_id: str, query: Annotated[schemas.CachedQuery, Query()]
+    services: ServicesDep,
+    request: Request,
+    model_id: str,
+    query: Annotated[schemas.CachedQuery, from_query_or_body(schemas.CachedQuery)],
 ) -> schemas.VerifiedModels:
     models = await _find(services, model_id, query)
     cancel = CancelToken()
@@ -104,9 +112,13 @@ async def verify(
     description="Removes all revisions of it from all hubs, unless the query names one, and everything compiled from "
     "them. A model in use is never removed.",
     responses=error_responses(400, 401, 403, 404, 409, 500, 503),
+    openapi_extra=documented(schemas.RemoveQuery),
 )
 async def remove(
-    services: ServicesDep, request: Request, model_id: str, query: Annotated[schemas.RemoveQuery, Query()]
+    services: ServicesDep,
+    request: Request,
+    model_id: str,
+    query: Annotated[schemas.RemoveQuery, from_query_or_body(schemas.RemoveQuery)],
 ) -> schemas.Removed:
     models = await _find(services, model_id, query, removing=True)
     remove_models = partial(services.manager.remove, model_id, source=query.source, revision=query.revision)

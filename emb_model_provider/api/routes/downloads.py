@@ -6,12 +6,13 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from emb_model_provider.api.dependencies import ServicesDep, get_record
+from emb_model_provider.api.parameters import documented, from_query_or_body
 from emb_model_provider.api.routes.loaded_models import resolve_requested_model
 from emb_model_provider.api.schemas.management import DownloadJob, DownloadJobList, DownloadQuery, TransferQuery
 from emb_model_provider.api.schemas.openai import error_responses
@@ -45,8 +46,11 @@ router = APIRouter(tags=["management"])
     response_model=DownloadJob,
     status_code=202,
     responses=error_responses(400, 401, 403, 429),
+    openapi_extra=documented(DownloadQuery),
 )
-async def download(services: ServicesDep, query: Annotated[DownloadQuery, Query()]) -> Response:
+async def download(
+    services: ServicesDep, query: Annotated[DownloadQuery, from_query_or_body(DownloadQuery)]
+) -> Response:
     # On a thread, because it checks whether the name is a directory.
     spec = await asyncio.to_thread(resolve_requested_model, services.settings, query)
     return _accepted(services.jobs.start(spec, force=query.force, compiling=query.compile))
@@ -61,8 +65,11 @@ async def download(services: ServicesDep, query: Annotated[DownloadQuery, Query(
     response_model=DownloadJob,
     status_code=202,
     responses=error_responses(400, 401, 403, 429),
+    openapi_extra=documented(TransferQuery),
 )
-async def transfer(services: ServicesDep, query: Annotated[TransferQuery, Query()]) -> Response:
+async def transfer(
+    services: ServicesDep, query: Annotated[TransferQuery, from_query_or_body(TransferQuery)]
+) -> Response:
     source = parse_source(query.model_name)
     destination = parse_destination(query.destination, source)
     if destination.site == "directory":

@@ -11,10 +11,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
 import psutil
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
+from emb_model_provider.api.parameters import documented, from_query_or_body
 from emb_model_provider.api.routes.models import common_fields
 from emb_model_provider.api.schemas.management import LoadQuery, Process, ServedModel, ServedModels, UnloadQuery
 from emb_model_provider.api.schemas.openai import error_responses
@@ -57,8 +58,9 @@ async def list_served(services: ServicesDep) -> ServedModels:
         202: {"model": ServedModel, "description": "With `wait=false`: the model is being loaded."},
         **error_responses(400, 401, 403, 404, 409, 500, 502, 503),
     },
+    openapi_extra=documented(LoadQuery),
 )
-async def load(services: ServicesDep, query: Annotated[LoadQuery, Query()]) -> Response:
+async def load(services: ServicesDep, query: Annotated[LoadQuery, from_query_or_body(LoadQuery)]) -> Response:
     registry = services.registry
     alias = _served_alias(registry, query)
     is_new = alias is None
@@ -94,8 +96,9 @@ async def load(services: ServicesDep, query: Annotated[LoadQuery, Query()]) -> R
     summary="Unload a model",
     description="Current requests are answered first. The next request for the model loads it again.",
     responses=error_responses(400, 401, 403, 404, 503),
+    openapi_extra=documented(UnloadQuery),
 )
-async def unload(services: ServicesDep, query: Annotated[UnloadQuery, Query()]) -> ServedModel:
+async def unload(services: ServicesDep, query: Annotated[UnloadQuery, from_query_or_body(UnloadQuery)]) -> ServedModel:
     alias = services.registry.alias_of(query.model_name)
     unload_model = services.registry.remove if query.forget else services.registry.unload
     return _served_model(await services.background.wait(unload_model(alias)))

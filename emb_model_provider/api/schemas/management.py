@@ -24,8 +24,8 @@ class ModelQuery(_Query):
     """A model of any hub, or of the settings."""
 
     model_name: Name = Field(
-        description="An alias or a name of the settings, or a repository's id (`owner/name`). A directory only if the "
-        "settings name it."
+        description="An alias or a name of the settings, or a repository's id (`owner/name`), or the URL of its page on the "
+        "hub. A directory only if the settings name it."
     )
     source: Annotated[Source, Lowered] | None = Field(
         None, description="The hub: auto, modelscope or huggingface. Default: that of the settings."
@@ -55,7 +55,10 @@ class DownloadQuery(ModelQuery):
     """A model to download."""
 
     force: bool = Field(False, description="Ask the hub even if the model is on disk, and download what changed.")
-    compile: bool = Field(False, description="Also compile the model at `precision`, so that it loads within seconds.")
+    compile: bool = Field(
+        True,
+        description="Also compile the model at `precision`, so that it loads within seconds. false: download it only.",
+    )
 
 
 class TransferQuery(_Query):
