@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import sysconfig
 import tomllib
 from importlib.metadata import distributions
@@ -21,6 +25,57 @@ VERSIONS: dict[str, set[str]] = {}
 for pin in PINNED:
     assert pin is not None, "a constraint that is no exact version"
     VERSIONS.setdefault(pin[1], set()).add(pin[2])
+
+
+def test_users_get_no_development_tools() -> None:
+    """`uv run` installs the dependencies of the service, and pytest, which installs the tools: tests/dev_group.py."""
+    uv = shutil.which("uv")
+    if uv is None or not (ROOT / "uv.lock").exists():
+        pytest.skip("installed without uv")
+    command = [uv, "export", "--frozen", "--quiet", "--no-hashes", "--no-annotate", "--no-header", "--no-emit-project"]
+    users, developers = (
+        {
+            re.split("[= ;]", line)[0]
+            for line in subprocess.check_output([*command, *group], cwd=ROOT, text=True).splitlines()
+        }
+        for group in ((), ("--group", "dev"))
+    )
+    tools = {
+        "mypy",
+        "ruff",
+        "import-linter",
+        "schemathesis",
+        "hypothesis",
+        "bitsandbytes",
+        "torchao",
+        "openai",
+        "cohere",
+    }
+    assert users & tools == set()
+    assert tools | users <= developers
+    assert {"openvino", "torch", "pytest"} <= users
+
+
+def test_first_run_of_the_tests_installs_the_tools(tmp_path: Path) -> None:
+    """With the arguments of pytest. uv names itself in the environment of the commands that it runs."""
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\necho "$@"\nexit 7\n')
+    uv.chmod(0o755)
+    program = (
+        "import importlib.util, sys\n"
+        "sys.argv = ['pytest', '-q', 'tests/docs']\n"
+        "importlib.util.find_spec = lambda name: None\n"
+        "import tests.dev_group\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"UV": str(uv)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (7, "run --group dev pytest -q tests/docs\n"), done.stderr
 
 
 def test_nothing_resolves_unpinned() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,12 +17,6 @@ from emb_model_provider.errors import SettingsError
 if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import MappingEntry
-
-_INSTALL_COMMANDS = {
-    "bash": "emb-provider completion bash > ~/.local/share/bash-completion/completions/emb-provider",
-    "zsh": "emb-provider completion zsh > ~/.zfunc/_emb-provider   (with fpath+=~/.zfunc before compinit in ~/.zshrc)",
-    "fish": "emb-provider completion fish > ~/.config/fish/completions/emb-provider.fish",
-}
 
 
 @click.command()
@@ -142,18 +137,43 @@ def _as_json(entry: MappingEntry) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(tuple(_INSTALL_COMMANDS)))
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+@click.option("--install", is_flag=True, help="Write the script to where the shell looks for it.")
 @click.pass_context
-def completion(ctx: click.Context, shell: str) -> None:
-    """Print a completion script for a shell.
+def completion(ctx: click.Context, shell: str, *, install: bool) -> None:
+    """Print a completion script for a shell, or install it.
 
-    The script completes commands, options and names of models. How to install it is printed on stderr.
+    The script completes commands, options and names of models.
     """
     from click.shell_completion import get_completion_class
 
     completer = get_completion_class(shell)
     if completer is None:
         raise click.UsageError(f"The installed version of click does not support {shell}.")
-    root = ctx.find_root().command
-    out(completer(root, {}, "emb-provider", "_EMB_PROVIDER_COMPLETE").source())
-    say(f"To install it, run once: {_INSTALL_COMMANDS[shell]}")
+    script = completer(ctx.find_root().command, {}, "emb-provider", "_EMB_PROVIDER_COMPLETE").source()
+    path = _completion_file(shell)
+    if install:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+        say(f"Written to {path}. New shells complete emb-provider.")
+    else:
+        out(script)
+        say(f"To install it: emb-provider completion {shell} --install")
+    if shell == "zsh":
+        say(f"~/.zshrc needs this line, unless it has one: fpath+=({path.parent}); autoload -Uz compinit; compinit")
+
+
+def _completion_file(shell: str) -> Path:
+    """Return where a shell looks for the completion script of a command."""
+
+    def directory(variable: str, default: str) -> Path:
+        return Path(os.environ.get(variable) or default).expanduser()
+
+    match shell:
+        case "bash":
+            data = directory("XDG_DATA_HOME", "~/.local/share") / "bash-completion"
+            return directory("BASH_COMPLETION_USER_DIR", str(data)) / "completions" / "emb-provider"
+        case "zsh":
+            return directory("ZDOTDIR", "~") / ".zfunc" / "_emb-provider"
+        case _:
+            return directory("XDG_CONFIG_HOME", "~/.config") / "fish" / "completions" / "emb-provider.fish"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -70,6 +72,13 @@ def test_help_imports_no_heavy_package(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_package_can_be_run_as_a_module(tmp_path: Path) -> None:
+    """As `python -m emb_model_provider`, for scripts that are not on PATH."""
+    command = [sys.executable, "-m", "emb_model_provider", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: emb-provider ")
+
+
 # --- completion ---------------------------------------------------------------------------------------
 
 
@@ -79,7 +88,29 @@ def test_completion_prints_a_script(shell: str) -> None:
     result = invoke("completion", shell)
     assert result.exit_code == 0
     assert "_EMB_PROVIDER_COMPLETE" in result.stdout
-    assert f"emb-provider completion {shell} >" in result.stderr
+    assert f"emb-provider completion {shell} --install" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [
+        ("bash", ".local/share/bash-completion/completions/emb-provider"),
+        ("zsh", ".zfunc/_emb-provider"),
+        ("fish", ".config/fish/completions/emb-provider.fish"),
+    ],
+)
+def test_completion_can_be_installed(shell: str, file: str, here: Path) -> None:
+    """Where the shell looks for it, in directories that need not exist. bash accepts the script."""
+    result = invoke("completion", shell, "--install")
+    path = here / "home" / file
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert str(path) in result.stderr
+    assert path.read_text(encoding="utf-8") == invoke("completion", shell).stdout.removesuffix("\n")
+    if shell == "bash" and (bash := shutil.which("bash")) is not None:
+        done = subprocess.run(
+            [bash, "-c", f". '{path}' && complete -p emb-provider"], capture_output=True, encoding="utf-8", check=True
+        )
+        assert "emb-provider" in done.stdout
 
 
 @pytest.mark.parametrize(("words", "expected"), [("emb-provider pru", "prune"), ("emb-provider show my", "my-model")])
