@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from emb_model_provider.errors import QueueFullError
+from emb_model_provider.formatting import format_size
 
 if sys.platform != "win32":
     import resource
@@ -45,7 +46,7 @@ class BodyBudget:
         """Raise QueueFullError if a body of `size` bytes does not fit now."""
         if self._reserved + size > self._max_bytes:
             raise QueueFullError(
-                f"The bodies of all current requests exceed {self._max_bytes / 1024**2:g} MiB. Try again later.",
+                f"The bodies of all current requests exceed {format_size(self._max_bytes)}. Try again later.",
                 retry_after_s=_RETRY_AFTER_S,
             )
 

@@ -19,6 +19,7 @@ from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
 from emb_model_provider.api.paths import is_embedding_request
 from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError
+from emb_model_provider.formatting import format_size
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
@@ -192,7 +193,7 @@ class AuthAndLimitsMiddleware:
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:
             raise BodyTooLargeError(
-                f"The request body is larger than {self._max_body_bytes / 1024**2:g} MiB. Send fewer inputs per request."
+                f"The request body is larger than {format_size(self._max_body_bytes)}. Send fewer inputs per request."
             )
 
 

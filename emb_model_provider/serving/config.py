@@ -42,7 +42,7 @@ class EngineConfig:
 
     batching: BatchSettings = field(default_factory=BatchSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
-    queue_bytes: int = 256 * 2**20
+    queue_bytes: int = 250 * 1000**2
     """Without MAX_QUEUE_TOKENS, the requests of a model take this much memory at most."""
     watchdog_s: float = 60.0
     """After how many seconds a batch counts as hung."""

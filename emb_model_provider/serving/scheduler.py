@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError
+from emb_model_provider.formatting import format_size
 from emb_model_provider.serving.batch_runner import run_batch
 from emb_model_provider.serving.batcher import Batch, Batcher
 from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, PendingJobs, Timing, set_exception, set_results
@@ -195,7 +196,7 @@ class BatchScheduler:
             excess_bytes = held + job.held_bytes - self._queue_bytes
             if held and excess_bytes > 0:
                 raise QueueFullError(
-                    f"The requests of model `{self._model}` take {held / 2**20:.0f} MiB of memory ({waiting} tokens are "
+                    f"The requests of model `{self._model}` take {format_size(held)} of memory ({waiting} tokens are "
                     "waiting), and this one does not fit. Try again later.",
                     retry_after_s=waiting * min(1.0, excess_bytes / held) / self.tokens_per_s,
                 )

@@ -49,8 +49,8 @@ FIDELITY_FLOORS: Mapping[FidelityPrecision, float] = {
 }  # fmt: skip
 """Default lowest cosine to fp32 at which a model is served, by precision."""
 
-_MIB = 1024**2
-_GIB = 1024**3
+_MB = 1000**2
+_GB = 1000**3
 
 
 class SettingsGroup(BaseModel):
@@ -237,7 +237,7 @@ class HubSettings(SettingsGroup, title="Downloads and caches"):
     """Directory for the service's own files: manifests of snapshots, and compiled models. Default: the platform's user
     cache directory."""
     max_artifacts_gb: PositiveNumber = 20
-    """Disk limit for compiled models in CACHE_DIR, in GiB; the least recently used are removed first."""
+    """Disk limit for compiled models in CACHE_DIR, in GB; the least recently used are removed first."""
     compile_timeout_s: NonNegativeNumber = 1800
     """Longest time that compiling a model may take, in seconds. After that torch serves the model, and it is compiled
     again only if this limit is raised; with BACKEND=openvino it is an error. 0: no limit."""
@@ -280,7 +280,7 @@ class HubSettings(SettingsGroup, title="Downloads and caches"):
 
     @property
     def max_artifact_bytes(self) -> int:
-        return int(self.max_artifacts_gb * _GIB)
+        return int(self.max_artifacts_gb * _GB)
 
 
 class TrustSettings(SettingsGroup, title="Code from repositories"):
@@ -303,9 +303,9 @@ class MemorySettings(SettingsGroup, title="Models in memory"):
     max_loaded_models: Count | None = None
     """Maximum number of models in memory. A further model replaces the least recently used one, after that one's
     requests have been answered. Unset: no limit."""
-    model_memory_limit: Annotated[ByteSize, Field(gt=0), Allowed("bytes, or a size like 4GiB or 500MB")] | None = None
+    model_memory_limit: Annotated[ByteSize, Field(gt=0), Allowed("bytes, or a size like 4GB or 500MB")] | None = None
     """Memory limit for all loaded models together, applied in the same way; a plain number is bytes. `emb-provider ps`
-    shows what each model takes; the process itself takes about 100 MiB more, or several hundred with torch. Unset: no
+    shows what each model takes; the process itself takes about 100 MB more, or several hundred with torch. Unset: no
     limit."""
     idle_unload_s: PositiveNumber | None = None
     """Unload a model that has had no request for this many seconds; its next request loads it again. Unset: never."""
@@ -313,12 +313,12 @@ class MemorySettings(SettingsGroup, title="Models in memory"):
     """How many seconds a request waits for its model to be downloaded, compiled and loaded. After that it gets 503 with
     `Retry-After`, and loading continues. Unset: REQUEST_TIMEOUT_S."""
     result_cache_mb: NonNegativeNumber = 64
-    """Memory for the vectors of recent inputs of all models, in MiB. An input with exactly the same tokens is answered
+    """Memory for the vectors of recent inputs of all models, in MB. An input with exactly the same tokens is answered
     without computing it again, as long as its model stays loaded. 0: every input is computed."""
 
     @property
     def result_cache_bytes(self) -> int:
-        return int(self.result_cache_mb * _MIB)
+        return int(self.result_cache_mb * _MB)
 
 
 class BatchSettings(SettingsGroup, title="Batching"):
@@ -337,7 +337,7 @@ class BatchSettings(SettingsGroup, title="Batching"):
     """Longest wait for MIN_BATCH_SIZE inputs, in milliseconds."""
     max_queue_tokens: Count | None = None
     """Maximum number of tokens that wait for one model; beyond it, new requests get 429. Unset: as many as fit into
-    256 MiB of memory, several million."""
+    250 MB of memory, several million."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -364,9 +364,9 @@ class LimitSettings(SettingsGroup, title="Limits of requests"):
     max_request_tokens: Count = 300_000
     """Maximum number of tokens in all inputs of one request together."""
     max_body_mb: PositiveNumber = 32
-    """Largest request body, in MiB."""
+    """Largest request body, in MB."""
     max_pending_body_mb: Annotated[PositiveNumber, Allowed("MAX_BODY_MB or more")] | None = None
-    """Maximum size of the bodies of all requests that are being read or answered, in MiB; beyond it a request gets 429.
+    """Maximum size of the bodies of all requests that are being read or answered, in MB; beyond it a request gets 429.
     Bounds memory. Unset: eight times MAX_BODY_MB."""
     receive_timeout_s: PositiveNumber = 60
     """A client that has not sent its whole request after this many seconds gets 408, and its connection is closed."""
@@ -384,11 +384,11 @@ class LimitSettings(SettingsGroup, title="Limits of requests"):
 
     @property
     def max_body_bytes(self) -> int:
-        return int(self.max_body_mb * _MIB)
+        return int(self.max_body_mb * _MB)
 
     @property
     def max_pending_body_bytes(self) -> int:
-        return int((self.max_pending_body_mb or 8 * self.max_body_mb) * _MIB)
+        return int((self.max_pending_body_mb or 8 * self.max_body_mb) * _MB)
 
 
 class ServerSettings(SettingsGroup, title="Server"):

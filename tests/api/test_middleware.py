@@ -58,7 +58,7 @@ def test_unsupported_compression_is_rejected(service: Service, encoding: str) ->
 def test_large_bodies_are_rejected(guarded: Service) -> None:
     """A body above the limit gets 413, whether its size is announced or not, and the connection is usable."""
     body = json.dumps({"input": "x" * 300_000}).encode()
-    assert_error(guarded.post(body), 413, "request_too_large", phrase="0.25 MiB")
+    assert_error(guarded.post(body), 413, "request_too_large", phrase="250 kB")
 
     def pieces() -> Iterator[bytes]:
         for start in range(0, len(body), 10_000):
@@ -66,7 +66,7 @@ def test_large_bodies_are_rejected(guarded: Service) -> None:
 
     response = guarded.http.post("/v1/embeddings", content=pieces())
     assert response.request.headers["transfer-encoding"] == "chunked"
-    assert_error(response, 413, "request_too_large", phrase="0.25 MiB")
+    assert_error(response, 413, "request_too_large", phrase="250 kB")
     assert guarded.embed("hello").status_code == 200
     wrong_key = httpx.post(
         f"{guarded.url}/v1/embeddings", content=body, headers={"authorization": f"Bearer {KEYS[0]}x"}, trust_env=False

@@ -261,7 +261,7 @@ def test_too_many_connections(tmp_path: Path) -> None:
 
 KEY = f"Authorization: Bearer {KEYS[0]}\r\n".encode()
 PART = b'{"input": "' + b"x" * 240_000
-"""Eight of these are nearly as much as the body budget of `guarded`: 8 x 0.25 MiB."""
+"""Eight of these are nearly as much as the body budget of `guarded`: 8 x 250 kB."""
 
 
 @contextmanager
@@ -290,14 +290,14 @@ def filled(guarded: Service) -> Iterator[None]:
 
 def probe(guarded: Service) -> httpx.Response:
     """Send a large body with a short input."""
-    return guarded.http.post("/v1/embeddings", content=json.dumps({"input": "x", "user": "y" * 250_000}))
+    return guarded.http.post("/v1/embeddings", content=json.dumps({"input": "x", "user": "y" * 200_000}))
 
 
 def test_body_budget(guarded: Service) -> None:
     """A body that exceeds the budget is rejected at once, announced or not, and small requests are answered."""
     with filled(guarded):
         response = probe(guarded)
-        assert_error(response, 429, "queue_full", type="rate_limit_error", phrase="2 MiB")
+        assert_error(response, 429, "queue_full", type="rate_limit_error", phrase="2.0 MB")
         assert 1 <= int(response.headers["retry-after"]) <= 120
 
         def pieces() -> Iterator[bytes]:
@@ -342,7 +342,7 @@ class FakeConnection:
 
 def test_unread_responses_are_limited() -> None:
     """If unread responses exceed the limit, clients that have not read for longest are disconnected, except the last."""
-    limiter = ConnectionLimiter(LimitSettings(max_body_mb=100 / 2**20, max_pending_body_mb=100 / 2**20))
+    limiter = ConnectionLimiter(LimitSettings(max_body_mb=100 / 1000**2, max_pending_body_mb=100 / 1000**2))
     first, second, third, fast, huge = (FakeConnection(unsent) for unsent in (40, 40, 30, 500, 1000))
     limiter.on_paused(fast)
     limiter.on_resumed(fast)
