@@ -124,7 +124,7 @@ async def test_without_a_limit_in_tokens_the_queue_is_limited_by_memory() -> Non
         holding = await run.hold()
         large = asyncio.create_task(run.embed(*different(200)))
         await run.until_waiting(200)
-        with pytest.raises(QueueFullError, match="MB of memory") as caught:
+        with pytest.raises(QueueFullError, match="kB of memory") as caught:
             await run.embed(*different(200))
         assert 0 < caught.value.retry_after_s < 1
         small = asyncio.create_task(run.embed("w4"))

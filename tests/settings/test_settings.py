@@ -134,7 +134,7 @@ def test_limits_of_loaded_models() -> None:
         SettingsError, match="PRELOAD_MODELS=a,b: must not be more than EMB_PROVIDER_MAX_LOADED_MODELS=1"
     ):
         load(MAX_LOADED_MODELS="1", MODEL_MAPPING=mapping, PRELOAD_MODELS="a,b")
-    with pytest.raises(SettingsError, match="MODEL_MEMORY_LIMIT=much: must be bytes, or a size like 4GiB"):
+    with pytest.raises(SettingsError, match="MODEL_MEMORY_LIMIT=much: must be bytes, or a size like 4GB"):
         load(MODEL_MEMORY_LIMIT="much")
 
 
