@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import SettingsError
@@ -52,8 +52,9 @@ def run(*, supervise: bool = False) -> NoReturn:
     The interpreter would wait for all threads, even for one that is downloading and cannot be interrupted.
     """
     code = main(supervise=supervise)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the disk that they are written to is full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

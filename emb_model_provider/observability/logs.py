@@ -17,32 +17,25 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import SettingsError
+from emb_model_provider.observability.log_file import LogFile, Rotation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from emb_model_provider.settings import LogSettings
 
 ACCESS_LOGGER = "emb_model_provider.access"
 LOG_FILE = "emb_model_provider.log"
+logger = logging.getLogger(__name__)
+
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 _COLLECT_S = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotation:
-    """When a new log file is started, and how many old ones are kept."""
-
-    max_bytes: int = 20 * 1024 * 1024
-    max_age_s: float = 24 * 3600.0
-    kept_files: int = 7
 
 
 def new_request_id() -> str:
@@ -52,15 +45,14 @@ def new_request_id() -> str:
 
 
 def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> LineWriter:
-    """Write all log lines of this process as the settings say; call `stop` of the result before the process ends."""
-    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
-    handlers: list[logging.StreamHandler[Any]] = [logging.StreamHandler(sys.stderr)]
-    if settings.log_to_file:
-        handlers.append(_file_handler(settings, rotation or Rotation()))
-    for handler in handlers:
-        handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
+    """Write all log lines of this process as the settings say; call `stop` of the result before the process ends.
 
-    writer = LineWriter(handlers)
+    Raises:
+        SettingsError: The log file cannot be written, although a setting asks for it.
+    """
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    file, problem = _open_file(settings, rotation or Rotation()) if settings.log_to_file else (None, "")
+    writer = LineWriter(_JsonFormatter() if as_json else _TextFormatter(), file)
     root = logging.getLogger()
     root.handlers = [_Enqueue(writer)]  # type: ignore[arg-type]  # it only calls `put_nowait`
     root.setLevel(logging.WARNING)
@@ -68,14 +60,33 @@ def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> Li
     logging.captureWarnings(capture=True)
     # Disabled, because no format uses them, and looking them up takes as long as writing a line of the access log.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    if problem:
+        logger.warning("%s", problem)
     return writer
+
+
+def _open_file(settings: LogSettings, rotation: Rotation) -> tuple[LogFile | None, str]:
+    """Return the log file, or None and the reason if only the default asks for one and it cannot be written."""
+    try:
+        return LogFile(settings.log_dir / LOG_FILE, rotation), ""
+    except OSError as error:
+        problem = f"EMB_PROVIDER_LOG_DIR={settings.log_dir}: the directory cannot be written ({error.strerror})"
+        if {"log_dir", "log_to_file"} & settings.model_fields_set:
+            raise SettingsError(
+                f"{problem}. Choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
+            ) from error
+        return None, (
+            f"{problem}: there is no log file, only these lines. To write one, set EMB_PROVIDER_LOG_DIR to another "
+            "directory; otherwise EMB_PROVIDER_LOG_TO_FILE=false."
+        )
 
 
 class LineWriter:
     """The thread that writes log lines, and the queue of lines."""
 
-    def __init__(self, handlers: Sequence[logging.StreamHandler[Any]]) -> None:
-        self._handlers = handlers
+    def __init__(self, formatter: logging.Formatter, file: LogFile | None) -> None:
+        self._formatter = formatter
+        self._file = file
         self._lines: deque[logging.LogRecord] = deque()
         self._available = threading.Event()
         self._urgent = threading.Event()
@@ -92,13 +103,13 @@ class LineWriter:
             self._available.set()
 
     def stop(self) -> None:
-        """Write the remaining lines, and close the files."""
+        """Write the remaining lines, and close the file."""
         self._stopping = True
         self._urgent.set()
         self._available.set()
         self._thread.join()
-        for handler in self._handlers:
-            handler.close()
+        if self._file is not None:
+            self._file.close()
 
     def _run(self) -> None:
         while not self._stopping or self._lines:
@@ -108,51 +119,32 @@ class LineWriter:
             self._available.clear()
             self._urgent.clear()
             if batch := [self._lines.popleft() for _ in range(len(self._lines))]:
-                for handler in self._handlers:
-                    _write(handler, batch)
+                lines = [(self._formatter.format(record), record.created) for record in batch]
+                self._write_to_stderr([line for line, _ in lines])
+                if self._file is not None:
+                    self._write_to_file(self._file, lines)
 
+    def _write_to_stderr(self, lines: Sequence[str]) -> None:
+        # The terminal or pipe may be closed, or its disk full: there is nowhere to report that.
+        with suppress(OSError, ValueError):
+            sys.stderr.write("\n".join([*lines, ""]))
+            sys.stderr.flush()
 
-def _file_handler(settings: LogSettings, rotation: Rotation) -> _RotatingFileHandler:
-    directory = settings.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        return _RotatingFileHandler(directory / LOG_FILE, rotation)
-    except OSError as error:
-        raise SettingsError(
-            f"EMB_PROVIDER_LOG_DIR={directory}: the directory cannot be written ({error.strerror}). "
-            "Choose another directory, or set EMB_PROVIDER_LOG_TO_FILE=false."
-        ) from error
-
-
-def _write(handler: logging.StreamHandler[Any], records: Sequence[logging.LogRecord]) -> None:
-    try:
-        for record in records:
-            line = f"{handler.format(record)}\n"
-            if isinstance(handler, _RotatingFileHandler):
-                handler.rotate_if_due(line, record.created)
-            handler.stream.write(line)
-        handler.flush()
-    except Exception:  # noqa: BLE001 - as in logging: an error in the log must not end the service
-        handler.handleError(records[-1])
-
-
-class _RotatingFileHandler(logging.handlers.RotatingFileHandler):
-    """Starts a new file when the current one is too large or too old."""
-
-    def __init__(self, file: Path, rotation: Rotation) -> None:
-        # The age of an existing file is counted from its last line, because the time of its first line is unknown.
-        self._started = file.stat().st_mtime if file.exists() else time.time()
-        self._size = file.stat().st_size if file.exists() else 0
-        self._max_age_s = rotation.max_age_s
-        super().__init__(file, maxBytes=rotation.max_bytes, backupCount=rotation.kept_files, encoding="utf-8")
-
-    def rotate_if_due(self, line: str, created: float) -> None:
-        """Start a new file if the current one is too old or has no room for a line, and add the size of the line."""
-        size = len(line.encode())
-        if (self._size and self._size + size > self.maxBytes) or created - self._started > self._max_age_s:
-            self.doRollover()
-            self._started, self._size = time.time(), 0
-        self._size += size
+    def _write_to_file(self, file: LogFile, lines: Sequence[tuple[str, float]]) -> None:
+        before = file.problem
+        file.write(lines)
+        if file.problem == before:
+            return
+        level, message = logging.WARNING, f"the log file {file.path} {file.problem}"
+        if not file.problem:
+            level, message = logging.INFO, f"the log file {file.path} works again"
+        if file.missing:
+            message += f"; up to {file.missing} lines are missing in it"
+        record = logger.makeRecord(logger.name, level, __file__, 0, message, (), None)
+        line = self._formatter.format(record)
+        self._write_to_stderr([line])
+        if not file.problem:
+            file.write([(line, record.created)])
 
 
 class _Enqueue(logging.handlers.QueueHandler):
@@ -207,4 +199,4 @@ class _JsonFormatter(logging.Formatter):
         lines = getattr(record, "traceback", [])
         if lines:
             fields["traceback"] = "\n".join(lines)
-        return json.dumps(fields | getattr(record, "fields", {}), ensure_ascii=False)
+        return json.dumps(fields | getattr(record, "fields", {}), ensure_ascii=False, default=str)

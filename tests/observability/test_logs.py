@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from emb_model_provider.errors import SettingsError
-from emb_model_provider.observability.logs import LOG_FILE, Rotation, request_id, start_logging
+from emb_model_provider.observability.log_file import Rotation
+from emb_model_provider.observability.logs import LOG_FILE, request_id, start_logging
 from emb_model_provider.settings import LogSettings
 from tests.service import wait_until
 
@@ -135,6 +140,121 @@ def test_age_includes_earlier_processes(tmp_path: Path) -> None:
     os.utime(tmp_path / LOG_FILE, (two_days_ago, two_days_ago))
     assert len(log_messages(tmp_path, True, "third")) == 1
     assert (tmp_path / f"{LOG_FILE}.1").exists()
+
+
+def test_removed_directory_is_created_again(tmp_path: Path) -> None:
+    """The lines after the removal of the file, or of its directory, are not lost. The same holds for a renamed file."""
+    directory = tmp_path / "logs"
+    writer = start_logging(LogSettings(log_format="json", log_dir=directory))
+
+    def log_and_read(message: str) -> str:
+        logger.info("%s", message)
+        wait_until(lambda: (directory / LOG_FILE).exists() and message in (directory / LOG_FILE).read_text())
+        return (directory / LOG_FILE).read_text()
+
+    log_and_read("first")
+    shutil.rmtree(directory)
+    assert "first" not in log_and_read("second")
+    (directory / LOG_FILE).rename(directory / "renamed")
+    assert "second" not in log_and_read("third")
+    writer.stop()
+
+
+def test_rotation_that_fails_removes_no_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """If no new file can be created, the current one grows, and one line says so until a rotation succeeds."""
+    rotation = Rotation(max_bytes=2000, kept_files=2, retry_after_s=0)
+    messages = [f"{number} {'x' * 500}" for number in range(10)]
+    log_messages(tmp_path, True, *messages, rotation=rotation)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    (tmp_path / f"{LOG_FILE}.new").mkdir()
+    (tmp_path / f"{LOG_FILE}.new" / "file").touch()
+    capfd.readouterr()
+    grown = "\n".join(log_messages(tmp_path, True, *messages, rotation=rotation))
+    assert grown.startswith(before.pop(LOG_FILE).strip())
+    assert len(grown) > 5000
+    assert before == {name: (tmp_path / name).read_text() for name in before}
+    assert len(re.findall("cannot be rotated", capfd.readouterr().err)) == 1
+    shutil.rmtree(tmp_path / f"{LOG_FILE}.new")
+    log_messages(tmp_path, True, "last", rotation=rotation)
+    assert (tmp_path / f"{LOG_FILE}.1").read_text().strip() == grown
+
+
+FULL_DISK = """
+import json, logging, sys, time
+from pathlib import Path
+from emb_model_provider.observability.log_file import Rotation
+from emb_model_provider.observability.logs import LOG_FILE, start_logging
+from emb_model_provider.settings import LogSettings
+directory = Path(sys.argv[1])
+rotation = Rotation(max_bytes=10_000, kept_files=2)
+(directory / (LOG_FILE + ".1")).write_text("old")
+(directory / "filler").write_bytes(bytes(56 * 1024))  # one page is left
+writer = start_logging(LogSettings(log_format="json", log_dir=directory), rotation)
+logger = logging.getLogger("emb_model_provider.tests")
+for number in range(100):
+    logger.warning("%d %s", number, "x" * 100)
+    time.sleep(0.001)
+writer.stop()
+assert (directory / (LOG_FILE + ".1")).read_text() == "old"
+writer = start_logging(LogSettings(log_format="json", log_dir=directory), rotation)
+logger.warning("still full")
+time.sleep(0.2)
+(directory / "filler").unlink()
+logger.warning("free again")
+writer.stop()
+print((directory / LOG_FILE).read_text())
+"""
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """One line on stderr reports it, without a traceback. No old file is lost. Later lines are complete."""
+    command = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=64k tmpfs "$1" && exec "$2" -c "$3" "$1"',
+    ]
+    done = subprocess.run(
+        [*command, "sh", str(tmp_path), sys.executable, FULL_DISK],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip(f"cannot mount a file system: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    messages = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert [message for message in messages if "x" * 100 in message] == [
+        f"{number} {'x' * 100}" for number in range(100)
+    ]
+    problems = [message for message in messages if message.startswith("the log file")]
+    assert [re.sub(r"\d+ lines", "N lines", message.partition(LOG_FILE)[2]) for message in problems] == [
+        " cannot be written (No space left on device); up to N lines are missing in it",
+        " cannot be written (No space left on device); up to N lines are missing in it",
+        " works again; up to N lines are missing in it",
+    ]
+    written = done.stdout.splitlines()
+    assert json.loads(written[0])["message"].startswith("0 ")
+    last = [json.loads(line)["message"] for line in written[-3:] if line]
+    assert last[-1].startswith("the log file")
+    assert last[-2] == "free again"
+
+
+def test_default_directory_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Only a setting makes it an error: the working directory of a container is often not writable."""
+    (tmp_path / "logs").touch()
+    monkeypatch.chdir(tmp_path)
+    start_logging(LogSettings(log_format="json")).stop()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "EMB_PROVIDER_LOG_DIR=logs: the directory cannot be written" in json.loads(line)["message"]
+    assert "EMB_PROVIDER_LOG_TO_FILE=false" in line
+    with pytest.raises(SettingsError, match=r"EMB_PROVIDER_LOG_DIR=logs"):
+        start_logging(LogSettings(log_to_file=True))
 
 
 def test_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
