@@ -1,4 +1,4 @@
-"""Blocking work on dedicated threads, and a lock with a bound on waiting."""
+"""Threads for blocking work, and a lock with a bound on waiting."""
 
 from __future__ import annotations
 
@@ -8,10 +8,30 @@ import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
+from emb_model_provider.errors import ThreadLimitError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+_RETRY_AFTER_S = 30.0
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        ThreadLimitError: The operating system refuses to. The message says what to do.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ThreadLimitError(
+            f"The system refuses to start another thread ({error}). Raise its limit of processes and threads (ulimit -u; "
+            "for a container --pids-limit), or the memory, and try again.",
+            retry_after_s=_RETRY_AFTER_S,
+        ) from error
 
 
 class BoundedLock:
@@ -49,5 +69,5 @@ async def run_in_daemon_thread(name: str, work: Callable[[], T]) -> T:
             done.set_result(result)
 
     done.set_running_or_notify_cancel()
-    threading.Thread(target=run, name=name, daemon=True).start()
+    start_thread(threading.Thread(target=run, name=name, daemon=True))
     return await asyncio.wrap_future(done)

@@ -31,6 +31,7 @@ _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.ReceiveTimeoutError, ErrorInfo("request_timeout", 408)),
     (errors.QueueFullError, ErrorInfo("queue_full", 429)),
     (errors.ModelNotReadyError, ErrorInfo("model_not_ready", 503)),
+    (errors.ThreadLimitError, ErrorInfo("thread_limit", 503)),
     (errors.DeadlineExceededError, ErrorInfo("timeout", 504)),
     (errors.NotCachedError, ErrorInfo("not_cached", 404, USAGE_ERROR)),
     (errors.AmbiguousNameError, ErrorInfo("ambiguous_name", 400, USAGE_ERROR)),

@@ -209,6 +209,10 @@ class QueueFullError(RetryLaterError):
     """The queue is full."""
 
 
+class ThreadLimitError(RetryLaterError):
+    """The operating system refuses to start another thread."""
+
+
 class DeadlineExceededError(ProviderError):
     """The model made no progress, or the request took too long. Its remaining work was dropped."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO
 
+from emb_model_provider.concurrency import start_thread
 from emb_model_provider.errors import OperationCancelledError
 from emb_model_provider.formatting import format_duration, format_size
 
@@ -126,7 +127,7 @@ class ProgressReporter:
         self._is_drawn = False
 
     def __enter__(self) -> Self:
-        self._watcher.start()
+        start_thread(self._watcher)
         return self
 
     def __exit__(

@@ -10,15 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -184,6 +185,16 @@ def wait_until(condition: Any, timeout_s: float = 120.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"the condition did not become true within {timeout_s:g} s")
         time.sleep(0.02)
+
+
+@contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Let every start of a thread in this process fail, as at the limit of the system: no memory has such a stack."""
+    threading.stack_size(2**46)
+    try:
+        yield
+    finally:
+        threading.stack_size(0)
 
 
 def assert_error(

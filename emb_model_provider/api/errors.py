@@ -19,6 +19,7 @@ from emb_model_provider.errors import (
     QueueFullError,
     ReceiveTimeoutError,
     RequestError,
+    RetryLaterError,
 )
 from emb_model_provider.observability.logs import request_id
 
@@ -103,6 +104,8 @@ def response_for(error: Exception) -> ErrorResponse:
             headers = retry_after(error.retry_after_s)
         case ModelNotReadyError():
             param = "model"
+            headers = retry_after(error.retry_after_s)
+        case RetryLaterError():
             headers = retry_after(error.retry_after_s)
     return error_response(info.status, error.message, type=kind, param=param, code=info.code, headers=headers)
 

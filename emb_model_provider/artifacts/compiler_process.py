@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
 from emb_model_provider.artifacts.recipe import Recipe
+from emb_model_provider.concurrency import start_thread
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
@@ -164,7 +165,7 @@ def run_compiler(
     ]
     try:
         for reader in readers:
-            reader.start()
+            start_thread(reader)
         # Its stdin stays open, because the end of it tells the child that this process is gone.
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
@@ -181,7 +182,8 @@ def run_compiler(
     finally:
         _kill(process)
         for reader in readers:
-            reader.join()
+            if reader.ident is not None:  # it was started
+                reader.join()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):

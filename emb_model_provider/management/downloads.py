@@ -13,8 +13,9 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
+from emb_model_provider.concurrency import start_thread
 from emb_model_provider.error_table import error_info
-from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFullError
+from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFullError, ThreadLimitError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.types import DownloadRecord
 from emb_model_provider.model_resolver import resolve_source
@@ -145,17 +146,21 @@ class DownloadJobs:
     def _start_queued(self) -> None:
         # A cancelled job is not counted, because it transfers nothing but can hang for as long as its hub does.
         running = sum(job.record.state == "running" and not job.cancel.is_cancelled for job in self._jobs.values())
-        for job in self._jobs.values():
+        for job in list(self._jobs.values()):
             if running >= _MAX_RUNNING or self._is_stopping:
                 return
             if job.record.state == "queued":
-                running += 1
                 job.record.state, job.record.started = "running", _now()
                 # A daemon, so that a transfer that hangs does not delay the end of the process.
                 job.thread = threading.Thread(
                     target=self._run, args=(job,), name=f"{job.record.kind}-{job.record.id}", daemon=True
                 )
-                job.thread.start()
+                try:
+                    start_thread(job.thread)
+                    running += 1
+                except ThreadLimitError as error:
+                    logger.error("job %s: %s failed: %s", job.record.id, job.record.model_name, error)  # noqa: TRY400
+                    self._end(job, "failed", error)
 
     def _end(self, job: _Job, state: JobState, failure: BaseException | None = None) -> None:
         job.thread = None

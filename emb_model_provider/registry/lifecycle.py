@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from emb_model_provider.concurrency import run_in_daemon_thread
-from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError
+from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError, ThreadLimitError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.model_resolver import hidden_repository_note, resolve_source
 from emb_model_provider.progress import CancelToken
@@ -198,6 +198,9 @@ class Lifecycle:
         if engine is not None:
             try:
                 is_stopped = await run_in_daemon_thread(f"stop-{alias}", lambda: engine.stop(timeout_s))
+            except ThreadLimitError as error:
+                logger.warning("model %s frees its memory when its last batch has ended: %s", alias, error)
+                engine.stop(0)  # which waits for nothing
             except Exception:
                 logger.exception("model %s could not be stopped", alias)
             else:

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal
 
+from emb_model_provider.concurrency import start_thread
 from emb_model_provider.errors import ModelNotReadyError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.serving.config import batch_policy
@@ -57,7 +58,7 @@ class ModelThread:
         """Start the thread; return a future for the description of the loaded model."""
         # Marked as running, because a caller that stops waiting would cancel the future that the thread completes.
         self._loaded.set_running_or_notify_cancel()
-        self._thread.start()
+        start_thread(self._thread)
         return self._loaded
 
     def stop(self, timeout_s: float | None) -> bool:

@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError
+from emb_model_provider.concurrency import start_thread
+from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError, ThreadLimitError
 from emb_model_provider.formatting import format_size
 from emb_model_provider.serving.batch_runner import run_batch
 from emb_model_provider.serving.batcher import Batch, Batcher
@@ -80,8 +81,16 @@ class BatchScheduler:
             )
             for stream in range(1, backend.streams)
         ]
-        for thread in others:
-            thread.start()
+        started = 0
+        try:
+            for thread in others:
+                start_thread(thread)
+                started += 1
+        except ThreadLimitError as error:
+            logger.warning("model %s runs with %d of %d streams: %s", self._model, started + 1, backend.streams, error)
+            others = others[:started]
+            with self._wake:
+                del self._running[started + 1 :]
         self._run_stream(backend, 0)
         for thread in others:
             thread.join()

@@ -18,8 +18,10 @@ import pytest
 
 from emb_model_provider.artifacts.compiler_process import CompileJob
 from emb_model_provider.artifacts.recipe import recipe_for
+from emb_model_provider.errors import ThreadLimitError
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, wait_for
 from tests.models import bundled_directory, snapshot_of, spec_of
+from tests.service import no_more_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,6 +149,14 @@ def test_steps_are_logged_with_their_duration(harness: Harness, caplog: pytest.L
     with caplog.at_level(logging.DEBUG):
         harness.prepare()
     assert "small: compiling: pretend took" in caplog.text
+
+
+def test_threads_that_cannot_be_started_end_the_compiler(harness: Harness) -> None:
+    """The error says what to do, and no process is left."""
+    before = psutil.Process().children()
+    with no_more_threads(), pytest.raises(ThreadLimitError, match="ulimit -u"):
+        harness.prepare()
+    assert psutil.Process().children() == before
 
 
 def test_the_compiler_does_not_inherit_secrets(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

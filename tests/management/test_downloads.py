@@ -14,7 +14,7 @@ from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots.snapshot import Snapshot
-from tests.service import wait_until
+from tests.service import no_more_threads, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,6 +115,28 @@ def test_two_jobs_run_and_others_wait(jobs: DownloadJobs, manager: Manager) -> N
     manager.finish()
     assert [wait_for_end(jobs, job).state for job in started] == ["done", "done", "cancelled", "done"]
     assert sorted(manager.downloads) == ["a/0", "a/1", "a/3"]
+
+
+def test_job_whose_thread_cannot_be_started_fails(jobs: DownloadJobs, manager: Manager) -> None:
+    """It does not stay `running`, says what to do, and takes no turn from later jobs."""
+    with no_more_threads():
+        failed = [jobs.start(spec(f"a/{i}")) for i in range(4)]
+    for job in failed:
+        assert (job.state, job.error_code) == ("failed", "thread_limit")
+        assert job.ended is not None
+        assert "--pids-limit" in (job.error or "")
+    manager.finish()
+    again = [wait_for_end(jobs, jobs.start(spec(f"a/{i}"))) for i in range(4)]
+    assert [job.state for job in again] == ["done"] * 4
+
+
+def test_waiting_job_whose_thread_cannot_be_started_fails(jobs: DownloadJobs, manager: Manager) -> None:
+    """It fails when its turn comes, although no client waits for it."""
+    started = [jobs.start(spec(f"a/{i}")) for i in range(3)]
+    wait_until(lambda: len(manager.downloads) == 2)
+    with no_more_threads():
+        manager.finish()
+        assert [wait_for_end(jobs, job).state for job in started] == ["done", "done", "failed"]
 
 
 def test_equal_requests_share_a_job(jobs: DownloadJobs, manager: Manager) -> None:

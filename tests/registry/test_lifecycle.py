@@ -9,6 +9,7 @@ import pytest
 
 from emb_model_provider.errors import DeadlineExceededError, LoadError, ModelNotReadyError
 from emb_model_provider.registry import State
+from tests.service import no_more_threads
 from tests.serving.helpers import until
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ async def test_model_is_unloaded_after_its_requests(fleet: Callable[..., Any]) -
         status = models.registry.status("a")
         assert (status.state, status.unload_reason) == (State.READY, None)
         assert status.unloads == {"asked to": 1}
+
+
+async def test_model_is_unloaded_without_another_thread(fleet: Callable[..., Any]) -> None:
+    """At the limit of threads, its memory is freed, too, and its next request loads it again."""
+    async with fleet("a") as models:
+        await models.embed("a")
+        with no_more_threads():
+            await models.registry.unload("a")
+        await until(lambda: models["a"].backends[0].closed)
+        assert models.state("a") is State.UNLOADED
+        assert len(await models.embed("a")) == 1
 
 
 async def test_no_request_fails_during_unloads(fleet: Callable[..., Any]) -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from emb_model_provider.errors import InferenceError, LoadError, ModelNotReadyError
+from emb_model_provider.errors import InferenceError, LoadError, ModelNotReadyError, ThreadLimitError
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.serving.config import EngineConfig
 from emb_model_provider.serving.engine import Engine
 from emb_model_provider.settings import BatchSettings
+from tests.service import no_more_threads
 from tests.serving.fakes import BREAKS, FakeBackend, expected
 from tests.serving.helpers import different, expected_vectors, ids, started_engine, until
 
@@ -80,6 +81,33 @@ async def test_model_whose_first_vector_is_not_finite_is_not_served() -> None:
     with pytest.raises(LoadError, match="is not finite: its weights"):
         await start(load)
     assert backends[0].closed
+
+
+async def test_model_whose_thread_cannot_be_started_is_not_served() -> None:
+    """The error says what to do, and no caller waits."""
+    with no_more_threads(), pytest.raises(ThreadLimitError, match="ulimit -u"):
+        await start(FakeBackend)
+
+
+async def test_model_runs_with_the_streams_that_can_be_started(caplog: pytest.LogCaptureFixture) -> None:
+    """Requests are answered, and a batch that hangs is noticed, although the other streams do not exist."""
+
+    def reach_limit(_: int) -> bool:
+        threading.stack_size(2**46)
+        return True
+
+    try:
+        async with started_engine(streams=3, can_load=reach_limit, config={"watchdog_s": 0.05}) as run:
+            vectors = await asyncio.gather(*(run.embed(text) for text in different(5)))
+            assert len(vectors) == 5
+            assert "runs with 1 of 3 streams" in caplog.text
+            threading.stack_size(0)
+            await run.hold()
+            await until(lambda: run.engine.hang_report)
+            with pytest.raises(ModelNotReadyError, match="hangs"):
+                await run.embed("w2")
+    finally:
+        threading.stack_size(0)
 
 
 # --- restarts -----------------------------------------------------------------------------------------
