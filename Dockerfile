@@ -29,8 +29,9 @@ RUN uv pip install --no-deps .
 FROM python:3.11-slim
 
 COPY --from=build /opt/venv /opt/venv
-# The only directory that the service writes to.
-RUN install -d -o 10001 -g 10001 /data
+# The only directory that the service writes to. Any user of the group 0 can write to it, too, because OpenShift and
+# `docker run --user` choose other users.
+RUN install -d -o 10001 -g 0 -m 2775 /data
 
 # Downloads and compiled models are stored below HOME, which is the volume. No cache directory is set here, because a value
 # of the image would take precedence over MODELSCOPE_CACHE, HF_HOME or MODEL_CACHE_DIR of the user.

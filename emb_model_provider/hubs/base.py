@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from emb_model_provider.formatting import first_line
+from emb_model_provider.snapshots.files import use_temporary_directory
 from emb_model_provider.snapshots.manifest import ALL_FILES
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def check_hub(
 
 
 def _check(hub: RemoteHubName, settings: HubSettings, repository: str, timeout_s: float) -> HubStatus:
+    use_temporary_directory(settings.cache_dir)
     # ModelScope's client creates its cache directory, although nothing is downloaded into it.
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

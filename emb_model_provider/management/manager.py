@@ -28,7 +28,7 @@ from emb_model_provider.model_spec import MIRROR_MANIFEST
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest, mirror
-from emb_model_provider.snapshots.files import has_sizes, size_of, walk
+from emb_model_provider.snapshots.files import has_sizes, size_of, use_temporary_directory, walk
 from emb_model_provider.snapshots.locks import FileLock
 from emb_model_provider.snapshots.manifest import FilePatterns
 from emb_model_provider.snapshots.snapshot import parts_of
@@ -61,6 +61,7 @@ class ModelManager:
             settings: Where the hubs and the caches are.
             source: Hub of models for which neither the caller nor the settings name one.
         """
+        use_temporary_directory(settings.hubs.cache_dir)
         self._settings = settings
         self._source = source
         self._inventory = Inventory(settings)

@@ -149,6 +149,38 @@ def require_space(path: Path, size: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def use_temporary_directory(cache_dir: Path) -> None:
+    """Let this process and its children keep temporary files in `cache_dir` if there is no other directory for them.
+
+    In a container whose root is read-only, /tmp may be missing, and often only the cache is writable.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        directory = cache_dir / "tmp"
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.tempdir = os.environ["TMPDIR"] = str(directory.absolute())
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """Yield a directory for temporary files. It is removed afterwards.
+
+    Raises:
+        CacheNotWritableError: There is no writable directory.
+    """
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="emb-provider-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise CacheNotWritableError(
+            f"There is no directory for temporary files ({error.strerror}). Mount a writable /tmp, or set TMPDIR or "
+            "EMB_PROVIDER_CACHE_DIR to a writable directory."
+        ) from error
+    with directory as name:
+        yield Path(name)
+
+
 def list_dir(directory: Path, pattern: str = "*") -> list[Path]:
     """Return the entries of a directory that match a pattern, sorted. Unlike `Path.glob` it tolerates its removal."""
     try:

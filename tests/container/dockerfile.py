@@ -82,16 +82,18 @@ class Image:
         """Return the place of a path of the image."""
         return self.root / path.removeprefix("/")
 
-    def start(self, command: list[str], **settings: str) -> subprocess.Popen[bytes]:
-        """Start a command with the user, working directory and environment variables of the container."""
+    def start(
+        self, command: list[str], *, user: int | None = None, group: int | None = None, **settings: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a command with the working directory and environment of the container, by default as its user."""
         steps = [self._to_shell(step) for step in stages()[-1] if step.name in {"ENV", "WORKDIR"}]
         exports = [f"export EMB_PROVIDER_{name}={shlex.quote(value)}" for name, value in settings.items()]
         script = "\n".join(["set -e", *steps, *exports, 'exec "$@"'])
         return subprocess.Popen(
             ["/bin/sh", "-c", script, "sh", *command],
             env=self._environment,
-            user=self.user,
-            group=self.user,
+            user=self.user if user is None else user,
+            group=self.user if group is None else group,
             extra_groups=None if self.user is None else [],
             stdin=subprocess.DEVNULL,
         )

@@ -94,6 +94,15 @@ def test_user_cannot_write_to_the_code(image: Image) -> None:
     assert image.start(["python", "-c", "import os; assert os.getuid() >= 1000"]).wait(60) == 0
 
 
+def test_any_user_of_group_0_can_write_to_the_volume(image: Image) -> None:
+    """OpenShift chooses a user without an entry in /etc/passwd."""
+    if image.user is None:
+        pytest.skip("only root can run a process as another user")
+    program = "import pathlib; pathlib.Path.home().joinpath('written').write_text('x')"
+    assert image.start(["python", "-c", program], user=54321, group=0).wait(60) == 0
+    assert image.start(["python", "-c", program.replace("written", "other")], user=54321, group=54321).wait(60) != 0
+
+
 def _has_cpu_index() -> bool:
     """Return whether the index of PyTorch's CPU builds can be reached. If not, the other build argument is used."""
     uv = shutil.which("uv")

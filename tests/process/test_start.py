@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +51,62 @@ def with_tmpfs(directory: Path, options: str) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"cannot mount a file system: {error}")
     return [*command, *COMMAND]
+
+
+def with_read_only_root(directory: Path) -> list[str]:
+    """Return the beginning of a command that sees `directory` at /mnt, and no other directory for temporary files.
+
+    Its working directory cannot be written. Skips the test if this user may not mount file systems.
+    """
+    script = (
+        'mount --bind "$1" /mnt && mkdir -p /mnt/cwd && mount --bind /mnt/cwd /mnt/cwd && mount -o remount,ro,bind /mnt/cwd'
+        " && for d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || mount -t tmpfs -o ro tmpfs $d || exit 1; done"
+        ' && cd /mnt/cwd && shift && unset TMPDIR && exec "$@"'
+    )
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(directory)]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot mount a file system: {error}")
+    return command
+
+
+TEMPORARY_FILES = """
+import os, subprocess, sys
+from pathlib import Path
+from emb_model_provider.management.manager import ModelManager
+from emb_model_provider.settings import Settings
+from emb_model_provider.snapshots.files import temporary_directory
+ModelManager(Settings.from_values(cache_dir=Path(sys.argv[1])))
+with temporary_directory() as directory:
+    (directory / "file").touch()
+    print(directory.parent)
+print(subprocess.check_output([sys.executable, "-c", "import tempfile; print(tempfile.gettempdir())"], text=True))
+"""
+
+
+def test_temporary_files_are_in_the_cache_if_there_is_no_other_place(tmp_path: Path) -> None:
+    """Also those of child processes, such as the compiler's. Without a cache the error says what to do."""
+    command = [*with_read_only_root(tmp_path), sys.executable, "-c", TEMPORARY_FILES]
+    done = subprocess.run([*command, "/mnt/cache"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["/mnt/cache/tmp"] * 2
+    failed = subprocess.run([*command, "/mnt/cwd/cache"], capture_output=True, text=True, check=False)
+    assert "There is no directory for temporary files" in failed.stderr.splitlines()[-1]
+    assert "set TMPDIR or EMB_PROVIDER_CACHE_DIR" in failed.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_service_with_a_read_only_root_serves(tmp_path: Path) -> None:
+    """Only the cache can be written: the model is compiled, and the missing log file is one warning."""
+    base = tmp_path / "base"
+    base.mkdir()
+    command = [*with_read_only_root(base), *COMMAND]
+    with Service(tmp_path / "service", command=command, CACHE_DIR="/mnt/cache", BACKEND="openvino") as service:
+        service.wait()
+        assert len(service.embed("hello").json()["data"][0]["embedding"]) == 384
+        assert service.stop() == 0
+    lines = [json.loads(line) for line in service.stderr_text().splitlines()]
+    assert ["EMB_PROVIDER_LOG_DIR=logs" in line["message"] for line in lines if line["level"] == "WARNING"] == [True]
 
 
 def errors(service: Service) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -12,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from emb_model_provider.backends.loading_options import require_safe_adapter
 from emb_model_provider.backends.repository import read_object
 from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.snapshots.files import temporary_directory
 from emb_model_provider.snapshots.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -31,11 +30,11 @@ def merge_adapter(transformer: Transformer, repository: Repository) -> None:
         LoadError: Its weights do not fit the model.
     """
     require_safe_adapter(read_object(repository.adapter[ADAPTER_CONFIG]), f"{ADAPTER_CONFIG} of {repository.name}")
-    with tempfile.TemporaryDirectory(prefix="emb-provider-") as directory:
+    with temporary_directory() as directory:
         for name, path in repository.adapter.items():
-            (Path(directory) / name).symlink_to(path.absolute())
-        config: Any = PeftConfig.from_pretrained(directory)
-        weights = load_peft_weights(directory, device="cpu")
+            (directory / name).symlink_to(path.absolute())
+        config: Any = PeftConfig.from_pretrained(str(directory))
+        weights = load_peft_weights(str(directory), device="cpu")
     if str(config.peft_type).rpartition(".")[2].lower() not in ("lora", "dora", "adalora", "loha", "lokr"):
         raise UnsupportedModelError(
             f"{repository.name} is an adapter of the type {config.peft_type}, which cannot be merged into its base "

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.loading_options import config_options, tokenizer_options, transformer_options
 from emb_model_provider.backends.repository import is_processor_file
 from emb_model_provider.errors import UnsupportedModelError
+from emb_model_provider.snapshots.files import temporary_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from emb_model_provider.backends.repository import Repository
 
@@ -39,8 +39,8 @@ def open_view(repository: Repository, digest: str) -> Iterator[Path]:
         UnsupportedModelError: Files of two repositories have the same name, or a file has options that must not be
             passed on to the libraries.
     """
-    with tempfile.TemporaryDirectory(prefix="emb-provider-", ignore_cleanup_errors=True) as parent:
-        directory = Path(parent) / f"model_{digest[:16]}"
+    with temporary_directory() as parent:
+        directory = parent / f"model_{digest[:16]}"
         directory.mkdir()
         for name, path in repository.files.items():
             if repository.has_processor and is_processor_file(name):
