@@ -216,6 +216,11 @@ class ThreadLimitError(RetryLaterError):
 class DeadlineExceededError(ProviderError):
     """The model made no progress, or the request took too long. Its remaining work was dropped."""
 
+    def __init__(self, message: str, *, can_repeat: bool) -> None:
+        super().__init__(message)
+        self.can_repeat = can_repeat
+        """Whether the same request can succeed later, because it was only waiting for others."""
+
 
 class InferenceError(ProviderError):
     """The model failed on an input, or returned a non-finite vector."""

@@ -14,6 +14,7 @@ from emb_model_provider.api.dependencies import RECORD, get_record
 from emb_model_provider.api.paths import dialect_of
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import (
+    DeadlineExceededError,
     ModelNotReadyError,
     ProviderError,
     QueueFullError,
@@ -102,6 +103,9 @@ def response_for(error: Exception) -> ErrorResponse:
         case QueueFullError():
             kind = "rate_limit_error"
             headers = retry_after(error.retry_after_s)
+        case DeadlineExceededError(can_repeat=False):
+            # OpenAI's SDKs repeat a request after any other 5xx, twice by default.
+            headers = {"x-should-retry": "false"}
         case ModelNotReadyError():
             param = "model"
             headers = retry_after(error.retry_after_s)

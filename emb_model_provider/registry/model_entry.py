@@ -44,6 +44,8 @@ class ModelStatus:
     spec: ModelSpec
     state: State
     preload: bool
+    required: bool
+    """Whether `/ready` requires it."""
     created: int
     """When the model was last loaded, or when the service started."""
     error: str | None
@@ -174,6 +176,7 @@ class ModelEntry:
 
     spec: ModelSpec
     preload: bool = False
+    required: bool = False
     configured: bool = False
     slow_load_s: float
     """After how many seconds a load that has not ended is reported."""
@@ -212,6 +215,7 @@ class ModelEntry:
             spec=self.spec,
             state=State.HUNG if hang_report else self.state,
             preload=self.preload,
+            required=self.required,
             created=self.created,
             error=hang_report or self.error or slow_load_warning or None,
             restarts=self.restarts,

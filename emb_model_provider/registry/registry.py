@@ -71,7 +71,11 @@ class Registry:
         self._timings = config.timings
         self._entries = {
             spec.alias: ModelEntry(
-                spec=spec, preload=spec.alias in models.preload, configured=True, slow_load_s=self._timings.slow_load_s
+                spec=spec,
+                preload=spec.alias in models.preload,
+                required=spec.alias in (models.preload if models.required is None else models.required),
+                configured=True,
+                slow_load_s=self._timings.slow_load_s,
             )
             for spec in models.specs
         }

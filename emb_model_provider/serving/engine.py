@@ -183,7 +183,7 @@ class Engine:
             async with asyncio.timeout(total_s):
                 encoded = await self._encode(inputs, task, prompt, options)
         except TimeoutError:
-            raise DeadlineExceededError(f"The request was not answered within {total_s:g} seconds.") from None
+            raise _timed_out(total_s, None) from None
         tokenize_s = time.monotonic() - started
         tokens = sum(map(len, encoded.ids))
         limit = self._limits.max_request_tokens
@@ -264,10 +264,12 @@ class Engine:
             idle_until = max(started, self._scheduler.progressed_at) + timeout_s
             now, end = time.monotonic(), started + total_s
             if now >= end:
-                raise DeadlineExceededError(f"The request was not answered within {total_s:g} seconds.")
+                raise _timed_out(total_s, job)
             if now >= idle_until:
                 raise DeadlineExceededError(
-                    f"The model `{self.spec.alias}` made no progress within {timeout_s:g} seconds."
+                    f"The model `{self.spec.alias}` made no progress within {timeout_s:g} seconds. "
+                    + _remedy(job, "EMB_PROVIDER_REQUEST_TIMEOUT_S"),
+                    can_repeat=job.started_at is None,
                 )
             await asyncio.wait((job.result,), timeout=min(idle_until, end) - now)
         return job.result.result()
@@ -345,6 +347,19 @@ def _unaccepted(reason: str) -> TokenInputError:
         f"{reason} Send text (in LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)), or set token_input of the "
         "model in EMB_PROVIDER_MODEL_MAPPING: 'model' for ids of the model's own tokenizer, 'cl100k' for OpenAI's."
     )
+
+
+def _timed_out(total_s: float, job: EmbeddingJob | None) -> DeadlineExceededError:
+    """Return the error of a request that took too long; None if its inputs were not tokenized."""
+    message = f"The request was not answered within {total_s:g} seconds. "
+    message += _remedy(job, "EMB_PROVIDER_REQUEST_TOTAL_TIMEOUT_S")
+    return DeadlineExceededError(message, can_repeat=job is not None and job.started_at is None)
+
+
+def _remedy(job: EmbeddingJob | None, setting: str) -> str:
+    if job is not None and job.started_at is None:
+        return f"It was waiting for other requests. Send it again later. The operator can increase {setting}."
+    return f"Send fewer or shorter texts per request. The operator can increase {setting}."
 
 
 def _token_limit(requested: int | None, longest: int) -> int:

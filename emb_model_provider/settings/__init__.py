@@ -60,6 +60,8 @@ class ServedModels:
     """In the order of the settings; the first is the default model."""
     preload: tuple[str, ...]
     """Aliases that are loaded at startup."""
+    required: tuple[str, ...] | None = None
+    """Aliases of the models that `/ready` requires; None: those that are loaded at startup."""
     answers_unknown: bool = False
     """Whether the default model answers requests for unknown models."""
 
@@ -120,22 +122,25 @@ class Settings(BaseModel):
         return self
 
     def served_models(self) -> ServedModels:
-        """Return the configured models, and which of them are loaded at startup."""
-        specs = self.models.specs()
-        first_aliases = {alias: spec.alias for spec in specs for alias in spec.aliases}
-        preload, limit = self.models.preload_models, self.memory.max_loaded_models
-        answers_unknown = self.models.unknown_model == "default"
+        """Return the configured models, and which of them are loaded at startup and required."""
+        specs, limit = self.models.specs(), self.memory.max_loaded_models
+        preload = self._choose("PRELOAD_MODELS", self.models.preload_models, specs)
         if preload is None:
-            return ServedModels(specs, tuple(spec.alias for spec in specs)[:limit], answers_unknown)
-        if preload == ("none",):
-            return ServedModels(specs, (), answers_unknown)
-        if limit is not None and len(preload) > limit:
+            preload = tuple(spec.alias for spec in specs)[:limit]
+        elif limit is not None and len(preload) > limit:
             raise SettingsError(
                 f"{PREFIX}PRELOAD_MODELS={','.join(preload)}: must not be more than {PREFIX}MAX_LOADED_MODELS={limit}."
             )
-        for alias in preload:
+        required = self._choose("REQUIRED_MODELS", self.models.required_models, specs)
+        return ServedModels(specs, preload, required, answers_unknown=self.models.unknown_model == "default")
+
+    @staticmethod
+    def _choose(setting: str, names: tuple[str, ...] | None, specs: tuple[ModelSpec, ...]) -> tuple[str, ...] | None:
+        """Return the first aliases of the models that a setting names."""
+        if names is None or names == ("none",):
+            return names and ()
+        first_aliases = {alias: spec.alias for spec in specs for alias in spec.aliases}
+        for alias in names:
             if alias not in first_aliases:
-                raise SettingsError(
-                    f"{PREFIX}PRELOAD_MODELS={alias}: must be one of {', '.join(first_aliases)}, or none."
-                )
-        return ServedModels(specs, tuple(dict.fromkeys(map(first_aliases.__getitem__, preload))), answers_unknown)
+                raise SettingsError(f"{PREFIX}{setting}={alias}: must be one of {', '.join(first_aliases)}, or none.")
+        return tuple(dict.fromkeys(map(first_aliases.__getitem__, names)))

@@ -85,6 +85,9 @@ class ModelSettings(SettingsGroup, title="Models"):
     preload_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
     """Aliases to load at startup, separated by commas; the others are loaded at their first request. `none` loads
     nothing. Unset: all, or the first MAX_LOADED_MODELS of them."""
+    required_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
+    """Aliases of the models that `/ready` requires, separated by commas: it is 503 while one of them cannot answer. With
+    `none` it does not depend on models. Unset: all models that are loaded at startup."""
     model_precision: Annotated[Precision, Lowered] = "auto"
     """Precision of the computation. auto: for a model compiled on a CPU, bf16 if the processor supports it (and the
     vectors stay within 0.999 of fp32), else fp32; for torch on a CPU, fp32; on a CUDA device, bf16 if it is supported,

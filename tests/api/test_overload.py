@@ -7,6 +7,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import httpx
+import openai
 import pytest
 
 from tests.api.helpers import MANY_TEXTS, POISON, busy
@@ -14,8 +16,6 @@ from tests.service import Service, assert_error, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import httpx
 
 
 def assert_retry_after(response: httpx.Response) -> None:
@@ -36,9 +36,23 @@ def test_full_queue(strained: Service) -> None:
 def test_deadline(strained: Service) -> None:
     """A request that takes longer than REQUEST_TOTAL_TIMEOUT_S gets 504, and its remaining work is dropped."""
     response = strained.embed(MANY_TEXTS, model="mini")
-    assert_error(response, 504, "timeout", type="server_error", phrase="5 seconds")
+    assert_error(response, 504, "timeout", type="server_error", phrase="5 seconds. Send fewer or shorter texts")
+    assert "EMB_PROVIDER_REQUEST_TOTAL_TIMEOUT_S" in response.json()["error"]["message"]
     assert strained.figure("emb_provider_queue_tokens", model="mini") == 0
     assert strained.embed("x", model="mini").status_code == 200
+
+
+def test_sdk_does_not_repeat_what_takes_too_long(strained: Service) -> None:
+    """It would fail again, and take three times as long."""
+    before = strained.figure("emb_provider_requests_total", model="mini", status="504")
+    with (
+        openai.OpenAI(
+            base_url=f"{strained.url}/v1", api_key="any", http_client=httpx.Client(trust_env=False)
+        ) as client,
+        pytest.raises(openai.InternalServerError, match="Send fewer or shorter texts"),
+    ):
+        client.embeddings.create(model="mini", input=MANY_TEXTS)
+    assert strained.figure("emb_provider_requests_total", model="mini", status="504") == before + 1
 
 
 def test_non_finite_vector_is_never_sent(strained: Service) -> None:

@@ -150,6 +150,22 @@ def test_disk_that_is_full_while_compiling_is_reported_in_one_line(tmp_path: Pat
     assert last.startswith("no model could be loaded")
 
 
+@pytest.mark.parametrize(("required", "status"), [("good", 200), ("none", 200), ("good,bad", 503), ("", 503)])
+def test_required_models_decide_whether_the_service_is_ready(
+    tmp_path: Path, service_cache: str, required: str, status: int
+) -> None:
+    """A model that failed and is not required is shown, and does not take the others out of a load balancer."""
+    mapping = {"good": {"name": BUNDLED}, "bad": {"name": "bad", "path": str(tmp_path / "missing")}}
+    settings = {"CACHE_DIR": service_cache, "MODEL_MAPPING": json.dumps(mapping), "REQUIRED_MODELS": required}
+    with Service(tmp_path / "service", **settings) as service:
+        service.wait_for_state("good", "ready").wait_for_state("bad", "failed")
+        ready = service.http.get("/ready")
+        assert ready.status_code == status
+        bad = ready.json()["models"]["bad"]
+        assert "does not exist" in bad["error"]
+        assert bad.get("required") == (None if status == 503 else False)
+
+
 @pytest.mark.slow
 def test_full_disk_affects_only_one_model(tmp_path: Path, service_cache: str, hub: HuggingFaceServer) -> None:
     """/ready reports a download that does not fit, and the other model is served."""

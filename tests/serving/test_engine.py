@@ -47,12 +47,17 @@ async def test_deadline_removes_the_request() -> None:
     """After REQUEST_TIMEOUT_S the request fails, and its waiting inputs do not run."""
     async with started_engine(config={"limits": LimitSettings(request_timeout_s=1.0)}) as run:
         holding = await run.hold()
-        with pytest.raises(DeadlineExceededError, match="no progress within 1 seconds"):
+        with pytest.raises(DeadlineExceededError, match="no progress within 1 seconds") as waited:
             await run.embed(*different(500))
+        assert waited.value.can_repeat
+        assert "Send it again later" in waited.value.message
         assert run.engine.waiting_inputs == 0
         run.backend.gate.set()
-        with pytest.raises(DeadlineExceededError):
+        with pytest.raises(
+            DeadlineExceededError, match=r"fewer or shorter texts.*EMB_PROVIDER_REQUEST_TIMEOUT_S"
+        ) as ran:
             await holding
+        assert not ran.value.can_repeat
 
 
 def slow_batches(seconds: float) -> Callable[[BatchRecord], None]:
@@ -74,8 +79,9 @@ async def test_total_time_of_a_request_is_limited() -> None:
     """By REQUEST_TOTAL_TIMEOUT_S, whatever progress the model makes. Its waiting inputs do not run."""
     limits = LimitSettings(request_total_timeout_s=0.5)
     async with started_engine(config={"limits": limits}, on_batch=slow_batches(0.1)) as run:
-        with pytest.raises(DeadlineExceededError, match=r"0\.5 seconds"):
+        with pytest.raises(DeadlineExceededError, match=r"0\.5 seconds.*fewer.*_TOTAL_") as caught:
             await run.embed(*different(3000))
+        assert not caught.value.can_repeat
         assert run.engine.waiting_inputs == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pwd
 import re
 from pathlib import Path
@@ -241,6 +242,17 @@ def test_host_headers_are_checked_on_loopback() -> None:
     assert not load(ALLOWED_HOSTS="*").server.checks_hosts
     allowed = load(ALLOWED_HOSTS="A.example., b.example:80, ::1, [fd00::0]:1").server.accepted_hosts
     assert allowed == {"a.example", "b.example", "::1", "fd00::"}
+
+
+def test_required_models() -> None:
+    """By default those that are loaded at startup are required. Any alias of a model names it."""
+    mapping = json.dumps({"a": {"name": "o/a", "aliases": ["b"]}, "c": {"name": "o/c"}})
+    assert load(MODEL_MAPPING=mapping).served_models().required is None
+    assert load(MODEL_MAPPING=mapping, REQUIRED_MODELS="b").served_models().required == ("a",)
+    assert load(MODEL_MAPPING=mapping, REQUIRED_MODELS="none").served_models().required == ()
+    assert "EMB_PROVIDER_REQUIRED_MODELS=d: must be one of a, b, c, or none" in error_of(
+        MODEL_MAPPING=mapping, REQUIRED_MODELS="d"
+    )
 
 
 def test_floors_that_are_not_set_keep_their_default() -> None:

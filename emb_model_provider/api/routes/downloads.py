@@ -160,7 +160,8 @@ async def _events(jobs: DownloadJobs, job_id: str, is_shutting_down: Callable[[]
 
 def _accepted(record: DownloadRecord) -> Response:
     job = _with_url(record)
-    return JSONResponse(job.model_dump(mode="json"), 202, headers={"location": job.url})
+    # Relative to the URL of the request, so that it is right behind a proxy that adds a prefix to all paths.
+    return JSONResponse(job.model_dump(mode="json"), 202, headers={"location": f"jobs/{job.id}"})
 
 
 def _event(name: str, job: DownloadRecord) -> bytes:

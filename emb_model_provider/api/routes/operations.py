@@ -46,14 +46,15 @@ async def health() -> Health:
 
 @router.get(
     "/ready",
-    summary="Check that all models that are loaded at startup can answer",
-    description="A model that was unloaded counts as ready, because its next request loads it again.",
+    summary="Check that all required models can answer",
+    description="By default, the models that are loaded at startup are required. A model that was unloaded counts as ready, "
+    "because its next request loads it again.",
     response_model=Readiness,
-    responses={503: {"model": Readiness, "description": "A model cannot answer; its state says why."}},
+    responses={503: {"model": Readiness, "description": "A required model cannot answer; its state says why."}},
 )
 async def ready(services: ServicesDep) -> Response:
     statuses = services.registry.statuses()
-    is_ready = all(status.is_available for status in statuses if status.preload)
+    is_ready = all(status.is_available for status in statuses if status.required)
     readiness = Readiness(
         status="ready" if is_ready else "not_ready",
         models={status.spec.alias: _readiness(status) for status in statuses},
@@ -95,4 +96,9 @@ async def docs_asset(name: str) -> FileResponse:
 
 def _readiness(status: ModelStatus) -> ModelReadiness:
     notes = status.description.notes if status.description is not None else ()
-    return ModelReadiness(state=status.state.value, error=status.error, notes=list(notes) or None)
+    return ModelReadiness(
+        state=status.state.value,
+        required=False if status.preload and not status.required else None,
+        error=status.error,
+        notes=list(notes) or None,
+    )

@@ -203,6 +203,9 @@ class ModelReadiness(BaseModel):
     """The state of a served model."""
 
     state: str
+    required: bool | None = Field(
+        None, description="false for a model that is loaded at startup and that the service can do without."
+    )
     error: str | None = Field(None, description="Why it failed, hangs, is being reloaded, or takes long to load.")
     notes: list[str] | None = Field(
         None, description="Notes on how it was loaded, for example why it runs on torch instead of OpenVINO."
@@ -210,7 +213,7 @@ class ModelReadiness(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether all models that are loaded at startup can answer."""
+    """Whether all required models can answer."""
 
     status: Literal["ready", "not_ready"]
     models: dict[str, ModelReadiness]
