@@ -174,7 +174,7 @@ def temporary_directory() -> Iterator[Path]:
         directory = tempfile.TemporaryDirectory(prefix="emb-provider-", ignore_cleanup_errors=True)
     except OSError as error:
         raise CacheNotWritableError(
-            f"There is no directory for temporary files ({error.strerror}). Mount a writable /tmp, or set TMPDIR or "
+            f"No directory for temporary files can be written ({error.strerror}). Mount a writable /tmp, or set TMPDIR or "
             "EMB_PROVIDER_CACHE_DIR to a writable directory."
         ) from error
     with directory as name:

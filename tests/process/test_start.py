@@ -91,7 +91,7 @@ def test_temporary_files_are_in_the_cache_if_there_is_no_other_place(tmp_path: P
     done = subprocess.run([*command, "/mnt/cache"], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["/mnt/cache/tmp"] * 2
     failed = subprocess.run([*command, "/mnt/cwd/cache"], capture_output=True, text=True, check=False)
-    assert "There is no directory for temporary files" in failed.stderr.splitlines()[-1]
+    assert "No directory for temporary files can be written" in failed.stderr.splitlines()[-1]
     assert "set TMPDIR or EMB_PROVIDER_CACHE_DIR" in failed.stderr.splitlines()[-1]
 
 
