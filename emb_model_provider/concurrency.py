@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from emb_model_provider.errors import ThreadLimitError
+from emb_model_provider.errors import ForkedProcessError, ThreadLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +17,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RETRY_AFTER_S = 30.0
+
+
+class ForkGuard:
+    """Finds that this process was forked after an object had started its threads, which do not exist here.
+
+    Without it, a call would wait for ever for these threads, or for locks that they held.
+    """
+
+    def __init__(self, subject: str) -> None:
+        """Guard what `subject` names, as the beginning of a message, from now on."""
+        self._subject = subject
+        self._pid = os.getpid()
+
+    @property
+    def is_other_process(self) -> bool:
+        return os.getpid() != self._pid
+
+    def check(self) -> None:
+        """Raise ForkedProcessError if this is another process."""
+        if self.is_other_process:
+            raise ForkedProcessError(
+                f"{self._subject} in process {self._pid}, from which this process {os.getpid()} was forked: its threads do not "
+                "exist here. Load the model in each process after the fork: with gunicorn without --preload or in the hook "
+                "post_fork, with Celery at the signal worker_process_init, with multiprocessing by the start method spawn."
+            )
 
 
 def start_thread(thread: threading.Thread) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
+from emb_model_provider.concurrency import ForkGuard
 from emb_model_provider.errors import InputTooLongError, ModelNotReadyError
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
@@ -81,6 +82,8 @@ class Embedder:
         self.spec: ModelSpec = replace(spec, device=device or spec.device, backend=backend or spec.backend)
         self._running: _Running | None = None
         self._starting = threading.Lock()
+        self._guard: ForkGuard | None = None
+        """Of the process that has loaded the model."""
 
     # --- loading and closing --------------------------------------------------------------------------
 
@@ -93,9 +96,12 @@ class Embedder:
         Raises:
             HubError: The model cannot be downloaded.
             LoadError: The model cannot be compiled or loaded.
+            ForkedProcessError: A model was loaded before this process was forked.
         """
+        self._check_process()
         with self._starting:
             if self._running is None:
+                self._guard = ForkGuard(f"The model {self.spec.alias} was loaded")
                 running = _Running(self.spec, self._settings)
                 try:
                     running.call(running.registry.load(self.spec.alias))
@@ -112,8 +118,10 @@ class Embedder:
     def close(self) -> None:
         """Finish the calls in progress, then free the model. Does nothing if it is not loaded.
 
-        `load` loads the model again.
+        `load` loads the model again. In a process that was forked after `load`, there is nothing to free.
         """
+        if self._guard is not None and self._guard.is_other_process:
+            return
         with self._starting:
             running, self._running = self._running, None
         if running is not None:
@@ -175,6 +183,7 @@ class Embedder:
             TypeError: A text is not a `str`.
             InferenceError: The model failed on a text.
             ModelNotReadyError: The model is not loaded, was closed, or crashed repeatedly.
+            ForkedProcessError: The model was loaded before this process was forked.
         """
         options = self._options(dimensions, normalize, input_type, truncate)
         running = self._loaded()
@@ -207,7 +216,12 @@ class Embedder:
             truncate=truncate,
         )
 
+    def _check_process(self) -> None:
+        if self._guard is not None:
+            self._guard.check()
+
     def _loaded(self) -> _Running:
+        self._check_process()
         if self._running is None:
             raise ModelNotReadyError(
                 f"The model {self.spec.alias} is not loaded. Use `with Embedder(...)`, or call load().",

@@ -192,6 +192,10 @@ class ModelNotFoundError(RequestError):
         super().__init__(f"The model `{model}` does not exist. Served here: {served}.", param="model")
 
 
+class ForkedProcessError(ProviderError):
+    """The process was forked from one that had loaded a model, and its copy of the model has no threads."""
+
+
 class RetryLaterError(ProviderError):
     """The request cannot be answered now."""
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -12,10 +16,18 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from emb_model_provider import Embedder
-from emb_model_provider.errors import InputTooLongError, ModelNotReadyError, RepositoryNotFoundError, RequestError
+from emb_model_provider.errors import (
+    ForkedProcessError,
+    InputTooLongError,
+    ModelNotReadyError,
+    RepositoryNotFoundError,
+    RequestError,
+)
 from emb_model_provider.hubs.local import find_bundled
+from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import Settings
 from tests.service import wait_until
+from tests.serving.helpers import started_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,3 +185,78 @@ def test_missing_model_raises_its_error(settings: Settings, tmp_path: Path) -> N
     for _ in range(2):
         with pytest.raises(RepositoryNotFoundError, match="does not exist"):
             embedder.load()
+
+
+FORK = """
+import asyncio, json, os, sys
+import numpy as np
+from emb_model_provider import Embedder
+from emb_model_provider.management.downloads import DownloadJobs
+from emb_model_provider.management.manager import ModelManager
+from emb_model_provider.settings.loading import load_settings
+
+embedder, unused = Embedder().load(), Embedder()
+jobs = DownloadJobs(ModelManager(load_settings()[0]))
+before = embedder.embed("hello")
+reader, writer = os.pipe()
+if os.fork() == 0:
+    calls = {
+        "embed": lambda: embedder.embed("hello"),
+        "aembed": lambda: asyncio.run(embedder.aembed("hello")),
+        "description": lambda: embedder.description,
+        "load": embedder.load,
+        "load of another": unused.load,
+        "load of a new one": lambda: Embedder().load(),
+        "jobs": jobs.list,
+        "close": embedder.close,
+        "close of another": unused.close,
+    }
+    results = {}
+    for name, call in calls.items():
+        try:
+            call()
+            results[name] = "done"
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    os.write(writer, json.dumps(results).encode())
+    os._exit(0)
+os.close(writer)
+with os.fdopen(reader) as stream:
+    print(stream.read())
+assert np.allclose(embedder.embed("hello"), before, atol=1e-3)
+embedder.close()
+"""
+
+
+def test_forked_process_gets_an_error_at_once(service_cache: str) -> None:
+    """As with gunicorn --preload or Celery: no call waits for ever in the child, and the parent is not affected."""
+    environment = os.environ | {"EMB_PROVIDER_CACHE_DIR": service_cache}
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert (results.pop("close"), results.pop("close of another")) == ("done", "done")
+    for result in results.values():
+        assert result.startswith("ForkedProcessError: "), results
+        assert "post_fork" in result
+        assert "worker_process_init" in result
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+async def test_forked_engine_gets_an_error_at_once() -> None:
+    """An engine without an Embedder around it."""
+    async with started_engine() as run:
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                run.engine.embed(["w1"], EmbedOptions()).send(None)
+            except ForkedProcessError:
+                os.write(writer, b"refused")
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as stream:
+            assert stream.read() == "refused"
+        os.waitpid(child, 0)  # noqa: ASYNC222 - it has ended
+        assert len(await run.embed("w1")) == 1

@@ -13,7 +13,7 @@ from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
-from emb_model_provider.concurrency import start_thread
+from emb_model_provider.concurrency import ForkGuard, start_thread
 from emb_model_provider.error_table import error_info
 from emb_model_provider.errors import JobNotFoundError, ProviderError, QueueFullError, ThreadLimitError
 from emb_model_provider.formatting import describe_error
@@ -50,6 +50,7 @@ class DownloadJobs:
 
     def __init__(self, manager: ModelManager) -> None:
         self._manager = manager
+        self._guard = ForkGuard("The jobs were created")
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         """In the order in which they were requested."""
@@ -86,6 +87,7 @@ class DownloadJobs:
         return self._start(job)
 
     def _start(self, requested: _Job) -> DownloadRecord:
+        self._guard.check()
         with self._lock:
             for job in self._jobs.values():
                 if job.covers(requested):
@@ -100,16 +102,19 @@ class DownloadJobs:
             return requested.report()
 
     def get(self, job_id: str) -> DownloadRecord:
+        self._guard.check()
         with self._lock:
             return self._find(job_id).report()
 
     def list(self) -> list[DownloadRecord]:
         """Return all jobs that are remembered, the latest first."""
+        self._guard.check()
         with self._lock:
             return [job.report() for job in reversed(self._jobs.values())]
 
     def cancel(self, job_id: str) -> DownloadRecord:
         """Cancel a job. One that waits ends at once, one that runs ends soon, one that is over does not change."""
+        self._guard.check()
         with self._lock:
             job = self._find(job_id)
             self._cancel(job)

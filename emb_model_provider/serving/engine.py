@@ -12,6 +12,7 @@ import numpy as np
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.output_types import convert, range_of
 from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.concurrency import ForkGuard
 from emb_model_provider.errors import (
     DeadlineExceededError,
     LoadError,
@@ -118,6 +119,7 @@ class Engine:
         state after a crash and its reason. The executor tokenizes long inputs, so that they do not block the event loop.
         """
         self.spec = spec
+        self._guard = ForkGuard(f"The model {spec.alias} was created")
         self.description: ModelDescription
         self.memory_bytes: int
         self._tokenizations: Mapping[str | None, Tokenization]
@@ -173,7 +175,9 @@ class Engine:
             DeadlineExceededError: The model made no progress for REQUEST_TIMEOUT_S, or the request took longer than
                 REQUEST_TOTAL_TIMEOUT_S.
             InferenceError: The model failed on an input.
+            ForkedProcessError: The model was created before this process was forked.
         """
+        self._guard.check()
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         task = choose_task(options.input_type, self.description)
         prompt = choose_prompt(options.input_type, self.description, options.instruction)

@@ -11,7 +11,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal
 
-from emb_model_provider.concurrency import start_thread
+from emb_model_provider.concurrency import ForkGuard, start_thread
 from emb_model_provider.errors import ModelNotReadyError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.serving.config import batch_policy
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from emb_model_provider.serving.scheduler import BatchScheduler
 
 logger = logging.getLogger(__name__)
+
+_first_start: ForkGuard | None = None
+"""Of the first model that was loaded in this process, or in one from which it was forked."""
 
 StateChange = Literal["restarting", "running", "failed"]
 """State of a model after a crash."""
@@ -55,7 +58,15 @@ class ModelThread:
         self._loaded: Future[ModelDescription] = Future()
 
     def start(self) -> Future[ModelDescription]:
-        """Start the thread; return a future for the description of the loaded model."""
+        """Start the thread; return a future for the description of the loaded model.
+
+        Raises:
+            ForkedProcessError: A model was loaded before this process was forked. The threads of the runtimes of models
+                do not exist here, so that loading another one could wait for ever.
+        """
+        global _first_start
+        _first_start = _first_start or ForkGuard("A model was loaded")
+        _first_start.check()
         # Marked as running, because a caller that stops waiting would cancel the future that the thread completes.
         self._loaded.set_running_or_notify_cancel()
         start_thread(self._thread)
