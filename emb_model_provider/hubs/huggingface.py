@@ -7,6 +7,7 @@ not hash files that it receives over plain HTTP, so they are hashed here and com
 from __future__ import annotations
 
 import logging
+import os
 import re
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
 )
 from emb_model_provider.formatting import first_line
+from emb_model_provider.hubs.network import advice_about, ask, is_dropped, repeat, share_certificates
 from emb_model_provider.hubs.selection import require_all_parts, select_files
-from emb_model_provider.hubs.transfer import ByteCounter, RemoteFile, bar_class, run_all, verify_files
+from emb_model_provider.hubs.transfer import ByteCounter, FileCounter, RemoteFile, bar_class, run_all, verify_files
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots.files import translate_os_error
 from emb_model_provider.snapshots.snapshot import Snapshot
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CACHE_SETTING = "EMB_PROVIDER_HF_CACHE_DIR"
+_NAME = "Hugging Face"
+_TEMPORARY = frozenset({429, 500, 502, 503, 504})
 _DEFAULT_REVISION = "main"
 _COMMIT = re.compile(r"[0-9a-fA-F]{7,64}")
 _THREADS = 4
@@ -57,6 +61,10 @@ class HuggingFaceHub:
 
     def __init__(self, config: HubConfig) -> None:
         redirect_logs()
+        share_certificates()
+        # Xet's client would be silent for minutes if its host cannot be reached.
+        os.environ.setdefault("HF_XET_CLIENT_CONNECT_TIMEOUT", "10s")
+        os.environ.setdefault("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "2")
         self._config = config
 
     def fetch(self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
@@ -65,10 +73,10 @@ class HuggingFaceHub:
         if self._config.offline:
             return self._adopt(repository, requested, on_progress)
         on_progress(Progress("resolve", repository))
+        check = cancel.raise_if_cancelled
         try:
-            commit = self._commit_of(repository, requested)
-            tree = self._api.list_repo_tree(repository, recursive=True, revision=commit)
-            files = self._select(tree, repository, requested)
+            commit = ask(_NAME, lambda: self._commit_of(repository, requested), check, _pause_after)
+            files = ask(_NAME, lambda: self._list(repository, commit, requested), check, _pause_after)
             directory = self._download(repository, commit, files, on_progress, cancel)
             replace = partial(self._download_again, repository, commit, directory, on_progress, cancel)
             verified = verify_files(repository, directory, files, replace, on_progress)
@@ -128,6 +136,10 @@ class HuggingFaceHub:
             )
         return commit
 
+    def _list(self, repository: str, commit: str, revision: str) -> list[RemoteFile]:
+        tree = self._api.list_repo_tree(repository, recursive=True, revision=commit)
+        return self._select(tree, repository, revision)
+
     def _select(self, tree: Iterable[Any], repository: str, revision: str) -> list[RemoteFile]:
         """Return the files of a listing that serving needs, or those of them that were requested."""
         from huggingface_hub import RepoFile
@@ -175,20 +187,43 @@ class HuggingFaceHub:
 
     def _get(self, repository: str, revision: str, path: str, counter: ByteCounter | None) -> Path:
         """Download a file, or without a counter only look for it in the cache."""
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
 
-        return Path(
-            hf_hub_download(
-                repository,
-                path,
-                revision=revision,
-                cache_dir=self._config.cache_dir,
-                endpoint=self._config.endpoint,
-                token=self._config.token,
-                tqdm_class=bar_class(counter) if counter is not None else None,
-                local_files_only=counter is None,
+        def get(counter: FileCounter | None) -> Path:
+            return Path(
+                hf_hub_download(
+                    repository,
+                    path,
+                    revision=revision,
+                    cache_dir=self._config.cache_dir,
+                    endpoint=self._config.endpoint,
+                    token=self._config.token,
+                    tqdm_class=bar_class(counter) if counter is not None else None,
+                    local_files_only=counter is None,
+                )
             )
-        )
+
+        if counter is None:
+            return get(None)
+        of_file = FileCounter(counter)
+
+        def download() -> Path:
+            of_file.restart()
+            try:
+                return get(of_file)
+            except Exception as error:
+                if constants.HF_HUB_DISABLE_XET or not _is_of_xet(error):
+                    raise
+                logger.warning(
+                    "Xet, the storage of Hugging Face, cannot be reached for %s (%s): downloading without it. To allow it, "
+                    "open *.xethub.hf.co in the firewall or the proxy; to skip it, set HF_HUB_DISABLE_XET=1.",
+                    repository, first_line(error, secret=self.token),
+                )  # fmt: skip
+                constants.HF_HUB_DISABLE_XET = True
+                of_file.restart()
+                return get(of_file)
+
+        return repeat(_NAME, download, lambda: counter.add(0), _pause_after)
 
     def _adopt(self, repository: str, revision: str, on_progress: OnProgress) -> Snapshot:
         """Return a snapshot from the client's own cache, if the client kept the listing to check it against."""
@@ -248,16 +283,16 @@ class HuggingFaceHub:
                     "later, or set EMB_PROVIDER_HF_ENDPOINT to another mirror."
                 )
         reason = f"{type(cause).__name__}: {first_line(cause, secret=self.token)}"
-        return HubUnavailableError(
-            f"Hugging Face could not be reached for {repository} ({reason}). Check the network, {_ELSEWHERE}."
-        )
+        advice = advice_about(cause) or f"Check the network, {_ELSEWHERE}."
+        return HubUnavailableError(f"Hugging Face could not be reached for {repository} ({reason}). {advice}")
 
     def _http_error(self, error: Any, repository: str) -> HubError:
         from huggingface_hub.errors import DisabledRepoError, GatedRepoError
 
         status = error.response.status_code
+        asked_s = _pause_after(error) or 0.0
         state = self.classify(error)
-        credentials = "the token was rejected" if self.token else "no token was sent"
+        credentials = self._credentials
         if isinstance(error, GatedRepoError):
             return AccessDeniedError(
                 f"{repository} on Hugging Face is gated, and {credentials}. Accept its terms on the web page, "
@@ -275,9 +310,21 @@ class HuggingFaceHub:
                 f"{repository} on Hugging Face {problem} (HTTP {status}). Set EMB_PROVIDER_HF_TOKEN to a token "
                 "that can read it."
             )
+        when = f"in {asked_s:.0f} s" if asked_s else "later"
         return HubUnavailableError(
-            f"Hugging Face answered HTTP {status} for {repository}. Try again later, {_ELSEWHERE}."
+            f"Hugging Face answered HTTP {status} for {repository}. Try again {when}, {_ELSEWHERE}."
         )
+
+    @property
+    def _credentials(self) -> str:
+        """What is known about the token that was sent, for messages."""
+        from huggingface_hub import constants
+
+        if self._config.token or os.environ.get("HF_TOKEN"):
+            return "the token was rejected"
+        if self.token:
+            return f"the token that `hf auth login` stored in {constants.HF_TOKEN_PATH} was rejected"
+        return "no token was sent"
 
     def search(self, text: str, limit: int) -> list[str]:
         return [found.id for found in self._api.list_models(search=text, sort="downloads", limit=limit)]
@@ -300,6 +347,26 @@ def redirect_logs() -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     logger.propagate = True
+
+
+def _pause_after(error: BaseException) -> float | None:
+    """Return how long the hub asks to wait before a request is repeated; None if it would fail again."""
+    from huggingface_hub import errors
+
+    cause = error
+    while isinstance(cause, errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if not isinstance(cause, errors.HfHubHTTPError):
+        return 0.0 if is_dropped(cause) else None
+    if cause.response.status_code not in _TEMPORARY:
+        return None
+    text = cause.response.headers.get("retry-after", "")
+    return float(text[:9]) if text.isdecimal() else 0.0
+
+
+def _is_of_xet(error: BaseException) -> bool:
+    """Return whether an error comes from the storage Xet, whose client has its own network library."""
+    return type(error).__module__.partition(".")[0] == "hf_xet" or "xet" in str(error).lower()
 
 
 def _reject(repository: str, directory: Path, file: RemoteFile) -> NoReturn:

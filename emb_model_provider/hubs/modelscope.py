@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.formatting import first_line
 from emb_model_provider.hubs.caches import cache_root, older_modelscope_dirs, repository_dirs
+from emb_model_provider.hubs.network import advice_about, ask, share_certificates
 from emb_model_provider.hubs.selection import require_all_parts, select_files
 from emb_model_provider.hubs.transfer import ByteCounter, RemoteFile, callback_class, run_all, verify_files
 from emb_model_provider.progress import Progress
@@ -62,6 +64,7 @@ class ModelScopeHub:
     """Downloads a repository at a branch or tag. ModelScope's API does not report the commit."""
 
     def __init__(self, config: HubConfig) -> None:
+        share_certificates()
         self._config = config
 
     def fetch(self, repository: str, revision: str | None, on_progress: OnProgress, cancel: CancelToken) -> Snapshot:
@@ -74,8 +77,9 @@ class ModelScopeHub:
             )
         on_progress(Progress("resolve", repository))
         try:
-            resolved = self._resolve(repository, revision)
-            files = self._select(repository, resolved)
+            check = cancel.raise_if_cancelled
+            resolved = ask("ModelScope", lambda: self._resolve(repository, revision), check, _pause_after)
+            files = ask("ModelScope", lambda: self._select(repository, resolved), check, _pause_after)
             directory = self._download(repository, resolved, files, on_progress, cancel)
             verified = verify_files(repository, directory, files, partial(_reject, repository, directory), on_progress)
         except (HubError, ModelInUseError, OperationCancelledError):
@@ -258,7 +262,11 @@ class ModelScopeHub:
             # Of several errors, one of the disk is the one that the user can fix.
             cause = next((each for each in failed if isinstance(each, OSError) and each.errno), failed[0])
         state = self.classify(cause)
-        credentials = "the token was rejected" if self.token else "no token was sent"
+        credentials = "no token was sent"
+        if self.token:
+            is_stored = not self._config.token and not os.environ.get("MODELSCOPE_API_TOKEN")
+            stored = f"that `modelscope login` stored in {self._client_config.credentials_dir} " if is_stored else ""
+            credentials = f"the token {stored}was rejected"
         if state == "lacks":
             return RepositoryNotFoundError(
                 f"ModelScope has no repository {repository}, or it is private ({credentials}). Check the "
@@ -278,10 +286,12 @@ class ModelScopeHub:
             )
         if isinstance(cause, OSError) and (known := translate_os_error(cause, self._root, _CACHE_SETTING)):
             return known
-        return HubUnavailableError(
-            f"ModelScope could not be reached for {repository} ({type(cause).__name__}: {reason}). "
+        advice = advice_about(cause) or (
             "Check the network and EMB_PROVIDER_MODELSCOPE_ENDPOINT, try again later, or take the model from Hugging Face: "
             "`--source huggingface`, or EMB_PROVIDER_MODEL_SOURCE=huggingface."
+        )
+        return HubUnavailableError(
+            f"ModelScope could not be reached for {repository} ({type(cause).__name__}: {reason}). {advice}"
         )
 
 
@@ -360,6 +370,13 @@ def find_update(
         ],
         locks=SnapshotLocks(config.manifest_dir.parent),
     )
+
+
+def _pause_after(error: BaseException) -> float | None:
+    """Return None, because the client itself repeats requests; 0 for a dropped connection, after which it does not."""
+    from modelscope_hub import errors
+
+    return 0.0 if isinstance(error, errors.NetworkError) and "Connection aborted" in str(error) else None
 
 
 def _reject(repository: str, directory: Path, file: RemoteFile) -> NoReturn:

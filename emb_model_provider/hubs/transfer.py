@@ -87,6 +87,24 @@ class ByteCounter:
         self._cancel.cancel()
 
 
+class FileCounter:
+    """Counts the bytes of one file, whose transfer can be started again."""
+
+    def __init__(self, counter: ByteCounter) -> None:
+        self._counter = counter
+        self._added = 0
+
+    def add(self, count: int, *, resumed: bool = False) -> None:
+        self._added += count
+        self._counter.add(count, resumed=resumed)
+
+    def restart(self) -> None:
+        """Take back what was counted."""
+        added, self._added = self._added, 0
+        if added:
+            self._counter.add(-added)
+
+
 def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: int) -> list[T]:
     """Run transfers on threads and return their results, unless the counter's transfer is cancelled first.
 
@@ -133,7 +151,7 @@ def verify_files(
     return verified
 
 
-def bar_class(counter: ByteCounter) -> Any:
+def bar_class(counter: FileCounter) -> Any:
     """Return a progress bar class for the Hugging Face client, which creates an instance for each file."""
 
     class Bar:

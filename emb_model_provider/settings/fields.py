@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
@@ -42,6 +43,15 @@ def _split_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _clean_url(text: str) -> str:
+    """Return a URL of a hub as its client needs it, which appends paths that begin with a slash."""
+    url = text.strip().rstrip("/")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, url)):
+        raise ValueError(f"must be a URL that begins with https:// or http://, like https://{url.rpartition('://')[2]}")
+    return url
+
+
 def _expand_user(text: str) -> Path:
     if CONTROL_CHARACTER.search(text):  # such as "D:\new" in JSON
         raise ValueError(r"the path contains a control character: in JSON, write \\ for a backslash")
@@ -62,7 +72,7 @@ Lowered = _text_converter(str.lower)
 Uppered = _text_converter(str.upper)
 Names = Annotated[tuple[str, ...], _text_converter(_split_commas)]
 Directory = Annotated[Path, _text_converter(_expand_user), Allowed("a directory")]
-Url = Annotated[str, _text_converter(lambda text: text.strip().rstrip("/")), Allowed("a URL")]
+Url = Annotated[str, _text_converter(_clean_url), Allowed("a URL that begins with https:// or http://")]
 Device = Annotated[
     str, Lowered, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$"), Allowed("auto, cpu, cuda, cuda:N, mps")
 ]

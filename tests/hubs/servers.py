@@ -45,6 +45,12 @@ class Faults:
 
     status: int | None = None
     """Respond to everything with this status."""
+    next_statuses: list[int] = field(default_factory=list)
+    """Respond to the next requests with these statuses; `HubServer.NO_ANSWER` closes the connection."""
+    retry_after: str | None = None
+    """The Retry-After next to these statuses."""
+    xet_url: str | None = None
+    """The storage host of Xet that large files are announced to be on (Hugging Face)."""
     error_code: str | None = None
     """The X-Error-Code next to `status` (Hugging Face)."""
     wrong_bytes: dict[str, int] = field(default_factory=dict)
@@ -144,6 +150,10 @@ class HubServer:
         """Record a request, and return a fault or the response of the hub."""
         with self._lock:
             self.requests.append(request)
+            next_status = self.faults.next_statuses.pop(0) if self.faults.next_statuses else None
+        if next_status is not None:
+            wait = {"Retry_After": self.faults.retry_after} if self.faults.retry_after else {}
+            return json_answer({"Code": next_status, "Message": "fault"}, next_status, **wait)
         if self.faults.status is not None:
             code = {"X_Error_Code": self.faults.error_code} if self.faults.error_code else {}
             return json_answer({"Code": self.faults.status, "Message": "fault"}, self.faults.status, **code)
@@ -204,6 +214,13 @@ class HuggingFaceServer(HubServer):
         if path == "/api/models":
             text = request.query.get("search", "")
             return json_answer([{"id": repo} for repo in self.repos if text.casefold() in repo.casefold()])
+        if path == "/xet" and self.faults.xet_url is not None:
+            headers = {
+                "X_Xet_Cas_Url": self.faults.xet_url,
+                "X_Xet_Access_Token": "t",
+                "X_Xet_Token_Expiration": "9" * 10,
+            }
+            return json_answer({}, **headers)
         for verb in ("/revision/", "/tree/", "/refs", "/resolve/"):
             if verb in path:
                 repo, _, rest = path.removeprefix(api).removeprefix("/").partition(verb)
@@ -231,6 +248,8 @@ class HuggingFaceServer(HubServer):
         body = self.repos[repo][file]
         sha256 = hashlib.sha256(body).hexdigest()
         large = {"X_Linked_ETag": f'"{sha256}"', "X_Linked_Size": str(len(body))}
+        if self.faults.xet_url is not None:
+            large |= {"X_Xet_Hash": sha256, "X_Xet_Refresh_Route": f"{self.url}/xet"}
         headers = large if len(body) >= LARGE_BYTES else {"ETag": f'"{git_sha1(body)}"'}
         return self.send_file(request, repo, file, X_Repo_Commit=self.commit(repo), **headers)
 
