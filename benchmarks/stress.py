@@ -149,8 +149,11 @@ class StressTest:
         await self._http.aclose()
 
     async def _send_requests(self, until: float) -> None:
+        alias, left = "", 0
         while time.monotonic() < until:
-            alias = self._random.choice([*CONFIGURED, ADDED])
+            if not left:  # several for one model, because otherwise nearly every request would wait for a load
+                alias, left = self._random.choice([*CONFIGURED, ADDED]), self._random.randint(1, 60)
+            left -= 1
             rows = self._random.choices(range(len(self._texts)), k=self._random.choice([1, 1, 1, 4, 16]))
             if self._random.random() < 0.05:
                 await self._disconnect(alias, rows)

@@ -11,6 +11,7 @@ import os
 import re
 from functools import cached_property, partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from emb_model_provider.errors import (
@@ -365,8 +366,8 @@ def _pause_after(error: BaseException) -> float | None:
 
 
 def _is_of_xet(error: BaseException) -> bool:
-    """Return whether an error comes from the storage Xet, whose client has its own network library."""
-    return type(error).__module__.partition(".")[0] == "hf_xet" or "xet" in str(error).lower()
+    """Return whether an error comes from the storage Xet, whose client has its own network library and no own errors."""
+    return any(frame.f_code.co_name == "xet_get" for frame, _ in walk_tb(error.__traceback__))
 
 
 def _reject(repository: str, directory: Path, file: RemoteFile) -> NoReturn:

@@ -106,7 +106,7 @@ def is_dropped(error: BaseException) -> bool:
 
 
 def advice_about(error: BaseException) -> str:
-    """Return what to do about an error of a proxy or a certificate, or an empty string."""
+    """Return what to do about a hub that cannot be reached: about a certificate or a proxy, or an empty string."""
     texts = [str(each) for each in _causes(error)]
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error)) or any(
         "CERTIFICATE_VERIFY_FAILED" in text for text in texts
@@ -115,11 +115,12 @@ def advice_about(error: BaseException) -> str:
             "Its certificate is signed by an authority that is not known here, such as that of a company's proxy: set "
             "SSL_CERT_FILE to a file with the certificate of this authority."
         )
-    if any("proxy" in text.lower() or "SOCKS" in text for text in texts):
-        used = [name for name in _PROXY_VARIABLES for name in (name, name.lower()) if os.environ.get(name)]
+    used = [name for name in _PROXY_VARIABLES for name in (name, name.lower()) if os.environ.get(name)]
+    # Not every client says in its error that the proxy is what refused the connection.
+    if used or any("proxy" in text.lower() or "SOCKS" in text for text in texts):
         return (
-            f"Check the proxy in {', '.join(used) or 'the settings of the system'}: its URL begins with http://, https:// or "
-            "socks5://. NO_PROXY excludes hosts from it."
+            f"Check the proxy in {', '.join(used) or 'the settings of the system'}, and the network. Its URL begins with "
+            "http://, https:// or socks5://; NO_PROXY excludes hosts from it."
         )
     return ""
 

@@ -55,6 +55,15 @@ def test_fairness() -> None:
     assert {row[-1] for row in rows} == {"0"}
 
 
+def test_stress() -> None:
+    """Models are loaded, unloaded, added and removed during requests, and each response is the expected one."""
+    output = _run("stress")
+    counts = {row[0]: row[1] for row in _table(output, "Result")}
+    assert (counts["**wrong vectors**"], counts["**unexpected responses**"]) == ("0", "0")
+    assert int(counts["requests for embeddings"].replace(",", "")) > 0
+    assert int(counts["operations"].replace(",", "")) > 0
+
+
 def test_restart() -> None:
     """The service responds again after a crash, and no request that is sent after the crash fails."""
     (row,) = _table(_run("restart"), "After a crash")
