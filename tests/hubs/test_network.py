@@ -32,8 +32,7 @@ FAST = Patience(pauses_s=(0.0, 0.0), max_pause_s=5.0, warn_s=0.05, answer_s=0.2)
 # --- failures of a moment -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("position", [0, 1, 2, 3])
-@pytest.mark.parametrize("status", [429, 503, 599])
+@pytest.mark.parametrize(("status", "position"), [(429, 0), (599, 0), (503, 1), (599, 2)])
 def test_one_failure_does_not_end_a_download_from_hugging_face(
     settings: Callable[..., HubSettings], huggingface: HuggingFaceServer, status: int, position: int
 ) -> None:
@@ -129,6 +128,7 @@ print(fetch_snapshot(spec_of(name="acme/tiny", source="huggingface"), settings).
 """
 
 
+@pytest.mark.slow
 def test_download_without_xet_if_its_host_cannot_be_reached(tmp_path: Path, huggingface: HuggingFaceServer) -> None:
     """The warning names the host and what to do, and the files are downloaded. In a process, whose client has no state."""
     huggingface.faults.xet_url = "http://127.0.0.1:9"
@@ -232,6 +232,7 @@ def run_behind_proxy(tmp_path: Path, hub: str, url: str, **variables: str) -> st
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
 def test_socks_proxy_is_used(
@@ -245,6 +246,7 @@ def test_socks_proxy_is_used(
         assert proxy.connections > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
 @pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9", "http://127.0.0.1:9"])
 def test_wrong_proxy_is_named(tmp_path: Path, huggingface: HuggingFaceServer, hub: str, proxy: str) -> None:
