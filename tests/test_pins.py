@@ -92,6 +92,18 @@ def test_nothing_resolves_unpinned() -> None:
     assert not loose, f"run .ci/pin: {sorted(loose)}"
 
 
+@pytest.mark.parametrize("name", ["chroma", "langchain", "litellm", "mem0"])
+def test_isolated_clients_are_pinned(name: str) -> None:
+    """Each package that a client in an environment of its own needs has one exact version."""
+    directory = ROOT / "tests" / "clients" / "isolated"
+    pins = [
+        re.fullmatch(r"([a-z0-9-]+)==([^ ;]+)", line) for line in (directory / f"{name}.txt").read_text().splitlines()
+    ]
+    assert None not in pins
+    wanted = {line.partition("[")[0] for line in (directory / f"{name}.in").read_text().split()}
+    assert wanted <= {pin[1] for pin in pins if pin is not None}
+
+
 def test_the_installed_versions_are_the_pinned_ones() -> None:
     """The environment that runs these tests is the one that is described."""
     # Of the environment alone: setuptools, once imported, puts packages of its own on the path.

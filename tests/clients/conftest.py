@@ -11,7 +11,7 @@ import pytest
 
 from emb_model_provider.hubs.local import find_bundled
 from tests.clients.helpers import DOCUMENT, KEY, QUERY, Reference
-from tests.service import BUNDLED, Service
+from tests.service import BUNDLED, COMMAND, NO_NETWORK, Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,11 +27,13 @@ def clients(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backen
         "dimensions": "any",
     }
     mapping: dict[str, dict[str, Any]] = {
-        "mini": {**entry, "aliases": ["text-embedding-3-small", "nomic-embed-text"]},
+        "mini": {**entry, "aliases": ["text-embedding-3-small", "text-embedding-ada-002", "nomic-embed-text"]},
         "for-queries": {**entry, "input_type": "query"},
     }
     settings = {"CACHE_DIR": service_cache, "BACKEND": backend, "MODEL_MAPPING": json.dumps(mapping), "API_KEYS": KEY}
-    with Service(tmp_path_factory.mktemp("clients"), **settings) as started:
+    # No client needs more than this service, which therefore gets no network.
+    command = ["env", *(f"{name}={value}" for name, value in NO_NETWORK.items()), *COMMAND]
+    with Service(tmp_path_factory.mktemp("clients"), command=command, **settings) as started:
         started.http.headers["authorization"] = f"Bearer {KEY}"
         yield started.wait()
 

@@ -48,7 +48,7 @@ def test_older_route(client: ollama.Client, reference: Reference) -> None:
 def test_models(client: ollama.Client) -> None:
     """The SDK parses the list and the description of models."""
     names = [model.model for model in client.list().models]
-    assert names == ["mini", "text-embedding-3-small", "nomic-embed-text", "for-queries"]
+    assert names == ["mini", "text-embedding-3-small", "text-embedding-ada-002", "nomic-embed-text", "for-queries"]
     assert [model.model for model in client.ps().models] == ["mini"]
     shown = client.show("nomic-embed-text")
     assert shown.capabilities == ["embedding"]

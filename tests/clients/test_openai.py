@@ -29,7 +29,7 @@ async def test_asynchronous_client(clients: Service, reference: Reference) -> No
     """The asynchronous client gets the same vectors."""
     async with openai.AsyncOpenAI(base_url=f"{clients.url}/v1", api_key=KEY) as client:
         response = await client.embeddings.create(model="text-embedding-3-small", input=TEXTS, encoding_format="float")
-        assert [model.id async for model in client.models.list()] == ["mini", "text-embedding-3-small", "nomic-embed-text", "for-queries"]  # fmt: skip
+        assert [model.id async for model in client.models.list()] == ["mini", "text-embedding-3-small", "text-embedding-ada-002", "nomic-embed-text", "for-queries"]  # fmt: skip
     assert_vectors([item.embedding for item in response.data], reference(*TEXTS))
 
 
@@ -54,7 +54,7 @@ def test_aliases_share_one_model(clients: Service) -> None:
     """All aliases have the same state, and the model is in memory once."""
     assert list(clients.http.get("/ready").json()["models"]) == ["mini"]
     models = clients.http.get("/v1/models").json()["data"]
-    assert [model["input_type"] for model in models] == [None, None, None, "query"]
+    assert [model["input_type"] for model in models] == [None, None, None, None, "query"]
     assert {model["state"] for model in models} == {"ready"}
 
 

@@ -1,0 +1,58 @@
+"""Clients in environments of their own, because their packages are many, or conflict with those of the project.
+
+`isolated/NAME.in` has the packages of an environment, `isolated/NAME.txt` the pinned versions of all that they need
+(`.ci/pin`), and the scripts beside them run in these environments. uv keeps the packages in its cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.service import NO_NETWORK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCRIPTS = Path(__file__).with_name("isolated")
+_UV = os.environ.get("UV", "uv")
+"""Set by `uv run`, which may not be on PATH."""
+
+
+class Environment:
+    """An installed environment, and how to run programs in it."""
+
+    def __init__(self, name: str, directory: Path, variables: Mapping[str, str]) -> None:
+        """Install the packages of `isolated/NAME.txt`. Programs get these variables, and no network."""
+        inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+        self.directory = directory
+        self.variables = inherited | NO_NETWORK | {"NO_PROXY": "localhost,127.0.0.1", **variables}
+        requirements = SCRIPTS / f"{name}.txt"
+        # Not in the directory of the project, whose pins in pyproject.toml would apply.
+        for command in (
+            ["venv", "--quiet", "--python", sys.executable, directory / "venv"],
+            ["pip", "install", "--quiet", "--python", directory / "venv", "--requirements", requirements],
+        ):
+            subprocess.run([_UV, *command], cwd=directory, check=True)
+
+    def program(self, name: str) -> str:
+        """Return the path of a program of the environment, such as `python`."""
+        return str(self.directory / "venv" / "bin" / name)
+
+    def run(self, script: str, **arguments: Any) -> dict[str, Any]:
+        """Run `isolated/SCRIPT.py`, and return the object that it prints. It reads the arguments as JSON."""
+        run = subprocess.run(
+            [self.program("python"), SCRIPTS / f"{script}.py"],
+            input=json.dumps(arguments),
+            cwd=self.directory,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+        result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+        return result
