@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import Backend, TokenBatch
 
 Fault = Literal["raise", "memory-one", "exit", "nan", "nan-always", "slow", "hang", "segv", "broken"]
-Switch = Literal["calm", "watch", "memory", "hang", "segv", "broken", "no-load", "on-batch"]
+Switch = Literal["calm", "watch", "pace", "memory", "hang", "segv", "broken", "no-load", "on-batch"]
 """Files that tests write.
 
 - `calm`: the words have no effect.
 - `watch`: each forward pass is recorded.
+- `pace`: each stream takes its time instead of computing, as many padded tokens per second as its value says, and returns
+  `stand_in_vectors`. So a test of a slow model does not slow down the machine.
 - `memory`: batches with more padded tokens than its value do not fit into memory.
 - `hang`: its word blocks while the switch is on.
 - `segv`, `broken`: the next such word crashes the process, or breaks the backend until it is loaded again.
@@ -121,6 +123,9 @@ class FaultyBackend:
         self._ids = {_only_id(tokenizer, word): fault for fault, word in WORDS.items()}
 
     def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+        if (pace := self._control.value("pace", self._alias)) is not None:
+            time.sleep(len(batch.ids) * max(map(len, batch.ids)) / float(pace))
+            return stand_in_vectors(batch.ids, self.description.dimension)
         self._before(batch)
         return self._spoil(self._backend.embed(batch), batch, ("nan", "nan-always"))
 
@@ -189,6 +194,13 @@ class FaultyBackend:
 
     def _record(self, fault: str, batch: TokenBatch, **fields: Any) -> None:
         self._control.record("fault", kind=fault, alias=self._alias, rows=len(batch.ids), **fields)
+
+
+def stand_in_vectors(rows: Sequence[Sequence[int]], dimension: int) -> NDArray[np.float32]:
+    """Return a vector of length 1 for each row, which depends on all its token ids."""
+    vectors = np.zeros((len(rows), dimension), dtype=np.float32)
+    vectors[range(len(rows)), [sum(row) % dimension for row in rows]] = 1
+    return vectors
 
 
 def _only_id(tokenizer: Tokenizer, word: str) -> int:
