@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def is_failure(error: BaseException) -> bool:
+    """Return whether an error is a failure, and not a request to end, such as KeyboardInterrupt or a cancellation.
+
+    A panic of a library in Rust, such as tokenizers, is a failure, although its class derives from BaseException only.
+    """
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
 class ProviderError(Exception):
     """Base class of all errors of this package."""
 

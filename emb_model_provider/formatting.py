@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from emb_model_provider.errors import ProviderError
 
 _SIZE_UNITS = ("B", "kB", "MB", "GB", "TB")
+_MAX_QUOTE = 100
+"""Longest quotation of a text, in characters."""
 _AGE_UNITS = (("day", 86_400), ("hour", 3_600), ("minute", 60))
 
 
@@ -69,3 +71,19 @@ def describe_error(error: BaseException) -> str:
     line = first_line(error)
     name = type(error).__name__
     return f"{name}: {line}" if line != name else name
+
+
+def quote(value: object) -> str:
+    """Quote a value for a message. Of long texts only the beginning is quoted, of arrays and objects only the size.
+
+    The representation of a whole value could be as large as a request body, and take much longer to make.
+    """
+    match value:
+        case str():
+            quoted = repr(value[:_MAX_QUOTE])
+            return quoted if len(value) <= _MAX_QUOTE else f"{quoted}… ({len(value)} characters)"
+        case list() | tuple():
+            return f"an array of {len(value)} items"
+        case dict():
+            return f"an object with {len(value)} keys"
+    return repr(value)

@@ -195,7 +195,7 @@ def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
 def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     app = EmbeddingsFastPath(app, services)
-    app = AuthAndLimitsMiddleware(app, policy, limits.max_body_bytes, BodyBudget(limits.max_pending_body_bytes))
+    app = AuthAndLimitsMiddleware(app, policy, limits, BodyBudget(limits.max_pending_body_bytes))
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
         app = CorsMiddleware(app, server.cors_origins)

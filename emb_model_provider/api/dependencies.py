@@ -75,6 +75,12 @@ class Services:
         default_factory=lambda: ThreadPoolExecutor(2, thread_name_prefix="verify")
     )
 
+    # One thread, because parsing a body can take many times its size, and blocks all other threads.
+    _parse_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="parse"))
+
+    async def in_parse_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._parse_thread, work)
+
     async def in_disk_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk_threads, work)
 

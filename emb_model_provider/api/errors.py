@@ -22,6 +22,7 @@ from emb_model_provider.errors import (
     RequestError,
     RetryLaterError,
 )
+from emb_model_provider.formatting import quote
 from emb_model_provider.observability.logs import request_id
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def error_response(
     return ErrorResponse(status, {"message": message, "type": type, "param": param, "code": code}, headers)
 
 
-def response_for(error: Exception) -> ErrorResponse:
+def response_for(error: BaseException) -> ErrorResponse:
     """Return the response to a request that failed.
 
     Errors that are not in the table are logged and become a 500 that tells the client only the request id.
@@ -140,7 +141,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
             message = f"Unknown parameter: '{name}'. /docs lists the parameters of this route."
             code = "unknown_parameter"
         case kind:
-            quoted = repr(problem["input"])[:_MAX_QUOTE]
+            quoted = quote(problem["input"])
             message = f"Invalid value for '{name}' = {quoted}. {problem['msg']}."
             code = "invalid_type" if kind.endswith(("_parsing", "_type")) else "invalid_value"
     return error_response(400, message, param=name, code=code)

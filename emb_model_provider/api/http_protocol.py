@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import socket
 import struct
 from contextlib import suppress
@@ -43,6 +44,9 @@ MAX_PIPELINED_REQUESTS = 16
 """How many requests of a connection can wait for earlier ones. Clients rarely send more than one ahead."""
 
 _MIN_TIMER_S = 0.001
+_CHECK_PEER_S = 0.25
+_PEER_CLOSED = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+"""What `poll` reports of a connection that its client has closed, on Linux also while there is data to read."""
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -58,6 +62,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._limiter: ConnectionLimiter = app_state[CONNECTIONS]
         self._timer: asyncio.TimerHandle | None = None
+        self._peer_timer: asyncio.TimerHandle | None = None
         self._active: RequestResponseCycle | None = None
         """The request that is being answered, or was answered last. Later ones are in `self.pipeline`."""
         self._waiting_since = 0.0
@@ -80,8 +85,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._timer = self.loop.call_later(self._limiter.receive_timeout_s, self._check_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._peer_timer):
+            if timer is not None:
+                timer.cancel()
         self._limiter.on_resumed(self)
         super().connection_lost(exc)
         # uvicorn notifies only the request that came last.
@@ -134,6 +140,8 @@ class HttpProtocol(HttpToolsProtocol):
             raise _StopParsingError
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if self.pipeline and self._peer_timer is None:
+                self._peer_timer = self.loop.call_later(_CHECK_PEER_S, self._check_peer)
 
     def on_body(self, body: bytes) -> None:
         self._bytes_outside_body = 0
@@ -218,6 +226,20 @@ class HttpProtocol(HttpToolsProtocol):
                 # Otherwise the operating system would try to send what it has buffered for minutes.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+    def _check_peer(self) -> None:
+        """Close the connection if the client has closed it: while requests wait in the pipeline, nothing is read."""
+        self._peer_timer = None
+        if not self.pipeline or self.transport.is_closing():
+            return
+        connection = self.transport.get_extra_info("socket")
+        if connection is not None and hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(connection.fileno(), getattr(select, "POLLRDHUP", 0))
+            if any(events & _PEER_CLOSED for _, events in poll.poll(0)):
+                self.transport.close()
+                return
+        self._peer_timer = self.loop.call_later(_CHECK_PEER_S, self._check_peer)
 
     # --- timeouts -----------------------------------------------------------------------------------------
 

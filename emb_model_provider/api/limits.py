@@ -1,4 +1,4 @@
-"""Limits that all clients share: connections, request bodies, and responses that clients do not read."""
+"""Limits of request bodies, and those that all clients share: connections, and responses that clients do not read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
-from emb_model_provider.errors import QueueFullError
+import numpy as np
+
+from emb_model_provider.errors import BodyTooLargeError, QueueFullError, RequestError
 from emb_model_provider.formatting import format_size
 
 if sys.platform != "win32":
@@ -28,7 +30,18 @@ _MAX_CONNECTIONS = 4096
 _RESERVED_FILES = 256
 """Open files and sockets that are not client connections: models, logs, hubs."""
 _RETRY_AFTER_S = 1.0
+_QUOTE = ord('"')
+_BEFORE_VALUES = np.zeros(256, dtype=np.uint8)
+"""1 for each byte that is followed by a value in JSON, or by a key."""
+_BEFORE_VALUES[list(b",:[{")] = 1
+_VALUES_PER_INPUT, _OTHER_VALUES = 16, 10_000
+"""Values of each input and of a whole request besides its token ids, with a margin: Cohere's API has 8 for each input."""
 _WARN_EVERY_S = 10.0
+
+
+def max_json_values(limits: LimitSettings) -> int:
+    """Return how many values a body may have. A valid request has fewer."""
+    return limits.max_request_tokens + _VALUES_PER_INPUT * limits.max_inputs + _OTHER_VALUES
 
 
 class BodyBudget:
@@ -56,6 +69,53 @@ class BodyBudget:
 
     def release(self, size: int) -> None:
         self._reserved -= size
+
+
+class JsonValueCounter:
+    """A bound on the number of values in the JSON of a request body, which is counted as the body arrives.
+
+    A parser makes about 30 bytes of objects of each byte of `[[],[],…]`, and holds the interpreter's lock meanwhile. So
+    nothing is parsed that has more values than a valid request. Bodies that have fewer bytes than that are not counted.
+    """
+
+    def __init__(self, max_values: int) -> None:
+        self._max_values = max_values
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._count = 0
+        self._in_string = self._is_escaped = False
+
+    def add(self, piece: bytes) -> None:
+        """Count the values in a piece of the body.
+
+        Raises:
+            BodyTooLargeError: There are too many values.
+            RequestError: The body is large and not UTF-8, so that its values cannot be counted.
+        """
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > self._max_values:
+            if self._count == 0 and 0 in b"".join(self._pieces)[:4]:
+                raise RequestError("Encode the JSON body of your request in UTF-8.", code="invalid_json")
+            while self._pieces:
+                self._count_values(self._pieces.pop(0))
+            if self._count > self._max_values:
+                raise BodyTooLargeError(
+                    f"The request body has more than {self._max_values} JSON values. Send fewer inputs per request."
+                )
+
+    def _count_values(self, piece: bytes) -> None:
+        if self._is_escaped:
+            piece = piece[1:]
+        self._is_escaped = bool((len(piece) - len(piece.rstrip(b"\\"))) % 2)
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if piece:
+            data = np.frombuffer(piece, dtype=np.uint8)
+            in_string = np.bitwise_xor.accumulate((data == _QUOTE).view(np.uint8)) ^ np.uint8(self._in_string)
+            # Each value but the first one follows one of these characters.
+            self._count += int(np.count_nonzero(_BEFORE_VALUES[data] & (in_string ^ 1)))
+            self._in_string = bool(in_string[-1])
 
 
 class Connection(Protocol):

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from emb_model_provider.api.compression import decompressed
 from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for
-from emb_model_provider.api.limits import RECEIVE_TIMED_OUT
-from emb_model_provider.api.paths import is_embedding_request
-from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError
+from emb_model_provider.api.limits import RECEIVE_TIMED_OUT, JsonValueCounter, max_json_values
+from emb_model_provider.api.paths import is_admin_path, is_embedding_request
+from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError, is_failure
 from emb_model_provider.formatting import format_size
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.auth import AccessPolicy
     from emb_model_provider.api.limits import BodyBudget
+    from emb_model_provider.settings import LimitSettings
 
 access_logger = logging.getLogger(ACCESS_LOGGER)
 
@@ -39,6 +40,8 @@ _MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics", "/console/live",
 """Requests for these are logged at DEBUG, because monitoring and the console send them every few seconds."""
 _CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a request whose client disconnected. Only the access log shows it."""
+_MAX_ADMIN_BODY_BYTES = 1024**2
+"""Largest body of a route for management. Their parameters are in the query."""
 _WATCH_AFTER_S = 0.2
 """Most requests are answered sooner, and are not watched for a disconnect."""
 
@@ -112,10 +115,11 @@ class TrustedHostMiddleware:
 class AuthAndLimitsMiddleware:
     """Checks access and the size of request bodies, and turns exceptions into error responses."""
 
-    def __init__(self, app: ASGIApp, policy: AccessPolicy, max_body_bytes: int, budget: BodyBudget) -> None:
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, limits: LimitSettings, budget: BodyBudget) -> None:
         self._app = app
         self._policy = policy
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = limits.max_body_bytes
+        self._max_json_values = max_json_values(limits)
         self._budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,7 +127,11 @@ class AuthAndLimitsMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        max_bytes = self._max_body_bytes
+        if is_admin_path(scope["path"]):
+            max_bytes = min(max_bytes, _MAX_ADMIN_BODY_BYTES)
         received_bytes = 0
+        values = JsonValueCounter(self._max_json_values)
         body_requested = response_started = False
 
         async def checked_receive() -> Message:
@@ -138,10 +146,12 @@ class AuthAndLimitsMiddleware:
             nonlocal received_bytes
             message = await receive_body()
             if message["type"] == "http.request":
-                size = len(message.get("body", b""))
-                self._check_size(received_bytes + size)
+                piece = message.get("body", b"")
+                size = len(piece)
+                _check_size(received_bytes + size, max_bytes)
                 self._budget.reserve(size)
                 received_bytes += size
+                values.add(piece)
             return message
 
         async def tracked_send(message: Message) -> None:
@@ -158,7 +168,7 @@ class AuthAndLimitsMiddleware:
             if refusal is not None:
                 await refusal(scope, receive, tracked_send)
                 return
-            self._check_headers(headers)
+            self._check_headers(headers, max_bytes)
             # The size of the decompressed body counts, because that is what takes memory.
             receive_body = decompressed(headers.get("content-encoding", "identity"), checked_receive)
             # Routes accept GET only. The server still sends no body, because it looks at the original scope.
@@ -176,25 +186,26 @@ class AuthAndLimitsMiddleware:
             response = response_for(error)
             response.headers["connection"] = "close"
             await response(scope, receive, tracked_send)
-        except Exception as error:
-            if response_started:
+        except BaseException as error:
+            if response_started or not is_failure(error):
                 raise
             await response_for(error)(scope, receive, tracked_send)
         finally:
             self._budget.release(received_bytes)
 
-    def _check_headers(self, headers: Headers) -> None:
+    def _check_headers(self, headers: Headers, max_bytes: int) -> None:
         # Without leading zeros, of which there can be thousands. More than 20 digits are too large for any limit.
         length = headers.get("content-length", "").lstrip("0")
         size = int(length[:20]) if length.isdecimal() else 0
-        self._check_size(size)
+        _check_size(size, max_bytes)
         self._budget.check(size)
 
-    def _check_size(self, size: int) -> None:
-        if size > self._max_body_bytes:
-            raise BodyTooLargeError(
-                f"The request body is larger than {format_size(self._max_body_bytes)}. Send fewer inputs per request."
-            )
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise BodyTooLargeError(
+            f"The request body is larger than {format_size(max_bytes)}. Send fewer inputs per request."
+        )
 
 
 @asynccontextmanager

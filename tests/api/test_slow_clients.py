@@ -18,7 +18,7 @@ import pytest
 
 from emb_model_provider.api.limits import ConnectionLimiter
 from emb_model_provider.settings import LimitSettings
-from tests.api.helpers import KEYS, connect
+from tests.api.helpers import KEYS, MANY_TEXTS, connect
 from tests.service import Service, assert_error, wait_until
 
 if TYPE_CHECKING:
@@ -353,3 +353,16 @@ def test_unread_responses_are_limited() -> None:
     assert [each.aborted for each in (first, second, third)] == [True, False, False]
     limiter.on_paused(huge)
     assert [each.aborted for each in (second, third, huge, fast)] == [True, True, False, False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a closed connection before its data is read")
+def test_client_that_leaves_behind_pipelined_requests_is_noticed(strained: Service) -> None:
+    """Its work is dropped, although a second request was sent and is not read yet."""
+    body = json.dumps({"input": MANY_TEXTS, "model": "mini"}).encode()
+    request = POST + b"X-Request-Id: pipelined-%d\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+    with connect(strained) as connection:
+        connection.sendall(request % 1 + request % 2)
+        wait_until(lambda: strained.figure("emb_provider_queue_tokens", model="mini"))
+    (line,) = strained.logged(request_id="pipelined-1", logger="emb_model_provider.access")
+    assert line["status"] == 499
+    assert strained.figure("emb_provider_queue_tokens", model="mini") == 0

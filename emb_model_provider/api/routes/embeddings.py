@@ -20,6 +20,7 @@ from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.schemas.openai import EmbeddingRequest, EmbeddingResponse, error_responses
 from emb_model_provider.backends.output_types import OUTPUT_TYPES
 from emb_model_provider.errors import RequestError
+from emb_model_provider.formatting import quote
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.serving.request_options import has_search_prompts
 
@@ -40,11 +41,12 @@ T = TypeVar("T", str, bool, int)
 PATH = "/v1/embeddings"
 
 _MAX_INLINE_BODY_BYTES = 256 * 1024
-"""Larger request bodies are parsed on a thread, so that the event loop can answer other requests."""
+"""Larger request bodies are parsed on a thread, one at a time."""
 _MAX_INLINE_NUMBERS = 64 * 1024
 """Responses with more numbers than this are rendered on a thread."""
-_MAX_QUOTE = 100
-"""Longest quotation of an invalid value, in characters."""
+_MAX_OPTION_CHARACTERS = 10_000
+"""Longest value of a field that is a text, in characters. The inputs are no such fields."""
+_MAX_KEYWORD_CHARACTERS = 32
 _MAX_INTEGER_DIGITS = 20
 """Digits, with the sign, of the longest 64-bit integer."""
 _TYPE_NAMES = {str: "a string", bool: "true, false", int: "an integer"}
@@ -135,7 +137,7 @@ async def embed_request(
         return fields, parse_fields(translate(fields), limits)
 
     async with cancelled_on_disconnect(request):
-        fields, call = await asyncio.to_thread(parse) if len(body) > _MAX_INLINE_BODY_BYTES else parse()
+        fields, call = await services.in_parse_thread(parse) if len(body) > _MAX_INLINE_BODY_BYTES else parse()
         model = call.model if call.model is not None else registry.default_alias
         resolved = registry.resolve(model)
         record.model = resolved.alias
@@ -246,10 +248,12 @@ def _fill_record(record: RequestRecord, embeddings: Embeddings) -> None:
     record.inference_s = embeddings.timing.inference_s
 
 
-async def read_fields(request: Request) -> Mapping[str, Any]:
+async def read_fields(request: Request, services: Services) -> Mapping[str, Any]:
     """Return the fields of the JSON object in the body of a request."""
     body = await request.body()
-    return await asyncio.to_thread(parse_object, body) if len(body) > _MAX_INLINE_BODY_BYTES else parse_object(body)
+    if len(body) > _MAX_INLINE_BODY_BYTES:
+        return await services.in_parse_thread(lambda: parse_object(body))
+    return parse_object(body)
 
 
 def require(fields: Mapping[str, Any], name: str) -> Any:
@@ -341,7 +345,7 @@ def _invalid_input(reason: str) -> RequestError:
 
 def _encoding(fields: Mapping[str, Any]) -> Literal["float", "base64"]:
     text = optional(fields, str, "encoding_format")
-    match text.lower() if text is not None else "float":
+    match _folded(text) if text is not None else "float":
         case "float" | "base64" as encoding:
             return encoding
     raise _unsupported("encoding_format", text, "'float', 'base64'")
@@ -356,7 +360,7 @@ def _output_type(fields: Mapping[str, Any]) -> tuple[OutputType, Literal["base64
         if value is None:
             continue
         for item in value if isinstance(value, list) and value else (value,):
-            text = item.lower() if isinstance(item, str) else item
+            text = _folded(item) if isinstance(item, str) else item
             if text == "base64":
                 encoding = "base64"
                 continue
@@ -388,10 +392,11 @@ def _truncate(fields: Mapping[str, Any]) -> Truncate | Literal["AUTO"] | None:
     supported = "true, false, 'NONE', 'START', 'END'"
     if not isinstance(value, str):
         raise _unsupported(name, value, supported, code="invalid_type")
-    match value.upper():
-        case "NONE":
+    match _folded(value):
+        case "none":
             return "NONE"
-        case "START" | "END" as direction:
+        case "start" | "end" as folded:
+            direction: Truncate = "START" if folded == "start" else "END"
             if side not in (None, direction):
                 raise RequestError(f"'truncation_side' contradicts '{name}' = {value!r}.", param="truncation_side")
             return direction
@@ -401,9 +406,14 @@ def _truncate(fields: Mapping[str, Any]) -> Truncate | Literal["AUTO"] | None:
 def _truncation_side(fields: Mapping[str, Any]) -> Truncate | None:
     names = "truncation_side", "truncation_direction"
     text = optional(fields, str, *names)
-    if text is not None and text.lower() not in _SIDES:
+    if text is not None and _folded(text) not in _SIDES:
         raise _unsupported(_first(fields, *names)[0], text, "'left', 'right'")
-    return _SIDES[text.lower()] if text is not None else None
+    return _SIDES[_folded(text)] if text is not None else None
+
+
+def _folded(text: str) -> str:
+    """Return a keyword in lower case, and a text that is too long for one as it is."""
+    return text.lower() if len(text) < _MAX_KEYWORD_CHARACTERS else text
 
 
 def _as_json(value: object) -> str:
@@ -413,6 +423,8 @@ def _as_json(value: object) -> str:
 def optional(fields: Mapping[str, Any], kind: type[T], *names: str) -> T | None:
     """Return the value of a field that can have several names and must have this type."""
     name, value = _first(fields, *names)
+    if isinstance(value, str) and len(value) > _MAX_OPTION_CHARACTERS:
+        raise _unsupported(name, value, f"{_TYPE_NAMES[kind]}, of at most {_MAX_OPTION_CHARACTERS} characters")
     if value is None or type(value) is kind:  # not isinstance, because a bool is an int
         return value
     raise _unsupported(name, value, _TYPE_NAMES[kind], code="invalid_type")
@@ -428,9 +440,6 @@ def _first(fields: Mapping[str, Any], *names: str) -> tuple[str, Any]:
 
 
 def _unsupported(name: str, value: object, supported: str, *, code: str = "invalid_value") -> RequestError:
-    quoted = repr(value)
-    if len(quoted) > _MAX_QUOTE:
-        quoted = f"{quoted[:_MAX_QUOTE]}…"
     return RequestError(
-        f"Invalid value for '{name}' = {quoted}. Supported values: [{supported}].", param=name, code=code
+        f"Invalid value for '{name}' = {quote(value)}. Supported values: [{supported}].", param=name, code=code
     )

@@ -20,6 +20,7 @@ from emb_model_provider.api.routes.models import common_fields
 from emb_model_provider.api.schemas.management import LoadQuery, Process, ServedModel, ServedModels, UnloadQuery
 from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import AliasInUseError, ModelNotFoundError, NotAllowedError, RequestError
+from emb_model_provider.formatting import quote
 from emb_model_provider.model_resolver import resolve_model, resolve_source
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
     for param, value in (("model_name", name), ("alias", alias)):
         if value is not None and (not value.isprintable() or value != value.strip() or not value):
             raise RequestError(
-                f"Invalid value for '{param}' = {value!r}. Use printable text without surrounding spaces.", param=param
+                f"Invalid value for '{param}' = {quote(value)}. Use printable text without surrounding spaces.",
+                param=param,
             )
     try:
         spec = resolve_model(
@@ -124,14 +126,14 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
         is_directory = resolve_source(spec) == "local"
     except (OSError, RuntimeError, ValueError):  # the operating system rejects the name as a path
         raise RequestError(
-            f"Invalid value for 'model_name' = {name!r}. Use an alias, or the id of a repository (owner/name).",
+            f"Invalid value for 'model_name' = {quote(name)}. Use an alias, or the id of a repository (owner/name).",
             param="model_name",
         ) from None
     if _files_key(spec) in map(_files_key, settings.models.specs()):
         return spec
     if is_directory:
         raise NotAllowedError(
-            f"{name!r} is a directory of this machine, which a request cannot name. The operator can add it to "
+            f"{quote(name)} is a directory of this machine, which a request cannot name. The operator can add it to "
             "EMB_PROVIDER_MODEL_MAPPING, or load it with `emb-provider` on this machine. If you mean a repository, name "
             "its hub: `source` (`--source` on the command line) huggingface or modelscope."
         )

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.routes.embeddings import embed_request, read_fields, require, vectors_response
+from emb_model_provider.api.routes.embeddings import embed_request, optional, read_fields, require, vectors_response
 from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ async def loaded(services: ServicesDep) -> Response:
 
 @router.post("/api/show")
 async def show(request: Request, services: ServicesDep) -> Response:
-    fields = await read_fields(request)
-    name = fields["model"] if fields.get("model") is not None else require(fields, "name")
-    status = services.registry.status(services.registry.resolve(str(name)).alias)
+    fields = await read_fields(request, services)
+    name = optional(fields, str, "model", "name") or require(fields, "name")
+    status = services.registry.status(services.registry.resolve(name).alias)
     description = status.description
     info: dict[str, Any] = {"general.architecture": "embedding", "general.basename": status.spec.name}
     if description is not None:

@@ -108,10 +108,10 @@ def _truncate(fields: Mapping[str, Any]) -> Any:
     truncate, side = fields.get("truncate"), fields.get("truncation_direction")
     if truncate is False or side is None:
         return truncate
-    match str(side).lower():
-        case "left":
+    match side:
+        case "Left" | "left" | "LEFT":
             return "START"
-        case "right":
+        case "Right" | "right" | "RIGHT":
             return "END"
     raise RequestError(
         "Invalid value for 'truncation_direction'. Supported values: ['Left', 'Right'].", param="truncation_direction"

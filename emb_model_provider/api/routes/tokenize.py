@@ -28,7 +28,7 @@ router = APIRouter(include_in_schema=False)
 @router.post("/v1/tokenize")
 async def tokenize(request: Request, services: ServicesDep) -> Response:
     """Return the tokens of `inputs` as TEI does, or the number and ids of the tokens of `prompt` as vLLM does."""
-    fields = await read_fields(request)
+    fields = await read_fields(request, services)
     async with cancelled_on_disconnect(request):
         if fields.get("inputs") is None:
             (tokens,), max_length = await _tokenize(request, services, fields, [_text(fields, "prompt")])
