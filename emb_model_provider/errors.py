@@ -159,6 +159,22 @@ class InputTooLongError(RequestError):
         self.max_length = max_length
 
 
+class TextTooLongError(RequestError):
+    """A text has more characters than the tokenizer may read."""
+
+    code = "string_above_max_length"
+
+    def __init__(self, index: int, characters: int, limit: int) -> None:
+        super().__init__(
+            f"Invalid 'input[{index}]': the text has {characters} characters, and the tokenizer reads texts of up to {limit}. "
+            "Divide the text into several inputs.",
+            param="input",
+        )
+        self.index = index
+        self.characters = characters
+        self.limit = limit
+
+
 class TooManyTokensError(RequestError):
     """The inputs of a request have more tokens in total than a request may have."""
 

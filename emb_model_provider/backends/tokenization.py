@@ -8,23 +8,46 @@ docs/performance.md).
 from __future__ import annotations
 
 import json
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from emb_model_provider.errors import InputTooLongError, TokenInputError
+from emb_model_provider.backends.tokenizer_rules import is_known, require_bounded
+from emb_model_provider.errors import (
+    InferenceError,
+    InputTooLongError,
+    LoadError,
+    ProviderError,
+    TextTooLongError,
+    TokenInputError,
+    is_failure,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.model_spec import Truncate
 
+MAX_CHARACTERS = 1 << 20
+"""Longest text that is tokenized. Tokenizers need up to 0.4 KiB of memory and a microsecond for each character."""
+
 _PROBE = "a"
+_MAX_SPECIAL_TOKENS = 1_000
+"""Tokens that a tokenizer may add to each text."""
 _MAX_DECOMPOSITION = 4
 """Characters that NFD makes of one character at most."""
+_KEPT_OF_RUN = 512
+"""Characters of a long run that are kept at each end of it."""
+_RUN_CHARACTERS = "A-Za-z0-9À-ÖØ-öø-ÿĀ-ſА-яЁё"
+"""Letters and digits that BERT's normalizer neither removes nor isolates, with any options and any version of Unicode."""
+_RUN = re.compile(f"[{_RUN_CHARACTERS}]{{{2 * _KEPT_OF_RUN},}}|[ \\t\\r\\n\u00a0\u3000]{{{2 * _KEPT_OF_RUN},}}")
+_SHORTENED_AT_ONCE = 1 << 20
+"""Characters in which runs are searched at once, because a search blocks all other threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +80,29 @@ class Tokenization:
     """The tokenizer of a model. Thread-safe."""
 
     def __init__(self, description: ModelDescription) -> None:
-        """Load the tokenizer of a model, which takes up to a second for a large vocabulary."""
-        self._tokenizer = Tokenizer.from_str(description.tokenizer_json)
+        """Load the tokenizer of a model, which takes up to a second for a large vocabulary.
+
+        Raises:
+            LoadError: Its rules could take too much memory or time, or the library fails.
+        """
+        contents = json.loads(description.tokenizer_json)
+        require_bounded(contents)
+        self.is_known = is_known(contents)
+        """Whether short texts are known to take a short time."""
+        with _panics_as(LoadError):
+            self._tokenizer = Tokenizer.from_str(description.tokenizer_json)
+            self._first, self._last = self._added_tokens()
+        self._prefix, self._suffix = len(self._first), len(self._last)
+        if self._prefix + self._suffix > _MAX_SPECIAL_TOKENS:
+            raise LoadError(
+                f"its tokenizer adds {self._prefix + self._suffix} tokens to each text (tokenizer.json). Choose another model."
+            )
         self._max_length = description.max_length
         self._vocab_size = description.vocab_size
         self._excludes_prompt = description.excludes_prompt
         self._side: Truncate = "START" if description.truncation_side == "left" else "END"
         # Replaces inputs without any token; see `encode`.
         self._placeholder = [description.pad_token_id]
-        self._first, self._last = self._added_tokens()
-        self._prefix, self._suffix = len(self._first), len(self._last)
-        contents = json.loads(description.tokenizer_json)
         added = contents.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
         self._pre_truncator = TextPreTruncator.for_tokenizer(contents)
@@ -86,6 +121,8 @@ class Tokenization:
 
         Raises:
             InputTooLongError: An input is longer than the model or `max_tokens` allows, and `truncate` is NONE.
+            TextTooLongError: The tokenizer would have to read more than `MAX_CHARACTERS` of a text.
+            InferenceError: The tokenizer fails.
         """
         truncate = truncate or self._side
         whole = [prompt + text for text in texts] if prompt else list(texts)
@@ -93,6 +130,7 @@ class Tokenization:
         limit, from_end = self._limit(max_tokens), truncate == "START"
         truncator = self._pre_truncator
         if truncator is None or (from_end and (prompt_length or not truncator.from_end)):
+            _require_short(whole)
             rows = self._ids(whole)
         else:
             rows = truncator.encode(whole, self._ids, keep=limit, from_end=from_end)
@@ -130,8 +168,10 @@ class Tokenization:
 
     def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[Token]:
         """Return the tokens of a text, without truncation."""
+        _require_short([text])
         text = _replace_lone_surrogates(text)
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        with _panics_as(InferenceError):
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return [
             Token(number, name if special else text[start:stop], is_special=bool(special), start=start, stop=stop)
             for number, name, special, (start, stop) in zip(
@@ -140,11 +180,12 @@ class Tokenization:
         ]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        try:
-            encodings = self._tokenizer.encode_batch_fast(texts)
-        except TypeError:
-            # Raised for a str that is not valid Unicode. This is rare, so texts are not checked beforehand.
-            encodings = self._tokenizer.encode_batch_fast([_replace_lone_surrogates(text) for text in texts])
+        with _panics_as(InferenceError):
+            try:
+                encodings = self._tokenizer.encode_batch_fast(texts)
+            except TypeError:
+                # Raised for a str that is not valid Unicode. This is rare, so texts are not checked beforehand.
+                encodings = self._tokenizer.encode_batch_fast([_replace_lone_surrogates(text) for text in texts])
         return [encoding.ids or list(self._placeholder) for encoding in encodings]
 
     def _limit(self, max_tokens: int | None) -> int:
@@ -162,7 +203,7 @@ class Tokenization:
 
     def _measure_prompt(self, prompt: str) -> int:
         """Return the number of tokens of a prompt like sentence-transformers: without a closing special token."""
-        whole = self._tokenizer.encode_batch_fast([_replace_lone_surrogates(prompt)])[0].ids
+        (whole,) = self._ids([prompt])
         ids = _truncate([whole], self._prefix, self._suffix, 0, "END", self._max_length).ids[0]
         return len(ids) - 1 if ids and ids[-1] in self._special_ids else len(ids)
 
@@ -175,6 +216,9 @@ class TextPreTruncator:
     """Number of tokens next to the end of a piece that can differ from those of the whole text."""
     from_end: bool
     """Whether pieces can also be taken from the end of a text."""
+    shortens_runs: bool = False
+    """Whether the middle of a long run of letters, or of spaces, does not change the ids. WordPiece has one id for each
+    word that is too long."""
     characters_per_token: int = 16
     """Characters per token of the first piece. Most texts have 1 to 6, so that one piece is enough."""
     growth: int = 8
@@ -195,8 +239,13 @@ class TextPreTruncator:
         # Two more characters: the neighbor of a special token, which decides whether it is one, and half a surrogate
         # pair.
         at_end = _MAX_DECOMPOSITION * (longest + 2)
+        longest_word = tokenizer["model"].get("max_input_chars_per_word", 100)
         return cls(
-            margin=tokenizer["model"].get("max_input_chars_per_word", 100) + at_end, from_end=not _overlap(contents)
+            margin=longest_word + at_end,
+            from_end=not _overlap(contents),
+            # Special tokens could be in a run only if they consist of its characters.
+            shortens_runs=max(longest, longest_word) < _KEPT_OF_RUN
+            and not any(re.fullmatch(rf"[{_RUN_CHARACTERS}]*|\s*", content) for content in contents),
         )
 
     def encode(
@@ -205,13 +254,23 @@ class TextPreTruncator:
         """Return the ids of each text, or of a piece of it whose first (or last) `keep` ids are those of the whole text.
 
         `encode` returns the ids of texts. `keep` includes special tokens. The row of a piece has more than `keep` ids.
+
+        Raises:
+            TextTooLongError: More than `MAX_CHARACTERS` of a text would have to be read.
         """
+        texts = list(texts)
         enough = keep + self.margin
         characters = self.characters_per_token * enough
         rows: list[list[int]] = [[]] * len(texts)
         pending = list(range(len(texts)))
+        first = True
         while pending:
+            if not first and self.shortens_runs:
+                for i in pending:
+                    texts[i] = _shorten_runs(texts[i])
+            first = False
             pieces = [texts[i][-characters:] if from_end else texts[i][:characters] for i in pending]
+            _require_short(pieces, pending)
             too_short = []
             for i, piece, ids in zip(pending, pieces, encode(pieces), strict=True):
                 if len(piece) == len(texts[i]) or len(ids) > enough:
@@ -220,6 +279,33 @@ class TextPreTruncator:
                     too_short.append(i)
             pending, characters = too_short, characters * self.growth
         return rows
+
+
+@contextmanager
+def _panics_as(kind: type[ProviderError]) -> Iterator[None]:
+    """Turn a panic of the library, which is no Exception, into an error."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise kind(f"the tokenizer failed: {error}") from error
+
+
+def _require_short(texts: Sequence[str], indexes: Sequence[int] | None = None) -> None:
+    """Raise TextTooLongError if a text is too long to be tokenized; `indexes` are the positions of the texts."""
+    for position, text in enumerate(texts):
+        if len(text) > MAX_CHARACTERS:
+            index = position if indexes is None else indexes[position]
+            raise TextTooLongError(index, len(text), MAX_CHARACTERS)
+
+
+def _shorten_runs(text: str) -> str:
+    """Return a text without the middle of runs of letters and digits, or of spaces, that are longer than any word."""
+    parts = (text[start : start + _SHORTENED_AT_ONCE] for start in range(0, len(text), _SHORTENED_AT_ONCE))
+    return "".join(_RUN.sub(lambda match: match[0][:_KEPT_OF_RUN] + match[0][-_KEPT_OF_RUN:], part) for part in parts)
 
 
 def _truncate(

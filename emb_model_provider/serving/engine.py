@@ -11,12 +11,14 @@ import numpy as np
 
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.output_types import convert, range_of
-from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.backends.tokenization import EncodedInputs, Tokenization
 from emb_model_provider.concurrency import ForkGuard
 from emb_model_provider.errors import (
     DeadlineExceededError,
+    InputTooLongError,
     LoadError,
     RequestError,
+    TextTooLongError,
     TokenInputError,
     TooManyTokensError,
 )
@@ -28,14 +30,14 @@ from emb_model_provider.serving.request_options import check_dimensions, choose_
 from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
     from numpy.typing import NDArray
 
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.backends.output_types import OutputType
-    from emb_model_provider.backends.tokenization import EncodedInputs, Token
+    from emb_model_provider.backends.tokenization import Token
     from emb_model_provider.model_spec import ModelSpec, Truncate
     from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
@@ -50,6 +52,8 @@ _DECODED_FACTOR = 2
 up to OpenAI's limit, and cannot know the number of tokens of the model, which can be larger."""
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
+_PART_CHARACTERS = 64 * 1024
+"""Characters that are tokenized before other requests get a turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,12 +225,19 @@ class Engine:
         prompt = choose_prompt(input_type, self.description)
         tokenization = self._tokenizations[task]
 
-        def tokenize() -> list[list[Token]]:
-            return [tokenization.tokens(prompt + text, add_special_tokens=add_special_tokens) for text in texts]
+        def tokenize(text: str) -> list[Token]:
+            return tokenization.tokens(prompt + text, add_special_tokens=add_special_tokens)
 
-        rows = await asyncio.get_running_loop().run_in_executor(self._executor, tokenize)
-        if (count := sum(map(len, rows))) > self._limits.max_request_tokens:
-            raise TooManyTokensError(count, self._limits.max_request_tokens)
+        rows: list[list[Token]] = []
+        count = 0
+        for index, text in enumerate(texts):
+            try:
+                rows.append(await asyncio.get_running_loop().run_in_executor(self._executor, tokenize, text))
+            except TextTooLongError as error:
+                raise TextTooLongError(index, error.characters, error.limit) from None
+            count += len(rows[-1])
+            if count > self._limits.max_request_tokens:
+                raise TooManyTokensError(count, self._limits.max_request_tokens)
         return rows
 
     def _described(self, task: str | None) -> ModelDescription:
@@ -303,15 +314,39 @@ class Engine:
 
         if isinstance(inputs[0], str):
             texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API rejects mixed inputs
-            if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            if tokenization.is_known and sum(map(len, texts)) <= _INLINE_CHARACTERS:
                 return encode(texts)
-            return await asyncio.get_running_loop().run_in_executor(self._executor, encode, texts)
+            return await self._encode_in_parts(texts, encode)
         rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
         if self.spec.token_input == "model":
             return tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, lambda: encode(self._decode(rows, tokenization))
-        )
+        decoded = await asyncio.get_running_loop().run_in_executor(self._executor, self._decode, rows, tokenization)
+        return await self._encode_in_parts(decoded, encode)
+
+    async def _encode_in_parts(
+        self, texts: Sequence[str], encode: Callable[[Sequence[str]], EncodedInputs]
+    ) -> EncodedInputs:
+        """Tokenize texts on the executor, some at a time.
+
+        So requests take turns, a request that is cancelled stops, and only the tokens that are kept take memory.
+        """
+        ids: list[list[int]] = []
+        prompt_lengths: list[int] = []
+        tokens = truncated = 0
+        for part in _parts(texts):
+            try:
+                encoded = await asyncio.get_running_loop().run_in_executor(self._executor, encode, part)
+            except InputTooLongError as error:
+                raise InputTooLongError(len(ids) + error.index, error.max_length) from None
+            except TextTooLongError as error:
+                raise TextTooLongError(len(ids) + error.index, error.characters, error.limit) from None
+            ids += encoded.ids
+            prompt_lengths += encoded.prompt_lengths
+            truncated += encoded.truncated
+            tokens += sum(map(len, encoded.ids))
+            if tokens > _DECODED_FACTOR * self._limits.max_request_tokens:
+                break  # the caller rejects them
+        return EncodedInputs(ids=ids, prompt_lengths=prompt_lengths, truncated=truncated)
 
     def _decode(self, rows: Sequence[Sequence[int]], tokenization: Tokenization) -> list[str]:
         """Return the texts of rows of OpenAI's token ids.
@@ -364,6 +399,17 @@ def _remedy(job: EmbeddingJob | None, setting: str) -> str:
     if job is not None and job.started_at is None:
         return f"It was waiting for other requests. Send it again later. The operator can increase {setting}."
     return f"Send fewer or shorter texts per request. The operator can increase {setting}."
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield consecutive texts with a limited number of characters in total, at least one text at a time."""
+    start = characters = 0
+    for index, text in enumerate(texts):
+        if index > start and characters + len(text) > _PART_CHARACTERS:
+            yield texts[start:index]
+            start, characters = index, 0
+        characters += len(text)
+    yield texts[start:]
 
 
 def _token_limit(requested: int | None, longest: int) -> int:

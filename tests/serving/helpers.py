@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import LoadError
 from emb_model_provider.model_spec import ModelSpec
@@ -15,6 +15,7 @@ from tests.serving.fakes import IDS, FakeBackend, expected
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from concurrent.futures import Future
 
     import numpy as np
 
@@ -30,8 +31,14 @@ class EngineRun:
     """An engine, and what tests observe of it."""
 
     def __init__(
-        self, engine: Engine, backends: list[FakeBackend], records: list[BatchRecord], changes: list[tuple[str, str]]
+        self,
+        engine: Engine,
+        backends: list[FakeBackend],
+        records: list[BatchRecord],
+        changes: list[tuple[str, str]],
+        executor: CountingExecutor,
     ) -> None:
+        self.executor = executor
         self.engine, self.backends, self.records, self.changes = engine, backends, records, changes
         self.backend.batches.clear()  # the test text of the load
         self.backend.entered.clear()
@@ -68,6 +75,18 @@ class EngineRun:
         return tasks
 
 
+class CountingExecutor(ThreadPoolExecutor):
+    """One thread, and the number of calls that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.calls = 0
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:  # type: ignore[override]  # any call
+        self.calls += 1
+        return super().submit(*args, **kwargs)
+
+
 @asynccontextmanager
 async def started_engine(
     description: ModelDescription | None = None,
@@ -98,7 +117,7 @@ async def started_engine(
         backends.append(FakeBackend(description, streams))
         return backends[-1]
 
-    with ThreadPoolExecutor(1) as executor:
+    with CountingExecutor() as executor:
         values = {"timings": NO_PAUSES, "on_batch": on_batch or records.append, **(config or {})}
         engine = Engine(
             ModelSpec(alias="fake", name="fake", **spec),  # type: ignore[arg-type]
@@ -109,7 +128,7 @@ async def started_engine(
         )
         await engine.start()
         try:
-            yield EngineRun(engine, backends, records, changes)
+            yield EngineRun(engine, backends, records, changes, executor)
         finally:
             for backend in backends:
                 backend.gate.set()

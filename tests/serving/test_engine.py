@@ -15,13 +15,14 @@ from emb_model_provider.errors import (
     DeadlineExceededError,
     InputTooLongError,
     RequestError,
+    TextTooLongError,
     TokenInputError,
     TooManyTokensError,
 )
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import BatchSettings, LimitSettings
 from tests.serving.fakes import describe, expected, word_tokenizer
-from tests.serving.helpers import different, ids, started_engine
+from tests.serving.helpers import different, ids, started_engine, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +97,32 @@ async def test_long_inputs_are_truncated_or_rejected() -> None:
         assert start.tolist() == [expected(ids(*words[6:]))]
         with pytest.raises(InputTooLongError, match=r"'input\[1\]': maximum input length is 16 tokens"):
             await run.embed("w1", " ".join(words), truncate="NONE")
+
+
+async def test_requests_take_turns_at_tokenizing_and_stop_when_they_are_cancelled() -> None:
+    """A request of many long texts does not delay others, and nothing is tokenized that nobody waits for."""
+    async with started_engine() as run:
+        large = asyncio.create_task(run.embed(*["w1 " * 20_000] * 500))
+        await until(lambda: run.executor.calls > 1)
+        assert len(await run.embed("w1 " * 1000)) == 1
+        assert not large.done()
+        large.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await large
+        calls = run.executor.calls
+        assert calls < 400
+        assert len(await run.embed("w2 " * 1000)) == 1
+        assert run.executor.calls == calls + 1
+
+
+async def test_error_of_a_long_text_names_its_input() -> None:
+    """Although texts are tokenized some at a time."""
+    long = "w1 " * 20_000
+    async with started_engine() as run:
+        with pytest.raises(InputTooLongError, match=r"'input\[3\]'"):
+            await run.embed("w1", "w2 " * 900, "w1", long, long, truncate="NONE")
+        with pytest.raises(TextTooLongError, match=r"'input\[2\]': the text has 3000000 characters"):
+            await run.embed(long, long, "\U0001f600" * 3_000_000)
 
 
 async def test_inputs_take_the_route_of_their_task() -> None:

@@ -24,7 +24,7 @@ from emb_model_provider.backends.pytorch.tokenizer import use_declared_tokenizer
 from emb_model_provider.backends.pytorch.view import open_view
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.concurrency import BoundedLock
-from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.errors import LoadError, UnsupportedModelError, is_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,7 +149,9 @@ def load_pipeline(
                 notes = use_declared_tokenizer(pipeline, repository)
             except LoadError:
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 raise explain_error(error, name, str(directory)) from error
     except OSError as error:
         raise explain_error(error, name) from error
@@ -194,7 +196,7 @@ def strip_final_normalize(pipeline: SentenceTransformer, plan: PipelinePlan) -> 
     return _remove_final_normalize(pipeline)
 
 
-def explain_error(error: Exception, name: str, directory: str | None = None) -> LoadError:
+def explain_error(error: BaseException, name: str, directory: str | None = None) -> LoadError:
     """Return a LoadError that says what to do about an error of the libraries that load a model.
 
     Args:
