@@ -120,7 +120,7 @@ async def test_error_of_a_long_text_names_its_input() -> None:
     long = "w1 " * 20_000
     async with started_engine() as run:
         with pytest.raises(InputTooLongError, match=r"'input\[3\]'"):
-            await run.embed("w1", "w2 " * 900, "w1", long, long, truncate="NONE")
+            await run.embed("w1", " " * 70_000, "w1", long, long, truncate="NONE")
         with pytest.raises(TextTooLongError, match=r"'input\[2\]': the text has 3000000 characters"):
             await run.embed(long, long, "\U0001f600" * 3_000_000)
 
