@@ -212,8 +212,8 @@ class ModelNotFoundError(RequestError):
 
     code = "model_not_found"
 
-    def __init__(self, model: str, served: str) -> None:
-        super().__init__(f"The model `{model}` does not exist. Served here: {served}.", param="model")
+    def __init__(self, model: str, served: str, reason: str = "does not exist") -> None:
+        super().__init__(f"The model `{model}` {reason}. Served here: {served}.", param="model")
 
 
 class ForkedProcessError(ProviderError):

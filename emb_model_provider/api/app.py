@@ -42,10 +42,11 @@ from emb_model_provider.api.routes import (
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.api.sessions import Sessions
+from emb_model_provider.backends.hardware import total_memory
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
-from emb_model_provider.registry import Registry, RegistryConfig, State
+from emb_model_provider.registry import OnDemandModels, Registry, RegistryConfig, State
 from emb_model_provider.serving.result_cache import ResultCache
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ DESCRIPTION = (
     'Every error has OpenAI\'s form: `{"error": {"message", "type", "param", "code"}}`.'
 )
 
+_MEMORY_SHARE = 0.75
+"""How much of the memory of the machine models may take that requests load without a limit in the settings."""
 _JOBS_STOP_S = 2.0
 """How long downloads may take at shutdown to remove their partial files."""
 _ROUTERS = (
@@ -159,6 +162,7 @@ def create_app(
             on_batch=metrics.on_batch,
             result_cache=result_cache,
             on_lookup=metrics.on_lookup,
+            default_memory_bytes=int(_MEMORY_SHARE * total_memory()) if settings.serves_cached else None,
         ),
     )
     jobs = DownloadJobs(manager)
@@ -178,7 +182,13 @@ def create_app(
 
     background = BackgroundTasks(is_shutting_down)
     services = Services(
-        settings=settings, registry=registry, manager=manager, jobs=jobs, metrics=metrics, background=background
+        settings=settings,
+        registry=registry,
+        models=OnDemandModels(registry, manager.index, jobs, serves_cached=settings.serves_cached),
+        manager=manager,
+        jobs=jobs,
+        metrics=metrics,
+        background=background,
     )
     return Application(services, sessions, lifespan)
 

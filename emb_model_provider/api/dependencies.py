@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emb_model_provider.management.downloads import DownloadJobs
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.observability.metrics import Metrics, RequestRecord
-    from emb_model_provider.registry import Registry
+    from emb_model_provider.registry import OnDemandModels, Registry
     from emb_model_provider.settings import Settings
 
 T = TypeVar("T")
@@ -65,6 +65,7 @@ class Services:
 
     settings: Settings
     registry: Registry
+    models: OnDemandModels
     manager: ModelManager
     jobs: DownloadJobs
     metrics: Metrics

@@ -57,20 +57,17 @@ class CompileJob:
     """Process id of the service; the compiler ends when it ends."""
 
     def to_json(self) -> str:
-        """Return the job as one line, without the token, because nothing is downloaded."""
-        spec = replace(self.spec, token=None, cache_dir=None, endpoint=None, path=None)
-        return json.dumps(asdict(replace(self, spec=spec)), default=os.fspath)
+        """Return the job as one line."""
+        return json.dumps(asdict(replace(self, spec=without_access(self.spec))), default=os.fspath)
 
     @classmethod
     def from_json(cls, line: str) -> CompileJob:
         values = json.loads(line)
-        spec, snapshot, recipe = values["spec"], values["snapshot"], values["recipe"]
-        if isinstance(spec["dimensions"], list):
-            spec["dimensions"] = tuple(spec["dimensions"])
+        recipe = values["recipe"]
         recipe["compute"] = tuple(recipe["compute"])
         return cls(
-            spec=ModelSpec(**spec),
-            snapshot=_read_snapshot(snapshot),
+            spec=read_spec(values["spec"]),
+            snapshot=read_snapshot(values["snapshot"]),
             recipe=Recipe(**recipe),
             directory=Path(values["directory"]),
             threads=values["threads"],
@@ -149,7 +146,7 @@ def run_compiler(
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
-        env=_environment(job.threads),
+        env=child_environment(job.threads),
     )
     stderr_lines: deque[str] = deque(maxlen=_KEPT_LINES)
     lines: queue.Queue[str | None] = queue.Queue()
@@ -180,7 +177,7 @@ def run_compiler(
         logger.info("model %s: compiled in %.1f s", alias, time.monotonic() - started)
         return result
     finally:
-        _kill(process)
+        kill_group(process)
         for reader in readers:
             if reader.ident is not None:  # it was started
                 reader.join()
@@ -239,9 +236,21 @@ def _follow(
         on_progress(Progress(phase, job.snapshot.repository, step=step))
 
 
-def _read_snapshot(values: dict[str, Any]) -> Snapshot:
+def without_access(spec: ModelSpec) -> ModelSpec:
+    """Return a spec for a child process, without the token, because nothing is downloaded."""
+    return replace(spec, token=None, cache_dir=None, endpoint=None, path=None)
+
+
+def read_spec(values: dict[str, Any]) -> ModelSpec:
+    """Read a spec from JSON."""
+    sizes = values["dimensions"]
+    return ModelSpec(**values | {"dimensions": tuple(sizes) if isinstance(sizes, list) else sizes})
+
+
+def read_snapshot(values: dict[str, Any]) -> Snapshot:
+    """Read a snapshot from JSON."""
     files = tuple(SnapshotFile(**file) for file in values["files"])
-    dependencies = tuple(_read_snapshot(each) for each in values["dependencies"])
+    dependencies = tuple(read_snapshot(each) for each in values["dependencies"])
     return Snapshot(**{**values, "path": Path(values["path"]), "files": files, "dependencies": dependencies})
 
 
@@ -267,7 +276,7 @@ def _describe_end(code: int, stderr_lines: deque[str]) -> str:
     return f"the compiler process {how}: {tail}"
 
 
-def _environment(threads: int) -> dict[str, str]:
+def child_environment(threads: int) -> dict[str, str]:
     """Return the environment of the child: offline, and without secrets, because it may run code of a repository."""
     kept = {
         name: value
@@ -289,7 +298,7 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def kill_group(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
     """Kill the process group of the child."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -178,7 +178,7 @@ def read_artifact(directory: Path) -> Artifact | None:
         return None
     try:
         tokenizer = (directory / TOKENIZER).read_text(encoding="utf-8")
-        description = _description(info.description, tokenizer)
+        description = read_description({**info.description, "tokenizer_json": tokenizer})
         vector = _read_vector(info.probe, description.dimension)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
@@ -213,6 +213,21 @@ def read_fidelity(values: Mapping[str, Any]) -> Fidelity:
     return Fidelity(**{name: value for name, value in values.items() if name in known} | {"calibration": calibration})
 
 
+def read_description(values: Mapping[str, Any]) -> ModelDescription:
+    """Read a description from JSON; ValueError, KeyError or TypeError if it is something else."""
+    sizes, fidelity = values["matryoshka"], values["fidelity"]
+    return ModelDescription(
+        **{
+            **values,
+            "matryoshka": tuple(sizes) if isinstance(sizes, list) else sizes,
+            "notes": tuple(values["notes"]),
+            "routes": {task: read_description(each) for task, each in values.get("routes", {}).items()},
+            "fidelity": read_fidelity(fidelity) if fidelity is not None else None,
+            "own_calibration": _read_calibration(values.get("own_calibration")),
+        }
+    )
+
+
 def _read_calibration(values: Mapping[str, Any] | None) -> Calibration | None:
     return Calibration(**values) if values is not None else None
 
@@ -233,20 +248,6 @@ def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
     )
     _ = (info.snapshot, info.weights, info.fidelity)  # raises if one is missing
     return info
-
-
-def _description(values: Mapping[str, Any], tokenizer_json: str) -> ModelDescription:
-    sizes, fidelity = values["matryoshka"], values["fidelity"]
-    return ModelDescription(
-        **{
-            **values,
-            "tokenizer_json": tokenizer_json,
-            "matryoshka": tuple(sizes) if isinstance(sizes, list) else sizes,
-            "notes": tuple(values["notes"]),
-            "fidelity": read_fidelity(fidelity) if fidelity is not None else None,
-            "own_calibration": _read_calibration(values.get("own_calibration")),
-        }
-    )
 
 
 def _read_vector(encoded: str, dimension: int) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -46,6 +47,16 @@ def free_memory(root: Path = _ROOT) -> int:
     """
     free = (_free_memory(directory) for directory in _cgroups(root, "memory"))
     return min([int(psutil.virtual_memory().available), *(each for each in free if each is not None)])
+
+
+def total_memory(root: Path = _ROOT) -> int:
+    """Return the memory of the machine, or the limit of the container if that is lower, in bytes."""
+    import psutil  # here, because the command line imports this module
+
+    total = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max" means no limit
+        total = min(total, int((root / "sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total
 
 
 def native_bf16(root: Path = _ROOT) -> bool:

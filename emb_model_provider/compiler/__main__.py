@@ -61,13 +61,19 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def exit_with_parent(parent: int) -> None:
-    """End this process when its parent, whose process id is `parent`, ends, however that happens."""
+def exit_with_parent(parent: int, *, watches_stdin: bool = True) -> None:
+    """End this process when its parent, whose process id is `parent`, ends, however that happens.
+
+    Without `watches_stdin`, the caller reads stdin itself, which ends with the parent, too.
+    """
     if sys.platform == "linux":
         # The signal is sent when the thread that started us ends. It does not end earlier, because it waits for us.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+
+    if not watches_stdin:
+        return
 
     def watch_stdin() -> None:
         # Not with `sys.stdin`, because the interpreter aborts if a thread holds the lock of its buffer when it ends.

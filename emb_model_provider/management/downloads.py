@@ -22,6 +22,8 @@ from emb_model_provider.model_resolver import resolve_source
 from emb_model_provider.progress import CancelToken, OnProgress, ProgressReporter, RateMeter
 
 if TYPE_CHECKING:
+    import builtins
+
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.management.types import JobPhase, JobState
     from emb_model_provider.model_spec import ModelSpec
@@ -111,6 +113,12 @@ class DownloadJobs:
         self._guard.check()
         with self._lock:
             return [job.report() for job in reversed(self._jobs.values())]
+
+    def running_downloads(self) -> builtins.list[tuple[ModelSpec, DownloadRecord]]:
+        """Return the models that are being downloaded, or that wait for it."""
+        with self._lock:
+            jobs = [job for job in self._jobs.values() if not (job.record.is_over or job.cancel.is_cancelled)]
+            return [(job.spec, job.report()) for job in jobs if job.spec is not None]
 
     def cancel(self, job_id: str) -> DownloadRecord:
         """Cancel a job. One that waits ends at once, one that runs ends soon, one that is over does not change."""

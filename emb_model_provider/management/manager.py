@@ -19,6 +19,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.hubs.caches import REMOTE_HUBS
 from emb_model_provider.hubs.fetch import fetch_snapshot
+from emb_model_provider.management.cache_index import CacheIndex
 from emb_model_provider.management.inspection import describe, verify
 from emb_model_provider.management.inventory import Inventory
 from emb_model_provider.management.removal import Remover
@@ -67,6 +68,11 @@ class ModelManager:
         self._inventory = Inventory(settings)
         self._remover = Remover(self._inventory)
 
+    @cached_property
+    def index(self) -> CacheIndex:
+        """The names of the models on disk that can be served."""
+        return CacheIndex(self._settings, self._inventory)
+
     # --- downloading and compiling --------------------------------------------------------------------
 
     @cached_property
@@ -83,6 +89,7 @@ class ModelManager:
         force: bool = False,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        offline: bool = False,
         on_progress: OnProgress = ignore_progress,
         cancel: CancelToken | None = None,
     ) -> Snapshot:
@@ -93,6 +100,7 @@ class ModelManager:
             force: Ask the hub even if the model is on disk, and download what changed.
             include: Patterns (fnmatch) of the files to download, among those that serving needs.
             exclude: Patterns of files not to download.
+            offline: Ask no hub, as with OFFLINE.
             on_progress: Called with the progress of the download.
             cancel: Ends the download.
 
@@ -102,9 +110,10 @@ class ModelManager:
             ModelInUseError: A newer state of a branch would replace files that a process uses.
             OperationCancelledError: `cancel` was cancelled.
         """
+        hubs = self._settings.hubs
         return fetch_snapshot(
             spec,
-            self._settings.hubs,
+            hubs.model_copy(update={"offline": True}) if offline else hubs,
             on_progress,
             cancel=cancel,
             force=force,
@@ -113,7 +122,12 @@ class ModelManager:
         )
 
     def acquire(
-        self, spec: ModelSpec, *, on_progress: OnProgress = ignore_progress, cancel: CancelToken | None = None
+        self,
+        spec: ModelSpec,
+        *,
+        offline: bool = False,
+        on_progress: OnProgress = ignore_progress,
+        cancel: CancelToken | None = None,
     ) -> tuple[Snapshot, FileLock]:
         """Return the snapshot of a model, downloading it if necessary, with a lock that keeps it on disk.
 
@@ -121,6 +135,7 @@ class ModelManager:
 
         Args:
             spec: The model.
+            offline: Ask no hub, as with OFFLINE.
             on_progress: Called with the progress of the download.
             cancel: Ends the download.
 
@@ -131,7 +146,7 @@ class ModelManager:
         """
         held: dict[Path, FileLock] = {}
         for _ in range(_TRIES):
-            snapshot = self.ensure(spec, on_progress=on_progress, cancel=cancel)
+            snapshot = self.ensure(spec, offline=offline, on_progress=on_progress, cancel=cancel)
             parts = list(parts_of(snapshot))
             # The locks of an earlier try are kept while it is downloaded again.
             held = {part.path: held.get(part.path) or self._inventory.locks.hold(part.path) for part in parts}

@@ -2,6 +2,7 @@
 
 from emb_model_provider.registry.lifecycle import RegistryConfig
 from emb_model_provider.registry.model_entry import ModelStatus, State
+from emb_model_provider.registry.on_demand import OnDemandModels
 from emb_model_provider.registry.registry import Registry
 
-__all__ = ["ModelStatus", "Registry", "RegistryConfig", "State"]
+__all__ = ["ModelStatus", "OnDemandModels", "Registry", "RegistryConfig", "State"]

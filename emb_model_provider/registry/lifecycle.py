@@ -40,6 +40,8 @@ class RegistryConfig(EngineConfig):
     """Configuration of a registry and its engines."""
 
     memory: MemorySettings = field(default_factory=MemorySettings)
+    default_memory_bytes: int | None = None
+    """Without limits in the settings, models are evicted if all together take more than this."""
 
 
 class Lifecycle:
@@ -51,7 +53,7 @@ class Lifecycle:
         self._cancel = CancelToken()
         """Cancelled when the service shuts down."""
         self._loader = Loader(manager, config, executor, self._cancel)
-        self._budget = MemoryBudget(config.memory, self.begin_unloading)
+        self._budget = MemoryBudget(config.memory, self.begin_unloading, config.default_memory_bytes)
         self._watchdog_s = config.watchdog_s
         self._stop_s = config.timings.stop_s
         self._tasks: set[asyncio.Task[None]] = set()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_bytes
 from emb_model_provider.backends.pipeline_plan import is_warning
 from emb_model_provider.concurrency import run_in_daemon_thread
-from emb_model_provider.errors import LoadError
+from emb_model_provider.errors import HubError, LoadError, NotCachedError
 from emb_model_provider.formatting import format_cosine, format_size
 from emb_model_provider.progress import ProgressReporter
 from emb_model_provider.registry.model_entry import State
@@ -76,9 +76,7 @@ class Loader:
         entry, started = loaded_model.entry, time.monotonic()
         alias = entry.spec.alias
         logger.info("loading model %s", alias)
-        snapshot, loaded_model.snapshot_lock = await run_in_daemon_thread(
-            f"fetch-{alias}", lambda: self._fetch(entry.spec)
-        )
+        snapshot, loaded_model.snapshot_lock = await run_in_daemon_thread(f"fetch-{alias}", lambda: self._fetch(entry))
         entry.snapshot = snapshot
         entry.state = State.LOADING
         prepared = await run_in_daemon_thread(f"prepare-{alias}", lambda: self._prepare(entry, snapshot))
@@ -100,9 +98,20 @@ class Loader:
         _log_ready(engine, snapshot, time.monotonic() - started)
         return engine
 
-    def _fetch(self, spec: ModelSpec) -> tuple[Snapshot, FileLock]:
+    def _fetch(self, entry: ModelEntry) -> tuple[Snapshot, FileLock]:
         with ProgressReporter("log") as report:
-            return self._manager.acquire(spec, on_progress=report, cancel=self._cancel)
+            try:
+                return self._manager.acquire(
+                    entry.spec, offline=entry.on_demand, on_progress=report, cancel=self._cancel
+                )
+            except HubError as error:
+                if not entry.on_demand:
+                    raise
+                name = entry.spec.name
+                raise NotCachedError(
+                    f"{name} was served from disk, and its files are no longer complete there. `emb-provider pull {name}` "
+                    "downloads them again."
+                ) from error
 
     def _prepare(self, entry: ModelEntry, snapshot: Snapshot) -> PreparedBackend:
         preparer = self._manager.preparer

@@ -23,13 +23,21 @@ class MemoryBudget:
     """Keeps the loaded models within MAX_LOADED_MODELS and MODEL_MEMORY_LIMIT. Used on one event loop."""
 
     def __init__(
-        self, limits: MemorySettings, begin_unloading: Callable[[ModelEntry, str], asyncio.Task[None]]
+        self,
+        limits: MemorySettings,
+        begin_unloading: Callable[[ModelEntry, str], asyncio.Task[None]],
+        default_bytes: int | None = None,
     ) -> None:
-        """Create an empty budget; `begin_unloading` starts to unload a model, for a reason."""
+        """Create an empty budget.
+
+        `begin_unloading` starts to unload a model, for a reason. Without limits, models are evicted above `default_bytes`.
+        """
         self.loaded: set[LoadedModel] = set()
         """Models that take memory: those that are loading, loaded or unloading."""
         self._max_models = limits.max_loaded_models
         self._max_bytes = limits.model_memory_limit
+        is_limited = limits.model_memory_limit is not None or limits.max_loaded_models is not None
+        self._evicts_above = limits.model_memory_limit if is_limited else default_bytes
         self._begin_unloading = begin_unloading
         self._turn = asyncio.Lock()
         """Held while evicting, because two loads at once would both count on the memory of one evicted model."""
@@ -37,7 +45,7 @@ class MemoryBudget:
     @property
     def is_exceeded(self) -> bool:
         total = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
-        return self._max_bytes is not None and total > self._max_bytes
+        return self._evicts_above is not None and total > self._evicts_above
 
     def check_fits(self, needed_bytes: int) -> None:
         """Raise LoadError if a model needs more memory than the limit for all models."""
@@ -87,7 +95,7 @@ class MemoryBudget:
         others = [loaded_model for loaded_model in self.loaded if loaded_model is not model]
         total_bytes = model.memory_bytes + sum(loaded_model.memory_bytes for loaded_model in others)
         too_many = self._max_models is not None and len(others) >= self._max_models
-        too_large = self._max_bytes is not None and total_bytes > self._max_bytes
+        too_large = self._evicts_above is not None and total_bytes > self._evicts_above
         if not others or not (too_many or too_large):
             return None
         return min(others, key=_eviction_key)

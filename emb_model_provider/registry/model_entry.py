@@ -178,6 +178,8 @@ class ModelEntry:
     preload: bool = False
     required: bool = False
     configured: bool = False
+    on_demand: bool = False
+    """Whether it is served because it is on disk. Then it is never downloaded."""
     slow_load_s: float
     """After how many seconds a load that has not ended is reported."""
     created: int = field(default_factory=lambda: int(time.time()))

@@ -81,7 +81,8 @@ class Registry:
         }
         self.default_alias = models.specs[0].alias
         """Alias of the model that serves requests without a model name."""
-        self._answers_unknown = models.answers_unknown
+        self.answers_unknown = models.answers_unknown
+        """Whether the default model answers requests for unknown models."""
         self._names = self._build_index()
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._lifecycle = Lifecycle(manager, config, self._executor)
@@ -105,12 +106,22 @@ class Registry:
         These requests, unlike those that manage models, may also use similar names (`NameIndex.find_similar`), and any
         name if the settings say that the default model answers requests for unknown models.
         """
-        found = self._names.find(name) or self._names.find_similar(name)
-        if found is None and self._answers_unknown:
+        found = self.find(name)
+        if found is None and self.answers_unknown:
             found = self._names.find(self.default_alias)
         if found is None:
             raise self.not_found(name)
-        return replace(found, needs_prompts=False) if self._answers_unknown else found
+        return found
+
+    def find(self, name: str) -> ResolvedName | None:
+        """Return what the name in a request for embeddings refers to, or None if it is unknown or ambiguous."""
+        found = self._names.find(name) or self._names.find_similar(name)
+        return replace(found, needs_prompts=False) if found is not None and self.answers_unknown else found
+
+    def needs_files(self, alias: str) -> bool:
+        """Return whether a model is served because it is on disk, and its next request will read its files."""
+        entry = self._entries[alias]
+        return entry.on_demand and entry.loaded_model is None
 
     def status(self, name: str) -> ModelStatus:
         return self._entries[self.alias_of(name)].status()
@@ -168,15 +179,19 @@ class Registry:
         await self._lifecycle.unload(entry, reason)
         return entry.status()
 
-    def add(self, spec: ModelSpec) -> str:
+    def add(self, spec: ModelSpec, *, on_demand: bool = False) -> str:
         """Serve another model, which is loaded at its first request, and return its alias.
+
+        With `on_demand` it is served from the files on disk, and is never downloaded.
 
         Raises:
             ModelInUseError: Another model has this alias.
         """
         entry = self._entries.get(spec.alias)
         if entry is None:
-            self._entries[spec.alias] = ModelEntry(spec=spec, slow_load_s=self._timings.slow_load_s)
+            self._entries[spec.alias] = ModelEntry(
+                spec=spec, on_demand=on_demand, slow_load_s=self._timings.slow_load_s
+            )
             self._names = self._build_index()
         elif entry.spec != spec:
             raise ModelInUseError(
@@ -212,10 +227,10 @@ class Registry:
         await self._lifecycle.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def not_found(self, name: str) -> ModelNotFoundError:
+    def not_found(self, name: str, reason: str = "does not exist") -> ModelNotFoundError:
         """Return the error for a name that refers to no served model, or to several."""
         aliases = [alias for entry in self._entries.values() for alias in entry.spec.aliases]
-        return ModelNotFoundError(name[:200], ", ".join(aliases))
+        return ModelNotFoundError(name[:200], ", ".join(aliases), reason)
 
     def _build_index(self) -> NameIndex:
         entries = self._entries.values()

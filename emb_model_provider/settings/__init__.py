@@ -121,6 +121,13 @@ class Settings(BaseModel):
         self.served_models()
         return self
 
+    @property
+    def serves_cached(self) -> bool:
+        """Whether models on disk are served when a request names them."""
+        if self.models.serve_cached is not None:
+            return self.models.serve_cached
+        return self.server.is_on_loopback or bool(self.server.accepted_keys)
+
     def served_models(self) -> ServedModels:
         """Return the configured models, and which of them are loaded at startup and required."""
         specs, limit = self.models.specs(), self.memory.max_loaded_models

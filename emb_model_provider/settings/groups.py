@@ -82,6 +82,10 @@ class ModelSettings(SettingsGroup, title="Models"):
     unknown_model: Annotated[Literal["error", "default"], Lowered] = "error"
     """Response to a request for embeddings with an unknown model name. error: 404. default: the vectors of the default
     model, for clients that send a fixed name."""
+    serve_cached: bool | None = None
+    """Serve every complete model on disk by its id: it is loaded when a request names it, and the least recently used model
+    leaves memory if there is not enough of it. false: only the models of the settings and those that were added with `load`;
+    an error says how to load another one. Unset: true if the service listens on loopback only, or if API_KEYS is set."""
     preload_models: Annotated[Names, Allowed("aliases separated by commas, or none")] | None = None
     """Aliases to load at startup, separated by commas; the others are loaded at their first request. `none` loads
     nothing. Unset: all, or the first MAX_LOADED_MODELS of them."""
@@ -309,7 +313,8 @@ class MemorySettings(SettingsGroup, title="Models in memory"):
     model_memory_limit: Annotated[ByteSize, Field(gt=0), Allowed("bytes, or a size like 4GB or 500MB")] | None = None
     """Memory limit for all loaded models together, applied in the same way; a plain number is bytes. `emb-provider ps`
     shows what each model takes; the process itself takes about 100 MB more, or several hundred with torch. Unset: no
-    limit."""
+    limit, but with SERVE_CACHED and without MAX_LOADED_MODELS, models are unloaded if all together take more than three
+    quarters of the memory of the machine or the container."""
     idle_unload_s: PositiveNumber | None = None
     """Unload a model that has had no request for this many seconds; its next request loads it again. Unset: never."""
     load_wait_s: NonNegativeNumber | None = None

@@ -10,8 +10,21 @@ from emb_model_provider.api.routes.loaded_models import resolve_requested_model
 from emb_model_provider.api.schemas.management import LoadQuery
 from emb_model_provider.errors import NotAllowedError
 from emb_model_provider.settings import MappingEntry, Settings, TrustSettings
-from tests.api.helpers import KEYS, SECRETS, cached_models, download, load, served_models, unload
-from tests.service import BUNDLED, Service, assert_error
+from tests.api.helpers import (
+    KEYS,
+    SECRETS,
+    cached_models,
+    download,
+    get_job,
+    load,
+    remove,
+    served_models,
+    small_repository,
+    start_download,
+    unload,
+    wait_for_end,
+)
+from tests.service import BUNDLED, Service, assert_error, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,22 +41,22 @@ def test_added_model_is_served_until_it_is_forgotten(managed: Service, small_hub
     assert artifact["fidelity"]["min_cosine"] > 0.999
     assert model["size"] == model["files_size"] + artifact["size"]
 
-    loaded = load(managed, "acme/small", alias="small").json()
-    assert (loaded["alias"], loaded["model_name"], loaded["state"]) == ("small", "acme/small", "ready")
+    loaded = load(managed, "acme/small", alias="mine").json()
+    assert (loaded["alias"], loaded["model_name"], loaded["state"]) == ("mine", "acme/small", "ready")
     assert (loaded["configured"], loaded["revision"]) == (False, small_hub.commit("acme/small"))
-    vector = managed.embed("hello", model="small").json()["data"]
-    status = served_models(managed)["small"]
+    vector = managed.embed("hello", model="mine").json()["data"]
+    status = served_models(managed)["mine"]
     assert (status["requests_served"], status["fidelity"]) == (1, artifact["fidelity"])
     assert status["memory_bytes"] > 0
 
-    unloaded = unload(managed, "small").json()
-    assert (unloaded["state"], served_models(managed)["small"]["state"]) == ("unloaded", "unloaded")
-    assert managed.embed("hello", model="small").json()["data"] == vector
-    assert served_models(managed)["small"]["state"] == "ready"
+    unloaded = unload(managed, "mine").json()
+    assert (unloaded["state"], served_models(managed)["mine"]["state"]) == ("unloaded", "unloaded")
+    assert managed.embed("hello", model="mine").json()["data"] == vector
+    assert served_models(managed)["mine"]["state"] == "ready"
 
-    assert unload(managed, "small", forget="true").status_code == 200
-    assert "small" not in served_models(managed)
-    assert_error(managed.embed("hello", model="small"), 404, "model_not_found", param="model")
+    assert unload(managed, "mine", forget="true").status_code == 200
+    assert "mine" not in served_models(managed)
+    assert_error(managed.embed("hello", model="mine"), 404, "model_not_found", param="model")
 
 
 @pytest.mark.usefixtures("small_hub")
@@ -85,6 +98,48 @@ def test_served_model_is_found_by_equivalent_queries(managed: Service, small_hub
     other_revision = load(managed, "acme/small", revision=small_hub.commit("acme/small"))
     assert_error(other_revision, 409, "alias_in_use")
     unload(managed, "acme/small", forget="true")
+
+
+def test_model_on_disk_is_served_by_its_id(managed: Service, small_hub: HuggingFaceServer) -> None:
+    """Also while it is not loaded, it is listed. It is gone as soon as it is removed, and is not downloaded again."""
+    small_hub.repos["acme/pulled"] = small_hub.repos["acme/small"]
+    assert_error(managed.embed("hello", model="acme/pulled"), 404, "model_not_found", param="model")
+    download(managed, "acme/pulled")
+    assert "acme/pulled" not in served_models(managed)
+    listed = {model["id"]: model for model in managed.http.get("/v1/models").json()["data"]}
+    assert (listed["acme/pulled"]["state"], listed["acme/pulled"]["source"]) == ("unloaded", "huggingface")
+    assert "acme/pulled" in {model["name"] for model in managed.http.get("/api/tags").json()["models"]}
+    assert managed.http.get("/v1/models/acme/pulled").json()["revision"] == small_hub.commit("acme/pulled")
+    assert managed.http.post("/api/show", json={"model": "acme/pulled"}).status_code == 200
+    assert "acme/pulled" not in served_models(managed)
+    answer = managed.embed("hello", model="acme/pulled")
+    assert answer.status_code == 200, answer.text
+    assert served_models(managed)["acme/pulled"]["state"] == "ready"
+    assert_error(remove(managed, "acme_pulled"), 409, "model_in_use")
+    assert remove(managed, "acme_pulled", unload="true").status_code == 200
+    small_hub.forget()
+    assert_error(managed.embed("hello", model="acme/pulled"), 404, "model_not_found", param="model")
+    assert small_hub.requests == []
+
+
+def test_error_says_that_a_model_is_being_downloaded(managed: Service, hub: HuggingFaceServer) -> None:
+    """With its progress, and when to try again."""
+    hub.repos["acme/slow"] = small_repository(7)
+    hub.faults.hold_after["model.safetensors"] = 100_000
+    job = start_download(managed, "acme/slow")
+    try:
+        wait_until(lambda: get_job(managed, job)["phase"] == "download")
+        error = managed.embed("hello", model="acme/slow")
+        assert_error(
+            error, 503, "model_not_ready", param="model", type="server_error", phrase="is being downloaded: download"
+        )
+        assert int(error.headers["retry-after"]) >= 1
+    finally:
+        managed.http.delete(job["url"])
+        hub.faults.hold_after.clear()
+        hub.faults.release.set()
+        wait_for_end(managed, job)
+        hub.faults.release.clear()
 
 
 def test_configured_model_cannot_be_forgotten(managed: Service) -> None:

@@ -67,6 +67,8 @@ class Fleet:
     def __init__(self, *aliases: str) -> None:
         self.models = {alias: FakeModel() for alias in aliases}
         self.max_in_memory = 0
+        self.offline: set[str] = set()
+        """Aliases of models that were loaded without asking a hub."""
         self._lock = threading.Lock()
 
     def __getitem__(self, alias: str) -> FakeModel:
@@ -101,7 +103,9 @@ class Fleet:
     def allows_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
         return False
 
-    def acquire(self, spec: ModelSpec, **_: object) -> tuple[Snapshot, FakeLock]:
+    def acquire(self, spec: ModelSpec, *, offline: bool = False, **_: object) -> tuple[Snapshot, FakeLock]:
+        if offline:
+            self.offline.add(spec.alias)
         model = self.models[spec.alias]
         if model.fetch_error is not None:
             raise model.fetch_error

@@ -139,7 +139,7 @@ async def embed_request(
     async with cancelled_on_disconnect(request):
         fields, call = await services.in_parse_thread(parse) if len(body) > _MAX_INLINE_BODY_BYTES else parse()
         model = call.model if call.model is not None else registry.default_alias
-        resolved = registry.resolve(model)
+        resolved = await services.models.resolve(model)
         record.model = resolved.alias
         options = call.options
         if resolved.input_type is not None and options.input_type is None:

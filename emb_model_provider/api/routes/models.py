@@ -25,9 +25,14 @@ _DESCRIBED_FIELDS = (
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", summary="List the served models", responses=error_responses(401, 403))
+@router.get(
+    "/v1/models",
+    summary="List the served models",
+    description="Also those on disk, if the service loads them at their first request (EMB_PROVIDER_SERVE_CACHED).",
+    responses=error_responses(401, 403),
+)
 async def list_models(services: ServicesDep) -> ModelList:
-    statuses = services.registry.statuses()
+    statuses = await services.models.statuses()
     return ModelList(
         object="list", data=[_model_object(status, alias) for status in statuses for alias in status.spec.aliases]
     )
@@ -37,8 +42,7 @@ async def list_models(services: ServicesDep) -> ModelList:
 async def retrieve_model(services: ServicesDep, model: str) -> ModelObject:
     if not model:
         raise HTTPException(404)
-    resolved = services.registry.resolve(model)
-    status = services.registry.status(resolved.alias)
+    status, resolved = await services.models.status(model)
     description = status.description
     if resolved.needs_prompts and description is not None and not has_search_prompts(description):
         raise services.registry.not_found(model)

@@ -62,9 +62,8 @@ async def embeddings(request: Request, services: ServicesDep) -> Response:
 
 @router.get("/api/tags")
 async def tags(services: ServicesDep) -> Response:
-    return JSONResponse(
-        {"models": [_model(status, alias) for status in services.registry.statuses() for alias in status.spec.aliases]}
-    )
+    statuses = await services.models.statuses()
+    return JSONResponse({"models": [_model(status, alias) for status in statuses for alias in status.spec.aliases]})
 
 
 @router.get("/api/ps")
@@ -77,7 +76,7 @@ async def loaded(services: ServicesDep) -> Response:
 async def show(request: Request, services: ServicesDep) -> Response:
     fields = await read_fields(request, services)
     name = optional(fields, str, "model", "name") or require(fields, "name")
-    status = services.registry.status(services.registry.resolve(name).alias)
+    status, _ = await services.models.status(name)
     description = status.description
     info: dict[str, Any] = {"general.architecture": "embedding", "general.basename": status.spec.name}
     if description is not None:
@@ -113,7 +112,7 @@ def _model(status: ModelStatus, alias: str) -> dict[str, Any]:
         "name": alias,
         "model": alias,
         "modified_at": _modified_at(status),
-        "size": status.memory_bytes or 0,
+        "size": status.memory_bytes or (snapshot.size if snapshot is not None else 0),
         "digest": (snapshot.revision if snapshot is not None else None) or "",
         "details": _details(status),
     }

@@ -45,7 +45,7 @@ async def _tokenize(
 ) -> tuple[list[list[Token]], int]:
     """Return the tokens of each text, and the length of the longest input of the model."""
     model = optional(fields, str, "model") or services.registry.default_alias
-    resolved = services.registry.resolve(model)
+    resolved = await services.models.resolve(model)
     get_record(request).model = resolved.alias
     add_special_tokens = optional(fields, bool, "add_special_tokens")
     async with services.registry.lease(resolved.alias) as engine:
