@@ -81,7 +81,9 @@ def make_contender(name: str, *, infinity: Path | None = None, cache: Path | Non
     check_names([name], SERVERS, "contender")
     if name in OURS:
         # Without the result cache, because the load generators repeat their requests.
-        settings = {"HOST": "127.0.0.1", "PORT": "{port}", "RESULT_CACHE_MB": "0", **OURS[name]}
+        # And without torch, which would answer the first requests if the model has to be compiled.
+        settings = {"HOST": "127.0.0.1", "PORT": "{port}", "RESULT_CACHE_MB": "0", "TORCH_WHILE_COMPILING": "false"}
+        settings |= OURS[name]
         settings["CACHE_DIR"] = str(cache or SERVICE_CACHE)
         environment = {f"EMB_PROVIDER_{key}": value for key, value in settings.items()}
         return Contender(name, (sys.executable, "-m", "emb_model_provider.main"), environment, "/ready")

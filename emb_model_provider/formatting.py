@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 
 from emb_model_provider.errors import ProviderError
@@ -28,6 +29,13 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_estimate(seconds: float) -> str:
+    """Return about how long something takes, as `20 s` or `3 min`."""
+    if seconds < 10:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{5 * math.ceil(seconds / 5)} s" if seconds < 120 else f"{math.ceil(seconds / 60)} min"
 
 
 def format_age(moment: datetime | None, now: datetime | None = None) -> str:

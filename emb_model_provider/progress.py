@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from emb_model_provider.concurrency import start_thread
 from emb_model_provider.errors import OperationCancelledError
-from emb_model_provider.formatting import format_duration, format_size
+from emb_model_provider.formatting import format_duration, format_estimate, format_size
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -53,12 +53,27 @@ class Progress:
     """None if the work is not measured in bytes."""
     step: str = ""
     """The step of compiling or comparing, such as `convert`."""
+    step_number: int | None = None
+    """Number of the step, from 1; None if it is unknown."""
+    step_count: int | None = None
+    seconds_left: float | None = None
+    """Estimate of the time until the last step ends."""
     resumed_bytes: int = 0
     """Of `done_bytes`, those of an earlier download, which say nothing about the rate."""
 
     @property
     def transferred_bytes(self) -> int:
         return self.done_bytes - self.resumed_bytes
+
+    def describe(self) -> str:
+        """Return a text such as `step 3 of 6 (export), about 20 s left`, or an empty one if there is nothing to say."""
+        if self.step_number is not None:
+            left = f", about {format_estimate(self.seconds_left)} left" if self.seconds_left is not None else ""
+            return f"step {self.step_number} of {self.step_count} ({self.step}){left}"
+        if self.total_bytes and self.phase != "load":
+            share = f"{self.done_bytes * 100 // self.total_bytes} %"
+            return f"{self.phase} {format_size(self.done_bytes)} of {format_size(self.total_bytes)} ({share})"
+        return "waiting for the compiler" if self.phase == "compile" else ""
 
 
 OnProgress = Callable[[Progress], None]

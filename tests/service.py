@@ -44,6 +44,8 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
     return inherited | {
         "EMB_PROVIDER_CACHE_DIR": str(directory / "cache"),
         "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),
+        # A further process with torch would take the processors from the compiler. Its own tests turn it on.
+        "EMB_PROVIDER_TORCH_WHILE_COMPILING": "false",
         **{f"EMB_PROVIDER_{name}": value for name, value in settings.items()},
     }
 

@@ -162,6 +162,7 @@ def create_app(
             on_batch=metrics.on_batch,
             result_cache=result_cache,
             on_lookup=metrics.on_lookup,
+            torch_while_compiling=settings.models.torch_while_compiling,
             default_memory_bytes=int(_MEMORY_SHARE * total_memory()) if settings.serves_cached else None,
         ),
     )

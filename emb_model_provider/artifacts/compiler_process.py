@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
+from emb_model_provider.artifacts.compile_steps import CompileSteps
 from emb_model_provider.artifacts.recipe import Recipe
 from emb_model_provider.concurrency import start_thread
 from emb_model_provider.model_spec import ModelSpec
@@ -29,12 +30,13 @@ from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from emb_model_provider.progress import CancelToken, OnProgress, Phase
+    from emb_model_provider.progress import CancelToken, OnProgress
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "emb_model_provider.compiler")
 _POLL_S = 0.2
+_REPORT_S = 1.0
 _KEPT_LINES = 40
 _LAST_WORDS_S = 5.0
 """How long to wait for the last lines of a compiler that has ended, whose own children may keep its stderr open."""
@@ -209,7 +211,21 @@ def _follow(
 ) -> CompileResult | None:
     """Report the steps of the child until its result; None if it ends without one."""
     step, started = "start", time.monotonic()
-    since = started
+    since = reported = started
+    steps = CompileSteps(quantizes=job.recipe.weights in ("int8", "int4"), size=job.snapshot.size, now=started)
+
+    def report(now: float) -> None:
+        on_progress(
+            Progress(
+                "compare" if step in _COMPARE_STEPS else "compile",
+                job.snapshot.repository,
+                step=step,
+                step_number=steps.number,
+                step_count=steps.count,
+                seconds_left=steps.seconds_left(now),
+            )
+        )
+
     while True:
         cancel.raise_if_cancelled()
         now = time.monotonic()
@@ -220,6 +236,9 @@ def _follow(
         try:
             line = lines.get(timeout=_POLL_S)
         except queue.Empty:
+            if (now := time.monotonic()) - reported >= _REPORT_S:
+                reported = now
+                report(now)
             continue
         if line is None:
             return None
@@ -232,8 +251,8 @@ def _follow(
         if isinstance(event, CompileResult):
             return event
         step, since = event.step, now
-        phase: Phase = "compare" if step in _COMPARE_STEPS else "compile"
-        on_progress(Progress(phase, job.snapshot.repository, step=step))
+        steps.begin(step, now)
+        report(now)
 
 
 def without_access(spec: ModelSpec) -> ModelSpec:

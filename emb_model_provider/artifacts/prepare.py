@@ -21,7 +21,8 @@ from emb_model_provider.artifacts.compiler_process import (
 from emb_model_provider.artifacts.manifest import GRAPH, is_same_probe, probe
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore
-from emb_model_provider.artifacts.torch_fidelity import TorchModel
+from emb_model_provider.artifacts.torch_fidelity import TorchModel, has_memory_for_both
+from emb_model_provider.artifacts.torch_process import TorchProcess
 from emb_model_provider.backends.hardware import fast_int8, free_memory, has_cuda, native_bf16, usable_cpus
 from emb_model_provider.backends.memory_estimate import declared_bytes
 from emb_model_provider.backends.repository import Repository
@@ -161,6 +162,35 @@ class BackendPreparer:
                 f"{str(error).rstrip('.')}. Fix this, or set it to auto or torch."
             ) from error
 
+    def is_compiled_later(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
+        """Return whether `prepare` would compile a model, and torch computes equal vectors on the CPU until then.
+
+        Not so for integer weights, whose vectors differ from those of torch. There must be enough memory for both.
+        """
+        if spec.backend != "auto" or spec.precision in ("int8", "int4") or not _uses_openvino(spec):
+            return False
+        if find_export([file.path for file in snapshot.files]) is not None or not has_memory_for_both(snapshot):
+            return False
+        try:
+            routes = routes_of(Repository.of(snapshot))
+            names = dict.fromkeys(routes.by_task.values()) if routes is not None else (None,)
+            specs = [replace(spec, route=name) for name in names]
+            recipes = [
+                self._recipe(each, snapshot) for each in specs if not Repository.of(snapshot, each.route).is_static
+            ]
+            missing = [recipe for recipe in recipes if not self._store.has(recipe)]
+            refused = [each for each in missing if self._store.refusal(each, timeout_s=self._compile_timeout_s)]
+            if not missing or refused or installed_version("openvino") is None:
+                return False
+            self._check_can_compile()
+        except (LoadError, NoArtifactError, CacheNotWritableError):  # `prepare` raises it again, or serves with torch
+            return False
+        return True
+
+    def load_interim(self, spec: ModelSpec, snapshot: Snapshot, cancel: CancelToken) -> Backend:
+        """Load a model for which `is_compiled_later` is true, on the thread that will own the backend; see TorchProcess."""
+        return TorchProcess(spec, snapshot, trust_remote_code=self.allows_code(spec, snapshot), cancel=cancel)
+
     def allows_code(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
         """Return whether code from the repository of a model may run."""
         return self._trust.allows(spec, snapshot.hub)
@@ -268,13 +298,7 @@ class BackendPreparer:
             raise NoArtifactError("static embeddings are only looked up and averaged, so there is nothing to compile")
         if installed_version("openvino") is None:
             raise NoArtifactError("OpenVINO is not installed (pip install openvino)")
-        recipe = recipe_for(
-            spec,
-            snapshot,
-            trust_remote_code=self.allows_code(spec, snapshot),
-            native_bf16=native_bf16(),
-            fast_int8=fast_int8(),
-        )
+        recipe = self._recipe(spec, snapshot)
         if (found := self._find(recipe)) is not None:
             logger.debug("model %s: using the artifact %s", spec.alias, recipe.key[:12])
             return found
@@ -304,6 +328,15 @@ class BackendPreparer:
             return self._compile(spec, snapshot, recipe, report, cancel)
         finally:
             self._turn.release()
+
+    def _recipe(self, spec: ModelSpec, snapshot: Snapshot) -> Recipe:
+        return recipe_for(
+            spec,
+            snapshot,
+            trust_remote_code=self.allows_code(spec, snapshot),
+            native_bf16=native_bf16(),
+            fast_int8=fast_int8(),
+        )
 
     def _require_memory(self, spec: ModelSpec, snapshot: Snapshot, item_bytes: float | None = None) -> None:
         """Raise LoadError if the weights that a model declares do not fit into the free memory."""

@@ -60,6 +60,10 @@ class ArtifactStore:
         """Return the artifact of a recipe, and the lock that keeps it on disk. Needs no write access."""
         return self._hold(self._root / recipe.key)
 
+    def has(self, recipe: Recipe) -> bool:
+        """Return whether there is an artifact of a recipe. Its files are not looked at."""
+        return (self._root / recipe.key).is_dir()
+
     def find_compatible(self, recipe: Recipe) -> tuple[Artifact, FileLock] | None:
         """Return an artifact of another machine that can serve a recipe (see `Recipe.can_serve`)."""
         for info in self.list():

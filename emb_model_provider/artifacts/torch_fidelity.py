@@ -51,6 +51,10 @@ _PACKAGES = ("tokenizers", *TOOL_PACKAGES, "torchao", "bitsandbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _MEMORY_FACTOR = 1.3
 """Memory for loading and running a model, relative to its weights."""
+_COPIES_FOR_BOTH = 4
+"""Of the weights: one in the process that serves, the others in the compiler."""
+_RUNTIMES_BYTES = 2 * 10**9
+"""Memory that two processes with torch take beside the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +220,11 @@ def bytes_at_fp32(snapshot: Snapshot) -> float:
     except (OSError, ValueError, AttributeError):
         halves = False
     return stored * (2 if halves else 1) * _MEMORY_FACTOR
+
+
+def has_memory_for_both(snapshot: Snapshot) -> bool:
+    """Return whether a model can be compiled while torch runs it in another process."""
+    return _COPIES_FOR_BOTH * bytes_at_fp32(snapshot) + _RUNTIMES_BYTES < free_memory()
 
 
 def _annotate(backend: Backend, *, fidelity: Fidelity | None = None, notes: tuple[str, ...] = ()) -> Backend:

@@ -102,7 +102,10 @@ class TorchProcess:
         threading.Thread(target=self._kill_if_cancelled, args=(cancel, watching), daemon=True).start()
         try:
             self._send(job.to_line())
-            self.description: ModelDescription = read_description(self._receive()["description"])
+            described = read_description(self._receive()["description"])
+            self.description: ModelDescription = replace(
+                described, is_interim=True, notes=(*described.notes, "served by torch until it is compiled")
+            )
             self.memory_bytes = psutil.Process(self._process.pid).memory_info().rss
         except BaseException as error:
             self.close()

@@ -93,6 +93,8 @@ class ModelDescription:
     bf16. int8 means that activations are quantized, too, during inference."""
     own_calibration: Calibration | None = None
     """The calibration of a model without fidelity."""
+    is_interim: bool = False
+    """Whether another backend takes over as soon as the model is compiled."""
 
     @property
     def calibration(self) -> Calibration | None:

@@ -21,6 +21,8 @@ _MIB = 2**20
 _OPENVINO_WORKING_BYTES, _TORCH_WORKING_BYTES = 96 * _MIB, 22 * _MIB
 """Activations and kernels. They hardly depend on the model or on the number of streams, because the tokens of a batch
 are bounded."""
+_TORCH_RUNTIME_BYTES = 700 * _MIB
+"""Memory of a process that has imported torch and sentence-transformers."""
 _FP32_COPIES, _OTHER_COPIES = 3, 2
 """Copies of the matrices that OpenVINO holds besides the mapped file, because kernels for short and for long batches
 need them in different layouts."""
@@ -68,6 +70,11 @@ def expected_bytes(backend: Literal["openvino", "torch"], size: int, precision: 
     if backend == "openvino":
         return _USUAL_GROWTH * size + _OPENVINO_WORKING_BYTES
     return minimum_bytes(backend, size, precision) + _TORCH_WORKING_BYTES
+
+
+def interim_bytes(size: int) -> int:
+    """Estimate the memory of a process that runs a model with torch, from the size of its files in bytes."""
+    return _TORCH_RUNTIME_BYTES + 2 * size
 
 
 def declared_bytes(repository: Repository, item_bytes: float) -> float:

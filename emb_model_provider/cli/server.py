@@ -54,8 +54,9 @@ def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
         return
     out(table(_HEAD, [_row(model) for model in models]))
     for model in models:
-        if model.get("error"):
-            say(f"{model['alias']}: {model['error']}")
+        for name in ("error", "progress"):
+            if model.get(name):
+                say(f"{model['alias']}: {model[name]}")
     process = response["process"]
     limit = f" of {format_size(process['memory_limit_bytes'])}" if process.get("memory_limit_bytes") else ""
     say(

@@ -7,10 +7,12 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from emb_model_provider.backends.memory_estimate import expected_bytes
 from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError, ThreadLimitError
+from emb_model_provider.fidelity.compare import AccuracyError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.model_resolver import hidden_repository_note, resolve_source
 from emb_model_provider.progress import CancelToken
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
     from concurrent.futures import Executor
 
+    from emb_model_provider.artifacts.prepare import PreparedBackend
     from emb_model_provider.management.manager import ModelManager
+    from emb_model_provider.progress import OnProgress, Progress
     from emb_model_provider.registry.model_entry import ModelEntry
     from emb_model_provider.serving.engine import Engine
     from emb_model_provider.serving.model_thread import StateChange
+    from emb_model_provider.snapshots.snapshot import Snapshot
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,8 @@ class RegistryConfig(EngineConfig):
     """Configuration of a registry and its engines."""
 
     memory: MemorySettings = field(default_factory=MemorySettings)
+    torch_while_compiling: bool = False
+    """Whether torch runs a model in a process of its own while it is compiled."""
     default_memory_bytes: int | None = None
     """Without limits in the settings, models are evicted if all together take more than this."""
 
@@ -54,9 +63,12 @@ class Lifecycle:
         """Cancelled when the service shuts down."""
         self._loader = Loader(manager, config, executor, self._cancel)
         self._budget = MemoryBudget(config.memory, self.begin_unloading, config.default_memory_bytes)
+        self._retiring: set[LoadedModel] = set()
+        """Models whose compiled forms have taken over, and that still answer requests."""
         self._watchdog_s = config.watchdog_s
         self._stop_s = config.timings.stop_s
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._torch_while_compiling = config.torch_while_compiling
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def ensure_loaded(self, entry: ModelEntry) -> LoadedModel:
         """Load the model if necessary, and return it with its reference count incremented.
@@ -111,7 +123,7 @@ class Lifecycle:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        remaining = list(self._budget.loaded)
+        remaining = [*self._budget.loaded, *self._retiring]
         for loaded_model in remaining:
             loaded_model.entry.loaded_model = None
             loaded_model.entry.state = State.UNLOADING
@@ -123,9 +135,7 @@ class Lifecycle:
         entry = loaded_model.entry
         alias = entry.spec.alias
         try:
-            loaded_model.engine = await self._loader.load(
-                loaded_model, self._budget, self._state_callback(loaded_model)
-            )
+            loaded_model.engine = await self._start_engine(loaded_model)
         except asyncio.CancelledError:
             self._release(loaded_model, State.UNLOADED)
             raise
@@ -139,12 +149,147 @@ class Lifecycle:
                 raise
             logger.exception("model %s could not be loaded", alias)
             raise LoadError(entry.error) from error
+        self._mark_ready(loaded_model)
+
+    def _mark_ready(self, loaded_model: LoadedModel) -> None:
+        entry = loaded_model.entry
         entry.state, entry.unload_reason = State.READY, None
+        if not loaded_model.is_interim:
+            entry.progress, entry.waits_for_compiler = None, False
         entry.loaded_at = time.time()
         entry.created = int(entry.loaded_at)
         loaded_model.since = time.monotonic()
         if self._budget.is_exceeded:
             self._create_task(self._budget.rebalance(loaded_model))
+
+    async def _start_engine(self, loaded_model: LoadedModel) -> Engine:
+        """Load a model; if it has to be compiled first, with torch in the meantime."""
+        entry, loader = loaded_model.entry, self._loader
+        on_progress = self._progress_callback(loaded_model)
+        snapshot = await loader.fetch(loaded_model, on_progress)
+        entry.progress = None
+        entry.state = State.LOADING
+        can_use_torch = self._torch_while_compiling and not entry.waits_for_compiler
+        if not can_use_torch or not await loader.can_load_meanwhile(entry, snapshot):
+            prepared = await loader.prepare(entry, snapshot, on_progress)
+            entry.state, entry.progress = State.LOADING, None
+            return await self._load_prepared(loaded_model, snapshot, prepared)
+        preparing = self._create_task(loader.prepare(entry, snapshot, on_progress))
+        stop_torch = CancelToken(lambda: self._cancel.is_cancelled)
+        torch = self._create_task(
+            loader.load_meanwhile(loaded_model, snapshot, self._budget, stop_torch, self._state_callback(loaded_model))
+        )
+        try:
+            await asyncio.wait({preparing, torch}, return_when=asyncio.FIRST_COMPLETED)
+            if not preparing.done() and torch.exception() is not None:
+                self._budget.loaded.discard(loaded_model)
+                logger.info(
+                    "model %s: torch does not serve it while it is compiled: %s", entry.spec.alias, torch.exception()
+                )
+                await asyncio.wait({preparing})
+            if not preparing.done():
+                loaded_model.is_interim = True
+                self._create_task(self._take_over(loaded_model, snapshot, preparing))
+                return torch.result()
+        except BaseException:
+            preparing.cancel()
+            stop_torch.cancel()
+            raise
+        # The compiler was faster, or torch cannot serve the model.
+        stop_torch.cancel()
+        await asyncio.wait({torch})
+        if torch.exception() is None:
+            await run_in_daemon_thread(f"stop-{entry.spec.alias}", torch.result().stop)
+        self._budget.loaded.discard(loaded_model)
+        entry.state, entry.progress = State.LOADING, None
+        return await self._load_prepared(loaded_model, snapshot, preparing.result())
+
+    async def _load_prepared(self, loaded_model: LoadedModel, snapshot: Snapshot, prepared: PreparedBackend) -> Engine:
+        return await self._loader.load(
+            loaded_model, snapshot, prepared, self._budget, self._state_callback(loaded_model)
+        )
+
+    async def _take_over(
+        self, interim: LoadedModel, snapshot: Snapshot, preparing: asyncio.Task[PreparedBackend]
+    ) -> None:
+        """Replace a model that torch serves as soon as it is compiled. Requests in progress end with torch."""
+        entry = interim.entry
+        try:
+            await asyncio.wait({preparing})
+            if entry.loaded_model is not interim:  # it was unloaded; its next load finds the compiled form
+                return
+            prepared = preparing.result()
+            expected = expected_bytes(prepared.backend, prepared.size, entry.spec.precision)
+            if not self._budget.fits_beside(interim, expected):
+                # Requests wait while the compiled form is loaded.
+                await asyncio.wait([self.begin_unloading(entry, "compiled")])
+                if not (entry.removed or self._cancel.is_cancelled):
+                    self.begin_loading(entry)
+                return
+            replacement = LoadedModel(entry)
+            replacement.loading = asyncio.current_task()  # type: ignore[assignment]  # of this coroutine
+            try:
+                replacement.engine = await self._load_prepared(replacement, snapshot, prepared)
+            except BaseException:
+                self._budget.loaded.discard(replacement)
+                raise
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic of a library written in Rust is not an Exception
+            self._keep_torch(interim, error)
+            return
+        if entry.loaded_model is not interim:
+            await self._stop_engine(replacement, self._stop_s)
+            return
+        replacement.snapshot_lock, interim.snapshot_lock = interim.snapshot_lock, None
+        entry.loaded_model = replacement
+        self._mark_ready(replacement)
+        self._retire(interim)
+
+    def _keep_torch(self, interim: LoadedModel, error: BaseException) -> None:
+        """Let torch serve a model that could not be compiled, unless its requested precision is not accurate enough."""
+        entry = interim.entry
+        if entry.loaded_model is not interim or self._cancel.is_cancelled:
+            return
+        entry.progress, entry.error = None, f"it could not be compiled: {describe_error(error)}"
+        if not isinstance(error, AccuracyError):
+            logger.warning("model %s: %s Torch serves it in a process of its own.", entry.spec.alias, entry.error)
+            return
+        logger.error("model %s: %s", entry.spec.alias, entry.error)
+        entry.loaded_model, entry.state, entry.failed_at = None, State.FAILED, time.monotonic()
+        self._retire(interim)
+
+    def _retire(self, interim: LoadedModel) -> None:
+        """Stop a model that new requests no longer use after its requests are answered."""
+        self._budget.loaded.discard(interim)
+        self._retiring.add(interim)
+
+        async def stop() -> None:
+            await interim.wait_idle()
+            await self._stop_engine(interim, self._stop_s)
+            self._retiring.discard(interim)
+
+        self._create_task(stop())
+
+    def _progress_callback(self, loaded_model: LoadedModel) -> OnProgress:
+        """Return a thread-safe callback for the progress of a load."""
+        loop = asyncio.get_running_loop()
+
+        def on_progress(progress: Progress) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._on_progress, loaded_model, progress)
+
+        return on_progress
+
+    def _on_progress(self, loaded_model: LoadedModel, progress: Progress) -> None:
+        entry = loaded_model.entry
+        if entry.loaded_model is not loaded_model:
+            return
+        is_compiling = progress.phase in ("compile", "compare")
+        if loaded_model.engine is None:
+            entry.state = State.COMPILING if is_compiling else State.DOWNLOADING
+        if loaded_model.engine is None or loaded_model.is_interim:
+            entry.progress = progress
 
     def _raise_load_error(self, loaded_model: LoadedModel) -> None:
         if loaded_model.loading.cancelled():
@@ -172,6 +317,10 @@ class Lifecycle:
             entry.restarts += 1
         elif change == "running":
             entry.state = State.READY
+        elif loaded_model.is_interim:
+            entry.waits_for_compiler = True
+            self._release(loaded_model, State.UNLOADED)
+            self.begin_loading(entry)
         else:
             # As after a first load that failed, a later request can load the model again.
             self._release(loaded_model, State.FAILED)
@@ -219,18 +368,20 @@ class Lifecycle:
         self._budget.loaded.discard(loaded_model)
         if loaded_model.snapshot_lock is not None:
             loaded_model.snapshot_lock.release()
-        entry.loaded_model = None
+        if entry.loaded_model not in (None, loaded_model) or entry.state is State.FAILED:
+            return  # replaced by its compiled form, or by the failure of that
+        entry.loaded_model = entry.progress = None
         entry.state = state
         if state is State.FAILED:
             entry.failed_at = time.monotonic()
 
-    def _create_task(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def _create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
         return task
 
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             # Retrieved here, because asyncio logs the error of a task that is not awaited.

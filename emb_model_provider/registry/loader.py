@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_bytes
+from emb_model_provider.backends.memory_estimate import expected_bytes, interim_bytes, minimum_bytes
 from emb_model_provider.backends.pipeline_plan import is_warning
 from emb_model_provider.concurrency import run_in_daemon_thread
 from emb_model_provider.errors import HubError, LoadError, NotCachedError
 from emb_model_provider.formatting import format_cosine, format_size
-from emb_model_provider.progress import ProgressReporter
-from emb_model_provider.registry.model_entry import State
+from emb_model_provider.progress import CancelToken, ProgressReporter
 from emb_model_provider.serving.engine import Engine
 from emb_model_provider.serving.request_options import check_input_types
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.model_spec import ModelSpec
-    from emb_model_provider.progress import CancelToken, Progress
+    from emb_model_provider.progress import OnProgress, Progress
     from emb_model_provider.registry.memory_budget import MemoryBudget
     from emb_model_provider.registry.model_entry import LoadedModel, ModelEntry
     from emb_model_provider.serving.config import EngineConfig
@@ -65,22 +64,37 @@ class Loader:
         self._executor = executor
         self._cancel = cancel
 
+    async def fetch(self, loaded_model: LoadedModel, on_progress: OnProgress) -> Snapshot:
+        """Make the files of a model complete, and lock them. The caller must release the lock if the load fails."""
+        entry = loaded_model.entry
+        alias = entry.spec.alias
+        logger.info("loading model %s", alias)
+        snapshot, loaded_model.snapshot_lock = await run_in_daemon_thread(
+            f"fetch-{alias}", lambda: self._fetch(entry, on_progress)
+        )
+        entry.snapshot = snapshot
+        return snapshot
+
+    async def prepare(self, entry: ModelEntry, snapshot: Snapshot, on_progress: OnProgress) -> PreparedBackend:
+        """Make sure that the backend of a model can be loaded within seconds, compiling the model if necessary."""
+        return await run_in_daemon_thread(
+            f"prepare-{entry.spec.alias}", lambda: self._prepare(entry, snapshot, on_progress)
+        )
+
     async def load(
-        self, loaded_model: LoadedModel, budget: MemoryBudget, on_change: Callable[[StateChange, str], None]
+        self,
+        loaded_model: LoadedModel,
+        snapshot: Snapshot,
+        prepared: PreparedBackend,
+        budget: MemoryBudget,
+        on_change: Callable[[StateChange, str], None],
     ) -> Engine:
-        """Load a model as soon as the memory budget allows it, and update the state of its entry.
+        """Load a prepared model as soon as the memory budget allows it.
 
         If this raises or is cancelled, the caller must release the resources of `loaded_model`. `on_change` is called
         on the model's thread when the model crashes, recovers or fails.
         """
         entry, started = loaded_model.entry, time.monotonic()
-        alias = entry.spec.alias
-        logger.info("loading model %s", alias)
-        snapshot, loaded_model.snapshot_lock = await run_in_daemon_thread(f"fetch-{alias}", lambda: self._fetch(entry))
-        entry.snapshot = snapshot
-        entry.state = State.LOADING
-        prepared = await run_in_daemon_thread(f"prepare-{alias}", lambda: self._prepare(entry, snapshot))
-        entry.state = State.LOADING
         files = prepared.backend, prepared.size, entry.spec.precision
         await budget.reserve(
             loaded_model, entry.measured_bytes or minimum_bytes(*files), entry.measured_bytes or expected_bytes(*files)
@@ -93,16 +107,51 @@ class Loader:
             budget.check_fits(engine.memory_bytes)
             check_input_types(entry.spec, engine.description)
         except LoadError:
-            await run_in_daemon_thread(f"stop-{alias}", engine.stop)
+            await run_in_daemon_thread(f"stop-{entry.spec.alias}", engine.stop)
             raise
         _log_ready(engine, snapshot, time.monotonic() - started)
         return engine
 
-    def _fetch(self, entry: ModelEntry) -> tuple[Snapshot, FileLock]:
+    async def can_load_meanwhile(self, entry: ModelEntry, snapshot: Snapshot) -> bool:
+        """Return whether the model will be compiled, and torch can serve it until then."""
+        preparer = self._manager.preparer
+        return await run_in_daemon_thread(
+            f"look-{entry.spec.alias}", lambda: preparer.is_compiled_later(entry.spec, snapshot)
+        )
+
+    async def load_meanwhile(
+        self,
+        loaded_model: LoadedModel,
+        snapshot: Snapshot,
+        budget: MemoryBudget,
+        cancel: CancelToken,
+        on_change: Callable[[StateChange, str], None],
+    ) -> Engine:
+        """Load a model with torch in a process of its own; LoadError if there is no room for it."""
+        entry, started = loaded_model.entry, time.monotonic()
+        preparer = self._manager.preparer
+
+        def load() -> Backend:
+            return preparer.load_interim(entry.spec, snapshot, cancel)
+
+        budget.reserve_free(loaded_model, interim_bytes(snapshot.size))
+        # A process that ends again is not replaced for long, because the compiler ends soon.
+        timings = replace(self._config.timings, restart_pauses_s=(0.0,))
+        engine = Engine(entry.spec, load, replace(self._config, timings=timings), self._executor, on_change)
+        await engine.start()
+        _log_ready(engine, snapshot, time.monotonic() - started)
+        return engine
+
+    def _fetch(self, entry: ModelEntry, on_progress: OnProgress) -> tuple[Snapshot, FileLock]:
         with ProgressReporter("log") as report:
+
+            def on_both(progress: Progress) -> None:
+                on_progress(progress)
+                report(progress)
+
             try:
                 return self._manager.acquire(
-                    entry.spec, offline=entry.on_demand, on_progress=report, cancel=self._cancel
+                    entry.spec, offline=entry.on_demand, on_progress=on_both, cancel=self._cancel
                 )
             except HubError as error:
                 if not entry.on_demand:
@@ -113,20 +162,22 @@ class Loader:
                     "downloads them again."
                 ) from error
 
-    def _prepare(self, entry: ModelEntry, snapshot: Snapshot) -> PreparedBackend:
+    def _prepare(self, entry: ModelEntry, snapshot: Snapshot, on_progress: OnProgress) -> PreparedBackend:
         preparer = self._manager.preparer
         if preparer.allows_code(entry.spec, snapshot):
             logger.warning(
                 "model %s: trust_remote_code is on: code from %s at revision %s may run in this process",
                 entry.spec.alias, snapshot.repository, snapshot.revision,
             )  # fmt: skip
+        # Of a model that is no longer served, the compiled form is of no use.
+        cancel = CancelToken(lambda: self._cancel.is_cancelled or entry.removed)
         with ProgressReporter("log") as report:
 
-            def on_progress(progress: Progress) -> None:
-                entry.state = State.COMPILING
+            def on_both(progress: Progress) -> None:
+                on_progress(progress)
                 report(progress)
 
-            return preparer.prepare(entry.spec, snapshot, on_progress=on_progress, cancel=self._cancel)
+            return preparer.prepare(entry.spec, snapshot, on_progress=on_both, cancel=cancel)
 
 
 def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:

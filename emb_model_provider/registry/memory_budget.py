@@ -70,6 +70,20 @@ class MemoryBudget:
             self.loaded.add(model)
         model.step_started_at = time.monotonic()
 
+    def reserve_free(self, model: LoadedModel, expected_bytes: int) -> None:
+        """Reserve memory for a model without evicting others; LoadError if there is not enough."""
+        taken = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
+        if self._evicts_above is not None and taken + expected_bytes > self._evicts_above:
+            raise LoadError(
+                f"it would need {format_size(expected_bytes)} until it is compiled, which is more than is free"
+            )
+        model.expected_bytes = expected_bytes
+        self.loaded.add(model)
+
+    def fits_beside(self, model: LoadedModel, expected_bytes: int) -> bool:
+        """Return whether a model with this memory can be loaded before another one is unloaded."""
+        return self._evicts_above is None or model.memory_bytes + expected_bytes <= self._evicts_above
+
     async def rebalance(self, model: LoadedModel) -> None:
         """Evict other models if a model takes more memory than expected."""
         async with self._turn:
@@ -92,9 +106,10 @@ class MemoryBudget:
         model.waiting_for = ""
 
     def _next_eviction(self, model: LoadedModel) -> LoadedModel | None:
-        others = [loaded_model for loaded_model in self.loaded if loaded_model is not model]
-        total_bytes = model.memory_bytes + sum(loaded_model.memory_bytes for loaded_model in others)
-        too_many = self._max_models is not None and len(others) >= self._max_models
+        total_bytes = sum(loaded_model.memory_bytes for loaded_model in {*self.loaded, model})
+        # A model that is replaced by its compiled form is no other one.
+        others = [loaded_model for loaded_model in self.loaded if loaded_model.entry is not model.entry]
+        too_many = self._max_models is not None and len({each.entry for each in others}) >= self._max_models
         too_large = self._evicts_above is not None and total_bytes > self._evicts_above
         if not others or not (too_many or too_large):
             return None

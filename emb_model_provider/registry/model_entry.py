@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.progress import Progress
     from emb_model_provider.serving.engine import Engine
     from emb_model_provider.snapshots.locks import FileLock
     from emb_model_provider.snapshots.snapshot import Snapshot
@@ -50,6 +51,8 @@ class ModelStatus:
     """When the model was last loaded, or when the service started."""
     error: str | None
     """Why it failed, hangs, is being restarted, or takes long to load, in one line."""
+    progress: str | None = field(default=None, kw_only=True)
+    """How far its download or its compilation has come."""
     restarts: int
     snapshot: Snapshot | None
     description: ModelDescription | None
@@ -122,6 +125,8 @@ class LoadedModel:
     entry: ModelEntry
     engine: Engine | None = None
     """None until the model is loaded."""
+    is_interim: bool = False
+    """Whether torch runs the model until it is compiled."""
     loading: asyncio.Task[None] = field(init=False)
     snapshot_lock: FileLock | None = None
     """Lock that keeps the snapshot on disk, because a crashed model is loaded from it again."""
@@ -191,6 +196,10 @@ class ModelEntry:
     measured_bytes: int | None = None
     """Memory of the model when it was last loaded, in bytes."""
     error: str | None = None
+    progress: Progress | None = None
+    """How far a load, or the compilation of a model that torch serves, has come. None if there is none."""
+    waits_for_compiler: bool = False
+    """Whether torch failed to serve the model while it was compiled."""
     failed_at: float = 0.0
     restarts: int = 0
     loaded_at: float | None = None
@@ -220,6 +229,7 @@ class ModelEntry:
             required=self.required,
             created=self.created,
             error=hang_report or self.error or slow_load_warning or None,
+            progress=self.progress.describe() or None if self.progress is not None else None,
             restarts=self.restarts,
             snapshot=self.snapshot,
             description=engine.description if engine is not None else None,

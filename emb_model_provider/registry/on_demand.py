@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
-from emb_model_provider.formatting import format_size
+from emb_model_provider.formatting import format_estimate, format_size
 from emb_model_provider.model_resolver import NameIndex, ResolvedName
 from emb_model_provider.registry.model_entry import ModelStatus, State
 
@@ -142,4 +142,4 @@ def _describe(job: DownloadRecord) -> tuple[str, float]:
     if not job.bytes_per_s:
         return text, _RETRY_AFTER_S
     left_s = (job.total_bytes - job.done_bytes) / job.bytes_per_s
-    return f"{text}, about {max(1, round(left_s))} s left", left_s
+    return f"{text}, about {format_estimate(left_s)} left", left_s

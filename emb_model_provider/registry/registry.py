@@ -250,9 +250,12 @@ class Registry:
         except TimeoutError:
             waiting_for = entry.loaded_model.waiting_for if entry.loaded_model is not None else ""
             reason = f", waiting for memory ({waiting_for})" if waiting_for else ""
+            left_s = None
+            if entry.progress is not None and (described := entry.progress.describe()):
+                reason, left_s = f": {described}", entry.progress.seconds_left
             raise ModelNotReadyError(
                 f"The model `{entry.spec.alias}` is still {entry.state}{reason}. Try again later.",
-                retry_after_s=_LOADING_RETRY_AFTER_S,
+                retry_after_s=_LOADING_RETRY_AFTER_S if left_s is None else max(1.0, left_s),
             ) from None
         except ModelNotReadyError:
             raise

@@ -17,6 +17,7 @@ from emb_model_provider.errors import (
     DeadlineExceededError,
     InputTooLongError,
     LoadError,
+    ModelNotReadyError,
     RequestError,
     TextTooLongError,
     TokenInputError,
@@ -50,6 +51,7 @@ _TOTAL_FACTOR = 10
 _DECODED_FACTOR = 2
 """Times MAX_REQUEST_TOKENS that a request may have whose ids of OpenAI's tokenizer are within this limit. Its client fills requests
 up to OpenAI's limit, and cannot know the number of tokens of the model, which can be larger."""
+_COMPILED_RETRY_AFTER_S = 20.0
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
 _PART_CHARACTERS = 64 * 1024
@@ -89,13 +91,22 @@ class Embeddings:
     timing: Timing
     value_range: float | None = None
     """The absolute value that becomes the largest integer; see `output_types.convert`. None: it was not measured."""
+    is_interim: bool = False
+    """Whether the model is being compiled, so that this range is measured soon."""
 
     def as_type(self, kind: OutputType) -> NDArray[Any]:
         """Return the vectors with values of another type; see `output_types.convert`.
 
         Raises:
             RequestError: The ranges for integers were not measured.
+            ModelNotReadyError: They are measured while the model is compiled.
         """
+        if kind in ("int8", "uint8") and self.value_range is None and self.is_interim:
+            raise ModelNotReadyError(
+                f"This model is being compiled, and cannot return {kind} before that. Try again later, or request 'float', "
+                "'float16', 'binary' or 'ubinary'.",
+                retry_after_s=_COMPILED_RETRY_AFTER_S,
+            )
         if kind in ("int8", "uint8") and self.value_range is None:
             raise RequestError(
                 f"This model cannot return {kind}, because the range of its values was not measured "
@@ -211,6 +222,7 @@ class Engine:
             tokenize_s=tokenize_s,
             timing=timing,
             value_range=range_of(calibration, vectors.shape[1], normalized=normalized) if calibration else None,
+            is_interim=described.is_interim,
         )
 
     async def tokenize(

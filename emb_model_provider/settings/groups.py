@@ -104,6 +104,11 @@ class ModelSettings(SettingsGroup, title="Models"):
     """Runtime of the model. auto: on a CPU openvino, compiled once and checked against sentence-transformers, or torch
     if the model cannot be compiled; torch on any other device."""
 
+    torch_while_compiling: bool = True
+    """Serve a model with torch, at fp32 in a process of its own, while it is compiled for the first time. Its requests are
+    answered after seconds instead of a minute, and the compiled model takes over without a failed request. Applies to BACKEND
+    auto, and not to int8 and int4, whose vectors would differ. false: requests wait for the compiler."""
+
     @model_validator(mode="after")
     def _check_aliases(self) -> Self:
         aliases = [alias for spec in self._separate_specs() for alias in spec.aliases]

@@ -235,6 +235,9 @@ class Harness:
             self.limits,
         )
 
+    def is_compiled_later(self, **spec: Any) -> bool:
+        return self.preparer().is_compiled_later(spec_of(**spec), snapshot_of(self.directory))
+
     def load(self, **options: Any) -> Backend:
         """Prepare and load the model."""
         return self.prepare(**options).load()

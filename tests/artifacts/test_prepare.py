@@ -51,6 +51,25 @@ def test_a_model_is_compiled_again_if_its_snapshot_changes(harness: Harness, tmp
     assert len(harness.artifacts) == 2
 
 
+def test_torch_serves_only_what_is_compiled_later(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At precisions whose vectors torch has, too, and if there is memory for both."""
+    assert harness.is_compiled_later(precision="auto")
+    for changes in ({"precision": "int8"}, {"precision": "int4"}, {"backend": "torch"}, {"backend": "openvino"}):
+        assert not harness.is_compiled_later(**changes)
+    with monkeypatch.context() as patched:
+        patched.setattr("emb_model_provider.artifacts.torch_fidelity.free_memory", lambda: 10**9)
+        assert not harness.is_compiled_later()
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "installed_version", lambda _: None)
+        assert not harness.is_compiled_later()
+    harness.prepare()
+    assert not harness.is_compiled_later()
+    assert harness.is_compiled_later(pooling="cls")
+    harness.configure_compiler(outcome="refused")
+    assert harness.prepare(pooling="cls").backend == "torch"
+    assert not harness.is_compiled_later(pooling="cls")
+
+
 @pytest.mark.parametrize("package", ["openvino", "torch", "transformers", "sentence-transformers", "tokenizers"])
 def test_a_model_is_compiled_again_if_a_library_changes(
     package: str, harness: Harness, monkeypatch: pytest.MonkeyPatch

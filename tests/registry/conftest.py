@@ -37,6 +37,7 @@ def fleet() -> Callable[..., Any]:
         watchdog_s: float = 60.0,
         request_timeout_s: float = 60.0,
         slow_load_s: float = 300.0,
+        torch_while_compiling: bool = False,
         **memory: Any,
     ) -> AsyncIterator[Fleet]:
         models = Fleet(*aliases)
@@ -47,6 +48,7 @@ def fleet() -> Callable[..., Any]:
                 limits=LimitSettings(request_timeout_s=request_timeout_s),
                 memory=MemorySettings(**memory),
                 watchdog_s=watchdog_s,
+                torch_while_compiling=torch_while_compiling,
                 # Short, because a fake model that hangs does so until its gate is opened.
                 timings=Timings(stop_s=0.05, slow_load_s=slow_load_s, restart_pauses_s=(0.0, 0.0, 0.0)),
             ),
@@ -56,6 +58,7 @@ def fleet() -> Callable[..., Any]:
         finally:
             for model in models.models.values():
                 model.can_load.set()
+                model.can_compile.set()
                 for backend in model.backends:
                     backend.gate.set()
             await models.registry.stop()

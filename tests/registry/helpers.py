@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emb_model_provider.artifacts.prepare import PreparedBackend
+from emb_model_provider.progress import Progress, ignore_progress
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.snapshots.snapshot import Snapshot
 from tests.serving.fakes import FakeBackend, describe
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.progress import CancelToken, OnProgress
     from emb_model_provider.registry import Registry, State
 
 MIB = 2**20
@@ -41,6 +43,15 @@ class FakeModel:
         self.description = describe()
         self.memory_bytes = 200 * MIB
         self.size_on_disk = 20 * MIB
+        self.interims: list[FakeBackend] = []
+        """Backends that serve until the model is compiled."""
+        self.interim_error: BaseException | None = None
+        self.can_start_interim = threading.Event()
+        self.can_start_interim.set()
+        self.can_compile = threading.Event()
+        """A compilation waits until it is set."""
+        self.can_compile.set()
+        self.compile_error: BaseException | None = None
         self.fetch_error: BaseException | None = None
         self.load_error: BaseException | None = None
         self.can_load = threading.Event()
@@ -114,8 +125,29 @@ class Fleet:
         snapshot = Snapshot.of("local", spec.name, "local", Path("/nowhere"), ())
         return snapshot, lock
 
-    def prepare(self, spec: ModelSpec, snapshot: Snapshot, **_: object) -> PreparedBackend:
+    def is_compiled_later(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
+        return not self.models[spec.alias].can_compile.is_set()
+
+    def load_interim(self, spec: ModelSpec, snapshot: Snapshot, cancel: CancelToken) -> FakeBackend:
         model = self.models[spec.alias]
+        while not model.can_start_interim.wait(0.01):
+            cancel.raise_if_cancelled()
+        if model.interim_error is not None:
+            raise model.interim_error
+        model.interims.append(FakeBackend(model.description, memory_bytes=900 * MIB))
+        return model.interims[-1]
+
+    def prepare(
+        self, spec: ModelSpec, snapshot: Snapshot, *, cancel: CancelToken, on_progress: OnProgress = ignore_progress
+    ) -> PreparedBackend:
+        model = self.models[spec.alias]
+        if not model.can_compile.is_set():
+            step = Progress("compile", spec.name, step="export", step_number=3, step_count=6, seconds_left=20.0)
+            on_progress(step)
+        while not model.can_compile.wait(0.01):
+            cancel.raise_if_cancelled()
+        if model.compile_error is not None:
+            raise model.compile_error
 
         def load() -> FakeBackend:
             model.is_loading.set()

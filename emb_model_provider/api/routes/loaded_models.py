@@ -185,6 +185,7 @@ def _served_model(status: ModelStatus) -> ServedModel:
         path=str(status.snapshot.path) if status.snapshot is not None else None,
         configured=status.configured,
         preload=status.preload,
+        progress=status.progress,
         unloaded_because=status.unload_reason,
         loaded_at=_time(status.loaded_at),
         last_used=_time(status.last_used),

@@ -128,6 +128,7 @@ class ServedModel(_Response):
     preload: bool = Field(description="Whether it is loaded at startup.")
     state: str = Field(description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading.")
     error: str | None = Field(description="Why it failed, hangs, is being reloaded, or takes long to load.")
+    progress: str | None = Field(description="How far its download or its compilation has come.")
     unloaded_because: str | None
     loaded_at: datetime | None
     last_used: datetime | None = Field(description="Time of the last answered request.")

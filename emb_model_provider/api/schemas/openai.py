@@ -207,6 +207,9 @@ class ModelReadiness(BaseModel):
         None, description="false for a model that is loaded at startup and that the service can do without."
     )
     error: str | None = Field(None, description="Why it failed, hangs, is being reloaded, or takes long to load.")
+    progress: str | None = Field(
+        None, description="How far its download or its compilation has come: `step 3 of 6 (export), about 20 s left`."
+    )
     notes: list[str] | None = Field(
         None, description="Notes on how it was loaded, for example why it runs on torch instead of OpenVINO."
     )
