@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shlex
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 
@@ -40,17 +41,22 @@ from emb_model_provider.api.routes import (
     tokenize,
 )
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
+from emb_model_provider.api.routes.loaded_models import resolve_requested_model
+from emb_model_provider.api.schemas.management import ModelQuery
 from emb_model_provider.api.schemas.openai import EmbeddingRequest
 from emb_model_provider.api.sessions import Sessions
 from emb_model_provider.backends.hardware import total_memory
+from emb_model_provider.errors import ProviderError
+from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.downloads import DownloadJobs
+from emb_model_provider.management.kept_models import KeptModels
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.registry import OnDemandModels, Registry, RegistryConfig, State
 from emb_model_provider.serving.result_cache import ResultCache
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from fastapi import APIRouter
     from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
@@ -168,11 +174,13 @@ def create_app(
     )
     jobs = DownloadJobs(manager)
     sessions = Sessions()
+    kept = KeptModels(settings.hubs.cache_dir)
+    kept_aliases = _add_kept(settings, registry, kept)
 
     @asynccontextmanager
     async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
         _announce_console(settings.server, sessions)
-        starting = asyncio.create_task(_start(registry, settings.server, on_nothing_to_serve))
+        starting = asyncio.create_task(_start(registry, settings, kept_aliases, on_nothing_to_serve))
         watching = asyncio.create_task(registry.watch(on_hung))
         yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
         starting.cancel()
@@ -188,10 +196,25 @@ def create_app(
         models=OnDemandModels(registry, manager.index, jobs, serves_cached=settings.serves_cached),
         manager=manager,
         jobs=jobs,
+        kept=kept,
         metrics=metrics,
         background=background,
     )
     return Application(services, sessions, lifespan)
+
+
+def _add_kept(settings: Settings, registry: Registry, kept: KeptModels) -> list[str]:
+    """Serve the models of `load --keep` again, and return their aliases. A wrong one is logged, and not served."""
+    aliases = []
+    for model in kept.read():
+        try:
+            query = ModelQuery(**model.model_dump(exclude={"alias"}))
+            aliases.append(registry.add(resolve_requested_model(settings, query, model.alias)))
+        except (ProviderError, ValidationError) as error:
+            logger.warning(
+                "model %s is not served, although %s has it: %s", model.alias, kept.path, describe_error(error)
+            )
+    return aliases
 
 
 def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
@@ -229,7 +252,10 @@ def _announce_console(server: ServerSettings, sessions: Sessions) -> None:
         )  # fmt: skip
 
 
-async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve: Callable[[], None]) -> None:
+async def _start(
+    registry: Registry, settings: Settings, kept: Sequence[str], on_nothing_to_serve: Callable[[], None]
+) -> None:
+    server = settings.server
     if not await registry.preload():
         logger.error("no model could be loaded: stopping")
         on_nothing_to_serve()
@@ -252,3 +278,8 @@ async def _start(registry: Registry, server: ServerSettings, on_nothing_to_serve
         key,
         shlex.quote(body),
     )
+    limit = settings.memory.max_loaded_models
+    loaded = sum(status.state is State.READY for status in registry.statuses())
+    for alias in kept if limit is None else kept[: max(0, limit - loaded)]:
+        with suppress(ProviderError):  # which was logged; a later request tries again
+            await registry.load(alias)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from emb_model_provider.management.downloads import DownloadJobs
+    from emb_model_provider.management.kept_models import KeptModels
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.observability.metrics import Metrics, RequestRecord
     from emb_model_provider.registry import OnDemandModels, Registry
@@ -68,6 +69,7 @@ class Services:
     models: OnDemandModels
     manager: ModelManager
     jobs: DownloadJobs
+    kept: KeptModels
     metrics: Metrics
     background: BackgroundTasks
     # Separate threads, so that hashing gigabytes delays neither requests for embeddings nor the listing of models.

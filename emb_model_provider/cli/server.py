@@ -71,6 +71,9 @@ def ps(url: str | None, *, quiet: bool, as_json: bool) -> None:
 @options.source
 @options.revision
 @options.precision
+@click.option(
+    "--keep", is_flag=True, help="Serve the model again after a restart of the server, until `unload --forget`."
+)
 @click.option("--no-wait", is_flag=True, help="Do not wait until the model is ready.")
 @options.url
 @options.progress
@@ -84,13 +87,14 @@ def load(
     url: str | None,
     progress: Mode,
     *,
+    keep: bool,
     no_wait: bool,
     as_json: bool,
 ) -> None:
     """Load a model into the running server.
 
     The server downloads and compiles the model if necessary. ID is one of the server's models, or a repository id,
-    which is then served until `unload --forget` or until the server ends.
+    which is then served until `unload --forget` or, without --keep, until the server ends.
 
     JSON: the model, as in `ps --json`.
     """
@@ -110,6 +114,7 @@ def load(
                 source=source,
                 revision=revision,
                 precision=precision,
+                keep=keep,
                 wait=not no_wait,
             )
 
@@ -119,7 +124,9 @@ def load(
 @click.command()
 @click.argument("model", type=options.ModelId(), metavar="ID")
 @click.option(
-    "--forget", is_flag=True, help="Also stop serving the model. Only for models that are not in the server's settings."
+    "--forget",
+    is_flag=True,
+    help="Also stop serving the model, also after a restart. Only for models that are not in the server's settings.",
 )
 @options.url
 @options.json

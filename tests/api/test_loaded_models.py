@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -120,6 +121,22 @@ def test_model_on_disk_is_served_by_its_id(managed: Service, small_hub: HuggingF
     small_hub.forget()
     assert_error(managed.embed("hello", model="acme/pulled"), 404, "model_not_found", param="model")
     assert small_hub.requests == []
+
+
+def test_kept_model_is_recorded_until_it_is_forgotten(managed: Service, small_hub: HuggingFaceServer) -> None:
+    """In the cache directory, with everything that its next load needs."""
+    record = managed.directory / "disk" / "own" / "kept-models.json"
+    assert load(managed, "acme/small", alias="mine").json()["kept"] is False
+    assert not record.exists()
+    kept = load(managed, "mine", keep="true").json()
+    assert (kept["kept"], kept["configured"]) == (True, False)
+    assert json.loads(record.read_text())["models"] == [
+        {"alias": "mine", "model_name": "acme/small", "source": "auto", "revision": None, "precision": "fp32"}
+    ]
+    assert unload(managed, "mine").json()["kept"] is True
+    assert unload(managed, "mine", forget="true").json()["kept"] is False
+    assert not record.exists()
+    assert load(managed, "mini", keep="true").json()["kept"] is False  # a model of the settings is always served
 
 
 def test_error_says_that_a_model_is_being_downloaded(managed: Service, hub: HuggingFaceServer) -> None:

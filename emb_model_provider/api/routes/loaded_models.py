@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,10 +22,12 @@ from emb_model_provider.api.schemas.management import LoadQuery, Process, Served
 from emb_model_provider.api.schemas.openai import error_responses
 from emb_model_provider.errors import AliasInUseError, ModelNotFoundError, NotAllowedError, RequestError
 from emb_model_provider.formatting import quote
+from emb_model_provider.management.kept_models import KeptModel
 from emb_model_provider.model_resolver import resolve_model, resolve_source
 
 if TYPE_CHECKING:
     from emb_model_provider.api.schemas.management import ModelQuery
+    from emb_model_provider.management.kept_models import KeptModels
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.registry import ModelStatus, Registry
     from emb_model_provider.settings import Settings
@@ -37,7 +40,7 @@ async def list_served(services: ServicesDep) -> ServedModels:
     statuses = services.registry.statuses()
     memory = services.settings.memory
     return ServedModels(
-        models=[_served_model(status) for status in statuses],
+        models=[_served_model(status, services.kept) for status in statuses],
         process=Process(
             pid=os.getpid(),
             version=version("emb-model-provider"),
@@ -52,7 +55,8 @@ async def list_served(services: ServicesDep) -> ServedModels:
 @router.post(
     "/api/models/load",
     summary="Load a model",
-    description="A model that is not in the settings is served from now on, until it is forgotten or the service stops. "
+    description="A model that is not in the settings is served from now on, until it is forgotten or the service stops; "
+    "with `keep` also after a restart. "
     "If it cannot be loaded, it is forgotten at once, unless `wait=false`.",
     response_model=ServedModel,
     responses={
@@ -75,21 +79,28 @@ async def load(services: ServicesDep, query: Annotated[LoadQuery, from_query_or_
             raise AliasInUseError(_alias_in_use_message(spec.alias, present))
         is_new = present is None
         alias = registry.add(spec) if present is None else spec.alias
+
+    async def load_and_keep() -> ModelStatus:
+        status = await registry.load(alias)
+        if query.keep and not status.configured:
+            await services.in_disk_thread(partial(services.kept.add, _kept_model(status.spec)))
+        return status
+
     if not query.wait:
-        services.background.start(registry.load(alias))
+        services.background.start(load_and_keep())
         await asyncio.sleep(0)  # lets the task set the state that the response shows
-        return _response(registry.status(alias), 202)
+        return _response(registry.status(alias), 202, services.kept)
 
     async def load_or_remove() -> ModelStatus:
         try:
-            return await registry.load(alias)
+            return await load_and_keep()
         except Exception:
             if is_new and not services.background.is_shutting_down():
                 with suppress(ModelNotFoundError):  # it was removed meanwhile
                     await registry.remove(alias)
             raise
 
-    return _response(await services.background.wait(load_or_remove()), 200)
+    return _response(await services.background.wait(load_or_remove()), 200, services.kept)
 
 
 @router.post(
@@ -101,8 +112,11 @@ async def load(services: ServicesDep, query: Annotated[LoadQuery, from_query_or_
 )
 async def unload(services: ServicesDep, query: Annotated[UnloadQuery, from_query_or_body(UnloadQuery)]) -> ServedModel:
     alias = services.registry.alias_of(query.model_name)
-    unload_model = services.registry.remove if query.forget else services.registry.unload
-    return _served_model(await services.background.wait(unload_model(alias)))
+    if not query.forget:
+        return _served_model(await services.background.wait(services.registry.unload(alias)), services.kept)
+    status = await services.background.wait(services.registry.remove(alias))
+    await services.in_disk_thread(partial(services.kept.remove, alias))
+    return _served_model(status, services.kept)
 
 
 def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | None = None) -> ModelSpec:
@@ -172,11 +186,17 @@ def _files_key(spec: ModelSpec) -> tuple[object, ...]:
     return resolve_source(spec), spec.name, spec.path, spec.endpoint, spec.revision
 
 
-def _response(status: ModelStatus, code: int) -> Response:
-    return JSONResponse(_served_model(status).model_dump(mode="json"), code)
+def _kept_model(spec: ModelSpec) -> KeptModel:
+    return KeptModel(
+        alias=spec.alias, model_name=spec.name, source=spec.source, revision=spec.revision, precision=spec.precision
+    )
 
 
-def _served_model(status: ModelStatus) -> ServedModel:
+def _response(status: ModelStatus, code: int, kept: KeptModels) -> Response:
+    return JSONResponse(_served_model(status, kept).model_dump(mode="json"), code)
+
+
+def _served_model(status: ModelStatus, kept: KeptModels) -> ServedModel:
     spec = status.spec
     return ServedModel(
         alias=spec.alias,
@@ -184,6 +204,7 @@ def _served_model(status: ModelStatus) -> ServedModel:
         model_name=spec.name,
         path=str(status.snapshot.path) if status.snapshot is not None else None,
         configured=status.configured,
+        kept=spec.alias in kept.aliases,
         preload=status.preload,
         progress=status.progress,
         unloaded_because=status.unload_reason,

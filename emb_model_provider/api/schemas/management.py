@@ -41,6 +41,9 @@ class LoadQuery(ModelQuery):
     """A model to load."""
 
     alias: Name | None = Field(None, description="Name for requests. Default: that of the settings, or `model_name`.")
+    keep: bool = Field(
+        False, description="Serve the model again after a restart of the service, until it is forgotten."
+    )
     wait: bool = Field(True, description="false: respond with 202 at once, while the model is being loaded.")
 
 
@@ -48,7 +51,9 @@ class UnloadQuery(_Query):
     """A served model to unload."""
 
     model_name: Name = Field(description="An alias, a model's id, or the unique last part of an id.")
-    forget: bool = Field(False, description="Also stop serving the model. Only if it is not in the settings.")
+    forget: bool = Field(
+        False, description="Also stop serving the model, also after a restart. Only if it is not in the settings."
+    )
 
 
 class DownloadQuery(ModelQuery):
@@ -125,6 +130,7 @@ class ServedModel(_Response):
     revision: str | None
     path: str | None = Field(description="The directory of its files.")
     configured: bool = Field(description="Whether it is in the settings.")
+    kept: bool = Field(description="Whether it was added with `keep`, so that it is served again after a restart.")
     preload: bool = Field(description="Whether it is loaded at startup.")
     state: str = Field(description="unloaded, downloading, compiling, loading, ready, hung, failed or unloading.")
     error: str | None = Field(description="Why it failed, hangs, is being reloaded, or takes long to load.")
