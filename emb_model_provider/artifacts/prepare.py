@@ -172,6 +172,7 @@ class BackendPreparer:
         if find_export([file.path for file in snapshot.files]) is not None or not has_memory_for_both(snapshot):
             return False
         try:
+            self._require_memory(spec, snapshot, 4)
             routes = routes_of(Repository.of(snapshot))
             names = dict.fromkeys(routes.by_task.values()) if routes is not None else (None,)
             specs = [replace(spec, route=name) for name in names]

@@ -72,17 +72,17 @@ class MemoryBudget:
 
     def reserve_free(self, model: LoadedModel, expected_bytes: int) -> None:
         """Reserve memory for a model without evicting others; LoadError if there is not enough."""
-        taken = sum(loaded_model.memory_bytes for loaded_model in self.loaded)
-        if self._evicts_above is not None and taken + expected_bytes > self._evicts_above:
+        model.expected_bytes = expected_bytes
+        if self._next_eviction(model) is not None or not self.fits_beside(None, expected_bytes):
             raise LoadError(
                 f"it would need {format_size(expected_bytes)} until it is compiled, which is more than is free"
             )
-        model.expected_bytes = expected_bytes
         self.loaded.add(model)
 
-    def fits_beside(self, model: LoadedModel, expected_bytes: int) -> bool:
-        """Return whether a model with this memory can be loaded before another one is unloaded."""
-        return self._evicts_above is None or model.memory_bytes + expected_bytes <= self._evicts_above
+    def fits_beside(self, model: LoadedModel | None, expected_bytes: int) -> bool:
+        """Return whether a model with this memory can be in memory together with another one, and with no others."""
+        present = model.memory_bytes if model is not None else 0
+        return self._evicts_above is None or present + expected_bytes <= self._evicts_above
 
     async def rebalance(self, model: LoadedModel) -> None:
         """Evict other models if a model takes more memory than expected."""

@@ -159,6 +159,15 @@ async def test_other_models_are_not_evicted_for_torch(fleet: Callable[..., Any])
         models["a"].can_compile.set()
         assert len(await loading) == 1
         assert (models["a"].interims, models.unloads()) == ([], {})
+    async with fleet("a", "b", torch_while_compiling=True, max_loaded_models=1) as models:
+        await models.embed("b")
+        models["a"].can_compile.clear()
+        loading = asyncio.create_task(models.embed("a"))
+        await until(lambda: models.state("a") is State.COMPILING)
+        assert models.state("b") is State.READY
+        models["a"].can_compile.set()
+        assert len(await loading) == 1
+        assert models["a"].interims == []
     async with fleet("a", torch_while_compiling=True, max_loaded_models=1) as models:
         models["a"].can_compile.clear()
         await models.embed("a")
