@@ -67,6 +67,10 @@ class ModelManager:
         self._source = source
         self._inventory = Inventory(settings)
         self._remover = Remover(self._inventory)
+        self._held: weakref.WeakKeyDictionary[SentenceTransformer, weakref.finalize[..., SentenceTransformer]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """The models of `load_model_and_tokenizer`, with what releases their files."""
 
     @cached_property
     def index(self) -> CacheIndex:
@@ -560,7 +564,8 @@ class ModelManager:
         """Return a model as a SentenceTransformer, and its tokenizer.
 
         It is the pipeline that compiled models are compared with: a ModelScope repository without `modules.json` has
-        the pooling that its configuration declares. Its files stay on disk until the model is garbage-collected.
+        the pooling that its configuration declares. Its files stay on disk until `release`, or until the model is
+        garbage-collected.
 
         Args:
             name: A repository id, an alias of the settings, or a directory.
@@ -590,8 +595,14 @@ class ModelManager:
         except BaseException:
             lock.release()
             raise
-        weakref.finalize(model, lock.release)
+        self._held[model] = weakref.finalize(model, lock.release)
         return model, model.tokenizer
+
+    def release(self, model: SentenceTransformer) -> None:
+        """Allow the files of a model of `load_model_and_tokenizer` to be removed. The model itself stays usable."""
+        held = self._held.pop(model, None)
+        if held is not None:
+            held()
 
     def _entry(self, model: CachedModelRecord) -> CacheEntry:
         path = Path(model.path) if model.path is not None else None

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GTE = "iic/nlp_gte_sentence-embedding_chinese-small"
 BGE = "BAAI/bge-small-zh-v1.5"
 OTHER = "acme/other"
+QWEN = "Qwen/Qwen3-Embedding-0.6B"
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -44,6 +45,29 @@ def content(directory: Path) -> Mapping[str, str]:
         elif path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+@pytest.mark.parametrize("name", ["managing.md", "managing.zh-CN.md"])
+def test_python_block_removes_what_it_has_downloaded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The block runs as it stands; the model stays usable after its files were removed."""
+    (program,) = [block.text for block in blocks(ROOT / "docs" / name) if "get_model_manager" in block.text]
+    files = files_of(save_st(tmp_path / "made", bert, wordpiece(), pooling="cls"))
+    monkeypatch.chdir(tmp_path)
+    with ModelScopeServer({QWEN: files}) as hub:
+        variables = environment(
+            tmp_path, MODELSCOPE_ENDPOINT=hub.url, MODELSCOPE_CACHE_DIR=str(tmp_path / "ms"), DEVICE="cpu"
+        )
+        for variable in [variable for variable in os.environ if variable not in variables]:
+            monkeypatch.delenv(variable)
+        for variable, value in variables.items():
+            monkeypatch.setenv(variable, value)
+        names: dict[str, Any] = {}
+        exec(compile(program, name, "exec"), names)  # noqa: S102 - a block of our own document
+    assert f"{QWEN}: 0.00 GB" in capsys.readouterr().out
+    assert names["manager"].list() == []
+    assert names["model"].encode(["hello"]).shape == (1, 48)
 
 
 @pytest.mark.slow
