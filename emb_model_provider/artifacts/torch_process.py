@@ -97,7 +97,8 @@ class TorchProcess:
             start_new_session=True,
             env=child_environment(job.threads),
         )
-        threading.Thread(target=self._keep_stderr, daemon=True).start()
+        self._reader = threading.Thread(target=self._keep_stderr, daemon=True)
+        self._reader.start()
         watching = threading.Event()
         threading.Thread(target=self._kill_if_cancelled, args=(cancel, watching), daemon=True).start()
         try:
@@ -129,7 +130,8 @@ class TorchProcess:
 
     def close(self) -> None:
         kill_group(self._process)
-        for stream in (self._process.stdin, self._process.stdout):
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from emb_model_provider.artifacts.torch_process import TorchProcess
+from emb_model_provider.artifacts.torch_process import COMMAND, TorchProcess
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import InferenceError, LoadError, OperationCancelledError
@@ -29,6 +29,11 @@ def start(directory: Path, cancel: CancelToken | None = None) -> TorchProcess:
     return TorchProcess(spec_of(), snapshot_of(directory), trust_remote_code=False, cancel=cancel or CancelToken())
 
 
+def children() -> list[psutil.Process]:
+    """Return the processes with torch that this one has started."""
+    return [child for child in psutil.Process().children() if COMMAND[-1] in child.cmdline()]
+
+
 def batch_of(backend: TorchProcess, texts: list[str]) -> TokenBatch:
     encoded = Tokenization(backend.description).encode(texts, truncate="END")
     return TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths)
@@ -37,7 +42,7 @@ def batch_of(backend: TorchProcess, texts: list[str]) -> TokenBatch:
 def test_vectors_are_those_of_sentence_transformers() -> None:
     """Also after a batch that fails. The process ends when the backend is closed, or with an error if it is killed."""
     backend = start(bundled_directory())
-    (child,) = psutil.Process().children()
+    (child,) = children()
     try:
         reference = SentenceTransformer(str(bundled_directory()), device="cpu", local_files_only=True)
         expected = reference.encode(TEXTS, normalize_embeddings=True)
@@ -63,7 +68,7 @@ def test_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(LoadError, match="torch cannot run it in a process of its own"):
         start(directory)
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 def test_cancelled_start_ends_the_process(tmp_path: Path) -> None:
@@ -71,7 +76,7 @@ def test_cancelled_start_ends_the_process(tmp_path: Path) -> None:
     threading.Timer(0.5, cancel.cancel).start()
     with pytest.raises(OperationCancelledError):
         start(FAMILIES["bert-mean-normalize"](tmp_path / "model"), cancel)
-    assert psutil.Process().children() == []
+    assert children() == []
 
 
 def test_routes_of_an_asymmetric_model(tmp_path: Path) -> None:
