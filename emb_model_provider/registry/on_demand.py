@@ -7,7 +7,7 @@ import shlex
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import ModelNotFoundError, ModelNotReadyError, ProviderError
+from emb_model_provider.errors import ModelNotReadyError, ProviderError
 from emb_model_provider.formatting import format_estimate, format_size
 from emb_model_provider.model_resolver import NameIndex, ResolvedName
 from emb_model_provider.registry.model_entry import ModelStatus, State
@@ -65,14 +65,17 @@ class OnDemandModels:
 
     async def status(self, name: str) -> tuple[ModelStatus, ResolvedName]:
         """Return the status of the model that a name refers to, without serving it if it is only on disk."""
-        with suppress(ModelNotFoundError):
-            found = self._registry.resolve(name)
-            return self._registry.status(found.alias), found
-        view = await self._view()
-        model = view.find(name)
-        if model is None or not self._serves_cached:
-            raise self._explain(name, model, view)
-        return _status(model), ResolvedName(model.spec.alias, model.spec.alias)
+        registry = self._registry
+        found = registry.find(name)
+        if found is None:
+            view = await self._view()
+            model = view.find(name)
+            if model is not None and self._serves_cached:
+                return _status(model), ResolvedName(model.spec.alias, model.spec.alias)
+            if not registry.answers_unknown:
+                raise self._explain(name, model, view)
+            found = registry.resolve(name)
+        return registry.status(found.alias), found
 
     async def _view(self) -> CacheView:
         view = self._index.fresh_view()
