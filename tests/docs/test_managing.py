@@ -51,7 +51,7 @@ def content(directory: Path) -> Mapping[str, str]:
 def test_python_block_removes_what_it_has_downloaded(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The block runs as it stands; the model stays usable after its files were removed."""
+    """The block runs unchanged; the model stays usable after its files were removed."""
     (program,) = [block.text for block in blocks(ROOT / "docs" / name) if "get_model_manager" in block.text]
     files = files_of(save_st(tmp_path / "made", bert, wordpiece(), pooling="cls"))
     monkeypatch.chdir(tmp_path)

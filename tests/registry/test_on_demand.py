@@ -28,7 +28,7 @@ SERVED, CACHED, OTHER = "acme/served", "acme/cached", "acme/other"
 
 
 class Disk:
-    """The models on disk, and the downloads that are running. It stands for the index and for the jobs."""
+    """The models on disk, and the downloads that are running. It is used as the index and as the jobs."""
 
     def __init__(self) -> None:
         self.aliases = [CACHED, OTHER]

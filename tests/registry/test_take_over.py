@@ -30,7 +30,7 @@ async def until_compiled(models: Fleet, alias: str = "a") -> None:
 
 
 async def test_compiled_model_takes_over_without_a_failed_request(fleet: Callable[..., Any]) -> None:
-    """Requests in progress end with torch, later ones use the compiled form, and nobody waits for the compiler."""
+    """Requests in progress end with torch, later ones use the compiled form, and no request waits for the compiler."""
     async with fleet("a", torch_while_compiling=True) as models:
         models["a"].can_compile.clear()
         vectors = await models.embed("a")
