@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from emb_model_provider.snapshots.manifest import Manifest, ManifestKey
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-_FRESH_S = 0.2
-"""How long the directories are not looked at again, so that requests with unknown names cost little."""
 _SETTLED_NS = 50_000_000
 """Time stamps of directories are exact to several milliseconds: a later one could be the same."""
 
@@ -83,15 +81,13 @@ class CacheIndex:
         self._signature: _Signature | None = None
         self._checked_at = float("-inf")
 
-    def fresh_view(self) -> CacheView | None:
-        """Return the view if the disk was looked at a moment ago. Does not block."""
-        return self._view if time.monotonic() - self._checked_at < _FRESH_S else None
+    def recent_view(self, max_age_s: float) -> CacheView | None:
+        """Return the view if the disk was looked at so recently. Does not block."""
+        return self._view if time.monotonic() - self._checked_at < max_age_s else None
 
     def view(self) -> CacheView:
         """Return the models on disk. Blocks."""
         with self._lock:
-            if (view := self.fresh_view()) is not None:
-                return view
             signature = self._read_signature()
             if self._view is None or signature is None or signature != self._signature:
                 self._view, self._signature = self._build(self._inventory.scan()), signature

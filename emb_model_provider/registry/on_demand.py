@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from emb_model_provider.registry.registry import Registry
 
 _RETRY_AFTER_S = 10.0
+_MAX_AGE_S = 1.0
 
 
 class OnDemandModels:
@@ -78,7 +79,8 @@ class OnDemandModels:
         return registry.status(found.alias), found
 
     async def _view(self) -> CacheView:
-        view = self._index.fresh_view()
+        # If the default model answers unknown names, these are in the requests of clients that always send the same name.
+        view = self._index.recent_view(_MAX_AGE_S if self._registry.answers_unknown else 0.0)
         return await asyncio.to_thread(self._index.view) if view is None else view
 
     def _explain(self, name: str, model: ServableModel | None, view: CacheView) -> ProviderError:

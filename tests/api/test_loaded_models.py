@@ -113,8 +113,7 @@ def test_model_on_disk_is_served_by_its_id(managed: Service, small_hub: HuggingF
     assert managed.http.get("/v1/models/acme/pulled").json()["revision"] == small_hub.commit("acme/pulled")
     assert managed.http.post("/api/show", json={"model": "acme/pulled"}).status_code == 200
     assert "acme/pulled" not in served_models(managed)
-    answer = managed.embed("hello", model="acme/pulled")
-    assert answer.status_code == 200, answer.text
+    wait_until(lambda: managed.embed("hello", model="acme/pulled").status_code == 200, 560)
     assert served_models(managed)["acme/pulled"]["state"] == "ready"
     assert_error(remove(managed, "acme_pulled"), 409, "model_in_use")
     assert remove(managed, "acme_pulled", unload="true").status_code == 200

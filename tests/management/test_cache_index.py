@@ -13,7 +13,6 @@ from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO, spec
 from tests.hubs.test_dependencies import LORA, adapter_files
-from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,12 +25,6 @@ if TYPE_CHECKING:
 
 def names(view: CacheView) -> list[tuple[str, str, str | None]]:
     return [(model.spec.alias, model.spec.source, model.spec.revision) for model in view.models]
-
-
-def fresh(manager: ModelManager) -> CacheView:
-    """Return the models on disk after the index may have looked again."""
-    wait_until(lambda: manager.index.fresh_view() is None)
-    return manager.index.view()
 
 
 def test_downloaded_models_have_the_ids_of_their_repositories(manager: ModelManager) -> None:
@@ -53,9 +46,9 @@ def test_revisions_have_names_of_their_own(manager: ModelManager, huggingface: H
     manager.ensure(spec(HF_REPO, revision="v1"))
     assert names(manager.index.view()) == [(HF_REPO, "huggingface", "v1")]
     manager.ensure(spec(HF_REPO, revision="v2"))
-    assert names(fresh(manager)) == [(HF_REPO, "huggingface", "v2"), (f"{HF_REPO}@v1", "huggingface", "v1")]
+    assert names(manager.index.view()) == [(HF_REPO, "huggingface", "v2"), (f"{HF_REPO}@v1", "huggingface", "v1")]
     manager.ensure(spec(HF_REPO))
-    aliases = [(alias, revision) for alias, _, revision in names(fresh(manager))]
+    aliases = [(alias, revision) for alias, _, revision in names(manager.index.view())]
     assert aliases == [(HF_REPO, None), (f"{HF_REPO}@v1", "v1"), (f"{HF_REPO}@v2", "v2")]
 
 
@@ -72,7 +65,7 @@ def test_model_of_both_hubs_is_that_of_the_default_hub(
     manager.ensure(spec(HF_REPO, source="modelscope"))
     assert names(manager.index.view()) == [(HF_REPO, "modelscope", None)]
     manager.ensure(spec(HF_REPO, source="huggingface"))
-    assert names(fresh(manager)) == [(HF_REPO, chosen, None)]
+    assert names(manager.index.view()) == [(HF_REPO, chosen, None)]
 
 
 def test_other_name_on_a_hub(configured: Callable[..., Settings], modelscope: ModelScopeServer) -> None:
@@ -98,11 +91,11 @@ def test_only_complete_repositories_are_servable(
     assert names(manager.index.view()) == []
     huggingface.repos[LORA] = adapter_files(HF_REPO)
     adapter = manager.ensure(spec(LORA))
-    view = fresh(manager)
+    view = manager.index.view()
     assert {model.spec.alias: model.is_dependency for model in view.models} == {LORA: False, HF_REPO: True}
     (adapter.path / "adapter_model.safetensors").unlink()
     manager.ensure(spec(MS_REPO))  # so that the index looks again
-    assert {model.spec.alias for model in fresh(manager).models} == {HF_REPO, MS_REPO}
+    assert {model.spec.alias for model in manager.index.view().models} == {HF_REPO, MS_REPO}
 
 
 def test_disk_is_read_only_after_a_change(manager: ModelManager, tmp_path: Path) -> None:
@@ -111,9 +104,9 @@ def test_disk_is_read_only_after_a_change(manager: ModelManager, tmp_path: Path)
     for directory in (tmp_path / "cache" / "snapshots").iterdir():
         os.utime(directory, (1, 1))
     first = manager.index.view()
-    assert fresh(manager) is first
+    assert manager.index.view() is first
     manager.remove(HF_REPO)
-    assert names(fresh(manager)) == []
+    assert names(manager.index.view()) == []
 
 
 def test_interrupted_download_is_found_by_its_name(manager: ModelManager, huggingface: HuggingFaceServer) -> None:

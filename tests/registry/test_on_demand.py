@@ -35,7 +35,7 @@ class Disk:
         self.incomplete: list[CacheEntry] = []
         self.jobs: list[tuple[ModelSpec, DownloadRecord]] = []
 
-    def fresh_view(self) -> CacheView | None:
+    def recent_view(self, max_age_s: float) -> CacheView | None:
         return None
 
     def view(self) -> CacheView:
