@@ -125,6 +125,7 @@ def _status(model: ServableModel) -> ModelStatus:
         spec=model.spec,
         state=State.UNLOADED,
         preload=False,
+        required=False,
         created=model.fetched,
         error=None,
         restarts=0,
