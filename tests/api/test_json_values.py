@@ -140,7 +140,7 @@ def test_memory_and_health_while_many_values_are_sent(service: Service) -> None:
             time.sleep(0.02)
     statuses = {job[:2]: answer.result() for job, answer in zip(jobs, answers, strict=True)}
     assert set(statuses.values()) <= {400, 413, 429}, statuses
-    # The bodies themselves, which MAX_PENDING_BODY_MB bounds, and each once more while it is joined. Parsing the arrays
+    # The bodies themselves, which MAX_PENDING_BODY_MB bounds, and each again while it is joined. Parsing the arrays
     # would take 30 times their size.
     assert highest - before < 3 * 8 * LARGE
     assert service.http.post("/api/models/load?model_name=x", content=b"x" * 2 * MIB).status_code == 413

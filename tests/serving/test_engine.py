@@ -100,7 +100,7 @@ async def test_long_inputs_are_truncated_or_rejected() -> None:
 
 
 async def test_requests_take_turns_at_tokenizing_and_stop_when_they_are_cancelled() -> None:
-    """A request of many long texts does not delay others, and nothing is tokenized that nobody waits for."""
+    """A request of many long texts does not delay others, and nothing is tokenized that no request waits for."""
     async with started_engine() as run:
         large = asyncio.create_task(run.embed(*["w1 " * 20_000] * 500))
         await until(lambda: run.executor.calls > 1)

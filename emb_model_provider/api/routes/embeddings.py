@@ -45,7 +45,7 @@ _MAX_INLINE_BODY_BYTES = 256 * 1024
 _MAX_INLINE_NUMBERS = 64 * 1024
 """Responses with more numbers than this are rendered on a thread."""
 _MAX_OPTION_CHARACTERS = 10_000
-"""Longest value of a field that is a text, in characters. The inputs are no such fields."""
+"""Longest value of a field that is a text, in characters. Inputs are not limited by it."""
 _MAX_KEYWORD_CHARACTERS = 32
 _MAX_INTEGER_DIGITS = 20
 """Digits, with the sign, of the longest 64-bit integer."""
