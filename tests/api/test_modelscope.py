@@ -20,7 +20,7 @@ TEXTS = ["这是一个中文文本示例", "hello world", "一"]
 
 
 @pytest.mark.slow
-def test_gte_from_modelscope(tmp_path: Path, service_cache: str, backend: str) -> None:
+def test_gte_from_modelscope(tmp_path: Path, backend: str) -> None:
     """The settings of the guide serve a GTE repository with the vectors of its CLS token, and a second start sends no request to the hub."""
     directory = save_modelscope(tmp_path / "gte", gte_configuration())
     files = {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
@@ -29,7 +29,7 @@ def test_gte_from_modelscope(tmp_path: Path, service_cache: str, backend: str) -
         "MODEL_NAME": GTE,
         "MODEL_PRECISION": "fp32",
         "MODELSCOPE_CACHE_DIR": str(tmp_path / "modelscope"),
-        "CACHE_DIR": service_cache,
+        "CACHE_DIR": str(tmp_path / "own"),
         "BACKEND": backend,
     }
     with ModelScopeServer(repos={GTE: files}) as hub:
