@@ -30,6 +30,7 @@ from emb_model_provider.artifacts.compiler_process import (
 )
 from emb_model_provider.artifacts.manifest import read_description
 from emb_model_provider.backends.hardware import usable_cpus
+from emb_model_provider.concurrency import start_thread
 from emb_model_provider.errors import InferenceError, LoadError
 
 if TYPE_CHECKING:
@@ -98,10 +99,10 @@ class TorchProcess:
             env=child_environment(job.threads),
         )
         self._reader = threading.Thread(target=self._keep_stderr, daemon=True)
-        self._reader.start()
         watching = threading.Event()
-        threading.Thread(target=self._kill_if_cancelled, args=(cancel, watching), daemon=True).start()
         try:
+            start_thread(self._reader)
+            start_thread(threading.Thread(target=self._kill_if_cancelled, args=(cancel, watching), daemon=True))
             self._send(job.to_line())
             described = read_description(self._receive()["description"])
             self.description: ModelDescription = replace(
@@ -130,7 +131,8 @@ class TorchProcess:
 
     def close(self) -> None:
         kill_group(self._process)
-        self._reader.join()
+        if self._reader.ident is not None:  # it was started
+            self._reader.join()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 with contextlib.suppress(OSError):
