@@ -67,7 +67,8 @@ async def on_demand(
 ) -> AsyncIterator[tuple[OnDemandModels, Fleet, Disk]]:
     fleet, disk = Fleet(SERVED), Disk()
     fleet.models |= {CACHED: FakeModel(), OTHER: FakeModel()}
-    served = ServedModels((ModelSpec(alias=SERVED, name=SERVED),), (SERVED,), answers_unknown)
+    specs = (ModelSpec(alias=SERVED, name=SERVED),)
+    served = ServedModels(specs, (SERVED,), answers_unknown=answers_unknown)
     config = RegistryConfig(memory=MemorySettings(), default_memory_bytes=default_memory_bytes)
     fleet.registry = Registry(served, cast("ModelManager", fleet), config)
     try:
