@@ -50,7 +50,7 @@ EXPOSE 9000
 # Any response below 500 shows that the process works, also one that rejects the Host header. Kubernetes replaces the port
 # by a URL if a service is named emb-provider; then the service listens on its default port.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import http.client, os; p = os.environ['EMB_PROVIDER_PORT']; c = http.client.HTTPConnection('127.0.0.1', int(p) if p.isdecimal() else 9000, timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status >= 500)"]
+    CMD ["python", "-c", "import http.client, os; p = os.environ['EMB_PROVIDER_PORT'].strip(chr(34) + chr(39)); c = http.client.HTTPConnection('127.0.0.1', int(p) if p.isdecimal() else 9000, timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status >= 500)"]
 
 # Accepted requests have 60 s to finish: docker stop -t 75. After a crash the restart policy restarts the container
 # (docker run --restart unless-stopped), so that no supervisor is needed.

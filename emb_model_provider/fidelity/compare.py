@@ -240,8 +240,8 @@ def check_accuracy(
     advice = "Lower that floor."
     if precision in _MORE_ACCURATE:
         advice = (
-            f'Set EMB_PROVIDER_MODEL_PRECISION (or "precision" in the mapping) to {_MORE_ACCURATE[precision]}, or '
-            "lower that floor."
+            "Set the precision (`--precision`, EMB_PROVIDER_MODEL_PRECISION, or `precision` in the mapping) to "
+            f"{_MORE_ACCURATE[precision]}, or lower that floor."
         )
     cosine = format_cosine(fidelity.min_cosine)
     raise AccuracyError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,22 @@ def test_dockerignore_allows_exactly_what_is_copied() -> None:
     }
     assert "*" in lines
     assert {line[1:] for line in lines if line.startswith("!")} == copied
+
+
+@pytest.mark.parametrize("port", ["{}", '"{}"', "'{}'"])
+def test_healthcheck_asks_the_port_of_the_service(port: str) -> None:
+    """Also in quotes, which `docker run --env-file` keeps and the service removes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    _, *arguments = exec_form("HEALTHCHECK")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = os.environ | {"EMB_PROVIDER_PORT": port.format(server.server_port)}
+        assert subprocess.run([sys.executable, *arguments], env=environ, check=False, timeout=60).returncode == 0
+        server.shutdown()
