@@ -17,7 +17,7 @@ from emb_model_provider.backends.model_kind import (
     require_embedding_model,
     require_own_class,
 )
-from emb_model_provider.backends.repository import Repository
+from emb_model_provider.backends.repository import Repository, reading_files
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.snapshots.weights import is_weights, split_path
 
@@ -91,8 +91,31 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
 
     Raises:
         UnsupportedModelError: The repository is not an embedding model, or declares something that is not supported.
-        LoadError: A configuration file is not valid JSON.
+        LoadError: A configuration file is not valid JSON, or has a value of another type than expected.
     """
+    with reading_files(snapshot.repository):
+        return _plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
+
+
+def declared_values(plan: PipelinePlan, snapshot: Snapshot) -> DeclaredValues:
+    """Read the values that the configuration files of a model declare, without loading it."""
+    with contextlib.suppress(LoadError), reading_files(snapshot.repository):
+        repository = Repository.of(snapshot)
+        modules = repository.modules
+        configs = [repository.read(f"{module['path']}/config.json") for module in modules if module.get("path")]
+        transformer = repository.read("sentence_bert_config.json")
+        config = repository.config
+        normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
+        return DeclaredValues(
+            dimensions=plan.truncate_dim or _declared_dimension(configs, config),
+            max_tokens=plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings"),
+            pooling=plan.pooling or _declared_pooling(configs),
+            normalized=plan.normalize if plan.normalize is not None else normalized,
+        )
+    return DeclaredValues(dimensions=None, max_tokens=None, pooling=None, normalized=None)
+
+
+def _plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bool) -> PipelinePlan:
     repository = Repository.of(snapshot, spec.route)
     config, st_config = repository.config, repository.read("config_sentence_transformers.json")
     configuration = repository.read("configuration.json")
@@ -128,24 +151,6 @@ def plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: boo
         notes=(*plan.notes, *_notes_on_files(repository, trust_remote_code)),
     )
     return _apply_overrides(plan, spec)
-
-
-def declared_values(plan: PipelinePlan, snapshot: Snapshot) -> DeclaredValues:
-    """Read the values that the configuration files of a model declare, without loading it."""
-    with contextlib.suppress(LoadError):
-        repository = Repository.of(snapshot)
-        modules = repository.modules
-        configs = [repository.read(f"{module['path']}/config.json") for module in modules if module.get("path")]
-        transformer = repository.read("sentence_bert_config.json")
-        config = repository.config
-        normalized = str(modules[-1].get("type", "")).endswith("Normalize") if modules else None
-        return DeclaredValues(
-            dimensions=plan.truncate_dim or _declared_dimension(configs, config),
-            max_tokens=plan.max_length or transformer.get("max_seq_length") or config.get("max_position_embeddings"),
-            pooling=plan.pooling or _declared_pooling(configs),
-            normalized=plan.normalize if plan.normalize is not None else normalized,
-        )
-    return DeclaredValues(dimensions=None, max_tokens=None, pooling=None, normalized=None)
 
 
 def is_warning(note: str) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.errors import LoadError, UnsupportedModelError
+from emb_model_provider.formatting import first_line, quote
 from emb_model_provider.snapshots.weights import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,13 +26,78 @@ from emb_model_provider.snapshots.weights import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _MODULE_FOLDER = re.compile(r"(\d+)_(Pooling|Dense|LayerNorm|Normalize)/config\.json")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_list_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _is_object_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+_SIZE = (_is_size, "a positive integer")
+_SIZES = (_is_list_of(_is_size), "an array of positive integers")
+_TEXT = (_is(str), "a string")
+_OBJECT = (_is(dict), "an object")
+_EXPECTED: tuple[tuple[re.Pattern[str], Mapping[str, tuple[Callable[[object], bool], str]]], ...] = (
+    (
+        re.compile(r"config_sentence_transformers\.json"),
+        {
+            "prompts": (_is_object_of(_is(str, type(None))), "an object of strings"),
+            "default_prompt_name": _TEXT,
+            "truncate_dim": _SIZE,
+            "model_type": _TEXT,
+            "matryoshka_dimensions": _SIZES,
+            "matryoshka_dims": _SIZES,
+        },
+    ),
+    (
+        re.compile(r"(.*/)?config\.json"),
+        {
+            "architectures": (_is_list_of(_is(str)), "an array of strings"),
+            "model_type": _TEXT,
+            "id2label": (_is(dict, list), "an object"),
+            "matryoshka_dimensions": _SIZES,
+            "matryoshka_dims": _SIZES,
+            "in_features": _SIZE,
+            "out_features": _SIZE,
+            "hidden_size": _SIZE,
+            "num_hidden_layers": _SIZE,
+            "vocab_size": _SIZE,
+        },
+    ),
+    (re.compile(r"configuration\.json"), {"model": (_is(dict, str, list), "an object")}),
+    (
+        re.compile(r"(.*/)?sentence_[^/]+_config\.json"),
+        {"max_seq_length": _SIZE, "do_lower_case": (_is(bool), "true or false")},
+    ),
+    (
+        re.compile(r"(.*/)?router_config\.json"),
+        {
+            "structure": (_is_object_of(_is_list_of(_is(str))), "an object of arrays of strings"),
+            "types": (_is_object_of(_is(str)), "an object of strings"),
+            "parameters": _OBJECT,
+        },
+    ),
+    (re.compile(r"adapter_config\.json"), {"task_type": _TEXT, "base_model_name_or_path": _TEXT}),
+)
+"""What the values of a file must be, which are read here. A value that is null counts as absent."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -89,7 +156,18 @@ class Repository:
     def read(self, name: str) -> dict[str, Any]:
         """Return the JSON object in a file, or an empty one if the file does not exist; LoadError if it is invalid."""
         path = self.files.get(name)
-        return read_object(path) if path is not None else {}
+        return self._checked(name, read_object(path)) if path is not None else {}
+
+    def _checked(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the contents of a file; LoadError if a value has another type than the libraries expect."""
+        for pattern, expected in _EXPECTED:
+            for key, (check, what) in expected.items() if pattern.fullmatch(name) else ():
+                if values.get(key) is not None and not check(values[key]):
+                    raise LoadError(
+                        f"{name} of {self.name}: {key} must be {what}, not {quote(values[key])}. Correct the file, or choose "
+                        "another model."
+                    )
+        return values
 
     @cached_property
     def first_module(self) -> dict[str, Any]:
@@ -138,7 +216,12 @@ class Repository:
         names = [f"{path}/{name}" if path else name for name in ("router_config.json", "config.json")]
         for name in names:
             config = self.read(name)
-            if config.get("structure"):
+            if structure := config.get("structure"):
+                types = config.get("types") or {}
+                if not all(route and all(each in types for each in route) for route in structure.values()):
+                    raise LoadError(
+                        f"{name} of {self.name}: each route needs modules, and each module a type. Correct the file."
+                    )
                 return config
         raise LoadError(f"{self.name} has a Router, but no {names[0]}. Download the model again.")
 
@@ -200,6 +283,18 @@ class Repository:
         )
 
 
+@contextmanager
+def reading_files(name: str) -> Iterator[None]:
+    """Turn errors of code that expects other values in the configuration files of a model into a LoadError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise LoadError(
+            f"A configuration file of {name} has a value that is not supported ({first_line(error)}). Correct the file, or "
+            "choose another model."
+        ) from error
+
+
 def is_router(module: Mapping[str, Any]) -> bool:
     """Return whether an entry of a `modules.json` sends queries and documents through different modules."""
     return str(module.get("type", "")).endswith((".Router", ".Asym"))
@@ -220,6 +315,10 @@ def read_modules(path: Path) -> list[dict[str, Any]]:
     value = _read_json(path)
     if not isinstance(value, list) or not all(isinstance(module, dict) for module in value):
         raise LoadError(f"{path} is not a list of modules. Download the model again, or correct the file.")
+    for key in ("path", "type"):
+        wrong = next((module[key] for module in value if not isinstance(module.get(key, ""), str | None)), None)
+        if wrong is not None:
+            raise LoadError(f"{path}: the {key} of a module must be a string, not {quote(wrong)}. Correct the file.")
     return value
 
 
@@ -234,7 +333,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(
             f"{path} cannot be read as JSON ({error}). Download the model again, or correct the file."
         ) from error

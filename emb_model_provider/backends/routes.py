@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.backends.repository import is_router
+from emb_model_provider.backends.repository import is_router, reading_files
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -45,7 +45,13 @@ def routes_of(repository: Repository) -> Routes | None:
 
     Raises:
         UnsupportedModelError: It has several Routers.
+        LoadError: Its configuration has a value of another type than expected.
     """
+    with reading_files(repository.name):
+        return _routes_of(repository)
+
+
+def _routes_of(repository: Repository) -> Routes | None:
     routers = [module for module in repository.modules if is_router(module)]
     if not routers:
         return None
