@@ -25,6 +25,7 @@ from emb_model_provider.errors import (
     RevisionNotFoundError,
 )
 from emb_model_provider.formatting import first_line
+from emb_model_provider.hubs.listing import bind_session, bounded_files, bounded_listing, require_size
 from emb_model_provider.hubs.network import advice_about, ask, is_dropped, repeat, share_certificates
 from emb_model_provider.hubs.selection import require_all_parts, select_files
 from emb_model_provider.hubs.transfer import ByteCounter, FileCounter, RemoteFile, bar_class, run_all, verify_files
@@ -125,12 +126,14 @@ class HuggingFaceHub:
 
     @cached_property
     def _api(self) -> HfApi:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_session
 
+        bind_session(get_session())
         return HfApi(endpoint=self._config.endpoint, token=self._config.token)
 
     def _commit_of(self, repository: str, revision: str) -> str:
-        commit = self._api.model_info(repository, revision=revision).sha
+        with bounded_listing():
+            commit = self._api.model_info(repository, revision=revision).sha
         if commit is None or not _COMMIT.fullmatch(commit):  # it becomes a part of a path
             raise HubUnavailableError(
                 f"Hugging Face returned no valid commit for {repository}@{revision}. Check EMB_PROVIDER_HF_ENDPOINT."
@@ -138,8 +141,9 @@ class HuggingFaceHub:
         return commit
 
     def _list(self, repository: str, commit: str, revision: str) -> list[RemoteFile]:
-        tree = self._api.list_repo_tree(repository, recursive=True, revision=commit)
-        return self._select(tree, repository, revision)
+        with bounded_listing():
+            tree = self._api.list_repo_tree(repository, recursive=True, revision=commit)
+            return self._select(bounded_files(tree), repository, revision)
 
     def _select(self, tree: Iterable[Any], repository: str, revision: str) -> list[RemoteFile]:
         """Return the files of a listing that serving needs, or those of them that were requested."""
@@ -150,7 +154,8 @@ class HuggingFaceHub:
             if isinstance(entry, RepoFile):
                 sha256 = entry.lfs.sha256 if entry.lfs else None  # listed for large files only
                 git_sha1 = str(entry.blob_id) if sha256 is None else None
-                files[entry.path] = RemoteFile(entry.path, entry.size, sha256, git_sha1)
+                size = require_size(entry.path, entry.size)
+                files[entry.path] = RemoteFile(entry.path, size, sha256, git_sha1)
         origin = f"Repository {repository}@{revision} on Hugging Face"
         return [files[path] for path in select_files(files, self._config.patterns, repository, origin)]
 
@@ -161,7 +166,7 @@ class HuggingFaceHub:
         total = sum(file.size for file in files)
         on_progress(Progress("download", repository, 0, total))
         counter = ByteCounter(repository, total, on_progress, cancel)
-        tasks = [partial(self._get, repository, commit, file.path, counter) for file in files]
+        tasks = [partial(self._get, repository, commit, file, counter) for file in files]
         paths = run_all(tasks, counter, threads=_THREADS)
         return _directory_of(paths[0], files[0].path)
 
@@ -176,7 +181,7 @@ class HuggingFaceHub:
     ) -> SnapshotFile:
         logger.warning("%s of %s has wrong bytes; downloading it again.", file.path, repository)
         _remove(directory / file.path)
-        self._get(repository, commit, file.path, ByteCounter(repository, file.size, on_progress, cancel))
+        self._get(repository, commit, file, ByteCounter(repository, file.size, on_progress, cancel))
         verified = file.verify(directory)
         if verified is None:
             _remove(directory / file.path)
@@ -186,7 +191,7 @@ class HuggingFaceHub:
             )
         return verified
 
-    def _get(self, repository: str, revision: str, path: str, counter: ByteCounter | None) -> Path:
+    def _get(self, repository: str, revision: str, file: RemoteFile, counter: ByteCounter | None) -> Path:
         """Download a file, or without a counter only look for it in the cache."""
         from huggingface_hub import constants, hf_hub_download
 
@@ -194,7 +199,7 @@ class HuggingFaceHub:
             return Path(
                 hf_hub_download(
                     repository,
-                    path,
+                    file.path,
                     revision=revision,
                     cache_dir=self._config.cache_dir,
                     endpoint=self._config.endpoint,
@@ -206,7 +211,7 @@ class HuggingFaceHub:
 
         if counter is None:
             return get(None)
-        of_file = FileCounter(counter)
+        of_file = counter.of(file.path, file.size)
 
         def download() -> Path:
             of_file.restart()
@@ -234,7 +239,7 @@ class HuggingFaceHub:
 
             tree = get_cached_repo_tree(repository, revision=revision, cache_dir=self._config.cache_dir)
             files = self._select(tree, repository, revision)
-            paths = [self._get(repository, revision, file.path, None) for file in files]
+            paths = [self._get(repository, revision, file, None) for file in files]
             directory = _directory_of(paths[0], files[0].path)
             verified = verify_files(repository, directory, files, partial(_reject, repository, directory), on_progress)
         except (HubError, OperationCancelledError):

@@ -29,6 +29,7 @@ from emb_model_provider.errors import (
 )
 from emb_model_provider.formatting import first_line
 from emb_model_provider.hubs.caches import cache_root, older_modelscope_dirs, repository_dirs
+from emb_model_provider.hubs.listing import bind_session, bounded_files, bounded_listing, require_size
 from emb_model_provider.hubs.network import advice_about, ask, share_certificates
 from emb_model_provider.hubs.selection import require_all_parts, select_files
 from emb_model_provider.hubs.transfer import ByteCounter, RemoteFile, callback_class, run_all, verify_files
@@ -146,7 +147,12 @@ class ModelScopeHub:
         config = self._client_config
         from modelscope_hub import HubApi
 
-        return HubApi(config)
+        api = HubApi(config)
+        # Another version of the client can name its sessions otherwise: then only the number of files is bounded.
+        for name in ("_session", "_read_session"):
+            if (session := getattr(api.legacy, name, None)) is not None:
+                bind_session(session)
+        return api
 
     @cached_property
     def _root(self) -> Path:
@@ -168,9 +174,13 @@ class ModelScopeHub:
 
     def _select(self, repository: str, revision: str) -> list[RemoteFile]:
         """Return the files of a revision that serving needs, or those of them that were requested."""
+        with bounded_listing():
+            listed = list(bounded_files(self._api.list_repo_files(repository, "model", revision=revision)))
         files = {
-            entry.path: RemoteFile(entry.path, entry.size, entry.sha256.lower() if entry.sha256 else None)
-            for entry in self._api.list_repo_files(repository, "model", revision=revision)
+            entry.path: RemoteFile(
+                entry.path, require_size(entry.path, entry.size), entry.sha256.lower() if entry.sha256 else None
+            )
+            for entry in listed
             if not entry.is_dir
         }
         if not files:

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from emb_model_provider.errors import CorruptSnapshotError, IncompleteRepositoryError
+from emb_model_provider.hubs.listing import MAX_NAME_BYTES, is_plain_path
 from emb_model_provider.snapshots.snapshot import is_safe_path
 from emb_model_provider.snapshots.weights import (
     ADAPTER_CONFIG,
@@ -152,6 +153,11 @@ def _unread_adapters(parent: str, names: set[str], *, has_code: bool) -> set[str
 def select_files(available: Collection[str], patterns: FilePatterns, repository: str, origin: str) -> list[str]:
     """Return the files of a hub's listing that serving needs, or those of them that match the patterns."""
     for path in available:
+        if not is_plain_path(path):
+            raise CorruptSnapshotError(
+                f"Repository {repository} lists a file named {path[:200]!r}, which has invisible characters, spaces at an end, "
+                f"or more than {MAX_NAME_BYTES} bytes: nothing was downloaded. Do not use this repository."
+            )
         if not is_safe_path(path):
             raise CorruptSnapshotError(
                 f"Repository {repository} lists a file named {path!r}, which would be outside its directory: "

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from emb_model_provider.errors import OperationCancelledError
+from emb_model_provider.errors import CorruptSnapshotError, HubError, OperationCancelledError
 from emb_model_provider.progress import CancelToken, Progress
 from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
@@ -60,6 +60,7 @@ class ByteCounter:
         self._on_progress = on_progress
         # A token of its own, because an interrupt ends the transfer but must not cancel other work of the caller.
         self._cancel = CancelToken(lambda: cancel.is_cancelled)
+        self._error: HubError | None = None
 
     def add(self, count: int, *, resumed: bool = False) -> None:
         """Count bytes, a negative number if a file is transferred again. A cancellation ends the calling thread.
@@ -86,23 +87,49 @@ class ByteCounter:
     def cancel(self) -> None:
         self._cancel.cancel()
 
+    def of(self, path: str, size: int) -> FileCounter:
+        """Return a counter for one of the files, which may not have more than `size` bytes."""
+        return FileCounter(self, path, size)
+
+    def fail(self, error: HubError) -> None:
+        """Let the transfer end with an error, whatever the client makes of the exception in its own thread."""
+        self._error = error
+
+    def raise_if_failed(self) -> None:
+        if self._error is not None:
+            raise self._error
+
 
 class FileCounter:
-    """Counts the bytes of one file, whose transfer can be started again."""
+    """Counts the bytes of one file, and ends its transfer if it has more than the hub has announced."""
 
-    def __init__(self, counter: ByteCounter) -> None:
+    def __init__(self, counter: ByteCounter, path: str, size: int) -> None:
         self._counter = counter
-        self._added = 0
+        self._path = path
+        self._size = size
+        self._received = 0
 
     def add(self, count: int, *, resumed: bool = False) -> None:
-        self._added += count
+        """Count bytes as `ByteCounter.add` does.
+
+        Raises:
+            CorruptSnapshotError: The file is larger than announced. One more block may have been written.
+        """
+        self._received += count
+        if self._received > self._size + _MAX_BLOCK:
+            error = CorruptSnapshotError(
+                f"The hub sends more bytes of {self._path} than the {self._size} that it lists: the download was ended. Try "
+                "again later, or use another mirror."
+            )
+            self._counter.fail(error)
+            raise error
         self._counter.add(count, resumed=resumed)
 
     def restart(self) -> None:
-        """Take back what was counted."""
-        added, self._added = self._added, 0
-        if added:
-            self._counter.add(-added)
+        """Take back what was counted, because the transfer starts again."""
+        received, self._received = self._received, 0
+        if received:
+            self._counter.add(-received)
 
 
 def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: int) -> list[T]:
@@ -119,11 +146,12 @@ def run_all(tasks: Sequence[Callable[[], T]], counter: ByteCounter, *, threads: 
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+            counter.raise_if_failed()
             counter.add(0)  # reports the total even if no byte arrives, and raises after a cancellation
             for future in done:
                 future.result()
         return [future.result() for future in futures]
-    except (OperationCancelledError, KeyboardInterrupt):
+    except (OperationCancelledError, CorruptSnapshotError, KeyboardInterrupt):
         is_abandoned = True
         counter.cancel()
         for future in futures:
@@ -178,10 +206,14 @@ def callback_class(counter: ByteCounter) -> Any:
     from modelscope_hub import ProgressCallback
 
     class Callback(ProgressCallback):
+        def __init__(self, filename: str, file_size: int) -> None:
+            super().__init__(filename, file_size)
+            self._counter = counter.of(filename, file_size)
+
         def update(self, size: int) -> None:
             try:
-                counter.add(size, resumed=size > _MAX_BLOCK)
-            except OperationCancelledError as error:
+                self._counter.add(size, resumed=size > _MAX_BLOCK)
+            except (OperationCancelledError, CorruptSnapshotError) as error:
                 raise TransferCancelled from error
 
     return Callback

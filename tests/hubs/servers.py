@@ -11,6 +11,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Self
@@ -61,6 +62,12 @@ class Faults:
     """Send this many bytes, then nothing until `release` is set."""
     listed_too: list[str] = field(default_factory=list)
     """Names in the listing without a file."""
+    endless: set[str] = field(default_factory=set)
+    """Files that are sent without a length, and do not end. `/tree/` is the listing."""
+    sent: int = 0
+    """Bytes of endless files that were sent."""
+    endless_pages: bool = False
+    """Each listing names a next page (Hugging Face)."""
     release: threading.Event = field(default_factory=threading.Event)
 
 
@@ -242,7 +249,8 @@ class HuggingFaceServer(HubServer):
             return json_answer({"id": repo, "modelId": repo, "sha": self.commit(repo), "siblings": []})
         if verb == "/tree/":
             names = [*self.repos[repo], *self.faults.listed_too]
-            return json_answer([self._listed(repo, name) for name in names])
+            following = {"Link": f'<{self.url}{path}>; rel="next"'} if self.faults.endless_pages else {}
+            return json_answer([self._listed(repo, name) for name in names], **following)
         if file not in self.repos[repo]:
             return json_answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
         body = self.repos[repo][file]
@@ -352,6 +360,9 @@ def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler
                     status, total = 206, len(body)
                     extra["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
                     body = server.cut(body, int(start))
+            if self.command == "GET" and (answer.file or urlsplit(self.path).path) in server.faults.endless:
+                self._send_endlessly(extra)
+                return
             self.send_response(status)
             for name, value in {**extra, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -361,6 +372,16 @@ def _handler(server: HubServer, *, storage: bool) -> type[BaseHTTPRequestHandler
             if answer.file is not None and self._misbehave(answer.file, body):
                 return
             server.write(body, self.wfile)
+
+        def _send_endlessly(self, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for name, value in {**headers, "Connection": "close"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with suppress(OSError):
+                while not server.faults.release.is_set():
+                    server.faults.sent += self.wfile.write(b" " * 2**20)
+            self.close_connection = True
 
         def _misbehave(self, file: str, body: bytes) -> bool:
             faults = server.faults
