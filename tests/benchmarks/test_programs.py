@@ -82,6 +82,14 @@ def test_memory() -> None:
     assert all(float(row[1]) <= peak for row, peak in zip(rows, peaks, strict=True))
 
 
+def test_console() -> None:
+    """Each number of viewers has a rate and its ratio, and each viewer receives an event a second."""
+    rows = _table(_run("console"), "Cost of the console")
+    assert [row[0] for row in rows] == ["none", "1", "5"]
+    assert all(_is_positive(row[1]) for row in rows)
+    assert all(0.3 < float(row[3]) < 2 for row in rows[1:])
+
+
 def test_reuse() -> None:
     """Each case has the time with and without the cache, and repeated texts are faster."""
     rows = _table(_run("reuse"), "Cost of the result cache")
