@@ -299,7 +299,7 @@ def served_vectors(backend: Backend, task: str | None, prompt: str | None, *, ba
         ids = encoded.ids[start : start + batch_size]
         lengths = encoded.prompt_lengths[start : start + batch_size]
         tasks = [task] * len(ids) if task is not None else None
-        parts.append(backend.embed(TokenBatch(ids=ids, prompt_lengths=lengths, tasks=tasks)))
+        parts.append(backend.run(TokenBatch(ids=ids, prompt_lengths=lengths, tasks=tasks)).dense)
     vectors = np.concatenate(parts)
     if route.normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

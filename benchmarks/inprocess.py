@@ -132,7 +132,7 @@ def _measure_backend(job: dict[str, Any]) -> dict[str, Any]:
 
     def embed(texts: list[str]) -> None:
         encoded = tokenization.encode(texts, truncate="END")
-        vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+        vectors = backend.run(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths)).dense
         postprocess(vectors, dimensions=None, normalize=True)
 
     cases = _run_threads(job, embed, backend.streams)
@@ -149,7 +149,7 @@ def _measure_memory(job: dict[str, Any]) -> dict[str, Any]:
     def embed(shape: list[int]) -> None:
         rows, length = shape
         ids = [[(row * 31 + column * 7) % vocabulary for column in range(length)] for row in range(rows)]
-        backend.embed(TokenBatch(ids=ids, prompt_lengths=[0] * rows))
+        backend.run(TokenBatch(ids=ids, prompt_lengths=[0] * rows))
 
     loaded, steps = _memory_mib(), []
     with ThreadPoolExecutor(backend.streams) as pool:

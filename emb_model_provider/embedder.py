@@ -15,8 +15,9 @@ from emb_model_provider.errors import InputTooLongError, ModelNotReadyError
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.registry import Registry, RegistryConfig
-from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.engine import EmbedOptions, ScoreOptions
 from emb_model_provider.serving.result_cache import ResultCache
+from emb_model_provider.serving.results import RankedDocument
 from emb_model_provider.settings import ServedModels
 from emb_model_provider.settings.loading import load_settings
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.backends.base import ModelDescription, SparseVector
     from emb_model_provider.model_spec import BackendName, ModelSpec, Precision, Source, Truncate
+    from emb_model_provider.serving.results import Embeddings
     from emb_model_provider.settings import Settings
 
 T = TypeVar("T")
@@ -187,7 +189,7 @@ class Embedder:
         """
         options = self._options(dimensions, normalize, input_type, truncate)
         running = self._loaded()
-        return running.call(running.embed(texts, options))
+        return running.call(running.embed_dense(texts, options))
 
     async def aembed(
         self,
@@ -204,7 +206,67 @@ class Embedder:
         """
         options = self._options(dimensions, normalize, input_type, truncate)
         running = self._loaded()
-        return await asyncio.wrap_future(running.start(running.embed(texts, options)))
+        return await asyncio.wrap_future(running.start(running.embed_dense(texts, options)))
+
+    def embed_sparse(
+        self, texts: Sequence[str], *, input_type: str | None = None, top_k: int | None = None
+    ) -> list[SparseVector]:
+        """Return the sparse vectors of texts, in their order. Blocks.
+
+        Args:
+            texts: Texts.
+            input_type: `query` or `document`, for a model that distinguishes them; see `embed`.
+            top_k: Number of the largest weights of each text that are returned. None: all.
+
+        Raises:
+            UnsupportedTaskError: The model has no sparse vectors. Other errors are those of `embed`.
+        """
+        options = replace(self._options(None, None, input_type, None), outputs=("sparse",), top_k=top_k)
+        running = self._loaded()
+        return [vector for part in running.call(running.embed(texts, options)) for vector in part.sparse or ()]
+
+    def embed_multi_vector(self, texts: Sequence[str], *, input_type: str | None = None) -> list[NDArray[np.float32]]:
+        """Return the vectors of the tokens of texts, in their order. Blocks.
+
+        Args:
+            texts: Texts.
+            input_type: `query` or `document`; see `embed`. The queries of most models have other tokens.
+
+        Returns:
+            For each text float32 of shape (tokens, dimension).
+
+        Raises:
+            UnsupportedTaskError: The model has no vectors of tokens. Other errors are those of `embed`.
+        """
+        options = replace(self._options(None, None, input_type, None), outputs=("multi_vector",))
+        running = self._loaded()
+        return [vectors for part in running.call(running.embed(texts, options)) for vectors in part.multi_vector or ()]
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        raw: bool | None = None,
+        instruction: str | None = None,
+    ) -> list[RankedDocument]:
+        """Return the documents by their scores for a query, the best first. Blocks.
+
+        Args:
+            query: The query.
+            documents: The documents. One that does not fit next to the query gets the best score of its parts.
+            top_n: Number of documents that are returned. None: all.
+            raw: Whether scores are logits. None: as in the settings, by default the activation of the model is applied.
+            instruction: What the documents are searched for, if the model has instructions.
+
+        Raises:
+            UnsupportedTaskError: The model is no reranker. Other errors are those of `embed`.
+        """
+        running = self._loaded()
+        scores = running.call(running.score(query, documents, ScoreOptions(raw=raw, instruction=instruction)))
+        order = sorted(range(len(documents)), key=lambda index: -scores[index])
+        return [RankedDocument(index, scores[index], documents[index]) for index in order[:top_n]]
 
     def _options(
         self, dimensions: int | None, normalize: bool | None, input_type: str | None, truncate: Truncate | None
@@ -258,28 +320,43 @@ class _Running:
         self._thread = threading.Thread(target=self._run, name=f"embedder-{spec.alias}", daemon=True)
         self._thread.start()
 
-    async def embed(self, texts: str | Sequence[str], options: EmbedOptions) -> NDArray[np.float32]:
-        inputs = [texts] if isinstance(texts, str) else list(texts)
-        for index, text in enumerate(inputs):
-            if not isinstance(text, str):
-                raise TypeError(f"texts[{index}] must be a str, not {type(text).__name__}")
-        async with self.registry.lease(self._alias) as engine:
-            if not inputs:
-                return np.empty((0, options.dimensions or engine.description.dimension), dtype=np.float32)
+    async def embed_dense(self, texts: str | Sequence[str], options: EmbedOptions) -> NDArray[np.float32]:
+        parts = await self.embed([texts] if isinstance(texts, str) else texts, options)
+        if not parts:
+            dimension = self.registry.status(self._alias).description
+            width = options.dimensions or (dimension.dimension if dimension is not None else 0)
+            return np.empty((0, width), dtype=np.float32)
+        vectors = np.concatenate([part.vectors for part in parts])
+        return vectors[0] if isinstance(texts, str) else vectors
 
-            async def embed_chunk(start: int) -> NDArray[np.float32]:
+    async def embed(self, texts: Sequence[str], options: EmbedOptions) -> list[Embeddings]:
+        """Return the embeddings of texts, in parts of `_CHUNK_SIZE`."""
+        inputs = _checked(texts, "texts")
+        async with self.registry.lease(self._alias) as engine:
+
+            async def embed_chunk(start: int) -> Embeddings:
                 try:
-                    return (await engine.embed(inputs[start : start + _CHUNK_SIZE], options)).vectors
+                    return await engine.embed(inputs[start : start + _CHUNK_SIZE], options)
                 except InputTooLongError as error:
                     raise InputTooLongError(start + error.index, error.max_length) from None
 
             starts = range(0, len(inputs), _CHUNK_SIZE)
-            chunks = [await embed_chunk(0)]
+            chunks = [await embed_chunk(0)] if inputs else []
             for index in range(1, len(starts), 2):
                 # Two at a time, so that one is tokenized while the other is embedded.
                 chunks += await asyncio.gather(*map(embed_chunk, starts[index : index + 2]))
-        vectors = np.concatenate(chunks)
-        return vectors[0] if isinstance(texts, str) else vectors
+        return chunks
+
+    async def score(self, query: str, documents: Sequence[str], options: ScoreOptions) -> list[float]:
+        """Return the score of each document."""
+        _checked([query], "query")
+        pairs = [(query, document) for document in _checked(documents, "documents")]
+        scores: list[float] = []
+        async with self.registry.lease(self._alias) as engine:
+            for start in range(0, len(pairs), _CHUNK_SIZE):
+                result = await engine.score_pairs(pairs[start : start + _CHUNK_SIZE], options)
+                scores += result.scores.tolist()
+        return scores
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a coroutine on the loop. Raises ModelNotReadyError after `close`."""
@@ -313,3 +390,12 @@ class _Running:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.get_loop().run_forever()
             # Leaving the block cancels the remaining tasks, so that no caller waits for them forever.
+
+
+def _checked(texts: Sequence[str], name: str) -> list[str]:
+    """Return texts as a list; TypeError if one is not a `str`."""
+    inputs = list(texts)
+    for index, text in enumerate(inputs):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{index}] must be a str, not {type(text).__name__}")
+    return inputs

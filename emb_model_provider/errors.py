@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 def is_failure(error: BaseException) -> bool:
     """Return whether an error is a failure, and not a request to end, such as KeyboardInterrupt or a cancellation.
@@ -153,8 +158,8 @@ class InputTooLongError(RequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, index: int, max_length: int) -> None:
-        super().__init__(f"Invalid 'input[{index}]': maximum input length is {max_length} tokens.", param="input")
+    def __init__(self, index: int, max_length: int, *, param: str = "input") -> None:
+        super().__init__(f"Invalid '{param}[{index}]': maximum input length is {max_length} tokens.", param=param)
         self.index = index
         self.max_length = max_length
 
@@ -195,6 +200,21 @@ class DimensionsError(RequestError):
             f"dimensions: set 'dimensions' to {native} or remove it. To allow other sizes, the operator can set the key "
             '"dimensions" of this model in EMB_PROVIDER_MODEL_MAPPING.',
             param="dimensions",
+        )
+
+
+class UnsupportedTaskError(RequestError):
+    """The model cannot do what the request asks for, because it is of another kind."""
+
+    code = "unsupported_task"
+
+    def __init__(self, model: str, kind: str, task: str, tasks: Iterable[str]) -> None:
+        """Create an error for a model of a kind that was asked for a task, and has others."""
+        supported = ", ".join(f"'{each}'" for each in tasks)
+        super().__init__(
+            f"The model `{model}` does not support '{task}': its kind is {kind!r}. Supported tasks: [{supported}]. Choose "
+            "another model for this request.",
+            param="model",
         )
 
 

@@ -19,6 +19,9 @@ BackendName = Literal["auto", "openvino", "torch"]
 Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 TokenInput = Literal["auto", "reject", "model", "cl100k"]
 Truncate = Literal["NONE", "START", "END"]
+Kind = Literal["dense", "reranker", "classifier", "sparse", "multi-vector", "bge-m3"]
+"""What a model computes. `bge-m3` computes dense, sparse and multi-vector embeddings in one pass."""
+LongDocuments = Literal["windows", "cut"]
 
 BUNDLED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
@@ -60,6 +63,8 @@ class ModelSpec:
     """auto, cpu, cuda, cuda:N or mps."""
     backend: BackendName = "auto"
 
+    kind: Kind | None = None
+    """What the model computes. None: as its files say."""
     route: str | None = None
     """The route of an asymmetric model to load; None for all of them. Not a setting."""
     pooling: Pooling | None = None
@@ -76,6 +81,11 @@ class ModelSpec:
     truncate: Truncate | None = None
     """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected. None: the side
     that the tokenizer of the model declares, which is nearly always END."""
+    raw_scores: bool = False
+    """Whether scores are logits unless a request asks otherwise. False: the activation of the model is applied."""
+    long_documents: LongDocuments = "windows"
+    """What a reranker does with a document that does not fit next to the query: the best score of overlapping windows
+    counts, or the document is cut."""
 
     @property
     def aliases(self) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from emb_model_provider.api.routes import (
     models,
     ollama,
     operations,
+    rerank,
     tei,
     tokenize,
 )
@@ -77,6 +78,7 @@ _JOBS_STOP_S = 2.0
 """How long downloads may take at shutdown to remove their partial files."""
 _ROUTERS = (
     embeddings.router,
+    rerank.router,
     models.router,
     loaded_models.router,
     downloads.router,

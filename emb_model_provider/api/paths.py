@@ -113,5 +113,5 @@ def dialect_of(method: str, path: str) -> Dialect:
 
 
 _EMBEDDING_PATHS = frozenset(
-    {EMBEDDINGS, "/", "/api/embed", "/api/embeddings", "/embed", "/embedding", "/similarity", *_COHERE}
+    {EMBEDDINGS, "/v1/rerank", "/", "/api/embed", "/api/embeddings", "/embed", "/embedding", "/similarity", *_COHERE}
 )

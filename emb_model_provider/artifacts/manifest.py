@@ -18,12 +18,22 @@ from base64 import b64decode, b64encode
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from emb_model_provider.backends.base import Calibration, Fidelity, ModelDescription, TokenBatch
+from emb_model_provider.backends.base import (
+    Calibration,
+    Fidelity,
+    ModelDescription,
+    MultiVectorFidelity,
+    PairTemplate,
+    ScoreFidelity,
+    SparseFidelity,
+    TokenBatch,
+    TokenRules,
+)
 from emb_model_provider.snapshots.files import MUST_HASH, check_files, write_atomically
 from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -42,8 +52,17 @@ FILES = (GRAPH, WEIGHTS, TOKENIZER)
 
 _PROBE_TOKENS = 128
 """Tokens of the fixed input, whose ids are spread over the vocabulary, so that it reads all parts of the token table."""
+_PROBE_SCORES, _PROBE_TERMS = 8, 256
+"""Number of fixed inputs for scores, and of values to which the weights of a sparse vector are added up."""
 _MAX_PROBE_DIFFERENCE = 1e-4
 """Largest difference of the cosine to the recorded vector. Another processor can exceed it, too: then hashing decides."""
+_FIDELITY_PARTS: Mapping[str, Callable[..., Any]] = {
+    "calibration": Calibration,
+    "scores": ScoreFidelity,
+    "sparse": SparseFidelity,
+    "multi_vector": MultiVectorFidelity,
+}
+"""Values of a fidelity that are objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +126,38 @@ class Artifact:
     size: int
     """In bytes."""
     probe: NDArray[np.float32]
-    """The vector of the fixed input when the artifact was made; see `probe`."""
+    """The results for the fixed inputs when the artifact was made; see `probe`."""
 
 
 def probe(backend: Backend) -> NDArray[np.float32]:
-    """Return the vector of a fixed input, of shape (dimension,)."""
+    """Return the results for fixed inputs as one vector: dense vectors as they are, and others in a shorter form.
+
+    Scores are the only results with several inputs, because a single score has no direction.
+    """
+    import numpy as np  # here and below, because listing models needs the types of this module, but not numpy
+
     description = backend.description
     length = min(_PROBE_TOKENS, description.max_length)
     ids = [position * description.vocab_size // length for position in range(length)]
-    vector: NDArray[np.float32] = backend.embed(TokenBatch(ids=[ids], prompt_lengths=[0]))[0]
-    return vector
+    rows = [ids[shift:] + ids[:shift] for shift in range(_PROBE_SCORES if "scores" in description.outputs else 1)]
+    results = backend.run(TokenBatch(ids=rows, prompt_lengths=[0] * len(rows)))
+    parts: list[NDArray[np.float32]] = []
+    if results.dense is not None:
+        parts.append(results.dense[0])
+    if results.scores is not None:
+        parts.append(results.scores.reshape(-1))
+    if results.sparse is not None:
+        folded = np.zeros(_PROBE_TERMS, dtype=np.float32)
+        np.add.at(folded, results.sparse[0].indices % _PROBE_TERMS, results.sparse[0].values)
+        parts.append(folded)
+    if results.multi_vector is not None:
+        parts.append(results.multi_vector[0].sum(axis=0))
+    return np.concatenate(parts)
 
 
 def is_same_probe(actual: NDArray[np.float32], recorded: NDArray[np.float32]) -> bool:
-    """Return whether two vectors of the fixed input are those of the same weights. Non-finite values are not."""
-    import numpy as np  # here and below, because listing models needs the types of this module, but not numpy
+    """Return whether two results for the fixed inputs are those of the same weights. Non-finite values are not."""
+    import numpy as np
 
     if actual.shape != recorded.shape:
         return False
@@ -179,7 +215,7 @@ def read_artifact(directory: Path) -> Artifact | None:
     try:
         tokenizer = (directory / TOKENIZER).read_text(encoding="utf-8")
         description = read_description({**info.description, "tokenizer_json": tokenizer})
-        vector = _read_vector(info.probe, description.dimension)
+        vector = _read_vector(info.probe)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
         return None
@@ -209,8 +245,8 @@ def read_fidelity(values: Mapping[str, Any]) -> Fidelity:
     TypeError is raised if a value is missing that every version has written.
     """
     known = {field.name for field in fields(Fidelity)}
-    calibration = _read_calibration(values.get("calibration"))
-    return Fidelity(**{name: value for name, value in values.items() if name in known} | {"calibration": calibration})
+    parts = {name: read(**values[name]) for name, read in _FIDELITY_PARTS.items() if values.get(name) is not None}
+    return Fidelity(**{name: value for name, value in values.items() if name in known} | parts)
 
 
 def read_description(values: Mapping[str, Any]) -> ModelDescription:
@@ -224,12 +260,29 @@ def read_description(values: Mapping[str, Any]) -> ModelDescription:
             "routes": {task: read_description(each) for task, each in values.get("routes", {}).items()},
             "fidelity": read_fidelity(fidelity) if fidelity is not None else None,
             "own_calibration": _read_calibration(values.get("own_calibration")),
+            **{name: tuple(values[name]) for name in ("arrays", "labels")},
+            "pair_template": _read_template(values["pair_template"]),
+            "token_rules": _read_rules(values["token_rules"]),
         }
     )
 
 
 def _read_calibration(values: Mapping[str, Any] | None) -> Calibration | None:
     return Calibration(**values) if values is not None else None
+
+
+def _read_template(values: Mapping[str, Any] | None) -> PairTemplate | None:
+    if values is None:
+        return None
+    around = values["around_instruction"]
+    return PairTemplate(**{**values, "around_instruction": tuple(around) if around is not None else None})
+
+
+def _read_rules(values: Mapping[str, Any] | None) -> TokenRules | None:
+    if values is None:
+        return None
+    rules: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
+    return TokenRules(**rules)
 
 
 def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
@@ -250,10 +303,10 @@ def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
     return info
 
 
-def _read_vector(encoded: str, dimension: int) -> NDArray[np.float32]:
+def _read_vector(encoded: str) -> NDArray[np.float32]:
     import numpy as np
 
-    return np.frombuffer(b64decode(encoded), dtype="<f4").reshape(dimension)
+    return np.frombuffer(b64decode(encoded), dtype="<f4")
 
 
 def _record_mtimes(directory: Path, mtimes: Mapping[str, int]) -> None:

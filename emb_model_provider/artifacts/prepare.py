@@ -240,7 +240,12 @@ class BackendPreparer:
             description = artifact.description
             try:
                 check_accuracy(
-                    spec, description.precision, description.fidelity, self._fidelity.floors, name=snapshot.repository
+                    spec,
+                    description.precision,
+                    description.fidelity,
+                    self._fidelity.floors,
+                    self._fidelity.lowest_agreement,
+                    name=snapshot.repository,
                 )
                 break
             except AccuracyError as error:

@@ -11,22 +11,19 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, plan_values
 from emb_model_provider.backends.hardware import free_memory, native_bf16
 from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
-from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.fidelity.cases import Runner, make_cases
 from emb_model_provider.fidelity.compare import (
     SETTING,
     AccuracyError,
     MismatchError,
     check_accuracy,
     compare,
-    embed_texts,
-    make_cases,
     measure_reference,
 )
 from emb_model_provider.fidelity.texts import corpus_digest
@@ -38,14 +35,14 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity
     from emb_model_provider.backends.precision import DeviceFacts
-    from emb_model_provider.fidelity.compare import Case
+    from emb_model_provider.fidelity.cases import Case
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import FidelitySettings
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Increased by hand whenever a measured value changes its meaning, or the torch backend computes differently."""
 _PACKAGES = ("tokenizers", *TOOL_PACKAGES, "torchao", "bitsandbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -115,7 +112,7 @@ class TorchModel:
         if precision == "fp32":
             return self._calibrated(self.load_at(precision), record)
         if (known := _read_record(record)) is not None:
-            check_accuracy(self.spec, precision, known, self.fidelity.floors, name=self.snapshot.repository)
+            self._check(precision, known)
             return _annotate(self.load_at(precision), fidelity=known)
         cases: list[Case] | str = "EMB_PROVIDER_MEASURE_FIDELITY=false"
         if self.fidelity.measure_fidelity:
@@ -127,7 +124,7 @@ class TorchModel:
         try:
             fidelity = compare(backend, cases, exact=False)
             _write_record(record, fidelity, self.snapshot)
-            check_accuracy(self.spec, precision, fidelity, self.fidelity.floors, name=self.snapshot.repository)
+            self._check(precision, fidelity)
         except MismatchError as error:
             backend.close()
             raise AccuracyError(
@@ -139,8 +136,14 @@ class TorchModel:
             raise
         return _annotate(backend, fidelity=fidelity)
 
+    def _check(self, precision: ComputePrecision, fidelity: Fidelity) -> None:
+        floors, name = self.fidelity, self.snapshot.repository
+        check_accuracy(self.spec, precision, fidelity, floors.floors, floors.lowest_agreement, name=name)
+
     def _calibrated(self, backend: Backend, record: Path) -> Backend:
         """Add the calibration of a model at fp32, which is measured at its first load and kept."""
+        if "dense" not in backend.description.outputs:
+            return backend
         known = _read_record(record)
         if known is None and self.fidelity.measure_fidelity:
             logger.info(
@@ -200,8 +203,7 @@ class _Reference:
         )  # fmt: skip
         try:
             with contextlib.closing(model.load_at("fp32")) as backend:
-                embed = partial(embed_texts, backend, Tokenization(backend.description))
-                return make_cases(embed, backend.description)
+                return make_cases(Runner(backend), backend.description)
         except ImportError:
             raise
         except Exception as error:

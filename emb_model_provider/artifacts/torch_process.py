@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -29,11 +30,13 @@ from emb_model_provider.artifacts.compiler_process import (
     without_access,
 )
 from emb_model_provider.artifacts.manifest import read_description
+from emb_model_provider.backends.base import Outputs, SparseVector
 from emb_model_provider.backends.hardware import usable_cpus
 from emb_model_provider.concurrency import start_thread
 from emb_model_provider.errors import InferenceError, LoadError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from typing import IO
 
     from numpy.typing import NDArray
@@ -118,16 +121,20 @@ class TorchProcess:
         finally:
             watching.set()
 
-    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run(self, batch: TokenBatch) -> Outputs:
         self._send(json.dumps(asdict(batch)) + "\n")
-        rows, columns = self._receive()["shape"]
-        content = self._stdout.read(4 * rows * columns)
-        if len(content) < 4 * rows * columns:
-            raise InferenceError(self._describe_end())
-        return np.frombuffer(content, dtype=np.float32).reshape(rows, columns).copy()
+        arrays = {name: self._read_array(shape, dtype) for name, shape, dtype in self._receive()["arrays"]}
+        return outputs_of(arrays)
 
-    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
-        return self.embed(batch)
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
+        return self.run(batch)
+
+    def _read_array(self, shape: Sequence[int], dtype: str) -> NDArray[Any]:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        content = self._stdout.read(size)
+        if len(content) < size:
+            raise InferenceError(self._describe_end())
+        return np.frombuffer(content, dtype=dtype).reshape(shape).copy()
 
     def close(self) -> None:
         kill_group(self._process)
@@ -178,3 +185,32 @@ class TorchProcess:
             if cancel.is_cancelled:
                 kill_group(self._process)
                 return
+
+
+def arrays_of(outputs: Outputs) -> dict[str, NDArray[Any]]:
+    """Return the results of a batch as arrays; ragged rows as one array, with the lengths of the rows."""
+    arrays: dict[str, NDArray[Any]] = {}
+    if outputs.dense is not None:
+        arrays["dense"] = outputs.dense
+    if outputs.scores is not None:
+        arrays["scores"] = outputs.scores
+    if outputs.sparse is not None:
+        arrays["sparse_lengths"] = np.array([len(vector.values) for vector in outputs.sparse], dtype=np.int32)
+        arrays["indices"] = np.concatenate([vector.indices for vector in outputs.sparse])
+        arrays["values"] = np.concatenate([vector.values for vector in outputs.sparse])
+    if outputs.multi_vector is not None:
+        arrays["token_lengths"] = np.array([len(vectors) for vectors in outputs.multi_vector], dtype=np.int32)
+        arrays["tokens"] = np.concatenate(outputs.multi_vector)
+    return arrays
+
+
+def outputs_of(arrays: Mapping[str, NDArray[Any]]) -> Outputs:
+    """Return the results that `arrays_of` has made arrays of."""
+    sparse = multi_vector = None
+    if "indices" in arrays:
+        ends = np.cumsum(arrays["sparse_lengths"])[:-1]
+        parts = zip(np.split(arrays["indices"], ends), np.split(arrays["values"], ends), strict=True)
+        sparse = [SparseVector(indices, values) for indices, values in parts]
+    if "tokens" in arrays:
+        multi_vector = np.split(arrays["tokens"], np.cumsum(arrays["token_lengths"])[:-1])
+    return Outputs(dense=arrays.get("dense"), scores=arrays.get("scores"), sparse=sparse, multi_vector=multi_vector)

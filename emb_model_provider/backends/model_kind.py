@@ -1,7 +1,7 @@
-"""Recognizes what kind of model a repository contains, and rejects those that are not embedding models.
+"""Recognizes what kind of model a repository contains, and rejects the kinds that are not served.
 
-sentence-transformers loads almost any model, and averages its token vectors if it finds nothing else. It reads JSON files
-only, and imports no runtime.
+sentence-transformers loads almost any model, and averages its token vectors if it finds nothing else. Nothing here imports
+a runtime: only names and JSON files are read.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from emb_model_provider.backends.repository import Repository
+    from emb_model_provider.model_spec import Kind
 
 TRUST_ADVICE = (
     "If you trust it, set EMB_PROVIDER_TRUST_REMOTE_CODE=true (ModelScope: "
@@ -24,59 +25,71 @@ TRUST_ADVICE = (
     "EMB_PROVIDER_MODEL_MAPPING."
 )
 POOLING_ADVICE = 'the keys "pooling" and "normalize" of this model in EMB_PROVIDER_MODEL_MAPPING'
+KIND_ADVICE = 'the key "kind" of this model in EMB_PROVIDER_MODEL_MAPPING'
 
 ADOPTED_TYPES = frozenset({"eurobert", "gte", "jina_embeddings_v3", "lfm2", "modernbert", "nomic_bert"})
 """Model types that were published as code in a repository and are part of transformers now. Of other types, the code in
 a repository is a model of its own, such as Jina's BERT or GTE's Qwen2 without a causal mask."""
 
 
-class _Kind(NamedTuple):
+class _Other(NamedTuple):
+    """A kind of model that is not served."""
+
     what: str
     """What it is, as a noun phrase."""
     advice: str
 
 
-_EMBEDDING = "Choose an embedding model."
-_RERANKER = _Kind("a reranker (a cross-encoder)", f"It scores pairs of texts and makes no vectors. {_EMBEDDING}")
-_CLASSIFIER = _Kind("a text classifier", f"Its vectors are not made for search. {_EMBEDDING}")
-_TOKEN_CLASSIFIER = _Kind("a token classifier", f"It labels the words of a text. {_EMBEDDING}")
-_ANSWERS = _Kind("a model that answers questions about a text", _EMBEDDING)
-_SPARSE = _Kind(
-    "a sparse model (such as SPLADE)",
-    f"It makes one weight per token of its vocabulary, not a dense vector. {_EMBEDDING}",
-)
-_MULTI_VECTOR = _Kind(
-    "a multi-vector model (such as ColBERT)", f"It makes one vector per token, not one per text. {_EMBEDDING}"
-)
-_IMAGES = _Kind("a model of images", f"It does not read text. {_EMBEDDING}")
-_AUDIO = _Kind("a model of audio", f"It does not read text. {_EMBEDDING}")
+_CHOOSE = "Choose a model for embeddings, reranking or classification of texts."
+_TOKEN_CLASSIFIER = _Other("a token classifier", f"It labels the words of a text. {_CHOOSE}")
+_ANSWERS = _Other("a model that answers questions about a text", _CHOOSE)
+_IMAGES = _Other("a model of images", f"It does not read text. {_CHOOSE}")
+_AUDIO = _Other("a model of audio", f"It does not read text. {_CHOOSE}")
+_PAGES = _Other("a multi-vector model of images of pages", f"Its documents are images. {_CHOOSE}")
+_AUTOENCODER = _Other("a sparse autoencoder of dense vectors", f"Its indices are no tokens. {_CHOOSE}")
 
-_ST_TYPES = {"CrossEncoder": _RERANKER, "SparseEncoder": _SPARSE, "MultiVectorEncoder": _MULTI_VECTOR}
-"""Values of `model_type` in `config_sentence_transformers.json`."""
-_ARCHITECTURES: tuple[tuple[str, _Kind], ...] = (
+_ST_TYPES: Mapping[str, Kind] = {
+    "SparseEncoder": "sparse",
+    "MultiVectorEncoder": "multi-vector",
+    "ColBERT": "multi-vector",
+}
+"""Values of `model_type` in `config_sentence_transformers.json`; a CrossEncoder is distinguished by its labels."""
+_MODULES: Mapping[str, Kind | _Other] = {
+    "SparseAutoEncoder": _AUTOENCODER,
+    "SpladePooling": "sparse",
+    "SparseStaticEmbedding": "sparse",
+    "MLMTransformer": "sparse",
+    "LogitScore": "reranker",
+    "MultiVectorMask": "multi-vector",
+    "pylate": "multi-vector",
+}
+"""Parts of the class names of modules."""
+_ARCHITECTURES: tuple[tuple[str, Kind | _Other], ...] = (
+    ("HF_ColBERT", "multi-vector"),
     ("ForTokenClassification", _TOKEN_CLASSIFIER),
     ("ForQuestionAnswering", _ANSWERS),
     ("ForMultipleChoice", _ANSWERS),
-    ("ForNextSentencePrediction", _CLASSIFIER),
+    ("ForNextSentencePrediction", _ANSWERS),
     ("ForImageClassification", _IMAGES),
     ("ForObjectDetection", _IMAGES),
     ("ForSemanticSegmentation", _IMAGES),
     ("ForAudioClassification", _AUDIO),
     ("ForCTC", _AUDIO),
     ("ForSpeechSeq2Seq", _AUDIO),
-    ("ForRetrieval", _MULTI_VECTOR),
-    ("ColBERT", _MULTI_VECTOR),
+    ("ForRetrieval", _PAGES),
 )
 """Ends of class names in `architectures`. Sequence classifiers are distinguished by their number of labels."""
 _CLASSIFIES_SEQUENCES = ("ForSequenceClassification", "ForSequenceRegression", "ForReward")
 _PREDICTS_TOKENS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
-_TASKS = {
-    "text-ranking": _RERANKER,
-    "reranking": _RERANKER,
-    "text-classification": _CLASSIFIER,
-    "sentiment-classification": _CLASSIFIER,
-    "zero-shot-classification": _CLASSIFIER,
-    "nli": _CLASSIFIER,
+_GENERATES = ("ForCausalLM", "LMHeadModel")
+_RERANKING, _CLASSIFYING = "reranking", "classification"
+_TASKS: Mapping[str, str | _Other] = {
+    "text-ranking": _RERANKING,
+    "reranking": _RERANKING,
+    "text-classification": _CLASSIFYING,
+    "sentiment-classification": _CLASSIFYING,
+    "zero-shot-classification": _CLASSIFYING,
+    "nli": _CLASSIFYING,
     "token-classification": _TOKEN_CLASSIFIER,
     "named-entity-recognition": _TOKEN_CLASSIFIER,
     "word-segmentation": _TOKEN_CLASSIFIER,
@@ -87,41 +100,64 @@ _TASKS = {
     "automatic-speech-recognition": _AUDIO,
 }
 """Tasks in ModelScope's `configuration.json` and in the metadata of model cards."""
-_ADAPTER_TASKS = {"SEQ_CLS": _CLASSIFIER, "TOKEN_CLS": _TOKEN_CLASSIFIER, "QUESTION_ANS": _ANSWERS}
-_MODULES = {"SpladePooling": _SPARSE, "SparseAutoEncoder": _SPARSE, "MLMTransformer": _SPARSE, "pylate": _MULTI_VECTOR}
-"""Parts of the class names of modules."""
+_ADAPTER_TASKS: Mapping[str, str | _Other] = {
+    "SEQ_CLS": _CLASSIFYING,
+    "TOKEN_CLS": _TOKEN_CLASSIFIER,
+    "QUESTION_ANS": _ANSWERS,
+}
+BGE_M3_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
+"""Weights of the sparse and the multi-vector output of BGE-M3."""
 _SPARSE_WORDS = re.compile(r"splade|sparse[-_]encod|neural-sparse", re.IGNORECASE)
 _CARD_TASK = re.compile(r"^pipeline_tag:\s*[\"']?([\w-]+)", re.MULTILINE)
+_MODEL_CLASSES: Mapping[Kind, tuple[str, ...]] = {
+    "reranker": ("AutoModelForSequenceClassification", "AutoModelForCausalLM"),
+    "classifier": ("AutoModelForSequenceClassification",),
+    "sparse": ("AutoModelForMaskedLM",),
+}
+"""Keys of `auto_map` for the class that a kind loads, besides AutoModel."""
 
 
-def require_embedding_model(
-    repository: Repository, st_config: Mapping[str, Any], tasks: Iterable[str], *, pooling: str | None
-) -> None:
-    """Raise UnsupportedModelError if a repository does not contain an embedding model.
+def recognize_kind(
+    repository: Repository,
+    st_config: Mapping[str, Any],
+    tasks: Iterable[str],
+    *,
+    requested: Kind | None,
+    pooling: str | None,
+) -> Kind:
+    """Return what a model computes.
 
     Args:
         repository: The repository.
         st_config: Its `config_sentence_transformers.json`.
         tasks: The tasks in its `configuration.json`.
+        requested: The kind that the settings choose.
         pooling: The pooling that the settings or ModelScope's configuration choose: then a masked language model is
             used as an embedding model on purpose.
+
+    Raises:
+        UnsupportedModelError: It is of a kind that is not served, or cannot be of the requested one.
     """
     _reject_quantized(repository)
     kind = _declared_kind(repository, st_config)
     if kind is None and not repository.has_modules:
         kind = next(_kinds_of_bare(repository, tasks), None)
-    if kind is not None:
-        raise UnsupportedModelError(f"{repository.name} is {kind.what}, not an embedding model. {kind.advice}")
+    if requested is not None and requested != kind:
+        _require_possible(repository, requested, kind)
+        return requested
+    if isinstance(kind, _Other):
+        raise UnsupportedModelError(f"{repository.name} is {kind.what}, which is not served. {kind.advice}")
     architecture = architecture_of(repository.config)
-    if pooling is None and not repository.has_modules and architecture.endswith(_PREDICTS_TOKENS):
+    if kind is None and pooling is None and not repository.has_modules and architecture.endswith(_PREDICTS_TOKENS):
         raise UnsupportedModelError(
             f"{repository.name} is a language model ({architecture}) and does not say how its vectors are made: it has "
-            "no modules.json. It can be a sparse model (SPLADE), or a model that was not trained for embeddings. If its "
-            f"card says how embeddings are made, set {POOLING_ADVICE}."
+            f'no modules.json. It can be a sparse model (SPLADE): then set {KIND_ADVICE} to "sparse". Or it was not '
+            f"trained for embeddings. If its card says how embeddings are made, set {POOLING_ADVICE}."
         )
+    return kind or "dense"
 
 
-def require_own_class(repository: Repository, *, trust_remote_code: bool) -> None:
+def require_own_class(repository: Repository, kind: Kind, *, trust_remote_code: bool) -> None:
     """Raise UnsupportedModelError if the class of a model is code that must not run, or that is not here.
 
     Without trust, transformers would silently load its own class of the same model type.
@@ -137,7 +173,7 @@ def require_own_class(repository: Repository, *, trust_remote_code: bool) -> Non
         return
     adopted = repository.config.get("model_type") in ADOPTED_TYPES
     for file, reference in repository.code_references():
-        if file != "modules.json" and (adopted or not _decides_vectors(repository, file, reference)):
+        if file != "modules.json" and (adopted or not _decides_results(repository, kind, file, reference)):
             continue
         raise UnsupportedModelError(
             f"{repository.name} needs code from {_place(reference)} to run ({reference} in {file}). {TRUST_ADVICE}"
@@ -155,46 +191,90 @@ def _place(reference: str) -> str:
     return f"the repository {owner}" if separator else "its repository"
 
 
-def _decides_vectors(repository: Repository, file: str, reference: str) -> bool:
+def _decides_results(repository: Repository, kind: Kind, file: str, reference: str) -> bool:
     auto_map = repository.read(file).get("auto_map")
     if not isinstance(auto_map, dict):
         return True
     keys = {key for key, value in auto_map.items() if reference in (value if isinstance(value, list) else [value])}
-    return bool(keys & {"AutoConfig", "AutoModel", "AutoTokenizer"})
+    return bool(keys & {"AutoConfig", "AutoModel", "AutoTokenizer", *_MODEL_CLASSES.get(kind, ())})
 
 
-def _declared_kind(repository: Repository, st_config: Mapping[str, Any]) -> _Kind | None:
+def _declared_kind(repository: Repository, st_config: Mapping[str, Any]) -> Kind | _Other | None:
     """Return the kind that the repository names itself, whatever else it contains."""
     model_type = st_config.get("model_type", "SentenceTransformer")
+    if model_type == "CrossEncoder" or isinstance(repository.config.get("sentence_transformers"), dict):
+        # The key in config.json is written by CrossEncoder only.
+        return _by_labels(repository)
     if model_type != "SentenceTransformer":
-        return _ST_TYPES.get(
-            model_type, _Kind(f"a {model_type}", f"It does not make one vector per text. {_EMBEDDING}")
-        )
-    if isinstance(repository.config.get("sentence_transformers"), dict):  # written by CrossEncoder only
-        return _RERANKER
-    for module in repository.modules:
-        for part, kind in _MODULES.items():
-            if part in str(module.get("type", "")):
-                return kind
-    return None
+        unknown = _Other(f"a {model_type} of sentence-transformers", f"That is not known here. {_CHOOSE}")
+        return _ST_TYPES.get(model_type, unknown)
+    types = [str(module.get("type", "")) for module in repository.nested_modules]
+    for part, kind in _MODULES.items():
+        if any(part in name for name in types):
+            return kind
+    return "bge-m3" if all(name in repository.files for name in BGE_M3_HEADS) else None
 
 
-def _kinds_of_bare(repository: Repository, tasks: Iterable[str]) -> Iterator[_Kind]:
-    """Yield the kinds that a repository without modules can be recognized as."""
+def _by_labels(repository: Repository) -> Kind:
     config = repository.config
-    architecture = architecture_of(config)
+    if architecture_of(config).endswith(_GENERATES):
+        return "reranker"
+    labels = config.get("num_labels", len(config.get("id2label") or [1, 2]))
+    for module in repository.modules:
+        if str(module.get("type", "")).endswith(".Dense"):
+            labels = repository.read(f"{str(module.get('path')).strip('./')}/config.json").get("out_features", labels)
+    return "reranker" if labels == 1 else "classifier"
+
+
+def _kinds_of_bare(repository: Repository, tasks: Iterable[str]) -> Iterator[Kind | _Other]:
+    """Yield the kinds that a repository without modules can be recognized as."""
+    architecture = architecture_of(repository.config)
     if architecture.endswith(_CLASSIFIES_SEQUENCES):
-        labels = config.get("num_labels", len(config.get("id2label") or [1, 2]))
-        yield _RERANKER if labels == 1 else _CLASSIFIER
+        yield _by_labels(repository)
     yield from (kind for end, kind in _ARCHITECTURES if architecture.endswith(end))
-    if repository.adapter:
-        task = read_object(repository.adapter[ADAPTER_CONFIG]).get("task_type")
-        if task in _ADAPTER_TASKS:
-            yield _ADAPTER_TASKS[task]
     declared = [*tasks, *_CARD_TASK.findall(repository.card)]
-    yield from (_TASKS[task] for task in declared if task in _TASKS)
+    if repository.adapter:
+        task = _ADAPTER_TASKS.get(str(read_object(repository.adapter[ADAPTER_CONFIG]).get("task_type")))
+        if task is not None:
+            yield _without_head(task, architecture)
+    for name in declared:
+        if (found := _TASKS.get(name)) is not None:
+            if found == _RERANKING and architecture.endswith(_GENERATES):
+                yield "reranker"
+            yield _without_head(found, architecture)
     if architecture.endswith(_PREDICTS_TOKENS) and _SPARSE_WORDS.search(f"{repository.name}\n{repository.card}"):
-        yield _SPARSE
+        yield "sparse"
+
+
+def _without_head(found: str | _Other, architecture: str) -> _Other:
+    """Return the kind of a model whose task needs a head, and whose class has none."""
+    if isinstance(found, _Other):
+        return found
+    return _Other(
+        f"a model for {found} by its description, but its class {architecture or '(none is declared)'} has no output for it",
+        f'If it is an embedding model, set {KIND_ADVICE} to "dense".',
+    )
+
+
+def _require_possible(repository: Repository, requested: Kind, recognized: Kind | _Other | None) -> None:
+    """Raise UnsupportedModelError if the settings choose a kind that the files cannot be."""
+    architecture = architecture_of(repository.config)
+    is_other_encoder = recognized not in (None, "dense") and repository.has_modules
+    possible: Mapping[Kind, bool] = {
+        # A reranker or classifier is never averaged into something like an embedding.
+        "dense": not architecture.endswith(_CLASSIFIES_SEQUENCES) and (recognized == "bge-m3" or not is_other_encoder),
+        "reranker": architecture.endswith((*_CLASSIFIES_SEQUENCES, *_GENERATES)) and not repository.has_modules,
+        "classifier": architecture.endswith(_CLASSIFIES_SEQUENCES) and not repository.has_modules,
+        "sparse": architecture.endswith(_PREDICTS_TOKENS) and not repository.has_modules,
+        "multi-vector": False,
+        "bge-m3": all(name in repository.files for name in BGE_M3_HEADS),
+    }
+    if not possible[requested]:
+        is_what = recognized.what if isinstance(recognized, _Other) else f"of the kind {recognized or 'dense'!r}"
+        raise UnsupportedModelError(
+            f"{repository.name} cannot be served as the kind {requested!r}: by its files it is {is_what} "
+            f"({architecture or 'no class is declared'}). Change or remove {KIND_ADVICE}."
+        )
 
 
 def _reject_quantized(repository: Repository) -> None:

@@ -14,7 +14,7 @@ from emb_model_provider.backends.model_kind import (
     POOLING_ADVICE,
     TRUST_ADVICE,
     architecture_of,
-    require_embedding_model,
+    recognize_kind,
     require_own_class,
 )
 from emb_model_provider.backends.repository import Repository, reading_files
@@ -24,7 +24,7 @@ from emb_model_provider.snapshots.weights import is_weights, split_path
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from emb_model_provider.model_spec import ModelSpec, Pooling
+    from emb_model_provider.model_spec import Kind, ModelSpec, Pooling
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 MODELSCOPE_MAX_LENGTH = 512
@@ -56,6 +56,7 @@ class PipelinePlan:
     """How to turn a snapshot into a pipeline, as the repository declares it and the settings override it."""
 
     layout: Literal["sentence-transformers", "modelscope", "transformers"]
+    kind: Kind = "dense"
     pooling: Pooling | None = None
     """None: as `modules.json` says or, without one, the default of sentence-transformers (last token for a causal
     language model, mean for all others)."""
@@ -121,13 +122,17 @@ def _plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bo
     configuration = repository.read("configuration.json")
     section = modelscope_model_section(configuration)
     pooling = spec.pooling if section is None else spec.pooling or "cls"
-    require_embedding_model(repository, st_config, modelscope_tasks(configuration), pooling=pooling)
-    require_own_class(repository, trust_remote_code=trust_remote_code)
+    kind = recognize_kind(repository, st_config, modelscope_tasks(configuration), requested=spec.kind, pooling=pooling)
+    require_own_class(repository, kind, trust_remote_code=trust_remote_code)
     _reject_other_tokenizers(repository)
     if repository.has_modules:
         if not trust_remote_code:
             _reject_custom_activations(repository)
         plan = _from_modules(repository, st_config)
+    elif kind not in ("dense", "bge-m3"):
+        plan = PipelinePlan(
+            layout="transformers", prompts=_prompts(st_config), default_prompt=_default_prompt(st_config)
+        )
     elif section is not None:
         plan = _from_modelscope(repository, section, spec.pooling)
     elif "configuration.json" not in repository.files and any(
@@ -146,6 +151,7 @@ def _plan_pipeline(spec: ModelSpec, snapshot: Snapshot, *, trust_remote_code: bo
             plan = replace(plan, notes=())
     plan = replace(
         plan,
+        kind=kind,
         route=spec.route,
         architecture=architecture_of(config) if spec.pooling is None else None,
         notes=(*plan.notes, *_notes_on_files(repository, trust_remote_code)),
@@ -204,7 +210,6 @@ def _declared_pooling(modules: list[dict[str, Any]]) -> str | None:
 
 
 def _from_modules(repository: Repository, st_config: Mapping[str, Any]) -> PipelinePlan:
-    prompts = {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
     truncate_dim = st_config.get("truncate_dim")
     notes: list[str] = []
     if "modules.json" not in repository.files and repository.config.get("model_type") != "model2vec":
@@ -221,12 +226,20 @@ def _from_modules(repository: Repository, st_config: Mapping[str, Any]) -> Pipel
         )
     return PipelinePlan(
         layout="sentence-transformers",
-        prompts=prompts,
-        default_prompt=st_config.get("default_prompt_name"),
+        prompts=_prompts(st_config),
+        default_prompt=_default_prompt(st_config),
         truncate_dim=truncate_dim if isinstance(truncate_dim, int) else None,
         matryoshka=_matryoshka(repository.config) or _matryoshka(st_config),
         notes=tuple(notes),
     )
+
+
+def _prompts(st_config: Mapping[str, Any]) -> dict[str, str]:
+    return {name: text for name, text in (st_config.get("prompts") or {}).items() if text is not None}
+
+
+def _default_prompt(st_config: Mapping[str, Any]) -> str | None:
+    return st_config.get("default_prompt_name")
 
 
 def _from_modelscope(

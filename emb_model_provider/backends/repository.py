@@ -98,6 +98,8 @@ _EXPECTED: tuple[tuple[re.Pattern[str], Mapping[str, tuple[Callable[[object], bo
     (re.compile(r"adapter_config\.json"), {"task_type": _TEXT, "base_model_name_or_path": _TEXT}),
 )
 """What the values of a file must be, which are read here. A value that is null counts as absent."""
+_REPLACED_CLASSES = frozenset({"pylate.models.Dense.Dense"})
+"""Classes of other packages for which sentence-transformers loads its own."""
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -272,7 +274,7 @@ class Repository:
                         yield name, reference
         for module in self.nested_modules:
             reference = str(module.get("type", ""))
-            if not reference.startswith("sentence_transformers."):
+            if not reference.startswith("sentence_transformers.") and reference not in _REPLACED_CLASSES:
                 yield "modules.json", reference
 
     @property

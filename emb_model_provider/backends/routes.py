@@ -10,18 +10,14 @@ import ast
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.base import Outputs
 from emb_model_provider.backends.repository import is_router, reading_files
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from numpy.typing import NDArray
-
-    from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.backends.base import Backend, ModelDescription, Row, TokenBatch
     from emb_model_provider.backends.repository import Repository
 
 TASKS = ("query", "document")
@@ -109,31 +105,28 @@ class RoutedBackend:
                 backend.close()
             raise
 
-    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
-        return self._run(batch, lambda backend, part: backend.embed(part))
+    def run(self, batch: TokenBatch) -> Outputs:
+        return self._run(batch, lambda backend, part: backend.run(part))
 
-    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
         """Compute at fp32; NotImplementedError if a route of the batch has integer weights."""
-        return self._run(batch, lambda backend, part: backend.embed_fp32(part))
+        return self._run(batch, lambda backend, part: backend.run_fp32(part))
 
     def close(self) -> None:
         for backend in self._backends.values():
             backend.close()
 
-    def _run(
-        self, batch: TokenBatch, embed: Callable[[Backend, TokenBatch], NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
+    def _run(self, batch: TokenBatch, run: Callable[[Backend, TokenBatch], Outputs]) -> Outputs:
         default = self._routes.default or next(iter(self._routes.by_task))
         tasks = batch.tasks or [default] * len(batch.ids)
-        names = [self._routes.by_task[task] for task in tasks]
-        vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
+        names = [self._routes.by_task[task or default] for task in tasks]
+        outputs = batch.outputs or self.description.outputs
+        results: dict[int, tuple[Row, ...]] = {}
         for name in dict.fromkeys(names):
             rows = [row for row, other in enumerate(names) if other == name]
-            part = TokenBatch(
-                ids=[batch.ids[row] for row in rows], prompt_lengths=[batch.prompt_lengths[row] for row in rows]
-            )
-            vectors[rows] = embed(self._backends[name], part)
-        return vectors
+            part = run(self._backends[name], batch.select(rows))
+            results |= {row: part.row(place, outputs) for place, row in enumerate(rows)}
+        return Outputs.of_rows(outputs, [results[row] for row in range(len(names))])
 
 
 def describe_routes(descriptions: Mapping[str, ModelDescription], routes: Routes) -> ModelDescription:
@@ -151,7 +144,7 @@ def describe_routes(descriptions: Mapping[str, ModelDescription], routes: Routes
     default = by_task[routes.default] if routes.default is not None else next(iter(by_task.values()))
     lowest = min(
         (each for each in descriptions.values() if each.fidelity is not None),
-        key=lambda each: each.fidelity.min_cosine if each.fidelity is not None else 1.0,
+        key=lambda each: min(each.fidelity.agreement.values(), default=1.0) if each.fidelity is not None else 1.0,
         default=default,
     )
     notes = {note: None for task, each in by_task.items() for note in (f"{task}: {note}" for note in each.notes)}

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from emb_model_provider.backends.base import TokenBatch, TokenRules
 from emb_model_provider.backends.tokenizer_rules import is_known, require_bounded
 from emb_model_provider.errors import (
     InferenceError,
@@ -30,7 +31,7 @@ from emb_model_provider.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.backends.base import ModelDescription, OutputName
     from emb_model_provider.model_spec import Truncate
 
 MAX_CHARACTERS = 1 << 20
@@ -60,6 +61,31 @@ class EncodedInputs:
     """Number of prompt tokens at the start of each input; 0 unless the model excludes prompts."""
     truncated: int
     """Number of inputs that were truncated."""
+    first_lengths: list[int] | None = None
+    attended: list[int] | None = None
+    """These two as in `TokenBatch`."""
+
+    def batch(self, outputs: tuple[OutputName, ...] | None = None, task: str | None = None) -> TokenBatch:
+        """Return the inputs as a batch that requests some outputs."""
+        return TokenBatch(
+            ids=self.ids,
+            prompt_lengths=self.prompt_lengths,
+            tasks=[task] * len(self.ids) if task is not None else None,
+            first_lengths=self.first_lengths,
+            attended=self.attended,
+            outputs=outputs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PairFrame:
+    """The special tokens of a pair."""
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    between_of_first: int
+    """How many of the tokens between the texts have the type of the first text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +126,7 @@ class Tokenization:
         self._max_length = description.max_length
         self._vocab_size = description.vocab_size
         self._excludes_prompt = description.excludes_prompt
+        self._rules = description.token_rules or TokenRules()
         self._side: Truncate = "START" if description.truncation_side == "left" else "END"
         # Replaces inputs without any token; see `encode`.
         self._placeholder = [description.pad_token_id]
@@ -109,11 +136,17 @@ class Tokenization:
         self._prompt_length = lru_cache(maxsize=256)(self._measure_prompt)
 
     def encode(
-        self, texts: Sequence[str], *, prompt: str = "", truncate: Truncate | None = None, max_tokens: int | None = None
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str = "",
+        truncate: Truncate | None = None,
+        max_tokens: int | None = None,
+        task: str | None = None,
     ) -> EncodedInputs:
         """Put a prompt before each text, tokenize them, and add the special tokens of the model.
 
-        `truncate` is the side from which inputs that are too long are cut; None is the side of the model.
+        A multi-vector model has own lengths and a query expansion for the tasks `query` and `document`. `truncate` is the side from which inputs that are too long are cut; None is the side of the model.
 
         Special tokens are kept when an input is truncated, as in transformers. A lone surrogate, which valid Unicode
         text cannot contain, is read as U+FFFD. A text without any token (an empty one, if the tokenizer adds no special
@@ -127,14 +160,15 @@ class Tokenization:
         truncate = truncate or self._side
         whole = [prompt + text for text in texts] if prompt else list(texts)
         prompt_length = self._prompt_length(prompt) if prompt and self._excludes_prompt else 0
-        limit, from_end = self._limit(max_tokens), truncate == "START"
+        limit, from_end = self._limit(max_tokens, task), truncate == "START"
         truncator = self._pre_truncator
         if truncator is None or (from_end and (prompt_length or not truncator.from_end)):
             _require_short(whole)
             rows = self._ids(whole)
         else:
             rows = truncator.encode(whole, self._ids, keep=limit, from_end=from_end)
-        return _truncate(rows, self._prefix, self._suffix, prompt_length, truncate, limit)
+        encoded = _truncate(rows, self._prefix, self._suffix, prompt_length, truncate, limit)
+        return self._expand(encoded) if task == "query" else encoded
 
     def encode_token_ids(
         self, rows: Sequence[Sequence[int]], *, truncate: Truncate | None = None, max_tokens: int | None = None
@@ -169,7 +203,7 @@ class Tokenization:
     def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[Token]:
         """Return the tokens of a text, without truncation."""
         _require_short([text])
-        text = _replace_lone_surrogates(text)
+        text = replace_lone_surrogates(text)
         with _panics_as(InferenceError):
             encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return [
@@ -179,17 +213,60 @@ class Tokenization:
             )
         ]
 
+    def ids_between(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each text without special tokens and without truncation."""
+        _require_short(texts)
+        with _panics_as(InferenceError):
+            try:
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            except TypeError:  # see `_ids`
+                texts = [replace_lone_surrogates(text) for text in texts]
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Return likewise the tokens of each text, which must be valid Unicode, with the span of characters of each token."""
+        _require_short(texts)
+        with _panics_as(InferenceError):
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def pair_frame(self) -> PairFrame:
+        """Return the special tokens of the model around and between the two texts of a pair."""
+        encoding = self._tokenizer.encode(_PROBE, _PROBE)
+        owners = encoding.sequence_ids
+        first, second = owners.index(0), owners.index(1)
+        end_of_first = len(owners) - 1 - owners[::-1].index(0) + 1
+        end_of_second = len(owners) - owners[::-1].index(1)
+        return PairFrame(
+            encoding.ids[:first], encoding.ids[end_of_first:second], encoding.ids[end_of_second:],
+            between_of_first=sum(1 for kind in encoding.type_ids[end_of_first:second] if kind == 0),
+        )  # fmt: skip
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         with _panics_as(InferenceError):
             try:
                 encodings = self._tokenizer.encode_batch_fast(texts)
             except TypeError:
                 # Raised for a str that is not valid Unicode. This is rare, so texts are not checked beforehand.
-                encodings = self._tokenizer.encode_batch_fast([_replace_lone_surrogates(text) for text in texts])
+                encodings = self._tokenizer.encode_batch_fast([replace_lone_surrogates(text) for text in texts])
         return [encoding.ids or list(self._placeholder) for encoding in encodings]
 
-    def _limit(self, max_tokens: int | None) -> int:
-        return self._max_length if max_tokens is None else max(1, min(max_tokens, self._max_length))
+    def _limit(self, max_tokens: int | None, task: str | None = None) -> int:
+        limits = (
+            max_tokens,
+            {"query": self._rules.query_length, "document": self._rules.document_length}.get(task or ""),
+        )
+        return max(1, min([self._max_length, *(limit for limit in limits if limit is not None)]))
+
+    def _expand(self, encoded: EncodedInputs) -> EncodedInputs:
+        """Add the expansion tokens of a multi-vector model to queries."""
+        rules = self._rules
+        if rules.expansion_id is None:
+            return encoded
+        lengths = [len(row) for row in encoded.ids]
+        ids = [[*row, *[rules.expansion_id] * (rules.expansion_length - len(row))] for row in encoded.ids]
+        return replace(encoded, ids=ids, attended=None if rules.expansion_is_attended else lengths)
 
     def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Return the special tokens that the tokenizer adds before and after each text."""
@@ -333,7 +410,7 @@ def _truncate(
     return EncodedInputs(ids=rows, prompt_lengths=prompt_lengths, truncated=truncated)
 
 
-def _replace_lone_surrogates(text: str) -> str:
+def replace_lone_surrogates(text: str) -> str:
     """Return a text with surrogate pairs joined, and lone surrogates replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

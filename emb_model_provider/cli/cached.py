@@ -142,7 +142,9 @@ def _row(model: CachedModelRecord) -> Sequence[str]:
     labels = [precision_label(artifact.precision, artifact.computed) for artifact in model.artifacts]
     revision = model.revision or model.asked_revision or "-"
     is_commit = re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-    cosines = [format_cosine(each.fidelity.min_cosine) if each.fidelity else "-" for each in model.artifacts]
+    cosines = [
+        format_cosine(min(each.fidelity.agreement.values())) if each.fidelity else "-" for each in model.artifacts
+    ]
     return (
         model.model_name,
         model.source,
@@ -184,7 +186,7 @@ def _describe(model: CachedModelRecord, details: Details) -> str:
     values |= {name.replace("_", " "): value for name, value in details.model_dump(exclude={"files"}).items()}
     lines = [(name, _format_value(value)) for name, value in values.items()]
     for artifact in model.artifacts:
-        fidelity = format_cosine(artifact.fidelity.min_cosine) if artifact.fidelity else "not measured"
+        fidelity = format_cosine(min(artifact.fidelity.agreement.values())) if artifact.fidelity else "not measured"
         label = precision_label(artifact.precision, artifact.computed)
         lines.append(("compiled", f"{label}, {format_size(artifact.size)}, fidelity {fidelity}, {artifact.key[:12]}"))
     text = pairs([line for line in lines if line[1]])

@@ -19,6 +19,7 @@ from emb_model_provider.progress import Mode, Progress
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from emb_model_provider.embedder import Embedder
     from emb_model_provider.model_spec import Precision, Source
 
 _BATCH_SIZE = 256
@@ -48,25 +49,14 @@ def embed(
     Each vector is a JSON array on one line. `-` reads texts from stdin and `@FILE` from a file, one per line. The model
     is downloaded and compiled if necessary, and runs in this process: no server is used.
     """
-    _check_texts(texts)
-    lines = _read_texts(texts)
+    check_texts(texts)
+    lines = read_texts(texts)
     if (first := next(lines, None)) is None:  # else a model would be downloaded for nothing
         say("There is no text to embed.")
         return
-    from emb_model_provider.embedder import Embedder
-    from emb_model_provider.management.manager import ModelManager
-
-    settings = options.open_settings()
-    name, revision = options.split_revision(settings, model or settings.models.specs()[0].alias, revision)
-    embedder = Embedder(name, source=source, revision=revision, precision=precision, settings=settings)
 
     def work() -> None:
-        with show_progress(progress) as report:
-            report.model(embedder.spec.alias)
-            ModelManager(settings).compile(embedder.spec, on_progress=report)
-            report(Progress("load", embedder.spec.name))
-            embedder.load()
-        with embedder:
+        with load_embedder(model, source=source, revision=revision, precision=precision, progress=progress) as embedder:
             index = 0
             remaining = itertools.chain([first], lines)
             while batch := list(itertools.islice(remaining, _BATCH_SIZE)):
@@ -78,12 +68,29 @@ def embed(
     run_until_interrupted(work, "the vectors above are complete.")
 
 
-def _check_texts(texts: tuple[str, ...]) -> None:
+def load_embedder(
+    model: str | None, *, source: Source | None, revision: str | None, precision: Precision | None, progress: Mode
+) -> Embedder:
+    """Download, compile and load a model in this process, and show the progress. None: as in the settings."""
+    from emb_model_provider.embedder import Embedder
+    from emb_model_provider.management.manager import ModelManager
+
+    settings = options.open_settings()
+    name, revision = options.split_revision(settings, model or settings.models.specs()[0].alias, revision)
+    embedder = Embedder(name, source=source, revision=revision, precision=precision, settings=settings)
+    with show_progress(progress) as report:
+        report.model(embedder.spec.alias)
+        ModelManager(settings).compile(embedder.spec, on_progress=report)
+        report(Progress("load", embedder.spec.name))
+        return embedder.load()
+
+
+def check_texts(texts: tuple[str, ...]) -> None:
     """Report a file that does not exist before a model is loaded for it."""
     for text in texts:
         if text.startswith("@") and not _is_readable(_path_of(text)):
             raise click.UsageError(
-                f"{text}: no such file. To embed a text that begins with @, write it to stdin and pass - instead."
+                f"{text}: no such file. To pass a text that begins with @, write it to stdin and pass - instead."
             )
     if texts.count("-") > 1:
         raise click.UsageError("Stdin can be read only once: pass a single -.")
@@ -98,7 +105,7 @@ def _path_of(text: str) -> str:
     return os.path.expanduser(text[1:])  # noqa: PTH111 - pathlib raises for a ~ that it cannot expand
 
 
-def _read_texts(texts: tuple[str, ...]) -> Iterator[str]:
+def read_texts(texts: tuple[str, ...]) -> Iterator[str]:
     for text in texts:
         if text == "-":
             yield from (line.decode("utf-8", "replace").rstrip("\r\n") for line in sys.stdin.buffer)

@@ -193,8 +193,10 @@ def _measure_throughput(workers: Mapping[str, FidelityWorker], rounds: int, rows
 
 def _notes(row: Mapping[str, Any]) -> list[str]:
     notes = list(row.get("notes", ()))
-    if row.get("fidelity") and row["fidelity"]["min_cosine"] < row["floor"]:
-        notes.append(f"not served: below its floor of {row['floor']:g} (EMB_PROVIDER_FIDELITY_FLOORS)")
+    for output, value in row.get("agreement", {}).items():
+        floor, setting = ("floor", "FIDELITY") if output == "dense" else ("agreement_floor", "AGREEMENT")
+        if value < row[floor]:
+            notes.append(f"not served: below its floor of {row[floor]:g} (EMB_PROVIDER_{setting}_FLOORS)")
     return notes
 
 

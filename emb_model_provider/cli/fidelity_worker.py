@@ -85,11 +85,12 @@ def load(
         device=device or configured.device,
     )
     snapshot = fetch_snapshot(spec, settings.hubs, trust=settings.trust)
-    no_floors = FidelitySettings(fidelity_floors=dict.fromkeys(get_args(FidelityPrecision), 0.0), measure_fidelity=True)
+    zero = dict.fromkeys(get_args(FidelityPrecision), 0.0)
+    no_floors = FidelitySettings(fidelity_floors=zero, agreement_floors=zero, measure_fidelity=True)
     prepared = BackendPreparer(settings.hubs, no_floors, settings.trust).prepare(spec, snapshot)
     started = time.perf_counter()
     loaded = prepared.load()
-    loaded.embed(_make_batch(loaded, "short", np.random.default_rng(0)))
+    loaded.run(_make_batch(loaded, "short", np.random.default_rng(0)))
     load_s = time.perf_counter() - started
     description = loaded.description
     return loaded, {
@@ -98,7 +99,9 @@ def load(
         "backend": description.backend,
         "device": description.device,
         "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,
+        "agreement": dict(description.fidelity.agreement) if description.fidelity is not None else {},
         "floor": settings.fidelity.floors[precision],
+        "agreement_floor": settings.fidelity.lowest_agreement[precision],
         "disk_bytes": prepared.size,
         "resident_bytes": psutil.Process().memory_info().rss,
         "peak_bytes": _peak_bytes(),
@@ -117,7 +120,7 @@ def _measure_rate(backend: Backend, kind: str) -> float:
     def run_stream(index: int) -> None:
         while time.perf_counter() < started + _ROUND_S:
             batch = batches[index % len(batches)]
-            backend.embed(batch)
+            backend.run(batch)
             counts.append(len(batch.ids))
             index += backend.streams
 

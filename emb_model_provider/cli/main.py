@@ -30,6 +30,7 @@ COMMANDS = {
     "load": "server:load",
     "unload": "server:unload",
     "embed": "embed:embed",
+    "rerank": "rerank:rerank",
     "fidelity": "fidelity:fidelity",
     "transfer": "transfer:transfer",
     "doctor": "doctor:doctor",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,8 @@ def _to_json(spec: ModelSpec, snapshot: Snapshot, compiled: CompiledModel | None
 
 
 def _compiled_to_json(compiled: CompiledModel) -> dict[str, Any]:
+    from emb_model_provider.management.types import FidelityObject  # pydantic takes long to import
+
     values = {"backend": compiled.backend, "size": compiled.size, "precision": None, "computed": None, "fidelity": None}
     description = compiled.description
     if description is None:
@@ -171,7 +173,7 @@ def _compiled_to_json(compiled: CompiledModel) -> dict[str, Any]:
         **values,
         "precision": description.precision,
         "computed": description.compute or description.precision,
-        "fidelity": asdict(description.fidelity) if description.fidelity is not None else None,
+        "fidelity": (fidelity := FidelityObject.of(description.fidelity)) and fidelity.model_dump(),
         "notes": [*description.notes, *compiled.notes],
     }
 
@@ -199,8 +201,9 @@ def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("compiled", f"{label}, {format_size(compiled['size'])}"))
         fidelity = compiled["fidelity"]
         if fidelity is not None:
-            cosine = format_cosine(fidelity["min_cosine"])
-            lines.append(("fidelity", f"{cosine} (lowest cosine to fp32, over {fidelity['texts']} texts)"))
+            for output, value in fidelity["agreement"].items():
+                what = "lowest cosine to fp32" if output == "dense" else f"agreement of {output} with fp32"
+                lines.append(("fidelity", f"{format_cosine(value)} ({what}, over {fidelity['texts']} texts)"))
     elif compiled is not None:
         lines.append(("compiled", "no: the torch backend serves the model from its files"))
     if result["copied_to"] is not None:

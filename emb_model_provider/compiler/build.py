@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from emb_model_provider.artifacts.compiler_process import CompileResult
 from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, probe, write_manifest
+from emb_model_provider.backends.arrays import finite_rows
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
+from emb_model_provider.backends.pytorch.heads import Served, serve_pipeline
 from emb_model_provider.backends.pytorch.padding import depends_on_padding
 from emb_model_provider.backends.pytorch.pipeline import load_pipeline
-from emb_model_provider.backends.tokenization import Tokenization
+from emb_model_provider.backends.repository import Repository
 from emb_model_provider.compiler.export import EXPORTERS, check_exportable, prebuilt_exporter, prebuilt_exporters
 from emb_model_provider.compiler.failures import describe_export_error, is_temporary
 from emb_model_provider.compiler.prebuilt import load_prebuilt
 from emb_model_provider.compiler.quantize import QuantizeError, quantize
+from emb_model_provider.compiler.reference import reference_of
 from emb_model_provider.errors import LoadError, UnsupportedModelError
-from emb_model_provider.fidelity.compare import (
-    CORPUS_S,
-    LONGEST_COMPARED,
-    MIN_COSINE,
-    MismatchError,
-    compare,
-    comparison_limit,
-    embed_texts,
-    make_cases,
-)
+from emb_model_provider.fidelity.cases import CORPUS_S, LONGEST_COMPARED, Runner, comparison_limit, make_cases
+from emb_model_provider.fidelity.compare import MIN_COSINE, MismatchError, compare
 from emb_model_provider.formatting import describe_error, format_cosine
 from emb_model_provider.snapshots.files import require_space
 from emb_model_provider.snapshots.weights import find_export
@@ -42,15 +35,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
     from emb_model_provider.artifacts.compiler_process import CompileJob
     from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity, ModelDescription
     from emb_model_provider.backends.openvino_cpu.runtime import Graph
     from emb_model_provider.compiler.export import Exporter
     from emb_model_provider.compiler.quantize import QuantizedWeights
-    from emb_model_provider.fidelity.compare import Case
+    from emb_model_provider.fidelity.cases import Case
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +70,7 @@ def build_artifact(
     corpus_s: float = CORPUS_S,
     measure: Measure = compare,
 ) -> CompileResult:
-    """Make the artifact of a job. Its manifest is written only if the vectors are accurate enough.
+    """Make the artifact of a job. Its manifest is written only if its results are accurate enough.
 
     Args:
         job: The artifact to make.
@@ -92,18 +86,19 @@ def build_artifact(
     on_step("load")
     only_export = find_export([file.path for file in job.snapshot.files])
     try:
-        pipeline, description = _load(job, only_export)
+        loaded = _load(job, only_export)
     except LoadError as error:
         return CompileResult("broken", error.message)
+    served, description = loaded.served, loaded.description
     try:
-        check_exportable(pipeline)
+        check_exportable(served)
         if only_export is None:
-            if _depends_on_padding(pipeline, description):
-                return CompileResult("unsupported", "its vectors depend on padding, which only torch can run without")
-            embed = partial(_reference_cases, pipeline, description, corpus_s)
+            if _depends_on_padding(loaded):
+                return CompileResult("unsupported", "its results depend on padding, which only torch can run without")
+            embed = partial(_reference_cases, loaded, corpus_s)
             exporters = {**exporters, **prebuilt_exporters(job.snapshot)}
         else:
-            completed, description = _complete_export(job, only_export, pipeline, description, on_step)
+            completed, description = _complete_export(job, only_export, served, description, on_step)
             embed = partial(_cases_of_export, job, completed, description, corpus_s)
             exporters = {only_export: _returning(completed)}
     except UnsupportedModelError as error:
@@ -115,7 +110,7 @@ def build_artifact(
     for name, export in exporters.items():
         path = job.directory / (_EXACT_GRAPH if weights in ("int8", "int4") else GRAPH)
         try:
-            graph = export(pipeline, on_step)
+            graph = export(served, on_step)
             on_step("save")
             _save(graph, path, compress_to_fp16=weights == "fp16")
             del graph
@@ -156,16 +151,28 @@ def _save(graph: Graph, path: Path, *, compress_to_fp16: bool = False) -> None:
     openvino().save_model(graph, path, compress_to_fp16=compress_to_fp16)
 
 
-def _load(job: CompileJob, export: str | None) -> tuple[SentenceTransformer, ModelDescription]:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model to compile."""
+
+    pipeline: BaseModel
+    """The reference."""
+    served: Served
+    description: ModelDescription
+
+
+def _load(job: CompileJob, export: str | None) -> _Loaded:
     """Load the pipeline of a job; with `export`, the part of it that the export does not contain."""
     spec = replace(job.spec, prompts=None)
     name, trusted = job.snapshot.repository, job.recipe.trust_remote_code
     plan = plan_pipeline(spec, job.snapshot, trust_remote_code=trusted)
     if export is not None:
         pipeline, description = load_prebuilt(plan, job.snapshot, export, trust_remote_code=trusted)
+        served = Served(pipeline, description.arrays, description.normalize)
     else:
         pipeline, plan = load_pipeline(plan, job.snapshot, precision="fp32", device="cpu", trust_remote_code=trusted)
-        description = describe(pipeline, plan, name, precision="fp32", device="cpu", backend="openvino")
+        served = serve_pipeline(pipeline, plan, Repository.of(job.snapshot, plan.route))
+        description = describe(pipeline, served, plan, name, precision="fp32", device="cpu", backend="openvino")
     if pipeline.transformers_model is not None:
         # The key-value cache of a decoder would become part of the graph without being used.
         pipeline.transformers_model.config.use_cache = False
@@ -175,51 +182,36 @@ def _load(job: CompileJob, export: str | None) -> tuple[SentenceTransformer, Mod
             f"{description.max_length} that it reads"
         )
         description = replace(description, notes=(*description.notes, note))
-    return pipeline, description
+    return _Loaded(pipeline, served, description)
 
 
-def _depends_on_padding(pipeline: SentenceTransformer, description: ModelDescription) -> bool:
+def _depends_on_padding(loaded: _Loaded) -> bool:
     try:
-        return depends_on_padding(pipeline, description)
+        return depends_on_padding(loaded.served.pipeline, loaded.description)
     except Exception as error:
         if is_temporary(error):
             raise
-        raise _ReferenceError(f"the reference cannot embed texts: {describe_error(error)}") from error
+        raise _ReferenceError(f"the reference cannot compute texts: {describe_error(error)}") from error
 
 
-def _reference_cases(pipeline: SentenceTransformer, description: ModelDescription, corpus_s: float) -> list[Case]:
-    """Embed the comparison texts with sentence-transformers, truncated to the maximum length of the comparison."""
-    pipeline.max_seq_length = comparison_limit(description)
-
-    def embed(texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
-        vectors = pipeline.encode(
-            list(texts),
-            prompt=prompt,
-            batch_size=8 if len(texts) > 16 else 1,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            normalize_embeddings=False,
-        )
-        return np.asarray(vectors, dtype=np.float32)
-
+def _reference_cases(loaded: _Loaded, corpus_s: float) -> list[Case]:
+    """Compute the comparison texts with the reference, truncated to the maximum length of the comparison."""
+    loaded.pipeline.max_seq_length = comparison_limit(loaded.description)
     try:
-        return make_cases(embed, description, corpus_s=corpus_s)
+        compute = reference_of(loaded.pipeline, loaded.served, loaded.description)
+        return make_cases(compute, loaded.description, corpus_s=corpus_s)
     except Exception as error:
         if is_temporary(error):
             raise
-        raise _ReferenceError(f"the reference cannot embed the comparison texts: {describe_error(error)}") from error
+        raise _ReferenceError(f"the reference cannot compute the comparison texts: {describe_error(error)}") from error
 
 
 def _complete_export(
-    job: CompileJob,
-    export: str,
-    pipeline: SentenceTransformer,
-    description: ModelDescription,
-    on_step: Callable[[str], None],
+    job: CompileJob, export: str, served: Served, description: ModelDescription, on_step: Callable[[str], None]
 ) -> tuple[Graph, ModelDescription]:
     """Return the graph of a repository that has only an export, and the description with the size of its vectors."""
     try:
-        graph = prebuilt_exporter(job.snapshot, export)(pipeline, on_step)
+        graph = prebuilt_exporter(job.snapshot, export)(served, on_step)
     except Exception as error:
         if is_temporary(error):
             raise
@@ -229,7 +221,7 @@ def _complete_export(
 
 
 def _returning(graph: Graph) -> Exporter:
-    return lambda _pipeline, _on_step: graph
+    return lambda _served, _on_step: graph
 
 
 def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescription, corpus_s: float) -> list[Case]:
@@ -238,7 +230,7 @@ def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescriptio
     _save(graph, path)
     backend = OpenVinoBackend(path, description, cpus=job.threads)
     try:
-        cases = make_cases(partial(embed_texts, backend, Tokenization(description)), description, corpus_s=corpus_s)
+        cases = make_cases(Runner(backend), description, corpus_s=corpus_s)
     except Exception as error:
         if is_temporary(error):
             raise
@@ -247,7 +239,7 @@ def _cases_of_export(job: CompileJob, graph: Graph, description: ModelDescriptio
         backend.close()
         for each in (path, path.with_suffix(".bin")):
             each.unlink()
-    if not all(np.isfinite(case.expected).all() for case in cases):
+    if not all(finite_rows(case.expected, len(case.texts)).all() for case in cases):
         raise _ReferenceError("some of its vectors are not finite at fp32")
     return cases
 
@@ -277,7 +269,7 @@ class _ReferenceError(UnsupportedModelError):
 
 
 class _Verification:
-    """Compares the graphs of a job with the reference vectors, and chooses the precision that they compute in."""
+    """Compares the graphs of a job with the reference, and chooses the precision that they compute in."""
 
     def __init__(
         self, job: CompileJob, embed: Callable[[], list[Case]], measure: Measure, *, has_reference: bool
@@ -352,9 +344,10 @@ class _Verification:
                 reasons.append(f"at {precision}, {error}")
                 continue
             if target is not None and precision == "int8" and not _reaches(fidelity, *target):
+                reached = ", ".join(f"{output} {value:.4f}" for output, value in fidelity.agreement.items())
                 reasons.append(
-                    f"with activations in 8 bits (lowest cosine {fidelity.min_cosine:.4f}, "
-                    f"{fidelity.top10_overlap or 0:.4f} of neighbors kept; the targets are {target[0]} and {target[1]})"
+                    f"with activations in 8 bits (agreement: {reached}; {fidelity.top10_overlap or 0:.4f} of neighbors "
+                    f"kept; the targets are {target[0]} and {target[1]})"
                 )
                 continue
             notes = (_note(precision, reason) for reason in reasons)
@@ -369,7 +362,7 @@ class _Verification:
         """Return the description at fp32 of a graph that has only itself to be compared with."""
         notes = [_note("fp32", reason) for reason in reasons]
         fidelity = self._compare(graph, description, exact=False)
-        if fidelity.min_cosine < MIN_COSINE:
+        if fidelity.min_cosine is not None and fidelity.min_cosine < MIN_COSINE:
             notes.append(
                 "the vector of a text depends on the other texts of its batch, as with activations that are quantized "
                 f"while the model runs (lowest cosine {format_cosine(fidelity.min_cosine)})"
@@ -390,5 +383,7 @@ def _note(precision: ComputePrecision, reason: str) -> str:
 
 
 def _reaches(fidelity: Fidelity, min_cosine: float, min_overlap: float) -> bool:
+    """Return whether dense vectors reach both targets, and other outputs the second one."""
     kept = 1.0 if fidelity.top10_overlap is None else fidelity.top10_overlap
-    return fidelity.min_cosine >= min_cosine and kept >= min_overlap
+    least = {name: min_cosine if name == "dense" else min_overlap for name in fidelity.agreement}
+    return kept >= min_overlap and all(value >= least[name] for name, value in fidelity.agreement.items())

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
-from emb_model_provider.backends.openvino_cpu.runtime import ATTENTION_MASK, INPUT_IDS, POOLING_MASK, Graph, openvino
+from emb_model_provider.backends.base import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    POOLING_MASK,
+    SENTENCE_EMBEDDING,
+    TOKEN_TYPES,
+    TOKEN_VECTORS,
+)
+from emb_model_provider.backends.openvino_cpu.runtime import Graph, openvino
+from emb_model_provider.backends.pytorch.heads import Served, constant_features
 from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.selection import EXPORTS
 
@@ -19,10 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from sentence_transformers.base.model import BaseModel
+
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-Exporter = Callable[[SentenceTransformer, Callable[[str], None]], Graph]
-"""Makes the graph of a pipeline, and calls its second argument with the name of each step when it begins."""
+Exporter = Callable[[Served, Callable[[str], None]], Graph]
+"""Makes the graph of a served pipeline, and calls its second argument with the name of each step when it begins."""
 
 _EXAMPLE_SHAPE = (3, 11)
 """Shape of the example inputs, because torch.export treats sizes of 0 and 1 as constants, and equal sizes as one."""
@@ -31,42 +41,53 @@ _FULL_ATTENTION_TYPES = frozenset(
 )
 """Model types whose tokens attend to all real tokens of their text, so that no row of the attention mask is fully
 masked. Other types get `_unmask_fully_masked_rows`, which makes texts of 256 tokens a few per cent slower."""
-_TOKEN_EMBEDDINGS = "token_embeddings"
-_SENTENCE_EMBEDDING = "sentence_embedding"
 _OUTPUTS = {
-    3: (_TOKEN_EMBEDDINGS, "last_hidden_state"),
-    2: (_SENTENCE_EMBEDDING, "sentence_embeddings", "text_embeds", "embeddings", "embedding"),
+    3: (TOKEN_VECTORS, "last_hidden_state"),
+    2: (SENTENCE_EMBEDDING, "sentence_embeddings", "text_embeds", "embeddings", "embedding"),
 }
 """Names that prebuilt exports give to token vectors and to pooled vectors, by the number of dimensions."""
-_TOKEN_TYPES, _POSITIONS = "token_type_ids", "position_ids"
+_POSITIONS = "position_ids"
 
 
 class PipelineModule(torch.nn.Module):
-    """A pipeline as a module of tensors: ids and masks, int64 of shape (batch, length), to vectors."""
+    """A served pipeline as a module of tensors: ids and masks, int64 of shape (batch, length), to the arrays by name."""
 
-    def __init__(self, pipeline: SentenceTransformer) -> None:
+    def __init__(self, served: Served) -> None:
         super().__init__()
-        self.stages = torch.nn.ModuleList(pipeline)
+        self.stages = torch.nn.ModuleList(served.pipeline)
+        self.arrays = served.arrays
+        self.constants = constant_features(served.pipeline)
+        self.has_token_types = served.has_token_types
         self.excludes_prompt = any(isinstance(stage, Pooling) and not stage.include_prompt for stage in self.stages)
-        self.truncate_dim = pipeline.truncate_dim
+        self.truncate_dim = getattr(served.pipeline, "truncate_dim", None)
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pooling_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return self.run({INPUT_IDS: input_ids, ATTENTION_MASK: attention_mask}, list(self.stages), pooling_mask)
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the arrays for inputs in the order of `example`."""
+        features: dict[str, Any] = dict(zip(self.names, inputs, strict=True))
+        return self.run(features, list(self.stages), features.pop(POOLING_MASK, None))
 
     def run(
         self, features: dict[str, Any], stages: Sequence[torch.nn.Module], pooling_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Run some stages of the pipeline over features, and truncate the vectors to `truncate_dim`."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Run some stages of the pipeline over features, and truncate vectors to `truncate_dim`."""
+        features = {**features, **self.constants}
         for stage in stages:
             if isinstance(stage, Pooling) and not stage.include_prompt and pooling_mask is not None:
                 # Like the prompt_length of sentence-transformers, but with one length per row.
                 features = stage({**features, ATTENTION_MASK: pooling_mask})
             else:
                 features = stage(features)
-        vectors: torch.Tensor = features[_SENTENCE_EMBEDDING]
-        return vectors[:, : self.truncate_dim] if self.truncate_dim is not None else vectors
+        # Activations of logits, and the comparison of scores, need more digits than bf16 has.
+        return tuple(
+            features[name][:, : self.truncate_dim] if name == SENTENCE_EMBEDDING else features[name].float()
+            for name in self.arrays
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the inputs."""
+        optional = {POOLING_MASK: self.excludes_prompt, TOKEN_TYPES: self.has_token_types}
+        return [INPUT_IDS, ATTENTION_MASK, *(name for name, present in optional.items() if present)]
 
     def example(self) -> dict[str, torch.Tensor]:
         """Return inputs of different lengths, padded on the left and on the right."""
@@ -74,50 +95,49 @@ class PipelineModule(torch.nn.Module):
         mask = torch.ones(_EXAMPLE_SHAPE, dtype=torch.int64)
         mask[1, 7:] = 0
         mask[2, :4] = 0
-        inputs = {INPUT_IDS: ids, ATTENTION_MASK: mask}
-        if self.excludes_prompt:
-            inputs[POOLING_MASK] = mask.clone()
-        return inputs
+        return {name: ids.clone() if name == INPUT_IDS else mask.clone() for name in self.names}
 
 
-def check_exportable(pipeline: SentenceTransformer) -> None:
+def check_exportable(served: Served) -> None:
     """Raise UnsupportedModelError if only the torch backend can run a pipeline."""
-    if isinstance(pipeline[0], StaticEmbedding):
+    if isinstance(served.pipeline[0], StaticEmbedding):
         raise UnsupportedModelError("static embeddings are only looked up and averaged, so there is nothing to compile")
-    for stage in pipeline:
+    for stage in served.pipeline:
         if isinstance(stage, Pooling) and not stage.include_prompt and "weightedmean" in stage.pooling_mode:
             raise UnsupportedModelError(
                 "weighted mean pooling that excludes the prompt counts positions from the start of the prompt"
             )
 
 
-def export(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    module = PipelineModule(pipeline).eval()
+def export(served: Served, on_step: Callable[[str], None]) -> Graph:
+    module = PipelineModule(served).eval()
     inputs = module.example()
-    dynamic = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
+    dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     on_step("export")
     with torch.no_grad():
-        program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=dynamic)
+        program = torch.export.export(
+            module, tuple(inputs.values()), dynamic_shapes={"inputs": tuple(dict(dynamic) for _ in inputs)}
+        )
         on_step("convert")
-        return _finalize(openvino().convert_model(program), list(inputs), pipeline)
+        return _finalize(openvino().convert_model(program), list(inputs), served)
 
 
-def trace(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    module = PipelineModule(pipeline)
+def trace(served: Served, on_step: Callable[[str], None]) -> Graph:
+    module = PipelineModule(served)
     inputs = module.example()
     on_step("trace")
-    return _finalize(_trace(module, tuple(inputs.values()), on_step), list(inputs), pipeline)
+    return _finalize(_trace(module, tuple(inputs.values()), on_step), list(inputs), served)
 
 
-def trace_without_fused_attention(pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
-    model = pipeline.transformers_model
+def trace_without_fused_attention(served: Served, on_step: Callable[[str], None]) -> Graph:
+    model = served.pipeline.transformers_model
     if model is None:
-        return trace(pipeline, on_step)
-    # Restored, because the same pipeline may compute the reference vectors afterwards.
+        return trace(served, on_step)
+    # Restored, because the same pipeline may compute the reference afterwards.
     fused = str(model.config._attn_implementation)
     model.set_attn_implementation("eager")
     try:
-        return trace(pipeline, on_step)
+        return trace(served, on_step)
     finally:
         model.set_attn_implementation(fused)
 
@@ -148,18 +168,21 @@ def _trace(module: torch.nn.Module, example: tuple[torch.Tensor, ...], on_step: 
         return openvino().convert_model(traced, example_input=example)
 
 
-def _finalize(graph: Graph, names: list[str], pipeline: SentenceTransformer) -> Graph:
-    """Name inputs and output, make batch and length dynamic, and keep attention finite."""
+def _finalize(graph: Graph, names: list[str], served: Served) -> Graph:
+    """Name inputs and outputs, make batch and length dynamic, and keep attention finite."""
     if len(graph.inputs) != len(names):
         raise UnsupportedModelError(f"its graph has {len(graph.inputs)} inputs, not {', '.join(names)}")
     ports = [_find_input(graph, name, index) for index, name in enumerate(names)]
     for port, name in zip(ports, names, strict=True):
         port.get_node().set_partial_shape(openvino().PartialShape([-1, -1]))
         port.get_tensor().set_names({name})
-    if not _has_full_attention(pipeline):
+    if not _has_full_attention(served.pipeline):
         _unmask_fully_masked_rows(graph)
     graph.validate_nodes_and_infer_types()
-    graph.outputs[0].get_tensor().set_names({_SENTENCE_EMBEDDING})
+    if len(graph.outputs) != len(served.arrays):
+        raise UnsupportedModelError(f"its graph has {len(graph.outputs)} outputs, not {', '.join(served.arrays)}")
+    for port, name in zip(graph.outputs, served.arrays, strict=True):
+        port.get_tensor().set_names({name})
     return graph
 
 
@@ -169,7 +192,7 @@ def _find_input(graph: Graph, name: str, index: int) -> Any:
     return by_name.get(name, graph.inputs[index])
 
 
-def _has_full_attention(pipeline: SentenceTransformer) -> bool:
+def _has_full_attention(pipeline: BaseModel) -> bool:
     model = pipeline.transformers_model
     return (
         model is not None
@@ -214,11 +237,11 @@ class _Tail(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         pooling_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        features = {_SENTENCE_EMBEDDING if self.pooled else _TOKEN_EMBEDDINGS: vectors, ATTENTION_MASK: attention_mask}
-        return self.whole.run(features, list(self.whole.stages)[1:], pooling_mask)
+        features = {SENTENCE_EMBEDDING if self.pooled else TOKEN_VECTORS: vectors, ATTENTION_MASK: attention_mask}
+        return self.whole.run(features, list(self.whole.stages)[1:], pooling_mask)[0]
 
 
-def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callable[[str], None]) -> Graph:
+def _extend_prebuilt(path: Path, served: Served, on_step: Callable[[str], None]) -> Graph:
     """Append the later stages of a pipeline to a prebuilt export, which contains its transformer only.
 
     If the pipeline has no Pooling, the export contains it, too.
@@ -226,7 +249,9 @@ def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callabl
     on_step(f"read {path.name}")
     ov = openvino()
     body = ov.Core().read_model(path)
-    whole = PipelineModule(pipeline)
+    if served.arrays != (SENTENCE_EMBEDDING,):
+        raise UnsupportedModelError("exports are used for dense vectors only")
+    pipeline, whole = served.pipeline, PipelineModule(served)
     pools = any(isinstance(stage, Pooling) for stage in whole.stages)
     vectors = _vectors(body, _width(pipeline), rank=3 if pools else 2)
     masks = {name: value for name, value in whole.example().items() if name != INPUT_IDS}
@@ -244,7 +269,7 @@ def _extend_prebuilt(path: Path, pipeline: SentenceTransformer, on_step: Callabl
         ports[1].replace(mask.output(0))
     inputs = [ids, mask, *(port.get_node() for port in ports[2:])]
     graph = ov.Model([tail.outputs[0].get_node().input_value(0)], inputs, "joined")
-    return _finalize(graph, [INPUT_IDS, ATTENTION_MASK, *names[2:]], pipeline)
+    return _finalize(graph, [INPUT_IDS, ATTENTION_MASK, *names[2:]], served)
 
 
 def has_token_vectors(path: Path) -> bool:
@@ -253,7 +278,7 @@ def has_token_vectors(path: Path) -> bool:
     return any(_rank(port) == 3 for port in body.outputs)
 
 
-def _width(pipeline: SentenceTransformer) -> int:
+def _width(pipeline: BaseModel) -> int:
     first: Any = pipeline[0]
     return int(first.get_embedding_dimension())
 
@@ -291,11 +316,11 @@ def _connect_inputs(body: Graph) -> tuple[Any, Any]:
     ops = openvino().opset13
     ids, mask = (ops.parameter([-1, -1], dtype=np.int64, name=name) for name in (INPUT_IDS, ATTENTION_MASK))
     ports = {port.get_any_name(): port for port in body.inputs}
-    if unknown := ports.keys() - {INPUT_IDS, ATTENTION_MASK, _TOKEN_TYPES, _POSITIONS}:
+    if unknown := ports.keys() - {INPUT_IDS, ATTENTION_MASK, TOKEN_TYPES, _POSITIONS}:
         raise UnsupportedModelError(f"it has inputs that are not known here: {', '.join(sorted(unknown))}")
     zero, one = (ops.constant(value, dtype=np.int64) for value in (0, 1))
     for name, port in ports.items():
-        if name == _TOKEN_TYPES:
+        if name == TOKEN_TYPES:
             value = ops.broadcast(zero, ops.shape_of(ids))
         elif name == _POSITIONS:
             value = ops.maximum(ops.subtract(ops.cum_sum(mask, one), one), zero)

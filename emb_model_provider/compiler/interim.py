@@ -13,10 +13,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from emb_model_provider.artifacts.compiler_process import reserve_stdout
-from emb_model_provider.artifacts.torch_process import TorchJob
+from emb_model_provider.artifacts.torch_process import TorchJob, arrays_of
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.backends.routes import RoutedBackend, routes_of
@@ -51,12 +49,13 @@ def main() -> None:
     send({"description": asdict(backend.description)})
     for line in sys.stdin:
         try:
-            vectors = np.ascontiguousarray(backend.embed(TokenBatch(**json.loads(line))), dtype=np.float32)
+            arrays = arrays_of(backend.run(TokenBatch(**json.loads(line))))
         except Exception as error:
             logger.exception("A batch failed")
             send({"error": describe_error(error)})
         else:
-            send({"shape": vectors.shape}, vectors.tobytes())
+            header = [(name, array.shape, array.dtype.str) for name, array in arrays.items()]
+            send({"arrays": header}, b"".join(array.tobytes() for array in arrays.values()))
 
 
 def _load(job: TorchJob) -> Backend:

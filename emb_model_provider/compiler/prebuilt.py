@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 
 from emb_model_provider.backends.pytorch.description import describe
+from emb_model_provider.backends.pytorch.heads import serve_pipeline
 from emb_model_provider.backends.pytorch.pipeline import explain_error, load_pipeline
 from emb_model_provider.backends.pytorch.view import open_view
 from emb_model_provider.backends.repository import Repository
@@ -27,7 +28,7 @@ from emb_model_provider.snapshots.snapshot import SnapshotFile
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
     from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
@@ -43,7 +44,7 @@ _GUESS = "the repository does not say how its vectors are made"
 
 def load_prebuilt(
     plan: PipelinePlan, snapshot: Snapshot, export: str, *, trust_remote_code: bool
-) -> tuple[SentenceTransformer, ModelDescription]:
+) -> tuple[BaseModel, ModelDescription]:
     """Load a pipeline whose transformer has zeros as weights, and describe it for the export.
 
     Args:
@@ -73,7 +74,12 @@ def load_prebuilt(
         pipeline, plan = load_pipeline(
             plan, stand_in, precision="fp32", device="cpu", trust_remote_code=trust_remote_code
         )
-    description = describe(pipeline, plan, repository.name, precision="fp32", device="cpu", backend="openvino")
+    if plan.kind != "dense":
+        raise UnsupportedModelError(
+            f"{repository.name} has no weights, only {export}, from which only dense vectors are served."
+        )
+    served = serve_pipeline(pipeline, plan, repository)
+    description = describe(pipeline, served, plan, repository.name, precision="fp32", device="cpu", backend="openvino")
     note = f"served from {export}: there are no weights to compare its vectors with"
     description = replace(description, notes=(*description.notes, note))
     if not has_token_vectors(snapshot.path / export):
@@ -82,11 +88,7 @@ def load_prebuilt(
 
 
 def _without_pooling(
-    pipeline: SentenceTransformer,
-    description: ModelDescription,
-    repository: Repository,
-    plan: PipelinePlan,
-    export: str,
+    pipeline: BaseModel, description: ModelDescription, repository: Repository, plan: PipelinePlan, export: str
 ) -> ModelDescription:
     """Remove the Pooling from a pipeline in place, because the export pools; LoadError if the files declare another one."""
     poolings = [index for index, module in enumerate(pipeline) if isinstance(module, Pooling)]

@@ -11,13 +11,16 @@ in a matrix affects all tokens (see docs/precision.md).
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from emb_model_provider.backends.openvino_cpu.runtime import ATTENTION_MASK, INPUT_IDS, POOLING_MASK, openvino
+from emb_model_provider.backends.arrays import pad_inputs
+from emb_model_provider.backends.openvino_cpu.runtime import openvino
+from emb_model_provider.backends.pairs import PairTokenization
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.compiler.failures import is_temporary
 from emb_model_provider.fidelity.texts import calibration_texts
@@ -96,16 +99,16 @@ def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[
     """Return the inputs of the graph for each calibration text, with the default prompt: int64 of shape (1, length)."""
     prompt = description.prompts.get(description.default_prompt or "", "")
     limit = min(description.max_length, _MAX_CALIBRATION_TOKENS)
-    encoded = Tokenization(description).encode(calibration_texts(), prompt=prompt, max_tokens=limit)
-    batches = []
-    for ids, prompt_length in zip(encoded.ids, encoded.prompt_lengths, strict=True):
-        mask = np.ones((1, len(ids)), dtype=np.int64)
-        batch = {INPUT_IDS: np.asarray([ids], dtype=np.int64), ATTENTION_MASK: mask}
-        if description.excludes_prompt:
-            batch[POOLING_MASK] = mask.copy()
-            batch[POOLING_MASK][0, :prompt_length] = 0
-        batches.append(batch)
-    return batches
+    tokenization, texts = Tokenization(description), calibration_texts()
+    if description.kind == "reranker":
+        pairs = list(itertools.pairwise(texts))
+        tokens = (
+            PairTokenization(tokenization, description).encode(pairs, long_documents="cut", max_tokens=limit).inputs
+        )
+    else:
+        tokens = tokenization.encode(texts, prompt=prompt, max_tokens=limit)
+    batch = tokens.batch()
+    return [pad_inputs(batch, [row], len(ids), description) for row, ids in enumerate(batch.ids)]
 
 
 def _quantize_to_int4(nncf: Any, graph: Graph, weights: Sequence[_Weight], description: ModelDescription) -> Graph:

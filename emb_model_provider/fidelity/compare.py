@@ -1,4 +1,4 @@
-"""Compares the vectors of a backend with reference vectors at fp32, and decides whether the model is served.
+"""Compares the results of a backend with those of a reference at fp32, and decides whether the model is served.
 
 It uses the tokenization and the backends that serve requests.
 """
@@ -6,38 +6,49 @@ It uses the tokenization and the backends that serve requests.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emb_model_provider.backends.base import Calibration, Fidelity, TokenBatch
+from emb_model_provider.backends.arrays import finite_rows
+from emb_model_provider.backends.base import Calibration, Fidelity, MultiVectorFidelity, ScoreFidelity, SparseFidelity
 from emb_model_provider.backends.output_types import OUTPUT_TYPES, convert, measure_ranges, range_of
-from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import LoadError
-from emb_model_provider.fidelity.texts import corpus, long_probes, probes
+from emb_model_provider.fidelity.cases import Runner
+from emb_model_provider.fidelity.metrics import (
+    cosines,
+    dot_product_error,
+    maxsim_error,
+    neighbor_overlap,
+    score_differences,
+    similarities,
+    spearman,
+    term_overlaps,
+)
+from emb_model_provider.fidelity.texts import corpus, probes
 from emb_model_provider.formatting import format_cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
-    from emb_model_provider.backends.base import Backend, ComputePrecision, ModelDescription
+    from emb_model_provider.backends.base import Backend, ComputePrecision, OutputName, Outputs
+    from emb_model_provider.fidelity.cases import Case
     from emb_model_provider.model_spec import ModelSpec
 
 MIN_COSINE = 0.999
 """The lowest cosine, on any text, of an artifact that must equal its reference."""
 AUTO_MIN_COSINE = 0.999
 """The floor of `auto`, however low the configured floors are, because its user did not trade accuracy for speed."""
-SETTING = "EMB_PROVIDER_FIDELITY_FLOORS"
-LONGEST_COMPARED = 4096
-"""In tokens. Comparing a text of 32,000 tokens at fp32 takes many minutes on a CPU."""
-CORPUS_S = 60.0
-"""Seconds that embedding the corpus at fp32 may take, approximately. A slow model embeds a part of the corpus."""
+EXACT_AGREEMENT, AUTO_MIN_AGREEMENT = 0.995, 0.98
+"""The lowest agreement of other outputs than dense vectors: of an artifact at fp32 that must equal its reference, and of
+one at a lower precision; the latter is the floor of `auto`, too."""
+SETTING, AGREEMENT_SETTING = "EMB_PROVIDER_FIDELITY_FLOORS", "EMB_PROVIDER_AGREEMENT_FLOORS"
 REFERENCE_CORPUS_S = 10.0
-"""Likewise, for a model that has nothing to be compared with, whose first load would take much longer otherwise."""
-NEIGHBORS = 10
+"""Seconds that the corpus may take for a model that has nothing to be compared with, whose first load would take much
+longer otherwise."""
 
 _MORE_ACCURATE: Mapping[str, str] = {
     "int4": "int8, bf16, fp16 or fp32",
@@ -50,31 +61,22 @@ _NORM_TOLERANCE = 0.05
 _SMALLEST = 1e-30
 """Keeps divisions by the norm of a zero vector finite."""
 _BATCH = 16
-_BATCH_TOKENS = 8192
-"""Padded tokens of a batch, because a batch of the longest texts would take gigabytes."""
-_PROBES_WITH_PROMPT = slice(20, 40)
-"""The probes that are also embedded with each prompt of the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Texts with one prompt, and their reference vectors."""
-
-    texts: Sequence[str]
-    prompt: str
-    expected: NDArray[np.float32]
-    """Shape (texts, dimension)."""
-    neighbors: bool = False
-    """Whether to compare the neighbors among the texts. Such texts are many and ordinary: they are embedded in
-    batches only, not also one by one."""
+_QUERIES = 8
+"""Number of texts of a case that are compared as queries with all of its texts by MaxSim."""
+_NAMES: Mapping[OutputName, str] = {
+    "dense": "its lowest cosine",
+    "scores": "the agreement of its scores",
+    "sparse": "the agreement of its sparse vectors",
+    "multi_vector": "the agreement of its token vectors",
+}
 
 
 class MismatchError(Exception):
-    """The vectors of a backend are not those of the reference; the message contains the difference."""
+    """The results of a backend are not those of the reference; the message contains the difference."""
 
 
 class AccuracyError(LoadError):
-    """The lowest cosine of a model to fp32 is below its floor."""
+    """A model is too far from fp32 for its floor."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -85,88 +87,179 @@ class AccuracyError(LoadError):
 # --- measuring ----------------------------------------------------------------------------------------
 
 
-def make_cases(
-    embed: Callable[[Sequence[str], str], NDArray[np.float32]],
-    description: ModelDescription,
-    *,
-    corpus_s: float = CORPUS_S,
-) -> list[Case]:
-    """Embed the probes and the corpus with the reference model.
-
-    Args:
-        embed: Returns the reference vectors of texts with a prompt.
-        description: The description of the model.
-        corpus_s: Seconds that embedding the corpus may take. The time for the probes decides how much of the corpus
-            is embedded.
-    """
-    limit = comparison_limit(description)
-    tokenization = Tokenization(description)
-
-    def count_tokens(texts: Sequence[str]) -> int:
-        return sum(map(len, tokenization.encode(texts, max_tokens=limit).ids))
-
-    embed(probes()[:_BATCH], "")  # warms up, so that one-time costs do not count as the speed of the model
-    started = time.perf_counter()
-    cases = [Case(probes(), "", embed(probes(), ""))]
-    speed = count_tokens(probes()) / max(time.perf_counter() - started, 1e-6)
-    inputs: list[tuple[Sequence[str], str]] = [(long_probes(limit), "")]
-    inputs += [(probes()[_PROBES_WITH_PROMPT], prompt) for prompt in description.prompts.values() if prompt]
-    cases += [Case(texts, prompt, embed(texts, prompt)) for texts, prompt in inputs]
-    texts = corpus(corpus_s * speed / count_tokens(corpus()))
-    cases.append(Case(texts, "", embed(texts, ""), neighbors=True))
-    return cases
-
-
 def compare(backend: Backend, cases: Sequence[Case], *, exact: bool = True) -> Fidelity:
-    """Embed the cases, each text in a batch of mixed lengths and alone, and compare with the reference vectors.
+    """Compute the cases, each text in a batch of mixed lengths and alone, and compare with the results of the reference.
 
-    If not `exact`, vectors may differ from the reference, and the difference is only measured.
+    If not `exact`, results may differ from the reference, and the difference is only measured.
 
     Raises:
-        MismatchError: A vector is not finite or has another size or, if `exact`, differs from the reference.
+        MismatchError: A result is not finite or has another size or, if `exact`, differs from the reference.
     """
-    tokenization = Tokenization(backend.description)
-    measured: list[NDArray[np.float64]] = []
-    overlap, correlation = None, None
-    calibrating: list[NDArray[np.float32]] = []
-    neighbors: NDArray[np.float32] | None = None
+    run = Runner(backend)
+    dense = _DenseComparison()
+    scores: list[ScoreFidelity] = []
+    sparse: list[SparseFidelity] = []
+    multi_vector: list[MultiVectorFidelity] = []
     for case in cases:
         for size in (_BATCH,) if case.neighbors else (_BATCH, 1):
-            vectors = embed_texts(backend, tokenization, case.texts, case.prompt, batch_size=size)
-            measured.append(_compare(vectors, case, "in a batch" if size > 1 else "alone", exact=exact))
-            if case.neighbors:
-                neighbors = vectors
-                ours, theirs = similarities(vectors), similarities(case.expected)
-                overlap, correlation = neighbor_overlap(ours, theirs), spearman(ours, theirs)
-            elif size > 1:
-                calibrating.append(vectors)
-    every = np.concatenate(measured)
-    return Fidelity(
-        min_cosine=float(every.min()),
-        mean_cosine=float(every.mean()),
+            outputs, how = (
+                run(case.texts, case.prompt, case.task, batch_size=size),
+                "in a batch" if size > 1 else "alone",
+            )
+            _require_finite(outputs, case, how)
+            if outputs.dense is not None:
+                dense.add(outputs.dense, case, how, exact=exact)
+            if outputs.scores is not None:
+                scores.append(_compare_scores(outputs, case))
+            if outputs.sparse is not None:
+                sparse.append(_compare_sparse(outputs, case))
+            if outputs.multi_vector is not None:
+                multi_vector.append(_compare_multi_vector(outputs, case, how))
+    fidelity = replace(
+        dense.fidelity(),
         texts=sum(len(case.texts) for case in cases),
-        top10_overlap=overlap,
-        spearman=correlation,
-        calibration=calibrate(np.concatenate(calibrating), neighbors)
-        if calibrating and neighbors is not None
-        else None,
+        scores=_combine_scores(scores),
+        sparse=_combine_sparse(sparse),
+        multi_vector=_combine_multi_vector(multi_vector),
     )
+    if exact:
+        _require_agreement(fidelity, backend.description.compute or backend.description.precision)
+    return fidelity
+
+
+@dataclass(slots=True)
+class _DenseComparison:
+    """Collects the comparison of dense vectors."""
+
+    measured: list[NDArray[np.float64]] = field(default_factory=list)
+    calibrating: list[NDArray[np.float32]] = field(default_factory=list)
+    neighbors: NDArray[np.float32] | None = None
+    overlap: float | None = None
+    correlation: float | None = None
+
+    def add(self, vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool) -> None:
+        self.measured.append(_compare_dense(vectors, case, how, exact=exact))
+        if case.neighbors:
+            self.neighbors = vectors
+            ours, theirs = similarities(vectors), similarities(_expected_vectors(case))
+            self.overlap, self.correlation = neighbor_overlap(ours, theirs), spearman(ours, theirs)
+        elif how != "alone":
+            self.calibrating.append(vectors)
+
+    def fidelity(self) -> Fidelity:
+        """Return the values of dense vectors; None if the model has none."""
+        if not self.measured:
+            return Fidelity(min_cosine=None, mean_cosine=None, texts=0)
+        every = np.concatenate(self.measured)
+        calibration = None
+        if self.calibrating and self.neighbors is not None:
+            calibration = calibrate(np.concatenate(self.calibrating), self.neighbors)
+        return Fidelity(
+            min_cosine=float(every.min()),
+            mean_cosine=float(every.mean()),
+            texts=0,
+            top10_overlap=self.overlap,
+            spearman=self.correlation,
+            calibration=calibration,
+        )
+
+
+def _compare_scores(outputs: Outputs, case: Case) -> ScoreFidelity:
+    ours, theirs = outputs.scores, case.expected.scores
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        raise MismatchError("its scores have another number of labels than those of the reference")
+    groups = [text if isinstance(text, str) else text[0] for text in case.texts]
+    if isinstance(case.texts[0], str):
+        groups = [""] * len(case.texts)  # the scores of a label are compared over all texts
+    return ScoreFidelity(len(case.texts), *score_differences(ours, theirs, groups))
+
+
+def _combine_scores(parts: Sequence[ScoreFidelity]) -> ScoreFidelity | None:
+    if not parts:
+        return None
+    return ScoreFidelity(
+        pairs=sum(part.pairs for part in parts),
+        max_difference=max(part.max_difference for part in parts),
+        relative_difference=max(part.relative_difference for part in parts),
+        spearman=min(part.spearman for part in parts),
+    )
+
+
+def _compare_sparse(outputs: Outputs, case: Case) -> SparseFidelity:
+    ours, theirs = outputs.sparse or (), case.expected.sparse or ()
+    overlaps = term_overlaps(ours, theirs)
+    return SparseFidelity(len(overlaps), sum(overlaps) / len(overlaps), dot_product_error(ours, theirs))
+
+
+def _combine_sparse(parts: Sequence[SparseFidelity]) -> SparseFidelity | None:
+    if not parts:
+        return None
+    texts = sum(part.texts for part in parts)
+    return SparseFidelity(
+        texts=texts,
+        term_overlap=sum(part.texts * part.term_overlap for part in parts) / texts,
+        score_error=max(part.score_error for part in parts),
+    )
+
+
+def _compare_multi_vector(outputs: Outputs, case: Case, how: str) -> MultiVectorFidelity:
+    ours, theirs = outputs.multi_vector or (), case.expected.multi_vector or ()
+    for text, left, right in zip(case.texts, ours, theirs, strict=True):
+        if left.shape != right.shape:
+            raise MismatchError(
+                f"it has {len(left)} token vectors of {left.shape[-1]} values, and its reference {len(right)} of "
+                f"{right.shape[-1]} ({how}, {text[:30]!r})"
+            )
+    tokens = cosines(np.concatenate(ours), np.concatenate(theirs))
+    return MultiVectorFidelity(len(ours), float(tokens.min(initial=1.0)), maxsim_error(ours, theirs, _QUERIES))
+
+
+def _combine_multi_vector(parts: Sequence[MultiVectorFidelity]) -> MultiVectorFidelity | None:
+    if not parts:
+        return None
+    return MultiVectorFidelity(
+        texts=sum(part.texts for part in parts),
+        min_cosine=min(part.min_cosine for part in parts),
+        maxsim_error=max(part.maxsim_error for part in parts),
+    )
+
+
+def _require_finite(outputs: Outputs, case: Case, how: str) -> None:
+    bad = ~finite_rows(outputs, len(case.texts))
+    if bad.any():
+        raise MismatchError(
+            f"{int(bad.sum())} of {len(case.texts)} results are not finite ({how}, {case.texts[int(bad.argmax())][:30]!r})"
+        )
+
+
+def _require_agreement(fidelity: Fidelity, computed: ComputePrecision) -> None:
+    """Raise MismatchError if an output, other than dense vectors, differs from the reference."""
+    least = EXACT_AGREEMENT if computed == "fp32" else AUTO_MIN_AGREEMENT
+    for name, value in fidelity.agreement.items():
+        if name != "dense" and value < least:
+            raise MismatchError(f"{_NAMES[name]} with the reference at fp32 is {value:.5f}, less than {least}")
 
 
 def measure_reference(backend: Backend, *, corpus_s: float = REFERENCE_CORPUS_S) -> Fidelity:
     """Return the fidelity of the reference itself, which is exact, with its calibration.
 
     Args:
-        backend: The model at fp32.
+        backend: A model of dense vectors at fp32.
         corpus_s: Seconds that embedding the corpus may take, approximately.
     """
-    tokenization = Tokenization(backend.description)
-    embed_texts(backend, tokenization, probes()[:_BATCH], "")  # warms up
+    run = Runner(backend)
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        vectors = run(texts).dense
+        assert vectors is not None  # noqa: S101 - the model has dense vectors
+        return vectors
+
+    embed(probes()[:_BATCH])  # warms up
     started = time.perf_counter()
-    vectors = embed_texts(backend, tokenization, probes(), "")
+    vectors = embed(probes())
     per_text = (time.perf_counter() - started) / len(probes())
     texts = corpus(corpus_s / max(per_text * len(corpus()), 1e-6))
-    calibration = calibrate(vectors, embed_texts(backend, tokenization, texts, ""))
+    calibration = calibrate(vectors, embed(texts))
     return Fidelity(min_cosine=1.0, mean_cosine=1.0, texts=len(probes()) + len(texts), calibration=calibration)
 
 
@@ -199,119 +292,67 @@ def calibrate(sample: NDArray[np.float32], neighbors: NDArray[np.float32]) -> Ca
     return replace(calibration, top10_overlap=kept)
 
 
-def embed_texts(
-    backend: Backend, tokenization: Tokenization, texts: Sequence[str], prompt: str, *, batch_size: int = _BATCH
-) -> NDArray[np.float32]:
-    """Return the vectors of a backend as it would serve them: float32 of shape (texts, dimension)."""
-    limit = comparison_limit(backend.description)
-    encoded = tokenization.encode(texts, prompt=prompt, max_tokens=limit)
-    vectors, start = [], 0
-    while start < len(encoded.ids):
-        longest = max(map(len, encoded.ids[start : start + batch_size]))
-        rows = slice(start, start + max(1, min(batch_size, _BATCH_TOKENS // longest)))
-        vectors.append(backend.embed(TokenBatch(ids=encoded.ids[rows], prompt_lengths=encoded.prompt_lengths[rows])))
-        start = rows.stop
-    return np.concatenate(vectors)
-
-
-def comparison_limit(description: ModelDescription) -> int:
-    """Return the length in tokens at which texts are truncated for the comparison."""
-    return min(description.max_length, LONGEST_COMPARED)
-
-
 def check_accuracy(
-    spec: ModelSpec, computed: ComputePrecision, fidelity: Fidelity | None, floors: Mapping[str, float], *, name: str
+    spec: ModelSpec,
+    computed: ComputePrecision,
+    fidelity: Fidelity | None,
+    floors: Mapping[str, float],
+    agreement_floors: Mapping[str, float],
+    *,
+    name: str,
 ) -> None:
-    """Check a model's lowest cosine to fp32 against its floor. A model that was not measured passes.
+    """Check how close a model is to fp32 against its floors. A model that was not measured passes.
 
     The floor is that of the requested precision, whatever the model computes in; for `auto`, it is that of the
-    precision that was chosen. `name` is that of the repository, for the message; the name in the settings can be that of
-    a directory, such as a commit hash.
+    precision that was chosen.
+
+    Args:
+        spec: The model.
+        computed: The precision that it computes in.
+        fidelity: Its measured values.
+        floors: The lowest cosine of dense vectors, by precision.
+        agreement_floors: The lowest agreement of other outputs, by precision.
+        name: The name of the repository, for the message; the name in the settings can be that of a directory, such as a
+            commit hash.
 
     Raises:
-        AccuracyError: It is below the floor. The message says which settings to change.
+        AccuracyError: It is below a floor. The message says which settings to change.
     """
     precision = computed if spec.precision == "auto" else spec.precision
-    floor = floors[precision]
-    if spec.precision == "auto" and computed != "fp32":
-        floor = max(AUTO_MIN_COSINE, floor)
-    if fidelity is None or fidelity.min_cosine >= floor:
-        return
-    advice = "Lower that floor."
-    if precision in _MORE_ACCURATE:
-        advice = (
-            "Set the precision (`--precision`, EMB_PROVIDER_MODEL_PRECISION, or `precision` in the mapping) to "
-            f"{_MORE_ACCURATE[precision]}, or lower that floor."
+    for output, value in (fidelity.agreement if fidelity is not None else {}).items():
+        is_dense = output == "dense"
+        floor = (floors if is_dense else agreement_floors)[precision]
+        if spec.precision == "auto" and computed != "fp32":
+            floor = max(AUTO_MIN_COSINE if is_dense else AUTO_MIN_AGREEMENT, floor)
+        if value >= floor or fidelity is None:
+            continue
+        advice = "Lower that floor."
+        if precision in _MORE_ACCURATE:
+            advice = (
+                "Set the precision (`--precision`, EMB_PROVIDER_MODEL_PRECISION, or `precision` in the mapping) to "
+                f"{_MORE_ACCURATE[precision]}, or lower that floor."
+            )
+        setting = SETTING if is_dense else AGREEMENT_SETTING
+        what, shown = f"{_NAMES[output]} {'to' if is_dense else 'with'} fp32", format_cosine(value)
+        raise AccuracyError(
+            f"{name} is not accurate enough at {precision}: {what} is {shown} over "
+            f"{fidelity.texts} texts, and the floor of {precision} in {setting} is {floor:g}. {advice}",
+            reason=f"{what} at {computed} is {shown}, below {floor:g}",
         )
-    cosine = format_cosine(fidelity.min_cosine)
-    raise AccuracyError(
-        f"{name} is not accurate enough at {precision}: its lowest cosine to fp32 is {cosine} over "
-        f"{fidelity.texts} texts, and the floor of {precision} in {SETTING} is {floor:g}. {advice}",
-        reason=f"its lowest cosine to fp32 at {computed} is {cosine}, below {floor:g}",
-    )
 
 
-# --- metrics ------------------------------------------------------------------------------------------
+def _expected_vectors(case: Case) -> NDArray[np.float32]:
+    if case.expected.dense is None:
+        raise MismatchError("the reference has no dense vectors")
+    return case.expected.dense
 
 
-def cosines(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
-    """Return the cosine of each row of `ours` to the same row of `theirs`: float64 of shape (rows,).
-
-    A zero vector has no direction, so if a row of `theirs` is zero, the result is 1 if that of `ours` is zero, else 0.
-    """
-    left, right = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
-    our_norms, their_norms = np.linalg.norm(left, axis=1), np.linalg.norm(right, axis=1)
-    products = (left * right).sum(axis=1) / np.maximum(our_norms * their_norms, _SMALLEST)
-    result: NDArray[np.float64] = np.where(their_norms > 0, products, (our_norms == 0).astype(np.float64))
-    return result
-
-
-def similarities(vectors: ArrayLike) -> NDArray[np.float64]:
-    """Return the cosines of all pairs of rows: float64 of shape (rows, rows)."""
-    rows = np.asarray(vectors, dtype=np.float64)
-    unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALLEST)
-    result: NDArray[np.float64] = unit @ unit.T
-    return result
-
-
-def neighbor_overlap(ours: NDArray[np.float64], theirs: NDArray[np.float64], count: int = NEIGHBORS) -> float | None:
-    """Return the mean share of each text's `count` nearest neighbors in `theirs` that are also nearest in `ours`.
-
-    Both are `similarities`. A text is not its own neighbor, and of equally near texts the first ones count. With fewer
-    other texts, all of them are neighbors; without any, the result is None.
-    """
-    texts = len(ours)
-    count = min(count, texts - 1)
-    if count < 1:
-        return None
-    kept = _nearest(ours, count) & _nearest(theirs, count)
-    return float(kept.sum() / (count * texts))
-
-
-def spearman(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float | None:
-    """Return Spearman's rank correlation of the similarities of all pairs of different texts, -1 to 1.
-
-    It is None if it is undefined, because there are fewer than three texts or all pairs are equally similar.
-    """
-    if len(ours) < 3:
-        return None
-    pairs = np.triu_indices(len(ours), k=1)
-    left, right = _ranks(ours[pairs]), _ranks(theirs[pairs])
-    left, right = left - left.mean(), right - right.mean()
-    scale = float(np.sqrt((left @ left) * (right @ right)))
-    return float(left @ right) / scale if scale > 0 else None
-
-
-def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool) -> NDArray[np.float64]:
+def _compare_dense(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool) -> NDArray[np.float64]:
     """Return the cosine of each vector to its reference vector."""
-    if vectors.shape != case.expected.shape:
-        raise MismatchError(f"its vectors have {vectors.shape[1]} values, not {case.expected.shape[1]}")
-    bad = ~np.isfinite(vectors).all(axis=1)
-    if bad.any():
-        raise MismatchError(
-            f"{int(bad.sum())} of {len(vectors)} vectors are not finite ({how}, {case.texts[int(bad.argmax())][:30]!r})"
-        )
-    similar = cosines(vectors, case.expected)
+    expected = _expected_vectors(case)
+    if vectors.shape != expected.shape:
+        raise MismatchError(f"its vectors have {vectors.shape[1]} values, not {expected.shape[1]}")
+    similar = cosines(vectors, expected)
     if not exact:
         return similar
     worst = int(similar.argmin())
@@ -320,7 +361,7 @@ def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool)
             f"cosine {similar[worst]:.5f} to the reference at fp32 is less than {MIN_COSINE} "
             f"({how}, {case.texts[worst][:30]!r})"
         )
-    ours, theirs = (np.linalg.norm(side.astype(np.float64), axis=1) for side in (vectors, case.expected))
+    ours, theirs = (np.linalg.norm(side.astype(np.float64), axis=1) for side in (vectors, expected))
     off = np.abs(ours - theirs) > _NORM_TOLERANCE * theirs
     if off.any():
         row = int(off.argmax())
@@ -328,21 +369,3 @@ def _compare(vectors: NDArray[np.float32], case: Case, how: str, *, exact: bool)
             f"a vector has norm {ours[row]:.4g}, and its reference {theirs[row]:.4g} ({how}, {case.texts[row][:30]!r})"
         )
     return similar
-
-
-def _nearest(similar: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """Return which texts are among the nearest of each text: bool of shape (texts, texts)."""
-    others = similar.copy()
-    np.fill_diagonal(others, -np.inf)
-    order = np.argsort(-others, axis=1, kind="stable")[:, :count]
-    nearest = np.zeros(similar.shape, dtype=np.bool_)
-    np.put_along_axis(nearest, order, values=True, axis=1)
-    return nearest
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the rank of each value, from 1; equal values share the mean of their ranks."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean: NDArray[np.float64] = last - (counts - 1) / 2
-    return mean[places.reshape(-1)]

@@ -30,16 +30,55 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class FidelityObject(BaseModel):
-    """How close a model's vectors are to those at fp32, measured before it was served."""
+class ScoreFidelityObject(BaseModel):
+    """How close the logits of a reranker or classifier are to those at fp32."""
 
-    min_cosine: float = Field(description="Lowest cosine of a vector to that of the same text at fp32.")
-    mean_cosine: float
+    max_difference: float = Field(description="Largest absolute difference of a logit.")
+    relative_difference: float = Field(
+        description="Largest difference, relative to the spread of the logits of the same query (or label)."
+    )
+    spearman: float = Field(
+        description="Lowest rank correlation of the documents of a query (or the texts of a label)."
+    )
+    pairs: int = Field(description="How many pairs or texts were compared.")
+
+
+class SparseFidelityObject(BaseModel):
+    """How close sparse vectors are to those at fp32."""
+
+    term_overlap: float = Field(description="Share of the 32 strongest terms that are also those at fp32, on average.")
+    score_error: float = Field(description="Largest error of a dot product of two texts, relative to their lengths.")
+    texts: int
+
+
+class MultiVectorFidelityObject(BaseModel):
+    """How close the vectors of tokens are to those at fp32."""
+
+    min_cosine: float = Field(description="Lowest cosine of the vector of a token.")
+    maxsim_error: float = Field(
+        description="Largest difference of a MaxSim score, relative to that of the query itself."
+    )
+    texts: int
+
+
+class FidelityObject(BaseModel):
+    """How close a model's results are to those at fp32, measured before it was served."""
+
+    min_cosine: float | None = Field(
+        description="Lowest cosine of a vector to that of the same text at fp32. null: the model has no dense vectors."
+    )
+    mean_cosine: float | None
     top10_overlap: float | None = Field(
         description="Share of each text's ten nearest neighbors that are the same as at fp32, 0 to 1."
     )
     spearman: float | None = Field(description="Rank correlation of all pairs' similarities, -1 to 1.")
-    texts: int = Field(description="How many texts were compared.")
+    texts: int = Field(description="How many texts or pairs were compared.")
+    agreement: dict[str, float] = Field(
+        description="How close each output of the model is to that at fp32, at most 1. The floors apply to these values."
+    )
+    scores: ScoreFidelityObject | None = None
+    sparse: SparseFidelityObject | None = None
+    multi_vector: MultiVectorFidelityObject | None = None
 
     @classmethod
     def of(cls, fidelity: Fidelity | None) -> FidelityObject | None:

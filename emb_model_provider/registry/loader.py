@@ -186,8 +186,8 @@ def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
     for note in description.notes:
         logger.log(logging.WARNING if is_warning(note) else logging.INFO, "model %s: %s", alias, note)
     logger.info(
-        "model %s is ready: %d-dim %s, %s, %.1f s",
-        alias, description.dimension, description.precision, format_size(engine.memory_bytes), took_s,
+        "model %s is ready: %s, %d-dim %s, %s, %.1f s",
+        alias, description.kind, description.dimension, description.precision, format_size(engine.memory_bytes), took_s,
     )  # fmt: skip
     logger.debug(
         "model %s: %s at %s from %s, %s on %s, max %d tokens, %s pooling, %s",
@@ -200,9 +200,13 @@ def _format_fidelity(description: ModelDescription) -> str:
     fidelity = description.fidelity
     if fidelity is None:
         return "the reference itself" if description.precision == "fp32" else "fidelity not measured"
-    parts = [f"cosine to fp32 min {format_cosine(fidelity.min_cosine)}, mean {format_cosine(fidelity.mean_cosine)}"]
+    parts = []
+    if fidelity.min_cosine is not None and fidelity.mean_cosine is not None:
+        parts = [f"cosine to fp32 min {format_cosine(fidelity.min_cosine)}, mean {format_cosine(fidelity.mean_cosine)}"]
     if fidelity.top10_overlap is not None:
         parts.append(f"{100 * fidelity.top10_overlap:.1f} % of neighbors kept")
     if fidelity.spearman is not None:
         parts.append(f"Spearman {format_cosine(fidelity.spearman)}")
+    others = {name: value for name, value in fidelity.agreement.items() if name != "dense"}
+    parts += [f"agreement of {name} {format_cosine(value)}" for name, value in others.items()]
     return f"{', '.join(parts)} over {fidelity.texts} texts"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.backends.base import ModelDescription, Task
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.progress import Progress
     from emb_model_provider.serving.engine import Engine
@@ -74,6 +74,11 @@ class ModelStatus:
     """Why it was unloaded; None once it is loaded again."""
     unloads: Mapping[str, int] = field(default_factory=dict)
     """Number of unloads by reason."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...] | None:
+        """What requests can ask the model for; None before it is loaded."""
+        return self.description.tasks if self.description is not None else None
 
     @property
     def is_available(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runs a batch so that only the inputs that cause an error fail, and only finite vectors are returned."""
+"""Runs a batch so that only the inputs that cause an error fail, and only finite results are returned."""
 
 from __future__ import annotations
 
@@ -6,40 +6,37 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from emb_model_provider.backends.arrays import check_shapes, finite_rows
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import InferenceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
-    from emb_model_provider.backends.base import Backend
-    from emb_model_provider.serving.jobs import EmbeddingJob, Member
+    from emb_model_provider.backends.base import Backend, InputKey, Outputs
+    from emb_model_provider.serving.jobs import InferenceJob, Member
 
 logger = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 """Parts of error messages in lower case: of CUDA, PyTorch on a CPU, operating systems and C++."""
-_NOT_FINITE = "model %s returned a vector that is not finite for an input of %d tokens"
+_NOT_FINITE = "model %s returned a result that is not finite for an input of %d tokens"
 
 
 @dataclass(slots=True)
 class BatchResult:
-    """Failures of a batch. The vectors of the other inputs are in their jobs."""
+    """Failures of a batch. The results of the other inputs are in their jobs."""
 
-    failures: list[tuple[EmbeddingJob, InferenceError]] = field(default_factory=list)
+    failures: list[tuple[InferenceJob, InferenceError]] = field(default_factory=list)
     out_of_memory: int | None = None
     """Padded tokens of the smallest batch of several inputs that did not fit into memory."""
 
 
 def run_batch(model: str, backend: Backend, members: Sequence[Member]) -> BatchResult:
-    """Run the model, and write the vector of each member to its job.
+    """Run the model, and write the results of each member to its job.
 
     A batch that fails is bisected until the inputs that cause the failure run alone, so that only their requests fail.
-    A vector that is not finite is computed again at fp32.
+    A result that is not finite is computed again at fp32.
     """
     result = BatchResult()
     _run(model, backend, members, result)
@@ -61,41 +58,40 @@ def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchR
         return False
     failure: BaseException | None = None
     try:
-        vectors = _embed(backend, members)
+        outputs, places = _compute(backend, members)
     except BaseException as error:  # noqa: BLE001 - a runtime can raise anything, SystemExit included, for one input
         failure = error
     if failure is not None:
         # Called outside the handler, so that the tracebacks of the halves do not include this one.
         return _bisect(model, backend, members, failure, result)
-    for vector, (job, row) in zip(vectors, members, strict=True):
-        job.vectors[row] = vector
-    finite: NDArray[np.bool_] = np.asarray(np.isfinite(vectors).all(axis=1))
+    for place, (job, row) in zip(places, members, strict=True):
+        job.rows[row] = outputs.row(place, job.outputs)
+    finite = finite_rows(outputs, max(places) + 1)
     if not finite.all():
-        _recompute(model, backend, [members[index] for index in np.flatnonzero(~finite)], result)
+        _recompute(
+            model, backend, [member for place, member in zip(places, members, strict=True) if not finite[place]], result
+        )
     return False
 
 
-def _embed(backend: Backend, members: Sequence[Member]) -> NDArray[np.float32]:
-    # Different requests often have the same input, which is computed once.
-    inputs = [(tuple(job.ids[row]), job.prompt_lengths[row], job.task) for job, row in members]
-    distinct = dict(zip(inputs, members, strict=True))
-    vectors = backend.embed(_token_batch(list(distinct.values())))
-    expected = len(distinct), backend.description.dimension
-    if vectors.shape != expected:
-        raise InferenceError(f"The model returned vectors of shape {vectors.shape} instead of {expected}.")
-    if len(distinct) == len(members):
-        return vectors
-    places = {key: place for place, key in enumerate(distinct)}
-    return vectors[[places[key] for key in inputs]]
+def _compute(backend: Backend, members: Sequence[Member]) -> tuple[Outputs, list[int]]:
+    """Return the results of the distinct inputs, and the place of each member among them.
 
-
-def _token_batch(members: Sequence[Member]) -> TokenBatch:
-    tasks = [job.task for job, _ in members if job.task is not None]
-    return TokenBatch(
-        ids=[job.ids[row] for job, row in members],
-        prompt_lengths=[job.prompt_lengths[row] for job, row in members],
-        tasks=tasks or None,
-    )
+    Different requests often have the same input, which is computed once.
+    """
+    distinct: dict[InputKey, int] = {}
+    firsts: list[Member] = []
+    places = []
+    for member in members:
+        job, row = member
+        place = distinct.setdefault(job.inputs.key(row), len(firsts))
+        if place == len(firsts):
+            firsts.append(member)
+        places.append(place)
+    batch = TokenBatch.join([(job.inputs, row) for job, row in firsts], [job.outputs for job, _ in members])
+    outputs = backend.run(batch)
+    check_shapes(outputs, batch, backend.description)
+    return outputs, places
 
 
 def _bisect(
@@ -123,13 +119,15 @@ def _bisect(
 
 
 def _recompute(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> None:
-    """Compute vectors that were not finite again, one by one at fp32."""
+    """Compute results that were not finite again, one by one at fp32."""
     for job, row in members:
         tokens = len(job.ids[row])
         try:
-            vectors = backend.embed_fp32(_token_batch([(job, row)]))
-            if vectors.shape == (1, backend.description.dimension) and np.isfinite(vectors).all():
-                job.vectors[row] = vectors[0]
+            batch = TokenBatch.join([(job.inputs, row)], [job.outputs])
+            outputs = backend.run_fp32(batch)
+            check_shapes(outputs, batch, backend.description)
+            if finite_rows(outputs, 1)[0]:
+                job.rows[row] = outputs.row(0, job.outputs)
                 logger.warning(f"{_NOT_FINITE}; it is finite at fp32", model, tokens)
                 continue
             logger.error(f"{_NOT_FINITE}, at fp32 too", model, tokens)
@@ -137,4 +135,4 @@ def _recompute(model: str, backend: Backend, members: Sequence[Member], result: 
             logger.error(_NOT_FINITE, model, tokens)  # noqa: TRY400 - the traceback says nothing
         except BaseException:  # a runtime can raise anything
             logger.exception(f"{_NOT_FINITE}, and failed at fp32", model, tokens)
-        result.failures.append((job, InferenceError("The model returned a vector that is not finite for an input.")))
+        result.failures.append((job, InferenceError("The model returned a result that is not finite for an input.")))

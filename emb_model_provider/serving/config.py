@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from emb_model_provider.backends.base import TERM_WEIGHTS
 from emb_model_provider.serving.batcher import BatchPolicy
 from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.settings import BatchSettings, LimitSettings
@@ -12,11 +13,14 @@ from emb_model_provider.settings import BatchSettings, LimitSettings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from emb_model_provider.backends.base import ModelDescription
     from emb_model_provider.serving.jobs import BatchRecord
 
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 131_072
 """On a CPU larger batches raise the throughput hardly at all, but every request waits for the end of its batch and of
 the one before (see docs/performance.md)."""
+_MOST_TERM_WEIGHTS = 2**29
+"""Largest number of weights that a sparse model computes for a batch, one per token and word of its vocabulary: 2 GiB."""
 _CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
 
 
@@ -55,12 +59,15 @@ class EngineConfig:
     timings: Timings = field(default_factory=Timings)
 
 
-def batch_policy(settings: BatchSettings, device: str) -> BatchPolicy:
-    """Return the batch policy for a device. The settings take precedence over the device's default."""
-    on_cpu = device == "cpu"
+def batch_policy(settings: BatchSettings, description: ModelDescription) -> BatchPolicy:
+    """Return the batch policy for a model. The settings take precedence over the default of its device."""
+    on_cpu = description.device == "cpu"
+    tokens = settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS)
+    described = (description, *description.routes.values())
+    widest = max((each.dimension for each in described if TERM_WEIGHTS in each.arrays), default=0)
     return BatchPolicy(
         max_batch_size=settings.max_batch_size,
-        max_batch_tokens=settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS),
+        max_batch_tokens=min(tokens, max(1, _MOST_TERM_WEIGHTS // widest)) if widest else tokens,
         min_batch_size=settings.min_batch_size,
         max_wait_s=settings.max_wait_time_ms / 1000,
         dynamic=settings.enable_dynamic_batching,

@@ -1,48 +1,58 @@
-"""A loaded model that answers requests: texts or token ids in, vectors out."""
+"""A loaded model that answers requests: texts, token ids or pairs of texts in, vectors or scores out."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.backends.output_types import convert, range_of
+from emb_model_provider.backends.arrays import check_shapes, finite_rows
+from emb_model_provider.backends.base import TASKS, Outputs, TokenBatch
+from emb_model_provider.backends.output_types import range_of
+from emb_model_provider.backends.pairs import PairTokenization
 from emb_model_provider.backends.tokenization import EncodedInputs, Tokenization
 from emb_model_provider.concurrency import ForkGuard
 from emb_model_provider.errors import (
     DeadlineExceededError,
     InputTooLongError,
     LoadError,
-    ModelNotReadyError,
     RequestError,
     TextTooLongError,
     TokenInputError,
     TooManyTokensError,
+    UnsupportedTaskError,
 )
 from emb_model_provider.serving import cl100k
-from emb_model_provider.serving.jobs import EmbeddingJob, Timing
+from emb_model_provider.serving.jobs import InferenceJob, Timing
 from emb_model_provider.serving.memory_tuning import freeze_gc
 from emb_model_provider.serving.model_thread import ModelThread
-from emb_model_provider.serving.request_options import check_dimensions, choose_prompt, choose_task, postprocess
+from emb_model_provider.serving.request_options import (
+    activate,
+    check_dimensions,
+    choose_prompt,
+    choose_task,
+    postprocess,
+)
+from emb_model_provider.serving.results import Classifications, Embeddings, PairScores
 from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Executor
 
-    from numpy.typing import NDArray
-
-    from emb_model_provider.backends.base import Backend, ModelDescription
-    from emb_model_provider.backends.output_types import OutputType
+    from emb_model_provider.backends.base import Activation, Backend, ModelDescription, OutputName, Row, Task
+    from emb_model_provider.backends.pairs import EncodedPairs
     from emb_model_provider.backends.tokenization import Token
-    from emb_model_provider.model_spec import ModelSpec, Truncate
+    from emb_model_provider.model_spec import LongDocuments, ModelSpec, Truncate
     from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
     from emb_model_provider.serving.result_cache import ModelResults, ResultCache
+
+T = TypeVar("T")
+
 
 _SPEED_FACTOR = 5
 """A request may take this many times the time that the model needs at its present speed, because later requests share it."""
@@ -51,7 +61,6 @@ _TOTAL_FACTOR = 10
 _DECODED_FACTOR = 2
 """Times MAX_REQUEST_TOKENS that a request may have whose ids of OpenAI's tokenizer are within this limit. Its client fills requests
 up to OpenAI's limit, and cannot know the number of tokens of the model, which can be larger."""
-_COMPILED_RETRY_AFTER_S = 20.0
 _INLINE_CHARACTERS = 2_000
 """Tokenizing this many characters takes about as long as passing them to another thread."""
 _PART_CHARACTERS = 64 * 1024
@@ -75,46 +84,24 @@ class EmbedOptions:
     model declares."""
     truncate_prompt_tokens: int | None = None
     """Longest input in tokens, at most that of the model; -1 is that of the model."""
+    outputs: tuple[OutputName, ...] = ("dense",)
+    """One or several of `dense`, `sparse` and `multi_vector`, which are computed in one pass."""
+    top_k: int | None = None
+    """Number of the largest weights of a sparse vector that are returned. None: all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """Vectors and measurements of one request."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOptions:
+    """Options of a request for scores of pairs or labels. None selects the default of the model."""
 
-    vectors: NDArray[np.float32]
-    """float32 of shape (inputs, dimensions), in the order of the inputs."""
-    tokens: int
-    """Tokens that were processed, after truncation, including special tokens."""
-    truncated: int
-    """Number of inputs that were truncated."""
-    tokenize_s: float
-    timing: Timing
-    value_range: float | None = None
-    """The absolute value that becomes the largest integer; see `output_types.convert`. None: it was not measured."""
-    is_interim: bool = False
-    """Whether the model is being compiled, so that this range is measured soon."""
-
-    def as_type(self, kind: OutputType) -> NDArray[Any]:
-        """Return the vectors with values of another type; see `output_types.convert`.
-
-        Raises:
-            RequestError: The ranges for integers were not measured.
-            ModelNotReadyError: They are measured while the model is compiled.
-        """
-        if kind in ("int8", "uint8") and self.value_range is None and self.is_interim:
-            raise ModelNotReadyError(
-                f"This model is being compiled, and cannot return {kind} before that. Try again later, or request 'float', "
-                "'float16', 'binary' or 'ubinary'.",
-                retry_after_s=_COMPILED_RETRY_AFTER_S,
-            )
-        if kind in ("int8", "uint8") and self.value_range is None:
-            raise RequestError(
-                f"This model cannot return {kind}, because the range of its values was not measured "
-                "(EMB_PROVIDER_MEASURE_FIDELITY=false). Request 'float', 'float16', 'binary' or 'ubinary', or ask the "
-                "operator to enable it.",
-                param="output_dtype",
-            )
-        return convert(self.vectors, kind, self.value_range or 1.0)
+    raw: bool | None = None
+    """Whether scores are logits, without the activation of the model."""
+    instruction: str | None = None
+    """Text before each query or, for a model with a chat template, the instruction in it."""
+    long_documents: LongDocuments | Literal["reject"] | None = None
+    """What happens to a document that does not fit next to the query."""
+    max_document_tokens: int | None = None
+    """Longest document in tokens; what is beyond it is not read."""
 
 
 class Engine:
@@ -138,6 +125,7 @@ class Engine:
         self.description: ModelDescription
         self.memory_bytes: int
         self._tokenizations: Mapping[str | None, Tokenization]
+        self._pairs: PairTokenization | None = None
         self._limits = config.limits
         self._executor = executor
         self._loader = _BackendLoader(load, config.result_cache)
@@ -158,6 +146,8 @@ class Engine:
             self._scheduler.stop()
             raise
         self._tokenizations, self.memory_bytes = self._loader.tokenizations, self._loader.memory_bytes
+        if "scores" in self.description.outputs:
+            self._pairs = PairTokenization(self._tokenizations[None], self.description)
 
     @property
     def waiting_inputs(self) -> int:
@@ -192,37 +182,93 @@ class Engine:
             InferenceError: The model failed on an input.
             ForkedProcessError: The model was created before this process was forked.
         """
-        self._guard.check()
+        self._require(options.outputs)
         dimensions = check_dimensions(options.dimensions, self.description, self.spec)
         task = choose_task(options.input_type, self.description)
         prompt = choose_prompt(options.input_type, self.description, options.instruction)
-        started, waiting = time.monotonic(), self._scheduler.waiting_tokens
-        total_s = self._total_timeout_s(waiting)
-        try:
-            async with asyncio.timeout(total_s):
-                encoded = await self._encode(inputs, task, prompt, options)
-        except TimeoutError:
-            raise _timed_out(total_s, None) from None
-        tokenize_s = time.monotonic() - started
-        tokens = sum(map(len, encoded.ids))
-        limit = self._limits.max_request_tokens
-        if not isinstance(inputs[0], str) and self.spec.token_input != "model":
-            limit *= _DECODED_FACTOR
-        if tokens > limit:
-            raise TooManyTokensError(tokens, limit)
-        vectors, timing = await self._run(encoded, task, started, waiting)
+        request = self._begin()
+        encoded = await self._within(request, self._encode(inputs, task, prompt, options))
+        is_decoded = not isinstance(inputs[0], str) and self.spec.token_input != "model"
+        rows, measured = await self._run(
+            encoded, options.outputs, task, request, token_factor=_DECODED_FACTOR if is_decoded else 1
+        )
+        results = Outputs.of_rows(options.outputs, rows)
         described = self._described(task)
-        normalize = described.normalize if options.normalize is None else options.normalize
-        vectors = postprocess(vectors, dimensions=dimensions, normalize=normalize)
-        calibration, normalized = described.calibration, normalize or dimensions is not None
+        vectors = np.empty((len(rows), 0), dtype=np.float32)
+        value_range = None
+        if results.dense is not None:
+            normalize = described.normalize if options.normalize is None else options.normalize
+            vectors = postprocess(results.dense, dimensions=dimensions, normalize=normalize)
+            calibration, normalized = described.calibration, normalize or dimensions is not None
+            value_range = range_of(calibration, vectors.shape[1], normalized=normalized) if calibration else None
+        sparse = results.sparse
+        if sparse is not None and options.top_k is not None:
+            sparse = [vector.largest(options.top_k) for vector in sparse]
         return Embeddings(
             vectors=vectors,
-            tokens=tokens,
-            truncated=encoded.truncated,
-            tokenize_s=tokenize_s,
-            timing=timing,
-            value_range=range_of(calibration, vectors.shape[1], normalized=normalized) if calibration else None,
+            value_range=value_range,
             is_interim=described.is_interim,
+            sparse=sparse,
+            multi_vector=results.multi_vector,
+            **measured,
+        )
+
+    async def score_pairs(self, pairs: Sequence[tuple[str, str]], options: ScoreOptions) -> PairScores:
+        """Return the score of each pair of a query and a document; at least one pair.
+
+        A document that does not fit next to its query gets the best score of its windows, or is cut. Cancelling the call
+        removes its inputs from the queue. Errors are those of `embed`.
+        """
+        self._require(("scores",), task="rerank")
+        tokenization = self._pairs
+        assert tokenization is not None  # noqa: S101 - rerankers have one
+        long = options.long_documents or self.spec.long_documents
+        prompt = options.instruction or self._default_pair_prompt()
+        request = self._begin()
+
+        def encode() -> EncodedPairs:
+            return tokenization.encode(
+                pairs,
+                prompt=prompt,
+                long_documents=None if long == "reject" else long,
+                max_document_tokens=options.max_document_tokens,
+            )
+
+        characters = sum(len(query) + len(document) for query, document in pairs)
+        encoded = await self._within(request, self._in_thread(encode, characters))
+        rows, measured = await self._run(encoded.inputs, ("scores",), None, request)
+        logits = Outputs.of_rows(("scores",), rows).scores
+        best = np.full(len(pairs), -np.inf, dtype=np.float32)
+        np.maximum.at(best, encoded.owners, logits[:, 0])  # type: ignore[index]  # requested
+        activation = self._activation(options)
+        return PairScores(scores=activate(best[:, np.newaxis], activation)[:, 0], activation=activation, **measured)
+
+    async def classify(
+        self, inputs: Sequence[str] | Sequence[tuple[str, str]], options: ScoreOptions
+    ) -> Classifications:
+        """Return the scores of each text or pair of texts by label; at least one input, all of the same kind.
+
+        Inputs that are too long are cut, pairs at the end of their second text. Errors are those of `embed`.
+        """
+        self._require(("scores",), task="classify")
+        request = self._begin()
+        pairs = None if isinstance(inputs[0], str) else inputs
+
+        def encode() -> EncodedInputs:
+            if pairs is not None and self._pairs is not None:
+                return self._pairs.encode(pairs, long_documents="cut").inputs  # type: ignore[arg-type]  # all are pairs
+            return self._tokenizations[None].encode(inputs)  # type: ignore[arg-type]  # all are texts
+
+        characters = sum(len(each) if isinstance(each, str) else len(each[0]) + len(each[1]) for each in inputs)
+        encoded = await self._within(request, self._in_thread(encode, characters))
+        rows, measured = await self._run(encoded, ("scores",), None, request)
+        activation = self._activation(options)
+        logits = Outputs.of_rows(("scores",), rows).scores
+        return Classifications(
+            scores=activate(logits, activation),  # type: ignore[arg-type]  # requested
+            labels=self.description.labels,
+            activation=activation,
+            **measured,
         )
 
     async def tokenize(
@@ -235,7 +281,7 @@ class Engine:
         """
         task = choose_task(input_type, self.description)
         prompt = choose_prompt(input_type, self.description)
-        tokenization = self._tokenizations[task]
+        tokenization = self._tokenization(task)
 
         def tokenize(text: str) -> list[Token]:
             return tokenization.tokens(prompt + text, add_special_tokens=add_special_tokens)
@@ -254,42 +300,96 @@ class Engine:
 
     def _described(self, task: str | None) -> ModelDescription:
         """Return the description of the route of a task, or of the model if it has no routes."""
-        return self.description if task is None else self.description.routes[task]
+        return self.description.routes.get(task or "", self.description)
+
+    def _tokenization(self, task: str | None) -> Tokenization:
+        return self._tokenizations[task if task in self._tokenizations else None]
+
+    def _require(self, outputs: Sequence[OutputName], task: Task | None = None) -> None:
+        """Raise UnsupportedTaskError if the model does not have the outputs that a request needs."""
+        description = self.description
+        for name in outputs:
+            wanted = task or TASKS[name]
+            if wanted not in description.tasks:
+                raise UnsupportedTaskError(self.spec.alias, description.kind, wanted, description.tasks)
+
+    def _activation(self, options: ScoreOptions) -> Activation:
+        raw = self.spec.raw_scores if options.raw is None else options.raw
+        return "identity" if raw else self.description.activation
+
+    def _default_pair_prompt(self) -> str:
+        """Return the text before each query. A chat template contains its default instruction already."""
+        description = self.description
+        if description.pair_template is not None or description.default_prompt is None:
+            return ""
+        return description.prompts.get(description.default_prompt, "")
+
+    def _begin(self) -> _Request:
+        self._guard.check()
+        return _Request(time.monotonic(), self._scheduler.waiting_tokens)
+
+    async def _within(self, request: _Request, work: Awaitable[T]) -> T:
+        """Wait for the tokenization of a request, but not longer than the whole request may take."""
+        total_s = self._total_timeout_s(request.waiting)
+        try:
+            async with asyncio.timeout(total_s):
+                return await work
+        except TimeoutError:
+            raise _timed_out(total_s, None) from None
+
+    async def _in_thread(self, work: Callable[[], T], characters: int) -> T:
+        """Tokenize a number of characters: on a thread if that takes long."""
+        if characters <= _INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     async def _run(
-        self, encoded: EncodedInputs, task: str | None, started: float, waiting: int
-    ) -> tuple[NDArray[np.float32], Timing]:
-        """Return the vectors of tokenized inputs.
+        self,
+        encoded: EncodedInputs,
+        outputs: tuple[OutputName, ...],
+        task: str | None,
+        request: _Request,
+        *,
+        token_factor: int = 1,
+    ) -> tuple[Sequence[tuple[Row, ...]], dict[str, Any]]:
+        """Return the outputs of each tokenized input, and the fields of `Measured`.
 
-        The request started at a time of the monotonic clock, when a number of tokens waited.
+        The inputs may have `token_factor` times the tokens of a request.
         """
-        dimension, lengths = self.description.dimension, encoded.prompt_lengths
-        prompts = lengths if self._described(task).excludes_prompt else [0] * len(lengths)
-        lookup = self._loader.results.look_up(encoded.ids, prompts, task)
+        tokenize_s = time.monotonic() - request.started
+        tokens = sum(map(len, encoded.ids))
+        if tokens > (limit := self._limits.max_request_tokens * token_factor):
+            raise TooManyTokensError(tokens, limit)
+        described = self._described(task)
+        batch = encoded.batch(outputs, task)
+        if not described.excludes_prompt:
+            batch = replace(batch, prompt_lengths=[0] * len(encoded.ids))
+        lookup = self._loader.results.look_up(batch, outputs)
         self._on_lookup(self.spec.alias, lookup.hits, len(lookup.rows))
-        if not lookup.rows:
-            return lookup.complete(np.empty((0, dimension), dtype=np.float32)), Timing(queue_s=0.0, inference_s=0.0)
-        job = EmbeddingJob(
-            [encoded.ids[row] for row in lookup.rows],
-            prompt_lengths=[lengths[row] for row in lookup.rows],
-            dimension=dimension,
-            task=task,
-        )
+        computed: Sequence[tuple[Row, ...]] = []
+        timing = Timing(queue_s=0.0, inference_s=0.0)
+        if lookup.rows:
+            size = described.output_bytes(outputs, len(lookup.rows), sum(len(encoded.ids[row]) for row in lookup.rows))
+            inputs = batch if len(lookup.rows) == len(encoded.ids) else batch.select(lookup.rows)
+            computed, timing = await self._wait_for(InferenceJob(inputs, outputs, output_bytes=size), request)
+        measured = {"tokens": tokens, "truncated": encoded.truncated, "tokenize_s": tokenize_s, "timing": timing}
+        return lookup.complete(computed), measured
+
+    async def _wait_for(self, job: InferenceJob, request: _Request) -> tuple[Sequence[tuple[Row, ...]], Timing]:
         self._scheduler.submit(job)
         try:
-            vectors, timing = await self._wait(job, started, waiting)
-            return lookup.complete(vectors), timing
+            return await self._wait(job, request)
         finally:
             if not job.result.done() or job.result.cancelled():
                 self._scheduler.cancel(job)
 
-    async def _wait(self, job: EmbeddingJob, started: float, waiting: int) -> tuple[NDArray[np.float32], Timing]:
+    async def _wait(self, job: InferenceJob, request: _Request) -> tuple[Sequence[tuple[Row, ...]], Timing]:
         """Wait for the result of a request as long as the model makes progress, but not without limit."""
         timeout_s = self._limits.request_timeout_s
         while not job.result.done():
-            total_s = self._total_timeout_s(waiting)
-            idle_until = max(started, self._scheduler.progressed_at) + timeout_s
-            now, end = time.monotonic(), started + total_s
+            total_s = self._total_timeout_s(request.waiting)
+            idle_until = max(request.started, self._scheduler.progressed_at) + timeout_s
+            now, end = time.monotonic(), request.started + total_s
             if now >= end:
                 raise _timed_out(total_s, job)
             if now >= idle_until:
@@ -312,7 +412,7 @@ class Engine:
     async def _encode(
         self, inputs: Sequence[str] | Sequence[Sequence[int]], task: str | None, prompt: str, options: EmbedOptions
     ) -> EncodedInputs:
-        tokenization, longest = self._tokenizations[task], self._described(task).max_length
+        tokenization, longest = self._tokenization(task), self._described(task).max_length
         limit = _token_limit(options.truncate_prompt_tokens, longest)
         truncate = options.truncate or self.spec.truncate
         if options.truncate is None and truncate == "NONE" and limit < longest:
@@ -322,7 +422,7 @@ class Engine:
             truncate = None
 
         def encode(texts: Sequence[str]) -> EncodedInputs:
-            return tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit)
+            return tokenization.encode(texts, prompt=prompt, truncate=truncate, max_tokens=limit, task=task)
 
         if isinstance(inputs[0], str):
             texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API rejects mixed inputs
@@ -344,6 +444,7 @@ class Engine:
         """
         ids: list[list[int]] = []
         prompt_lengths: list[int] = []
+        attended: list[int] = []
         tokens = truncated = 0
         for part in _parts(texts):
             try:
@@ -354,11 +455,12 @@ class Engine:
                 raise TextTooLongError(len(ids) + error.index, error.characters, error.limit) from None
             ids += encoded.ids
             prompt_lengths += encoded.prompt_lengths
+            attended += encoded.attended or ()
             truncated += encoded.truncated
             tokens += sum(map(len, encoded.ids))
             if tokens > _DECODED_FACTOR * self._limits.max_request_tokens:
                 break  # the caller rejects them
-        return EncodedInputs(ids=ids, prompt_lengths=prompt_lengths, truncated=truncated)
+        return EncodedInputs(ids=ids, prompt_lengths=prompt_lengths, truncated=truncated, attended=attended or None)
 
     def _decode(self, rows: Sequence[Sequence[int]], tokenization: Tokenization) -> list[str]:
         """Return the texts of rows of OpenAI's token ids.
@@ -400,14 +502,14 @@ def _unaccepted(reason: str) -> TokenInputError:
     )
 
 
-def _timed_out(total_s: float, job: EmbeddingJob | None) -> DeadlineExceededError:
+def _timed_out(total_s: float, job: InferenceJob | None) -> DeadlineExceededError:
     """Return the error of a request that took too long; None if its inputs were not tokenized."""
     message = f"The request was not answered within {total_s:g} seconds. "
     message += _remedy(job, "EMB_PROVIDER_REQUEST_TOTAL_TIMEOUT_S")
     return DeadlineExceededError(message, can_repeat=job is not None and job.started_at is None)
 
 
-def _remedy(job: EmbeddingJob | None, setting: str) -> str:
+def _remedy(job: InferenceJob | None, setting: str) -> str:
     if job is not None and job.started_at is None:
         return f"It was waiting for other requests. Send it again later. The operator can increase {setting}."
     return f"Send fewer or shorter texts per request. The operator can increase {setting}."
@@ -422,6 +524,14 @@ def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
             start, characters = index, 0
         characters += len(text)
     yield texts[start:]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """When a request started, on the monotonic clock, and how many tokens waited then."""
+
+    started: float
+    waiting: int
 
 
 def _token_limit(requested: int | None, longest: int) -> int:
@@ -477,19 +587,18 @@ class _BackendLoader:
             raise LoadError("its files now contain another model than before it was restarted")
 
     def check(self, backend: Backend) -> None:
-        """Embed a test text; raise LoadError if the model fails or returns a vector that is not finite."""
+        """Run a test text; raise LoadError if the model fails or returns a result that is not finite."""
         tasks = [task for task in self.tokenizations if task is not None]
-        encoded = [tokenization.encode(["This is a test."]) for tokenization in self.tokenizations.values()]
-        batch = TokenBatch(
-            ids=[each.ids[0] for each in encoded],
-            prompt_lengths=[each.prompt_lengths[0] for each in encoded],
-            tasks=tasks or None,
-        )
+        encoded = [tokenization.encode(["This is a test."]).batch() for tokenization in self.tokenizations.values()]
+        batch = TokenBatch.join([(each, 0) for each in encoded])
+        if tasks:
+            batch = replace(batch, tasks=tasks)
         try:
-            vectors = backend.embed(batch)
+            outputs = backend.run(batch)
+            check_shapes(outputs, batch, backend.description)
         except Exception as error:
-            raise LoadError(f"it cannot embed a test text: {type(error).__name__}: {error}") from error
-        if not np.isfinite(vectors).all():
+            raise LoadError(f"it cannot run on a test text: {type(error).__name__}: {error}") from error
+        if not finite_rows(outputs, len(batch.ids)).all():
             raise LoadError(
-                "its vector of a test text is not finite: its weights are damaged, or its precision is too low"
+                "its result for a test text is not finite: its weights are damaged, or its precision is too low"
             )

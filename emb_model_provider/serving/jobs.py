@@ -11,20 +11,16 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from emb_model_provider.serving.batcher import BatchJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
+    from emb_model_provider.backends.base import OutputName, Row, TokenBatch
     from emb_model_provider.errors import ProviderError
 
 _BYTES_PER_TOKEN = 40
 """Memory of a token id in the queue: a Python integer, and a place in a list."""
-_BYTES_PER_VALUE = 4
 _MAX_ATTEMPTS = 2
 """A request that was running at this many crashes fails, because it may be their cause."""
 
@@ -53,38 +49,38 @@ class Timing:
     """From there to the end of its last batch."""
 
 
-class EmbeddingJob(BatchJob):
-    """A request whose vectors are awaited on an event loop."""
+class InferenceJob(BatchJob):
+    """A request whose results are awaited on an event loop."""
 
-    __slots__ = ("attempts", "loop", "prompt_lengths", "remaining", "result", "started_at", "task", "tokens", "vectors")
+    __slots__ = ("attempts", "inputs", "loop", "output_bytes", "outputs", "remaining", "result", "rows", "started_at", "tokens")  # fmt: skip
 
-    def __init__(
-        self, ids: Sequence[Sequence[int]], *, prompt_lengths: Sequence[int], dimension: int, task: str | None = None
-    ) -> None:
-        super().__init__(ids)
-        self.prompt_lengths = prompt_lengths
+    def __init__(self, inputs: TokenBatch, outputs: tuple[OutputName, ...], *, output_bytes: int = 0) -> None:
+        """Create a request for some outputs, whose results take a number of bytes."""
+        super().__init__(inputs.ids)
+        self.inputs = inputs
+        self.outputs = outputs
+        self.output_bytes = output_bytes
         self.tokens = self.waiting_tokens
-        self.task = task
-        """The task that decides the route of an asymmetric model."""
         self.loop = asyncio.get_running_loop()
-        self.result: asyncio.Future[tuple[NDArray[np.float32], Timing]] = self.loop.create_future()
-        self.vectors = np.empty((len(ids), dimension), dtype=np.float32)
+        self.result: asyncio.Future[tuple[Sequence[tuple[Row, ...]], Timing]] = self.loop.create_future()
+        self.rows: list[tuple[Row, ...]] = [()] * len(inputs.ids)
+        """For each input, the requested outputs in their order; empty until they are computed."""
         self.started_at: float | None = None
         self.attempts = 0
         """How often the model crashed while it ran an input of this request."""
 
     @property
     def held_bytes(self) -> int:
-        """Memory of its token ids and vectors until it is answered, approximately."""
-        return self.tokens * _BYTES_PER_TOKEN + self.vectors.size * _BYTES_PER_VALUE
+        """Memory of its token ids and results until it is answered, approximately."""
+        return self.tokens * _BYTES_PER_TOKEN + self.output_bytes
 
     def reset(self) -> None:
-        """Mark all inputs as waiting and without a vector. The request must not be in a batcher."""
+        """Mark all inputs as waiting and without results. The request must not be in a batcher."""
         super().reset()
         self.remaining = len(self.ids)
 
 
-Member = tuple[EmbeddingJob, int]
+Member = tuple[InferenceJob, int]
 """An input of a batch: a request and the row of its `ids`."""
 
 
@@ -92,22 +88,22 @@ Member = tuple[EmbeddingJob, int]
 class PendingJobs:
     """Accepted requests that are not answered yet. Not thread-safe; guarded by the scheduler's lock."""
 
-    waiting: set[EmbeddingJob] = field(default_factory=set)
+    waiting: set[InferenceJob] = field(default_factory=set)
     """Requests in the queue or running."""
-    detached: set[EmbeddingJob] = field(default_factory=set)
+    detached: set[InferenceJob] = field(default_factory=set)
     """Requests that survived a crash and wait for the restart of the model, outside the queue."""
-    suspects: set[EmbeddingJob] = field(default_factory=set)
+    suspects: set[InferenceJob] = field(default_factory=set)
     """Detached requests that were running when the model crashed: one of them may be the cause."""
-    isolated: set[EmbeddingJob] = field(default_factory=set)
+    isolated: set[InferenceJob] = field(default_factory=set)
     """Suspects that are queued again, exclusively. Only one stream works then, so that a crash has one suspect."""
     held_bytes: int = 0
     """Memory of all these requests."""
 
-    def add(self, job: EmbeddingJob) -> None:
+    def add(self, job: InferenceJob) -> None:
         self.waiting.add(job)
         self.held_bytes += job.held_bytes
 
-    def remove(self, job: EmbeddingJob) -> bool:
+    def remove(self, job: InferenceJob) -> bool:
         """Remove a request that is answered or cancelled; return whether it was the last isolated one."""
         if job in self.waiting or job in self.detached:
             self.held_bytes -= job.held_bytes
@@ -122,10 +118,10 @@ class PendingJobs:
         """Keep the requests of the queue until the model is restarted."""
         self.detached, self.waiting = self.waiting, set()
 
-    def resume(self) -> tuple[list[EmbeddingJob], list[EmbeddingJob]]:
+    def resume(self) -> tuple[list[InferenceJob], list[InferenceJob]]:
         """Return the requests to queue again after a restart, oldest first, and the requests that fail."""
-        queued: list[EmbeddingJob] = []
-        failed: list[EmbeddingJob] = []
+        queued: list[InferenceJob] = []
+        failed: list[InferenceJob] = []
         self.isolated = set()
         for job in sorted(self.detached, key=lambda job: job.arrived_at):
             if job in self.suspects:
@@ -142,7 +138,7 @@ class PendingJobs:
         self.waiting.update(queued)
         return queued, failed
 
-    def drain(self) -> set[EmbeddingJob]:
+    def drain(self) -> set[InferenceJob]:
         """Remove and return all requests."""
         pending = self.detached | self.waiting
         self.detached, self.waiting = set(), set()
@@ -150,16 +146,16 @@ class PendingJobs:
         return pending
 
 
-def set_results(done: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
+def set_results(done: Sequence[tuple[InferenceJob, Timing]]) -> None:
     """Answer completed requests, waking up each event loop only once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EmbeddingJob, Timing]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[InferenceJob, Timing]]] = {}
     for job, timing in done:
         by_loop.setdefault(job.loop, []).append((job, timing))
     for loop, jobs in by_loop.items():
         _call_on_loop(loop, _set_results, jobs)
 
 
-def set_exception(job: EmbeddingJob, error: ProviderError) -> None:
+def set_exception(job: InferenceJob, error: ProviderError) -> None:
     _call_on_loop(job.loop, _set_exception, job, error)
 
 
@@ -169,12 +165,12 @@ def _call_on_loop(loop: asyncio.AbstractEventLoop, callback: Callable[..., None]
         loop.call_soon_threadsafe(callback, *args)
 
 
-def _set_results(jobs: Sequence[tuple[EmbeddingJob, Timing]]) -> None:
+def _set_results(jobs: Sequence[tuple[InferenceJob, Timing]]) -> None:
     for job, timing in jobs:
         if not job.result.done():
-            job.result.set_result((job.vectors, timing))
+            job.result.set_result((job.rows, timing))
 
 
-def _set_exception(job: EmbeddingJob, error: ProviderError) -> None:
+def _set_exception(job: InferenceJob, error: ProviderError) -> None:
     if not job.result.done():
         job.result.set_exception(error)

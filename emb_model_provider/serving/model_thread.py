@@ -84,7 +84,7 @@ class ModelThread:
         try:
             backend = self._load()
             description = backend.description
-            self._scheduler.open(backend, batch_policy(self._batching, description.device))
+            self._scheduler.open(backend, batch_policy(self._batching, description))
         except BaseException as error:  # noqa: BLE001 - the caller of `start` must get any error
             self._loaded.set_exception(error)
             return

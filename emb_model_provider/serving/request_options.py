@@ -13,7 +13,7 @@ from emb_model_provider.errors import DimensionsError, LoadError, RequestError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.backends.base import Activation, ModelDescription
     from emb_model_provider.model_spec import ModelSpec
 
 _MIN_NORM = np.float32(1e-12)
@@ -43,14 +43,16 @@ _OTHER_TASKS_PREFIX = "code."
 
 
 def choose_task(input_type: str | None, description: ModelDescription) -> str | None:
-    """Return the task that decides the route of an asymmetric model, or None for any other model.
+    """Return the task that decides the route of an asymmetric model, or the rules of a multi-vector model, or None.
 
     Raises:
         RequestError: The model has no default route, and no route for `input_type`.
     """
     routes = description.routes
     if not routes:
-        return None
+        # A multi-vector model has rules for queries and documents.
+        side = next((names[0] for names in _PROMPT_SYNONYMS if input_type in names), None)
+        return side if description.kind == "multi-vector" else None
     names = _synonyms(input_type) if input_type is not None else ()
     task = next((name for name in (input_type, *names) if name in routes), description.default_route)
     if task is None:
@@ -176,3 +178,18 @@ def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normali
     np.maximum(norms, _MIN_NORM, out=norms)
     result: NDArray[np.float32] = vectors / norms[:, np.newaxis]
     return result
+
+
+def activate(logits: NDArray[np.float32], activation: Activation) -> NDArray[np.float32]:
+    """Return the scores of logits of shape (inputs, labels), computed in float64, so that high scores remain distinct."""
+    values = logits.astype(np.float64)
+    match activation:
+        case "sigmoid":
+            # Without overflow for large negative logits.
+            values = np.exp(-np.logaddexp(0.0, -values))
+        case "softmax":
+            values = np.exp(values - values.max(axis=1, keepdims=True))
+            values /= values.sum(axis=1, keepdims=True)
+        case "identity":
+            return logits
+    return values.astype(np.float32)

@@ -17,7 +17,7 @@ from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueF
 from emb_model_provider.formatting import format_size
 from emb_model_provider.serving.batch_runner import run_batch
 from emb_model_provider.serving.batcher import Batch, Batcher
-from emb_model_provider.serving.jobs import BatchRecord, EmbeddingJob, PendingJobs, Timing, set_exception, set_results
+from emb_model_provider.serving.jobs import BatchRecord, InferenceJob, PendingJobs, Timing, set_exception, set_results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ _HUNG_FACTOR = 10.0
 @dataclass(frozen=True, slots=True)
 class _RunningBatch:
     started_at: float
-    batch: Batch[EmbeddingJob]
+    batch: Batch[InferenceJob]
 
 
 class BatchScheduler:
@@ -56,7 +56,7 @@ class BatchScheduler:
         self._timings = config.timings
         self._wake = threading.Condition()
         """Guards the attributes below and the counts of the requests. Idle streams wait on it."""
-        self._batcher: Batcher[EmbeddingJob]
+        self._batcher: Batcher[InferenceJob]
         self._running: list[_RunningBatch | None]
         """The current batch of each stream."""
         self._pending = PendingJobs()
@@ -96,7 +96,7 @@ class BatchScheduler:
             thread.join()
         return self._crash
 
-    def submit(self, job: EmbeddingJob) -> None:
+    def submit(self, job: InferenceJob) -> None:
         """Queue a request. Called on its event loop.
 
         Raises:
@@ -125,7 +125,7 @@ class BatchScheduler:
             if self._idle:
                 self._wake.notify(len(job.ids))
 
-    def cancel(self, job: EmbeddingJob) -> None:
+    def cancel(self, job: InferenceJob) -> None:
         """Remove the waiting inputs of a request whose caller was cancelled."""
         with self._wake:
             if job in self._pending.detached:
@@ -192,7 +192,7 @@ class BatchScheduler:
         expected_s = running.batch.padded_tokens / self._stream_tokens_per_s
         return now - running.started_at > max(self._watchdog_s, _HUNG_FACTOR * expected_s)
 
-    def _check_capacity(self, job: EmbeddingJob, waiting: int) -> None:
+    def _check_capacity(self, job: InferenceJob, waiting: int) -> None:
         """Raise QueueFullError if the queue has no room for a request.
 
         An empty queue accepts a request of any size, because one that exceeds the limit could never be answered
@@ -220,7 +220,7 @@ class BatchScheduler:
                 retry_after_s=excess / self.tokens_per_s,
             )
 
-    def _remove(self, job: EmbeddingJob) -> None:
+    def _remove(self, job: InferenceJob) -> None:
         if self._pending.remove(job):
             # The last isolated request is answered, so the other streams can continue.
             self._wake.notify_all()
@@ -248,7 +248,7 @@ class BatchScheduler:
                 self._batcher = self._batcher.drained()
             self._wake.notify_all()
 
-    def _next_batch(self, stream: int) -> Batch[EmbeddingJob] | None:
+    def _next_batch(self, stream: int) -> Batch[InferenceJob] | None:
         """Wait for the next batch; return None if the stream is to end."""
         with self._wake:
             while stream and self._pending.isolated and self._crash is None:
@@ -272,7 +272,7 @@ class BatchScheduler:
                     job.started_at = now
             return decision
 
-    def _run_batch(self, backend: Backend, batch: Batch[EmbeddingJob], stream: int) -> None:
+    def _run_batch(self, backend: Backend, batch: Batch[InferenceJob], stream: int) -> None:
         started = time.monotonic()
         result = run_batch(self._model, backend, batch.members)
         if result.failures:
@@ -313,9 +313,9 @@ class BatchScheduler:
         except Exception:
             logger.exception("model %s: a batch could not be recorded in the metrics", self._model)
 
-    def _finish(self, stream: int, batch: Batch[EmbeddingJob], ended: float, *, took_s: float) -> None:
-        """Answer the requests that have all their vectors."""
-        done: list[tuple[EmbeddingJob, Timing]] = []
+    def _finish(self, stream: int, batch: Batch[InferenceJob], ended: float, *, took_s: float) -> None:
+        """Answer the requests that have all their results."""
+        done: list[tuple[InferenceJob, Timing]] = []
         with self._wake:
             rate = batch.padded_tokens / max(took_s, 1e-6)
             self._stream_tokens_per_s += _RATE_SMOOTHING * (rate - self._stream_tokens_per_s)

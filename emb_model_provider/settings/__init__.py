@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.settings.fields import Lowered, MappingEntry, allowed_values
 from emb_model_provider.settings.groups import (
+    AGREEMENT_FLOORS,
     FIDELITY_FLOORS,
     PREFIX,
     BatchSettings,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec
 
 __all__ = [
+    "AGREEMENT_FLOORS",
     "FIDELITY_FLOORS",
     "PREFIX",
     "BatchSettings",

@@ -12,6 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, m
 
 from emb_model_provider.model_spec import (
     BackendName,
+    Kind,
+    LongDocuments,
     Pooling,
     Precision,
     Source,
@@ -93,6 +95,7 @@ class MappingEntry(BaseModel):
     path: Directory | None = None
     device: Device | None = None
     backend: Annotated[BackendName, Lowered] | None = None
+    kind: Annotated[Kind, Lowered] | None = None
     pooling: (
         Annotated[Pooling, _text_converter(lambda text: _POOLING_ALIASES.get(text.lower(), text.lower()))] | None
     ) = None
@@ -102,6 +105,8 @@ class MappingEntry(BaseModel):
     prompts: dict[str, str] | None = None
     token_input: Annotated[TokenInput, Lowered] = "auto"
     truncate: Annotated[Truncate | None, Uppered] = None
+    raw_scores: bool = False
+    long_documents: Annotated[LongDocuments, Lowered] = "windows"
     dimensions: Annotated[
         Annotated[tuple[Count, ...], Field(min_length=1)] | Literal["any"] | None, Allowed('a list of sizes, or "any"')
     ] = None

@@ -49,6 +49,11 @@ FIDELITY_FLOORS: Mapping[FidelityPrecision, float] = {
 }  # fmt: skip
 """Default lowest cosine to fp32 at which a model is served, by precision."""
 
+AGREEMENT_FLOORS: Mapping[FidelityPrecision, float] = {
+    "fp32": 0.99, "bf16": 0.98, "fp16": 0.98, "int8": 0.95, "int4": 0.85
+}  # fmt: skip
+"""Default lowest agreement of other results than dense vectors at which a model is served, by precision."""
+
 _MB = 1000**2
 _GB = 1000**3
 
@@ -75,7 +80,9 @@ class ModelSettings(SettingsGroup, title="Models"):
     """Branch, tag or commit. Unset: the hub's default branch."""
     model_mapping: Annotated[dict[str, MappingEntry], Allowed('JSON like {"alias": {"name": "owner/model"}}')] = {}
     """JSON object, possibly over several lines: alias → model. Only `name` or `path` is required; the other keys are
-    `source`, `precision`, `revision`, `device`, `backend`, `pooling`, `normalize`, `max_length`, `trust_remote_code`,
+    `source`, `precision`, `revision`, `device`, `backend`, `kind` (what the model computes, if its files do not say it:
+    dense, reranker, classifier, sparse, multi-vector or bge-m3), `raw_scores` (true: scores are logits), `long_documents`
+    (windows: a document that does not fit next to its query gets the best score of its parts; cut), `pooling`, `normalize`, `max_length`, `trust_remote_code`,
     `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`, `aliases` (a list of further
     aliases) and `input_type` (of requests that have none). Entries that differ only in their alias and `input_type` are
     one model in memory. The first entry is the default model if MODEL_NAME is unset; if both are set, both are served."""
@@ -217,6 +224,15 @@ class FidelitySettings(SettingsGroup, title="Accuracy"):
     """A model whose lowest cosine to fp32, over about 500 texts, is below the floor of its precision is not served.
     Precisions that are left out keep the default floors. auto never accepts less than 0.999: it uses fp32 instead. So
     does bf16 on a CPU if it is below its floor. A model compiled at fp32 or fp16 is never served below 0.999."""
+    agreement_floors: Annotated[
+        dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]],
+        Allowed('JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.97}'),
+    ] = dict(AGREEMENT_FLOORS)
+    """Likewise for scores, sparse vectors and vectors of tokens, whose agreement with fp32 is at most 1: for scores, the
+    lowest rank correlation of the documents of a query, or 1 less the largest difference relative to the spread of their
+    scores, whichever is lower; for sparse vectors, the share of the strongest terms kept, or 1 less the largest relative
+    error of a dot product; for vectors of tokens, 1 less the largest relative error of a MaxSim score. auto never accepts
+    less than 0.98."""
     measure_fidelity: bool = True
     """Measure how close a model that torch serves below fp32 comes to itself at fp32. The model is loaded at fp32 once
     for this, and the result is kept. false: it is not measured, and FIDELITY_FLOORS applies only where a result is
@@ -226,6 +242,11 @@ class FidelitySettings(SettingsGroup, title="Accuracy"):
     def floors(self) -> Mapping[str, float]:
         """The floor of every precision: FIDELITY_FLOORS, with the defaults for precisions that it leaves out."""
         return {str(name): floor for name, floor in {**FIDELITY_FLOORS, **self.fidelity_floors}.items()}
+
+    @property
+    def lowest_agreement(self) -> Mapping[str, float]:
+        """Likewise for AGREEMENT_FLOORS."""
+        return {str(name): floor for name, floor in {**AGREEMENT_FLOORS, **self.agreement_floors}.items()}
 
 
 def _default_cache_dir() -> Path:

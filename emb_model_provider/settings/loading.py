@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _JSON_SETTINGS: Mapping[str, str] = {
     "model_mapping": '{"alias": {"name": "owner/model"}}',
     "fidelity_floors": '{"int8": 0.99}',
+    "agreement_floors": '{"int8": 0.97}',
     "hub_names": '{"acme/model": {"modelscope": "other/model"}}',
 }
 """Settings whose value is a JSON object, with an example of each."""

@@ -22,7 +22,8 @@ from emb_model_provider.backends.hardware import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.compiler.build import build_artifact
 from emb_model_provider.compiler.export import EXPORTERS
-from emb_model_provider.fidelity.compare import CORPUS_S, compare
+from emb_model_provider.fidelity.cases import CORPUS_S
+from emb_model_provider.fidelity.compare import compare
 from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
 
@@ -246,7 +247,7 @@ class Harness:
         """Prepare and load the model, embed one token, and return the description of the model."""
         backend = self.load(**options)
         try:
-            assert backend.embed(ONE_TOKEN).shape == (1, 48)
+            assert backend.run(ONE_TOKEN).dense.shape == (1, 48)
             return backend.description
         finally:
             backend.close()

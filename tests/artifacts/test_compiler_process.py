@@ -47,7 +47,7 @@ preparer = BackendPreparer(HubSettings(cache_dir=cache), FidelitySettings(), Tru
 prepared = preparer.prepare(ModelSpec(alias="small", name="test/small", device="cpu"), snapshot)
 backend = prepared.load()
 encoded = Tokenization(backend.description).encode(["hello"], truncate="END")
-vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+vectors = backend.run(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths)).dense
 print(json.dumps({
     "backend": backend.description.backend,
     "dimension": vectors.shape[1],

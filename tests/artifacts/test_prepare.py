@@ -456,7 +456,7 @@ def test_static_embeddings_are_served_at_fp32_instead_of_integers(
     assert (
         f"precision {precision}: static embeddings have no matrices to quantize, so fp32 is used" in description.notes
     )
-    assert loaded.embed(ONE_TOKEN).shape == (1, 24)
+    assert loaded.run(ONE_TOKEN).dense.shape == (1, 24)
     assert harness.starts == 0
 
 

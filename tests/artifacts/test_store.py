@@ -146,6 +146,6 @@ def _age(harness: Harness) -> None:
 def _vector(harness: Harness) -> NDArray[np.float32]:
     backend = harness.load()
     try:
-        return backend.embed(ONE_TOKEN)
+        return backend.run(ONE_TOKEN).dense
     finally:
         backend.close()

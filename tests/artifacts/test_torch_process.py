@@ -49,15 +49,15 @@ def test_vectors_are_those_of_sentence_transformers() -> None:
         description = backend.description
         assert (description.precision, description.backend, description.is_interim) == ("fp32", "torch", True)
         for _ in range(2):
-            vectors = backend.embed(batch_of(backend, TEXTS))
+            vectors = backend.run(batch_of(backend, TEXTS)).dense
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
             assert (vectors * expected).sum(axis=1).min() > 0.99999
             with pytest.raises(InferenceError, match="token id"):
-                backend.embed(TokenBatch(ids=[[10**6]], prompt_lengths=[0]))
+                backend.run(TokenBatch(ids=[[10**6]], prompt_lengths=[0]))
         assert backend.memory_bytes > 100_000_000
         child.kill()
         with pytest.raises(InferenceError, match="ended"):
-            backend.embed(batch_of(backend, TEXTS))
+            backend.run(batch_of(backend, TEXTS))
     finally:
         backend.close()
     assert not child.is_running()
@@ -83,7 +83,7 @@ def test_routes_of_an_asymmetric_model(tmp_path: Path) -> None:
     backend = start(two_transformers(tmp_path / "model"))
     try:
         ids = [[5, 6, 7]] * 2
-        query, document = backend.embed(TokenBatch(ids=ids, prompt_lengths=[0, 0], tasks=["query", "document"]))
+        query, document = backend.run(TokenBatch(ids=ids, prompt_lengths=[0, 0], tasks=["query", "document"])).dense
         assert set(backend.description.routes) == {"query", "document"}
         assert not np.allclose(query, document)
     finally:

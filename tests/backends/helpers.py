@@ -122,7 +122,7 @@ def embed_texts(backend: Backend, texts: Sequence[str], *, prompt: str | None = 
     if prompt is None:
         prompt = described.prompts[described.default_prompt] if described.default_prompt else ""
     encoded = Tokenization(described).encode(texts, prompt=prompt)
-    vectors = backend.embed(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths))
+    vectors = backend.run(TokenBatch(ids=encoded.ids, prompt_lengths=encoded.prompt_lengths)).dense
     if described.normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors

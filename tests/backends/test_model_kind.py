@@ -1,4 +1,4 @@
-"""Repositories that are not embedding models, or not the class that would be loaded, are recognized by their files."""
+"""The kind of a model, and whether its class would be loaded, are recognized by its files."""
 
 from __future__ import annotations
 
@@ -20,54 +20,132 @@ def architecture(name: str, **config: Any) -> dict[str, Any]:
     return {"config.json": {"model_type": "bert", "architectures": [name], **config}}
 
 
-OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "cross-encoder": ({"config.json": {}, ST: {"model_type": "CrossEncoder"}}, "a reranker"),
-    "sparse encoder": ({"config.json": {}, ST: {"model_type": "SparseEncoder"}}, "a sparse model"),
-    "multi-vector encoder": ({"config.json": {}, ST: {"model_type": "MultiVectorEncoder"}}, "a multi-vector model"),
-    "another type": ({"config.json": {}, ST: {"model_type": "Oracle"}}, "a Oracle"),
-    "reranker": (architecture("BertForSequenceClassification", num_labels=1), "a reranker"),
-    "reranker by its labels": (architecture("BertForSequenceClassification", id2label={"0": "L"}), "a reranker"),
-    "cross-encoder of sentence-transformers 4": (
-        architecture("BertForSequenceClassification", sentence_transformers={"version": "4.0.1"}),
-        "a reranker",
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "cross-encoder": (
+        {**architecture("BertForSequenceClassification", num_labels=1), ST: {"model_type": "CrossEncoder"}},
+        "reranker",
     ),
-    "classifier": (architecture("XLMRobertaForSequenceClassification"), "a text classifier"),
-    "token classifier": (architecture("BertForTokenClassification"), "a token classifier"),
-    "question answering": (architecture("BertForQuestionAnswering"), "a model that answers questions"),
-    "ColBERT": (architecture("HF_ColBERT"), "a multi-vector model"),
+    "cross-encoder with labels": (
+        {**architecture("BertForSequenceClassification"), ST: {"model_type": "CrossEncoder"}},
+        "classifier",
+    ),
+    "sparse encoder": ({"config.json": {}, ST: {"model_type": "SparseEncoder"}}, "sparse"),
+    "multi-vector encoder": ({"config.json": {}, ST: {"model_type": "MultiVectorEncoder"}}, "multi-vector"),
+    "PyLate": ({"config.json": {}, ST: {"model_type": "ColBERT"}}, "multi-vector"),
+    "reranker": (architecture("BertForSequenceClassification", num_labels=1), "reranker"),
+    "reranker by its labels": (architecture("BertForSequenceClassification", id2label={"0": "L"}), "reranker"),
+    "cross-encoder of sentence-transformers 4": (
+        architecture("BertForSequenceClassification", sentence_transformers={"version": "4.0.1"}, num_labels=1),
+        "reranker",
+    ),
+    "classifier": (architecture("XLMRobertaForSequenceClassification"), "classifier"),
+    "ColBERT": (architecture("HF_ColBERT"), "multi-vector"),
+    "language model with LogitScore": (
+        {
+            **architecture("Qwen3ForCausalLM"),
+            "modules.json": [
+                {"type": "sentence_transformers.cross_encoder.modules.LogitScore", "path": "1_LogitScore"}
+            ],
+        },
+        "reranker",
+    ),
     "SPLADE modules": (
         {
             **architecture("BertForMaskedLM"),
             "modules.json": [{"type": "sentence_transformers.sparse_encoder.models.SpladePooling", "path": "1_Splade"}],
         },
-        "a sparse model",
+        "sparse",
     ),
     "PyLate modules": (
         {"config.json": {}, "modules.json": [{"type": "pylate.models.Dense.Dense", "path": "1_Dense"}]},
-        "a multi-vector model",
+        "multi-vector",
     ),
     "SPLADE by its card": (
         {**architecture("BertForMaskedLM"), "README.md": CARD.format(task="feature-extraction", tag="splade")},
-        "a sparse model",
+        "sparse",
     ),
     "reranker by its card": (
         {**architecture("Qwen3ForCausalLM"), "README.md": CARD.format(task="text-ranking", tag="qwen")},
-        "a reranker",
+        "reranker",
     ),
-    "reranker on ModelScope": ({"config.json": {}, "configuration.json": {"task": "text-ranking"}}, "a reranker"),
-    "classifier on ModelScope": (
-        {"config.json": {}, "configuration.json": {"task": "text_classification"}},
-        "a text classifier",
+    "BGE-M3": (
+        {
+            **architecture("XLMRobertaModel"),
+            "modules.json": [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}],
+            "sparse_linear.pt": "",
+            "colbert_linear.pt": "",
+        },
+        "bge-m3",
     ),
 }
+OTHER_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "another type": ({"config.json": {}, ST: {"model_type": "Oracle"}}, "a Oracle"),
+    "token classifier": (architecture("BertForTokenClassification"), "a token classifier"),
+    "question answering": (architecture("BertForQuestionAnswering"), "a model that answers questions"),
+    "pages": (architecture("ColPaliForRetrieval"), "a multi-vector model of images"),
+    "sparse autoencoder": (
+        {
+            **architecture("BertModel"),
+            "modules.json": [{"type": "sentence_transformers.sparse_encoder.models.SparseAutoEncoder", "path": "1_S"}],
+        },
+        "a sparse autoencoder",
+    ),
+    "reranker without a head on ModelScope": (
+        {**architecture("BertModel"), "configuration.json": {"task": "text-ranking"}},
+        "a model for reranking by its description",
+    ),
+    "classifier without a head on ModelScope": (
+        {"config.json": {}, "configuration.json": {"task": "text_classification"}},
+        "a model for classification by its description",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_the_kind_is_recognized_by_the_files(case: str, tmp_path: Path) -> None:
+    files, kind = KINDS[case]
+    assert plan_of(tmp_path, {"modules.json": [], **files} if ST in files else files).kind == kind
 
 
 @pytest.mark.parametrize("case", OTHER_KINDS)
 def test_another_kind_of_model_is_an_error(case: str, tmp_path: Path) -> None:
     """sentence-transformers would average its token vectors. The message says what it is and what to do."""
     files, what = OTHER_KINDS[case]
-    with pytest.raises(UnsupportedModelError, match=f"^someone/model is {what}.*not an embedding model.*Choose"):
+    with pytest.raises(UnsupportedModelError, match=f"^someone/model is {what}.*(Choose|kind)"):
         plan_of(tmp_path, {"modules.json": [], **files} if ST in files else files)
+
+
+REQUESTED: dict[str, tuple[dict[str, Any], str]] = {
+    "dense, whatever the card says": (
+        {**architecture("BertModel"), "README.md": CARD.format(task="text-classification", tag="x")},
+        "dense",
+    ),
+    "language model": (architecture("Qwen3ForCausalLM"), "reranker"),
+    "classifier with one label": (architecture("BertForSequenceClassification", num_labels=1), "classifier"),
+    "masked language model": (architecture("BertForMaskedLM"), "sparse"),
+}
+
+
+@pytest.mark.parametrize("case", REQUESTED)
+def test_the_settings_override_the_kind(case: str, tmp_path: Path) -> None:
+    files, kind = REQUESTED[case]
+    assert plan_of(tmp_path, files, kind=kind).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("BertForSequenceClassification", "dense"),
+        ("BertModel", "reranker"),
+        ("BertModel", "sparse"),
+        ("BertModel", "multi-vector"),
+        ("BertModel", "bge-m3"),
+    ],
+)
+def test_a_kind_that_the_files_cannot_be_is_an_error(name: str, kind: str, tmp_path: Path) -> None:
+    """A reranker or classifier is never averaged into something like an embedding."""
+    with pytest.raises(UnsupportedModelError, match=f"cannot be served as the kind '{kind}'.*{name}.*MODEL_MAPPING"):
+        plan_of(tmp_path, architecture(name), kind=kind)
 
 
 def test_modules_make_a_classifier_an_embedding_model(tmp_path: Path) -> None:
@@ -82,7 +160,7 @@ def test_modelscope_can_declare_a_classifier_as_an_embedding_model(tmp_path: Pat
 
 
 def test_a_bare_masked_language_model_is_an_error(tmp_path: Path) -> None:
-    """It can be SPLADE, which has no other sign in a directory. The message names the keys that allow it."""
+    """It can be SPLADE, which has no other sign in a directory. The message names the keys that allow both."""
     with pytest.raises(UnsupportedModelError, match=r"BertForMaskedLM.*SPLADE.*EMB_PROVIDER_MODEL_MAPPING"):
         plan_of(tmp_path / "a", architecture("BertForMaskedLM"))
     assert plan_of(tmp_path / "b", architecture("BertForMaskedLM"), pooling="mean").pooling == "mean"
@@ -128,6 +206,16 @@ def test_an_adopted_model_type_needs_no_trust(tmp_path: Path) -> None:
     """transformers has the class now, and the reference to the code is only for older versions."""
     config = {"model_type": "nomic_bert", "auto_map": {"AutoModel": "nomic-ai/code--modeling.NomicBertModel"}}
     assert plan_of(tmp_path, {"config.json": config, "modules.json": []}).layout == "sentence-transformers"
+
+
+def test_the_class_of_a_kind_needs_trust(tmp_path: Path) -> None:
+    config = architecture(
+        "NewForSequenceClassification",
+        num_labels=1,
+        auto_map={"AutoModelForSequenceClassification": "modeling.NewForSequenceClassification"},
+    )
+    with pytest.raises(UnsupportedModelError, match="EMB_PROVIDER_TRUST_REMOTE_CODE=true"):
+        plan_of(tmp_path, config)
 
 
 def test_classes_for_other_tasks_do_not_matter(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def embed(backend: Backend, tasks: list[str], texts: list[str]) -> NDArray[np.fl
     batch = TokenBatch(
         ids=[each.ids[0] for each in encoded], prompt_lengths=[each.prompt_lengths[0] for each in encoded], tasks=tasks
     )
-    vectors = backend.embed(batch)
+    vectors = backend.run(batch).dense
     units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     normalized = np.array([[routes[task].normalize] for task in tasks])
     return np.where(normalized, units, vectors).astype(np.float32)
@@ -112,8 +112,8 @@ def test_the_description_is_that_of_the_default_route(tmp_path: Path) -> None:
     assert described.prompts == {"query": "query: ", "document": "passage: "}
     backend = load(static_query(tmp_path / "again"), tmp_path / "cache")
     ids = Tokenization(backend.description).encode(["hello"]).ids
-    default = backend.embed(TokenBatch(ids=ids, prompt_lengths=[0]))
-    named = backend.embed(TokenBatch(ids=ids, prompt_lengths=[0], tasks=["document"]))
+    default = backend.run(TokenBatch(ids=ids, prompt_lengths=[0])).dense
+    named = backend.run(TokenBatch(ids=ids, prompt_lengths=[0], tasks=["document"])).dense
     assert (default == named).all()
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-from emb_model_provider.compiler.export import check_exportable, prebuilt_exporters
+from emb_model_provider.backends.pytorch.heads import Served
+from emb_model_provider.compiler.export import Exporter, check_exportable, prebuilt_exporters
 from emb_model_provider.errors import UnsupportedModelError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.model_spec import ModelSpec
@@ -20,9 +21,6 @@ from tests.backends.helpers import TEXTS, cosines, embed_texts, reference
 from tests.backends.small_tokenizers import wordpiece
 from tests.compiler.exports import ONNX, OPENVINO, add_export
 from tests.marks import mark_slow_except
-
-if TYPE_CHECKING:
-    from emb_model_provider.compiler.export import Exporter
 
 
 def failing_export(*_: object) -> Any:
@@ -95,4 +93,4 @@ def test_static_embeddings_are_not_exportable() -> None:
     static = StaticEmbedding(wordpiece().backend_tokenizer, embedding_dim=24)
     pipeline = SentenceTransformer(modules=[static], device="cpu", local_files_only=True)
     with pytest.raises(UnsupportedModelError, match="nothing to compile"):
-        check_exportable(pipeline)
+        check_exportable(Served(pipeline, ("sentence_embedding",)))

@@ -77,10 +77,10 @@ def test_prompts_of_different_lengths_share_a_batch(compiled: CompiledModels) ->
     text = "How do I reset my password?"
     prompts = ["passage: retrieve ", "", "query: ", "passage: retrieve "]
     rows = [tokenize([text], prompt=prompt, truncate="END") for prompt in prompts]
-    mixed = backend.embed(
+    mixed = backend.run(
         TokenBatch(ids=[row.ids[0] for row in rows], prompt_lengths=[row.prompt_lengths[0] for row in rows])
-    )
-    single = [backend.embed(TokenBatch(ids=row.ids, prompt_lengths=row.prompt_lengths))[0] for row in rows]
+    ).dense
+    single = [backend.run(TokenBatch(ids=row.ids, prompt_lengths=row.prompt_lengths)).dense[0] for row in rows]
     assert len({row.prompt_lengths[0] for row in rows}) == 3
     assert_same(mixed, np.stack(single), **TOLERANCE)
 

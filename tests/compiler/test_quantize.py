@@ -94,7 +94,7 @@ def test_the_bundled_model_reaches_the_documented_values(
     assert weights_size(model) <= max_size * weights_size(compiled("bundled"))
     assert model.description.compute in {"int8" if fast_int8() else "", "bf16" if native_bf16() else "fp32"}
     assert model.steps[-5:] == ["verify", f"quantize to {precision}", "save", "measure", "write"]
-    assert model.load().embed(ONE_TOKEN).shape == (1, 384)
+    assert model.load().run(ONE_TOKEN).dense.shape == (1, 384)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from urllib.parse import quote
 import numpy as np
 from tokenizers import Tokenizer
 
+from emb_model_provider.backends.base import Outputs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
@@ -122,16 +124,16 @@ class FaultyBackend:
         tokenizer = Tokenizer.from_str(backend.description.tokenizer_json)
         self._ids = {_only_id(tokenizer, word): fault for fault, word in WORDS.items()}
 
-    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run(self, batch: TokenBatch) -> Outputs:
         if (pace := self._control.value("pace", self._alias)) is not None:
             time.sleep(len(batch.ids) * max(map(len, batch.ids)) / float(pace))
-            return stand_in_vectors(batch.ids, self.description.dimension)
+            return Outputs(dense=stand_in_vectors(batch.ids, self.description.dimension))
         self._before(batch)
-        return self._spoil(self._backend.embed(batch), batch, ("nan", "nan-always"))
+        return Outputs(dense=self._spoil(self._backend.run(batch).dense, batch, ("nan", "nan-always")))
 
-    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
         self._control.record("fp32", alias=self._alias, rows=len(batch.ids))
-        return self._spoil(self._backend.embed_fp32(batch), batch, ("nan-always",))
+        return Outputs(dense=self._spoil(self._backend.run_fp32(batch).dense, batch, ("nan-always",)))
 
     def close(self) -> None:
         self._backend.close()

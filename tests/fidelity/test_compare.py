@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from emb_model_provider.backends.base import Outputs
 from emb_model_provider.backends.output_types import measure_ranges
-from emb_model_provider.backends.tokenization import Tokenization
-from emb_model_provider.fidelity.compare import (
-    LONGEST_COMPARED,
-    Case,
-    MismatchError,
-    compare,
-    comparison_limit,
-    embed_texts,
-    make_cases,
-    measure_reference,
-)
+from emb_model_provider.fidelity.cases import LONGEST_COMPARED, Case, Runner, comparison_limit, make_cases
+from emb_model_provider.fidelity.compare import MismatchError, compare, measure_reference
 from emb_model_provider.fidelity.texts import MIN_TOPICS, corpus, probes
 from tests.artifacts.helpers import FAMILY, CompiledModels
 from tests.backends.helpers import description
@@ -42,11 +34,11 @@ class ChangedBackend:
         self.description: ModelDescription = backend.description
         self.memory_bytes: int = backend.memory_bytes
 
-    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
-        return self._change(self._backend.embed(batch).copy())
+    def run(self, batch: TokenBatch) -> Outputs:
+        return Outputs(dense=self._change(self._backend.run(batch).dense.copy()))
 
-    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
-        return self.embed(batch)
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
+        return self.run(batch)
 
     def close(self) -> None:
         self._backend.close()
@@ -60,7 +52,7 @@ def loaded(compiled: CompiledModels) -> OpenVinoBackend:
 @pytest.fixture(scope="module")
 def cases(loaded: OpenVinoBackend) -> list[Case]:
     texts = probes()[24:44]
-    return [Case(texts, "", embed_texts(loaded, Tokenization(loaded.description), texts, ""))]
+    return [Case(texts, "", Runner(loaded)(texts))]
 
 
 def _with_value(vectors: NDArray[np.float32], row: int, value: float) -> NDArray[np.float32]:
@@ -105,8 +97,7 @@ def test_inexact_vectors_are_measured(loaded: OpenVinoBackend, cases: list[Case]
 
 def test_neighbors_are_compared_for_the_corpus(loaded: OpenVinoBackend) -> None:
     texts = corpus(0)
-    vectors = embed_texts(loaded, Tokenization(loaded.description), texts, "")
-    fidelity = compare(loaded, [Case(texts, "", vectors, neighbors=True)])
+    fidelity = compare(loaded, [Case(texts, "", Runner(loaded)(texts), neighbors=True)])
     assert fidelity.top10_overlap == 1
     assert fidelity.spearman == pytest.approx(1)
 
@@ -114,10 +105,9 @@ def test_neighbors_are_compared_for_the_corpus(loaded: OpenVinoBackend) -> None:
 def test_the_cost_of_each_output_type_is_measured(loaded: OpenVinoBackend, cases: list[Case]) -> None:
     """With ranges from the other texts. Fewer bits keep fewer neighbors."""
     texts = corpus(0)
-    vectors = embed_texts(loaded, Tokenization(loaded.description), texts, "")
-    calibration = compare(loaded, [*cases, Case(texts, "", vectors, neighbors=True)]).calibration
+    calibration = compare(loaded, [*cases, Case(texts, "", Runner(loaded)(texts), neighbors=True)]).calibration
     assert calibration is not None
-    assert (calibration.spread, calibration.unscaled_range) == measure_ranges(cases[0].expected)
+    assert (calibration.spread, calibration.unscaled_range) == measure_ranges(cases[0].expected.dense)
     kept = calibration.top10_overlap
     assert set(kept) == {"float16", "int8", "uint8", "binary", "ubinary"}
     assert min(kept["float16"], kept["int8"], kept["uint8"]) > 0.9 > kept["binary"] == kept["ubinary"] > 0.1
@@ -133,9 +123,9 @@ def test_cases_cover_prompts_and_as_much_of_the_corpus_as_time_allows() -> None:
     """A slow model embeds the smallest part of the corpus, and each prompt once."""
     calls: list[tuple[int, str]] = []
 
-    def embed(texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
+    def embed(texts: Sequence[str], prompt: str, _task: str | None) -> Outputs:
         calls.append((len(texts), prompt))
-        return np.ones((len(texts), 4), dtype=np.float32)
+        return Outputs(dense=np.ones((len(texts), 4), dtype=np.float32))
 
     model = description(prompts={"query": "query: ", "document": ""})
     cases = make_cases(embed, model, corpus_s=0)

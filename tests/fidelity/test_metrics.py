@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from emb_model_provider.fidelity.compare import NEIGHBORS, cosines, neighbor_overlap, similarities, spearman
+from emb_model_provider.fidelity.metrics import NEIGHBORS, cosines, neighbor_overlap, similarities, spearman
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,7 +9,7 @@ import pytest
 from emb_model_provider.backends.base import Fidelity
 from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.formatting import format_cosine
-from emb_model_provider.settings import FIDELITY_FLOORS
+from emb_model_provider.settings import AGREEMENT_FLOORS, FIDELITY_FLOORS
 from tests.models import spec_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def check(requested: Precision, computed: ComputePrecision, min_cosine: float | 
     fidelity = None if min_cosine is None else Fidelity(min_cosine=min_cosine, mean_cosine=1.0, texts=500)
     # The name in the settings can be a commit hash, if the model is a directory in a cache.
     spec = spec_of(name="5c38ec7c405ec4b44b94cc5a9bb96e735b38267a", precision=requested)
-    check_accuracy(spec, computed, fidelity, {**FIDELITY_FLOORS, **floors}, name="test/small")
+    check_accuracy(spec, computed, fidelity, {**FIDELITY_FLOORS, **floors}, AGREEMENT_FLOORS, name="test/small")
 
 
 def test_the_floor_is_the_lowest_allowed_cosine() -> None:

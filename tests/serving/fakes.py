@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from emb_model_provider.backends.base import ModelDescription
+from emb_model_provider.backends.base import ModelDescription, Outputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,17 +73,17 @@ class FakeBackend:
         self.max_tokens: int | None = None
         """Padded tokens of a batch that fit into memory; None: any number."""
         self.running_batches = 0
-        """Number of threads that are in `embed`."""
+        """Number of threads that are in `run`."""
         self.running_inputs = 0
-        """Number of inputs that are in `embed`."""
+        """Number of inputs that are in `run`."""
         self._lock = threading.Lock()
 
-    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run(self, batch: TokenBatch) -> Outputs:
         with self._lock:
             self.running_batches += 1
             self.running_inputs += len(batch.ids)
         try:
-            return self._embed(batch)
+            return Outputs(dense=self._embed(batch))
         finally:
             with self._lock:
                 self.running_batches -= 1
@@ -108,10 +108,10 @@ class FakeBackend:
                 vectors[i, 2] = np.nan
         return vectors
 
-    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
         if any(IDS[NEVER_FINITE] in row for row in batch.ids):
-            return np.full((len(batch.ids), self.description.dimension), np.inf, dtype=np.float32)
-        return np.array([expected(list(row)) for row in batch.ids], dtype=np.float32)
+            return Outputs(dense=np.full((len(batch.ids), self.description.dimension), np.inf, dtype=np.float32))
+        return Outputs(dense=np.array([expected(list(row)) for row in batch.ids], dtype=np.float32))
 
     def close(self) -> None:
         self.threads.add(threading.current_thread().name)

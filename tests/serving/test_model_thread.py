@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from emb_model_provider.backends.base import Outputs
 from emb_model_provider.errors import InferenceError, LoadError, ModelNotReadyError, ThreadLimitError
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.serving.config import EngineConfig
@@ -71,8 +72,8 @@ async def test_model_whose_first_vector_is_not_finite_is_not_served() -> None:
     backends: list[FakeBackend] = []
 
     class NanBackend(FakeBackend):
-        def embed(self, batch: object) -> np.ndarray:
-            return np.full((1, 4), np.nan, dtype=np.float32)
+        def run(self, batch: object) -> Outputs:
+            return Outputs(dense=np.full((1, 4), np.nan, dtype=np.float32))
 
     def load() -> FakeBackend:
         backends.append(NanBackend())

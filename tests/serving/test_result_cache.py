@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import InferenceError
 from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.serving.result_cache import Lookup, ModelResults, ResultCache
@@ -16,6 +17,9 @@ from tests.serving.fakes import FAILS, expected
 from tests.serving.helpers import ids, started_engine
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from emb_model_provider.backends.base import Row
     from emb_model_provider.serving.jobs import BatchRecord
 
 pytestmark = pytest.mark.usefixtures("short_collections")
@@ -23,18 +27,21 @@ pytestmark = pytest.mark.usefixtures("short_collections")
 DIMENSION = 4
 
 
-def vectors(*values: float) -> np.ndarray:
-    return np.repeat(np.array(values, dtype=np.float32)[:, np.newaxis], DIMENSION, axis=1)
+def vectors(*values: float) -> list[tuple[np.ndarray]]:
+    """Return the results of inputs with one output: a vector that has one value only."""
+    return [(np.full(DIMENSION, value, dtype=np.float32),) for value in values]
 
 
 def look_up(
     results: ModelResults, *rows: list[int], prompt_lengths: list[int] | None = None, task: str | None = None
 ) -> Lookup:
-    return results.look_up(rows, prompt_lengths or [0] * len(rows), task)
+    tasks = [task] * len(rows) if task is not None else None
+    batch = TokenBatch(ids=rows, prompt_lengths=prompt_lengths or [0] * len(rows), tasks=tasks)
+    return results.look_up(batch, ("dense",))
 
 
-def first_values(array: np.ndarray) -> list[float]:
-    return array[:, 0].tolist()
+def first_values(results: Sequence[tuple[Row, ...]]) -> list[float]:
+    return [float(vector[0]) for (vector,) in results]  # type: ignore[index]  # all are arrays
 
 
 def test_identical_inputs_are_computed_once() -> None:
@@ -49,15 +56,16 @@ def test_identical_inputs_are_computed_once() -> None:
 def test_kept_vectors_are_bit_identical() -> None:
     """To those that were computed, in any combination with other inputs."""
     results = ResultCache(100_000).open()
-    computed = np.random.default_rng(0).standard_normal((3, DIMENSION)).astype(np.float32)
+    computed = [(row,) for row in np.random.default_rng(0).standard_normal((3, DIMENSION)).astype(np.float32)]
     assert look_up(results, [1], [2], [3]).complete(computed) is computed
     lookup = look_up(results, [3], [9], [1], [3])
     assert (lookup.rows, lookup.hits) == ([1], 2)
     again = lookup.complete(vectors(7))
-    assert [row.tobytes() for row in again] == [row.tobytes() for row in (computed[2], vectors(7)[0], computed[0], computed[2])]  # fmt: skip
+    expected_rows = (computed[2], vectors(7)[0], computed[0], computed[2])
+    assert [row.tobytes() for (row,) in again] == [row.tobytes() for (row,) in expected_rows]
     everything = look_up(results, [1], [2])
     assert everything.rows == []
-    assert everything.complete(np.empty((0, DIMENSION), np.float32)).tobytes() == computed[:2].tobytes()
+    assert [row.tobytes() for (row,) in everything.complete([])] == [row.tobytes() for (row,) in computed[:2]]
 
 
 def test_only_the_same_input_is_a_hit() -> None:
@@ -74,7 +82,7 @@ def test_only_the_same_input_is_a_hit() -> None:
 
 
 def test_the_least_recently_used_vectors_are_removed() -> None:
-    cache = ResultCache(3 * 440)
+    cache = ResultCache(3 * 640)
     results = cache.open()
     for value in (1, 2, 3):
         look_up(results, [value]).complete(vectors(value))
@@ -113,7 +121,7 @@ def test_memory_is_bounded() -> None:
     before = tracemalloc.get_traced_memory()[0]
     for number in range(20_000):
         row = [number] * (1 + number % 100)
-        look_up(results, row).complete(np.full((1, DIMENSION), number, dtype=np.float32))
+        look_up(results, row).complete(vectors(number))
     used = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert 0.6 * limit < used < 1.05 * limit

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.console.snippets import Snippet
     from emb_model_provider.api.dependencies import Services
-    from emb_model_provider.serving.engine import Embeddings
+    from emb_model_provider.serving.results import Embeddings
 
 PATH = "/console/playground"
 

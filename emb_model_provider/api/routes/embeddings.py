@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.output_types import OutputType
     from emb_model_provider.model_spec import Truncate
     from emb_model_provider.observability.metrics import RequestRecord
-    from emb_model_provider.serving.engine import Embeddings
+    from emb_model_provider.serving.results import Embeddings
     from emb_model_provider.settings import LimitSettings
 
 T = TypeVar("T", str, bool, int)

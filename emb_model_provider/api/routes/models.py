@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emb_model_provider.registry import ModelStatus
 
 _DESCRIBED_FIELDS = (
-    "dimensions", "max_input_tokens", "precision", "device", "backend", "notes", "fidelity",
+    "kind", "tasks", "dimensions", "max_input_tokens", "precision", "device", "backend", "notes", "fidelity",
 )  # fmt: skip
 """Fields that are None until the model is loaded."""
 
@@ -62,7 +62,9 @@ def common_fields(status: ModelStatus) -> dict[str, Any]:
     if description is None:
         return fields | dict.fromkeys(_DESCRIBED_FIELDS)
     return fields | {
-        "dimensions": description.dimension,
+        "kind": description.kind,
+        "tasks": list(description.tasks),
+        "dimensions": description.dimension if "scores" not in description.outputs else None,
         "max_input_tokens": description.max_length,
         "precision": description.precision,
         "device": description.device,
@@ -81,7 +83,7 @@ def _model_object(status: ModelStatus, alias: str) -> ModelObject:
         created=status.created,
         owned_by=owner if slash and owner else "local",
         name=spec.name,
-        model_type="embedding",
+        model_type="rerank" if status.tasks == ("rerank",) else "embedding",
         model_name=spec.name,
         max_tokens=description.max_length if description is not None else None,
         input_type=spec.input_type_of(alias),

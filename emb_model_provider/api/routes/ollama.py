@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from emb_model_provider.registry import ModelStatus
-    from emb_model_provider.serving.engine import Embeddings
+    from emb_model_provider.serving.results import Embeddings
 
 OLLAMA_VERSION = "0.13.0"
 """The version of Ollama whose API these routes implement. Clients compare it with the version that they need."""

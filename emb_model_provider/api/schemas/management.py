@@ -149,6 +149,8 @@ class ServedModel(_Response):
     precision: str | None
     device: str | None
     backend: str | None
+    kind: str | None
+    tasks: list[str] | None
     dimensions: int | None
     max_input_tokens: int | None
     notes: list[str] | None = Field(description="Notes on how it was loaded.")

@@ -138,7 +138,15 @@ class ModelObject(BaseModel):
     name: str = Field(description="The repository's id or directory.")
     source: str | None = Field(description="The hub it came from; before it is loaded, the requested hub.")
     revision: str | None
-    dimensions: int | None = Field(description="Native size of a vector.")
+    kind: str | None = Field(
+        description="What the model computes: dense, reranker, classifier, sparse, multi-vector or bge-m3."
+    )
+    tasks: list[str] | None = Field(
+        description="What requests can ask it for: embed, rerank, classify, embed_sparse, embed_multi_vector."
+    )
+    dimensions: int | None = Field(
+        description="Native size of a vector, or of the vector of a token. null for models that return scores only."
+    )
     supported_dimensions: list[int] | Literal["any"] | None = Field(
         description="Smaller sizes that vectors can be truncated to."
     )
@@ -146,7 +154,7 @@ class ModelObject(BaseModel):
     input_type: str | None = Field(
         description="The `input_type` of requests that use this alias and have none themselves."
     )
-    model_type: Literal["embedding"] = Field(description="For clients of Xinference.")
+    model_type: Literal["embedding", "rerank"] = Field(description="For clients of Xinference.")
     model_name: str = Field(description="The same as `name`, for clients of Xinference.")
     max_tokens: int | None = Field(description="The same as `max_input_tokens`, for clients of Xinference.")
     pooling: str | None

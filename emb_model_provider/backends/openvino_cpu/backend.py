@@ -13,29 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emb_model_provider.backends.base import check_ids, check_lengths, pad
+from emb_model_provider.backends.arrays import OutputBuilder, pad_inputs
+from emb_model_provider.backends.base import TERM_WEIGHTS, check_ids, check_lengths
 from emb_model_provider.backends.hardware import usable_cpus
 from emb_model_provider.backends.memory_estimate import openvino_bytes
-from emb_model_provider.backends.openvino_cpu.runtime import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    POOLING_MASK,
-    StreamLayout,
-    compile_streams,
-    stream_layout,
-)
+from emb_model_provider.backends.openvino_cpu.runtime import StreamLayout, compile_streams, stream_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
-    from emb_model_provider.backends.base import ModelDescription, TokenBatch
+    from emb_model_provider.backends.base import ModelDescription, Outputs, TokenBatch
 
 MICRO_BATCH_TOKENS = 2048
 """Largest number of padded tokens of a micro-batch with several rows."""
+_MOST_TERM_WEIGHTS = 16_000_000
+"""Largest number of weights that a sparse model computes at a time, one per token and word of its vocabulary: 64 MB."""
 MICRO_BATCH_ROWS = 64
 """Largest number of rows of a micro-batch. From 32 rows on, more rows do not increase throughput."""
 MICRO_BATCH_COST = 24
@@ -46,7 +40,7 @@ _LENGTH_STEP = 8
 
 
 class OpenVinoBackend:
-    """A compiled graph. Up to `streams` threads run `embed` at the same time; further threads wait."""
+    """A compiled graph. Up to `streams` threads call `run` at the same time; further threads wait."""
 
     def __init__(
         self,
@@ -87,12 +81,12 @@ class OpenVinoBackend:
         self._on_close = on_close
         self._closed = False
 
-    def embed(self, batch: TokenBatch) -> NDArray[np.float32]:
-        return self._embed(batch, self._requests.acquire)
+    def run(self, batch: TokenBatch) -> Outputs:
+        return self._run(batch, self._requests.acquire)
 
-    def embed_fp32(self, batch: TokenBatch) -> NDArray[np.float32]:
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
         """Compute at fp32 from the stored weights, on one thread. The first call compiles the graph again."""
-        return self._embed(batch, self._acquire_fp32)
+        return self._run(batch, self._acquire_fp32)
 
     def close(self) -> None:
         if not self._closed:
@@ -101,30 +95,21 @@ class OpenVinoBackend:
             self._fp32_request = None
             self._on_close()
 
-    def _embed(self, batch: TokenBatch, acquire: Callable[[], AbstractContextManager[Any]]) -> NDArray[np.float32]:
+    def _run(self, batch: TokenBatch, acquire: Callable[[], AbstractContextManager[Any]]) -> Outputs:
         if self._closed:
             raise RuntimeError("the backend is closed")
-        check_lengths(batch, self.description.max_length)
-        check_ids(np.concatenate(batch.ids), self.description.vocab_size)
-        vectors = np.empty((len(batch.ids), self.description.dimension), dtype=np.float32)
-        for rows, length in split_batch([len(row) for row in batch.ids], self.description.max_length):
-            inputs = self._inputs(batch, rows, length)
-            with acquire() as request:
-                # The result is in the memory of the request, so it is copied before the request runs again.
-                vectors[rows] = request.infer(inputs, share_inputs=True, share_outputs=True)[0]
-        return vectors
-
-    def _inputs(self, batch: TokenBatch, rows: Sequence[int], length: int) -> dict[str, NDArray[np.int64]]:
         description = self.description
-        ids, mask = pad([batch.ids[row] for row in rows], length, description.pad_token_id, description.padding_side)
-        inputs = {INPUT_IDS: ids, ATTENTION_MASK: mask}
-        if description.excludes_prompt:
-            pooled = mask.copy()
-            for i, row in enumerate(rows):
-                start = length - len(batch.ids[row]) if description.padding_side == "left" else 0
-                pooled[i, start : start + batch.prompt_lengths[row]] = 0
-            inputs[POOLING_MASK] = pooled
-        return inputs
+        check_lengths(batch, description.max_length)
+        check_ids(np.concatenate(batch.ids), description.vocab_size)
+        builder = OutputBuilder(batch, description)
+        lengths = [len(row) for row in batch.ids]
+        for rows, length in split_batch(lengths, description.max_length, most_tokens=micro_batch_tokens(description)):
+            inputs = pad_inputs(batch, rows, length, description)
+            with acquire() as request:
+                results = request.infer(inputs, share_inputs=True, share_outputs=True)
+                # The results are in the memory of the request, so they are copied before the request runs again.
+                builder.add(rows, {name: results[index] for index, name in enumerate(description.arrays)})
+        return builder.build()
 
     @contextmanager
     def _acquire_fp32(self) -> Iterator[Any]:
@@ -176,15 +161,29 @@ class RequestPool:
             self._requests = self._latency_request = None
 
 
-def split_batch(lengths: Sequence[int], longest: int) -> Iterator[tuple[list[int], int]]:
-    """Split rows of these lengths into the micro-batches that cost least in total, for a model that reads `longest` tokens.
+def micro_batch_tokens(description: ModelDescription) -> int:
+    """Return the largest number of padded tokens of a micro-batch with several rows."""
+    if TERM_WEIGHTS not in description.arrays:
+        return MICRO_BATCH_TOKENS
+    return min(MICRO_BATCH_TOKENS, _MOST_TERM_WEIGHTS // description.dimension)
+
+
+def split_batch(
+    lengths: Sequence[int], longest: int, most_tokens: int = MICRO_BATCH_TOKENS
+) -> Iterator[tuple[list[int], int]]:
+    """Split rows into the micro-batches that cost least in total.
+
+    Args:
+        lengths: The lengths of the rows in tokens.
+        longest: Longest input of the model.
+        most_tokens: Largest number of padded tokens of a micro-batch with several rows.
 
     Yields:
         The rows of a micro-batch, and the length that they are padded to; the longest rows first.
     """
     rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     padded = [bucket_length(lengths[row], longest) for row in rows]
-    sizes = _micro_batch_sizes(padded)
+    sizes = _micro_batch_sizes(padded, most_tokens)
     start = 0
     while start < len(rows):
         yield rows[start : start + sizes[start]], padded[start]
@@ -198,14 +197,14 @@ def bucket_length(length: int, longest: int) -> int:
     return min(-(-length // _LENGTH_STEP) * _LENGTH_STEP, max(length, longest))
 
 
-def _micro_batch_sizes(padded: Sequence[int]) -> list[int]:
+def _micro_batch_sizes(padded: Sequence[int], most_tokens: int) -> list[int]:
     """Return, for each row, the best size of a micro-batch that begins with it; `padded` descends."""
     total = len(padded)
     cost = [0] * (total + 1)  # of all rows from this one on
     sizes = [1] * total
     for start in range(total - 1, -1, -1):
         length = padded[start]
-        largest = min(total - start, MICRO_BATCH_ROWS, max(1, MICRO_BATCH_TOKENS // length))
+        largest = min(total - start, MICRO_BATCH_ROWS, max(1, most_tokens // length))
         best = cost[start + 1] + length
         for size in range(2, largest + 1):
             candidate = cost[start + size] + size * length

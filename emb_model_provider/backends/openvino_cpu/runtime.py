@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 Graph = Any
 """An `openvino.Model`. Untyped, because the stubs of OpenVINO are incomplete."""
 
-INPUT_IDS = "input_ids"
-ATTENTION_MASK = "attention_mask"
-POOLING_MASK = "pooling_mask"
-"""Names of the inputs of a graph, each int64 of shape (batch, length). Only models that exclude prompts have a pooling
-mask."""
-
 _MAX_STREAMS = 4
 """With more processors, a stream gets several threads, because one thread is slow at a long text. Not measured with more
 than two processors."""

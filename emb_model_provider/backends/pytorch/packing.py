@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
 Kernel = Callable[..., torch.Tensor]
 """Computes attention over concatenated inputs. Parameters and result are those of `varlen_kernel`."""
@@ -112,7 +112,7 @@ def varlen_available(device: torch.device) -> bool:
     return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
 
 
-def packable(pipeline: SentenceTransformer) -> bool:
+def packable(pipeline: BaseModel) -> bool:
     """Return whether all modules of a pipeline support packed rows: a known family, Pooling, then Dense and Normalize."""
     if len(pipeline) < 2 or not isinstance(pipeline[0], Transformer) or not isinstance(pipeline[1], Pooling):
         return False
@@ -138,7 +138,7 @@ def packable(pipeline: SentenceTransformer) -> bool:
 class Packing:
     """Makes packed rows for one pipeline, and replaces its attention."""
 
-    def __init__(self, pipeline: SentenceTransformer, kernel: Kernel) -> None:
+    def __init__(self, pipeline: BaseModel, kernel: Kernel) -> None:
         """Replace the attention of a `packable` pipeline, which then accepts packed rows only."""
         first: Any = pipeline[0]
         self._padding_idx = _padding_idx(first.model)
@@ -148,7 +148,7 @@ class Packing:
         # transformers makes no masks for a name without a mask function, and none are needed.
         first.model.set_attn_implementation(name)
 
-    def undo(self, pipeline: SentenceTransformer) -> None:
+    def undo(self, pipeline: BaseModel) -> None:
         """Restore the original attention of the pipeline, or of a copy of it, for padded rows."""
         first: Any = pipeline[0]
         first.model.set_attn_implementation(self._original_attention)

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 from transformers.utils import logging as transformers_logging
 
 from emb_model_provider.backends.model_kind import POOLING_ADVICE, TRUST_ADVICE
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
+from emb_model_provider.backends.pytorch.heads import remove_final_normalize, run_pipeline
 from emb_model_provider.backends.pytorch.tokenizer import use_declared_tokenizer
 from emb_model_provider.backends.pytorch.view import open_view
 from emb_model_provider.backends.repository import Repository
@@ -27,12 +31,12 @@ from emb_model_provider.concurrency import BoundedLock
 from emb_model_provider.errors import LoadError, UnsupportedModelError, is_failure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from emb_model_provider.backends.base import ComputePrecision
     from emb_model_provider.backends.pipeline_plan import PipelinePlan
-    from emb_model_provider.model_spec import ModelSpec, Precision
+    from emb_model_provider.model_spec import Kind, ModelSpec, Precision
     from emb_model_provider.model_spec import Pooling as PoolingName
     from emb_model_provider.snapshots.snapshot import Snapshot
 
@@ -110,12 +114,18 @@ def load_sentence_transformer(
     device = resolve_device(spec.device, facts)
     plan = plan_pipeline(spec, snapshot, trust_remote_code=trust_remote_code)
     resolved = resolve_torch_precision(precision, device, facts)
-    return load_pipeline(plan, snapshot, precision=resolved, device=device, trust_remote_code=trust_remote_code)[0]
+    pipeline = load_pipeline(plan, snapshot, precision=resolved, device=device, trust_remote_code=trust_remote_code)[0]
+    if not isinstance(pipeline, SentenceTransformer):
+        raise UnsupportedModelError(
+            f"{snapshot.repository} is of the kind {plan.kind!r}, which SentenceTransformer does not load. Load it with "
+            f"{pipeline.model_type} of sentence-transformers."
+        )
+    return pipeline
 
 
 def load_pipeline(
     plan: PipelinePlan, snapshot: Snapshot, *, precision: ComputePrecision, device: str, trust_remote_code: bool
-) -> tuple[SentenceTransformer, PipelinePlan]:
+) -> tuple[BaseModel, PipelinePlan]:
     """Load the pipeline of a plan at fp32, fp16 or bf16, in evaluation mode. One load runs at a time in a process.
 
     The pipeline ends in Normalize if the plan or `modules.json` says so. Like `encode` of sentence-transformers, the
@@ -132,8 +142,8 @@ def load_pipeline(
     try:
         with _LOADING, _quiet_progress(), open_view(repository, snapshot.digest) as directory:
             try:
-                if plan.layout == "sentence-transformers":
-                    pipeline: SentenceTransformer = _CheckedSentenceTransformer(
+                if plan.layout == "sentence-transformers" or plan.kind == "multi-vector":
+                    pipeline: BaseModel = _CLASSES[plan.kind](
                         str(directory),
                         device=device,
                         local_files_only=True,
@@ -156,15 +166,16 @@ def load_pipeline(
     except OSError as error:
         raise explain_error(error, name) from error
     _check(pipeline, plan, name)
-    _apply_overrides(pipeline, plan, name)
-    pipeline.truncate_dim = plan.truncate_dim
+    if isinstance(pipeline, SentenceTransformer):
+        _apply_overrides(pipeline, plan, name)
+        pipeline.truncate_dim = plan.truncate_dim
     if isinstance(pipeline[0], StaticEmbedding):
         pipeline.to(dtype=DTYPES[precision])
     return pipeline.eval(), replace(plan, notes=(*plan.notes, *notes))
 
 
-def embedding_dimension(pipeline: SentenceTransformer) -> int:
-    """Run a few tokens through a pipeline, and return the size of its vectors."""
+def array_widths(pipeline: BaseModel, names: Sequence[str]) -> dict[str, int]:
+    """Run a few tokens through a served pipeline, and return the last dimension of the named arrays."""
     # Not one, because models that pool inside (Funnel) need several.
     ids = torch.zeros((1, 8), dtype=torch.int64, device=pipeline.device)
     if isinstance(pipeline[0], StaticEmbedding):
@@ -172,28 +183,15 @@ def embedding_dimension(pipeline: SentenceTransformer) -> int:
     else:
         features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        vectors: torch.Tensor = pipeline(features)["sentence_embedding"]
-    return vectors[:, : pipeline.truncate_dim].shape[1]
+        return {name: array.shape[-1] for name, array in run_pipeline(pipeline, features, names).items()}
 
 
-def word_table(pipeline: SentenceTransformer) -> Any:
+def word_table(pipeline: BaseModel) -> Any:
     """Return the module that looks up token vectors, or None for a model without one, such as that of images."""
     if pipeline.transformers_model is not None:
         with suppress(NotImplementedError):
             return pipeline.transformers_model.get_input_embeddings()
     return None
-
-
-def strip_final_normalize(pipeline: SentenceTransformer, plan: PipelinePlan) -> bool:
-    """Remove the final normalization from a pipeline in place, and return whether there was one.
-
-    A Normalize before another module, such as Dense, is part of the model and is kept. So is one whose vectors
-    sentence-transformers truncates to `truncate_dim` afterwards; truncated vectors are shorter than 1, like those of
-    `encode`.
-    """
-    if plan.truncate_dim is not None and plan.normalize is None:
-        return False
-    return _remove_final_normalize(pipeline)
 
 
 def explain_error(error: BaseException, name: str, directory: str | None = None) -> LoadError:
@@ -241,41 +239,92 @@ class _CheckedTransformer(Transformer):
         return model
 
 
-class _CheckedSentenceTransformer(SentenceTransformer):
-    def _load_module_class_from_ref(self, *args: Any, **kwargs: Any) -> type:
-        module = super()._load_module_class_from_ref(*args, **kwargs)
+class _CheckedModules(BaseModel):
+    """Loads the modules of a directory, with transformers that record their weights."""
+
+    def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> Any:
+        module = super()._load_module_class_from_ref(class_ref, *args, **kwargs)
+        if module is MLMTransformer:
+            return _CheckedMaskedLanguageModel
         return _CheckedTransformer if module is Transformer else module
+
+
+class _CheckedMaskedLanguageModel(MLMTransformer, _CheckedTransformer):
+    """The transformer of older sparse models."""
+
+
+class _CheckedSentenceTransformer(_CheckedModules, SentenceTransformer):
+    pass
+
+
+class _CheckedCrossEncoder(_CheckedModules, CrossEncoder):
+    pass
+
+
+class _CheckedSparseEncoder(_CheckedModules, SparseEncoder):
+    pass
+
+
+class _CheckedMultiVectorEncoder(_CheckedModules, MultiVectorEncoder):
+    pass
+
+
+_CLASSES: Mapping[Kind, type[BaseModel]] = {
+    "dense": _CheckedSentenceTransformer,
+    "reranker": _CheckedCrossEncoder,
+    "classifier": _CheckedCrossEncoder,
+    "sparse": _CheckedSparseEncoder,
+    "multi-vector": _CheckedMultiVectorEncoder,
+    "bge-m3": _CheckedSentenceTransformer,
+}
 
 
 def _build(
     plan: PipelinePlan, directory: Path, options: dict[str, Any], device: str, trust_remote_code: bool
-) -> SentenceTransformer:
+) -> BaseModel:
     """Build the pipeline of a directory without `modules.json`. Its normalization is added by `_apply_overrides`."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    kwargs: dict[str, Any] = {
+        "model_kwargs": {**local, **options},
+        "processor_kwargs": dict(local),
+        "config_kwargs": dict(local),
+    }
+    path = str(directory)
+    common: dict[str, Any] = {
+        "device": device, "local_files_only": True, "prompts": dict(plan.prompts), "default_prompt_name": plan.default_prompt
+    }  # fmt: skip
+    match plan.kind:
+        case "reranker" if (plan.architecture or "").endswith(("ForCausalLM", "LMHeadModel")):
+            model = _CheckedTransformer(path, transformer_task="text-generation", **kwargs)
+            yes, no = (model.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+            return CrossEncoder(modules=[model, LogitScore(yes, no)], **common)  # type: ignore[no-any-return]  # its decorator is untyped
+        case "reranker" | "classifier":
+            model = _CheckedTransformer(path, transformer_task="sequence-classification", **kwargs)
+            return CrossEncoder(modules=[model], **common)  # type: ignore[no-any-return]  # likewise
+        case "sparse":
+            modules = [_CheckedTransformer(path, transformer_task="fill-mask", **kwargs), SpladePooling("max")]
+            return SparseEncoder(modules=modules, **common)
     # Set to plain text, because sentence-transformers would render every input as a chat message if the tokenizer has
     # a chat template.
-    transformer = _CheckedTransformer(
-        str(directory),
-        model_kwargs={**local, **options},
-        processor_kwargs=dict(local),
-        config_kwargs=dict(local),
-        modality_config=_TEXT_ONLY,
-        module_output_name="token_embeddings",
-    )
+    transformer = _CheckedTransformer(path, modality_config=_TEXT_ONLY, module_output_name="token_embeddings", **kwargs)
     pooling = plan.pooling or _default_pooling(transformer)
-    modules: list[torch.nn.Module] = [transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
-    return SentenceTransformer(modules=modules, device=device, local_files_only=True)
+    return SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)],
+        device=device,
+        local_files_only=True,
+    )
 
 
-def _select_route(pipeline: SentenceTransformer, route: str, device: str) -> SentenceTransformer:
+def _select_route(pipeline: BaseModel, route: str, device: str) -> BaseModel:
     """Return a pipeline with the modules of a route in the place of the Router."""
     modules: list[torch.nn.Module] = []
     for module in pipeline:
         modules.extend(module.sub_modules[route].children() if isinstance(module, Router) else [module])
-    return SentenceTransformer(modules=modules, device=device, local_files_only=True)
+    kind = SparseEncoder if isinstance(pipeline, SparseEncoder) else SentenceTransformer
+    return kind(modules=modules, device=device, local_files_only=True)
 
 
-def _merge_adapter(pipeline: SentenceTransformer, repository: Repository) -> None:
+def _merge_adapter(pipeline: BaseModel, repository: Repository) -> None:
     first: Any = pipeline[0]
     if not isinstance(first, Transformer):
         raise UnsupportedModelError(
@@ -297,7 +346,7 @@ def _apply_overrides(pipeline: SentenceTransformer, plan: PipelinePlan, name: st
     if plan.layout == "sentence-transformers" and plan.pooling is not None:
         _replace_pooling(pipeline, plan.pooling, name)
     if plan.normalize is not None:
-        _remove_final_normalize(pipeline)
+        remove_final_normalize(pipeline)
         if plan.normalize:
             # Not `append`, because it uses a number as name, which modules.json may have used already.
             pipeline.add_module("final_normalize", Normalize())
@@ -323,21 +372,7 @@ def _replace_pooling(pipeline: SentenceTransformer, pooling: PoolingName, name: 
     pipeline[index] = new
 
 
-def _remove_final_normalize(pipeline: SentenceTransformer) -> bool:
-    removed = False
-    while len(pipeline) > 1 and _normalizes_embedding(pipeline[len(pipeline) - 1]):
-        del pipeline[len(pipeline) - 1]
-        removed = True
-    return removed
-
-
-def _normalizes_embedding(module: torch.nn.Module) -> bool:
-    return (
-        isinstance(module, Normalize) and module.module_input_name == module.module_output_name == "sentence_embedding"
-    )
-
-
-def _check(pipeline: SentenceTransformer, plan: PipelinePlan, name: str) -> None:
+def _check(pipeline: BaseModel, plan: PipelinePlan, name: str) -> None:
     """Reject pipelines whose vectors would be noise or those of another model, or whose inputs are not plain text."""
     first: Any = pipeline[0]
     if any(isinstance(module, Router) for module in pipeline.modules()):
@@ -345,14 +380,14 @@ def _check(pipeline: SentenceTransformer, plan: PipelinePlan, name: str) -> None
             f"{name} sends queries and documents through different modules (Router): load one of its routes."
         )
     modalities = getattr(first, "modality_config", {"text": {}})
-    if "message" in modalities:
+    if "message" in modalities and plan.kind not in ("reranker", "classifier"):
         # sentence-transformers renders every text with the template if `message` is declared, even if `text` is
         # declared, too. Plain text would have other vectors.
         raise UnsupportedModelError(
             f"{name} renders its inputs through a chat template (its modules declare the modality 'message'), "
             "which is not supported. Choose a model that embeds plain text."
         )
-    if "text" not in modalities:
+    if not {"text", "message"}.intersection(modalities):
         raise UnsupportedModelError(f"{name} does not embed text (its inputs are: {', '.join(map(str, modalities))}).")
     settings = getattr(first, "processing_kwargs", None) or {}
     unknown = {**settings.get("text", {}), **settings.get("common", {})}.keys() - _TEXT_SETTINGS_WITHOUT_EFFECT
@@ -396,8 +431,8 @@ def _check_weights(transformer: _CheckedTransformer, name: str) -> None:
     missing = sorted(
         key
         for key in transformer.missing_weights
-        # Checkpoints often omit the pooler of BERT, because token vectors do not depend on it.
-        if "pooler_output" in outputs or "pooler" not in key.split(".")
+        # Checkpoints often omit the pooler of BERT, because token vectors do not depend on it, unlike scores.
+        if outputs & {"pooler_output", "logits"} or "pooler" not in key.split(".")
     )
     if missing:
         raise LoadError(
@@ -425,10 +460,12 @@ def _matters(key: str, model: torch.nn.Module) -> bool:
         return False
     if any(part in key for part in _ADAPTER_WEIGHTS):
         return True
+    inside = {name for name, _ in model.named_children()}
     prefix = getattr(model, "base_model_prefix", "")
     if parts[0] == prefix and prefix:
         parts = parts[1:]
-    return parts[0] in {name for name, _ in model.named_children()}
+        inside |= {name for name, _ in getattr(model, "base_model", model).named_children()}
+    return parts[0] in inside and "seq_relationship" not in parts
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from emb_model_provider.errors import UnsupportedModelError, UnsupportedPrecisio
 from emb_model_provider.formatting import describe_error
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
     from emb_model_provider.backends.base import ComputePrecision
 
@@ -53,7 +53,7 @@ def import_packages(precision: ComputePrecision) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def quantize_pipeline(pipeline: SentenceTransformer, *, precision: ComputePrecision, device: str) -> tuple[str, ...]:
+def quantize_pipeline(pipeline: BaseModel, *, precision: ComputePrecision, device: str) -> tuple[str, ...]:
     """Quantize the linear layers and the word table of a pipeline in place, and move it to a device.
 
     Layers are moved and quantized one by one, so that a GPU never holds the model at full size. Subclasses of Linear
@@ -128,7 +128,7 @@ class Int8Embedding(torch.nn.Module):
         return (self.weight[ids] * self.scale[ids]).to(self.dtype)
 
 
-def _quantize_word_table(pipeline: SentenceTransformer, device: str) -> None:
+def _quantize_word_table(pipeline: BaseModel, device: str) -> None:
     model: Any = pipeline.transformers_model
     table = word_table(pipeline)
     if not isinstance(table, torch.nn.Embedding) or table.max_norm is not None:

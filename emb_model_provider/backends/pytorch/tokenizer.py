@@ -21,7 +21,7 @@ from emb_model_provider.errors import LoadError, UnsupportedModelError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.model import BaseModel
 
     from emb_model_provider.backends.repository import Repository
 
@@ -56,7 +56,7 @@ _CODE_MODULE = "transformers_modules"
 """Package of classes that come from a repository."""
 
 
-def use_declared_tokenizer(pipeline: SentenceTransformer, repository: Repository) -> tuple[str, ...]:
+def use_declared_tokenizer(pipeline: BaseModel, repository: Repository) -> tuple[str, ...]:
     """Replace the tokenizer of a loaded pipeline by the one that its repository declares; return notes on differences.
 
     A tokenizer without a padding token gets one, which the attention mask hides.

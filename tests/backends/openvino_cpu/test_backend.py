@@ -88,7 +88,7 @@ def test_rows_keep_their_order(side: str, cpus: int, graph: Path) -> None:
     rng = np.random.default_rng(1)
     for inputs, longest in [(1, 2), (3, 40), (64, 100), (200, 70)]:
         batch = random_batch(rng, inputs, longest)
-        np.testing.assert_allclose(backend.embed(batch), expected(graph, batch), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(backend.run(batch).dense, expected(graph, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_concurrent_batches_are_not_mixed(graph: Path) -> None:
@@ -99,19 +99,19 @@ def test_concurrent_batches_are_not_mixed(graph: Path) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(60):
             batch = random_batch(rng, int(rng.integers(1, 40)), int(rng.integers(2, 100)))
-            np.testing.assert_allclose(backend.embed(batch), expected(graph, batch), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(backend.run(batch).dense, expected(graph, batch), rtol=1e-4, atol=1e-5)
 
     with ThreadPoolExecutor(5) as pool:
         assert len(list(pool.map(work, range(5)))) == 5
     batch = random_batch(np.random.default_rng(0), 3, 9)
-    np.testing.assert_allclose(backend.embed(batch), expected(graph, batch), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(backend.run(batch).dense, expected(graph, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_a_result_is_not_overwritten_by_the_next_batch(graph: Path) -> None:
     """Vectors are copied from the memory of the runtime before it is used again."""
     backend = OpenVinoBackend(graph, description(), cpus=1)
     batches = [random_batch(np.random.default_rng(seed), 5, 30) for seed in range(8)]
-    results = [backend.embed(batch) for batch in batches]
+    results = [backend.run(batch).dense for batch in batches]
     for batch, vectors in zip(batches, results, strict=True):
         np.testing.assert_allclose(vectors, expected(graph, batch), rtol=1e-4, atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_a_batch_runs_in_micro_batches(graph: Path, shapes: list[tuple[int, int]
     backend = OpenVinoBackend(graph, description(max_length=3000), cpus=1)
     batch = random_batch(np.random.default_rng(5), 100, 200)
     long = TokenBatch(ids=[*batch.ids, [1] * 2500], prompt_lengths=[*batch.prompt_lengths, 0])
-    np.testing.assert_allclose(backend.embed(long), expected(graph, long), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(backend.run(long).dense, expected(graph, long), rtol=1e-4, atol=1e-5)
     assert len(shapes) > 5
     assert sum(rows for rows, _ in shapes) == 101
     assert all(rows * length <= MICRO_BATCH_TOKENS or rows == 1 for rows, length in shapes)
@@ -162,7 +162,7 @@ def test_a_length_is_not_rounded_up_beyond_the_maximum(graph: Path, shapes: list
     """A model with 70 positions gets 70 tokens, and not 72."""
     backend = OpenVinoBackend(graph, description(max_length=70), cpus=1)
     for length in (64, 65, 69, 70):
-        backend.embed(TokenBatch(ids=[[1] * length], prompt_lengths=[0]))
+        backend.run(TokenBatch(ids=[[1] * length], prompt_lengths=[0]))
     assert shapes == [(1, 64), (1, 70), (1, 70), (1, 70)]
 
 
@@ -218,8 +218,8 @@ def test_invalid_tokens_are_an_error(ids: list[list[int]], graph: Path) -> None:
     """Ids or lengths that the model does not support; the next batch is answered."""
     backend = OpenVinoBackend(graph, description(), cpus=1)
     with pytest.raises(InferenceError):
-        backend.embed(TokenBatch(ids=ids, prompt_lengths=[0]))
-    assert backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0])).shape == (1, WIDTH)
+        backend.run(TokenBatch(ids=ids, prompt_lengths=[0]))
+    assert backend.run(TokenBatch(ids=[[5]], prompt_lengths=[0])).dense.shape == (1, WIDTH)
 
 
 def test_embed_fp32_of_a_model_at_bf16(tmp_path: Path) -> None:
@@ -240,13 +240,13 @@ def test_embed_fp32_of_a_model_at_bf16(tmp_path: Path) -> None:
     backend = OpenVinoBackend(path, description(precision="bf16", excludes_prompt=False), cpus=2)
     batch = TokenBatch(ids=[[1, 2, 3], [4] * 70, [5]], prompt_lengths=[0, 0, 0])
     exact = np.stack([(table[row] @ matrix).sum(axis=0) for row in batch.ids])
-    rounded = backend.embed(batch)
-    np.testing.assert_allclose(backend.embed_fp32(batch), exact, rtol=1e-4, atol=1e-3)
-    np.testing.assert_array_equal(backend.embed(batch), rounded)
+    rounded = backend.run(batch).dense
+    np.testing.assert_allclose(backend.run_fp32(batch).dense, exact, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(backend.run(batch).dense, rounded)
     if native_bf16():
         assert np.abs(rounded - exact).max() > 1e-3
     with pytest.raises(InferenceError):
-        backend.embed_fp32(TokenBatch(ids=[[WORDS]], prompt_lengths=[0]))
+        backend.run_fp32(TokenBatch(ids=[[WORDS]], prompt_lengths=[0]))
 
 
 def test_a_closed_backend_raises(graph: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_closed_backend_raises(graph: Path) -> None:
     backend.close()
     assert closed == [True]
     with pytest.raises(RuntimeError, match="closed"):
-        backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0]))
+        backend.run(TokenBatch(ids=[[5]], prompt_lengths=[0]))
 
 
 def test_an_invalid_graph_is_an_error(tmp_path: Path) -> None:

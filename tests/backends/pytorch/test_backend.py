@@ -72,12 +72,12 @@ def test_embed_fp32_is_finite_for_an_input_that_overflows_fp16(
     tensors[_named(tensors, "position_embeddings.weight")][2] = 60_000
     save_file(tensors, weights, metadata={"format": "pt"})
     batch = TokenBatch(ids=[[2, 5, 7, 3], [2, 7, 5, 3]], prompt_lengths=[0, 0])
-    expected = load_torch(directory).embed(batch)
+    expected = load_torch(directory).run(batch).dense
     backend = load_torch(directory, precision="fp16")
-    finite = np.isfinite(backend.embed(batch)).all(axis=1)
+    finite = np.isfinite(backend.run(batch).dense).all(axis=1)
     assert finite.tolist() == [False, True]
-    assert cosines(backend.embed_fp32(batch), expected).min() > 0.999
-    assert np.isfinite(backend.embed(batch)).all(axis=1).tolist() == finite.tolist()
+    assert cosines(backend.run_fp32(batch).dense, expected).min() > 0.999
+    assert np.isfinite(backend.run(batch).dense).all(axis=1).tolist() == finite.tolist()
 
 
 def _named(tensors: dict[str, torch.Tensor], ending: str) -> str:
@@ -114,12 +114,12 @@ def test_invalid_tokens_are_an_error(ids: list[list[int]], family_directory: Cal
     """Ids or lengths that the model does not support; the next batch is answered."""
     backend = load_torch(family_directory("bert-mean-normalize"))
     with pytest.raises(InferenceError):
-        backend.embed(TokenBatch(ids=ids, prompt_lengths=[0]))
-    assert backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0])).shape == (1, 48)
+        backend.run(TokenBatch(ids=ids, prompt_lengths=[0]))
+    assert backend.run(TokenBatch(ids=[[5]], prompt_lengths=[0])).dense.shape == (1, 48)
 
 
 def test_a_closed_backend_raises(family_directory: Callable[[str], Path]) -> None:
     backend = load_torch(family_directory("bert-mean-normalize"))
     backend.close()
     with pytest.raises(RuntimeError, match="closed"):
-        backend.embed(TokenBatch(ids=[[5]], prompt_lengths=[0]))
+        backend.run(TokenBatch(ids=[[5]], prompt_lengths=[0]))

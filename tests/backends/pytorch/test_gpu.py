@@ -87,8 +87,8 @@ def test_an_invalid_token_does_not_break_the_cuda_context() -> None:
     """It is rejected before the lookup, after which all later calls of the process would fail."""
     backend = load(bundled_directory())
     with pytest.raises(InferenceError):
-        backend.embed(TokenBatch(ids=[[10**6]], prompt_lengths=[0]))
-    assert np.isfinite(backend.embed(TokenBatch(ids=[[101, 102]], prompt_lengths=[0]))).all()
+        backend.run(TokenBatch(ids=[[10**6]], prompt_lengths=[0]))
+    assert np.isfinite(backend.run(TokenBatch(ids=[[101, 102]], prompt_lengths=[0])).dense).all()
 
 
 def test_out_of_memory_is_recognized() -> None:
@@ -99,9 +99,9 @@ def test_out_of_memory_is_recognized() -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 2**28) / total))
     try:
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            backend.embed(large)
+            backend.run(large)
         assert is_out_of_memory(caught.value)
-        assert np.isfinite(backend.embed(TokenBatch(ids=[[101, 102]], prompt_lengths=[0]))).all()
+        assert np.isfinite(backend.run(TokenBatch(ids=[[101, 102]], prompt_lengths=[0])).dense).all()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -113,7 +113,7 @@ def test_embed_fp32_of_a_model_at_half_precision() -> None:
     backend = load(bundled_directory(), precision="fp16")
     ids = Tokenization(backend.description).encode(texts, truncate="END").ids
     batch = TokenBatch(ids=ids, prompt_lengths=[0] * len(ids))
-    assert cosines(backend.embed_fp32(batch), expected).min() >= 0.99999
+    assert cosines(backend.run_fp32(batch).dense, expected).min() >= 0.99999
 
 
 def test_closing_frees_the_memory() -> None:
@@ -257,8 +257,8 @@ def test_the_backend_is_usable_after_running_out_of_memory() -> None:
     batch = TokenBatch(ids=[[5] * 256] * 512, prompt_lengths=[0] * 512)
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            backend.embed(batch)
-        assert np.isfinite(backend.embed(TokenBatch(ids=[[5, 6]], prompt_lengths=[0]))).all()
+            backend.run(batch)
+        assert np.isfinite(backend.run(TokenBatch(ids=[[5, 6]], prompt_lengths=[0])).dense).all()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert backend.embed(batch).shape == (512, 384)
+    assert backend.run(batch).dense.shape == (512, 384)

@@ -163,9 +163,9 @@ def test_a_padding_token_within_an_input_has_no_position(family_directory: Calla
     backend = load_torch(family_directory("xlm-roberta"))
     pad = backend.description.pad_token_id
     batch = TokenBatch(ids=[[0, 9, pad, 12, 2], [0, 14, 2]], prompt_lengths=[0, 0])
-    padded = backend.embed(batch)
+    padded = backend.run(batch).dense
     backend.pack(reference_kernel)
-    assert cosines(backend.embed(batch), padded).min() >= 0.999999
+    assert cosines(backend.run(batch).dense, padded).min() >= 0.999999
 
 
 def test_packing_changes_only_one_model(family_directory: Callable[[str], Path]) -> None:
@@ -187,10 +187,10 @@ def test_embed_fp32_of_a_packed_model(family_directory: Callable[[str], Path]) -
     backend.pack(reference_kernel)
     ids = Tokenization(backend.description).encode(TEXTS, truncate="END").ids
     batch = TokenBatch(ids=ids, prompt_lengths=[0] * len(ids))
-    half, expected = backend.embed(batch), embed_texts(load_torch(directory), TEXTS)
-    assert cosines(backend.embed_fp32(batch), expected).min() >= 0.99999
+    half, expected = backend.run(batch).dense, embed_texts(load_torch(directory), TEXTS)
+    assert cosines(backend.run_fp32(batch).dense, expected).min() >= 0.99999
     assert backend.packs
-    np.testing.assert_array_equal(backend.embed(batch), half)
+    np.testing.assert_array_equal(backend.run(batch).dense, half)
 
 
 def test_the_tolerance_depends_on_the_effect_of_padding() -> None:

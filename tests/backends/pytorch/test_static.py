@@ -56,7 +56,7 @@ def test_the_id_of_a_text_without_tokens_is_not_one_of_the_model(directory: Path
     size = backend.description.vocab_size
     assert Tokenization(backend.description).encode([""]).ids == [[size]]
     with pytest.raises(InferenceError):
-        backend.embed(TokenBatch(ids=[[size + 1]], prompt_lengths=[0]))
+        backend.run(TokenBatch(ids=[[size + 1]], prompt_lengths=[0]))
 
 
 def test_the_truncation_of_tokenizer_json_is_used(directory: Path) -> None:

@@ -1,0 +1,57 @@
+"""Models of other kinds than dense embeddings, with the torch backend, equal the library that defines their results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import kind_checks
+from tests.backends.helpers import load_torch
+from tests.kind_models import CLASSIFIERS, MULTI_VECTOR, RERANKERS, SPARSE, save_bge_m3, save_inference_free_splade
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+def test_reranker(name: str, tmp_path: Path) -> None:
+    directory = RERANKERS[name](tmp_path / "model")
+    backend = load_torch(directory)
+    assert (backend.description.kind, backend.description.tasks) == ("reranker", ("rerank",))
+    kind_checks.check_reranker(directory, backend)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier(name: str, tmp_path: Path) -> None:
+    directory = CLASSIFIERS[name](tmp_path / "model")
+    backend = load_torch(directory)
+    assert (backend.description.activation, len(backend.description.labels)) == ("softmax", 3)
+    kind_checks.check_classifier(directory, backend)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse(name: str, tmp_path: Path) -> None:
+    directory = SPARSE[name](tmp_path / "model")
+    kind_checks.check_sparse(directory, load_torch(directory))
+
+
+def test_inference_free_sparse(tmp_path: Path) -> None:
+    """Queries have the weights of a table, documents those of a transformer."""
+    directory = save_inference_free_splade(tmp_path / "model")
+    for task in ("query", "document"):
+        kind_checks.check_sparse(directory, load_torch(directory, route=task), task)
+
+
+@pytest.mark.parametrize("name", MULTI_VECTOR)
+def test_multi_vector(name: str, tmp_path: Path) -> None:
+    directory = MULTI_VECTOR[name](tmp_path / "model")
+    kind_checks.check_multi_vector(directory, load_torch(directory))
+
+
+def test_bge_m3(tmp_path: Path) -> None:
+    """Its three outputs come from one pass."""
+    directory = save_bge_m3(tmp_path / "model")
+    backend = load_torch(directory)
+    assert backend.description.tasks == ("embed", "embed_sparse", "embed_multi_vector")
+    kind_checks.check_bge_m3(directory, backend)
