@@ -110,7 +110,7 @@ def test_disk_is_read_only_after_a_change(manager: ModelManager, tmp_path: Path)
 
 
 def test_interrupted_download_is_found_by_its_name(manager: ModelManager, huggingface: HuggingFaceServer) -> None:
-    huggingface.faults.drop_after["model.safetensors"] = [1000] * 20
+    huggingface.faults.listed_too = ["vocab.txt"]
     with pytest.raises(Exception, match="Hugging Face"):
         manager.ensure(spec(HF_REPO))
     entry = manager.index.view().find_incomplete(HF_REPO)
