@@ -44,10 +44,12 @@ def rerank(
     raw: bool,
     as_json: bool,
 ) -> None:
-    """Print the score of each document for QUERY, the best document first.
+    """Print documents by their scores for a query.
 
-    Each line is a score and a document, separated by a tab. `-` reads documents from stdin and `@FILE` from a file, one
+    The best document comes first. Each line is a score and a document, separated by a tab. `-` reads documents from stdin and `@FILE` from a file, one
     per line. The model is downloaded and compiled if necessary, and runs in this process: no server is used.
+
+    JSON: {"index", "score", "document"} on each line.
     """
     check_texts(documents)
 

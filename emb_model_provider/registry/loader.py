@@ -185,9 +185,10 @@ def _log_ready(engine: Engine, snapshot: Snapshot, took_s: float) -> None:
     alias = engine.spec.alias
     for note in description.notes:
         logger.log(logging.WARNING if is_warning(note) else logging.INFO, "model %s: %s", alias, note)
+    kind = f"{description.dimension}-dim" if description.kind == "dense" else description.kind
     logger.info(
-        "model %s is ready: %s, %d-dim %s, %s, %.1f s",
-        alias, description.kind, description.dimension, description.precision, format_size(engine.memory_bytes), took_s,
+        "model %s is ready: %s %s, %s, %.1f s",
+        alias, kind, description.precision, format_size(engine.memory_bytes), took_s,
     )  # fmt: skip
     logger.debug(
         "model %s: %s at %s from %s, %s on %s, max %d tokens, %s pooling, %s",
