@@ -277,7 +277,8 @@ def test_a_model_is_downloaded_and_removed_by_forms(managed: Service, hub: Huggi
     hub.repos["acme/by-forms"] = small_repository(77)
     http = managed.http
     form = {"model_name": "acme/by-forms", "source": "huggingface"}
-    assert "acme/by-forms" in http.post("/console/models/download", data=form, headers=HTMX).text
+    downloaded = http.post("/console/models/download", data={**form, "compile": "false"}, headers=HTMX)
+    assert "acme/by-forms" in downloaded.text
     wait_until(lambda: "every 1s" not in http.get("/console/models/state", headers=HTMX).text)
     assert 'class="state done"' in http.get("/console/models/state", headers=HTMX).text
     shown = http.get("/console/cache").text
@@ -293,10 +294,11 @@ def test_a_model_is_downloaded_and_removed_by_forms(managed: Service, hub: Huggi
 
 def test_a_download_is_cancelled_and_continued(managed: Service, hub: HuggingFaceServer) -> None:
     hub.repos["acme/paused"] = small_repository(78)
+    paused = {"model_name": "acme/paused", "compile": "false"}
     hub.faults.hold_after["model.safetensors"] = 1000
     http = managed.http
     try:
-        started = http.post("/console/models/download", data={"model_name": "acme/paused"}, headers=HTMX).text
+        started = http.post("/console/models/download", data=paused, headers=HTMX).text
         (job,) = re.findall(r'name="job" value="(\w+)"', started)
         http.post("/console/models/cancel", data={"job": job}, headers=HTMX)
     finally:
@@ -304,7 +306,7 @@ def test_a_download_is_cancelled_and_continued(managed: Service, hub: HuggingFac
         hub.faults.hold_after.clear()
     wait_until(lambda: 'class="state cancelled"' in http.get("/console/models/state", headers=HTMX).text)
     hub.faults.release.clear()
-    http.post("/console/models/download", data={"model_name": "acme/paused"}, headers=HTMX)
+    http.post("/console/models/download", data=paused, headers=HTMX)
     wait_until(lambda: 'class="state done"' in http.get("/console/models/state", headers=HTMX).text)
     http.post("/console/cache/remove", data={"model_name": "acme/paused"}, headers=HTMX)
 
