@@ -172,7 +172,7 @@ def _finalize(graph: Graph, names: list[str], served: Served) -> Graph:
     """Name inputs and outputs, make batch and length dynamic, and keep attention finite."""
     if len(graph.inputs) != len(names):
         raise UnsupportedModelError(f"its graph has {len(graph.inputs)} inputs, not {', '.join(names)}")
-    ports = [_find_input(graph, name, index) for index, name in enumerate(names)]
+    ports = _find_inputs(graph, names)
     for port, name in zip(ports, names, strict=True):
         port.get_node().set_partial_shape(openvino().PartialShape([-1, -1]))
         port.get_tensor().set_names({name})
@@ -186,10 +186,10 @@ def _finalize(graph: Graph, names: list[str], served: Served) -> Graph:
     return graph
 
 
-def _find_input(graph: Graph, name: str, index: int) -> Any:
-    """Return the input of a name or, if tracing lost the names, the input at an index."""
+def _find_inputs(graph: Graph, names: Sequence[str]) -> list[Any]:
+    """Return the inputs of these names or, if tracing has lost or exchanged names, all inputs in their order."""
     by_name = {known: port for port in graph.inputs for known in port.get_names()}
-    return by_name.get(name, graph.inputs[index])
+    return [by_name[name] for name in names] if by_name.keys() >= set(names) else list(graph.inputs)
 
 
 def _has_full_attention(pipeline: BaseModel) -> bool:
@@ -263,7 +263,7 @@ def _extend_prebuilt(path: Path, served: Served, on_step: Callable[[str], None])
     if vectors.get_element_type() != ov.Type.f32:
         vectors = ov.opset13.convert(vectors, "f32").output(0)
     names = ["vectors", *masks] if pools else ["vectors"]
-    ports = [_find_input(tail, name, index) for index, name in enumerate(names)]
+    ports = _find_inputs(tail, names)
     ports[0].replace(vectors)
     if pools:
         ports[1].replace(mask.output(0))

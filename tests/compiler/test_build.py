@@ -30,10 +30,10 @@ def failing_export(*_: object) -> Any:
     raise RuntimeError("cannot be exported")
 
 
-def wrong_export(pipeline: Any, on_step: Callable[[str], None]) -> Any:
+def wrong_export(served: Any, on_step: Callable[[str], None]) -> Any:
     """Trace a copy of a pipeline with other embeddings."""
-    other = copy.deepcopy(pipeline)
-    other.transformers_model.get_input_embeddings().weight.data.mul_(-0.5)
+    other = copy.deepcopy(served)
+    other.pipeline.transformers_model.get_input_embeddings().weight.data.mul_(-0.5)
     return trace(other, on_step)
 
 
@@ -153,7 +153,7 @@ def test_a_reference_that_cannot_embed_is_a_reason(rows: int, tmp_path: Path) ->
     directory = save_st(tmp_path / "model", lambda _: BertModel(config), tokenizer, st=prompts)
     result, _ = compile_here(directory, tmp_path / "artifact")
     assert result.outcome == "unsupported"
-    assert result.reason.startswith("the reference cannot embed the comparison texts: IndexError: ")
+    assert result.reason.startswith("the reference cannot compute the comparison texts: IndexError: ")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

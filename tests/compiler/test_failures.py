@@ -67,7 +67,7 @@ def test_a_job_that_cannot_be_read_has_a_reason() -> None:
     assert done.returncode == 0, done.stderr
     result = CompileResult(**json.loads(done.stdout.splitlines()[-1]))
     assert result.outcome == "unable"
-    assert result.reason == "the compiler cannot read its job: KeyError: 'snapshot'. Restart the service"
+    assert result.reason == "the compiler cannot read its job: KeyError: 'recipe'. Restart the service"
 
 
 def test_an_unexpected_error_reaches_the_parent(compiled: CompiledModels, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_an_unexpected_error_reaches_the_parent(compiled: CompiledModels, tmp_pa
     result = run_compiler(job, progress.append, CancelToken())
     assert result.outcome == "unsupported"
     assert result.reason.startswith("compiling failed at the step 'import': RuntimeError: ")
-    assert [each.step for each in progress] == ["import"]
+    assert {each.step for each in progress} == {"import"}
 
 
 def test_operations_that_openvino_does_not_support_are_named() -> None:

@@ -40,6 +40,7 @@ OPERATIONS = {
 }
 """Operations with their share of all examples. Operations without parameters have no invalid requests."""
 NOT_FUZZED = {
+    ("POST", "/v1/rerank"),
     ("POST", "/api/models/load"),
     ("POST", "/api/models/unload"),
     ("POST", "/api/models/download"),
@@ -48,7 +49,7 @@ NOT_FUZZED = {
     ("DELETE", "/api/models/cache/all"),
     ("GET", "/api/models/jobs/{job_id}/events"),
 }
-"""Operations that send requests to a hub, change the served models, or return an endless stream."""
+"""Operations that need a reranker, send requests to a hub, change the served models, or return an endless stream."""
 _CHECKS = [checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance]
 """Responses must match `/openapi.json`, besides the checks of `contract.py`."""
 

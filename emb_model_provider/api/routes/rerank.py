@@ -29,7 +29,7 @@ router = APIRouter(tags=["rerank"])
 @router.post(
     PATH,
     summary="Score the documents of a query",
-    responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+    responses=error_responses(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
 )
 async def rerank(request: Request, services: ServicesDep) -> Response:
     """Return the documents by their scores, the best first.
