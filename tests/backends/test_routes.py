@@ -144,7 +144,9 @@ def declared(directory: Path, **parameters: Any) -> Any:
     directory.mkdir(parents=True)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.router.Router"}]
     names = parameters.pop("names", ["query", "document"])
-    config = {"types": {}, "structure": {name: [f"{name}_0_T"] for name in names}, "parameters": parameters}
+    types = {f"{name}_0_Dense": "sentence_transformers.base.modules.dense.Dense" for name in names}
+    structure = {name: [f"{name}_0_Dense"] for name in names}
+    config = {"types": types, "structure": structure, "parameters": parameters}
     (directory / "modules.json").write_text(json.dumps(modules))
     (directory / "router_config.json").write_text(json.dumps(config))
     return routes_of(Repository.of(snapshot_of(directory)))
