@@ -104,10 +104,12 @@ def test_a_precision_that_is_not_possible_has_its_reason_in_its_row(place: Path)
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_a_directory_that_does_not_exist_is_one_line(options: tuple[str, ...], tmp_path: Path) -> None:
-    """The exit code is 2, and there is no table."""
+    """The exit code is 2, and there is no table, but with --json the error as an object."""
     missing = str(tmp_path / "nowhere" / "model")
     done = run(tmp_path, "fidelity", missing, "--precisions", "fp32,int8", "--rounds", "1", *options)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    codes = [json.loads(done.stdout)["error"]["code"]] if done.stdout else []
+    assert codes == (["repository_not_found"] if options else [])
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert f"The model directory {missing} does not exist" in line
@@ -124,9 +126,11 @@ def test_a_precision_that_was_not_measured_has_no_figures() -> None:
 
 def test_a_precision_below_its_floor_has_a_note() -> None:
     """The service would not serve it."""
-    row = {"fidelity": {"min_cosine": 0.89}, "floor": 0.9, "notes": ["a note"]}
+    row = {"agreement": {"dense": 0.89, "sparse": 0.8}, "floor": 0.9, "agreement_floor": 0.8, "notes": ["a note"]}
     assert _notes(row) == ["a note", "not served: below its floor of 0.9 (EMB_PROVIDER_FIDELITY_FLOORS)"]
     assert _notes({**row, "floor": 0.89}) == ["a note"]
+    row |= {"floor": 0.89, "agreement_floor": 0.9}
+    assert _notes(row) == ["a note", "not served: below its floor of 0.9 (EMB_PROVIDER_AGREEMENT_FLOORS)"]
     assert _notes({"error": "not possible"}) == []
 
 
