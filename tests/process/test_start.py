@@ -60,7 +60,8 @@ def with_read_only_root(directory: Path) -> list[str]:
     """
     script = (
         'mount --bind "$1" /mnt && mkdir -p /mnt/cwd && mount --bind /mnt/cwd /mnt/cwd && mount -o remount,ro,bind /mnt/cwd'
-        " && for d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || mount -t tmpfs -o ro tmpfs $d || exit 1; done"
+        " && for d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || { mount --bind $d $d && mount -o remount,ro,bind $d; } || exit 1"
+        "; done"
         ' && cd /mnt/cwd && shift && unset TMPDIR && exec "$@"'
     )
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(directory)]
