@@ -55,7 +55,7 @@ def reference_of(pipeline: BaseModel, served: Served, description: ModelDescript
 
 def _scores(pipeline: CrossEncoder, texts: Texts, options: dict[str, Any]) -> Outputs:
     if isinstance(texts[0], str):
-        return Outputs(scores=_scores_of_texts(pipeline, list(texts), options["batch_size"]))  # type: ignore[arg-type]
+        return Outputs(scores=_scores_of_texts(pipeline, list(texts), options["batch_size"]))  # type: ignore[arg-type]  # not pairs
     if not options["prompt"]:
         del options["prompt"]  # the default prompt of the model
     if "message" not in getattr(pipeline[0], "modality_config", {}):
