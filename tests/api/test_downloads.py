@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +32,6 @@ def add_repository(hub: HuggingFaceServer | ModelScopeServer, name: str) -> str:
     """Add a repository that differs from all others, and return its name."""
     hub.repos[name] = small_repository(len(hub.repos) + 200)
     return name
-
-
-@contextmanager
-def stalled_transfers(hub: HuggingFaceServer) -> Iterator[None]:
-    """Let the hub send only the beginning of weights during the block, and the rest afterwards."""
-    hub.faults.release.clear()
-    hub.faults.hold_after["model.safetensors"] = 1000
-    try:
-        yield
-    finally:
-        hub.faults.hold_after.clear()
-        hub.faults.release.set()
 
 
 def wait_for_transfer(hub: HuggingFaceServer, name: str) -> None:
@@ -102,7 +89,7 @@ def test_source_selects_the_hub(managed: Service, modelscope: ModelScopeServer) 
 def test_second_download_of_a_model_joins_the_first(managed: Service, hub: HuggingFaceServer) -> None:
     """While a model is downloaded, another download of it is the same job, and its bytes are sent once."""
     name = add_repository(hub, "acme/twice")
-    with stalled_transfers(hub):
+    with hub.faults.holding("model.safetensors", 1000):
         first = start_download(managed, name)
         wait_for_transfer(hub, name)
         assert start_download(managed, name)["id"] == first["id"]
@@ -127,7 +114,7 @@ def test_events_of_a_job(managed: Service, hub: HuggingFaceServer) -> None:
     """The first event comes although the transfer is stalled, and the last event has the result."""
     name = add_repository(hub, "acme/other")
     states = []
-    with stalled_transfers(hub):
+    with hub.faults.holding("model.safetensors", 1000):
         job = start_download(managed, name)
         wait_for_transfer(hub, name)
         for event, data in events(managed, job):
@@ -142,7 +129,7 @@ def test_events_of_a_job(managed: Service, hub: HuggingFaceServer) -> None:
 def test_head_of_events_does_not_wait(managed: Service, hub: HuggingFaceServer) -> None:
     """HEAD returns the headers of the stream at once."""
     name = add_repository(hub, "acme/head")
-    with stalled_transfers(hub):
+    with hub.faults.holding("model.safetensors", 1000):
         job = start_download(managed, name)
         response = managed.http.head(f"{job['url']}/events", timeout=30)
         assert response.status_code == 200
@@ -167,7 +154,7 @@ def test_cancelled_download_leaves_no_files(managed: Service, hub: HuggingFaceSe
     download(managed, add_repository(hub, "acme/base"))  # so that all directories exist
     before = paths_below(disk)
     name = add_repository(hub, "acme/held")
-    with stalled_transfers(hub):
+    with hub.faults.holding("model.safetensors", 1000):
         job = start_download(managed, name)
         wait_for_transfer(hub, name)
         response = managed.http.delete(job["url"])
@@ -184,7 +171,7 @@ def test_cancelled_download_leaves_no_files(managed: Service, hub: HuggingFaceSe
 def test_client_that_stops_watching(managed: Service, hub: HuggingFaceServer) -> None:
     """If a client closes the stream, the request is logged, and the job continues."""
     name = add_repository(hub, "acme/watched")
-    with stalled_transfers(hub):
+    with hub.faults.holding("model.safetensors", 1000):
         job = start_download(managed, name)
         wait_for_transfer(hub, name)
         stream = events(managed, job)
@@ -276,7 +263,7 @@ def test_shutdown_waits_for_no_long_operation(tmp_path: Path, hub: HuggingFaceSe
         stopping.wait()
         pipe = replace_with_pipe(download(stopping, "acme/checked"))
         name = add_repository(hub, "acme/hangs")
-        with stalled_transfers(hub):
+        with hub.faults.holding("model.safetensors", 1000):
             job = start_download(stopping, name)
             wait_for_transfer(hub, name)
             stream = events(stopping, job)

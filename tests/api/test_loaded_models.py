@@ -141,21 +141,16 @@ def test_kept_model_is_recorded_until_it_is_forgotten(managed: Service, small_hu
 def test_error_says_that_a_model_is_being_downloaded(managed: Service, hub: HuggingFaceServer) -> None:
     """With its progress, and when to try again."""
     hub.repos["acme/slow"] = small_repository(7)
-    hub.faults.hold_after["model.safetensors"] = 100_000
-    job = start_download(managed, "acme/slow")
-    try:
+    with hub.faults.holding("model.safetensors", 100_000):
+        job = start_download(managed, "acme/slow")
         wait_until(lambda: get_job(managed, job)["phase"] == "download")
         error = managed.embed("hello", model="acme/slow")
         assert_error(
             error, 503, "model_not_ready", param="model", type="server_error", phrase="is being downloaded: download"
         )
         assert int(error.headers["retry-after"]) >= 1
-    finally:
         managed.http.delete(job["url"])
-        hub.faults.hold_after.clear()
-        hub.faults.release.set()
-        wait_for_end(managed, job)
-        hub.faults.release.clear()
+    wait_for_end(managed, job)
 
 
 def test_configured_model_cannot_be_forgotten(managed: Service) -> None:

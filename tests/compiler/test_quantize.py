@@ -13,9 +13,9 @@ import openvino
 import pytest
 
 from emb_model_provider.artifacts.manifest import FILES, GRAPH, MANIFEST, WEIGHTS
+from emb_model_provider.backends.base import POOLING_MASK
 from emb_model_provider.backends.hardware import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_cpu.runtime import POOLING_MASK
 from emb_model_provider.compiler.quantize import QuantizeError, calibration_inputs, quantize
 from emb_model_provider.fidelity.texts import calibration_texts, probes
 from tests.artifacts.helpers import FAMILY, ONE_TOKEN, Compiled, CompiledModels, compile_here

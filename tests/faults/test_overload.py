@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import httpx
@@ -62,22 +64,28 @@ def test_bulk_requests_wait_for_their_turn(start: Start) -> None:
     singles = words[-2000:]
     answered: list[str] = []
 
+    async def send(client: httpx.AsyncClient, name: str, texts: list[str]) -> None:
+        response = await client.post("/v1/embeddings", json={"model": SHAKY, "input": texts})
+        assert response.status_code == 200, response.text
+        answered.append(name)
+        ids = [encoding.ids for encoding in TOKENIZER.encode_batch(texts)]
+        assert response.json()["usage"]["prompt_tokens"] == sum(map(len, ids))
+        np.testing.assert_array_equal(vectors_of(response), stand_in_vectors(ids, 384))
+
     async def send_all() -> None:
-        limits = httpx.Limits(max_connections=len(singles) + 1)
-        async with httpx.AsyncClient(base_url=service.url, timeout=500, limits=limits, trust_env=False) as client:
-
-            async def send(name: str, texts: list[str]) -> None:
-                response = await client.post("/v1/embeddings", json={"model": SHAKY, "input": texts})
-                assert response.status_code == 200, response.text
-                answered.append(name)
-                ids = [encoding.ids for encoding in TOKENIZER.encode_batch(texts)]
-                assert response.json()["usage"]["prompt_tokens"] == sum(map(len, ids))
-                np.testing.assert_array_equal(vectors_of(response), stand_in_vectors(ids, 384))
-
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(send("large", large))
-                for text in singles:
-                    tasks.create_task(send("single", [text]))
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+            # Many clients, because the time that httpx needs for a response grows with the connections of a client:
+            # with 2,000 it is so far behind that it reads the last responses in any order.
+            limits = httpx.Limits(max_connections=None)
+            clients = [
+                await stack.enter_async_context(
+                    httpx.AsyncClient(base_url=service.url, timeout=500, limits=limits, trust_env=False)
+                )
+                for _ in range(40)
+            ]
+            tasks.create_task(send(clients[0], "large", large))
+            for client, text in zip(itertools.cycle(clients), singles, strict=False):
+                tasks.create_task(send(client, "single", [text]))
 
     # Together the streams need five times REQUEST_TIMEOUT_S.
     service.control.arm("pace", SHAKY, str(TOKENS / 20 / service.streams(SHAKY)))

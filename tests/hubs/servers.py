@@ -11,14 +11,14 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from typing import BinaryIO
 
 LARGE_BYTES = 10_000
@@ -69,6 +69,17 @@ class Faults:
     endless_pages: bool = False
     """Each listing names a next page (Hugging Face)."""
     release: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def holding(self, file: str, sent: int) -> Iterator[None]:
+        """Send only so many bytes of a file during the block, and the rest afterwards."""
+        self.release.clear()
+        self.hold_after[file] = sent
+        try:
+            yield
+        finally:
+            self.hold_after.clear()
+            self.release.set()
 
 
 @dataclass

@@ -67,18 +67,15 @@ def test_a_transfer_is_a_job(service: Service, source: SourceServer, destination
 def test_equal_transfers_share_a_job_and_can_be_cancelled(
     service: Service, source: SourceServer, destination: DestinationServer
 ) -> None:
-    source.faults.release.clear()
-    source.faults.hold_after["model.safetensors"] = 1000
     source.repos["acme/held"] = {**model_files(), "model.safetensors": bytes(range(256)) * 400}
     query = {"model_name": "acme/held", "destination": "mirrors/held"}
-    first = service.http.post(ROUTE, params=query).json()
-    assert service.http.post(ROUTE, params=query).json()["id"] == first["id"]
-    other = service.http.post(ROUTE, params=query | {"destination": "mirrors/other"}).json()
-    assert other["id"] != first["id"]
-    for job in (first, other):
-        service.http.delete(job["url"])
-    source.faults.release.set()
-    source.faults.hold_after.clear()
+    with source.faults.holding("model.safetensors", 1000):
+        first = service.http.post(ROUTE, params=query).json()
+        assert service.http.post(ROUTE, params=query).json()["id"] == first["id"]
+        other = service.http.post(ROUTE, params=query | {"destination": "mirrors/other"}).json()
+        assert other["id"] != first["id"]
+        for job in (first, other):
+            service.http.delete(job["url"])
     assert {wait_for_end(service, job)["state"] for job in (first, other)} == {"cancelled"}
     assert "mirrors/held" not in [commit["repo"] for commit in destination.commits]
 

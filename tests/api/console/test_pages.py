@@ -295,17 +295,12 @@ def test_a_model_is_downloaded_and_removed_by_forms(managed: Service, hub: Huggi
 def test_a_download_is_cancelled_and_continued(managed: Service, hub: HuggingFaceServer) -> None:
     hub.repos["acme/paused"] = small_repository(78)
     paused = {"model_name": "acme/paused", "compile": "false"}
-    hub.faults.hold_after["model.safetensors"] = 1000
     http = managed.http
-    try:
+    with hub.faults.holding("model.safetensors", 1000):
         started = http.post("/console/models/download", data=paused, headers=HTMX).text
         (job,) = re.findall(r'name="job" value="(\w+)"', started)
         http.post("/console/models/cancel", data={"job": job}, headers=HTMX)
-    finally:
-        hub.faults.release.set()
-        hub.faults.hold_after.clear()
     wait_until(lambda: 'class="state cancelled"' in http.get("/console/models/state", headers=HTMX).text)
-    hub.faults.release.clear()
     http.post("/console/models/download", data=paused, headers=HTMX)
     wait_until(lambda: 'class="state done"' in http.get("/console/models/state", headers=HTMX).text)
     http.post("/console/cache/remove", data={"model_name": "acme/paused"}, headers=HTMX)
