@@ -98,7 +98,7 @@ async def test_model_runs_with_the_streams_that_can_be_started(caplog: pytest.Lo
         return True
 
     try:
-        async with started_engine(streams=3, can_load=reach_limit, config={"watchdog_s": 0.05}) as run:
+        async with started_engine(streams=3, can_load=reach_limit, config={"watchdog_s": 0.5}) as run:
             vectors = await asyncio.gather(*(run.embed(text) for text in different(5)))
             assert len(vectors) == 5
             assert "runs with 1 of 3 streams" in caplog.text
@@ -186,7 +186,7 @@ async def test_model_rejects_requests_while_a_hang_delays_its_restart(caplog: py
     """The restart waits for the stream that hangs. After it, the accepted requests are answered."""
     on_batch = CrashOnce()
     assert on_batch.armed.acquire(blocking=False)
-    async with started_engine(streams=2, on_batch=on_batch, config={"watchdog_s": 0.05}) as run:
+    async with started_engine(streams=2, on_batch=on_batch, config={"watchdog_s": 0.5}) as run:
         holding = await run.hold()
         on_batch.armed.release()
         run.backend.let_through.set()

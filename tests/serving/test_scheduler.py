@@ -147,7 +147,7 @@ async def test_error_while_recording_metrics_fails_no_request() -> None:
 
 async def test_hang_is_reported() -> None:
     """A model that hangs says so and rejects requests. After the end of the batch it continues."""
-    async with started_engine(config={"watchdog_s": 0.05}) as run:
+    async with started_engine(config={"watchdog_s": 0.5}) as run:
         assert run.engine.hang_report == ""
         holding = await run.hold()
         await until(lambda: run.engine.hang_report)
@@ -162,7 +162,7 @@ async def test_hang_is_reported() -> None:
 
 async def test_other_stream_continues_while_one_hangs() -> None:
     """A model that hangs on one stream accepts requests for the other."""
-    async with started_engine(streams=2, config={"watchdog_s": 0.05}) as run:
+    async with started_engine(streams=2, config={"watchdog_s": 0.5}) as run:
         holding = await run.hold()
         await until(lambda: run.engine.hang_report)
         run.backend.let_through.set()
