@@ -79,7 +79,7 @@ def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescript
     openvino()
     import nncf  # type: ignore[import-untyped]  # no py.typed
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level changes handlers that are not its own, too
     found = _find_weights(graph)
     small = [weight.node for weight in found if weight.is_table and weight.rows < _MIN_TABLE_ROWS]
     found = [weight for weight in found if weight.node not in small]
