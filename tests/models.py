@@ -187,6 +187,18 @@ def save_st(
     return directory
 
 
+def save_static(directory: Path, *following: torch.nn.Module, **st: Any) -> Path:
+    """Write static embeddings with a width of 24, with other modules after them; `st` as above."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    torch.manual_seed(3)
+    static = StaticEmbedding(wordpiece().backend_tokenizer, embedding_dim=24)
+    model = SentenceTransformer(modules=[static, *following], device="cpu", local_files_only=True, **st)
+    model.save(str(directory), create_model_card=False)
+    return directory
+
+
 def save_modelscope(
     directory: Path, configuration: dict[str, Any] | None, *, safetensors: bool = False, vocab_only: bool = False
 ) -> Path:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from emb_model_provider.artifacts.compiler_process import (
     CompileJob,
@@ -25,8 +25,9 @@ from emb_model_provider.artifacts.torch_fidelity import TorchModel, has_memory_f
 from emb_model_provider.artifacts.torch_process import TorchProcess
 from emb_model_provider.backends.hardware import fast_int8, free_memory, has_cuda, native_bf16, usable_cpus
 from emb_model_provider.backends.memory_estimate import declared_bytes
+from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.repository import Repository
-from emb_model_provider.backends.routes import RoutedBackend, describe_routes, routes_of
+from emb_model_provider.backends.routes import RoutedBackend, combine_kinds, describe_routes, routes_of
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
 from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.formatting import format_size
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.recipe import Recipe
-    from emb_model_provider.backends.base import Backend, ModelDescription
+    from emb_model_provider.backends.base import Backend, BackendKind, ModelDescription
     from emb_model_provider.backends.routes import Routes
     from emb_model_provider.model_spec import ModelSpec, Precision
     from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
@@ -82,7 +83,7 @@ class PreparedBackend:
     """Loads it; raises LoadError. Call it once, on the thread that will own the backend."""
     notes: tuple[str, ...] = ()
     """Why it is not the expected backend or precision. They are also among the notes of its description."""
-    backend: Literal["openvino", "torch"] = "torch"
+    backend: BackendKind = "torch"
     size: int = 0
     """Bytes on disk."""
     description: ModelDescription | None = None
@@ -136,9 +137,14 @@ class BackendPreparer:
         if routes is not None:
             return self._prepare_routes(routes, spec, snapshot, on_progress, cancel)
         notes: tuple[str, ...] = ()
-        if spec.precision in ("int8", "int4") and Repository.of(snapshot, spec.route).is_static:
-            notes = (f"precision {spec.precision}: static embeddings have no matrices to quantize, so fp32 is used",)
-            spec = replace(spec, precision="fp32")
+        if Repository.of(snapshot, spec.route).is_static:
+            if spec.precision in ("int8", "int4"):
+                notes = (
+                    f"precision {spec.precision}: static embeddings have no matrices to quantize, so fp32 is used",
+                )
+                spec = replace(spec, precision="fp32")
+            if (prepared := self._prepare_static(spec, snapshot, notes)) is not None:
+                return prepared
         export = find_export([file.path for file in snapshot.files])
         if export is not None:
             spec = _for_export(spec, snapshot, export)
@@ -208,10 +214,32 @@ class BackendPreparer:
         return PreparedBackend(
             lambda: RoutedBackend.load({name: each.load for name, each in prepared.items()}, routes),
             notes=tuple(f"{name}: {note}" for name, each in prepared.items() for note in each.notes),
-            backend="openvino" if all(each.backend == "openvino" for each in prepared.values()) else "torch",
+            backend=combine_kinds(each.backend for each in prepared.values()),
             size=sum(each.size for each in prepared.values()),
             description=describe_routes(descriptions, routes) if len(descriptions) == len(prepared) else None,
         )
+
+    def _prepare_static(self, spec: ModelSpec, snapshot: Snapshot, notes: tuple[str, ...]) -> PreparedBackend | None:
+        """Prepare static embeddings without torch; return None if it must load them, as requested or for their modules."""
+        if spec.backend != "auto" or spec.device.strip().lower() not in ("auto", "cpu"):
+            return None
+        from emb_model_provider.backends.static import table_file  # numpy takes long to import
+
+        trust = self.allows_code(spec, snapshot)
+        plan = plan_pipeline(spec, snapshot, trust_remote_code=trust)
+        table = table_file(Repository.of(snapshot, spec.route), plan)
+        if table is None:
+            return None
+        if spec.precision in ("bf16", "fp16"):
+            notes = (f"precision {spec.precision}: static embeddings are added up in fp32, which takes no longer",)
+        model = TorchModel(spec, snapshot, trust, self._cache_dir, self._fidelity)
+
+        def load() -> Backend:
+            backend = model.load_static(plan, table)
+            backend.description = replace(backend.description, notes=(*backend.description.notes, *notes))
+            return backend
+
+        return PreparedBackend(load, notes, "numpy", table.stat().st_size)
 
     def _prepare_torch(self, spec: ModelSpec, snapshot: Snapshot, notes: tuple[str, ...] = ()) -> PreparedBackend:
         model = TorchModel(spec, snapshot, self.allows_code(spec, snapshot), self._cache_dir, self._fidelity)

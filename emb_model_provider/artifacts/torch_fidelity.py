@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, plan_values
 from emb_model_provider.backends.hardware import free_memory, native_bf16
-from emb_model_provider.backends.precision import resolve_device, resolve_torch_precision
+from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
+from emb_model_provider.backends.repository import Repository
 from emb_model_provider.fidelity.cases import Runner, make_cases
 from emb_model_provider.fidelity.compare import (
     SETTING,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emb_model_provider.backends.base import Backend, ComputePrecision, Fidelity
-    from emb_model_provider.backends.precision import DeviceFacts
+    from emb_model_provider.backends.pipeline_plan import PipelinePlan
     from emb_model_provider.fidelity.cases import Case
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.settings import FidelitySettings
@@ -93,6 +94,13 @@ class TorchModel:
             notes = tuple(f"computed in {precision}: {reason}" for reason in reasons)
             return _annotate(backend, notes=notes)
         raise AssertionError("fp32, the last candidate, is always accurate")
+
+    def load_static(self, plan: PipelinePlan, table: Path) -> Backend:
+        """Load static embeddings without torch, with the vectors that torch would compute at fp32; LoadError if they are damaged."""
+        from emb_model_provider.backends.static import StaticBackend
+
+        backend = StaticBackend(Repository.of(self.snapshot, self.spec.route), plan, table)
+        return self._calibrated(backend, self._record_path("fp32", "cpu", DeviceFacts()))
 
     def load_at(self, precision: ComputePrecision) -> Backend:
         from emb_model_provider.backends.pytorch.backend import TorchBackend

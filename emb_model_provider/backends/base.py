@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     InputKey = tuple[str | None, int, int, int, bytes]
 
 ComputePrecision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+BackendKind = Literal["openvino", "torch", "numpy"]
+"""What runs a model; numpy runs static embeddings only."""
 OutputName = Literal["dense", "scores", "sparse", "multi_vector"]
 """An output of a model. A model has one or, as bge-m3, several."""
 Task = Literal["embed", "rerank", "classify", "embed_sparse", "embed_multi_vector"]
@@ -206,7 +208,7 @@ class ModelDescription:
     precision: ComputePrecision
     device: str
     """The device in use: cpu, cuda:N or mps; never `auto`."""
-    backend: Literal["openvino", "torch"]
+    backend: BackendKind
     notes: tuple[str, ...] = ()
     """How it was loaded, for the operator, such as a guess about its pipeline."""
     truncation_side: Literal["left", "right"] = "right"

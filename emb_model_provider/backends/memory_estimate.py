@@ -8,12 +8,12 @@ are read only when they are used (see docs/performance.md).
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from emb_model_provider.backends.base import ComputePrecision, ModelDescription
+    from emb_model_provider.backends.base import BackendKind, ComputePrecision, ModelDescription
     from emb_model_provider.backends.repository import Repository
     from emb_model_provider.model_spec import Precision
 
@@ -60,12 +60,17 @@ def torch_bytes(held: int, description: ModelDescription) -> int:
     return held + _TORCH_WORKING_BYTES + 2 * _tokenizer_bytes(description)
 
 
-def minimum_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
+def static_bytes(table: int, description: ModelDescription) -> int:
+    """Estimate the memory of static embeddings in bytes, whose table has `table` bytes."""
+    return table + _tokenizer_bytes(description)
+
+
+def minimum_bytes(backend: BackendKind, size: int, precision: Precision) -> int:
     """Return a lower bound of the memory of a model before it is loaded, from the size of its files in bytes."""
-    return size if backend == "openvino" else int(size * _MINIMUM_SHARES.get(precision, 0.5))
+    return size if backend != "torch" else int(size * _MINIMUM_SHARES.get(precision, 0.5))
 
 
-def expected_bytes(backend: Literal["openvino", "torch"], size: int, precision: Precision) -> int:
+def expected_bytes(backend: BackendKind, size: int, precision: Precision) -> int:
     """Estimate the memory of a model before it is loaded, from the size of its files in bytes."""
     if backend == "openvino":
         return _USUAL_GROWTH * size + _OPENVINO_WORKING_BYTES

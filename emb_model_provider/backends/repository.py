@@ -174,14 +174,22 @@ class Repository:
     @cached_property
     def first_module(self) -> dict[str, Any]:
         """The entry of the first module, of the route if there is a Router; empty if no modules are declared."""
-        if not self.modules:
-            return {}
-        first = self.modules[0]
-        if self.route is None or not is_router(first):
-            return first
-        router = self.router_config(first)
-        name = router["structure"][self.route][0]
-        return {"path": f"{first.get('path') or ''}/{name}", "type": router["types"][name]}
+        return self.route_modules[0] if self.modules else {}
+
+    @property
+    def route_modules(self) -> list[dict[str, Any]]:
+        """The entries of the modules that run one after the other: those of the route in the place of a Router."""
+        found: list[dict[str, Any]] = []
+        for module in self.modules:
+            if self.route is None or not is_router(module):
+                found.append(module)
+                continue
+            router = self.router_config(module)
+            path = module.get("path") or ""
+            found += [
+                {"path": f"{path}/{name}", "type": router["types"][name]} for name in router["structure"][self.route]
+            ]
+        return found
 
     @property
     def folder(self) -> str:

@@ -15,9 +15,9 @@ from emb_model_provider.backends.repository import is_router, reading_files
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from emb_model_provider.backends.base import Backend, ModelDescription, Row, TokenBatch
+    from emb_model_provider.backends.base import Backend, BackendKind, ModelDescription, Row, TokenBatch
     from emb_model_provider.backends.repository import Repository
 
 TASKS = ("query", "document")
@@ -154,5 +154,10 @@ def describe_routes(descriptions: Mapping[str, ModelDescription], routes: Routes
         default_route=routes.default,
         notes=tuple(notes),
         fidelity=lowest.fidelity,
-        backend="openvino" if all(each.backend == "openvino" for each in descriptions.values()) else "torch",
+        backend=combine_kinds(each.backend for each in descriptions.values()),
     )
+
+
+def combine_kinds(kinds: Iterable[BackendKind]) -> BackendKind:
+    """Return the backend of a model whose routes have these ones: the one that takes the most memory."""
+    return max(kinds, key=("numpy", "openvino", "torch").index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from base64 import b64decode
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,12 @@ def is_known(tokenizer: Mapping[str, Any]) -> bool:
             if rule.get("type") not in _KNOWN_TYPES or (regex is not None and regex not in _KNOWN_PATTERNS):
                 return False
     return True
+
+
+def without_padding(tokenizer_json: str, **changes: object) -> str:
+    """Return a `tokenizer.json` without truncation and padding, which depend on the request and on the batch."""
+    contents = {**json.loads(tokenizer_json), "truncation": None, "padding": None, **changes}
+    return json.dumps(contents, ensure_ascii=False)
 
 
 def require_bounded(tokenizer: Mapping[str, Any]) -> None:

@@ -205,7 +205,7 @@ def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
                 what = "lowest cosine to fp32" if output == "dense" else f"agreement of {output} with fp32"
                 lines.append(("fidelity", f"{format_cosine(value)} ({what}, over {fidelity['texts']} texts)"))
     elif compiled is not None:
-        lines.append(("compiled", "no: the torch backend serves the model from its files"))
+        lines.append(("compiled", f"no: the {compiled['backend']} backend serves the model from its files"))
     if result["copied_to"] is not None:
         lines.append(("copied to", result["copied_to"]))
     return lines

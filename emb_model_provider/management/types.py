@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from emb_model_provider.model_spec import HubName
 
 if TYPE_CHECKING:
-    from emb_model_provider.backends.base import Fidelity, ModelDescription
-    from emb_model_provider.model_spec import BackendName
+    from emb_model_provider.backends.base import BackendKind, Fidelity, ModelDescription
     from emb_model_provider.snapshots.snapshot import Snapshot
 
 State = Literal["complete", "incomplete", "damaged", "unverified"]
@@ -210,7 +209,7 @@ class CompiledModel:
     """A model that can be loaded within seconds."""
 
     snapshot: Snapshot
-    backend: BackendName
+    backend: BackendKind
     """`openvino` serves from a compiled artifact, `torch` from the snapshot itself."""
     size: int
     """Bytes on disk of what it is loaded from."""

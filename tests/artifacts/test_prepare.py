@@ -23,8 +23,7 @@ from emb_model_provider.formatting import format_cosine
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings import FIDELITY_FLOORS
 from tests.artifacts.helpers import FAMILY, ONE_TOKEN, CompiledModels, Harness, wait_for
-from tests.backends.small_tokenizers import wordpiece
-from tests.models import snapshot_of, spec_of
+from tests.models import save_static, snapshot_of, spec_of
 
 if TYPE_CHECKING:
     from emb_model_provider.artifacts.prepare import PreparedBackend
@@ -449,25 +448,15 @@ def test_static_embeddings_are_served_at_fp32_instead_of_integers(
     requested: str, precision: str, harness: Harness, tmp_path: Path
 ) -> None:
     """A service-wide precision must not break them. They are not compiled, because there is nothing to compile."""
-    harness.directory = _static_model(tmp_path / "static")
+    harness.directory = save_static(tmp_path / "static")
     loaded = harness.load(precision=precision, backend=requested)
     description = loaded.description
-    assert (description.precision, description.backend) == ("fp32", "torch")
+    assert (description.precision, description.backend) == ("fp32", "torch" if requested == "torch" else "numpy")
     assert (
         f"precision {precision}: static embeddings have no matrices to quantize, so fp32 is used" in description.notes
     )
     assert loaded.run(ONE_TOKEN).dense.shape == (1, 24)
     assert harness.starts == 0
-
-
-def _static_model(directory: Path) -> Path:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-
-    static = StaticEmbedding(wordpiece().backend_tokenizer, embedding_dim=24)
-    model = SentenceTransformer(modules=[static], device="cpu", local_files_only=True)
-    model.save(str(directory), create_model_card=False)
-    return directory
 
 
 def _compile_to_bf16(harness: Harness, min_cosine: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,8 @@ from emb_model_provider.backends.base import TOKEN_WEIGHTS, ModelDescription, Pa
 from emb_model_provider.backends.pipeline_plan import MODELSCOPE_MAX_LENGTH
 from emb_model_provider.backends.pytorch.heads import label_count
 from emb_model_provider.backends.pytorch.pipeline import array_widths, word_table
+from emb_model_provider.backends.static import describe_table
+from emb_model_provider.backends.tokenizer_rules import without_padding
 from emb_model_provider.errors import LoadError, UnsupportedModelError
 from emb_model_provider.formatting import describe_error
 
@@ -32,8 +33,6 @@ _NO_LIMIT = 10**9
 """transformers uses 1e30 for tokenizers without a maximum length."""
 _FALLBACK_MAX_LENGTH = 512
 """For models without any limit (those with relative positions, such as T5), which are trained on this length."""
-_STATIC_MAX_LENGTH = 1_000_000
-"""Static embeddings have no positions, and their cost is linear, so the limit only bounds memory."""
 
 _QUERY, _DOCUMENT, _INSTRUCTION = "QUERY-5f0c", "DOCUMENT-5f0c", "INSTRUCTION-5f0c"
 """Texts that no chat template contains."""
@@ -72,7 +71,11 @@ def describe(
         raise LoadError(f"{name} was loaded but cannot run: {describe_error(error)}") from error
     notes = list(plan.notes)
     dimension = widths[served.arrays[0]]
-    description = _describe_static(pipeline[0], plan) if is_static else _describe_tokenizer(pipeline, plan, name, notes)
+    if is_static:
+        static: Any = pipeline[0]
+        description = describe_table(static.tokenizer, static.num_embeddings, plan)
+    else:
+        description = _describe_tokenizer(pipeline, plan, name, notes)
     if served.arrays == (TOKEN_WEIGHTS,):
         dimension = int(description["vocab_size"])
     poolings = [module for module in pipeline if isinstance(module, Pooling)]
@@ -98,18 +101,6 @@ def describe(
     )
 
 
-def _describe_static(static: Any, plan: PipelinePlan) -> dict[str, Any]:
-    limit = (static.tokenizer.truncation or {}).get("max_length", _STATIC_MAX_LENGTH)
-    return {
-        "vocab_size": static.num_embeddings,
-        "tokenizer_json": _portable(static.tokenizer.to_str(), post_processor=None),  # without special tokens
-        # Not in the vocabulary: the backend adds a row of zeros, as the vector of a text without tokens.
-        "pad_token_id": static.num_embeddings,
-        "padding_side": "right",
-        "max_length": min(limit, plan.max_length or _STATIC_MAX_LENGTH),
-    }
-
-
 def _describe_tokenizer(pipeline: BaseModel, plan: PipelinePlan, name: str, notes: list[str]) -> dict[str, Any]:
     tokenizer = _fast_tokenizer(pipeline, plan.kind, name)
     # sentence-transformers adds no special tokens for weights of tokens.
@@ -125,7 +116,7 @@ def _describe_tokenizer(pipeline: BaseModel, plan: PipelinePlan, name: str, note
         )
     return {
         "vocab_size": vocab_size,
-        "tokenizer_json": _portable(tokenizer.backend_tokenizer.to_str(), **changes),
+        "tokenizer_json": without_padding(tokenizer.backend_tokenizer.to_str(), **changes),
         "pad_token_id": _pad_token_id(tokenizer, pipeline, vocab_size),
         "padding_side": "left" if tokenizer.padding_side == "left" else "right",
         "max_length": _max_length(pipeline, tokenizer, plan, notes),
@@ -270,12 +261,6 @@ def _fast_tokenizer(pipeline: BaseModel, kind: Kind, name: str) -> PreTrainedTok
             f"{name} gives the tokens of a single text different types (token_type_ids), which is not supported."
         )
     return tokenizer
-
-
-def _portable(tokenizer_json: str, **changes: object) -> str:
-    """Remove truncation and padding, which depend on the request and on the batch."""
-    contents = {**json.loads(tokenizer_json), "truncation": None, "padding": None, **changes}
-    return json.dumps(contents, ensure_ascii=False)
 
 
 def _embedding_rows(pipeline: BaseModel, tokens: int) -> int:

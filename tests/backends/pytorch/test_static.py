@@ -1,4 +1,4 @@
-"""Static embeddings: a table of token vectors, without a transformer."""
+"""Static embeddings with torch, which serves those that numpy does not serve, and those on a GPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.errors import InferenceError
 from tests.backends.helpers import TEXTS, assert_same, cosines, embed_texts, load_torch, reference
-from tests.backends.small_tokenizers import wordpiece
+from tests.models import save_static
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,11 +24,7 @@ WITHOUT_TOKENS = ["", "   \n\t "]
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    torch.manual_seed(3)
-    static = StaticEmbedding(wordpiece().backend_tokenizer, embedding_dim=24)
-    model = SentenceTransformer(modules=[static, Normalize()], device="cpu", local_files_only=True)
-    model.save(str(tmp_path / "static"), create_model_card=False)
-    return tmp_path / "static"
+    return save_static(tmp_path / "static", Normalize())
 
 
 def test_vectors_equal_sentence_transformers(directory: Path) -> None:
