@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("emb_model_provider.main")  # not __name__, which is __main__ here
 
 _ALL_IPV4 = "0.0.0.0"  # noqa: S104 - compared, not the default
-_BACKLOG = 2048
+_BACKLOG = 4096
 """Connections that may wait to be accepted. The system may allow fewer."""
 _USAGE = """\
 Usage: python -m emb_model_provider.main

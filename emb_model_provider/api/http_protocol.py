@@ -22,7 +22,7 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from emb_model_provider.api.errors import error_response, retry_after
+from emb_model_provider.api.errors import error_response
 from emb_model_provider.api.limits import CONNECTIONS, RECEIVE_TIMED_OUT
 from emb_model_provider.observability.logs import new_request_id
 
@@ -79,16 +79,14 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = PipelineFlowControl(transport, self.pipeline)
         self._waiting_since = self.loop.time()
-        if self._limiter.is_over_limit(len(self.connections)):
-            self._reject(503, "Too many connections are open.", "too_many_connections")
-        else:
-            self._timer = self.loop.call_later(self._limiter.receive_timeout_s, self._check_timeout)
+        self._timer = self.loop.call_later(self._limiter.receive_timeout_s, self._check_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._timer, self._peer_timer):
             if timer is not None:
                 timer.cancel()
         self._limiter.on_resumed(self)
+        self._limiter.on_closed()
         super().connection_lost(exc)
         # uvicorn notifies only the request that came last.
         if self._active is not None and not self._active.response_complete:
@@ -304,19 +302,12 @@ class HttpProtocol(HttpToolsProtocol):
             return
         identifier = new_request_id()
         headers = {"connection": "close", "x-request-id": identifier}
-        kind = "invalid_request_error"
-        if status >= 500:
-            headers |= retry_after(1)
-            kind = "server_error"
-        response = error_response(status, message, type=kind, code=code, headers=headers)
+        response = error_response(status, message, type="invalid_request_error", code=code, headers=headers)
         head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
         self.transport.write(STATUS_LINE[status] + head + b"\r\n" + bytes(response.body))
         self.transport.close()
-        if status < 500:
-            # In place of an access line. The limiter logs about connections that are over the limit.
-            logger.info(
-                "rejected an invalid or incomplete request: status=%d %s request_id=%s", status, code, identifier
-            )
+        # In place of an access line.
+        logger.info("rejected an invalid or incomplete request: status=%d %s request_id=%s", status, code, identifier)
 
 
 class PipelineFlowControl(FlowControl):

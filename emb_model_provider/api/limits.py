@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -131,22 +132,31 @@ class ConnectionLimiter:
 
     def __init__(self, limits: LimitSettings) -> None:
         self.receive_timeout_s = limits.receive_timeout_s
+        self.has_space = asyncio.Event()
+        """Whether another connection can be accepted. Others wait in the queue of the operating system."""
+        self.has_space.set()
         self._max_connections = _raise_file_limit()
+        self._open = 0
         self._warned_at = float("-inf")
         # Unread responses get the same budget as request bodies: they take as much memory, and are larger.
         self._max_unsent_bytes = limits.max_pending_body_bytes
         self._paused: dict[Connection, None] = {}
         """Connections whose clients read too slowly, longest first."""
 
-    def is_over_limit(self, open_connections: int) -> bool:
-        """Return whether the newest of the open connections must be rejected; log a warning now and then if so."""
-        if open_connections <= self._max_connections:
-            return False
+    def on_accepted(self) -> None:
+        """Count a connection; log a warning now and then if no other one can be accepted."""
+        self._open += 1
+        if self._open < self._max_connections:
+            return
+        self.has_space.clear()
         now = time.monotonic()
         if now > self._warned_at + _WARN_EVERY_S:
             self._warned_at = now
-            logger.warning("%d connections are open: new connections are rejected with 503", self._max_connections)
-        return True
+            logger.warning("%d connections are open: further ones wait until others are closed", self._open)
+
+    def on_closed(self) -> None:
+        self._open -= 1
+        self.has_space.set()
 
     def on_paused(self, connection: Connection) -> None:
         """Abort the connections that were paused first, but never all, if more bytes are unsent than the limit."""

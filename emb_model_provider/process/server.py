@@ -11,6 +11,7 @@ import uvicorn
 
 from emb_model_provider.api.app import create_app
 from emb_model_provider.api.http_protocol import HttpProtocol
+from emb_model_provider.api.limits import CONNECTIONS
 from emb_model_provider.process.supervisor import HEARTBEAT_EVERY_S
 from emb_model_provider.serving.memory_tuning import limit_malloc_arenas
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
 
+    from emb_model_provider.api.limits import ConnectionLimiter
     from emb_model_provider.process.shutdown import ShutdownSignal
     from emb_model_provider.settings import Settings
 
@@ -27,6 +29,8 @@ _KEEP_ALIVE_S = 75
 """Longer than the idle timeout of common proxies and clients, so that they close connections first."""
 _MIN_GRACE_S = 0.2
 """uvicorn checks only every 0.1 s whether requests are left."""
+_ACCEPT_AGAIN_S = 0.5
+"""How long to wait after a connection could not be accepted."""
 _CANCELLED_REQUESTS_S = 2.0
 """How long requests that are cancelled after the grace period may take to send their error."""
 
@@ -77,6 +81,9 @@ class _Server(uvicorn.Server):
         self.exit_code = 0
         self._shutdown_signal = shutdown
         self._beat = beat
+        self._accepting: list[asyncio.Task[None]] = []
+        self._starting: set[asyncio.Task[object]] = set()
+        """Accepted connections without a protocol yet."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,13 +96,56 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(sockets=[])
+        self._accepting = [asyncio.create_task(self._accept(listening)) for listening in sockets or ()]
         if self._beat is not None:
             self._beating = asyncio.create_task(_send_heartbeats(self._beat))
+
+    async def _accept(self, listening: socket.socket) -> None:
+        """Accept connections as long as not too many are open, which the servers of asyncio cannot.
+
+        The others wait in the queue of the operating system, so that a burst of clients is answered and not rejected.
+        """
+        loop = asyncio.get_running_loop()
+        limiter: ConnectionLimiter = self.lifespan.state[CONNECTIONS]
+        listening.setblocking(False)
+        while True:
+            await limiter.has_space.wait()
+            try:
+                connection, _ = await loop.sock_accept(listening)
+                self._start_connection(connection, limiter)
+                while limiter.has_space.is_set():  # all that wait now, in one turn of the event loop
+                    connection, _ = listening.accept()
+                    self._start_connection(connection, limiter)
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            except OSError as error:  # such as without a free file descriptor
+                logger.warning("a connection could not be accepted: %s", error.strerror)
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+
+    def _start_connection(self, connection: socket.socket, limiter: ConnectionLimiter) -> None:
+        connection.setblocking(False)
+        limiter.on_accepted()
+        start = asyncio.get_running_loop().connect_accepted_socket(self._create_protocol, connection)
+        starting = asyncio.create_task(start)
+        self._starting.add(starting)
+
+        def on_started(task: asyncio.Task[object]) -> None:
+            self._starting.discard(task)
+            if task.cancelled() or task.exception() is not None:  # it has no protocol, which would count it
+                limiter.on_closed()
+
+        starting.add_done_callback(on_started)
+
+    def _create_protocol(self) -> HttpProtocol:
+        return HttpProtocol(self.config, self.server_state, self.lifespan.state)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._shutdown_signal.reason is not None:
             logger.info("shutting down (%s), finishing accepted requests", self._shutdown_signal.reason)
+        for accepting in self._accepting:
+            accepting.cancel()
+        await asyncio.gather(*self._accepting, *self._starting, return_exceptions=True)
         await super().shutdown(sockets)
         # Requests that were cancelled after the grace period may be about to send their error.
         if cancelled := list(self.server_state.tasks):
