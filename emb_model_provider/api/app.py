@@ -125,12 +125,14 @@ class Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document.
 
-        It has what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, and
-        the API keys. It lacks FastAPI's own error responses, which are never sent.
+        It has what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, the API
+        keys, and a URL of the service that is relative to that of the document, and so right behind a proxy that adds a
+        prefix. It lacks FastAPI's own error responses, which are never sent.
         """
         if self.openapi_schema is not None:
             return self.openapi_schema
         document = super().openapi()
+        document["servers"] = [{"url": "."}]
         schemas = document["components"]["schemas"]
         schemas[EmbeddingRequest.__name__] = EmbeddingRequest.model_json_schema()
         del schemas["HTTPValidationError"], schemas["ValidationError"]

@@ -66,6 +66,12 @@ def validator(document: dict[str, Any], schema: dict[str, Any]) -> Draft202012Va
     return Draft202012Validator({"components": document["components"], **schema})
 
 
+def test_the_url_of_the_service_is_relative_to_the_document(document: dict[str, Any]) -> None:
+    """So it is right behind a proxy that adds a prefix; see also test_documentation_sends_requests_behind_a_prefix."""
+    (server,) = document["servers"]
+    assert urljoin("https://example.com/prefix/openapi.json", server["url"]) == "https://example.com/prefix/"
+
+
 def operation(document: dict[str, Any], method: str, path: str) -> dict[str, Any]:
     found: dict[str, Any] = document["paths"][path][method]
     return found

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from tests.api.helpers import read_files
@@ -223,6 +226,48 @@ def test_a_new_model_is_served_after_few_keystrokes(visit: Visit, served: Servic
     # It is on disk, and thus served on demand.
     assert served.embed("hello", model=TYPED).status_code == 200
     assert visit.keystrokes <= MAX_KEYSTROKES
+
+
+class PrefixProxy(ThreadingHTTPServer):
+    """A proxy that publishes a service below a prefix, which it removes from the paths of requests."""
+
+    PREFIX = "/tools/emb"
+
+    def __init__(self, service: Service) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.removeprefix(PrefixProxy.PREFIX)
+                if path == self.path:
+                    self.send_error(404)
+                    return
+                answer = httpx.get(f"{service.url}{path}", headers={"accept-encoding": "identity"}, trust_env=False)
+                self.send_response(answer.status_code)
+                for name in ("content-type", "content-length"):
+                    self.send_header(name, answer.headers[name])
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+            def log_message(self, *args: object) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://localhost:{self.server_port}{self.PREFIX}"
+
+
+def test_documentation_sends_requests_behind_a_prefix(browser: Browser, served: Service) -> None:
+    """By a click on "Try it out", although the proxy tells the service nothing about the prefix."""
+    with PrefixProxy(served) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+        page = browser.new_page()
+        page.set_default_timeout(LONG_MS)
+        page.goto(f"{proxy.url}/docs")
+        operation = page.locator(".opblock", has_text="/health")
+        operation.locator(".opblock-summary-control").click()
+        operation.get_by_role("button", name="Try it out").click()
+        with page.expect_response(f"{proxy.url}/health") as answer:
+            operation.get_by_role("button", name="Execute").click()
+        assert (answer.value.status, answer.value.json()) == (200, {"status": "ok"})
+        page.close()
+        proxy.shutdown()
 
 
 def test_without_javascript_pages_can_be_read(browser: Browser, served: Service) -> None:
