@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from ssl import SSLContext
     from typing import BinaryIO
 
 LARGE_BYTES = 10_000
@@ -114,6 +115,7 @@ class HubServer:
         *,
         token: str | None = None,
         revisions: tuple[str, ...] | None = None,
+        tls: SSLContext | None = None,
     ) -> None:
         self.repos = {name: dict(files) for name, files in repos.items()}
         self.token = token
@@ -128,8 +130,13 @@ class HubServer:
         # The end of a test must not wait for a handler that is held.
         self._hub.daemon_threads = self._storage.daemon_threads = True
         self._hub.block_on_close = self._storage.block_on_close = False
-        self.url = f"http://127.0.0.1:{self._hub.server_port}"
-        self.storage_url = f"http://localhost:{self._storage.server_port}"
+        if tls is not None:
+            for server in (self._hub, self._storage):
+                # The handshake is left to the thread of the connection, because a client may refuse it.
+                server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self._hub.server_port}"
+        self.storage_url = f"{scheme}://localhost:{self._storage.server_port}"
         self._threads = [
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
             for server in (self._hub, self._storage)

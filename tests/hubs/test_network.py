@@ -10,22 +10,25 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 
 from emb_model_provider.errors import AccessDeniedError, HubUnavailableError, OperationCancelledError, SettingsError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.hubs.network import Patience, advice_about, ask, share_certificates
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings.loading import load_settings
-from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, spec
+from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files, modelscope_files, spec
 from tests.hubs.helpers import server_of
+from tests.hubs.servers import HubServer, HuggingFaceServer, ModelScopeServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from emb_model_provider.settings import HubSettings
-    from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
 
+CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+"""Variables with a file of certificates."""
 FAST = Patience(pauses_s=(0.0, 0.0), max_pause_s=5.0, warn_s=0.05, answer_s=0.2)
 
 
@@ -120,11 +123,11 @@ import logging, sys
 from pathlib import Path
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.settings import HubSettings
-from tests.models import spec_of
+from emb_model_provider.model_spec import ModelSpec
 logging.basicConfig(level=logging.WARNING)
 endpoint, directory = sys.argv[1], Path(sys.argv[2])
 settings = HubSettings(cache_dir=directory / "own", hf_cache_dir=directory / "hub", hf_endpoint=endpoint)
-print(fetch_snapshot(spec_of(name="acme/tiny", source="huggingface"), settings).path)
+print(fetch_snapshot(ModelSpec(alias="tiny", name="acme/tiny", source="huggingface"), settings).path)
 """
 
 
@@ -204,14 +207,14 @@ from pathlib import Path
 from emb_model_provider.errors import HubError
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from emb_model_provider.settings import HubSettings
-from tests.models import spec_of
+from emb_model_provider.model_spec import ModelSpec
 hub, endpoint, directory = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 settings = HubSettings(
     cache_dir=directory / "own", hf_cache_dir=directory / "hub", modelscope_cache_dir=directory / "ms",
     hf_endpoint=endpoint, modelscope_endpoint=endpoint,
 )
 try:
-    print("path", fetch_snapshot(spec_of(name=sys.argv[4], source=hub), settings).path)
+    print("path", fetch_snapshot(ModelSpec(alias="tiny", name=sys.argv[4], source=hub), settings).path)
 except HubError as error:
     print(error)
 """
@@ -221,7 +224,7 @@ def run_behind_proxy(tmp_path: Path, hub: str, url: str, **variables: str) -> st
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.lower().endswith("_proxy") and not name.startswith("HF_")
+        if not name.lower().endswith("_proxy") and not name.startswith("HF_") and name not in CERTIFICATES
     }
     repo = HF_REPO if hub == "huggingface" else MS_REPO
     done = subprocess.run(
@@ -264,14 +267,50 @@ def test_advice_about_certificates() -> None:
     assert advice_about(ConnectionError("refused")) == ""
 
 
-@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Return an authority that no client knows, such as that of a company's proxy."""
+    return trustme.CA()
+
+
+@pytest.fixture(params=["huggingface", "modelscope"])
+def hub_with_tls(request: pytest.FixtureRequest, authority: trustme.CA) -> Iterator[HubServer]:
+    """Yield a hub, and its storage host, with certificates of the authority."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    if request.param == "huggingface":
+        server: HubServer = HuggingFaceServer({HF_REPO: model_files()}, tls=context)
+    else:
+        server = ModelScopeServer({MS_REPO: modelscope_files()}, tls=context)
+    with server:
+        yield server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_hub_behind_an_own_authority(
+    tmp_path: Path, hub_with_tls: HubServer, authority: trustme.CA, variable: str
+) -> None:
+    """Either documented variable is sufficient for both hubs, and the error without it names what to set."""
+    hub = "huggingface" if isinstance(hub_with_tls, HuggingFaceServer) else "modelscope"
+    file = tmp_path / "authority.pem"
+    authority.cert_pem.write_to_path(str(file))
+    refused = run_behind_proxy(tmp_path, hub, hub_with_tls.url)
+    assert "set SSL_CERT_FILE to a file with the certificate of this authority" in refused
+    assert hub_with_tls.requests == []
+    output = run_behind_proxy(tmp_path, hub, hub_with_tls.url, **{variable: str(file)})
+    assert output.startswith("path "), output
+    assert any(request.storage for request in hub_with_tls.requests)
+
+
+@pytest.mark.parametrize("name", CERTIFICATES)
 def test_both_clients_use_the_certificates_of_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """One variable is sufficient. What is set is not changed."""
     file = tmp_path / "ca.pem"
     file.touch()
-    for each in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+    for each in CERTIFICATES:
         monkeypatch.setenv(each, "")
         monkeypatch.delenv(each)
     monkeypatch.setenv(name, str(file))
