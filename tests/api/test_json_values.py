@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from benchmarks.hostile import hostile_bodies
 from emb_model_provider.api.limits import JsonValueCounter, max_json_values
 from emb_model_provider.errors import BodyTooLargeError, RequestError
 from emb_model_provider.formatting import quote
@@ -101,20 +102,7 @@ def test_values_are_quoted_by_type_and_length(value: Any, quoted: str) -> None:
     assert quote(value) == quoted
 
 
-def filled(pattern: str, before: str = '{"input": [', after: str = "0]}") -> bytes:
-    return (before + pattern * (LARGE // len(pattern)) + after).encode()
-
-
-BODIES = {
-    "arrays": filled("[],"),
-    "objects": filled('{"":1},'),
-    "keys": b"{" + b",".join(b'"%d":0' % n for n in range(LARGE // 11)) + b', "input": "x"}',
-    "an ignored field": filled("{},", '{"input": "x", "user": [', "0]}"),
-    "an invalid value": filled("[],", '{"input": "x", "model": [', "0]}"),
-    "a syntax error at the end": filled("[],", after=""),
-    "a long keyword": b'{"input": "x", "truncate": "' + "ŉ".encode() * (LARGE // 2) + b'"}',
-    "a long instruction": b'{"input": ["x", "y"], "instruction": "' + b"x" * LARGE + b'"}',
-}
+BODIES = hostile_bodies(LARGE)
 PATHS = ("/v1/embeddings", "/embed", "/v2/embed", "/api/embed", "/tokenize", "/openai/deployments/m/embeddings")
 
 

@@ -64,6 +64,21 @@ def test_stress() -> None:
     assert int(counts["operations"].replace(",", "")) > 0
 
 
+def test_hostile() -> None:
+    """Each hostile body is refused, from one client and from several, and has its ratios to a valid body of the same size."""
+    rows = _table(_run("hostile"), "Memory and event loop")
+    assert [(row[0], row[1]) for row in rows[::9]] == [
+        ("one short text", "1"),
+        ("a long instruction", "1"),
+        ("a long keyword", "8"),
+    ]
+    for row in rows:
+        assert _is_positive(row[4])
+        is_valid = row[0] in ("one short text", "a valid body of this size")
+        assert re.fullmatch(r"\d+ 200" if is_valid else r"(\d+ (400|413|429)(, )?)+", row[6])
+        assert is_valid or _is_positive(row[5])
+
+
 def test_restart() -> None:
     """The service responds again after a crash, and no request that is sent after the crash fails."""
     (row,) = _table(_run("restart"), "After a crash")
