@@ -272,3 +272,7 @@ class DeadlineExceededError(ProviderError):
 
 class InferenceError(ProviderError):
     """The model failed on an input, or returned a non-finite vector."""
+
+
+class DeviceLostError(InferenceError):
+    """A GPU has failed, and every later computation on it in this process fails."""

@@ -242,6 +242,10 @@ class ModelDescription:
     pair_template: PairTemplate | None = None
     """How a pair becomes a text. None: the tokenizer puts its special tokens between the two texts."""
     token_rules: TokenRules | None = None
+    packs: bool = False
+    """Whether batches have no padding, so that they cost their tokens, whatever the lengths of their inputs."""
+    max_batch_tokens: int | None = None
+    """Largest batch in tokens that fits into the memory that was free on the device after loading. None: not known."""
 
     @property
     def outputs(self) -> tuple[OutputName, ...]:

@@ -155,6 +155,10 @@ def describe_routes(descriptions: Mapping[str, ModelDescription], routes: Routes
         notes=tuple(notes),
         fidelity=lowest.fidelity,
         backend=combine_kinds(each.backend for each in descriptions.values()),
+        packs=all(each.packs for each in descriptions.values()),
+        max_batch_tokens=min(
+            (each.max_batch_tokens for each in by_task.values() if each.max_batch_tokens), default=None
+        ),
     )
 
 

@@ -115,6 +115,7 @@ class StaticBackend:
             precision="fp32",
             device="cpu",
             backend="numpy",
+            packs=True,
             notes=plan.notes,
         )
         self.memory_bytes = static_bytes(self._table.nbytes, self.description)

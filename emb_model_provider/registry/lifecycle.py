@@ -69,6 +69,8 @@ class Lifecycle:
         self._stop_s = config.timings.stop_s
         self._torch_while_compiling = config.torch_while_compiling
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.lost_device = ""
+        """Why a GPU can only be used again by another process; empty if none was lost."""
 
     async def ensure_loaded(self, entry: ModelEntry) -> LoadedModel:
         """Load the model if necessary, and return it with its reference count incremented.
@@ -309,6 +311,8 @@ class Lifecycle:
 
     def _on_state_change(self, loaded_model: LoadedModel, change: StateChange, reason: str) -> None:
         entry = loaded_model.entry
+        if change == "device lost":
+            self.lost_device = f"model {entry.spec.alias} failed: {reason}"
         if self._cancel.is_cancelled or entry.loaded_model is not loaded_model:
             return
         entry.error = reason or None
@@ -406,7 +410,10 @@ class Watchdog:
         self._hung_since: dict[Engine, float] = {}
 
     async def run(self, on_hung: Callable[[str], None] | None) -> None:
-        """Watch the models until cancelled; call `on_hung` when one has hung for `watchdog_s` after it was reported."""
+        """Watch the models until cancelled.
+
+        `on_hung` is called when one has hung for `watchdog_s` after it was reported, or when a GPU was lost.
+        """
         pause_s = min(_CHECK_EVERY_S, self._watchdog_s / 2, (self._idle_unload_s or _CHECK_EVERY_S) / 2)
         abandoned = self._lifecycle.abandoned
         while True:
@@ -418,6 +425,8 @@ class Watchdog:
             self._hung_since = {engine: since for engine, since in self._hung_since.items() if engine in engines}
             for engine, alias in engines.items():
                 self._check_for_hang(engine, alias, on_hung)
+            if on_hung is not None and self._lifecycle.lost_device:
+                on_hung(self._lifecycle.lost_device)
             if self._idle_unload_s is not None:
                 self._unload_idle(self._idle_unload_s)
 

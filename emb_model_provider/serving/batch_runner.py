@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from emb_model_provider.backends.arrays import check_shapes, finite_rows
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.errors import InferenceError
+from emb_model_provider.errors import DeviceLostError, InferenceError
+from emb_model_provider.formatting import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +19,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+_OUT_OF_MEMORY = (
+    "out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "bad_alloc",
+    "cublas_status_alloc_failed", "cudnn_status_alloc_failed",
+)  # fmt: skip
 """Parts of error messages in lower case: of CUDA, PyTorch on a CPU, operating systems and C++."""
+_DEVICE_LOST = (
+    "cuda error",
+    "cublas_status_execution_failed",
+    "cublas_status_internal_error",
+    "unspecified launch failure",
+)
+"""Likewise, of errors after which every call of CUDA fails in this process, such as an illegal memory access."""
 _NOT_FINITE = "model %s returned a result that is not finite for an input of %d tokens"
 
 
@@ -49,6 +60,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     message = str(error).lower()
     return any(phrase in message for phrase in _OUT_OF_MEMORY)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether an error is one after which a GPU cannot be used again in this process."""
+    if is_out_of_memory(error):
+        return False
+    message = str(error).lower()
+    return type(error).__name__ == "AcceleratorError" or any(phrase in message for phrase in _DEVICE_LOST)
 
 
 def _run(model: str, backend: Backend, members: Sequence[Member], result: BatchResult) -> bool:
@@ -98,6 +117,10 @@ def _bisect(
     model: str, backend: Backend, members: Sequence[Member], failure: BaseException, result: BatchResult
 ) -> bool:
     """Run the halves of a batch that failed; return whether a single input did not fit into memory."""
+    if is_device_lost(failure):
+        raise DeviceLostError(
+            f"The GPU has failed and cannot be used again in this process ({first_line(failure)})."
+        ) from failure
     no_memory = is_out_of_memory(failure)
     if len(members) == 1:
         job, row = members[0]
@@ -113,7 +136,8 @@ def _bisect(
     single = _run(model, backend, members[middle:], result) or first
     # If a single input does not fit, the size of the batches that contained it says nothing about other batches.
     if no_memory and not single:
-        padded = len(members) * max(len(job.ids[row]) for job, row in members)
+        lengths = [len(job.ids[row]) for job, row in members]
+        padded = sum(lengths) if backend.description.packs else len(lengths) * max(lengths)
         result.out_of_memory = min(padded, result.out_of_memory or padded)
     return single
 
@@ -133,6 +157,8 @@ def _recompute(model: str, backend: Backend, members: Sequence[Member], result: 
             logger.error(f"{_NOT_FINITE}, at fp32 too", model, tokens)
         except NotImplementedError:
             logger.error(_NOT_FINITE, model, tokens)  # noqa: TRY400 - the traceback says nothing
-        except BaseException:  # a runtime can raise anything
+        except BaseException as error:  # a runtime can raise anything
+            if is_device_lost(error):
+                raise DeviceLostError(f"The GPU has failed and cannot be used again ({first_line(error)}).") from error
             logger.exception(f"{_NOT_FINITE}, and failed at fp32", model, tokens)
         result.failures.append((job, InferenceError("The model returned a result that is not finite for an input.")))

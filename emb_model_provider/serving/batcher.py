@@ -26,7 +26,8 @@ class BatchPolicy:
 
     max_batch_size: int
     max_batch_tokens: int
-    """Limit of padded tokens: the number of inputs times the longest input. An input that exceeds it runs alone."""
+    """Limit of padded tokens: the number of inputs times the longest input, or without padding the sum of their lengths.
+    An input that exceeds it runs alone."""
     min_batch_size: int = 1
     max_wait_s: float = 0.0
     dynamic: bool = True
@@ -35,6 +36,12 @@ class BatchPolicy:
     """Up to this size the cost of a batch hardly depends on its padding."""
     max_padding_share: float = 0.25
     """Share of padding up to which one larger batch is faster than two smaller ones."""
+    packs: bool = False
+    """Whether batches have no padding, so that they cost their tokens, whatever the lengths of their inputs."""
+    shared_from_tokens: int = 0
+    """Waiting inputs of fewer tokens are one batch, instead of one for each idle stream."""
+    assumed_tokens_per_s: float = 5_000.0
+    """Speed of a stream until its first batches are measured."""
 
 
 class BatchJob:
@@ -90,10 +97,12 @@ class Batch(Generic[JobT]):
     members: list[tuple[JobT, int]]
     tokens: int
     longest: int
+    packs: bool = False
 
     @property
     def padded_tokens(self) -> int:
-        return len(self.members) * self.longest
+        """Number of tokens that are computed."""
+        return self.tokens if self.packs else len(self.members) * self.longest
 
 
 class Batcher(Generic[JobT]):
@@ -163,6 +172,8 @@ class Batcher(Generic[JobT]):
             wait_until = min(job.arrived_at for job in waiting if job.waiting) + policy.max_wait_s
             if now < wait_until:
                 return wait_until
+        if self.waiting_tokens < policy.shared_from_tokens:
+            idle_streams = 1
         return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_streams)))
 
     def _push(self, job: JobT) -> None:
@@ -183,7 +194,7 @@ class Batcher(Generic[JobT]):
         for job in candidates:
             builder.add_from(job, max_size)
 
-        batch = Batch(members=builder.members, tokens=builder.tokens, longest=builder.longest)
+        batch = Batch(builder.members, builder.tokens, builder.longest, self._policy.packs)
         self.waiting_inputs -= len(batch.members)
         self.waiting_tokens -= batch.tokens
         # Divided by all waiting requests, not only the candidates, because all of them share the virtual time.
@@ -242,6 +253,8 @@ class _BatchBuilder(Generic[JobT]):
     def _fits(self, length: int) -> bool:
         policy = self._policy
         size = len(self.members) + 1
+        if policy.packs:
+            return size <= self._max_size and self.tokens + length <= policy.max_batch_tokens
         padded = size * max(self.longest, length)
         if size > self._max_size or padded > policy.max_batch_tokens:
             return False

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 131_072
 """On a CPU larger batches raise the throughput hardly at all, but every request waits for the end of its batch and of
 the one before (see docs/performance.md)."""
+_PACKED_CPU_BATCH_TOKENS, _PACKED_GPU_BATCH_TOKENS = 16_384, 65_536
+"""Without padding all of these tokens are computed. A GPU is at its full rate at about 32,000, and on a CPU only static
+embeddings have no padding, of which it adds up millions per second."""
+_BATCH_SIZE, _PACKED_BATCH_SIZE = 64, 1024
+_GPU_SHARED_FROM_TOKENS = 8_192
+"""A smaller batch does not occupy a whole GPU, so that two halves of it take as long as two of it."""
+_CPU_TOKENS_PER_S, _GPU_TOKENS_PER_S = 5_000.0, 100_000.0
 _MOST_TERM_WEIGHTS = 2**29
 """Largest number of weights that a sparse model computes for a batch, one per token and word of its vocabulary: 2 GiB."""
 _CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
@@ -62,14 +69,26 @@ class EngineConfig:
 def batch_policy(settings: BatchSettings, description: ModelDescription) -> BatchPolicy:
     """Return the batch policy for a model. The settings take precedence over the default of its device."""
     on_cpu = description.device == "cpu"
-    tokens = settings.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else _GPU_BATCH_TOKENS)
+    defaults = (
+        (_PACKED_CPU_BATCH_TOKENS, _PACKED_GPU_BATCH_TOKENS)
+        if description.packs
+        else (_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS)
+    )
+    tokens = settings.max_batch_tokens or defaults[0 if on_cpu else 1]
     described = (description, *description.routes.values())
     widest = max((each.dimension for each in described if TERM_WEIGHTS in each.arrays), default=0)
+    if widest:
+        tokens = min(tokens, max(1, _MOST_TERM_WEIGHTS // widest))
+    if settings.max_batch_tokens is None and description.max_batch_tokens is not None:
+        tokens = min(tokens, description.max_batch_tokens)
     return BatchPolicy(
-        max_batch_size=settings.max_batch_size,
-        max_batch_tokens=min(tokens, max(1, _MOST_TERM_WEIGHTS // widest)) if widest else tokens,
+        max_batch_size=settings.max_batch_size or (_PACKED_BATCH_SIZE if description.packs else _BATCH_SIZE),
+        max_batch_tokens=tokens,
         min_batch_size=settings.min_batch_size,
         max_wait_s=settings.max_wait_time_ms / 1000,
         dynamic=settings.enable_dynamic_batching,
         free_padded_tokens=_CPU_FREE_TOKENS if on_cpu else _GPU_FREE_TOKENS,
+        packs=description.packs,
+        shared_from_tokens=0 if on_cpu else _GPU_SHARED_FROM_TOKENS,
+        assumed_tokens_per_s=_CPU_TOKENS_PER_S if on_cpu else _GPU_TOKENS_PER_S,
     )

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Literal
 
 from emb_model_provider.concurrency import ForkGuard, start_thread
-from emb_model_provider.errors import ModelNotReadyError
+from emb_model_provider.errors import DeviceLostError, ModelNotReadyError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.serving.config import batch_policy
 from emb_model_provider.serving.memory_tuning import trim_malloc
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 _first_start: ForkGuard | None = None
 """Of the first model that was loaded in this process, or in one from which it was forked."""
 
-StateChange = Literal["restarting", "running", "failed"]
-"""State of a model after a crash."""
+StateChange = Literal["restarting", "running", "failed", "device lost"]
+"""State of a model after a crash. "device lost": it has failed, and only another process can use its GPU again."""
 
 _RESTART_WINDOW_S = 600.0
 
@@ -107,6 +107,10 @@ class ModelThread:
     def _restart(self, crash: BaseException) -> Backend | None:
         """Load the model again and queue its unanswered requests; return None if it has failed."""
         reason = _reason(crash)
+        if isinstance(crash, DeviceLostError):
+            advice = "Restart the service; with EMB_PROVIDER_SUPERVISE=true it restarts by itself."
+            self._fail(f"{reason} {advice}", "device lost")
+            return None
         while True:
             now = time.monotonic()
             self._restarts = [then for then in self._restarts if now - then < _RESTART_WINDOW_S]
@@ -131,9 +135,9 @@ class ModelThread:
             self._on_change("running", "")
             return backend
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, change: StateChange = "failed") -> None:
         logger.error("model %s failed: %s", self._model, reason)
-        self._on_change("failed", reason)
+        self._on_change(change, reason)
         self._scheduler.fail_all(
             ModelNotReadyError(
                 f"The model `{self._model}` failed: {reason}", retry_after_s=self._timings.retry_after_failure_s

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ASSUMED_TOKENS_PER_S = 5_000.0
-"""Speed of a stream until its first batches are measured."""
 _RATE_SMOOTHING = 0.1
+_LARGE_SHARE = 0.25
+"""The measured speed is lowered only by batches of this share of the largest one: small ones take as long on a GPU."""
 _STOPPING_RETRY_AFTER_S = 5.0
 _HUNG_FACTOR = 10.0
 """A batch counts as hung if it takes this many times its expected duration, and longer than the watchdog's limit."""
@@ -64,7 +64,8 @@ class BatchScheduler:
         self._stopping = False
         self._crash: BaseException | None = None
         self._failure: ModelNotReadyError | None = None
-        self._stream_tokens_per_s = _ASSUMED_TOKENS_PER_S
+        self._stream_tokens_per_s = 1.0
+        self._large_tokens = 0.0
         self._progressed_at = time.monotonic()
 
     def open(self, backend: Backend, policy: BatchPolicy) -> None:
@@ -72,6 +73,8 @@ class BatchScheduler:
         with self._wake:
             self._running = [None] * backend.streams
             self._batcher = Batcher(policy)
+            self._stream_tokens_per_s = policy.assumed_tokens_per_s
+            self._large_tokens = _LARGE_SHARE * policy.max_batch_tokens
 
     def run(self, backend: Backend) -> BaseException | None:
         """Run batches on all streams, the first on this thread, until `stop` is called; return the error of a crash."""
@@ -318,7 +321,8 @@ class BatchScheduler:
         done: list[tuple[InferenceJob, Timing]] = []
         with self._wake:
             rate = batch.padded_tokens / max(took_s, 1e-6)
-            self._stream_tokens_per_s += _RATE_SMOOTHING * (rate - self._stream_tokens_per_s)
+            if rate > self._stream_tokens_per_s or batch.padded_tokens >= self._large_tokens:
+                self._stream_tokens_per_s += _RATE_SMOOTHING * (rate - self._stream_tokens_per_s)
             for job, _ in batch.members:
                 job.remaining -= 1
                 # A request that failed is cancelled, and has been answered.

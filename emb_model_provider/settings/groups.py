@@ -358,11 +358,12 @@ class MemorySettings(SettingsGroup, title="Models in memory"):
 class BatchSettings(SettingsGroup, title="Batching"):
     """How inputs are grouped into batches."""
 
-    max_batch_size: Count = 64
-    """Maximum number of sequences in one batch."""
+    max_batch_size: Count | None = None
+    """Maximum number of sequences in one batch. Unset: 64, or 1024 for batches without padding (packed ones on CUDA, and
+    static embeddings)."""
     max_batch_tokens: Count | None = None
     """Maximum number of padded tokens in one batch; bounds memory. Unset: by device (512 on a CPU, where larger batches
-    gain nothing and delay other requests; 131072 on CUDA)."""
+    gain nothing and delay other requests; on CUDA 131072, or 65536 without padding, or what fits into its memory)."""
     enable_dynamic_batching: bool = True
     """Group inputs of different requests into one batch."""
     min_batch_size: Annotated[Count, Allowed("1 or more, at most MAX_BATCH_SIZE")] = 1
@@ -375,10 +376,9 @@ class BatchSettings(SettingsGroup, title="Batching"):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.min_batch_size > self.max_batch_size:
+        if self.min_batch_size > (most := self.max_batch_size or 64):
             raise SettingsError(
-                f"{PREFIX}MIN_BATCH_SIZE={self.min_batch_size}: must not be more than "
-                f"{PREFIX}MAX_BATCH_SIZE={self.max_batch_size}."
+                f"{PREFIX}MIN_BATCH_SIZE={self.min_batch_size}: must not be more than {PREFIX}MAX_BATCH_SIZE={most}."
             )
         return self
 

@@ -85,9 +85,9 @@ class Fleet:
     def __getitem__(self, alias: str) -> FakeModel:
         return self.models[alias]
 
-    async def embed(self, alias: str) -> np.ndarray:
+    async def embed(self, alias: str, text: str = "w1 w2") -> np.ndarray:
         async with self.registry.lease(alias) as engine:
-            return (await engine.embed(["w1 w2"], EmbedOptions())).vectors
+            return (await engine.embed([text], EmbedOptions())).vectors
 
     async def hold(self, alias: str) -> asyncio.Task[np.ndarray]:
         """Start a request that does not end before the gate of its model's backend is opened."""

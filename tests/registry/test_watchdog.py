@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.registry import State
+from tests.serving.fakes import LOSES_GPU
 from tests.serving.helpers import until
 
 if TYPE_CHECKING:
@@ -50,3 +51,15 @@ async def test_unloaded_model_that_hangs_is_still_reported(fleet: Callable[..., 
             await until(lambda: reports)
             models["a"].backend.gate.set()
     assert reports[0].startswith("model a hangs:")
+
+
+async def test_a_lost_gpu_is_reported(fleet: Callable[..., Any]) -> None:
+    """`on_hung` is called, because only another process can use it. Until then, the model has failed."""
+    reports: list[str] = []
+    async with fleet("a", watchdog_s=0.05) as models:
+        await asyncio.gather(models.embed("a", LOSES_GPU), return_exceptions=True)
+        await until(lambda: models.state("a") is State.FAILED)
+        async with watching(models.registry, reports.append):
+            await until(lambda: reports)
+        assert "illegal memory access" in models.registry.status("a").error
+    assert reports[0].startswith("model a failed: The GPU has failed")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import TokenBatch
 
 WORDS = [f"w{i}" for i in range(4000)]
-FAILS, NOT_FINITE, NEVER_FINITE, BREAKS = "w98", "w99", "w97", "w96"
-"""Words for which a batch raises, a vector is not finite, not even at fp32, and every later batch raises."""
+FAILS, NOT_FINITE, NEVER_FINITE, BREAKS, LOSES_GPU = "w98", "w99", "w97", "w96", "w95"
+"""Words for which a batch raises, a vector is not finite, not even at fp32, every later batch raises, and CUDA fails."""
 
 
 def word_tokenizer() -> Tokenizer:
@@ -97,6 +97,8 @@ class FakeBackend:
         self.threads.add(threading.current_thread().name)
         self.batches.append(rows)
         self.tasks += batch.tasks or [None] * len(rows)
+        if any(IDS[LOSES_GPU] in row for row in rows):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.broken |= any(IDS[BREAKS] in row for row in rows)
         if self.broken or any(IDS[FAILS] in row for row in rows):
             raise RuntimeError("planted")

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from emb_model_provider.errors import InferenceError
+from emb_model_provider.serving.batch_runner import is_device_lost, is_out_of_memory
 from tests.serving.fakes import FAILS, NEVER_FINITE, NOT_FINITE, expected
 from tests.serving.helpers import expected_vectors, ids, started_engine
 
@@ -75,3 +76,22 @@ async def test_single_input_that_does_not_fit_leaves_other_batches_large() -> No
         tasks = await run.embed_together(32)
         assert [(await task)[0].tolist() for task in tasks] == expected_vectors(32)
         assert max(map(len, run.backend.batches)) == 32
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", "memory"),
+        ("CUDA error: out of memory", "memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "memory"),
+        ("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory", "memory"),
+        ("CUDA error: an illegal memory access was encountered", "device"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", "device"),
+        ("CUDA error: uncorrectable ECC error encountered", "device"),
+        ("The size of tensor a (3) must match the size of tensor b (4)", "input"),
+    ],
+)
+def test_errors_of_a_gpu_are_distinguished(message: str, kind: str) -> None:
+    """A smaller batch can succeed after those of memory, none after those of the device."""
+    error = RuntimeError(message)
+    assert (is_out_of_memory(error), is_device_lost(error)) == (kind == "memory", kind == "device")

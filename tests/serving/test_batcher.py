@@ -199,6 +199,43 @@ def test_request_without_inputs_is_rejected() -> None:
         BatchJob([])
 
 
+# --- batches without padding --------------------------------------------------------------------------
+
+
+def test_packed_batches_are_limited_by_their_tokens() -> None:
+    """Inputs of any lengths share a batch, because there is no padding."""
+    lengths = [10, 400, 20, 300, 5, 60] * 4
+    packed: Batcher[BatchJob] = Batcher(policy(max_batch_size=1024, max_batch_tokens=1600, packs=True))
+    packed.submit(job(*lengths))
+    batches = drain(packed)
+    assert max(batch.tokens for batch in batches) > 1_200
+    assert all(batch.tokens == batch.padded_tokens <= 1600 for batch in batches)
+    assert len(batches) == 2
+    padded: Batcher[BatchJob] = Batcher(policy(max_batch_size=1024, max_batch_tokens=1600))
+    padded.submit(job(*lengths))
+    assert len(drain(padded)) == 4
+
+
+def test_load_of_short_texts_fills_packed_batches() -> None:
+    """With padding, and 64 inputs at most, they would be 32 batches."""
+    batcher: Batcher[BatchJob] = Batcher(policy(max_batch_size=1024, max_batch_tokens=65_536, packs=True))
+    for request in range(64):
+        batcher.submit(job(*(8 + (request + row) % 11 for row in range(32))))
+    assert [len(batch.members) for batch in drain(batcher)] == [1024, 1024]
+
+
+def test_few_tokens_are_not_dealt_out_to_idle_streams() -> None:
+    """Half a batch takes a GPU as long as a whole one."""
+    for lengths, sizes in (([10] * 6, [6]), ([100] * 6, [3, 3])):
+        batcher: Batcher[BatchJob] = Batcher(policy(shared_from_tokens=500))
+        batcher.submit(job(*lengths))
+        taken = []
+        for idle in (2, 1):
+            if isinstance(batch := batcher.next_batch(0.0, idle_streams=idle), Batch):
+                taken.append(len(batch.members))
+        assert taken == sizes
+
+
 @given(
     requests=st.lists(st.lists(st.integers(1, 600), min_size=1, max_size=40), min_size=1, max_size=12),
     cancelled=st.sets(st.integers(0, 11)),

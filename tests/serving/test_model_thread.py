@@ -17,7 +17,7 @@ from emb_model_provider.serving.config import EngineConfig
 from emb_model_provider.serving.engine import Engine
 from emb_model_provider.settings import BatchSettings
 from tests.service import no_more_threads
-from tests.serving.fakes import BREAKS, FakeBackend, expected
+from tests.serving.fakes import BREAKS, LOSES_GPU, FakeBackend, expected
 from tests.serving.helpers import different, expected_vectors, ids, started_engine, until
 
 if TYPE_CHECKING:
@@ -162,6 +162,20 @@ async def test_model_that_cannot_be_restarted_fails() -> None:
             await run.embed("w3")
         assert caught.value.retry_after_s > 0
         assert [change for change, _ in run.changes] == ["restarting"] * 3 + ["failed"]
+
+
+async def test_model_is_not_restarted_when_its_gpu_is_lost() -> None:
+    """Every later call of CUDA fails in this process, so neither the halves of the batch nor another load can succeed."""
+    async with started_engine() as run:
+        tasks = await run.embed_together(7, f"w5 {LOSES_GPU}")
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, ModelNotReadyError)
+            assert "illegal memory access" in error.message
+            assert "EMB_PROVIDER_SUPERVISE=true" in error.message
+        assert len(run.backends) == 1
+        assert run.backend.closed
+        assert [len(batch) for batch in run.backend.batches] == [1, 8]
+        assert [change for change, _ in run.changes] == ["device lost"]
 
 
 async def test_requests_wait_during_a_restart() -> None:

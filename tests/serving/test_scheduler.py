@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import ModelNotReadyError, QueueFullError
+from emb_model_provider.serving.config import EngineConfig, batch_policy
 from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.jobs import InferenceJob
+from emb_model_provider.serving.scheduler import BatchScheduler
 from emb_model_provider.settings import BatchSettings
-from tests.serving.fakes import expected
+from tests.serving.fakes import FakeBackend, describe, expected
 from tests.serving.helpers import different, ids, started_engine, until
 
 if TYPE_CHECKING:
@@ -143,6 +147,26 @@ async def test_error_while_recording_metrics_fails_no_request() -> None:
     async with started_engine(on_batch=on_batch) as run:
         assert (await run.embed("w1")).tolist() == [expected(ids("w1"))]
         assert not run.changes
+
+
+@pytest.mark.parametrize("largest", [1_000_000, 4])
+async def test_small_batches_do_not_lower_the_measured_speed(largest: int) -> None:
+    """They take a GPU as long as large ones, so they say nothing of its speed. Batches of a quarter of the budget do."""
+    backend = FakeBackend(describe(device="cuda:0"))
+    policy = batch_policy(BatchSettings(max_batch_tokens=largest), backend.description)
+    scheduler = BatchScheduler("fake", EngineConfig(), lambda _: None)
+    scheduler.open(backend, policy)
+    backend.gate.clear()
+    running = asyncio.create_task(asyncio.to_thread(scheduler.run, backend))
+    job = InferenceJob(TokenBatch(ids=[[2, 4, 3]], prompt_lengths=[0]), ("dense",))
+    scheduler.submit(job)
+    assert await asyncio.to_thread(backend.entered.wait, 60)
+    await asyncio.sleep(0.01)  # 3 tokens in more than 10 ms: at most 300 per second
+    backend.gate.set()
+    await job.result
+    assert (scheduler.tokens_per_s == policy.assumed_tokens_per_s) is (largest > 4)
+    scheduler.stop()
+    assert await running is None
 
 
 async def test_hang_is_reported() -> None:
