@@ -23,7 +23,14 @@ from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.artifacts.torch_fidelity import TorchModel, has_memory_for_both
 from emb_model_provider.artifacts.torch_process import TorchProcess
-from emb_model_provider.backends.hardware import fast_int8, free_memory, has_cuda, native_bf16, usable_cpus
+from emb_model_provider.backends.hardware import (
+    cuda_problem,
+    fast_int8,
+    free_memory,
+    has_cuda,
+    native_bf16,
+    usable_cpus,
+)
 from emb_model_provider.backends.memory_estimate import declared_bytes
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.repository import Repository
@@ -150,8 +157,12 @@ class BackendPreparer:
             spec = _for_export(spec, snapshot, export)
         elif not _uses_openvino(spec):
             return self._prepare_torch(spec, snapshot, notes)
+        elif spec.backend == "auto" and spec.device.strip().lower() == "auto" and (problem := cuda_problem()):
+            note = f"served on the CPU, because {problem}"
+            logger.warning("model %s: %s", spec.alias, note)
+            notes = (*notes, note)
         try:
-            return self._prepare_openvino(spec, snapshot, on_progress, cancel or CancelToken())
+            return self._prepare_openvino(spec, snapshot, on_progress, cancel or CancelToken(), notes)
         except (NoArtifactError, CacheNotWritableError) as error:
             if export is not None and isinstance(error, NoArtifactError):
                 raise LoadError(
@@ -258,11 +269,10 @@ class BackendPreparer:
         return PreparedBackend(load, notes, "torch", snapshot.size)
 
     def _prepare_openvino(
-        self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
+        self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken, notes: tuple[str, ...]
     ) -> PreparedBackend:
         """Find or make an artifact that is accurate enough; if that of `auto` or `bf16` is not, one at fp32."""
         requested = spec
-        notes: tuple[str, ...] = ()
         while True:
             artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
             description = artifact.description
@@ -280,8 +290,8 @@ class BackendPreparer:
                 lock.release()
                 if spec.precision not in ("auto", "bf16") or description.precision == "fp32":
                     raise
-                notes = (f"computed in fp32: {error.reason}",)
-                logger.warning("model %s: %s", spec.alias, notes[0])
+                notes = (*notes, f"computed in fp32: {error.reason}")
+                logger.warning("model %s: %s", spec.alias, notes[-1])
                 spec = replace(spec, precision="fp32")
         computed = description.compute or description.precision
         if (note := precision_note(spec.precision, computed, native_bf16=native_bf16())) is not None:

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 from emb_model_provider.artifacts.manifest import read_fidelity
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, plan_values
 from emb_model_provider.backends.hardware import free_memory, native_bf16
-from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
+from emb_model_provider.backends.precision import (
+    DeviceFacts,
+    accurate_precisions,
+    resolve_device,
+    resolve_torch_precision,
+)
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.fidelity.cases import Runner, make_cases
 from emb_model_provider.fidelity.compare import (
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Increased by hand whenever a measured value changes its meaning, or the torch backend computes differently."""
 _PACKAGES = ("tokenizers", *TOOL_PACKAGES, "torchao", "bitsandbytes")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -79,10 +84,11 @@ class TorchModel:
 
         facts = torch_device_facts()
         device = resolve_device(self.spec.device, facts)
-        chosen = resolve_torch_precision(self.spec.precision, device, facts)
-        reference = _Reference(self)
+        stored_bf16 = Repository.of(self.snapshot, self.spec.route).stores_bf16
+        chosen = resolve_torch_precision(self.spec.precision, device, facts, stored_bf16=stored_bf16)
+        reference = _Reference(self, device)
         reasons: list[str] = []
-        candidates = self._candidates(chosen, device)
+        candidates = self._candidates(chosen, device, facts)
         for precision in candidates:
             try:
                 backend = self._load_if_accurate(precision, self._record_path(precision, device, facts), reference)
@@ -92,6 +98,11 @@ class TorchModel:
                 reasons.append(error.reason)
                 continue
             notes = tuple(f"computed in {precision}: {reason}" for reason in reasons)
+            if precision == "fp32" and reasons and device.startswith("cuda"):
+                logger.warning(
+                    "model %s runs at fp32, which takes about ten times as long on a GPU: %s",
+                    self.spec.alias, "; ".join(reasons),
+                )  # fmt: skip
             return _annotate(backend, notes=notes)
         raise AssertionError("fp32, the last candidate, is always accurate")
 
@@ -108,13 +119,10 @@ class TorchModel:
         spec = replace(self.spec, backend="torch", precision=precision)
         return TorchBackend(spec, self.snapshot, trust_remote_code=self.trust_remote_code)
 
-    def _candidates(self, chosen: ComputePrecision, device: str) -> tuple[ComputePrecision, ...]:
+    def _candidates(self, chosen: ComputePrecision, device: str, facts: DeviceFacts) -> tuple[ComputePrecision, ...]:
         if self.spec.precision == "bf16" and self.spec.backend != "torch" and device == "cpu":
             return ("bf16", "fp32")
-        if self.spec.precision != "auto" or chosen == "fp32":
-            return (chosen,)
-        # On a GPU, fp16 is as fast as bf16 and three bits more precise, but its range is narrower.
-        return (chosen, "fp16", "fp32") if chosen == "bf16" and device.startswith("cuda") else (chosen, "fp32")
+        return accurate_precisions(chosen, device, facts) if self.spec.precision == "auto" else (chosen,)
 
     def _load_if_accurate(self, precision: ComputePrecision, record: Path, reference: _Reference) -> Backend:
         if precision == "fp32":
@@ -190,8 +198,9 @@ class TorchModel:
 class _Reference:
     """The reference vectors of a model at fp32, computed once, when a precision is first measured."""
 
-    def __init__(self, model: TorchModel) -> None:
+    def __init__(self, model: TorchModel, device: str) -> None:
         self._model = model
+        self._device = device
         self._cases: list[Case] | str | None = None
 
     def cases(self, precision: ComputePrecision) -> list[Case] | str:
@@ -205,6 +214,13 @@ class _Reference:
         needed, free = bytes_at_fp32(model.snapshot), free_memory()
         if needed > free:
             return f"at fp32 it needs about {format_size(needed)}, and {format_size(free)} are free"
+        if self._device.startswith("cuda"):
+            from emb_model_provider.backends.pytorch.pipeline import free_device_memory
+
+            if needed > (free := free_device_memory(self._device)):
+                return (
+                    f"at fp32 it needs about {format_size(needed)}, and {format_size(free)} are free on {self._device}"
+                )
         logger.info(
             "model %s: measuring its fidelity at %s; this is done once, and the result is kept",
             model.spec.alias, precision,

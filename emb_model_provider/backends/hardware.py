@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,24 @@ _BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
 _AMX_FLAG, _VNNI_FLAG = "amx_bf16", "avx512_vnni"
 _DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _TORCH_CUDA = ("libtorch_cuda.so", "torch_cuda.dll")
+_CUDA_VERSION = re.compile(r"^cuda\s*(?::[^=]+)?=\s*'(\d+)\.(\d+)'", re.MULTILINE)
+"""In `torch/version.py`."""
+_FIRST_DRIVERS = {11: "450", 12: "525", 13: "580"}
+"""The first driver on Linux for each major version of CUDA."""
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+"""Attributes of devices in cuda.h."""
+_LOWEST_CAPABILITIES = {13: (7, 5)}
+"""The oldest devices for which a major version of CUDA compiles kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDriver:
+    """What NVIDIA's driver offers this process, which depends on CUDA_VISIBLE_DEVICES."""
+
+    version: tuple[int, int]
+    """The newest version of CUDA that it supports."""
+    capabilities: tuple[tuple[int, int], ...]
+    """Compute capability of each device."""
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
@@ -74,7 +93,51 @@ def fast_int8(root: Path = _ROOT) -> bool:
 
 def has_cuda() -> bool:
     """Return whether PyTorch is a CUDA build and can use a device, without importing PyTorch."""
-    return torch_is_cuda_build() and cuda_devices() > 0
+    return torch_is_cuda_build() and cuda_devices() > 0 and not cuda_problem()
+
+
+def cuda_problem() -> str:
+    """Return why PyTorch cannot use the CUDA devices of this machine, and what to do; empty if there are none or it can."""
+    driver, built_for = cuda_driver(), torch_cuda_version()
+    if driver is None or not driver.capabilities or built_for is None:
+        return ""
+    return describe_cuda_problem(driver, built_for)
+
+
+def describe_cuda_problem(driver: CudaDriver, built_for: tuple[int, int]) -> str:
+    """Return why a build of PyTorch for a CUDA version cannot use the devices of a driver; empty if it can.
+
+    A driver supports all builds for its own major version of CUDA, and older ones.
+    """
+    major = built_for[0]
+    if driver.version[0] < major:
+        needed = f", which needs driver {_FIRST_DRIVERS[major]} or newer" if major in _FIRST_DRIVERS else ""
+        return (
+            f"the NVIDIA driver is too old: it supports CUDA {_dotted(driver.version)}, and PyTorch is built for CUDA "
+            f"{_dotted(built_for)}{needed}. Update the driver, or install a build of PyTorch for CUDA {driver.version[0]}"
+        )
+    lowest = _LOWEST_CAPABILITIES.get(major, (0, 0))
+    if max(driver.capabilities) < lowest:
+        return (
+            f"the GPU is too old: it has compute capability {_dotted(max(driver.capabilities))}, and PyTorch for CUDA "
+            f"{_dotted(built_for)} has kernels from {_dotted(lowest)}. Install a build of PyTorch for an older CUDA version"
+        )
+    return ""
+
+
+def torch_cuda_version() -> tuple[int, int] | None:
+    """Return the CUDA version that the installed PyTorch is built for, without importing it; None if for none."""
+    spec = importlib.util.find_spec("torch")
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        with contextlib.suppress(OSError):
+            match = _CUDA_VERSION.search((Path(location) / "version.py").read_text(encoding="utf-8"))
+            if match is not None:
+                return int(match[1]), int(match[2])
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def torch_is_cuda_build() -> bool:
@@ -85,16 +148,35 @@ def torch_is_cuda_build() -> bool:
 
 
 def cuda_devices() -> int:
-    """Return the number of devices that NVIDIA's driver offers this process, which depends on CUDA_VISIBLE_DEVICES."""
+    """Return the number of devices that NVIDIA's driver offers this process."""
+    driver = cuda_driver()
+    return len(driver.capabilities) if driver is not None else 0
+
+
+def cuda_driver() -> CudaDriver | None:
+    """Return what NVIDIA's driver offers this process, or None if there is no driver or it does not work."""
     for name in _DRIVERS:
         try:
-            driver = ctypes.CDLL(name)
+            library = ctypes.CDLL(name)
         except OSError:
             continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-    return 0
+        count, version = ctypes.c_int(0), ctypes.c_int(0)
+        if library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count)):
+            continue
+        library.cuDriverGetVersion(ctypes.byref(version))
+        capabilities = tuple(
+            (_attribute(library, index, _CAPABILITY_MAJOR), _attribute(library, index, _CAPABILITY_MINOR))
+            for index in range(count.value)
+        )
+        return CudaDriver((version.value // 1000, version.value % 1000 // 10), capabilities)
+    return None
+
+
+def _attribute(library: ctypes.CDLL, device: int, attribute: int) -> int:
+    value = ctypes.c_int(0)
+    # A device is the number of its index.
+    library.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+    return value.value
 
 
 def _cpu_flags(root: Path) -> list[set[str]]:

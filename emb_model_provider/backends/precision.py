@@ -18,6 +18,10 @@ class DeviceFacts:
 
     cuda_capabilities: tuple[tuple[int, int], ...] = ()
     """Compute capability (major, minor) of each CUDA device, by index."""
+    lowest_capability: tuple[int, int] = (0, 0)
+    """The oldest device for which PyTorch has kernels."""
+    cuda_problem: str = ""
+    """Why PyTorch cannot use the CUDA devices of this machine, such as a driver that is too old. Empty: not known."""
     mps: bool = False
     """Whether an Apple GPU can be used."""
 
@@ -26,8 +30,9 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
     """Return `cpu`, `cuda:N` or `mps` for a requested device, which can be `auto` or `cuda`, too."""
     count = len(facts.cuda_capabilities)
     kind, _, number = requested.strip().lower().partition(":")
+    usable = [index for index, each in enumerate(facts.cuda_capabilities) if each >= facts.lowest_capability]
     if kind == "auto" and not number:
-        return "cuda:0" if count else "cpu"
+        return f"cuda:{usable[0]}" if usable else "cpu"
     if kind == "cpu" and not number:
         return "cpu"
     if kind == "mps" and not number:
@@ -39,6 +44,10 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
         return "mps"
     if kind == "cuda" and (not number or number.isdecimal()):
         index = int(number or 0)
+        if not count and facts.cuda_problem:
+            raise DeviceUnavailableError(
+                f"EMB_PROVIDER_DEVICE={requested}: {facts.cuda_problem}. Or set EMB_PROVIDER_DEVICE=cpu or auto."
+            )
         if not count:
             raise DeviceUnavailableError(
                 f"EMB_PROVIDER_DEVICE={requested}: PyTorch sees no CUDA device here. Set EMB_PROVIDER_DEVICE=cpu "
@@ -50,14 +59,26 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
                 f"EMB_PROVIDER_DEVICE={requested}: this machine has {count} CUDA device(s), "
                 f"cuda:0 to cuda:{count - 1}. Set it to one of them, or to cpu or auto."
             )
+        if index not in usable:
+            raise DeviceUnavailableError(
+                f"EMB_PROVIDER_DEVICE={requested}: cuda:{index} has compute capability "
+                f"{_dotted(facts.cuda_capabilities[index])}, and this build of PyTorch has kernels from "
+                f"{_dotted(facts.lowest_capability)}. Set EMB_PROVIDER_DEVICE=cpu or auto, or install a build of PyTorch for an "
+                "older CUDA version."
+            )
         return f"cuda:{index}"
     raise DeviceUnavailableError(
         f"EMB_PROVIDER_DEVICE={requested} is not a device. Use one of: auto, cpu, cuda, cuda:N, mps."
     )
 
 
-def resolve_torch_precision(requested: Precision, device: str, facts: DeviceFacts) -> ComputePrecision:
-    """Return the precision that the torch backend serves in on a device that `resolve_device` returned."""
+def resolve_torch_precision(
+    requested: Precision, device: str, facts: DeviceFacts, *, stored_bf16: bool = False
+) -> ComputePrecision:
+    """Return the precision that the torch backend serves in on a device that `resolve_device` returned.
+
+    `stored_bf16` says whether the weights are stored at bf16, whose range fp16 may not have.
+    """
     if device == "mps":
         if requested == "bf16":
             raise UnsupportedPrecisionError("Precision bf16 is not reliable on Apple GPUs. Use fp16, fp32 or auto.")
@@ -70,9 +91,17 @@ def resolve_torch_precision(requested: Precision, device: str, facts: DeviceFact
     if requested != "auto":
         return requested
     if device.startswith("cuda"):
-        return _half_precision(device, facts)
-    # On a CPU, bf16 weights reach a cosine of only 0.9965 to fp32, and fp16 is slower than fp32.
+        # Both are equally fast. fp16 has three more bits.
+        return _half_precision(device, facts) if stored_bf16 else "fp16"
+    # On a CPU fp16 is slower than fp32, and small models with random weights reach a cosine of only 0.98 at bf16.
     return "fp32"
+
+
+def accurate_precisions(first: ComputePrecision, device: str, facts: DeviceFacts) -> tuple[ComputePrecision, ...]:
+    """Return the precisions that `auto` tries one after the other, until one is accurate enough."""
+    if first == "fp32" or not device.startswith("cuda"):
+        return tuple(dict.fromkeys((first, "fp32")))
+    return tuple(dict.fromkeys((first, _half_precision(device, facts), "fp16", "fp32")))
 
 
 def resolve_activations(
@@ -88,6 +117,10 @@ def resolve_activations(
         return _half_precision(device, facts)
     # With int8 weights bf16 costs 0.0001 of the lowest cosine, and is 1.7 times as fast (see docs/precision.md).
     return "bf16" if native_bf16 else "fp32"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _half_precision(device: str, facts: DeviceFacts) -> Literal["fp16", "bf16"]:

@@ -207,6 +207,11 @@ class Repository:
         """The configuration of the transformer, which some models keep in the folder of their first module."""
         return self.read(f"{self.folder}config.json") or self.read("config.json")
 
+    @property
+    def stores_bf16(self) -> bool:
+        """Whether the model was saved at bf16, so that its values may exceed the range of fp16."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype")).endswith("bfloat16")
+
     @cached_property
     def nested_modules(self) -> list[dict[str, Any]]:
         """The entries of all modules, with those inside a Router in its place, and their paths without `./`."""

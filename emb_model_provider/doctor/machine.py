@@ -126,7 +126,7 @@ def _memory_limit(root: Path) -> int | None:
 
 def check_cuda(settings: Settings) -> CheckResult:
     """Check for CUDA devices. PyTorch, which is slow to import, is used only if the driver reports one."""
-    from emb_model_provider.backends.hardware import cuda_devices, torch_is_cuda_build
+    from emb_model_provider.backends.hardware import cuda_devices, cuda_problem, torch_is_cuda_build
 
     configured = sorted({spec.device for spec in settings.models.specs() if spec.device.startswith("cuda")})
     devices = cuda_devices()
@@ -137,6 +137,10 @@ def check_cuda(settings: Settings) -> CheckResult:
         advice = "Install a CUDA build of PyTorch, or set EMB_PROVIDER_DEVICE=cpu."
         found += ", but the installed PyTorch supports only CPUs"
         return CheckResult("cuda", "fail" if configured else "warn", found, advice)
+    if problem := cuda_problem():
+        return CheckResult(
+            "cuda", "fail", f"{found}, but {problem.partition('. ')[0]}", f"{problem.partition('. ')[2]}."
+        )
     name, reason = _device_of_torch()
     if name:
         return CheckResult("cuda", "ok", f"{found}; PyTorch can use {name}")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.backends.hardware import cgroup_cpu_limit, fast_int8, free_memory, native_bf16, usable_cpus
+from emb_model_provider.backends.hardware import (
+    CudaDriver,
+    cgroup_cpu_limit,
+    describe_cuda_problem,
+    fast_int8,
+    free_memory,
+    native_bf16,
+    torch_cuda_version,
+    usable_cpus,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,3 +137,61 @@ def test_free_memory_is_bounded_by_the_control_group(files: dict[str, str], free
         assert free_memory(tmp_path) > 10**6
     else:
         assert free_memory(tmp_path) == free
+
+
+# --- CUDA ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "built_for", "problem"),
+    [
+        (
+            CudaDriver((12, 2), ((8, 0),)),
+            (13, 2),
+            "supports CUDA 12.2, and PyTorch is built for CUDA 13.2, which needs driver 580",
+        ),
+        (CudaDriver((13, 0), ((8, 0),)), (13, 2), ""),
+        (CudaDriver((13, 0), ((9, 0),)), (12, 8), ""),
+        (CudaDriver((13, 0), ((7, 0),)), (13, 2), "the GPU is too old: it has compute capability 7.0"),
+        (CudaDriver((13, 0), ((6, 1), (7, 5))), (13, 2), ""),
+        (CudaDriver((12, 4), ((7, 0),)), (12, 6), ""),
+        (CudaDriver((13, 0), ((9, 0),)), (14, 0), "built for CUDA 14.0. Update the driver"),
+    ],
+)
+def test_a_driver_or_gpu_that_is_too_old_for_pytorch(
+    driver: CudaDriver, built_for: tuple[int, int], problem: str
+) -> None:
+    """A driver supports all builds for its own major version, and older ones."""
+    described = describe_cuda_problem(driver, built_for)
+    assert (problem in described) if problem else not described
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("cuda: Optional[str] = '13.2'", (13, 2)),
+        ("cuda = '12.8'", (12, 8)),
+        ("cuda: Optional[str] = None", None),
+        ("", None),
+    ],
+)
+def test_the_cuda_version_of_pytorch_is_read_without_importing_it(
+    line: str, version: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build for CPUs has none."""
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it must not be imported')")
+    (package / "version.py").write_text(f"__version__ = '2.15.0'\n{line}\nhip: Optional[str] = None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    importlib.invalidate_caches()
+    assert torch_cuda_version() == version
+
+
+def test_the_installed_pytorch_names_its_cuda_version() -> None:
+    """Otherwise a driver that is too old would not be noticed."""
+    import torch
+
+    expected = torch.version.cuda
+    assert torch_cuda_version() == (None if expected is None else tuple(map(int, expected.split(".")[:2])))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from emb_model_provider.backends.precision import (
     DeviceFacts,
+    accurate_precisions,
     resolve_activations,
     resolve_device,
     resolve_torch_precision,
@@ -57,11 +60,50 @@ def test_a_missing_device_is_an_error(requested: str, facts: DeviceFacts, messag
 
 @pytest.mark.parametrize(
     ("device", "facts", "precision"),
-    [("cpu", NO_GPU, "fp32"), ("cuda:0", TURING, "fp16"), ("cuda:1", TWO_HOPPERS, "bf16"), ("mps", APPLE, "fp32")],
+    [("cpu", NO_GPU, "fp32"), ("cuda:0", TURING, "fp16"), ("cuda:1", TWO_HOPPERS, "fp16"), ("mps", APPLE, "fp32")],
 )
 def test_auto_precision(device: str, facts: DeviceFacts, precision: str) -> None:
-    """auto is fp32 on a CPU, and on CUDA bf16 if the device supports it natively, else fp16."""
+    """auto is fp32 on a CPU, and on CUDA fp16, which is as fast as bf16 and has three more bits."""
     assert resolve_torch_precision("auto", device, facts) == precision
+
+
+@pytest.mark.parametrize(
+    ("device", "facts", "order"),
+    [
+        ("cuda:0", TWO_HOPPERS, ("bf16", "fp16", "fp32")),
+        ("cuda:0", TURING, ("fp16", "fp32")),
+        ("cpu", NO_GPU, ("fp32",)),
+    ],
+)
+def test_auto_begins_with_the_precision_of_the_files_at_bf16(
+    device: str, facts: DeviceFacts, order: tuple[str, ...]
+) -> None:
+    """If the device computes in it natively, because the values of such a model can exceed the range of fp16."""
+    first = resolve_torch_precision("auto", device, facts, stored_bf16=True)
+    assert accurate_precisions(first, device, facts) == order
+
+
+def test_auto_tries_every_faster_precision_before_fp32() -> None:
+    assert accurate_precisions("fp16", "cuda:0", TWO_HOPPERS) == ("fp16", "bf16", "fp32")
+    assert accurate_precisions("fp16", "cuda:0", TURING) == ("fp16", "fp32")
+
+
+OLD_AND_NEW = DeviceFacts(cuda_capabilities=((6, 1), (8, 6)), lowest_capability=(7, 5))
+
+
+def test_devices_without_kernels_are_not_used() -> None:
+    """auto takes another one or the CPU; a device that was requested is an error."""
+    assert resolve_device("auto", OLD_AND_NEW) == "cuda:1"
+    assert resolve_device("cuda:1", OLD_AND_NEW) == "cuda:1"
+    assert resolve_device("auto", replace(OLD_AND_NEW, cuda_capabilities=((6, 1),))) == "cpu"
+    with pytest.raises(DeviceUnavailableError, match=r"cuda:0 has compute capability 6\.1.*from 7\.5"):
+        resolve_device("cuda", OLD_AND_NEW)
+
+
+def test_the_error_says_why_a_device_cannot_be_used() -> None:
+    facts = DeviceFacts(cuda_problem="the NVIDIA driver is too old: it supports CUDA 12.2. Update the driver")
+    with pytest.raises(DeviceUnavailableError, match="EMB_PROVIDER_DEVICE=cuda: the NVIDIA driver is too old"):
+        resolve_device("cuda", facts)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])

@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladePooling
 from transformers.utils import logging as transformers_logging
 
+from emb_model_provider.backends.hardware import cuda_problem
 from emb_model_provider.backends.model_kind import POOLING_ADVICE, TRUST_ADVICE
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
@@ -28,7 +29,7 @@ from emb_model_provider.backends.pytorch.tokenizer import use_declared_tokenizer
 from emb_model_provider.backends.pytorch.view import open_view
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.concurrency import BoundedLock
-from emb_model_provider.errors import LoadError, UnsupportedModelError, is_failure
+from emb_model_provider.errors import DeviceUnavailableError, LoadError, UnsupportedModelError, is_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +89,12 @@ _CAUSES: tuple[tuple[re.Pattern[str], type[LoadError], str], ...] = (
         "it has no tokenizer, so it does not read text: it may be a model of images or audio. Choose an embedding model.",
     ),
     (
+        re.compile(r"(CUDA error: (?!out of memory).{0,120})"),
+        DeviceUnavailableError,
+        "the GPU has failed ({0}), and cannot be used again in this process. Restart the service; with "
+        "EMB_PROVIDER_SUPERVISE=true it restarts by itself.",
+    ),
+    (
         re.compile(r"requires the (\S+) library|No module named '([^']+)'"),
         LoadError,
         "a Python package that it needs is not installed ({0}{1}). Install it next to the service (pip install).",
@@ -102,8 +109,22 @@ def torch_device_facts() -> DeviceFacts:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return DeviceFacts(
         cuda_capabilities=tuple(torch.cuda.get_device_capability(index) for index in range(count)),
+        lowest_capability=lowest_capability(torch.cuda.get_arch_list()) if count else (0, 0),
+        cuda_problem="" if count else cuda_problem(),
         mps=torch.backends.mps.is_available(),
     )
+
+
+def lowest_capability(architectures: Sequence[str]) -> tuple[int, int]:
+    """Return the lowest compute capability of the kernels of a build, such as (7, 5) for `sm_75`."""
+    digits = [name.partition("_")[2].rstrip("af") for name in architectures]
+    return min(((int(each[:-1]), int(each[-1])) for each in digits if each.isdecimal()), default=(0, 0))
+
+
+def free_device_memory(device: torch.device | str) -> int:
+    """Return the bytes that this process can still allocate on a CUDA device."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def load_sentence_transformer(
