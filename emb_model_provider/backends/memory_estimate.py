@@ -23,6 +23,11 @@ _OPENVINO_WORKING_BYTES, _TORCH_WORKING_BYTES = 96 * _MIB, 22 * _MIB
 are bounded."""
 _TORCH_RUNTIME_BYTES = 700 * _MIB
 """Memory of a process that has imported torch and sentence-transformers."""
+_USUAL_WIDTH = 1024
+_VECTORS_OF_A_TOKEN, _INNER_VECTORS_OF_A_TOKEN = 8, 3
+_SHARE_FOR_BATCHES = 0.7
+"""Of the free memory of a GPU. The rest is for its library, for fragments, and for a model that is loaded later."""
+_SMALLEST_DEVICE_BATCH = 512
 _FP32_COPIES, _OTHER_COPIES = 3, 2
 """Copies of the matrices that OpenVINO holds besides the mapped file, because kernels for short and for long batches
 need them in different layouts."""
@@ -54,10 +59,44 @@ def openvino_bytes(
     return stored + dequantized_bytes + kernels + _OPENVINO_WORKING_BYTES + _tokenizer_bytes(description)
 
 
-def torch_bytes(held: int, description: ModelDescription) -> int:
-    """Estimate the memory of a torch pipeline in bytes, whose parameters and buffers have `held` bytes."""
+def torch_bytes(held: int, description: ModelDescription, working_bytes: int | None = None) -> int:
+    """Estimate the memory of a torch pipeline in bytes.
+
+    Args:
+        held: Bytes of its parameters and buffers.
+        description: Its description.
+        working_bytes: Memory of its batches on a GPU, where the tokenizers are not. None: it runs on a CPU.
+    """
+    if working_bytes is not None:
+        return held + working_bytes
     # sentence-transformers has a second tokenizer.
     return held + _TORCH_WORKING_BYTES + 2 * _tokenizer_bytes(description)
+
+
+def activation_bytes(repository: Repository, item_bytes: int) -> int:
+    """Estimate the memory on a GPU that a batch needs at most for each of its tokens, in bytes.
+
+    Args:
+        repository: The files of the model. Its configuration declares the widths.
+        item_bytes: Bytes of an activation.
+    """
+    config = repository.config
+    width = _size(config, _WIDTHS) or _USUAL_WIDTH
+    inner = _size(config, _INNER_WIDTHS) or 4 * width
+    # The residual, the input of the layer, queries, keys, values, two rotated ones and the result; the inner vectors before
+    # and after the activation, and a gate. And the vectors of the tokens at fp32 at the end.
+    return item_bytes * (_VECTORS_OF_A_TOKEN * width + _INNER_VECTORS_OF_A_TOKEN * inner) + 4 * width
+
+
+def device_batch_tokens(free: int, token_bytes: int, streams: int) -> int:
+    """Return the largest batch in tokens for which memory is free on a GPU.
+
+    Args:
+        free: Free memory in bytes.
+        token_bytes: Memory that a batch needs for each token.
+        streams: Number of batches at a time.
+    """
+    return max(_SMALLEST_DEVICE_BATCH, int(free * _SHARE_FOR_BATCHES) // (token_bytes * streams))
 
 
 def static_bytes(table: int, description: ModelDescription) -> int:

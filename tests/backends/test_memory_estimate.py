@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,16 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from emb_model_provider.backends.memory_estimate import expected_bytes, minimum_bytes, openvino_bytes
+from emb_model_provider.backends.memory_estimate import (
+    activation_bytes,
+    device_batch_tokens,
+    expected_bytes,
+    minimum_bytes,
+    openvino_bytes,
+    torch_bytes,
+)
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.backends.repository import Repository
 from tests.backends.helpers import description, load_torch
 from tests.models import bundled_directory, snapshot_of
 
@@ -80,3 +89,33 @@ def test_the_minimum_is_not_higher_than_the_actual_memory() -> None:
         assert minimum_bytes("torch", size, precision) <= 22_713_216 * item + 2 * MIB  # type: ignore[arg-type]  # Precision
         assert minimum_bytes("torch", size, precision) < expected_bytes("torch", size, precision)  # type: ignore[arg-type]  # likewise
     assert minimum_bytes("openvino", 10, "int4") == 10 < expected_bytes("openvino", 10, "int4")
+
+
+@pytest.mark.parametrize(
+    ("config", "item_bytes", "expected"),
+    [
+        ({"hidden_size": 1024, "intermediate_size": 4096}, 2, 2 * (8 * 1024 + 3 * 4096) + 4 * 1024),
+        ({"dim": 768, "hidden_dim": 3072}, 4, 4 * (8 * 768 + 3 * 3072) + 4 * 768),
+        ({"hidden_size": 100}, 2, 2 * (8 * 100 + 3 * 400) + 4 * 100),
+    ],
+)
+def test_activations_depend_on_the_widths_of_a_model(
+    config: dict[str, int], item_bytes: int, expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert activation_bytes(Repository.of(snapshot_of(tmp_path)), item_bytes) == expected
+
+
+def test_the_batches_of_all_streams_fit_into_the_free_memory_of_a_gpu() -> None:
+    """With room to spare. A GPU that is full still gets small batches, which fail only if they do not fit."""
+    free, token = 8 * 2**30, 45_000
+    one, two = (device_batch_tokens(free, token, streams) for streams in (1, 2))
+    assert 0.6 * free < one * token < 0.8 * free
+    assert two == one // 2
+    assert device_batch_tokens(0, token, 2) == 512
+
+
+def test_a_model_on_a_gpu_takes_its_weights_and_its_batches() -> None:
+    """Its tokenizers are in the memory of the machine."""
+    assert torch_bytes(1000, description(), 500) == 1500
+    assert torch_bytes(1000, description()) > 20 * MIB

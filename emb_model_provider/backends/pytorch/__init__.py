@@ -6,6 +6,7 @@ Importing this package imports sentence-transformers, so that its modules cannot
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -42,6 +43,10 @@ def quiet_imports(*hidden: str) -> Iterator[None]:
             for name in absent:
                 sys.modules.pop(name, None)
 
+
+# Batches of all sizes would leave the memory of a GPU in pieces. PyTorch reads it when it is imported.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 # PEFT, which transformers imports, would import bitsandbytes, which only int4 needs.
 with quiet_imports("bitsandbytes"):

@@ -7,7 +7,6 @@ one that the batcher planned, and the memory for attention grows linearly with t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +59,9 @@ _TOLERANCE = 1e-4
 _NOISE_FACTOR = 3.0
 _MAX_TOLERANCE = 0.01
 _MAX_HEAD_WIDTH = 256
+_FLASH_PARAMETERS = (
+    "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"
+)  # fmt: skip
 
 
 def varlen_kernel(
@@ -72,7 +74,10 @@ def varlen_kernel(
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    """Compute attention with PyTorch's kernels for variable lengths (cuDNN or flash attention).
+    """Compute attention with PyTorch's flash attention for variable lengths.
+
+    This is the operator under `torch.nn.attention.varlen.varlen_attn`, which since PyTorch 2.14 prefers cuDNN on Hopper and
+    Blackwell. cuDNN makes a plan for every new number of tokens, which takes about 40 ms, and never frees it.
 
     Args:
         query: Shape (tokens, heads, head width).
@@ -86,17 +91,14 @@ def varlen_kernel(
     Returns:
         Shape (tokens, heads, head width).
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     width = query.shape[-1]
     # The head width must be a multiple of 8. Zeros change no product, and the padding of the result is removed.
     if missing := -width % 8:
         query, key, value = (torch.nn.functional.pad(x, (0, missing)) for x in (query, key, value))
-    out: Any = varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), starts, starts, longest, longest,
-        scale=scale, window_size=window, enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
-    attended: torch.Tensor = out
+    attended: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, starts, starts, longest, longest, 0.0, window == (-1, 0), False,
+        scale=scale, window_size_left=window[0], window_size_right=window[1],
+    )[0]  # fmt: skip
     return attended[..., :width]
 
 
@@ -104,12 +106,19 @@ def varlen_available(device: torch.device) -> bool:
     """Return whether this PyTorch version and this device support `varlen_kernel`."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 8:
         return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    # Versions without these parameters have another one for causal masks.
-    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return torch.backends.cuda.is_flash_attention_available() and flash_operator_fits(
+        torch.ops.aten._flash_attention_forward.default._schema
+    )
+
+
+def flash_operator_fits(schema: torch.FunctionSchema) -> bool:
+    """Return whether the flash attention operator of a PyTorch version has the parameters that `varlen_kernel` passes."""
+    names = [argument.name for argument in schema.arguments]
+    return tuple(names[: len(_FLASH_PARAMETERS)]) == _FLASH_PARAMETERS and {
+        "scale",
+        "window_size_left",
+        "window_size_right",
+    } <= set(names)
 
 
 def packable(pipeline: BaseModel) -> bool:
@@ -153,33 +162,48 @@ class Packing:
         first: Any = pipeline[0]
         first.model.set_attn_implementation(self._original_attention)
 
-    def features(self, ids: Sequence[Sequence[int]], tokens: torch.Tensor) -> dict[str, Any]:
-        """Return the features that the pipeline reads, of shape (1, tokens).
+    def features(self, ids: NDArray[np.int64], lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+        """Return the features that the pipeline reads, of shape (1, tokens), on a device.
 
         Args:
-            ids: The token ids of each input.
-            tokens: The same ids, concatenated, on the device of the pipeline.
+            ids: The token ids of all inputs, concatenated.
+            lengths: Number of tokens of each input.
+            device: The device of the pipeline.
         """
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        starts = np.zeros(len(ids) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=starts[1:])
-        device, longest = tokens.device, int(lengths.max())
-        on_device = torch.from_numpy(starts).to(device)
-        owners = np.repeat(np.arange(len(ids), dtype=np.int32), lengths)
+        starts = np.cumsum([0, *lengths])
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        tokens, positions, seq_idx, on_device = to_device(
+            (ids, self._positions(ids, lengths, starts), owners, starts), device
+        )
+        longest = max(lengths)
         return {
-            "input_ids": tokens.unsqueeze(0),
-            "position_ids": torch.from_numpy(self._positions(ids)).to(device).unsqueeze(0),
-            "seq_idx": torch.from_numpy(owners).to(device).unsqueeze(0),
+            # Lookups accept int32, but some models gather with positions, which requires int64.
+            "input_ids": tokens.long().unsqueeze(0),
+            "position_ids": positions.long().unsqueeze(0),
+            "seq_idx": seq_idx.unsqueeze(0),
             **dict(zip(_NAMES, (on_device, on_device, longest, longest), strict=True)),
         }
 
-    def _positions(self, ids: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    def _positions(
+        self, ids: NDArray[np.int64], lengths: Sequence[int], starts: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         if self._padding_idx is None:
-            return np.concatenate([np.arange(len(row), dtype=np.int64) for row in ids])
+            return np.arange(len(ids)) - np.repeat(starts[:-1], lengths)
         # The RoBERTa family counts from padding_idx + 1, and does not count padding tokens, not even within a text.
-        rows = [np.asarray(row) != self._padding_idx for row in ids]
-        counted = [np.cumsum(real) * real + self._padding_idx for real in rows]
-        return np.concatenate(counted).astype(np.int64)
+        real = ids != self._padding_idx
+        counts = np.cumsum(real)
+        before = np.concatenate(([0], counts))[starts[:-1]]
+        positions: NDArray[np.int64] = (counts - np.repeat(before, lengths)) * real + self._padding_idx
+        return positions
+
+
+def to_device(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Copy arrays of token ids, positions and lengths to a device at once, as int32 tensors of one dimension."""
+    sizes = [array.size for array in arrays]
+    # From pinned memory, which PyTorch keeps for reuse, the copy needs no synchronization.
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate([array.reshape(-1) for array in arrays], out=host.numpy(), casting="same_kind")
+    return torch.split(host.to(device, non_blocking=True), sizes)
 
 
 def disagreement(packed: NDArray[np.float32], padded: NDArray[np.float32], alone: NDArray[np.float32]) -> str | None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
 from emb_model_provider.backends.base import TokenBatch
+from emb_model_provider.backends.pytorch import backend as backend_module
 from emb_model_provider.errors import DeviceUnavailableError, InferenceError
-from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, reference
+from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, reference, reference_kernel
 from tests.backends.small_tokenizers import wordpiece
 from tests.models import bert, bundled_directory, save_bare
 
@@ -76,8 +81,68 @@ def test_embed_fp32_is_finite_for_an_input_that_overflows_fp16(
     backend = load_torch(directory, precision="fp16")
     finite = np.isfinite(backend.run(batch).dense).all(axis=1)
     assert finite.tolist() == [False, True]
-    assert cosines(backend.run_fp32(batch).dense, expected).min() > 0.999
+    for _ in range(2):  # the second time, the copy of the weights is there
+        assert cosines(backend.run_fp32(batch).dense, expected).min() > 0.999
     assert np.isfinite(backend.run(batch).dense).all(axis=1).tolist() == finite.tolist()
+
+
+def test_the_copy_at_fp32_is_kept_for_some_minutes(
+    family_directory: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made once, by whichever thread needs it first, and freed by a later batch. The tokenizer is not copied."""
+    backend = load_torch(family_directory("bert-mean-normalize"), precision="fp16")
+    batch = TokenBatch(ids=[[2, 5, 7, 3]], prompt_lengths=[0])
+    copies: list[weakref.ref[torch.nn.Parameter]] = []
+    copied = copy.deepcopy
+
+    def deepcopy(value: Any, memo: dict[int, Any] | None = None) -> Any:
+        made = copied(value, memo)
+        if isinstance(value, SentenceTransformer):
+            assert made.tokenizer is value.tokenizer
+            copies.append(weakref.ref(next(made.parameters())))
+        return made
+
+    monkeypatch.setattr(copy, "deepcopy", deepcopy)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(backend.run_fp32, [batch] * 8))
+    assert len(copies) == 1
+    assert all((result.dense == results[0].dense).all() for result in results)
+    backend.run(batch)
+    assert copies[0]() is not None
+    monkeypatch.setattr(backend_module, "_FP32_COPY_S", -1.0)
+    backend.run(batch)
+    assert copies[0]() is None
+    backend.run_fp32(batch)
+    assert len(copies) == 2
+
+
+def test_closing_frees_the_weights_at_once(family_directory: Callable[[str], Path]) -> None:
+    """Not when the collector next runs, although the modules refer to each other, and are excluded from collection."""
+    backend = load_torch(family_directory("bert-mean-normalize"))
+    assert backend._pipeline is not None
+    parameter = weakref.ref(next(backend._pipeline.parameters()))
+    gc.freeze()
+    gc.disable()
+    try:
+        backend.close()
+        assert parameter() is None
+    finally:
+        gc.enable()
+
+
+def test_batches_of_two_threads_are_independent(family_directory: Callable[[str], Path]) -> None:
+    """As those of two streams of a GPU, packed and padded."""
+    for packed in (False, True):
+        backend = load_torch(family_directory("bert-prompts-excluded"))
+        if packed:
+            backend.pack(reference_kernel)
+        batches = [
+            TokenBatch(ids=[[2, *range(5, 5 + size), 3]] * 3, prompt_lengths=[0, size % 3, 1]) for size in range(1, 20)
+        ]
+        expected = [backend.run(batch).dense for batch in batches]
+        with ThreadPoolExecutor(2) as pool:
+            for vectors, outputs in zip(expected, pool.map(backend.run, batches), strict=True):
+                np.testing.assert_array_equal(outputs.dense, vectors)
 
 
 def _named(tensors: dict[str, torch.Tensor], ending: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.pytorch.backend import TorchBackend
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # bitsandbytes warns of widths that are no multiple of 32, such as those of the small models.
+    pytest.mark.filterwarnings("ignore:.*inner dimension:UserWarning"),
+]
 
 
 def load(directory: Path, **spec: object) -> TorchBackend:
@@ -62,14 +68,13 @@ def test_families_at_half_precision_are_close_to_fp32(
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.99), ("fp16", 0.9999), ("auto", 0.99)])
 def test_the_bundled_model_at_half_precision_is_close_to_fp32(precision: str, bound: float) -> None:
-    """auto is bf16 if the device supports it natively, else fp16."""
+    """auto is fp16 for a model that is stored at fp32."""
     texts = [text for text in TEXTS if text.strip()]
     expected = reference(bundled_directory()).encode(texts, show_progress_bar=False)
     backend = load(bundled_directory(), precision=precision)
     assert cosines(embed_texts(backend, texts), expected).min() >= bound
     if precision == "auto":
-        major, _ = torch.cuda.get_device_capability(0)
-        assert backend.description.precision == ("bf16" if major >= 8 else "fp16")
+        assert backend.description.precision == "fp16"
     assert backend.description.device == "cuda:0"
 
 
@@ -116,7 +121,29 @@ def test_embed_fp32_of_a_model_at_half_precision() -> None:
     assert cosines(backend.run_fp32(batch).dense, expected).min() >= 0.99999
 
 
+def test_two_streams_compute_the_same_vectors(family_directory: Callable[[str], Path]) -> None:
+    """Each thread has a CUDA stream of its own."""
+    backend = load(family_directory("qwen3-left"), precision="fp16")
+    assert backend.streams == 2
+    batches = [TokenBatch(ids=[[5 + size] * size] * 40, prompt_lengths=[0] * 40) for size in range(1, 40)]
+    expected = [backend.run(batch).dense for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for vectors, outputs in zip(expected, pool.map(backend.run, batches), strict=True):
+            assert cosines(outputs.dense, vectors).min() >= 0.9999
+
+
+def test_the_largest_batch_fits_into_the_free_memory(family_directory: Callable[[str], Path]) -> None:
+    """It is derived from the memory of the device after loading."""
+    backend = load(family_directory("bert-cls"), precision="fp16")
+    tokens = backend.description.max_batch_tokens
+    assert tokens is not None
+    free, total = torch.cuda.mem_get_info()
+    assert 512 <= tokens < total
+    assert backend.memory_bytes < free
+
+
 def test_closing_frees_the_memory() -> None:
+    load(bundled_directory()).close()  # allocates what cuBLAS keeps
     before = torch.cuda.memory_allocated()
     backend = load(bundled_directory())
     assert torch.cuda.memory_allocated() > before
@@ -127,7 +154,7 @@ def test_closing_frees_the_memory() -> None:
 # --- int8 and int4 --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.95), ("int4", 0.7)])
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.95), ("int4", 0.5)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_with_integer_weights(
     family: str, precision: str, bound: float, family_directory: Callable[[str], Path]

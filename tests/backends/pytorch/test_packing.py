@@ -25,7 +25,14 @@ from transformers import (
 )
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.backends.pytorch.packing import FAMILIES, Packing, disagreement, varlen_available
+from emb_model_provider.backends.pytorch.packing import (
+    FAMILIES,
+    Packing,
+    disagreement,
+    flash_operator_fits,
+    varlen_available,
+    varlen_kernel,
+)
 from emb_model_provider.backends.tokenization import Tokenization
 from tests.backends.helpers import (
     TEXTS,
@@ -149,11 +156,12 @@ def test_a_packed_row_is_as_long_as_its_inputs(family_directory: Callable[[str],
     """There is no padding, and the positions of each input start at 0."""
     pipeline = load_torch_pipeline(family_directory("bert-mean-normalize"))
     packing = Packing(pipeline, reference_kernel)
-    features = packing.features([[5, 6, 7], [8], [9, 10]], torch.tensor([5, 6, 7, 8, 9, 10]))
+    features = packing.features(np.array([5, 6, 7, 8, 9, 10]), [3, 1, 2], torch.device("cpu"))
     assert features["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert features["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert features["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
     assert features["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
+    assert features["cu_seq_lens_q"].dtype == torch.int32
     assert features["max_length_q"] == 3
     assert "attention_mask" not in features
 
@@ -190,6 +198,7 @@ def test_embed_fp32_of_a_packed_model(family_directory: Callable[[str], Path]) -
     half, expected = backend.run(batch).dense, embed_texts(load_torch(directory), TEXTS)
     assert cosines(backend.run_fp32(batch).dense, expected).min() >= 0.99999
     assert backend.packs
+    assert backend.description.packs
     np.testing.assert_array_equal(backend.run(batch).dense, half)
 
 
@@ -212,3 +221,55 @@ def test_the_tolerance_depends_on_the_effect_of_padding() -> None:
 
 def test_a_cpu_does_not_support_packing() -> None:
     assert not varlen_available(torch.device("cpu"))
+
+
+def test_the_installed_pytorch_has_the_operator_of_the_kernel() -> None:
+    """Otherwise all models would be padded on a GPU, and no test without a GPU would show it."""
+    assert flash_operator_fits(torch.ops.aten._flash_attention_forward.default._schema)
+
+
+@pytest.mark.parametrize("missing", ["Tensor? cum_seq_k, ", ", SymInt? window_size_left=None", "float? scale=None, "])
+def test_an_operator_with_other_parameters_is_not_used(missing: str) -> None:
+    """A name that is missing, or another order."""
+    schema = (
+        "aten::_flash_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, "
+        "SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
+        "SymInt? window_size_left=None, SymInt? window_size_right=None, Tensor? seqused_k=None) -> (Tensor, Tensor)"
+    )
+    assert missing in schema
+    assert flash_operator_fits(torch._C.parse_schema(schema))
+    assert not flash_operator_fits(torch._C.parse_schema(schema.replace(missing, "")))
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "width", "window"), [(4, 4, 12, (-1, -1)), (4, 2, 64, (-1, 0)), (4, 2, 8, (8, 0))]
+)
+def test_the_kernel_calls_the_operator_with_valid_arguments(
+    heads: int, shared: int, width: int, window: tuple[int, int]
+) -> None:
+    """On the device `meta`, which checks arguments and shapes, and computes nothing. Rows need not be contiguous."""
+    lengths = [3, 5]
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32, device="meta")
+    query, key, value = (
+        torch.empty((count, sum(lengths), width), dtype=torch.float16, device="meta").transpose(0, 1)
+        for count in (heads, shared, shared)
+    )
+    attended = varlen_kernel(query, key, value, starts, 5, scale=0.3, window=window)
+    assert attended.shape == (sum(lengths), heads, width)
+
+
+def test_positions_of_many_inputs(family_directory: Callable[[str], Path]) -> None:
+    """Those of the RoBERTa family count from the padding id, without padding tokens."""
+    generator = np.random.default_rng(1)
+    for family, first in (("bert-cls", 0), ("xlm-roberta", None)):
+        backend = load_torch(family_directory(family))
+        pad = backend.description.pad_token_id
+        rows = [generator.integers(0, 8, size).tolist() for size in (1, 7, 30, 2)]
+        if first is None:
+            expected = [np.cumsum(np.array(row) != pad) * (np.array(row) != pad) + pad for row in rows]
+        else:
+            expected = [np.arange(len(row)) for row in rows]
+        pipeline = load_torch_pipeline(family_directory(family))
+        packing = Packing(pipeline, reference_kernel)
+        features = packing.features(np.concatenate(rows), list(map(len, rows)), torch.device("cpu"))
+        assert features["position_ids"][0].tolist() == np.concatenate(expected).tolist()
