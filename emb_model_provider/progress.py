@@ -212,12 +212,14 @@ class ProgressReporter:
             Status(
                 phase=progress.phase,
                 step=progress.step,
+                step_number=progress.step_number,
+                step_count=progress.step_count,
                 done_bytes=progress.done_bytes if total else None,
                 total_bytes=total,
                 bytes_per_s=self._rate.bytes_per_s if is_measured else None,
                 seconds_left=self._rate.seconds_for(total - progress.done_bytes)
                 if total and is_measured and elapsed_s >= self._estimate_s
-                else None,
+                else progress.seconds_left,
                 elapsed_s=elapsed_s,
             )
         )
@@ -267,6 +269,8 @@ class Status:
 
     phase: str
     step: str = ""
+    step_number: int | None = None
+    step_count: int | None = None
     done_bytes: int | None = None
     total_bytes: int | None = None
     bytes_per_s: float | None = None
@@ -277,6 +281,10 @@ class Status:
     def descriptions(self) -> list[str]:
         """Return a text such as `download 12.0 MB of 90.9 MB (13 %), 4.1 MB/s, 0:19 left`, then shorter ones."""
         phase = f"{self.phase} ({self.step})" if self.step else self.phase
+        if self.step_number is not None:
+            number = f"step {self.step_number} of {self.step_count}"
+            left = f", about {format_estimate(self.seconds_left)} left" if self.seconds_left is not None else ""
+            return [f"{self.phase}, {number} ({self.step}){left}", f"{self.phase}, {number}{left}", f"{number}{left}"]
         if self.done_bytes is None or not self.total_bytes:
             elapsed = f", {format_duration(self.elapsed_s)}" if self.elapsed_s >= 1 else ""
             return [f"{phase}{elapsed}", f"{self.phase}{elapsed}"]
@@ -291,6 +299,9 @@ class Status:
         return {
             "model": model,
             "phase": self.phase,
+            "step": self.step or None,
+            "step_number": self.step_number,
+            "step_count": self.step_count,
             "done_bytes": self.done_bytes,
             "total_bytes": self.total_bytes,
             "bytes_per_s": round(self.bytes_per_s) if self.bytes_per_s is not None else None,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fcntl import ioctl
 from struct import pack
 from termios import TIOCSWINSZ
@@ -149,6 +150,33 @@ def test_narrow_terminals_show_the_figures(monkeypatch: pytest.MonkeyPatch) -> N
             assert LONG_NAME.endswith(line.removeprefix("...").partition(":")[0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_terminal_of_80_columns_shows_percentage_rate_and_time_left(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real terminal, in lines that do not wrap; while compiling, the step and the time left."""
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    ioctl(theirs, TIOCSWINSZ, pack("HHHH", 24, 80, 0, 0))
+    stream = os.fdopen(theirs, "w", encoding="utf-8")
+    with stream, ProgressReporter("auto", stream=stream, estimate_s=0.5) as report:
+        report.model(name)
+        report(Progress("download", name, 0, 2_300_000_000))
+        time.sleep(0.6)
+        report(Progress("download", name, 1_234_000_000, 2_300_000_000))
+        report(Progress("compare", name, step="reference vectors", step_number=5, step_count=6, seconds_left=40.0))
+    raw = b""
+    with suppress(OSError):  # the end
+        while piece := os.read(ours, 100_000):
+            raw += piece
+    os.close(ours)
+    shown = raw.decode().split("\r\x1b[2K")
+    *_, downloading, comparing, _ = shown
+    assert re.search(r"53 %\)?, \d+(\.\d)? [MG]B/s, 0:0\d left$", downloading)
+    assert re.search(r"step 5 of 6( \(reference vectors\))?, about 40 s left$", comparing)
+    assert all(len(line) + len(re.findall(r"[一-龥]", line)) < 80 for line in shown)
+
+
 def test_the_width_is_that_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of stdout, which can be a file."""
     monkeypatch.setenv("TERM", "xterm")
@@ -175,15 +203,35 @@ def test_json_has_an_object_per_line() -> None:
         report.note("careful")
         report.done()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    unknown = {"done_bytes": None, "total_bytes": None, "bytes_per_s": None, "seconds_left": None}
+    no_step = {"step": None, "step_number": None, "step_count": None}
+    unknown = {**no_step, "done_bytes": None, "total_bytes": None, "bytes_per_s": None, "seconds_left": None}
     assert lines[0] == {"model": "acme/tiny", "phase": "resolve", **unknown}
     assert lines[1] == {
-        "model": "acme/tiny", "phase": "download", "done_bytes": 0, "total_bytes": 1000, "bytes_per_s": None,
+        "model": "acme/tiny", "phase": "download", **no_step, "done_bytes": 0, "total_bytes": 1000, "bytes_per_s": None,
         "seconds_left": None,
     }  # fmt: skip
     assert (lines[-3]["phase"], lines[-3]["done_bytes"], lines[-3]["total_bytes"]) == ("verify", 1000, 1000)
     assert lines[-2] == {"model": "acme/tiny", "note": "careful"}
     assert lines[-1] == {"model": "acme/tiny", "phase": "ready", **unknown}
+
+
+def test_steps_of_compiling_have_numbers() -> None:
+    """In lines and in JSON, with the estimate of the compiler."""
+    for mode, expected in (("plain", "acme/tiny: compile, step 3 of 6 (export), about 20 s left"), ("json", None)):
+        stream = io.StringIO()
+        with ProgressReporter(mode, stream=stream) as report:  # type: ignore[arg-type]
+            report(Progress("compile", "acme/tiny", step="export", step_number=3, step_count=6, seconds_left=17.0))
+        line = stream.getvalue().splitlines()[0]
+        if expected is not None:
+            assert line == expected
+        else:
+            values = json.loads(line)
+            assert [values[name] for name in ("step", "step_number", "step_count", "seconds_left")] == [
+                "export",
+                3,
+                6,
+                17,
+            ]
 
 
 def test_json_has_rate_and_time_left() -> None:

@@ -51,7 +51,7 @@ class ModelStatus:
     """When the model was last loaded, or when the service started."""
     error: str | None
     """Why it failed, hangs, is being restarted, or takes long to load, in one line."""
-    progress: str | None = field(default=None, kw_only=True)
+    progress: Progress | None = field(default=None, kw_only=True)
     """How far its download or its compilation has come."""
     restarts: int
     snapshot: Snapshot | None
@@ -79,6 +79,10 @@ class ModelStatus:
     def tasks(self) -> tuple[Task, ...] | None:
         """What requests can ask the model for; None before it is loaded."""
         return self.description.tasks if self.description is not None else None
+
+    @property
+    def progress_text(self) -> str | None:
+        return self.progress.describe() or None if self.progress is not None else None
 
     @property
     def is_available(self) -> bool:
@@ -234,7 +238,7 @@ class ModelEntry:
             required=self.required,
             created=self.created,
             error=hang_report or self.error or slow_load_warning or None,
-            progress=self.progress.describe() or None if self.progress is not None else None,
+            progress=self.progress,
             restarts=self.restarts,
             snapshot=self.snapshot,
             description=engine.description if engine is not None else None,

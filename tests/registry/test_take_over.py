@@ -37,7 +37,7 @@ async def test_compiled_model_takes_over_without_a_failed_request(fleet: Callabl
         (interim,) = models["a"].interims
         assert (models.state("a"), models["a"].backends) == (State.READY, [])
         await until(lambda: models.registry.status("a").progress is not None)
-        assert models.registry.status("a").progress == "step 3 of 6 (export), about 20 s left"
+        assert models.registry.status("a").progress_text == "step 3 of 6 (export), about 20 s left"
         interim.gate.clear()
         interim.entered.clear()
         slow = asyncio.create_task(models.embed("a"))

@@ -206,7 +206,7 @@ def _served_model(status: ModelStatus, kept: KeptModels) -> ServedModel:
         configured=status.configured,
         kept=spec.alias in kept.aliases,
         preload=status.preload,
-        progress=status.progress,
+        progress=status.progress_text,
         unloaded_because=status.unload_reason,
         loaded_at=_time(status.loaded_at),
         last_used=_time(status.last_used),

@@ -100,6 +100,6 @@ def _readiness(status: ModelStatus) -> ModelReadiness:
         state=status.state.value,
         required=False if status.preload and not status.required else None,
         error=status.error,
-        progress=status.progress,
+        progress=status.progress_text,
         notes=list(notes) or None,
     )
