@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TURN_POLL_S = 0.2
+_BACKEND = "`--backend`, or EMB_PROVIDER_BACKEND"
+_DEVICE = "`--device`, or EMB_PROVIDER_DEVICE"
 _TIMEOUT_SETTING = "EMB_PROVIDER_COMPILE_TIMEOUT_S"
 _COMPILING_BYTES = 8.0
 """Memory that compiling takes at least for each weight: at fp32 in torch, and again in the graph."""
@@ -66,7 +68,7 @@ _LOAD_STEP = "load"
 _CHOOSE_ANOTHER = "Choose another model, or look for an unusual value in its configuration files."
 _MEMORY_ADVICE = (
     "Free memory, raise the memory limit of the container, or choose a smaller model (torch: or a lower "
-    "EMB_PROVIDER_MODEL_PRECISION)."
+    "precision: `--precision`, or EMB_PROVIDER_MODEL_PRECISION)."
 )
 
 
@@ -175,8 +177,8 @@ class BackendPreparer:
             if isinstance(error, CacheNotWritableError):
                 raise
             raise LoadError(
-                f"{snapshot.repository} cannot be served with EMB_PROVIDER_BACKEND=openvino: "
-                f"{str(error).rstrip('.')}. Fix this, or set it to auto or torch."
+                f"{snapshot.repository} cannot be served with the backend openvino: {str(error).rstrip('.')}. Fix this, or set "
+                f"it to auto or torch: {_BACKEND}."
             ) from error
 
     def is_compiled_later(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
@@ -464,7 +466,7 @@ def _out_of_memory(name: str, reason: str) -> str:
     # torch is not tried in this process, because it would take as much memory, and the system would kill all models.
     return (
         f"{name} could not be compiled: {reason}. It is not loaded by torch instead, because that could end the service. "
-        f"{_MEMORY_ADVICE} To load it without compiling, set EMB_PROVIDER_BACKEND=torch."
+        f"{_MEMORY_ADVICE} To load it without compiling, set the backend to torch: {_BACKEND}."
     )
 
 
@@ -472,9 +474,9 @@ def _for_export(spec: ModelSpec, snapshot: Snapshot, export: str) -> ModelSpec:
     """Return the spec of a model that has only an export, which OpenVINO runs; LoadError if it must not run there."""
     if spec.backend == "torch" or spec.device.strip().lower() not in ("auto", "cpu"):
         raise LoadError(
-            f"{snapshot.repository} has no weights for torch, only {export}, which OpenVINO runs on the CPU. Set "
-            "EMB_PROVIDER_BACKEND to auto or openvino and EMB_PROVIDER_DEVICE to auto or cpu, or choose a repository "
-            "that has weights."
+            f"{snapshot.repository} has no weights for torch, only {export}, which OpenVINO runs on the CPU. Set the backend to "
+            f"auto or openvino ({_BACKEND}) and the device to auto or cpu ({_DEVICE}), or choose a repository that has "
+            "weights."
         )
     return replace(spec, backend="openvino", device="cpu")
 
@@ -488,7 +490,7 @@ def _uses_openvino(spec: ModelSpec) -> bool:
         return device == "cpu" or spec.backend == "openvino" or not has_cuda()
     if spec.backend == "openvino":
         raise LoadError(
-            f"EMB_PROVIDER_BACKEND=openvino serves on the CPU, not on EMB_PROVIDER_DEVICE={spec.device} "
-            f"(model {spec.alias!r}). Set the device to cpu, or the backend to auto or torch."
+            f"The backend openvino serves on the CPU, not on the device {spec.device} (model {spec.alias!r}). Set the device "
+            f"to cpu ({_DEVICE}), or the backend to auto or torch ({_BACKEND})."
         )
     return False

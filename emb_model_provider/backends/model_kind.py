@@ -284,5 +284,5 @@ def _reject_quantized(repository: Repository) -> None:
     method = str(quantization.get("quant_method") or "an unknown method")
     raise UnsupportedModelError(
         f"{repository.name} has weights that are quantized with {method.upper()}, which cannot be loaded here. Choose the "
-        "repository with the original weights, and set EMB_PROVIDER_MODEL_PRECISION to int8 or int4."
+        "repository with the original weights, and the precision int8 or int4: `--precision`, or EMB_PROVIDER_MODEL_PRECISION."
     )

@@ -26,6 +26,9 @@ class DeviceFacts:
     """Whether an Apple GPU can be used."""
 
 
+_DEVICE = "`--device`, or EMB_PROVIDER_DEVICE"
+
+
 def resolve_device(requested: str, facts: DeviceFacts) -> str:
     """Return `cpu`, `cuda:N` or `mps` for a requested device, which can be `auto` or `cuda`, too."""
     count = len(facts.cuda_capabilities)
@@ -38,8 +41,7 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
     if kind == "mps" and not number:
         if not facts.mps:
             raise DeviceUnavailableError(
-                "EMB_PROVIDER_DEVICE=mps: this machine has no Apple GPU that PyTorch can use. "
-                "Set EMB_PROVIDER_DEVICE=cpu or auto."
+                f"Device mps: this machine has no Apple GPU that PyTorch can use. Set it to cpu or auto: {_DEVICE}."
             )
         return "mps"
     if kind == "cuda" and (not number or number.isdecimal()):
@@ -50,14 +52,14 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
             )
         if not count:
             raise DeviceUnavailableError(
-                f"EMB_PROVIDER_DEVICE={requested}: PyTorch sees no CUDA device here. Set EMB_PROVIDER_DEVICE=cpu "
-                "or auto, or check that the NVIDIA driver is installed, that CUDA_VISIBLE_DEVICES does not hide "
-                "the device, that a container was started with --gpus, and that PyTorch is a CUDA build."
+                f"Device {requested}: PyTorch sees no CUDA device here. Set it to cpu or auto ({_DEVICE}), or check that the "
+                "NVIDIA driver is installed, that CUDA_VISIBLE_DEVICES does not hide the device, that a container was "
+                "started with --gpus, and that PyTorch is a CUDA build."
             )
         if index >= count:
             raise DeviceUnavailableError(
-                f"EMB_PROVIDER_DEVICE={requested}: this machine has {count} CUDA device(s), "
-                f"cuda:0 to cuda:{count - 1}. Set it to one of them, or to cpu or auto."
+                f"Device {requested}: this machine has {count} CUDA device(s), cuda:0 to cuda:{count - 1}. Set it to one of "
+                f"them, or to cpu or auto: {_DEVICE}."
             )
         if index not in usable:
             raise DeviceUnavailableError(
@@ -68,7 +70,7 @@ def resolve_device(requested: str, facts: DeviceFacts) -> str:
             )
         return f"cuda:{index}"
     raise DeviceUnavailableError(
-        f"EMB_PROVIDER_DEVICE={requested} is not a device. Use one of: auto, cpu, cuda, cuda:N, mps."
+        f"Device {requested} is not a device. Use one of auto, cpu, cuda, cuda:N, mps: {_DEVICE}."
     )
 
 
@@ -85,8 +87,8 @@ def resolve_torch_precision(
         if requested in ("int8", "int4"):
             raise UnsupportedPrecisionError(
                 f"Precision {requested} is not available on Apple GPUs, because the quantization libraries have no "
-                "kernels for them. Use fp16, fp32 or auto, or set EMB_PROVIDER_DEVICE=cpu (or auto), so that OpenVINO "
-                f"serves {requested}."
+                f"kernels for them. Use fp16, fp32 or auto, or the device cpu ({_DEVICE}), so that OpenVINO serves "
+                f"{requested}."
             )
     if requested != "auto":
         return requested

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -13,10 +14,18 @@ from emb_model_provider.cli import options
 from emb_model_provider.cli.output import out, say
 from emb_model_provider.error_table import FAILED
 from emb_model_provider.errors import SettingsError
+from emb_model_provider.model_spec import BackendName
 
 if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision, Source
     from emb_model_provider.settings import MappingEntry
+
+
+def _check_device(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Reject other values here, because the error of the settings would name the variable."""
+    if value is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value.strip().lower()):
+        raise click.BadParameter(f"{value!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+    return value
 
 
 @click.command()
@@ -24,7 +33,10 @@ if TYPE_CHECKING:
 @options.source
 @options.revision
 @options.precision
-@click.option("--device", metavar="DEVICE", help="Device of the models: auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--device", metavar="DEVICE", callback=_check_device, help="Device of the models: auto, cpu, cuda, cuda:N or mps."
+)
+@click.option("--backend", type=click.Choice(get_args(BackendName)), help="Runtime of the models. Default: auto.")
 @click.option(
     "--host", metavar="ADDRESS", help="Address to listen on. Default: localhost, so that only this machine is answered."
 )
@@ -49,6 +61,7 @@ def serve(
     revision: str | None,
     precision: Precision | None,
     device: str | None,
+    backend: BackendName | None,
     host: str | None,
     port: int | None,
     api_keys: tuple[str, ...],
@@ -61,7 +74,7 @@ def serve(
     loaded at the start, and the first is the default model. They take the place of EMB_PROVIDER_MODEL_NAME; other models
     of EMB_PROVIDER_MODEL_MAPPING are loaded at their first request. Without MODEL, the models of the settings are served.
 
-    --source, --revision and --precision apply to each MODEL, --device to all models.
+    --source, --revision and --precision apply to each MODEL, --device and --backend to all models.
     """
     from emb_model_provider.main import run
 
@@ -73,7 +86,7 @@ def serve(
         raise click.UsageError(
             "--api-key: a key must not be empty or contain a comma. Repeat the option for several keys."
         )
-    values = {"DEVICE": device, "HOST": host, "PORT": port, "API_KEYS": ",".join(api_keys) or None}
+    values = {"DEVICE": device, "BACKEND": backend, "HOST": host, "PORT": port, "API_KEYS": ",".join(api_keys) or None}
     # As variables, because they take precedence over .env, and a supervised service inherits them.
     _set_variables({name: str(value) for name, value in values.items() if value is not None})
     if models:

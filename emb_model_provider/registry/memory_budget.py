@@ -53,7 +53,7 @@ class MemoryBudget:
             raise LoadError(
                 f"it needs {format_size(needed_bytes)} of memory, and all models together are limited to "
                 f"{format_size(self._max_bytes)}. Increase EMB_PROVIDER_MODEL_MEMORY_LIMIT, or choose a lower "
-                "precision (EMB_PROVIDER_MODEL_PRECISION=int8)."
+                "precision (`--precision int8`, or EMB_PROVIDER_MODEL_PRECISION=int8)."
             )
 
     async def reserve(self, model: LoadedModel, minimum_bytes: int, expected_bytes: int) -> None:

@@ -171,7 +171,7 @@ def test_declared_sizes_are_compared_with_the_free_memory(
         LoadError, match=r"needs at least .* of memory by its config\.json, and .* are free\. Free memory"
     ):
         harness.prepare().load()
-    with pytest.raises(LoadError, match=r"BACKEND=openvino: compiling it needs too much memory"):
+    with pytest.raises(LoadError, match=r"backend openvino: compiling it needs too much memory"):
         harness.prepare(backend="openvino")
     assert harness.starts == 0
 
@@ -182,7 +182,9 @@ def test_a_refusal_is_recorded(harness: Harness, monkeypatch: pytest.MonkeyPatch
     for _ in range(2):
         assert "as the test requests" in harness.prepare().notes[0]
     assert (harness.starts, harness.artifacts) == (1, [])
-    with pytest.raises(LoadError, match="EMB_PROVIDER_BACKEND=openvino: as the test requests"):
+    with pytest.raises(
+        LoadError, match=r"the backend openvino: as the test requests.*`--backend`, or EMB_PROVIDER_BACKEND"
+    ):
         harness.prepare(backend="openvino")
     harness.configure_compiler()
     monkeypatch.setattr(recipes, "FORMAT", 999)
@@ -210,7 +212,7 @@ def test_torch_serves_if_compiling_takes_too_long(harness: Harness) -> None:
         assert "increase EMB_PROVIDER_COMPILE_TIMEOUT_S (0: no limit)" in note
     with pytest.raises(ProcessLookupError):
         os.kill(int(harness.starts_file.read_text()), 0)
-    with pytest.raises(LoadError, match=r"BACKEND=openvino: compiling took longer.*COMPILE_TIMEOUT_S"):
+    with pytest.raises(LoadError, match=r"backend openvino: compiling took longer.*COMPILE_TIMEOUT_S"):
         harness.prepare(backend="openvino")
     harness.configure_compiler()
     harness.compile_timeout_s = 60
@@ -302,8 +304,10 @@ def test_auto_is_torch_with_a_cuda_device(device: str, harness: Harness, monkeyp
 
 
 def test_openvino_on_a_gpu_is_an_error(harness: Harness) -> None:
-    """The message names both settings."""
-    with pytest.raises(LoadError, match=r"EMB_PROVIDER_BACKEND=openvino.*EMB_PROVIDER_DEVICE=cuda:0"):
+    """The message names both values, and the flag and the setting of each."""
+    with pytest.raises(
+        LoadError, match=r"backend openvino.*device cuda:0.*`--device`, or EMB_PROVIDER_DEVICE.*`--backend`, or"
+    ):
         harness.prepare(backend="openvino", device="cuda:0")
 
 

@@ -51,10 +51,11 @@ def test_devices(requested: str, facts: DeviceFacts, device: str) -> None:
     ],
 )
 def test_a_missing_device_is_an_error(requested: str, facts: DeviceFacts, message: str) -> None:
-    """The message names the setting, the value, and other values."""
+    """The message names the value, other values, the flag and the setting."""
     with pytest.raises(DeviceUnavailableError, match=message) as caught:
         resolve_device(requested, facts)
-    assert f"EMB_PROVIDER_DEVICE={requested}" in caught.value.message
+    assert caught.value.message.startswith(f"Device {requested}")
+    assert "`--device`, or EMB_PROVIDER_DEVICE" in caught.value.message
     assert "auto" in caught.value.message
 
 
@@ -115,7 +116,9 @@ def test_a_requested_precision_is_used(precision: str, device: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_integer_precisions_on_an_apple_gpu_are_an_error(precision: str) -> None:
     """The message names precisions and a device that can be used."""
-    with pytest.raises(UnsupportedPrecisionError, match=f"{precision} is not available on Apple.*fp16.*DEVICE=cpu"):
+    with pytest.raises(
+        UnsupportedPrecisionError, match=f"{precision} is not available on Apple.*fp16.*device cpu \\(`--device`"
+    ):
         resolve_torch_precision(precision, "mps", APPLE)  # type: ignore[arg-type]  # from a list
 
 

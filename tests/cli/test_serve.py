@@ -75,7 +75,8 @@ def test_service_without_models_serves_those_of_the_settings(here: Path, serving
         (("a/b@v1", "--revision", "v2"), 2, "both name a revision"),
         (("--api-key", "a,b"), 2, "comma"),
         (("--port", "0"), 2, "0"),
-        (("a/b", "--device", "tpu"), 1, "EMB_PROVIDER_DEVICE=tpu"),
+        (("a/b", "--device", "tpu"), 2, "Invalid value for '--device': 'tpu' is not one of auto, cpu"),
+        (("a/b", "--backend", "onnx"), 2, "Invalid value for '--backend'"),
     ],
     ids=str,
 )

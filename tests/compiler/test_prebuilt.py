@@ -158,7 +158,9 @@ def test_torch_cannot_serve_an_export(values: dict[str, str], tmp_path: Path) ->
     (directory / "model.onnx").write_bytes(b"")
     (directory / "config.json").write_text('{"model_type": "bert"}')
     preparer = BackendPreparer(HubSettings(cache_dir=tmp_path / "cache"), FidelitySettings(), TrustSettings())
-    with pytest.raises(LoadError, match=r"only model\.onnx.*EMB_PROVIDER_BACKEND.*EMB_PROVIDER_DEVICE"):
+    with pytest.raises(
+        LoadError, match=r"only model\.onnx.*`--backend`, or EMB_PROVIDER_BACKEND.*`--device`, or EMB_PROVIDER_DEVICE"
+    ):
         preparer.prepare(spec_of(**values), snapshot_of(directory))
 
 

@@ -66,8 +66,8 @@ def openvino() -> Any:
         import openvino as module  # type: ignore[import-untyped]  # no py.typed, and incomplete stubs
     except ImportError as error:
         raise LoadError(
-            f"OpenVINO cannot be imported here ({error}). Install it (pip install openvino), or set "
-            "EMB_PROVIDER_BACKEND=torch."
+            f"OpenVINO cannot be imported here ({error}). Install it (pip install openvino), or choose "
+            "the backend torch: `--backend torch`, or EMB_PROVIDER_BACKEND=torch."
         ) from error
     # The first conversion of a type fills a table in C++. Two threads that do so at the same time, such as two models
     # that are being loaded, deadlock with the GIL: one holds it and waits for the table, the other holds the table and
@@ -102,7 +102,7 @@ def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayou
     except RuntimeError as error:
         raise LoadError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
-            "is compiled again, or set EMB_PROVIDER_BACKEND=torch."
+            "is compiled again, or choose the backend torch: `--backend torch`, or EMB_PROVIDER_BACKEND=torch."
         ) from error
     return Compiled(streams, latency_model, matrix_items, dequantized_bytes)
 

@@ -231,8 +231,8 @@ def explain_error(error: BaseException, name: str, directory: str | None = None)
         return UnsupportedModelError(f"{name} needs code from its repository to run. {TRUST_ADVICE}")
     if isinstance(error, torch.OutOfMemoryError):
         return LoadError(
-            f"{name} does not fit into the device's free memory. Choose a lower EMB_PROVIDER_MODEL_PRECISION, "
-            "another EMB_PROVIDER_DEVICE, or a smaller model."
+            f"{name} does not fit into the device's free memory. Choose a lower precision (`--precision`, or "
+            "EMB_PROVIDER_MODEL_PRECISION), another device (`--device`, or EMB_PROVIDER_DEVICE), or a smaller model."
         )
     for pattern, kind, advice in _CAUSES:
         if (match := pattern.search(text)) is not None:

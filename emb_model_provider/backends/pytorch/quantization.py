@@ -47,7 +47,7 @@ def import_packages(precision: ComputePrecision) -> dict[str, Any]:
             raise UnsupportedPrecisionError(
                 f"Precision {precision} in the torch backend needs {name}, {reason}. Install the extra: "
                 'uv sync --extra quantization (from a checkout), or pip install "emb-model-provider[quantization]". On '
-                "a CPU, OpenVINO needs no extra: set EMB_PROVIDER_BACKEND=auto."
+                "a CPU, OpenVINO needs no extra: `--backend auto`, or EMB_PROVIDER_BACKEND=auto."
             ) from error
     return packages
 
