@@ -96,6 +96,10 @@ class NotAllowedError(ManagementError):
     """The operation is not allowed, for example loading a directory over HTTP."""
 
 
+class DirectoryNotAllowedError(NotAllowedError):
+    """A request names a directory of this machine."""
+
+
 class TransferError(ProviderError):
     """A repository could not be transferred to another hub."""
 

@@ -267,6 +267,8 @@ class _Job:
         self._transferred_bytes = progress.transferred_bytes
         self.record.phase = phase
         self.record.done_bytes, self.record.total_bytes = progress.done_bytes, progress.total_bytes
+        self.record.step_number, self.record.step_count = progress.step_number, progress.step_count
+        self.record.seconds_left = progress.seconds_left
 
     def report(self) -> DownloadRecord:
         """Return a copy of the record, with the rate at this moment."""

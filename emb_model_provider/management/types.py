@@ -190,6 +190,9 @@ class DownloadRecord(Record):
     done_bytes: int = Field(description="Of this phase. Decreases if a file is downloaded again.")
     total_bytes: int | None
     bytes_per_s: float | None = Field(description="Over the last seconds; null while nothing is transferred or read.")
+    step_number: int | None = Field(description="Step of compiling, from 1; null in other phases.")
+    step_count: int | None
+    seconds_left: float | None = Field(description="Estimate of how long compiling takes from now on.")
     cancelling: bool = Field(description="It was cancelled, and ends as soon as it can.")
     error: str | None = Field(description="Why it failed, and what to do.")
     error_code: str | None

@@ -1,4 +1,4 @@
-"""`/console/playground`: similarities of a few texts, and a search in a few documents, with one model or two."""
+"""`/console/playground`: similarities of a few texts, and a search in a few documents, with one model or two, or a reranker."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from emb_model_provider.api.console.page import ConsoleRoute, Page, PageDep
-from emb_model_provider.api.console.snippets import Calculation, snippets_of
+from emb_model_provider.api.console.snippets import Calculation, rerank_snippets, snippets_of
 from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.errors import RequestError
-from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.engine import EmbedOptions, ScoreOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from emb_model_provider.api.console.snippets import Snippet
     from emb_model_provider.api.dependencies import Services
-    from emb_model_provider.serving.results import Embeddings
+    from emb_model_provider.backends.base import Task
+    from emb_model_provider.registry import ModelStatus
+    from emb_model_provider.serving.results import Embeddings, PairScores
 
 PATH = "/console/playground"
 
 _MAX_TEXTS = 16
 """A larger heat map is not readable."""
 _MAX_DOCUMENTS = 100
-_FIELDS = ("mode", "model", "other_model", "texts", "query", "documents")
+_FIELDS = ("mode", "model", "other_model", "reranker", "texts", "query", "documents")
 
 router = APIRouter(route_class=ConsoleRoute, include_in_schema=False)
 
@@ -47,12 +51,14 @@ class Similarities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """Documents in the order of their similarity to a query, with one model."""
+    """Documents in the order of their similarity to a query, or of their scores, with one model."""
 
     model: str
+    is_reranked: bool
+    """Whether the documents have scores of a reranker, not cosines."""
     ranked: Sequence[tuple[int, float]]
-    """Indexes of the documents with their cosines, the most similar first."""
-    measured: Embeddings
+    """Indexes of the documents with their cosines or scores, the best first."""
+    measured: Embeddings | PairScores
     snippets: Sequence[Snippet]
 
 
@@ -66,23 +72,35 @@ async def playground(page: PageDep) -> Response:
 async def compute(page: PageDep) -> Response:
     fields = await page.form()
     models = list(dict.fromkeys(filter(None, (fields.get("model"), fields.get("other_model")))))
-    compare = _search if fields.get("mode") == "search" else _similarities
+    is_search = fields.get("mode") == "search"
+    compare = _search if is_search else _similarities
+    results: list[Any] = []
     async with cancelled_on_disconnect(page.request):
-        results = [await compare(page, model, fields) for model in models]
+        results += [await compare(page, model, fields) for model in models]
+        if is_search and (reranker := fields.get("reranker")):
+            results.append(await _rerank(page, reranker, fields))
     return _show(page, fields, results)
 
 
 def _show(page: Page, fields: Mapping[str, str], results: Sequence[Any] = ()) -> Response:
     template = "_playground_results.html" if page.is_partial else "playground.html"
     registry = page.services.registry
+    statuses = registry.statuses()
     return page.render(
         template,
         fields={**dict.fromkeys(_FIELDS, ""), **fields},
         results=results,
         documents=_lines(fields.get("documents", "")),
-        aliases=[alias for status in registry.statuses() for alias in status.spec.aliases],
+        aliases=_aliases(statuses, "embed"),
+        rerankers=_aliases(statuses, "rerank"),
         default_alias=registry.default_alias,
     )
+
+
+def _aliases(statuses: Sequence[ModelStatus], task: Task) -> list[str]:
+    """Return the aliases of the models that have a task, or may have it: that is known once they are loaded."""
+    able = [status for status in statuses if status.tasks is None or task in status.tasks]
+    return [alias for status in able for alias in status.spec.aliases]
 
 
 async def _similarities(page: Page, model: str, fields: Mapping[str, str]) -> Similarities:
@@ -108,17 +126,10 @@ async def _similarities(page: Page, model: str, fields: Mapping[str, str]) -> Si
 
 
 async def _search(page: Page, model: str, fields: Mapping[str, str]) -> SearchResult:
-    query, documents = fields.get("query", ""), _lines(fields.get("documents", ""))
-    if not query:
-        raise RequestError("Enter a query.", param="query")
-    if not 1 <= len(documents) <= _MAX_DOCUMENTS:
-        raise RequestError(
-            f"Enter 1 to {_MAX_DOCUMENTS} documents, one on each line. You entered {len(documents)}.", param="documents"
-        )
+    query, documents = _query_and_documents(fields)
     of_query = await _embed(page.services, model, [query], "query")
     measured = await _embed(page.services, model, documents, "document")
     cosines = measured.vectors @ of_query.vectors[0]
-    order = np.argsort(-cosines, kind="stable")
     calculation = Calculation(
         requests={
             "query": {"model": model, "input": [query], "input_type": "query", "normalize": True},
@@ -129,10 +140,42 @@ async def _search(page: Page, model: str, fields: Mapping[str, str]) -> SearchRe
     )
     return SearchResult(
         model=model,
-        ranked=[(int(index), float(cosines[index])) for index in order],
+        is_reranked=False,
+        ranked=_ranked(cosines),
         measured=measured,
         snippets=_snippets(page, calculation),
     )
+
+
+async def _rerank(page: Page, model: str, fields: Mapping[str, str]) -> SearchResult:
+    """Score the documents as `POST /v1/rerank` does."""
+    query, documents = _query_and_documents(fields)
+    services = page.services
+    async with services.registry.lease(services.registry.resolve(model).alias) as engine:
+        measured = await engine.score_pairs([(query, document) for document in documents], ScoreOptions())
+    body = {"model": model, "query": query, "documents": documents}
+    return SearchResult(
+        model=model,
+        is_reranked=True,
+        ranked=_ranked(measured.scores),
+        measured=measured,
+        snippets=rerank_snippets(body, page.service_url, needs_key=bool(services.settings.server.accepted_keys)),
+    )
+
+
+def _query_and_documents(fields: Mapping[str, str]) -> tuple[str, list[str]]:
+    query, documents = fields.get("query", ""), _lines(fields.get("documents", ""))
+    if not query:
+        raise RequestError("Enter a query.", param="query")
+    if not 1 <= len(documents) <= _MAX_DOCUMENTS:
+        raise RequestError(
+            f"Enter 1 to {_MAX_DOCUMENTS} documents, one on each line. You entered {len(documents)}.", param="documents"
+        )
+    return query, documents
+
+
+def _ranked(scores: NDArray[np.float32]) -> list[tuple[int, float]]:
+    return [(int(index), float(scores[index])) for index in np.argsort(-scores, kind="stable")]
 
 
 async def _embed(services: Services, model: str, texts: Sequence[str], input_type: str | None) -> Embeddings:

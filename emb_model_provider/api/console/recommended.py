@@ -13,11 +13,15 @@ from emb_model_provider.settings.fields import RemoteHubName
 _FILE = Path(__file__).parent / "data" / "models.json"
 
 
+SuggestedKind = Literal["dense", "reranker"]
+
+
 class SuggestedModel(BaseModel):
     """A model that many users need."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    kind: SuggestedKind
     names: dict[RemoteHubName, str]
     """Its id on each hub that has it."""
     recommended: bool
@@ -26,7 +30,8 @@ class SuggestedModel(BaseModel):
     """Whether it is installed with the service."""
     purpose: dict[Literal["en", "zh"], str]
     languages: dict[Literal["en", "zh"], str]
-    dimensions: int
+    dimensions: int | None = None
+    """Of its vectors; None for a reranker."""
     max_tokens: int
     download_bytes: int
     """Approximately what is downloaded."""

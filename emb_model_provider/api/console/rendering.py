@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.api.console.charts import shade
+from emb_model_provider.api.console.snippets import cli_command
 from emb_model_provider.api.console.texts import LANGUAGES, Language, number, size, texts_in
 from emb_model_provider.api.paths import CONSOLE
 from emb_model_provider.formatting import format_cosine
@@ -45,5 +46,10 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {"size": size, "number": number, "cosine": format_cosine, "shade": shade}
-    environment.globals |= {"asset": asset_url, "languages": LANGUAGES, "version": version("emb-model-provider")}
+    environment.globals |= {
+        "asset": asset_url,
+        "cli": cli_command,
+        "languages": LANGUAGES,
+        "version": version("emb-model-provider"),
+    }
     return environment

@@ -1,4 +1,4 @@
-"""Code that repeats what was done in the playground: for curl, Python and JavaScript."""
+"""Code and commands that repeat what was done in the console."""
 
 from __future__ import annotations
 
@@ -43,12 +43,50 @@ def snippets_of(calculation: Calculation, url: str, *, needs_key: bool) -> Seque
     ]
 
 
-def curl_command(url: str, body: Mapping[str, Any], *, needs_key: bool, separator: str = " ") -> str:
-    """Return a command that sends a request for embeddings."""
+def rerank_snippets(body: Mapping[str, Any], url: str, *, needs_key: bool) -> Sequence[Snippet]:
+    """Return code that sends a request for the scores of documents to the service at `url`."""
+    path = "/v1/rerank"
+    headers = {"Authorization": f"Bearer {_KEY}"} if needs_key else {}
+    python = [
+        "import httpx",
+        "",
+        f"body = {dict(body)!r}",
+        f"response = httpx.post({url + path!r}, json=body, headers={headers!r}, timeout=60)",
+        'for result in response.json()["results"]:',
+        '    print(result["index"], result["relevance_score"])',
+    ]
+    javascript = [
+        f"const response = await fetch({json.dumps(url + path)}, {{",
+        '  method: "POST",',
+        f"  headers: {json.dumps({'Content-Type': 'application/json'} | headers)},",
+        f"  body: JSON.stringify({json.dumps(body, ensure_ascii=False)}),",
+        "});",
+        "console.log((await response.json()).results);",
+    ]
+    return [
+        Snippet("curl", curl_command(url, body, needs_key=needs_key, path=path, separator=" \\\n  ")),
+        Snippet("Python", "\n".join(python)),
+        Snippet("JavaScript", "\n".join(javascript)),
+    ]
+
+
+def cli_command(*words: str, **options: str | bool | None) -> str:
+    """Return a command of `emb-provider`, with its options that are not None or False."""
+    command = ["emb-provider", *words]
+    for name, value in options.items():
+        if value:
+            command += [f"--{name}"] if value is True else [f"--{name}", value]
+    return shlex.join(command)
+
+
+def curl_command(
+    url: str, body: Mapping[str, Any], *, needs_key: bool, path: str = "/v1/embeddings", separator: str = " "
+) -> str:
+    """Return a command that sends a request, by default for embeddings."""
     key = [f"-H 'Authorization: Bearer {_KEY}'"] if needs_key else []
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     return separator.join(
-        [f"curl {shlex.quote(f'{url}/v1/embeddings')}", "-H 'Content-Type: application/json'", *key, f"-d {data}"]
+        [f"curl {shlex.quote(url + path)}", "-H 'Content-Type: application/json'", *key, f"-d {data}"]
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from emb_model_provider.formatting import format_size
+from emb_model_provider.formatting import format_estimate, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +51,10 @@ class Texts:
                 count = int(seconds // length)
                 return self(f"age.{unit}" if count == 1 else f"age.{unit}s", n=count)
         return self("age.now")
+
+    def estimate(self, seconds: float) -> str:
+        """Return about how long something takes, such as `20 s` or `3 min`."""
+        return format_estimate(seconds) if seconds < 120 else self("duration.minutes", n=math.ceil(seconds / 60))
 
     def duration(self, seconds: float | None) -> str:
         """Return a duration such as `12.3 ms` or `1.20 s`; `–` for None."""

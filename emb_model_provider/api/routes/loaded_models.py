@@ -20,7 +20,7 @@ from emb_model_provider.api.parameters import documented, from_query_or_body
 from emb_model_provider.api.routes.models import common_fields
 from emb_model_provider.api.schemas.management import LoadQuery, Process, ServedModel, ServedModels, UnloadQuery
 from emb_model_provider.api.schemas.openai import error_responses
-from emb_model_provider.errors import AliasInUseError, ModelNotFoundError, NotAllowedError, RequestError
+from emb_model_provider.errors import AliasInUseError, DirectoryNotAllowedError, ModelNotFoundError, RequestError
 from emb_model_provider.formatting import quote
 from emb_model_provider.management.kept_models import KeptModel
 from emb_model_provider.model_resolver import resolve_model, resolve_source
@@ -146,7 +146,7 @@ def resolve_requested_model(settings: Settings, query: ModelQuery, alias: str | 
     if _files_key(spec) in map(_files_key, settings.models.specs()):
         return spec
     if is_directory:
-        raise NotAllowedError(
+        raise DirectoryNotAllowedError(
             f"{quote(name)} is a directory of this machine, which a request cannot name. The operator can add it to "
             "EMB_PROVIDER_MODEL_MAPPING, or load it with `emb-provider` on this machine. If you mean a repository, name "
             "its hub: `source` (`--source` on the command line) huggingface or modelscope."

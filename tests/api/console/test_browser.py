@@ -35,7 +35,16 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(CHROMIUM) is None, reason="chromium is not installed (apt-get install chromium)"),
 ]
 
-PAGES = ["", "/models", "/cache", "/playground", "/playground?mode=search", "/settings", "/sign-in"]
+PAGES = [
+    "",
+    "/models",
+    "/models?kind=reranker",
+    "/cache",
+    "/playground",
+    "/playground?mode=search",
+    "/settings",
+    "/sign-in",
+]
 LONG_MS = 240_000
 """Reached only if something is wrong, even on a slow machine."""
 MAX_KEYSTROKES = 40

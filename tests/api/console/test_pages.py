@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from tests.service import Service
 
 DIRECTORY = Path(page.__file__).parent
-PAGES = ["", "/models", "/cache", "/playground", "/playground?mode=search", "/settings", "/sign-in"]
+PAGES = [
+    "",
+    "/models",
+    "/models?kind=reranker",
+    "/cache",
+    "/playground",
+    "/playground?mode=search",
+    "/settings",
+    "/sign-in",
+]
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
