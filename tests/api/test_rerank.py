@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -59,6 +63,31 @@ def test_a_model_that_cannot_do_it_says_what_it_can(reranking: Service) -> None:
     assert embedding.status_code == 400
     assert embedding.json()["error"]["code"] == "unsupported_task"
     assert "'rerank'" in embedding.json()["error"]["message"]
+
+
+def test_the_playground_reranks(reranking: Service) -> None:
+    """With the scores of `POST /v1/rerank`, and with code that sends this request. A reranker has no vectors to compare."""
+    body = {"model": "reranker", "query": QUERY, "documents": DOCUMENTS}
+    results = reranking.http.post("/v1/rerank", json=body).json()["results"]
+    page = reranking.http.get("/console/playground?mode=search").text
+    assert re.search(r'<select name="reranker">.*<option>reranker</option>', page)
+    assert re.search(r'<select name="model"></select>', page)
+    form = {"mode": "search", "reranker": "reranker", "query": QUERY, "documents": "\n".join(DOCUMENTS)}
+    text = reranking.http.post("/console/playground", data=form, headers={"hx-request": "true"}).text
+    rows = re.findall(r'<td class="number">(-?\d\.\d{3})<meter.*?</td><td>(.*?)</td>', text)
+    assert rows == [(f"{each['relevance_score']:.3f}", DOCUMENTS[each["index"]]) for each in results]
+    curl, python, javascript = (
+        html.unescape(code) for code in re.findall(r'<code id="code-[^>]*>(.*?)</code>', text, re.DOTALL)
+    )
+    output = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output)["results"] == results
+    output = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, check=True).stdout
+    assert [int(line.split()[0]) for line in output.splitlines()] == [each["index"] for each in results]
+    assert "/v1/rerank" in javascript
+    wrong = reranking.http.post(
+        "/console/playground", data={"model": "reranker", "texts": "a\nb"}, headers={"hx-request": "true"}
+    )
+    assert (wrong.status_code, wrong.headers["hx-retarget"]) == (400, "#notice")
 
 
 def test_the_model_is_described(reranking: Service) -> None:

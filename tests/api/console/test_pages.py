@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import html
 import json
 import re
+import shlex
 import subprocess
 import zipfile
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 
 from emb_model_provider.api.console import page, rendering
 from emb_model_provider.api.console.recommended import suggested_models
 from emb_model_provider.api.console.texts import LANGUAGES
-from emb_model_provider.registry import State
+from emb_model_provider.cli.main import main as cli
+from emb_model_provider.management.kept_models import KeptModel, KeptModels
+from emb_model_provider.management.types import DownloadRecord
+from emb_model_provider.progress import Progress
+from emb_model_provider.registry import ModelStatus, State
 from emb_model_provider.settings import Settings
 from tests.api.console.conftest import REMOTE, Open
 from tests.api.helpers import small_repository
+from tests.backends.helpers import description
+from tests.models import spec_of
 from tests.service import BUNDLED, wait_until
 
 if TYPE_CHECKING:
+    from emb_model_provider.api.console.texts import Language
     from tests.hubs.servers import HuggingFaceServer
     from tests.service import Service
 
@@ -265,7 +277,8 @@ async def test_without_javascript_forms_lead_back_to_their_page(open_console: Op
         ("/console/models/download", {"model_name": "a/b", "precision": "int5"}, "precision"),
         ("/console/models/cancel", {"job": "x"}, "There is no job"),
         ("/console/models/unload", {"model_name": "x"}, "does not exist"),
-        ("/console/models/load", {"model_name": "/etc"}, "is a directory of this machine"),
+        ("/console/models/load", {"model_name": "/etc"}, "a form cannot name. Choose ModelScope or Hugging Face"),
+        ("/console/models/download", {"model_name": "/etc"}, "a form cannot name. Choose ModelScope or Hugging Face"),
         ("/console/cache/remove", {}, "model_name"),
         ("/console/cache/remove", {"model_name": "a/b"}, "not on"),
         ("/console/playground", {"model": "mini", "texts": "one"}, "2 to 16"),
@@ -280,6 +293,118 @@ async def test_errors_become_notices(open_console: Open, path: str, data: dict[s
     assert response.headers["hx-retarget"] == "#notice"
     assert message in response.text
     Markup(response.text)
+
+
+def assert_valid_commands(html_text: str) -> list[str]:
+    """Check that the command line accepts all commands that a page offers to copy, and return them."""
+    texts = re.findall(r'<code id="command-[^>]*>(.*?)</code>', html_text, re.DOTALL)
+    commands = [line for text in texts for line in html.unescape(text).splitlines()]
+    for line in commands:
+        program, name, *arguments = shlex.split(line)
+        assert program == "emb-provider"
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, line
+        command.make_context(name, arguments)
+    return commands
+
+
+def test_actions_can_be_copied_as_commands(managed: Service, hub: HuggingFaceServer) -> None:
+    """All that have a command: pull, load, rm, prune and doctor here, and more in the test below."""
+    hub.repos["acme/by-command"] = small_repository(79)
+    http = managed.http
+    form = {"model_name": "acme/by-command", "source": "huggingface"}
+    http.post("/console/models/download", data={**form, "compile": "false"}, headers=HTMX)
+    wait_until(lambda: 'class="state done"' in http.get("/console/models/state", headers=HTMX).text)
+    models = assert_valid_commands(http.get("/console/models").text)
+    assert "emb-provider load acme/by-command --source huggingface" in models
+    assert "emb-provider pull BAAI/bge-reranker-v2-m3 --source modelscope" in models
+    cache = assert_valid_commands(http.get("/console/cache").text)
+    assert any(line.startswith("emb-provider rm acme/by-command --source huggingface --revision ") for line in cache)
+    removal = assert_valid_commands(http.get("/console/cache/remove", params=form, headers=HTMX).text)
+    assert removal == ["emb-provider rm acme/by-command --source huggingface --yes"]
+    assert assert_valid_commands(http.get("/console/settings").text) == ["emb-provider doctor"]
+    http.post("/console/cache/remove", data=form, headers=HTMX)
+
+
+async def test_kept_models_are_shown_and_forgotten_for_good(tmp_path: Path, open_console: Open) -> None:
+    """A model that was kept has a badge. After it is forgotten in the console, it is not served after a restart, either."""
+    kept = KeptModels(tmp_path / "cache_dir")
+    kept.add(KeptModel(alias="small", model_name="acme/small", source="huggingface"))
+    async with open_console(model_mapping={"mini": {"name": BUNDLED}}) as (client, _):
+        shown = (await client.get("/console/models")).text
+        assert shown.count('<span class="badge">Kept</span>') == 1
+        assert "emb-provider unload small --forget" in assert_valid_commands(shown)
+        assert "emb-provider load mini" in assert_valid_commands(shown)
+        forget = {"model_name": "small", "forget": "true"}
+        await client.post("/console/models/unload", data=forget, headers=HTMX)
+        while "acme/small" in (await client.get("/console/models/state", headers=HTMX)).text or kept.read():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("language", "texts"),
+    [
+        ("en", ["Served by torch while it is compiled.", "step 3 of 6 · 20 s left", "Keep after restarts"]),
+        ("zh", ["编译期间由 torch 提供服务。", "第 3 步，共 6 步 · 剩余 20 s", "重启后保留"]),
+    ],
+)
+def test_a_model_that_torch_serves_shows_the_steps_of_the_compiler(language: Language, texts: list[str]) -> None:
+    """On both pages with served models, and in the list of downloads."""
+    progress = Progress("compile", "acme/small", step="export", step_number=3, step_count=6, seconds_left=17.0)
+    status = ModelStatus(
+        spec=spec_of(alias="small"), state=State.READY, preload=False, required=False, created=0, error=None,
+        progress=progress, restarts=0, snapshot=None, description=description(is_interim=True, notes=("a note",)),
+        waiting_inputs=0, waiting_tokens=0, configured=False,
+    )  # fmt: skip
+    state = {"statuses": [status], "kept": frozenset(), "is_changing": True}
+    shown = rendering.render("_models_state.html", language, jobs=[], **state)
+    Markup(shown)
+    assert all(text in shown for text in texts)
+    assert "a note" not in shown
+    values = dict.fromkeys(DownloadRecord.model_fields) | {
+        "id": "1", "kind": "download", "state": "running", "model_name": "acme/small", "source": "modelscope", "force": False,
+        "compile": True, "phase": "compile", "done_bytes": 0, "cancelling": False, "created": datetime.now(UTC), "notes": [],
+        "step_number": 3, "step_count": 6, "seconds_left": 17.0,
+    }  # fmt: skip
+    jobs = rendering.render(
+        "_models_state.html", language, jobs=[DownloadRecord(**values)], **{**state, "statuses": []}
+    )
+    Markup(jobs)
+    assert texts[1] in jobs
+    assert '<progress max="6" value="2"' in jobs
+
+
+async def test_suggestions_are_filtered_by_kind(open_console: Open) -> None:
+    async with open_console() as (client, _):
+        names = {}
+        for kind in ("", "dense", "reranker", "nonsense"):
+            text = (await client.get(f"/console/models?kind={kind}")).text
+            names[kind] = re.findall(r"<h3>([\w./-]+)", text)
+    assert names["reranker"] == ["BAAI/bge-reranker-v2-m3", "BAAI/bge-reranker-base"]
+    assert names["dense"] + names["reranker"] == names[""] == names["nonsense"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"model_name": "acme/none", "source": "huggingface"},
+        {"model_name": "iic/none", "source": "modelscope"},
+        {"model_name": "no owner", "source": "huggingface"},
+        {"model_name": "none", "source": "modelscope"},
+    ],
+    ids=str,
+)
+def test_a_download_that_failed_has_advice_for_a_form(managed: Service, form: dict[str, str]) -> None:
+    """It does not advise to set the model of the service, which a download does not use."""
+    http = managed.http
+    started = http.post("/console/models/download", data=form, headers=HTMX)
+    text = started.text
+    if started.status_code == 200:
+        wait_until(lambda: "every 1s" not in http.get("/console/models/state", headers=HTMX).text)
+        text = http.get("/console/models/state", headers=HTMX).text
+    assert form["model_name"] in html.unescape(text)
+    assert "Check the name" in text or "printable" in text
+    assert "EMB_PROVIDER_MODEL_NAME" not in text
 
 
 def test_a_model_is_downloaded_and_removed_by_forms(managed: Service, hub: HuggingFaceServer) -> None:
@@ -332,7 +457,6 @@ def test_the_playground_compares_texts_and_ranks_documents(service: Service) -> 
 @pytest.mark.slow
 def test_the_code_of_the_playground_runs(service: Service, tmp_path: Path) -> None:
     """The Python code prints the cosines of the heat map, and curl gets the vectors."""
-    import html
     import sys
 
     texts = 'it\'s a "quoted" text\n文本 with $HOME and \\n'
