@@ -193,7 +193,9 @@ def start_download(service: Service, name: str, **parameters: str) -> dict[str, 
     assert response.status_code == 202, response.text
     job: dict[str, Any] = response.json()
     assert job["url"] == f"/api/models/jobs/{job['id']}"
-    assert response.url.join(response.headers["location"]).path == job["url"]
+    # Relative, and so right behind a proxy that adds a prefix to the paths.
+    behind_proxy = httpx.URL("https://proxy.example/prefix/api/models/download")
+    assert behind_proxy.join(response.headers["location"]).path == f"/prefix{job['url']}"
     return job
 
 
