@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["resolve", "download", "transfer", "verify", "compile", "compare", "load"]
+Phase = Literal["resolve", "download", "transfer", "verify", "compile", "compare", "tune", "load"]
 """Phases of preparing a model: look it up on its hub, download its files (or transfer them to another hub), hash them,
 compile the model, compare the compiled model with the reference, load it into memory."""
 Mode = Literal["auto", "plain", "json", "none", "log"]

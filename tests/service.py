@@ -46,6 +46,7 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
         "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),
         # A further process with torch would take the processors from the compiler. Its own tests turn it on.
         "EMB_PROVIDER_TORCH_WHILE_COMPILING": "false",
+        "EMB_PROVIDER_TUNE_S": "0",
         **{f"EMB_PROVIDER_{name}": value for name, value in settings.items()},
     }
 

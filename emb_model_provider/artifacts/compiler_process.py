@@ -55,6 +55,8 @@ class CompileJob:
     directory: Path
     """An empty directory for its files."""
     threads: int
+    tune_s: float = 0
+    """Seconds in which the fastest options of the runtime are chosen. 0: they keep their defaults."""
     parent: int = field(default_factory=os.getpid)
     """Process id of the service; the compiler ends when it ends."""
 
@@ -73,6 +75,7 @@ class CompileJob:
             recipe=Recipe(**recipe),
             directory=Path(values["directory"]),
             threads=values["threads"],
+            tune_s=values["tune_s"],
             parent=values["parent"],
         )
 

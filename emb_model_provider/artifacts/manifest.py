@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from base64 import b64decode, b64encode
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.base import (
@@ -28,7 +28,9 @@ from emb_model_provider.backends.base import (
     SparseFidelity,
     TokenBatch,
     TokenRules,
+    Tuning,
 )
+from emb_model_provider.backends.hardware import processor
 from emb_model_provider.snapshots.files import MUST_HASH, check_files, write_atomically
 from emb_model_provider.snapshots.snapshot import SnapshotFile, hash_file
 
@@ -83,6 +85,8 @@ class ArtifactInfo:
     """The vector of the fixed input in base64; empty if an earlier version made the artifact."""
     last_used: float
     """Unix time in seconds."""
+    tunings: Mapping[str, Mapping[str, Any]]
+    """The fastest options by processor; see `Tuning`."""
 
     @property
     def key(self) -> str:
@@ -180,6 +184,7 @@ def write_manifest(
     values = asdict(description)
     del values["tokenizer_json"]
     content = {"recipe": recipe.as_json(), "made_by": made_by, "description": values, "files": files}
+    content["tunings"] = {processor(): values.pop("tuning")}
     content["probe"] = b64encode(probe.astype("<f4").tobytes()).decode()
     _write(directory, content)
     _flush(directory)
@@ -215,6 +220,7 @@ def read_artifact(directory: Path) -> Artifact | None:
     try:
         tokenizer = (directory / TOKENIZER).read_text(encoding="utf-8")
         description = read_description({**info.description, "tokenizer_json": tokenizer})
+        description = replace(description, tuning=_read_tuning(info.tunings.get(processor(), {})))
         vector = _read_vector(info.probe)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("The artifact %s is damaged and is ignored: %s", directory, error)
@@ -267,6 +273,19 @@ def read_description(values: Mapping[str, Any]) -> ModelDescription:
     )
 
 
+def record_tuning(directory: Path, tuning: Tuning) -> None:
+    """Record the fastest options on this processor; OSError if the manifest cannot be written."""
+    content = json.loads((directory / MANIFEST).read_bytes())
+    content.setdefault("tunings", {})[processor()] = asdict(tuning)
+    _write(directory, content)
+
+
+def _read_tuning(values: Mapping[str, Any]) -> Tuning:
+    """Read the options that this or another version wrote. Unknown ones are ignored."""
+    known = {field.name for field in fields(Tuning)}
+    return Tuning(**{name: value for name, value in values.items() if name in known})
+
+
 def _read_calibration(values: Mapping[str, Any] | None) -> Calibration | None:
     return Calibration(**values) if values is not None else None
 
@@ -298,6 +317,7 @@ def _parse(directory: Path, content: Mapping[str, Any]) -> ArtifactInfo:
         mtimes={entry["path"]: int(entry["mtime_ns"]) for entry in entries},
         probe=str(content.get("probe") or ""),
         last_used=directory.stat().st_mtime,
+        tunings=dict(content.get("tunings") or {}),
     )
     _ = (info.snapshot, info.weights, info.fidelity)  # raises if one is missing
     return info

@@ -6,6 +6,7 @@ This imports no torch, because models are compiled in a child process.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -18,11 +19,12 @@ from emb_model_provider.artifacts.compiler_process import (
     CompileTimeoutError,
     run_compiler,
 )
-from emb_model_provider.artifacts.manifest import GRAPH, is_same_probe, probe
+from emb_model_provider.artifacts.manifest import GRAPH, is_same_probe, probe, record_tuning
 from emb_model_provider.artifacts.recipe import TOOL_PACKAGES, installed_version, precision_note, recipe_for
 from emb_model_provider.artifacts.store import ArtifactStore
 from emb_model_provider.artifacts.torch_fidelity import TorchModel, has_memory_for_both
 from emb_model_provider.artifacts.torch_process import TorchProcess
+from emb_model_provider.backends.base import Tuning
 from emb_model_provider.backends.hardware import (
     cuda_problem,
     fast_int8,
@@ -36,9 +38,11 @@ from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.repository import Repository
 from emb_model_provider.backends.routes import RoutedBackend, combine_kinds, describe_routes, routes_of
 from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
-from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
+from emb_model_provider.fidelity.cases import Runner, make_cases
+from emb_model_provider.fidelity.compare import MIN_COSINE, AccuracyError, check_accuracy, compare
 from emb_model_provider.formatting import format_size
 from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.snapshots.files import CACHE_SETTING, translate_os_error
 from emb_model_provider.snapshots.weights import find_export
 
 if TYPE_CHECKING:
@@ -46,7 +50,8 @@ if TYPE_CHECKING:
 
     from emb_model_provider.artifacts.manifest import Artifact
     from emb_model_provider.artifacts.recipe import Recipe
-    from emb_model_provider.backends.base import Backend, BackendKind, ModelDescription
+    from emb_model_provider.backends.base import Backend, BackendKind, Fidelity, ModelDescription
+    from emb_model_provider.backends.openvino_cpu.tuning import Trial
     from emb_model_provider.backends.routes import Routes
     from emb_model_provider.model_spec import ModelSpec, Precision
     from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
@@ -115,6 +120,7 @@ class BackendPreparer:
     ) -> None:
         self._cache_dir = hubs.cache_dir
         self._compile_timeout_s = hubs.compile_timeout_s
+        self._tune_s = hubs.tune_s
         self._fidelity = fidelity
         self._trust = trust
         self._store = ArtifactStore(hubs.cache_dir, max_bytes=hubs.max_artifact_bytes)
@@ -180,6 +186,81 @@ class BackendPreparer:
                 f"{snapshot.repository} cannot be served with the backend openvino: {str(error).rstrip('.')}. Fix this, or set "
                 f"it to auto or torch: {_BACKEND}."
             ) from error
+
+    def tune(
+        self,
+        spec: ModelSpec,
+        snapshot: Snapshot,
+        *,
+        within_s: float,
+        on_progress: OnProgress = ignore_progress,
+        on_trial: Callable[[Trial], object] = lambda _: None,
+        cancel: CancelToken | None = None,
+    ) -> Tuning:
+        """Choose the options of OpenVINO for a model again, and record them with its artifact. Blocks.
+
+        The model is compiled first if necessary. Services that have loaded it use the options when they load it again.
+
+        Args:
+            spec: The model.
+            snapshot: Its files.
+            within_s: Approximate limit of the time for measurements, in seconds.
+            on_progress: Called with the progress of compiling.
+            on_trial: Called with each option that was measured.
+            cancel: Ends the compiler.
+
+        Raises:
+            LoadError: OpenVINO does not serve the model, or it has other outputs than dense vectors, whose difference to
+                fp32 cannot be bounded without the original model.
+            CacheNotWritableError: The options cannot be recorded.
+            OperationCancelledError: `cancel` was cancelled.
+        """
+        from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+        from emb_model_provider.backends.openvino_cpu.tuning import tune
+
+        name = snapshot.repository
+        if not _uses_openvino(spec) or routes_of(Repository.of(snapshot)) is not None:
+            raise LoadError(f"{name} is not served by one graph of OpenVINO, so there is nothing to tune")
+        try:
+            artifact, lock, _ = self._accurate_artifact(spec, snapshot, on_progress, cancel or CancelToken())
+        except NoArtifactError as error:
+            raise LoadError(f"{name} is not served by OpenVINO, so there is nothing to tune: {error}") from error
+        description = artifact.description
+        if description.outputs != ("dense",):
+            lock.release()
+            raise LoadError(f"{name} has other outputs than dense vectors, and can be tuned only while it is compiled")
+        with lock:
+            on_progress(Progress("tune", name))
+            graph = artifact.directory / GRAPH
+            tuning = tune(graph, description, within_s=within_s, on_trial=on_trial)
+            default = OpenVinoBackend(graph, replace(description, tuning=Tuning()))
+            tuned = OpenVinoBackend(graph, replace(description, tuning=tuning))
+            try:
+                difference = compare(tuned, make_cases(Runner(default), description), exact=False)
+            finally:
+                default.close()
+                tuned.close()
+            if not self._is_accurate(description, difference):
+                tuning = Tuning()
+            try:
+                record_tuning(artifact.directory, tuning)
+            except OSError as error:
+                raise translate_os_error(error, artifact.directory, CACHE_SETTING) or error from error
+        return tuning
+
+    def _is_accurate(self, description: ModelDescription, difference: Fidelity) -> bool:
+        """Return whether a model stays above its floor if its vectors differ this much from those that were measured.
+
+        The angle to the reference is at most the sum of the angles to the measured vector and between that and the
+        reference.
+        """
+        measured = description.fidelity
+        values = [1.0 if measured is None else measured.min_cosine, difference.min_cosine]
+        floor = self._fidelity.floors[description.precision]
+        if description.compute is None:
+            floor = max(floor, MIN_COSINE)
+        angles = [math.acos(min(1.0, value)) for value in values if value is not None]
+        return math.cos(sum(angles)) >= floor
 
     def is_compiled_later(self, spec: ModelSpec, snapshot: Snapshot) -> bool:
         """Return whether `prepare` would compile a model, and torch computes equal vectors on the CPU until then.
@@ -274,7 +355,29 @@ class BackendPreparer:
         self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken, notes: tuple[str, ...]
     ) -> PreparedBackend:
         """Find or make an artifact that is accurate enough; if that of `auto` or `bf16` is not, one at fp32."""
-        requested = spec
+        artifact, lock, found = self._accurate_artifact(spec, snapshot, on_progress, cancel)
+        notes = (*notes, *found)
+        description = artifact.description
+        computed = description.compute or description.precision
+        if (note := precision_note(spec.precision, computed, native_bf16=native_bf16())) is not None:
+            notes = (note, *notes)
+        description = replace(
+            description, prompts={**description.prompts, **(spec.prompts or {})}, notes=(*description.notes, *notes)
+        )
+
+        def load() -> Backend:
+            if (backend := self._load(artifact, description, lock)) is not None:
+                return backend
+            logger.error("model %s: its artifact is damaged: compiling it again", spec.alias)
+            return self.prepare(spec, snapshot, cancel=cancel).load()
+
+        return PreparedBackend(load, backend="openvino", size=artifact.size, description=description)
+
+    def _accurate_artifact(
+        self, spec: ModelSpec, snapshot: Snapshot, on_progress: OnProgress, cancel: CancelToken
+    ) -> tuple[Artifact, FileLock, tuple[str, ...]]:
+        """Find or make an artifact that is accurate enough, and return it with its lock and notes."""
+        notes: tuple[str, ...] = ()
         while True:
             artifact, lock = self._artifact(spec, snapshot, on_progress, cancel)
             description = artifact.description
@@ -287,7 +390,6 @@ class BackendPreparer:
                     self._fidelity.lowest_agreement,
                     name=snapshot.repository,
                 )
-                break
             except AccuracyError as error:
                 lock.release()
                 if spec.precision not in ("auto", "bf16") or description.precision == "fp32":
@@ -295,20 +397,8 @@ class BackendPreparer:
                 notes = (*notes, f"computed in fp32: {error.reason}")
                 logger.warning("model %s: %s", spec.alias, notes[-1])
                 spec = replace(spec, precision="fp32")
-        computed = description.compute or description.precision
-        if (note := precision_note(spec.precision, computed, native_bf16=native_bf16())) is not None:
-            notes = (note, *notes)
-        description = replace(
-            description, prompts={**description.prompts, **(spec.prompts or {})}, notes=(*description.notes, *notes)
-        )
-
-        def load() -> Backend:
-            if (backend := self._load(artifact, description, lock)) is not None:
-                return backend
-            logger.error("model %s: its artifact is damaged: compiling it again", spec.alias)
-            return self.prepare(requested, snapshot, cancel=cancel).load()
-
-        return PreparedBackend(load, backend="openvino", size=artifact.size, description=description)
+            else:
+                return artifact, lock, notes
 
     def _load(self, artifact: Artifact, description: ModelDescription, lock: FileLock) -> Backend | None:
         """Load an artifact, and compare the vector of the fixed input with the recorded one.
@@ -427,7 +517,12 @@ class BackendPreparer:
                 if (found := self._find(recipe)) is not None:  # another process has just made it
                     return found
                 job = CompileJob(
-                    spec=spec, snapshot=snapshot, recipe=recipe, directory=directory, threads=usable_cpus()
+                    spec=spec,
+                    snapshot=snapshot,
+                    recipe=recipe,
+                    directory=directory,
+                    threads=usable_cpus(),
+                    tune_s=self._tune_s,
                 )
                 try:
                     result = run_compiler(

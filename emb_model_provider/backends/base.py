@@ -180,6 +180,18 @@ class PairTemplate:
     """The text before and after an instruction, in the place of `before`. None: the template has no instruction."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Options of OpenVINO that are chosen by measurement. They change the speed of a model, and its results by rounding."""
+
+    fused_attention: bool = True
+    """Whether one kernel computes the attention of batches, which needs less memory."""
+    fused_attention_alone: bool = True
+    """The same for a request that is alone, and runs on all threads."""
+    streams: int | None = None
+    """Number of batches that run at the same time. None: see `stream_layout`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
     """Everything that serving needs to know about a loaded model, independent of the backend."""
@@ -226,6 +238,8 @@ class ModelDescription:
     bf16. int8 means that activations are quantized, too, during inference."""
     own_calibration: Calibration | None = None
     """The calibration of a model without fidelity."""
+    tuning: Tuning = Tuning()
+    """How OpenVINO runs the model on this processor."""
     is_interim: bool = False
     """Whether another backend takes over as soon as the model is compiled."""
     kind: Kind = "dense"

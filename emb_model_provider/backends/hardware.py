@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import platform
 import re
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ _ROOT = Path("/")
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16", "svebf16"}
 """Of x86 and of ARM."""
 _AMX_FLAG, _VNNI_FLAG = "amx_bf16", "avx512_vnni"
+_PROCESSOR_FIELDS = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")
+"""Lines of /proc/cpuinfo that name a processor, on x86 or ARM. The name alone is often only that of a product line."""
 _DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _TORCH_CUDA = ("libtorch_cuda.so", "torch_cuda.dll")
 _CUDA_VERSION = re.compile(r"^cuda\s*(?::[^=]+)?=\s*'(\d+)\.(\d+)'", re.MULTILINE)
@@ -89,6 +92,17 @@ def fast_int8(root: Path = _ROOT) -> bool:
     With AMX, bf16 is faster than OpenVINO's computation with integers.
     """
     return any(_VNNI_FLAG in flags and _AMX_FLAG not in flags for flags in _cpu_flags(root))
+
+
+def processor(root: Path = _ROOT) -> str:
+    """Return a name of the processor that is the same on all machines on which the same options are fastest."""
+    try:
+        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    parts = [re.search(rf"^{name}\s*:\s*(.*?)\s*$", text, re.MULTILINE) for name in _PROCESSOR_FIELDS]
+    name = " ".join(part.group(1) for part in parts if part is not None) or platform.processor() or platform.machine()
+    return f"{name}, {usable_cpus(root)} processors"
 
 
 def has_cuda() -> bool:

@@ -32,6 +32,7 @@ COMMANDS = {
     "embed": "embed:embed",
     "rerank": "rerank:rerank",
     "fidelity": "fidelity:fidelity",
+    "tune": "tune:tune",
     "transfer": "transfer:transfer",
     "doctor": "doctor:doctor",
     "models": "main:models",

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 from emb_model_provider.artifacts.compiler_process import CompileResult
 from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, probe, write_manifest
 from emb_model_provider.backends.arrays import finite_rows
+from emb_model_provider.backends.base import Tuning
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.backends.openvino_cpu.runtime import openvino
+from emb_model_provider.backends.openvino_cpu.tuning import tune
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.heads import Served, serve_pipeline
@@ -115,8 +117,7 @@ def build_artifact(
             _save(graph, path, compress_to_fp16=weights == "fp16")
             del graph
             verification.embed_reference(on_step)
-            on_step("verify")
-            accurate, reasons = verification.verify(path, description)
+            accurate, reasons = verification.verify(path, description, on_step)
         except _ReferenceError as error:
             return CompileResult("unsupported", error.message)
         except Exception as error:
@@ -260,8 +261,7 @@ def _quantize(
     del graph
     for path in (exact, exact.with_suffix(".bin")):
         path.unlink()
-    on_step("measure")
-    return verification.verify(quantized, replace(description, precision=weights))
+    return verification.verify(quantized, replace(description, precision=weights), on_step)
 
 
 class _ReferenceError(UnsupportedModelError):
@@ -299,11 +299,27 @@ class _Verification:
         """Return the vector of the fixed input, as the graph that was last compared at this precision computes it."""
         return self._probes[description.precision, description.compute]
 
-    def verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
+    def verify(
+        self, graph: Path, description: ModelDescription, on_step: Callable[[str], None]
+    ) -> tuple[ModelDescription | None, list[str]]:
         """Return the description at the precision in which a graph is accurate enough, and why others are not.
 
-        The description is None if no precision is accurate enough.
+        The description is None if no precision is accurate enough. It contains the fastest options of the runtime.
         """
+        compute = self._job.recipe.compute[0]
+        tuning = Tuning()
+        if self._job.tune_s and graph.name != _EXACT_GRAPH:
+            on_step("tune")
+            described = replace(description, compute=compute)
+            tuning = tune(graph, described, within_s=self._job.tune_s, cpus=self._job.threads)
+        on_step("measure" if description.precision in ACCURACY_TARGETS else "verify")
+        tuned, reasons = self._verify(graph, replace(description, tuning=tuning))
+        if tuning == Tuning() or (tuned is not None and (tuned.compute or tuned.precision) == compute):
+            return tuned, reasons
+        # The results differ by rounding from those with the default options, which may be accurate enough.
+        return self._verify(graph, description)
+
+    def _verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
         compute = self._job.recipe.compute
         if graph.name == _EXACT_GRAPH:
             # Before quantization the graph must be exact at fp32, so that a wrong conversion is not taken for the loss

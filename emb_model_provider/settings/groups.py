@@ -274,6 +274,9 @@ class HubSettings(SettingsGroup, title="Downloads and caches"):
     compile_timeout_s: NonNegativeNumber = 1800
     """Longest time that compiling a model may take, in seconds. After that torch serves the model, and it is compiled
     again only if this limit is raised; with BACKEND=openvino it is an error. 0: no limit."""
+    tune_s: NonNegativeNumber = 5
+    """Seconds in which, while a model is compiled, the fastest options of its runtime are chosen by measurement on this
+    processor. `/v1/models/{id}` shows them. 0: defaults."""
     modelscope_endpoint: Url | None = None
     """URL of a ModelScope mirror. Unset: the client's own (MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN)."""
     hf_endpoint: Url | None = None

@@ -56,6 +56,7 @@ def compile_here(
     bf16: bool | None = None,
     int8: bool = False,
     measure: Measure = compare,
+    tune_s: float = 0,
     **spec: Any,
 ) -> tuple[CompileResult, list[str]]:
     """Compile a model in this process, by default with the smallest part of the corpus.
@@ -68,6 +69,7 @@ def compile_here(
         bf16: Whether the processor is to have native bf16; None for what this one has.
         int8: Whether the processor is to be fast at int8.
         measure: See `build_artifact`.
+        tune_s: See `CompileJob`.
         spec: Values of the spec.
 
     Returns:
@@ -82,7 +84,7 @@ def compile_here(
         fast_int8=int8,
     )
     artifact.mkdir(parents=True, exist_ok=True)
-    job = CompileJob(spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2)
+    job = CompileJob(spec=requested, snapshot=snapshot, recipe=recipe, directory=artifact, threads=2, tune_s=tune_s)
     steps: list[str] = []
     with warnings.catch_warnings(action="ignore"):
         result = build_artifact(job, steps.append, exporters=exporters, corpus_s=corpus_s, measure=measure)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.schemas.openai import ModelList, ModelObject, OutputTypes, error_responses
+from emb_model_provider.api.schemas.openai import ModelList, ModelObject, OutputTypes, TuningObject, error_responses
 from emb_model_provider.backends.output_types import range_of
 from emb_model_provider.management.types import FidelityObject
 from emb_model_provider.serving.request_options import has_search_prompts
@@ -91,9 +92,16 @@ def _model_object(status: ModelStatus, alias: str) -> ModelObject:
         pooling=description.pooling if description is not None else None,
         normalize=description.normalize if description is not None else None,
         prompts=sorted({*description.prompts, *description.routes}) if description is not None else None,
+        tuning=_tuning(description),
         output_types=_output_types(description) if description is not None else None,
         **common_fields(status),
     )
+
+
+def _tuning(description: ModelDescription | None) -> TuningObject | None:
+    if description is None or description.backend != "openvino":
+        return None
+    return TuningObject(**asdict(description.tuning))
 
 
 def _output_types(description: ModelDescription) -> OutputTypes | None:

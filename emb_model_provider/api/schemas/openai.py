@@ -124,6 +124,14 @@ class OutputTypes(BaseModel):
     )
 
 
+class TuningObject(BaseModel):
+    """Options of OpenVINO that are chosen by measurement."""
+
+    fused_attention: bool = Field(description="Whether one kernel computes the attention of batches.")
+    fused_attention_alone: bool = Field(description="The same for a request that is alone.")
+    streams: int | None = Field(description="Batches that run at the same time. Null: one per processor, up to four.")
+
+
 class ModelObject(BaseModel):
     """A served model. The first four fields are OpenAI's. What only loading determines is null until then."""
 
@@ -166,6 +174,10 @@ class ModelObject(BaseModel):
     device: str | None
     backend: str | None
     notes: list[str] | None = Field(description="Notes on how it was loaded.")
+    tuning: TuningObject | None = Field(
+        description="The options of OpenVINO that were the fastest on this processor when the model was compiled, or since "
+        "`emb-provider tune`. Null for other backends, and if the model is not loaded."
+    )
     memory_bytes: int | None = Field(
         description="Memory that it takes, estimated from its weights; on a device with separate memory, memory of the "
         "device."

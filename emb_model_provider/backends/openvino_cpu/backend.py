@@ -63,10 +63,11 @@ class OpenVinoBackend:
             LoadError: The graph cannot be read or compiled.
         """
         self.description = description
-        layout = stream_layout(usable_cpus() if cpus is None else cpus)
+        tuning = description.tuning
+        layout = stream_layout(usable_cpus() if cpus is None else cpus, tuning.streams)
         self.streams = layout.streams
         compute = description.compute or description.precision
-        compiled = compile_streams(graph, compute, layout)
+        compiled = compile_streams(graph, compute, layout, tuning)
         stored = graph.with_suffix(".bin").stat().st_size
         self.memory_bytes = openvino_bytes(
             stored, compiled.matrix_items, compiled.dequantized_bytes, compute, description
@@ -115,7 +116,9 @@ class OpenVinoBackend:
     def _acquire_fp32(self) -> Iterator[Any]:
         with self._fp32_lock:
             if self._fp32_request is None:
-                compiled = compile_streams(self._graph, "fp32", StreamLayout(streams=1, threads=1))
+                compiled = compile_streams(
+                    self._graph, "fp32", StreamLayout(streams=1, threads=1), self.description.tuning
+                )
                 self._fp32_request = compiled.streams.create_infer_request()
             yield self._fp32_request
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from emb_model_provider.backends.base import ComputePrecision
+    from emb_model_provider.backends.base import ComputePrecision, Tuning
 
 Graph = Any
 """An `openvino.Model`. Untyped, because the stubs of OpenVINO are incomplete."""
@@ -53,9 +53,9 @@ class StreamLayout:
         return self.streams > 1
 
 
-def stream_layout(cpus: int) -> StreamLayout:
-    """Return the layout for a number of processors: one stream per processor, up to four."""
-    return StreamLayout(streams=max(1, min(cpus, _MAX_STREAMS)), threads=max(1, cpus))
+def stream_layout(cpus: int, streams: int | None = None) -> StreamLayout:
+    """Return the layout for a number of processors, by default with one stream per processor, up to four."""
+    return StreamLayout(streams=max(1, min(cpus, streams or _MAX_STREAMS)), threads=max(1, cpus))
 
 
 def openvino() -> Any:
@@ -88,17 +88,19 @@ class Compiled(NamedTuple):
     """Bytes of the matrices that were stored as integers and dequantized when the graph was compiled."""
 
 
-def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayout) -> Compiled:
+def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayout, tuning: Tuning) -> Compiled:
     """Compile a graph for all streams and, if the layout has it, for the latency request. They share the weights."""
     core = openvino().Core()
     try:
         graph = core.read_model(path)
         matrix_items = sum(math.prod(operand.get_source_output().get_shape()) for operand, _ in _matrices(graph))
         dequantized_bytes = _dequantize_matrices(graph) if precision == "bf16" else 0
-        streams = core.compile_model(graph, "CPU", _options(precision, layout.streams, layout.threads))
+        options = _options(precision, layout.streams, layout.threads, tuning.fused_attention)
+        streams = core.compile_model(graph, "CPU", options)
         latency_model = None
         if layout.has_latency_request:
-            latency_model = core.compile_model(graph, "CPU", _options(precision, 1, layout.threads))
+            options = _options(precision, 1, layout.threads, tuning.fused_attention_alone)
+            latency_model = core.compile_model(graph, "CPU", options)
     except RuntimeError as error:
         raise LoadError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
@@ -152,10 +154,10 @@ def _stored(value: Any) -> Literal["floats", "integers"] | None:
     return "integers" if integers else "floats"
 
 
-def _options(precision: ComputePrecision, streams: int, threads: int) -> dict[str, Any]:
+def _options(precision: ComputePrecision, streams: int, threads: int, fused_attention: bool) -> dict[str, Any]:
     quantized = precision == "int8"
     rest: ComputePrecision = ("bf16" if native_bf16() else "fp32") if quantized else precision
-    return {
+    options = {
         "INFERENCE_PRECISION_HINT": _HINTS[rest],
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_ACTIVATION_GROUP if quantized else 0),
         "NUM_STREAMS": str(streams),
@@ -164,3 +166,6 @@ def _options(precision: ComputePrecision, streams: int, threads: int) -> dict[st
         "ENABLE_CPU_PINNING": False,
         "CPU_RUNTIME_CACHE_CAPACITY": str(_CACHED_SHAPES),
     }
+    if not fused_attention:
+        options["SNIPPETS_MODE"] = "DISABLE"
+    return options

@@ -1,0 +1,34 @@
+"""`tune`: the fastest options of a compiled model, measured on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from tests.cli.helpers import run
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Compiled
+
+
+def test_trials_are_printed_and_the_options_kept(compiled: Compiled) -> None:
+    """As JSON and as a table."""
+    printed = run(compiled.directory, "tune", "small", "--seconds", "20", "--json", **compiled.settings)
+    assert printed.returncode == 0, printed.stderr
+    values = json.loads(printed.stdout)
+    assert values["model"] == "small"
+    assert set(values["tuning"]) == {"fused_attention", "fused_attention_alone", "streams"}
+    first = values["trials"][0]
+    assert first["tuning"]["fused_attention"] is False
+    assert all(ratio > 0 for ratio in first["ratios"].values())
+    (manifest,) = (compiled.directory / "cache" / "artifacts").glob("*/manifest.json")
+    assert values["tuning"] in json.loads(manifest.read_text())["tunings"].values()
+    table = run(compiled.directory, "tune", "small", "--seconds", "20", **compiled.settings).stdout
+    assert table.splitlines()[0].split() == ["options", "inputs", "×", "tokens:", "relative", "speed", "all", "kept"]
+    assert "fused_attention=false" in table
+
+
+def test_a_model_of_torch_has_nothing_to_tune(compiled: Compiled) -> None:
+    failed = run(compiled.directory, "tune", "small", **(compiled.settings | {"BACKEND": "torch"}))
+    assert failed.returncode != 0
+    assert "nothing to tune" in failed.stderr
