@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from tests.container.dockerfile import ROOT, Image, exec_form, final
+from tests.container.dockerfile import ROOT, Image, command, exec_form, final
 from tests.service import free_port, wait_until
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def image() -> Iterator[Image]:
     root = Path(tempfile.mkdtemp(prefix="container-"))
     root.chmod(0o755)
     try:
-        yield Image(root, torch="cpu" if _has_cpu_index() else "cuda")
+        yield Image(root, TORCH="cpu" if _has_cpu_index() else "cuda")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -48,7 +49,7 @@ def test_container_serves_and_shuts_down_gracefully(image: Image) -> None:
     health = exec_form("HEALTHCHECK")
     assert image.start(health, PORT=port).wait(60) != 0, "healthy without a service"
     before = _files(image)
-    process = image.start(exec_form("CMD"), PORT=port, MAX_BATCH_SIZE="2")
+    process = image.start(command(), PORT=port, MAX_BATCH_SIZE="2")
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: process.poll() is not None or _status(f"{url}/ready") == 200, 300)
@@ -77,7 +78,10 @@ def test_pinned_versions_are_installed(image: Image) -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     pins = pyproject["tool"]["uv"]["constraint-dependencies"]
     pinned = {re.sub(r"[-_.]+", "-", pin.partition(" ")[0]) for pin in pins}
-    found = image.path("/opt/venv/lib").glob("python3.*/site-packages/*.dist-info")
+    found = [
+        *image.path("/opt/venv/lib").glob("python3.*/site-packages/*.dist-info"),
+        *image.path("/opt/app").glob("*.dist-info"),
+    ]
     # Builds for one device have a suffix, such as 2.15.0+cpu.
     installed = {path.name.removesuffix(".dist-info").partition("+")[0].lower() for path in found}
     installed = {re.sub(r"[-_.]+", "-", name.replace("-", "==", 1)) for name in installed}
@@ -89,7 +93,7 @@ def test_user_cannot_write_to_the_code(image: Image) -> None:
     """Neither to the packages nor to the working directory."""
     if image.user is None:
         pytest.skip("only root can run a process as another user")
-    for path in (image.path("/opt/venv/new"), "new"):
+    for path in (image.path("/opt/venv/new"), image.path("/opt/app/new"), "new"):
         assert image.start(["python", "-c", f"open({str(path)!r}, 'w')"]).wait(60) != 0
     assert image.start(["python", "-c", "import os; assert os.getuid() >= 1000"]).wait(60) == 0
 
@@ -101,6 +105,52 @@ def test_any_user_of_group_0_can_write_to_the_volume(image: Image) -> None:
     program = "import pathlib; pathlib.Path.home().joinpath('written').write_text('x')"
     assert image.start(["python", "-c", program], user=54321, group=0).wait(60) == 0
     assert image.start(["python", "-c", program.replace("written", "other")], user=54321, group=54321).wait(60) != 0
+
+
+@pytest.fixture(scope="module")
+def baked(image: Image) -> Iterator[Image]:
+    """Return an image without torch that contains the bundled model, compiled."""
+    root = Path(tempfile.mkdtemp(prefix="baked-"))
+    root.chmod(0o755)
+    try:
+        yield Image(root, "baked", images={"models": image.extend("models")})
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def test_slim_image_has_no_torch(baked: Image) -> None:
+    """Only what serves a compiled model is installed."""
+    files = baked.path("/opt/venv/lib").glob("python3.*/site-packages/*.dist-info")
+    installed = {path.name.partition("-")[0] for path in files}
+    assert {"openvino", "tokenizers", "uvicorn"} <= installed
+    assert not {"torch", "transformers", "sentence_transformers", "nncf", "peft"} & installed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_model_in_an_image_is_served_with_an_empty_volume(baked: Image, precision: str) -> None:
+    """It was compiled at fp32, which also serves a processor for which another precision would be compiled."""
+    volume = baked.path(final("VOLUME"))
+    shutil.rmtree(volume)
+    volume.mkdir()
+    volume.chmod(0o777)
+    (manifest,) = baked.path("/models/cache/artifacts").glob("*/manifest.json")
+    assert json.loads(manifest.read_bytes())["recipe"]["compute"] == ["fp32"]
+    port = str(free_port())
+    before = _files(baked)
+    process = baked.start(command(), PORT=port, MODEL_PRECISION=precision)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: process.poll() is not None or _status(f"{url}/ready") == 200, 120)
+        assert process.poll() is None
+        assert len(_embed(url, ["hello"]).json()["data"][0]["embedding"]) == 384
+        (model,) = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
+        assert (model["backend"], model["precision"]) == ("openvino", "fp32")
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert _files(baked) == before
 
 
 def _has_cpu_index() -> bool:
