@@ -10,7 +10,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -82,6 +83,56 @@ OnProgress = Callable[[Progress], None]
 
 def ignore_progress(_: Progress) -> None:
     """Do nothing. The default of `on_progress` parameters."""
+
+
+Outcome = Literal["ok", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkRecord:
+    """Measurements of a download or a compilation that has ended."""
+
+    kind: Literal["download", "compile"]
+    model: str
+    """The model, as the request or the settings call it."""
+    outcome: Outcome
+    duration_s: float
+    transferred_bytes: int
+    """Of a download, over all its repositories."""
+
+
+OnWork = Callable[[WorkRecord], None]
+"""Called on the thread that did the work."""
+
+
+@contextmanager
+def measure_work(
+    kind: Literal["download", "compile"], model: str, on_progress: OnProgress, on_work: OnWork
+) -> Iterator[OnProgress]:
+    """Measure the work of a block, which must report its progress to the returned function.
+
+    Nothing is recorded if the phase `kind` does not occur, because then nothing was downloaded or compiled.
+    """
+    started: float | None = None
+    transferred: dict[str, int] = {}
+    outcome: Outcome = "failed"
+
+    def report(progress: Progress) -> None:
+        nonlocal started
+        if progress.phase == kind:
+            started = time.monotonic() if started is None else started
+            transferred[progress.model] = max(transferred.get(progress.model, 0), progress.transferred_bytes)
+        on_progress(progress)
+
+    try:
+        yield report
+        outcome = "ok"
+    except OperationCancelledError:
+        outcome = "cancelled"
+        raise
+    finally:
+        if started is not None:
+            on_work(WorkRecord(kind, model, outcome, time.monotonic() - started, sum(transferred.values())))
 
 
 class CancelToken:

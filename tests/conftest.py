@@ -43,7 +43,7 @@ FIRST = (
 
 serving, hubs and management start no service, which would wait until the services of api have compiled the model.
 """
-SHARE_SERVICES = {"docs": "api", "fuzz": "api", "observability": "api"}
+SHARE_SERVICES = {"deploy": "api", "docs": "api", "fuzz": "api", "observability": "api"}
 """Directories that run with another one, because their tests use the same services."""
 CONTRACT = {
     TESTS / "api" / f"test_{name}.py" for name in ("fields", "inputs", "langchain", "models", "openai_sdk", "values")

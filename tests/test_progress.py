@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from emb_model_provider.progress import Progress, ProgressReporter, RateMeter, Status
+from emb_model_provider.errors import OperationCancelledError
+from emb_model_provider.progress import Progress, ProgressReporter, RateMeter, Status, measure_work
 from tests.service import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from emb_model_provider.progress import WorkRecord
 
 LONG_NAME = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
 NAMES = ("small", LONG_NAME, "/data/模型/多语言句子向量模型-第二版")
@@ -400,3 +403,36 @@ def test_progress_and_cancellation_do_not_import_tqdm() -> None:
     """Its import takes longer than all other imports of the module."""
     program = "import sys, emb_model_provider.progress; sys.exit('tqdm' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# --- records of work ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(None, "ok"), (OperationCancelledError("stopped"), "cancelled"), (OSError("full"), "failed")]
+)
+def test_work_is_recorded_however_it_ends(error: Exception | None, outcome: str) -> None:
+    """With the bytes of all repositories, without those of an earlier download."""
+    records: list[WorkRecord] = []
+    reports: list[Progress] = []
+    with (
+        suppress(OSError, OperationCancelledError),
+        measure_work("download", "a", reports.append, records.append) as on,
+    ):
+        on(Progress("resolve", "a"))
+        on(Progress("download", "a", 50, 100, resumed_bytes=20))
+        on(Progress("download", "a", 100, 100, resumed_bytes=20))
+        on(Progress("download", "base of a", 7, 7))
+        if error is not None:
+            raise error
+    (record,) = records
+    assert (record.kind, record.model, record.outcome, record.transferred_bytes) == ("download", "a", outcome, 80 + 7)
+    assert len(reports) == 4
+
+
+def test_nothing_is_recorded_if_there_was_nothing_to_do() -> None:
+    """A model that is on disk is verified, and not downloaded."""
+    records: list[WorkRecord] = []
+    with measure_work("download", "a", lambda _: None, records.append) as on:
+        on(Progress("verify", "a", 10, 10))
+    assert records == []

@@ -158,9 +158,9 @@ def create_app(
     is_shutting_down: Callable[[], bool] = lambda: False,
 ) -> Application:
     """Return the service as an ASGI application. `is_shutting_down` is called on any thread."""
-    manager = ModelManager(settings)
     result_cache = ResultCache(settings.memory.result_cache_bytes)
     metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes)
+    manager = ModelManager(settings, on_work=metrics.on_work)
     registry = Registry(
         settings.served_models(),
         manager,
@@ -172,6 +172,7 @@ def create_app(
             on_batch=metrics.on_batch,
             result_cache=result_cache,
             on_lookup=metrics.on_lookup,
+            on_stages=metrics.on_stages,
             torch_while_compiling=settings.models.torch_while_compiling,
             default_memory_bytes=int(_MEMORY_SHARE * total_memory()) if settings.serves_cached else None,
         ),

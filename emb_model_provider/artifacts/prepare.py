@@ -41,7 +41,7 @@ from emb_model_provider.errors import CacheNotWritableError, HubError, LoadError
 from emb_model_provider.fidelity.cases import Runner, make_cases
 from emb_model_provider.fidelity.compare import MIN_COSINE, AccuracyError, check_accuracy, compare
 from emb_model_provider.formatting import format_size
-from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.progress import CancelToken, OnProgress, OnWork, Progress, ignore_progress, measure_work
 from emb_model_provider.snapshots.files import CACHE_SETTING, translate_os_error
 from emb_model_provider.snapshots.weights import find_export
 
@@ -117,6 +117,7 @@ class BackendPreparer:
         fidelity: FidelitySettings,
         trust: TrustSettings,
         limits: CompileLimits = CompileLimits(),
+        on_work: OnWork = lambda _: None,
     ) -> None:
         self._cache_dir = hubs.cache_dir
         self._compile_timeout_s = hubs.compile_timeout_s
@@ -125,6 +126,7 @@ class BackendPreparer:
         self._trust = trust
         self._store = ArtifactStore(hubs.cache_dir, max_bytes=hubs.max_artifact_bytes)
         self._limits = limits
+        self._on_work = on_work
         # Held while compiling, because compiling takes all processors.
         self._turn = threading.Lock()
         self._progressed_at = time.monotonic()
@@ -461,7 +463,8 @@ class BackendPreparer:
 
         try:
             self._progressed_at = time.monotonic()
-            return self._compile(spec, snapshot, recipe, report, cancel)
+            with measure_work("compile", spec.alias, report, self._on_work) as measured:
+                return self._compile(spec, snapshot, recipe, measured, cancel)
         finally:
             self._turn.release()
 

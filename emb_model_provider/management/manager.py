@@ -26,7 +26,7 @@ from emb_model_provider.management.removal import Remover
 from emb_model_provider.management.types import CompiledModel, Finding, Verification
 from emb_model_provider.model_resolver import PATHS, directory_of, resolve_model, resolve_source
 from emb_model_provider.model_spec import MIRROR_MANIFEST
-from emb_model_provider.progress import CancelToken, OnProgress, Progress, ignore_progress
+from emb_model_provider.progress import CancelToken, OnProgress, OnWork, Progress, ignore_progress, measure_work
 from emb_model_provider.settings.loading import load_settings
 from emb_model_provider.snapshots import manifest, mirror
 from emb_model_provider.snapshots.files import has_sizes, size_of, use_temporary_directory, walk
@@ -55,16 +55,18 @@ _TRIES = 5
 class ModelManager:
     """Models on disk, across hubs. Safe to use from several threads and processes."""
 
-    def __init__(self, settings: Settings, *, source: Source | None = None) -> None:
+    def __init__(self, settings: Settings, *, source: Source | None = None, on_work: OnWork = lambda _: None) -> None:
         """Create a manager.
 
         Args:
             settings: Where the hubs and the caches are.
             source: Hub of models for which neither the caller nor the settings name one.
+            on_work: Called after each download and each compilation.
         """
         use_temporary_directory(settings.hubs.cache_dir)
         self._settings = settings
         self._source = source
+        self._on_work = on_work
         self._inventory = Inventory(settings)
         self._remover = Remover(self._inventory)
         self._held: weakref.WeakKeyDictionary[SentenceTransformer, weakref.finalize[..., SentenceTransformer]] = (
@@ -84,7 +86,8 @@ class ModelManager:
         """Prepares backends from snapshots."""
         from emb_model_provider.artifacts.prepare import BackendPreparer  # not needed to list models
 
-        return BackendPreparer(self._settings.hubs, self._settings.fidelity, self._settings.trust)
+        settings = self._settings
+        return BackendPreparer(settings.hubs, settings.fidelity, settings.trust, on_work=self._on_work)
 
     def ensure(
         self,
@@ -115,15 +118,16 @@ class ModelManager:
             OperationCancelledError: `cancel` was cancelled.
         """
         hubs = self._settings.hubs
-        return fetch_snapshot(
-            spec,
-            hubs.model_copy(update={"offline": True}) if offline else hubs,
-            on_progress,
-            cancel=cancel,
-            force=force,
-            patterns=FilePatterns(tuple(include), tuple(exclude)),
-            trust=self._settings.trust,
-        )
+        with measure_work("download", spec.name, on_progress, self._on_work) as report:
+            return fetch_snapshot(
+                spec,
+                hubs.model_copy(update={"offline": True}) if offline else hubs,
+                report,
+                cancel=cancel,
+                force=force,
+                patterns=FilePatterns(tuple(include), tuple(exclude)),
+                trust=self._settings.trust,
+            )
 
     def acquire(
         self,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -19,11 +30,15 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
+    from emb_model_provider.progress import WorkRecord
     from emb_model_provider.registry import ModelStatus
-    from emb_model_provider.serving.jobs import BatchRecord
+    from emb_model_provider.serving.jobs import BatchRecord, StageRecord
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_COMPILE_SECONDS = (5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0)
+_VERSIONED = ("emb-model-provider", "openvino", "tokenizers", "torch", "transformers", "sentence-transformers")
+"""Packages whose versions decide which vectors a model has."""
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
 
@@ -43,6 +58,8 @@ class RequestRecord:
     tokenize_s: float | None = None
     queue_s: float | None = None
     inference_s: float | None = None
+    key_name: str = ""
+    """Name of the API key, never the key itself. Empty if no key is required, or the key is not valid."""
     error_code: str = ""
     """Machine-readable name of the error in the response."""
 
@@ -55,22 +72,33 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._registry.register(_ModelCollector(models))
+        ProcessCollector(registry=self._registry)
+        build = Info("emb_provider_build", "Versions of the service and of its packages.", registry=self._registry)
+        build.info({"python": platform.python_version(), **_versions()})
 
         # Cached, because looking a label up takes longer than counting. There are few aliases, statuses and outcomes.
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
             return cache(Counter(f"emb_provider_{name}", text, labels, registry=self._registry).labels)
 
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Callable[..., Histogram]:
+        def histogram(name: str, text: str, buckets: Sequence[float], label: str = "model") -> Callable[..., Histogram]:
             return cache(
-                Histogram(f"emb_provider_{name}", text, ("model",), buckets=buckets, registry=self._registry).labels
+                Histogram(f"emb_provider_{name}", text, (label,), buckets=buckets, registry=self._registry).labels
             )
 
         self._requests = counter("requests", "Requests for embeddings.", "model", "status")
+        self._errors = counter(
+            "errors", "Failed requests for embeddings, also those that name no known model.", "model", "code"
+        )
+        self._key_requests = counter("key_requests", "Requests for embeddings by API key.", "key", "status")
+        self._key_tokens = counter("key_tokens", "Embedded tokens by API key.", "key")
         self._request_s = histogram(
             "request_seconds", "Time from the head of a request to the last byte of its response.", _SECONDS
         )
         self._inputs = counter("inputs", "Embedded inputs.", "model")
         self._tokens = counter("tokens", "Embedded tokens, including special tokens.", "model")
+        self._truncated = counter(
+            "truncated_inputs", "Inputs that were cut to the longest input of the model.", "model"
+        )
         self._tokenize_s = histogram("tokenize_seconds", "Time for tokenizing a request.", _SECONDS)
         self._queue_s = histogram(
             "queue_seconds", "Time from the submission of a request to its first batch.", _SECONDS
@@ -85,6 +113,17 @@ class Metrics:
         self._cache_misses = counter(
             "result_cache_misses", "Different inputs of requests whose vectors were not in the result cache.", "model"
         )
+        self._downloads = counter("downloads", "Downloads of models, by how they ended.", "outcome")
+        self._download_bytes = Counter(
+            "emb_provider_download_bytes", "Bytes of downloads of models.", registry=self._registry
+        )
+        self._compile_s = histogram(
+            "compile_seconds", "Time for compiling a model, by how it ended.", _COMPILE_SECONDS, "outcome"
+        )
+        # With a value from the start, because an alert cannot see the first increase of a series that did not exist.
+        for outcome in ("ok", "failed", "cancelled"):
+            self._downloads(outcome)
+            self._compile_s(outcome)
         size = Gauge("emb_provider_result_cache_bytes", "Memory of the result cache.", registry=self._registry)
         size.set_function(cache_bytes)
         self.activity = Activity()
@@ -97,6 +136,19 @@ class Metrics:
         self._inference_s(record.model).observe(record.inference_s)
         self.activity.on_batch(record.inputs, record.tokens, record.padded_tokens)
 
+    def on_stages(self, record: StageRecord) -> None:
+        """Record the inputs of a request that has its results."""
+        if record.truncated:
+            self._truncated(record.model).inc(record.truncated)
+
+    def on_work(self, record: WorkRecord) -> None:
+        """Record a download or a compilation. Called on its thread."""
+        if record.kind == "compile":
+            self._compile_s(record.outcome).observe(record.duration_s)
+        else:
+            self._downloads(record.outcome).inc()
+            self._download_bytes.inc(record.transferred_bytes)
+
     def on_lookup(self, model: str, hits: int, misses: int) -> None:
         """Record how many inputs of a request have a vector in the result cache, and how many do not."""
         if hits:
@@ -107,6 +159,11 @@ class Metrics:
     def on_request(self, record: RequestRecord) -> None:
         """Record an answered request for embeddings."""
         self._requests(record.model, str(record.status)).inc()
+        if record.status >= 400:
+            self._errors(record.model, record.error_code or "disconnected").inc()
+        if record.key_name:
+            self._key_requests(record.key_name, str(record.status)).inc()
+            self._key_tokens(record.key_name).inc(record.tokens)
         self._request_s(record.model).observe(record.duration_s)
         if record.tokenize_s is not None:
             self._inputs(record.model).inc(record.inputs)
@@ -119,6 +176,17 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+
+def _versions() -> dict[str, str]:
+    """Return the installed versions by name, as labels."""
+    found: dict[str, str] = {}
+    for package in _VERSIONED:
+        try:
+            found["version" if package == "emb-model-provider" else package.replace("-", "_")] = version(package)
+        except PackageNotFoundError:  # an image without torch
+            continue
+    return found
 
 
 def _failure(record: RequestRecord) -> Failure:
@@ -146,6 +214,12 @@ class _ModelCollector(Collector):
         )
         inputs = GaugeMetricFamily("emb_provider_queue_inputs", "Inputs in the queue.", labels=("model",))
         tokens = GaugeMetricFamily("emb_provider_queue_tokens", "Tokens in the queue.", labels=("model",))
+        waiting = GaugeMetricFamily(
+            "emb_provider_waiting_requests", "Requests that wait for their first batch.", labels=("model",)
+        )
+        running = GaugeMetricFamily(
+            "emb_provider_running_requests", "Requests of which a batch has begun.", labels=("model",)
+        )
         restarts = CounterMetricFamily(
             "emb_provider_model_restarts", "Restarts of a model after a crash.", labels=("model",)
         )
@@ -161,8 +235,10 @@ class _ModelCollector(Collector):
                 state.add_metric((alias, candidate.value), float(model.state is candidate))
             inputs.add_metric((alias,), model.waiting_inputs)
             tokens.add_metric((alias,), model.waiting_tokens)
+            waiting.add_metric((alias,), model.waiting_requests)
+            running.add_metric((alias,), model.running_requests)
             restarts.add_metric((alias,), model.restarts)
             memory.add_metric((alias,), model.memory_bytes or 0)
             for reason, count in model.unloads.items():
                 unloads.add_metric((alias, reason), count)
-        return (state, inputs, tokens, restarts, memory, unloads)
+        return (state, inputs, tokens, waiting, running, restarts, memory, unloads)

@@ -74,6 +74,10 @@ class ModelStatus:
     """Why it was unloaded; None once it is loaded again."""
     unloads: Mapping[str, int] = field(default_factory=dict)
     """Number of unloads by reason."""
+    waiting_requests: int = 0
+    """Requests that wait for their first batch."""
+    running_requests: int = 0
+    """Requests of which a batch has begun, and that are not answered."""
 
     @property
     def tasks(self) -> tuple[Task, ...] | None:
@@ -231,6 +235,7 @@ class ModelEntry:
         slow_load_warning = self.loaded_model.slow_load_warning() if self.loaded_model is not None else ""
         now = time.monotonic()
         requests_per_s, p95_s = self.stats.recent(now)
+        waiting, running = engine.count_requests() if engine is not None else (0, 0)
         return ModelStatus(
             spec=self.spec,
             state=State.HUNG if hang_report else self.state,
@@ -253,4 +258,6 @@ class ModelEntry:
             memory_bytes=engine.memory_bytes if engine is not None else None,
             unload_reason=self.unload_reason,
             unloads=dict(self.unloads),
+            waiting_requests=waiting,
+            running_requests=running,
         )

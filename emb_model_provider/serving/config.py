@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from emb_model_provider.backends.base import ModelDescription
-    from emb_model_provider.serving.jobs import BatchRecord
+    from emb_model_provider.serving.jobs import BatchRecord, StageRecord
 
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 512, 131_072
 """On a CPU larger batches raise the throughput hardly at all, but every request waits for the end of its batch and of
@@ -63,6 +63,8 @@ class EngineConfig:
     on_lookup: Callable[[str, int, int], None] = lambda _model, _hits, _misses: None
     """Called with the alias of a model for each request: how many of its different inputs have a vector in the cache, and
     how many must be computed."""
+    on_stages: Callable[[StageRecord], None] = lambda _: None
+    """Called on the event loop for each request that has its results."""
     timings: Timings = field(default_factory=Timings)
 
 

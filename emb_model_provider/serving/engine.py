@@ -26,7 +26,7 @@ from emb_model_provider.errors import (
     UnsupportedTaskError,
 )
 from emb_model_provider.serving import cl100k
-from emb_model_provider.serving.jobs import InferenceJob, Timing
+from emb_model_provider.serving.jobs import InferenceJob, StageRecord, Timing
 from emb_model_provider.serving.memory_tuning import freeze_gc
 from emb_model_provider.serving.model_thread import ModelThread
 from emb_model_provider.serving.request_options import (
@@ -130,6 +130,7 @@ class Engine:
         self._executor = executor
         self._loader = _BackendLoader(load, config.result_cache)
         self._on_lookup = config.on_lookup
+        self._on_stages = config.on_stages
         self._scheduler = BatchScheduler(spec.alias, config, self._loader.check)
         self._thread = ModelThread(spec.alias, self._scheduler, self._loader.load, config, on_change)
 
@@ -156,6 +157,10 @@ class Engine:
     @property
     def waiting_tokens(self) -> int:
         return self._scheduler.waiting_tokens
+
+    def count_requests(self) -> tuple[int, int]:
+        """Return how many requests wait for their first batch, and how many have begun and are not answered."""
+        return self._scheduler.count_requests()
 
     @property
     def hang_report(self) -> str:
@@ -368,10 +373,25 @@ class Engine:
         self._on_lookup(self.spec.alias, lookup.hits, len(lookup.rows))
         computed: Sequence[tuple[Row, ...]] = []
         timing = Timing(queue_s=0.0, inference_s=0.0)
+        submitted_at = None
         if lookup.rows:
             size = described.output_bytes(outputs, len(lookup.rows), sum(len(encoded.ids[row]) for row in lookup.rows))
             inputs = batch if len(lookup.rows) == len(encoded.ids) else batch.select(lookup.rows)
-            computed, timing = await self._wait_for(InferenceJob(inputs, outputs, output_bytes=size), request)
+            job = InferenceJob(inputs, outputs, output_bytes=size)
+            computed, timing = await self._wait_for(job, request)
+            submitted_at = job.arrived_at
+        self._on_stages(
+            StageRecord(
+                model=self.spec.alias,
+                inputs=len(encoded.ids),
+                tokens=tokens,
+                truncated=encoded.truncated,
+                started_at=request.started,
+                tokenize_s=tokenize_s,
+                submitted_at=submitted_at,
+                timing=timing,
+            )
+        )
         measured = {"tokens": tokens, "truncated": encoded.truncated, "tokenize_s": tokenize_s, "timing": timing}
         return lookup.complete(computed), measured
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from emb_model_provider.backends.base import OutputName, Row, TokenBatch
     from emb_model_provider.errors import ProviderError
+
+trace_context: ContextVar[object] = ContextVar("trace_context", default=None)
+"""Identifies the span of a request, for the records of its batches; None without tracing."""
 
 _BYTES_PER_TOKEN = 40
 """Memory of a token id in the queue: a Python integer, and a place in a list."""
@@ -37,6 +41,24 @@ class BatchRecord:
     queue_s: float
     """Longest wait of a request of this batch, from its submission to the start of the batch."""
     failed: bool
+    traces: tuple[object, ...] = ()
+    """The values of `trace_context` in the requests of this batch, if they have one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """Measurements of the stages of one request: tokenization, queue, inference. Times in seconds."""
+
+    model: str
+    inputs: int
+    tokens: int
+    truncated: int
+    started_at: float
+    """When its tokenization began, on the monotonic clock."""
+    tokenize_s: float
+    submitted_at: float | None
+    """When it was queued, on the monotonic clock. None if all its results were in the result cache."""
+    timing: Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +74,7 @@ class Timing:
 class InferenceJob(BatchJob):
     """A request whose results are awaited on an event loop."""
 
-    __slots__ = ("attempts", "inputs", "loop", "output_bytes", "outputs", "remaining", "result", "rows", "started_at", "tokens")  # fmt: skip
+    __slots__ = ("attempts", "inputs", "loop", "output_bytes", "outputs", "remaining", "result", "rows", "started_at", "tokens", "trace")  # fmt: skip
 
     def __init__(self, inputs: TokenBatch, outputs: tuple[OutputName, ...], *, output_bytes: int = 0) -> None:
         """Create a request for some outputs, whose results take a number of bytes."""
@@ -65,6 +87,7 @@ class InferenceJob(BatchJob):
         self.result: asyncio.Future[tuple[Sequence[tuple[Row, ...]], Timing]] = self.loop.create_future()
         self.rows: list[tuple[Row, ...]] = [()] * len(inputs.ids)
         """For each input, the requested outputs in their order; empty until they are computed."""
+        self.trace = trace_context.get()
         self.started_at: float | None = None
         self.attempts = 0
         """How often the model crashed while it ran an input of this request."""

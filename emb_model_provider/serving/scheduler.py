@@ -171,6 +171,13 @@ class BatchScheduler:
     def waiting_tokens(self) -> int:
         return self._batcher.waiting_tokens
 
+    def count_requests(self) -> tuple[int, int]:
+        """Return how many requests wait for their first batch, and how many have begun and are not answered."""
+        with self._wake:
+            pending = [*self._pending.waiting, *self._pending.detached]
+            waiting = sum(job.started_at is None for job in pending)
+        return waiting, len(pending) - waiting
+
     @property
     def hang_report(self) -> str:
         """A description of the batch that hangs, or an empty string."""
@@ -294,6 +301,7 @@ class BatchScheduler:
                 inference_s=ended - started,
                 queue_s=started - min(job.arrived_at for job, _ in batch.members),
                 failed=bool(result.failures),
+                traces=tuple({id(job.trace): job.trace for job, _ in batch.members if job.trace is not None}.values()),
             )
         )
         for job, _ in result.failures:

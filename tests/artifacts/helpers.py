@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import Backend, ModelDescription
     from emb_model_provider.compiler.build import Measure
     from emb_model_provider.compiler.export import Exporter
-    from emb_model_provider.progress import CancelToken, Progress
+    from emb_model_provider.progress import CancelToken, Progress, WorkRecord
 
 T = TypeVar("T")
 
@@ -182,6 +182,7 @@ class Harness:
     compile_timeout_s: float = 0
     limits: CompileLimits = field(default_factory=CompileLimits)
     progress: list[Progress] = field(default_factory=list)
+    work: list[WorkRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cache = self.root / "cache"
@@ -236,6 +237,7 @@ class Harness:
             fidelity or FidelitySettings(),
             TrustSettings(),
             self.limits,
+            on_work=self.work.append,
         )
 
     def is_compiled_later(self, **spec: Any) -> bool:

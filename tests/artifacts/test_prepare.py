@@ -40,6 +40,19 @@ def test_an_artifact_is_used_again(harness: Harness) -> None:
     assert harness.starts == 1
 
 
+def test_compilations_are_recorded(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that the compiler runs, with its outcome; an artifact that exists is no compilation."""
+    for _ in range(2):
+        harness.prepare()
+    assert [(record.kind, record.outcome, record.duration_s > 0) for record in harness.work] == [
+        ("compile", "ok", True)
+    ]
+    options = json.loads(os.environ["FAKE_COMPILER"]) | {"outcome": "refused"}
+    monkeypatch.setenv("FAKE_COMPILER", json.dumps(options))
+    harness.prepare(precision="int8")
+    assert [record.outcome for record in harness.work] == ["ok", "failed"]
+
+
 def test_a_model_is_compiled_again_if_its_snapshot_changes(harness: Harness, tmp_path: Path) -> None:
     """A further file makes another artifact."""
     harness.prepare()

@@ -1,4 +1,4 @@
-"""Clients in environments of their own, because their packages are many, or conflict with those of the project.
+"""Programs in environments of their own, because their packages are many, or conflict with those of the project.
 
 `isolated/NAME.in` has the packages of an environment, `isolated/NAME.txt` the pinned versions of all that they need
 (`.ci/pin`), and the scripts beside them run in these environments. uv keeps the packages in its cache.
@@ -26,12 +26,13 @@ _UV = os.environ.get("UV", "uv")
 class Environment:
     """An installed environment, and how to run programs in it."""
 
-    def __init__(self, name: str, directory: Path, variables: Mapping[str, str]) -> None:
-        """Install the packages of `isolated/NAME.txt`. Programs get these variables, and no network."""
+    def __init__(self, name: str, directory: Path, variables: Mapping[str, str], scripts: Path = SCRIPTS) -> None:
+        """Install the packages of `NAME.txt` in `scripts`. Programs get these variables, and no network."""
         inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
         self.directory = directory
+        self._scripts = scripts
         self.variables = inherited | NO_NETWORK | {"NO_PROXY": "localhost,127.0.0.1", **variables}
-        requirements = SCRIPTS / f"{name}.txt"
+        requirements = scripts / f"{name}.txt"
         # Not in the directory of the project, whose pins in pyproject.toml would apply.
         for command in (
             ["venv", "--quiet", "--python", sys.executable, directory / "venv"],
@@ -44,9 +45,9 @@ class Environment:
         return str(self.directory / "venv" / "bin" / name)
 
     def run(self, script: str, **arguments: Any) -> dict[str, Any]:
-        """Run `isolated/SCRIPT.py`, and return the object that it prints. It reads the arguments as JSON."""
+        """Run `SCRIPT.py` of `scripts`, and return the object that it prints. It reads the arguments as JSON."""
         run = subprocess.run(
-            [self.program("python"), SCRIPTS / f"{script}.py"],
+            [self.program("python"), self._scripts / f"{script}.py"],
             input=json.dumps(arguments),
             cwd=self.directory,
             env=self.variables,

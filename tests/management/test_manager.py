@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.errors import ModelInUseError, NotCachedError
+from emb_model_provider.errors import ModelInUseError, NotCachedError, RepositoryNotFoundError
 from emb_model_provider.management.manager import ModelManager, get_model_manager
 from emb_model_provider.model_resolver import resolve_model
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, model_files
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emb_model_provider.model_spec import ModelSpec
+    from emb_model_provider.progress import WorkRecord
     from emb_model_provider.settings import Settings
     from emb_model_provider.snapshots.snapshot import Snapshot
     from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
@@ -32,6 +33,20 @@ def test_copy_is_complete_and_checked(manager: ModelManager, tmp_path: Path) -> 
     (copy / "config.json").write_text("{}")
     manager.ensure_model_cached(HF_REPO, local_dir=str(copy))
     assert (copy / "config.json").read_bytes() == model_files()["config.json"]
+
+
+def test_downloads_are_recorded(configured: Callable[..., Settings], huggingface: HuggingFaceServer) -> None:
+    """Once for each download, with its bytes. Files that are on disk, or that the hub does not have, are no download."""
+    records: list[WorkRecord] = []
+    manager = ModelManager(configured(), on_work=records.append)
+    for _ in range(2):
+        manager.ensure(resolve_model(configured(), HF_REPO))
+    with pytest.raises(RepositoryNotFoundError):
+        manager.ensure(resolve_model(configured(), "no/such"))
+    (record,) = records
+    assert (record.kind, record.model, record.outcome) == ("download", HF_REPO, "ok")
+    assert record.transferred_bytes >= len(WEIGHTS)
+    assert record.duration_s > 0
 
 
 def test_hub_of_a_manager(configured: Callable[..., Settings], huggingface: HuggingFaceServer) -> None:

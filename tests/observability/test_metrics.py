@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+import psutil
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.service import BUNDLED
@@ -15,12 +18,12 @@ MODEL = {"model": BUNDLED}
 
 
 def test_format_is_valid(service: Service) -> None:
-    """The text can be parsed, each metric has our prefix and a help text, and no series occurs twice."""
+    """The text can be parsed, each metric has our prefix or that of processes, and no series occurs twice."""
     response = service.http.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     families = list(text_string_to_metric_families(response.text))
     assert len(families) >= 12
-    assert all(family.name.startswith("emb_provider_") and family.documentation for family in families)
+    assert all(family.name.startswith(("emb_provider_", "process_")) and family.documentation for family in families)
     samples = [(sample.name, tuple(sorted(sample.labels.items()))) for family in families for sample in family.samples]
     assert len(samples) == len(set(samples))
     assert not any(name.endswith("_created") for name, _ in samples)
@@ -74,6 +77,48 @@ def test_hits_and_misses_of_the_result_cache(service: Service) -> None:
     assert [service.figure(name, **MODEL) - value for name, value in zip(names, before, strict=True)] == [2, 2, 2]
     assert [item["embedding"] for item in again] == [first[1]["embedding"], first[0]["embedding"]]
     assert first[0]["embedding"] == first[2]["embedding"]
+
+
+def test_errors_are_counted_by_code_without_a_model(service: Service) -> None:
+    """Also those of requests that name no known model, whose label is empty."""
+    cases = [({"input": "x", "model": "made-up"}, "", "model_not_found"), ({"input": "x", "dimensions": 5}, BUNDLED, "invalid_dimensions")]  # fmt: skip
+    for body, model, code in cases:
+        before = service.figure("emb_provider_errors_total", model=model, code=code)
+        service.http.post("/v1/embeddings", json=body)
+        assert service.figure("emb_provider_errors_total", model=model, code=code) == before + 1
+
+
+def test_truncated_inputs_are_counted(service: Service) -> None:
+    """An input of more than 256 tokens is cut by the bundled model."""
+    before = service.figure("emb_provider_truncated_inputs_total", **MODEL)
+    service.embed("short", "long " * 300, "longer " * 400)
+    assert service.figure("emb_provider_truncated_inputs_total", **MODEL) == before + 2
+
+
+def test_process_and_versions_are_shown(service: Service) -> None:
+    """The memory and the processor time are those of the process, and the versions those that are installed."""
+    process = psutil.Process(service.process.pid)
+    used = service.figure("process_resident_memory_bytes")
+    assert used == pytest.approx(process.memory_info().rss, rel=0.3)
+    assert 0 < service.figure("process_cpu_seconds_total") <= sum(process.cpu_times()[:2]) + 1
+    assert service.figure("process_start_time_seconds") == pytest.approx(process.create_time(), abs=5)
+    installed = {"version": version("emb-model-provider"), "openvino": version("openvino"), "torch": version("torch")}
+    assert service.figure("emb_provider_build_info", **installed) == 1
+
+
+def test_no_requests_wait_when_all_are_answered(service: Service) -> None:
+    """The gauges exist and are 0."""
+    text = service.http.get("/metrics").text
+    for name in ("waiting", "running"):
+        assert f'emb_provider_{name}_requests{{model="{BUNDLED}"}} 0.0' in text
+
+
+def test_compilations_and_downloads_are_counted(service: Service) -> None:
+    """Each outcome has a series from the start, so that an alert sees the first one. A local model is not downloaded."""
+    for outcome in ("ok", "failed", "cancelled"):
+        assert f'emb_provider_downloads_total{{outcome="{outcome}"}}' in service.http.get("/metrics").text
+        assert f'emb_provider_compile_seconds_count{{outcome="{outcome}"}}' in service.http.get("/metrics").text
+    assert service.figure("emb_provider_downloads_total") == 0
 
 
 def test_rejected_request_counts_no_work(service: Service) -> None:

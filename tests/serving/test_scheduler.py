@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 import pytest
 
 from emb_model_provider.backends.base import TokenBatch
-from emb_model_provider.errors import ModelNotReadyError, QueueFullError
+from emb_model_provider.errors import DimensionsError, ModelNotReadyError, QueueFullError
 from emb_model_provider.serving.config import EngineConfig, batch_policy
 from emb_model_provider.serving.engine import EmbedOptions
-from emb_model_provider.serving.jobs import InferenceJob
+from emb_model_provider.serving.jobs import InferenceJob, trace_context
 from emb_model_provider.serving.scheduler import BatchScheduler
 from emb_model_provider.settings import BatchSettings
 from tests.serving.fakes import FakeBackend, describe, expected
 from tests.serving.helpers import different, ids, started_engine, until
 
 if TYPE_CHECKING:
-    from emb_model_provider.serving.jobs import BatchRecord
+    from emb_model_provider.serving.jobs import BatchRecord, StageRecord
 
 pytestmark = pytest.mark.usefixtures("short_collections")
 
@@ -47,6 +48,47 @@ async def test_requests_that_arrive_during_a_batch_share_the_next_one() -> None:
         run.backend.gate.set()
         await asyncio.gather(holding, *others)
         assert [len(batch) for batch in run.backend.batches] == [1, 10]
+
+
+async def test_waiting_and_running_requests_are_counted() -> None:
+    """A request waits until its first batch, and runs until it is answered, however many inputs it has."""
+    async with started_engine(config={"batching": BatchSettings(max_batch_size=1)}) as run:
+        assert run.engine.count_requests() == (0, 0)
+        holding = await run.hold()
+        others = [asyncio.create_task(run.embed(*different(3))) for _ in range(2)]
+        await run.until_waiting(6)
+        assert run.engine.count_requests() == (2, 1)
+        run.backend.gate.set()
+        await asyncio.gather(holding, *others)
+        assert run.engine.count_requests() == (0, 0)
+
+
+async def test_stages_of_a_request_are_recorded() -> None:
+    """With the tokens that were processed; a request that fails has no stages."""
+    stages: list[StageRecord] = []
+    async with started_engine(config={"on_stages": stages.append}) as run:
+        await run.embed("w1 w2", "w3")
+        with pytest.raises(DimensionsError):
+            await run.embed("w1", dimensions=1)
+    (stage,) = stages
+    assert (stage.model, stage.inputs, stage.tokens, stage.truncated) == ("fake", 2, 4 + 3, 0)
+    assert stage.submitted_at is not None
+    assert stage.started_at <= stage.started_at + stage.tokenize_s <= stage.submitted_at
+
+
+async def test_batches_are_linked_to_the_requests_that_they_serve() -> None:
+    """A batch of inputs of several requests has the trace of each of them, once."""
+    async with started_engine() as run:
+        holding = await run.hold()
+        tasks = []
+        for name in ("first", "second"):
+            context = copy_context()
+            context.run(trace_context.set, name)
+            tasks.append(asyncio.create_task(run.embed(f"w5 {name}", "w6"), context=context))
+        await run.until_waiting(4)
+        run.backend.gate.set()
+        await asyncio.gather(holding, *tasks)
+    assert [sorted(map(str, record.traces)) for record in run.records[-2:]] == [[], ["first", "second"]]
 
 
 async def test_large_request_does_not_delay_a_small_one() -> None:
