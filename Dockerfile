@@ -33,13 +33,13 @@ ARG TORCH_INDEX
 RUN test -z "$TORCH_INDEX" || uv pip install --no-deps --default-index "$TORCH_INDEX" --find-links "$TORCH_INDEX" torch
 # int8 and int4 on CUDA need the packages of the extra `quantization`.
 RUN uv pip install $(test "$TORCH" = cuda || test -n "$TORCH_INDEX" || echo "--torch-backend=$TORCH") \
-    $(test "$TORCH" != cuda || echo "--extra quantization") -r pyproject.toml
+    $(test "$TORCH" != cuda || echo "--extra quantization") --extra otel -r pyproject.toml
 
 FROM uv AS dependencies-slim
 
 # A model that is compiled already needs none of these.
 RUN printf '%s\n' torch transformers sentence-transformers sentencepiece nncf peft accelerate > excluded.txt
-RUN uv pip install --excludes excluded.txt -r pyproject.toml
+RUN uv pip install --excludes excluded.txt --extra otel -r pyproject.toml
 
 FROM uv AS code
 

@@ -8,7 +8,7 @@ import shlex
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from fastapi import FastAPI
@@ -24,7 +24,12 @@ from emb_model_provider.api.console.routers import ROUTERS as CONSOLE_ROUTERS
 from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
-from emb_model_provider.api.middleware import AccessLogMiddleware, AuthAndLimitsMiddleware, TrustedHostMiddleware
+from emb_model_provider.api.middleware import (
+    AccessLogMiddleware,
+    AuthAndLimitsMiddleware,
+    TracingMiddleware,
+    TrustedHostMiddleware,
+)
 from emb_model_provider.api.paths import CONSOLE, CONSOLE_SIGN_IN, PathMiddleware
 from emb_model_provider.api.routes import (
     azure,
@@ -53,6 +58,7 @@ from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.kept_models import KeptModels
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
+from emb_model_provider.observability.tracing import start_tracing
 from emb_model_provider.registry import OnDemandModels, Registry, RegistryConfig, State
 from emb_model_provider.serving.result_cache import ResultCache
 
@@ -63,6 +69,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
     from emb_model_provider.settings import ServerSettings, Settings
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +169,7 @@ def create_app(
     result_cache = ResultCache(settings.memory.result_cache_bytes)
     metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes)
     manager = ModelManager(settings, on_work=metrics.on_work)
+    tracing = start_tracing()
     registry = Registry(
         settings.served_models(),
         manager,
@@ -169,10 +178,10 @@ def create_app(
             limits=settings.limits,
             memory=settings.memory,
             watchdog_s=settings.lifecycle.watchdog_s,
-            on_batch=metrics.on_batch,
+            on_batch=metrics.on_batch if tracing is None else _each(metrics.on_batch, tracing.on_batch),
             result_cache=result_cache,
             on_lookup=metrics.on_lookup,
-            on_stages=metrics.on_stages,
+            on_stages=metrics.on_stages if tracing is None else _each(metrics.on_stages, tracing.on_stages),
             torch_while_compiling=settings.models.torch_while_compiling,
             default_memory_bytes=int(_MEMORY_SHARE * total_memory()) if settings.serves_cached else None,
         ),
@@ -192,6 +201,8 @@ def create_app(
         watching.cancel()
         await asyncio.to_thread(jobs.stop, _JOBS_STOP_S)
         await registry.stop()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.stop)
         logger.info("stopped")
 
     background = BackgroundTasks(is_shutting_down)
@@ -203,6 +214,7 @@ def create_app(
         jobs=jobs,
         kept=kept,
         metrics=metrics,
+        tracing=tracing,
         background=background,
     )
     return Application(services, sessions, lifespan)
@@ -220,6 +232,16 @@ def _add_kept(settings: Settings, registry: Registry, kept: KeptModels) -> list[
                 "model %s is not served, although %s has it: %s", model.alias, kept.path, describe_error(error)
             )
     return aliases
+
+
+def _each(first: Callable[[T], None], second: Callable[[T], None]) -> Callable[[T], None]:
+    """Return a function that calls both."""
+
+    def call(record: T) -> None:
+        first(record)
+        second(record)
+
+    return call
 
 
 def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
@@ -240,6 +262,8 @@ def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> A
         app = CorsMiddleware(app, server.cors_origins)
     if server.checks_hosts:
         app = TrustedHostMiddleware(app, policy)
+    if services.tracing is not None:
+        app = TracingMiddleware(app, services.tracing)
     app = AccessLogMiddleware(app, services.metrics.on_request)
     return PathMiddleware(app)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from emb_model_provider.management.kept_models import KeptModels
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.observability.metrics import Metrics, RequestRecord
+    from emb_model_provider.observability.tracing import Tracing
     from emb_model_provider.registry import OnDemandModels, Registry
     from emb_model_provider.settings import Settings
 
@@ -71,6 +72,8 @@ class Services:
     jobs: DownloadJobs
     kept: KeptModels
     metrics: Metrics
+    tracing: Tracing | None
+    """None without traces."""
     background: BackgroundTasks
     # Separate threads, so that hashing gigabytes delays neither requests for embeddings nor the listing of models.
     _disk_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="cache"))

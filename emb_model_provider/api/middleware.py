@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.auth import AccessPolicy
     from emb_model_provider.api.limits import BodyBudget
+    from emb_model_provider.observability.tracing import Tracing
     from emb_model_provider.settings import LimitSettings
 
 access_logger = logging.getLogger(ACCESS_LOGGER)
@@ -98,6 +99,22 @@ class AccessLogMiddleware:
             }
         line = " ".join(f"{name}={value}" for name, value in fields.items())
         access_logger.log(level, "%s %s %s", record.method, record.path[:200], line, extra={"fields": fields})
+
+
+class TracingMiddleware:
+    """Creates a span for each request, except for those of monitoring. Within AccessLogMiddleware."""
+
+    def __init__(self, app: ASGIApp, tracing: Tracing) -> None:
+        self._app = app
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _MONITORING_PATHS:
+            await self._app(scope, receive, send)
+            return
+        route = scope["path"] if is_embedding_request(scope["method"], scope["path"]) else ""
+        with self._tracing.request(scope[RECORD], route, Headers(scope=scope)):
+            await self._app(scope, receive, send)
 
 
 class TrustedHostMiddleware:

@@ -119,10 +119,10 @@ def test_cuda_image_has_the_packages_for_quantization() -> None:
         environment = {"TORCH": "cpu", "TORCH_INDEX": "", **arguments}
         return subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
 
-    assert run() == "pip install --torch-backend=cpu -r pyproject.toml\n"
-    assert run(TORCH="cuda") == "pip install --extra quantization -r pyproject.toml\n"
-    assert run(TORCH_INDEX="https://mirror.example.com/cpu") == "pip install -r pyproject.toml\n"
-    assert "quantization" in PROJECT["project"]["optional-dependencies"]
+    assert run() == "pip install --torch-backend=cpu --extra otel -r pyproject.toml\n"
+    assert run(TORCH="cuda") == "pip install --extra quantization --extra otel -r pyproject.toml\n"
+    assert run(TORCH_INDEX="https://mirror.example.com/cpu") == "pip install --extra otel -r pyproject.toml\n"
+    assert {"otel", "quantization"} <= PROJECT["project"]["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("path", ["index", "page"])
