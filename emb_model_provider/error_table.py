@@ -30,6 +30,7 @@ _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.CompressedBodyError, ErrorInfo("unsupported_content_encoding", 415)),
     (errors.ReceiveTimeoutError, ErrorInfo("request_timeout", 408)),
     (errors.QueueFullError, ErrorInfo("queue_full", 429)),
+    (errors.QuotaExceededError, ErrorInfo("rate_limit_exceeded", 429)),
     (errors.ModelNotReadyError, ErrorInfo("model_not_ready", 503)),
     (errors.ThreadLimitError, ErrorInfo("thread_limit", 503)),
     (errors.DeadlineExceededError, ErrorInfo("timeout", 504)),

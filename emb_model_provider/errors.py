@@ -261,6 +261,10 @@ class QueueFullError(RetryLaterError):
     """The queue is full."""
 
 
+class QuotaExceededError(RetryLaterError):
+    """The tokens per minute of an API key are used up."""
+
+
 class ThreadLimitError(RetryLaterError):
     """The operating system refuses to start another thread."""
 

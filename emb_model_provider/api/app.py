@@ -31,6 +31,7 @@ from emb_model_provider.api.middleware import (
     TrustedHostMiddleware,
 )
 from emb_model_provider.api.paths import CONSOLE, CONSOLE_SIGN_IN, PathMiddleware
+from emb_model_provider.api.quotas import Quotas
 from emb_model_provider.api.routes import (
     azure,
     cached_models,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
     from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
+    from emb_model_provider.observability.metrics import RequestRecord
     from emb_model_provider.settings import ServerSettings, Settings
 
 T = TypeVar("T")
@@ -256,7 +258,8 @@ def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
 def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     app = EmbeddingsFastPath(app, services)
-    app = AuthAndLimitsMiddleware(app, policy, limits, BodyBudget(limits.max_pending_body_bytes))
+    quotas = Quotas(server.quotas)
+    app = AuthAndLimitsMiddleware(app, policy, limits, BodyBudget(limits.max_pending_body_bytes), quotas)
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
         app = CorsMiddleware(app, server.cors_origins)
@@ -264,7 +267,12 @@ def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> A
         app = TrustedHostMiddleware(app, policy)
     if services.tracing is not None:
         app = TracingMiddleware(app, services.tracing)
-    app = AccessLogMiddleware(app, services.metrics.on_request)
+
+    def on_request(record: RequestRecord) -> None:
+        services.metrics.on_request(record)
+        quotas.charge(record.key_name, record.tokens)
+
+    app = AccessLogMiddleware(app, on_request)
     return PathMiddleware(app)
 
 

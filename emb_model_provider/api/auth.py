@@ -49,6 +49,7 @@ class AccessPolicy:
         self.cookie = f"emb_provider_console_{settings.port}"
         """Name of the console's cookie. Cookies do not depend on the port, and one machine can run several services."""
         self._keys = tuple(key.encode() for key in settings.accepted_keys)
+        self._names = dict(zip(self._keys, settings.key_names, strict=True))
         self._admin_keys = tuple(key.encode() for key in settings.accepted_admin_keys)
         self._origins = frozenset(map(str.lower, settings.cors_origins))
         self._checks_hosts, self._hosts = settings.checks_hosts, settings.accepted_hosts
@@ -87,6 +88,16 @@ class AccessPolicy:
                 return None
             return _check_key(headers, self._keys, _KEY_HEADERS) if self._keys else self._check_origin(scope, headers)
         return self._authorize_admin(scope, headers)
+
+    @property
+    def names_keys(self) -> bool:
+        """Whether requests have keys, which have names."""
+        return bool(self._keys)
+
+    def key_name(self, headers: Headers) -> str:
+        """Return the name of the valid key of a request, or an empty string."""
+        names = [self._names[key] for key in self._keys if any(_matches(headers, (key,), _KEY_HEADERS))]
+        return names[0] if names else ""
 
     def sign_in_with(self, scope: Scope, headers: Headers) -> SignIn:
         """Return how the browser that sends a request can get to the console."""
@@ -194,19 +205,26 @@ def _check_key(headers: Headers, keys: tuple[bytes, ...], more_headers: tuple[st
     """Return an error response if no key is valid: a Bearer token, or the value of one of `more_headers`."""
     if not keys:
         return None
-    scheme, _, value = headers.get("authorization", "").partition(" ")
-    sent = [value] if scheme.lower() == "bearer" else []
-    sent += [headers.get(name, "") for name in more_headers]
-    # All keys are compared, so that the time does not depend on which one matches. Header text is Latin-1.
-    encoded = [key.strip().encode("latin-1") for key in sent]
-    matches = [hmac.compare_digest(key, accepted) for key in encoded for accepted in keys]
-    if not any(encoded):
+    if not any(_sent_keys(headers, more_headers)):
         message = "You didn't provide an API key. Send it as 'Authorization: Bearer <key>'."
-    elif any(matches):
+    elif any(_matches(headers, keys, more_headers)):
         return None
     else:
         message = "Incorrect API key provided."
     return error_response(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _sent_keys(headers: Headers, more_headers: tuple[str, ...]) -> list[bytes]:
+    """Return the keys of a request. Header text is Latin-1."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    sent = [value] if scheme.lower() == "bearer" else []
+    sent += [headers.get(name, "") for name in more_headers]
+    return [key.strip().encode("latin-1") for key in sent]
+
+
+def _matches(headers: Headers, keys: tuple[bytes, ...], more_headers: tuple[str, ...]) -> list[bool]:
+    """Compare all keys, so that the time does not depend on which one matches."""
+    return [hmac.compare_digest(key, accepted) for key in _sent_keys(headers, more_headers) for accepted in keys]
 
 
 def _is_direct_local(scope: Scope, headers: Headers) -> bool:

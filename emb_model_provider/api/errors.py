@@ -18,6 +18,7 @@ from emb_model_provider.errors import (
     ModelNotReadyError,
     ProviderError,
     QueueFullError,
+    QuotaExceededError,
     ReceiveTimeoutError,
     RequestError,
     RetryLaterError,
@@ -101,7 +102,7 @@ def response_for(error: BaseException) -> ErrorResponse:
             param = error.param
         case ReceiveTimeoutError():
             headers["connection"] = "close"  # because it is unknown where the next request would begin
-        case QueueFullError():
+        case QueueFullError() | QuotaExceededError():
             kind = "rate_limit_error"
             headers = retry_after(error.retry_after_s)
         case DeadlineExceededError(can_repeat=False):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.api.auth import AccessPolicy
     from emb_model_provider.api.limits import BodyBudget
+    from emb_model_provider.api.quotas import Quotas
     from emb_model_provider.observability.tracing import Tracing
     from emb_model_provider.settings import LimitSettings
 
@@ -132,9 +133,12 @@ class TrustedHostMiddleware:
 class AuthAndLimitsMiddleware:
     """Checks access and the size of request bodies, and turns exceptions into error responses."""
 
-    def __init__(self, app: ASGIApp, policy: AccessPolicy, limits: LimitSettings, budget: BodyBudget) -> None:
+    def __init__(
+        self, app: ASGIApp, policy: AccessPolicy, limits: LimitSettings, budget: BodyBudget, quotas: Quotas
+    ) -> None:
         self._app = app
         self._policy = policy
+        self._quotas = quotas
         self._max_body_bytes = limits.max_body_bytes
         self._max_json_values = max_json_values(limits)
         self._budget = budget
@@ -185,6 +189,10 @@ class AuthAndLimitsMiddleware:
             if refusal is not None:
                 await refusal(scope, receive, tracked_send)
                 return
+            record: RequestRecord = scope[RECORD]
+            if self._policy.names_keys and is_embedding_request(scope["method"], scope["path"]):
+                record.key_name = self._policy.key_name(headers)
+                self._quotas.check(record.key_name)
             self._check_headers(headers, max_bytes)
             # The size of the decompressed body counts, because that is what takes memory.
             receive_body = decompressed(headers.get("content-encoding", "identity"), checked_receive)

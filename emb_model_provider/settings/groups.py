@@ -439,6 +439,11 @@ class ServerSettings(SettingsGroup, title="Server"):
     api_keys: SecretStr | None = None
     """Keys, separated by commas. If set, every route requires one of them, except those for monitoring and
     documentation: as a Bearer token, or in the header `api-key` or `x-api-key`. Never shown."""
+    api_key_names: Annotated[Names, Allowed("names separated by commas, one for each key")] | None = None
+    """Names of the keys of API_KEYS, in their order, for `/metrics` and QUOTAS. Unset: key-1, key-2, and so on."""
+    quotas: Annotated[dict[str, Count], Allowed('JSON from names of keys to tokens, like {"search": 100000}')] = {}
+    """JSON object from the name of a key to the tokens that its requests may have per minute; `*` is the quota of each other
+    key. A key whose tokens are used up gets 429 with `Retry-After`. Names: API_KEY_NAMES. Unset: no quotas."""
     admin_api_keys: SecretStr | None = None
     """Keys, separated by commas, for routes that change something (`/api/…`). Unset: those routes answer only direct
     clients on the same machine, not through a proxy and not from a page of another site. Never shown."""
@@ -455,6 +460,26 @@ class ServerSettings(SettingsGroup, title="Server"):
     @property
     def accepted_keys(self) -> tuple[str, ...]:
         return _split_keys(self.api_keys)
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """The name of each of the accepted keys."""
+        return self.api_key_names or tuple(f"key-{number}" for number, _ in enumerate(self.accepted_keys, 1))
+
+    @model_validator(mode="after")
+    def _check_key_names(self) -> Self:
+        keys, names = self.accepted_keys, self.key_names
+        if len(names) != len(keys) or len(set(names)) != len(names):
+            raise SettingsError(
+                f"{PREFIX}API_KEY_NAMES={','.join(names)}: must be different names, one for each of the {len(keys)} keys of "
+                f"{PREFIX}API_KEYS."
+            )
+        if unknown := sorted(self.quotas.keys() - {*names, ANY}):
+            known = f"The names are {', '.join(names)}." if names else f"{PREFIX}API_KEYS is not set."
+            raise SettingsError(f"{PREFIX}QUOTAS: {', '.join(unknown)} is not the name of a key. {known}")
+        if self.quotas and not keys:
+            raise SettingsError(f"{PREFIX}QUOTAS: set {PREFIX}API_KEYS, because quotas apply to keys.")
+        return self
 
     @property
     def accepted_admin_keys(self) -> tuple[str, ...]:

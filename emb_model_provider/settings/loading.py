@@ -27,6 +27,7 @@ _JSON_SETTINGS: Mapping[str, str] = {
     "model_mapping": '{"alias": {"name": "owner/model"}}',
     "fidelity_floors": '{"int8": 0.99}',
     "agreement_floors": '{"int8": 0.97}',
+    "quotas": '{"search": 100000}',
     "hub_names": '{"acme/model": {"modelscope": "other/model"}}',
 }
 """Settings whose value is a JSON object, with an example of each."""
