@@ -42,26 +42,33 @@ def test_mounted_files_exist() -> None:
 
 
 @pytest.mark.slow
-def test_compose_accepts_the_file(tools: Environment) -> None:
+def test_compose_accepts_the_file(tools: Environment, tmp_path: Path) -> None:
     """The real docker compose checks it against the schema, and prints what it would start."""
 
-    def config(**variables: str) -> subprocess.CompletedProcess[str]:
-        command = [tools.program("docker-compose"), "--file", str(COMPOSE), "config", "--format", "json"]
+    def config(path: Path = COMPOSE, **variables: str) -> tuple[str, str]:
+        command = [tools.program("docker-compose"), "--file", str(path), "config", "--format", "json"]
         environment = {"PATH": os.environ["PATH"], "HOME": str(tools.directory), **variables}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        # Its wrapper always exits with 0.
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.stdout, done.stderr
 
-    done = config(GRAFANA_PASSWORD="x", MODEL_NAME="BAAI/bge-m3")
-    assert done.returncode == 0, done.stderr
-    services = json.loads(done.stdout)["services"]
+    output, errors = config(GRAFANA_PASSWORD="x", MODEL_NAME="BAAI/bge-m3")
+    assert errors == ""
+    services = json.loads(output)["services"]
     service = services["emb-model-provider"]
     assert Path(service["build"]["context"]) == DEPLOY.parent
     assert service["environment"]["EMB_PROVIDER_MODEL_NAME"] == "BAAI/bge-m3"
     assert service["read_only"] is True
     assert service["stop_grace_period"] == "1m15s"
     assert {port["host_ip"] for each in services.values() for port in each["ports"]} == {"127.0.0.1"}
-    missing = config()
-    assert missing.returncode != 0
-    assert "Set GRAFANA_PASSWORD" in missing.stderr
+    output, errors = config()
+    assert output == ""
+    assert "Set GRAFANA_PASSWORD" in errors
+    wrong = tmp_path / "docker-compose.yml"
+    wrong.write_text(COMPOSE.read_text(encoding="utf-8").replace("read_only:", "readonly:"), encoding="utf-8")
+    output, errors = config(wrong, GRAFANA_PASSWORD="x")
+    assert output == ""
+    assert "additional properties 'readonly' not allowed" in errors
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")

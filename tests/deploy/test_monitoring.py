@@ -38,13 +38,16 @@ def panels() -> list[dict[str, Any]]:
 
 
 def expressions() -> dict[str, str]:
-    """Return all expressions by the alert, the panel or the variable that they belong to."""
+    """Return all expressions by the alert, the panel or the variable that they belong to, and files with some."""
     found = {rule["alert"]: rule["expr"] for rule in rules()}
     for panel in panels():
         found |= {f"{panel['title']} {target['refId']}": target["expr"] for target in panel["targets"]}
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
             found[variable["name"]] = variable["query"]["query"]
+    for path in sorted([*DEPLOY.glob("helm/*/templates/*.yaml"), *DEPLOY.glob("kubernetes/*.yaml")]):
+        if METRIC.search(text := path.read_text(encoding="utf-8")):
+            found[path.name] = text
     return found
 
 
@@ -77,7 +80,7 @@ def test_metrics_of_alerts_and_panels_exist(name: str, live: dict[str, set[str]]
     missing = set(METRIC.findall(text)) - live.keys()
     assert missing == set()
     for metric, selector in SELECTOR.findall(text):
-        labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) - {"job", "instance"}
+        labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", selector)) - {"job", "instance", "namespace", "service"}
         if live[metric]:
             assert labels <= live[metric], metric
 
@@ -93,7 +96,9 @@ def test_all_metrics_of_the_service_are_on_the_dashboard(live: dict[str, set[str
 def test_expressions_are_valid(tools: Environment) -> None:
     """A parser of PromQL accepts them. Grafana replaces its variables before."""
     texts = [
-        text.replace("$__rate_interval", "5m") for text in expressions().values() if not text.startswith("label_values")
+        text.replace("$__rate_interval", "5m")
+        for name, text in expressions().items()
+        if not text.startswith("label_values") and not name.endswith(".yaml")
     ]
     assert tools.run("promql", expressions=texts) == {}
     assert tools.run("promql", expressions=["rate(emb_provider_tokens_total[5m]"]) != {}
