@@ -135,7 +135,7 @@ def test_batch_is_linked_to_the_request_that_it_served(traced: Service, collecto
 
 
 def test_failed_request_has_the_code_of_its_error(traced: Service, collector: Collector) -> None:
-    """An error of the client is no error of the span, as OpenTelemetry defines it."""
+    """An error of the client does not make the span an error, as OpenTelemetry defines it."""
     trace_id = "3" * 32
     traced.http.post("/v1/embeddings", json={"input": "x", "model": "made-up"}, headers=traceparent(trace_id))
     (request,) = collector.wait_for(trace_id, 1).values()
