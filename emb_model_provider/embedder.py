@@ -80,7 +80,7 @@ class Embedder:
         self._settings = settings if settings is not None else load_settings()[0]
         name = model if model is not None else self._settings.models.specs()[0].alias
         spec = resolve_model(self._settings, name, source=source, revision=revision, precision=precision)
-        self._input_type = spec.input_type_of(name)
+        self._defaults = spec.defaults_of(name)
         self.spec: ModelSpec = replace(spec, device=device or spec.device, backend=backend or spec.backend)
         self._running: _Running | None = None
         self._starting = threading.Lock()
@@ -264,7 +264,12 @@ class Embedder:
             UnsupportedTaskError: The model is no reranker. Other errors are those of `embed`.
         """
         running = self._loaded()
-        scores = running.call(running.score(query, documents, ScoreOptions(raw=raw, instruction=instruction)))
+        options = ScoreOptions(
+            raw=self._defaults.raw_scores if raw is None else raw,
+            instruction=instruction,
+            long_documents=self._defaults.long_documents,
+        )
+        scores = running.call(running.score(query, documents, options))
         order = sorted(range(len(documents)), key=lambda index: -scores[index])
         return [RankedDocument(index, scores[index], documents[index]) for index in order[:top_n]]
 
@@ -274,7 +279,7 @@ class Embedder:
         return EmbedOptions(
             dimensions=dimensions,
             normalize=normalize,
-            input_type=self._input_type if input_type is None else input_type,
+            input_type=self._defaults.input_type if input_type is None else input_type,
             truncate=truncate,
         )
 

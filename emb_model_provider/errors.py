@@ -173,11 +173,11 @@ class TextTooLongError(RequestError):
 
     code = "string_above_max_length"
 
-    def __init__(self, index: int, characters: int, limit: int) -> None:
+    def __init__(self, index: int, characters: int, limit: int, *, param: str = "input") -> None:
         super().__init__(
-            f"Invalid 'input[{index}]': the text has {characters} characters, and the tokenizer reads texts of up to {limit}. "
+            f"Invalid '{param}[{index}]': the text has {characters} characters, and the tokenizer reads texts of up to {limit}. "
             "Divide the text into several inputs.",
-            param="input",
+            param=param,
         )
         self.index = index
         self.characters = characters
@@ -189,8 +189,8 @@ class TooManyTokensError(RequestError):
 
     code = "max_tokens_per_request"
 
-    def __init__(self, tokens: int, limit: int) -> None:
-        super().__init__(f"Requested {tokens} tokens, max {limit} tokens per request.", param="input")
+    def __init__(self, tokens: int, limit: int, *, param: str = "input") -> None:
+        super().__init__(f"Requested {tokens} tokens, max {limit} tokens per request.", param=param)
 
 
 class DimensionsError(RequestError):

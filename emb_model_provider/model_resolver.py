@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from emb_model_provider.errors import SettingsError
-from emb_model_provider.model_spec import BUNDLED_MODEL, BUNDLED_REVISION, name_of_directory, parse_address
+from emb_model_provider.model_spec import (
+    BUNDLED_MODEL,
+    BUNDLED_REVISION,
+    RequestDefaults,
+    name_of_directory,
+    parse_address,
+)
 from emb_model_provider.settings import MappingEntry
 
 if TYPE_CHECKING:
@@ -104,7 +110,7 @@ def _change(spec: ModelSpec, changes: dict[str, Any]) -> ModelSpec:
     alias = changes.get("alias")
     if alias is None or alias in spec.aliases:
         return replace(spec, **changes | {"alias": spec.alias})
-    return replace(spec, **changes, more_aliases={}, input_type=None)
+    return replace(spec, **changes, more_aliases={}, defaults=replace(spec.defaults, input_type=None))
 
 
 def resolve_source(spec: ModelSpec) -> Literal["huggingface", "modelscope", "local", "bundled"]:
@@ -153,8 +159,8 @@ class ResolvedName:
     """First alias of the model."""
     listed: str
     """The alias under which the list of models has this name."""
-    input_type: str | None = None
-    """The `input_type` of requests that use this name and have none themselves."""
+    defaults: RequestDefaults = field(default_factory=RequestDefaults)
+    """What requests get that use this name and do not say otherwise."""
     needs_prompts: bool = False
     """Whether the name exists only if the model has a prompt for queries and one for documents."""
 
@@ -199,7 +205,9 @@ class NameIndex:
         base, _, side = name.rpartition("-")
         input_type = _SIDES.get(side.casefold())
         found = self._find_folded(base) if input_type is not None else None
-        return replace(found, input_type=input_type, needs_prompts=True) if found is not None else None
+        if found is None:
+            return None
+        return replace(found, defaults=replace(found.defaults, input_type=input_type), needs_prompts=True)
 
 
 def _names_of(specs: Iterable[ModelSpec]) -> dict[str, ResolvedName | None]:
@@ -208,10 +216,11 @@ def _names_of(specs: Iterable[ModelSpec]) -> dict[str, ResolvedName | None]:
     ids: dict[str, ResolvedName] = {}
     last_parts: dict[str, dict[tuple[str, Path | None], ResolvedName]] = {}
     for spec in specs:
-        of_spec = {alias: ResolvedName(spec.alias, alias, spec.input_type_of(alias)) for alias in spec.aliases}
+        of_spec = {alias: ResolvedName(spec.alias, alias, spec.defaults_of(alias)) for alias in spec.aliases}
         aliases |= of_spec
-        ids.setdefault(spec.name, ResolvedName(spec.alias, spec.alias))
-        for name, found in (*of_spec.items(), (spec.name, ResolvedName(spec.alias, spec.alias))):
+        of_id = ResolvedName(spec.alias, spec.alias, replace(spec.defaults, input_type=None))
+        ids.setdefault(spec.name, of_id)
+        for name, found in (*of_spec.items(), (spec.name, of_id)):
             models = last_parts.setdefault(name.rstrip("/").rpartition("/")[2], {})
             models.setdefault((spec.name, spec.path), found)
     unique = {name: next(iter(models.values())) if len(models) == 1 else None for name, models in last_parts.items()}

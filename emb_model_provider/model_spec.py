@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -31,6 +31,19 @@ MIRROR_MANIFEST = "mirror-manifest.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestDefaults:
+    """What requests get that use an alias and do not say otherwise. They do not change how the model is loaded."""
+
+    input_type: str | None = None
+    """The `input_type` of requests for embeddings."""
+    raw_scores: bool = False
+    """Whether scores are logits. False: the activation of the model is applied."""
+    long_documents: LongDocuments = "windows"
+    """What a reranker does with a document that does not fit next to the query: the best score of overlapping windows
+    counts, or the document is cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model to serve.
 
@@ -41,10 +54,10 @@ class ModelSpec:
     """Name that requests use."""
     name: str
     """Repository id on a hub, or a directory."""
-    input_type: str | None = None
-    """The `input_type` of requests that use the alias and have none themselves."""
-    more_aliases: Mapping[str, str | None] = field(default_factory=dict)
-    """Further aliases of the model, each with the `input_type` of its requests."""
+    defaults: RequestDefaults = field(default_factory=RequestDefaults)
+    """Those of requests that use the alias."""
+    more_aliases: Mapping[str, RequestDefaults] = field(default_factory=dict)
+    """Further aliases of the model, each with those of its requests."""
     source: Source = "auto"
     path: Path | None = None
     """Local directory of the model. Takes precedence over any hub."""
@@ -81,20 +94,20 @@ class ModelSpec:
     truncate: Truncate | None = None
     """Side from which inputs that are too long are cut, if the request sets none. NONE: they are rejected. None: the side
     that the tokenizer of the model declares, which is nearly always END."""
-    raw_scores: bool = False
-    """Whether scores are logits unless a request asks otherwise. False: the activation of the model is applied."""
-    long_documents: LongDocuments = "windows"
-    """What a reranker does with a document that does not fit next to the query: the best score of overlapping windows
-    counts, or the document is cut."""
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """All aliases of the model. The first one names it in logs and metrics."""
         return self.alias, *self.more_aliases
 
-    def input_type_of(self, name: str) -> str | None:
-        """Return the `input_type` of requests that use a name; None for a name that is not an alias."""
-        return self.input_type if name == self.alias else self.more_aliases.get(name)
+    def defaults_of(self, name: str) -> RequestDefaults:
+        """Return the defaults of requests that use a name.
+
+        For a name that is not an alias, they are those of the first alias without its `input_type`.
+        """
+        if name == self.alias:
+            return self.defaults
+        return self.more_aliases.get(name) or replace(self.defaults, input_type=None)
 
 
 @dataclass(frozen=True, slots=True)

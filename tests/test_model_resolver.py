@@ -9,7 +9,13 @@ import pytest
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_resolver import NameIndex, ResolvedName, resolve_model
-from emb_model_provider.model_spec import ModelSpec, RepositoryAddress, name_of_directory, parse_address
+from emb_model_provider.model_spec import (
+    ModelSpec,
+    RepositoryAddress,
+    RequestDefaults,
+    name_of_directory,
+    parse_address,
+)
 from emb_model_provider.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,8 +23,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+FOR_QUERIES = RequestDefaults(input_type="query")
+
+
 def spec(name: str, alias: str | None = None, **more_aliases: str | None) -> ModelSpec:
-    return ModelSpec(alias=alias or name, name=name, more_aliases=more_aliases)
+    more = {each: RequestDefaults(input_type=input_type) for each, input_type in more_aliases.items()}
+    return ModelSpec(alias=alias or name, name=name, more_aliases=more)
 
 
 def aliases_of(names: NameIndex, *requested: str) -> list[str | None]:
@@ -81,8 +91,10 @@ def test_exact_names_take_precedence_over_similar_ones() -> None:
 def test_names_for_queries_and_passages() -> None:
     """NAME-query and NAME-passage are names of a model, unless a model has this name itself."""
     names = NameIndex([spec("acme/e5"), spec("acme/dpr"), spec("acme/dpr-query")])
-    assert names.find_similar("e5-query") == ResolvedName("acme/e5", "acme/e5", "query", needs_prompts=True)
-    assert names.find_similar("acme/E5-Passage") == ResolvedName("acme/e5", "acme/e5", "document", needs_prompts=True)
+    assert names.find_similar("e5-query") == ResolvedName("acme/e5", "acme/e5", FOR_QUERIES, needs_prompts=True)
+    assert names.find_similar("acme/E5-Passage") == ResolvedName(
+        "acme/e5", "acme/e5", RequestDefaults(input_type="document"), needs_prompts=True
+    )
     assert names.find_similar("dpr-query") == ResolvedName("acme/dpr-query", "acme/dpr-query")
     for unknown in ("e6-query", "e5-document", "-query", "query"):
         assert names.find_similar(unknown) is None
@@ -101,13 +113,37 @@ def test_entries_that_differ_only_in_aliases_are_one_model() -> None:
     assert one.aliases == ("bge", "m3", "text-embedding-3-small", "bge-query")
     assert other.aliases == ("bge-exact",)
     names = NameIndex([one, other])
-    assert names.find("bge-query") == ResolvedName("bge", "bge-query", "query")
+    assert names.find("bge-query") == ResolvedName("bge", "bge-query", FOR_QUERIES)
     assert names.find("m3") == ResolvedName("bge", "m3")
     assert names.find("acme/bge") == ResolvedName("bge", "bge")
     assert resolve_model(settings, "bge-query") == one
     assert resolve_model(settings, "acme/bge", alias="m3") == one
     renamed = resolve_model(settings, "acme/bge", alias="new")
-    assert (renamed.aliases, renamed.input_type) == (("new",), None)
+    assert (renamed.aliases, renamed.defaults) == (("new",), RequestDefaults())
+
+
+def test_aliases_of_a_reranker_share_the_model() -> None:
+    """They may differ in the form of the scores, and in what happens to long documents. The id has the first one's."""
+    settings = Settings.from_values(
+        model_mapping={
+            "rerank": {"name": "acme/rerank", "raw_scores": True},
+            "rerank-01": {"name": "acme/rerank"},
+            "rerank-cut": {"name": "acme/rerank", "long_documents": "cut", "aliases": ["cut"]},
+        }
+    )
+    (one,) = settings.models.specs()
+    names = NameIndex([one])
+    defaults = {
+        "rerank": RequestDefaults(raw_scores=True),
+        "rerank-01": RequestDefaults(),
+        "rerank-cut": RequestDefaults(long_documents="cut"),
+        "cut": RequestDefaults(long_documents="cut"),
+    }
+    assert {alias: one.defaults_of(alias) for alias in one.aliases} == defaults
+    for name, expected in {**defaults, "acme/rerank": RequestDefaults(raw_scores=True)}.items():
+        found = names.find(name)
+        assert found is not None
+        assert (found.alias, found.defaults) == ("rerank", expected)
 
 
 def test_preload_accepts_each_alias() -> None:

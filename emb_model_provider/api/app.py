@@ -35,7 +35,9 @@ from emb_model_provider.api.quotas import Quotas
 from emb_model_provider.api.routes import (
     azure,
     cached_models,
+    classify,
     cohere,
+    dashscope,
     downloads,
     embeddings,
     llamafile,
@@ -50,7 +52,7 @@ from emb_model_provider.api.routes import (
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.routes.loaded_models import resolve_requested_model
 from emb_model_provider.api.schemas.management import ModelQuery
-from emb_model_provider.api.schemas.openai import EmbeddingRequest
+from emb_model_provider.api.schemas.scores import REQUESTS
 from emb_model_provider.api.sessions import Sessions
 from emb_model_provider.backends.hardware import total_memory
 from emb_model_provider.errors import ProviderError
@@ -89,6 +91,7 @@ _JOBS_STOP_S = 2.0
 _ROUTERS = (
     embeddings.router,
     rerank.router,
+    classify.router,
     models.router,
     loaded_models.router,
     downloads.router,
@@ -96,6 +99,7 @@ _ROUTERS = (
     operations.router,
     azure.router,
     cohere.router,
+    dashscope.router,
     llamafile.router,
     ollama.router,
     tei.router,
@@ -135,16 +139,18 @@ class Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document.
 
-        It has what FastAPI does not know: the request body of `POST /v1/embeddings`, which its route parses itself, the API
-        keys, and a URL of the service that is relative to that of the document, and so right behind a proxy that adds a
-        prefix. It lacks FastAPI's own error responses, which are never sent.
+        It has what FastAPI does not know: the request bodies that routes parse themselves, the API keys, and a URL of the
+        service that is relative to that of the document, and so right behind a proxy that adds a prefix. It lacks FastAPI's
+        own error responses, which are never sent.
         """
         if self.openapi_schema is not None:
             return self.openapi_schema
         document = super().openapi()
         document["servers"] = [{"url": "."}]
         schemas = document["components"]["schemas"]
-        schemas[EmbeddingRequest.__name__] = EmbeddingRequest.model_json_schema()
+        for model in REQUESTS:
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
         del schemas["HTTPValidationError"], schemas["ValidationError"]
         server: ServerSettings = self.state.services.settings.server
         keys = {"/v1": "apiKey"} if server.accepted_keys else {}

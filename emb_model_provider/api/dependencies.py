@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -11,16 +12,20 @@ from fastapi import Depends
 from starlette.requests import Request
 
 from emb_model_provider.errors import ModelNotReadyError
+from emb_model_provider.serving.request_options import has_search_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from emb_model_provider.management.downloads import DownloadJobs
     from emb_model_provider.management.kept_models import KeptModels
     from emb_model_provider.management.manager import ModelManager
+    from emb_model_provider.model_spec import RequestDefaults
     from emb_model_provider.observability.metrics import Metrics, RequestRecord
     from emb_model_provider.observability.tracing import Tracing
     from emb_model_provider.registry import OnDemandModels, Registry
+    from emb_model_provider.serving.engine import Engine
+    from emb_model_provider.serving.results import Measured
     from emb_model_provider.settings import Settings
 
 T = TypeVar("T")
@@ -102,6 +107,40 @@ def get_services(request: Request) -> Services:
 def get_record(request: Request) -> RequestRecord:
     record: RequestRecord = request.scope[RECORD]
     return record
+
+
+@dataclass(frozen=True, slots=True)
+class UsedModel:
+    """A loaded model that a request uses."""
+
+    name: str
+    """The requested name, or the alias of the default model."""
+    defaults: RequestDefaults
+    """Those of requests that use this name."""
+    engine: Engine
+
+
+@asynccontextmanager
+async def use_model(request: Request, services: Services, name: str | None) -> AsyncIterator[UsedModel]:
+    """Keep the model that a name refers to in memory during the block; None is the default model."""
+    registry = services.registry
+    if name is None:
+        name = registry.default_alias
+    resolved = await services.models.resolve(name)
+    get_record(request).model = resolved.alias
+    async with registry.lease(resolved.alias) as engine:
+        if resolved.needs_prompts and not has_search_prompts(engine.description):
+            raise registry.not_found(name)
+        yield UsedModel(name, resolved.defaults, engine)
+
+
+def fill_record(record: RequestRecord, inputs: int, measured: Measured) -> None:
+    """Record how many inputs a request had, and their measurements."""
+    record.inputs = inputs
+    record.tokens = measured.tokens
+    record.tokenize_s = measured.tokenize_s
+    record.queue_s = measured.timing.queue_s
+    record.inference_s = measured.timing.inference_s
 
 
 ServicesDep = Annotated[Services, Depends(get_services)]

@@ -60,6 +60,9 @@ class ErrorResponse(Response):
                 self._set_body({"error": self.message, "error_type": _tei_error_type(self.status_code)})
             case "cohere":
                 self._set_body({"message": self.message})
+            case "dashscope":
+                request = record.request_id if record is not None else None
+                self._set_body({"code": self._code, "message": self.message, "request_id": request})
         await super().__call__(scope, receive, send)
 
     def _set_body(self, body: Mapping[str, str | None]) -> None:

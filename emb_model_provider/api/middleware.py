@@ -17,7 +17,7 @@ from emb_model_provider.api.compression import decompressed
 from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT, JsonValueCounter, max_json_values
-from emb_model_provider.api.paths import is_admin_path, is_embedding_request
+from emb_model_provider.api.paths import is_admin_path, is_inference_request
 from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError, is_failure
 from emb_model_provider.formatting import format_size
 from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
@@ -82,7 +82,7 @@ class AccessLogMiddleware:
             self._write(record)
 
     def _write(self, record: RequestRecord) -> None:
-        if is_embedding_request(record.method, record.path):
+        if is_inference_request(record.method, record.path):
             self._on_request(record)
         level = logging.DEBUG if record.path in _MONITORING_PATHS else logging.INFO
         if not access_logger.isEnabledFor(level):
@@ -113,7 +113,7 @@ class TracingMiddleware:
         if scope["type"] != "http" or scope["path"] in _MONITORING_PATHS:
             await self._app(scope, receive, send)
             return
-        route = scope["path"] if is_embedding_request(scope["method"], scope["path"]) else ""
+        route = scope["path"] if is_inference_request(scope["method"], scope["path"]) else ""
         with self._tracing.request(scope[RECORD], route, Headers(scope=scope)):
             await self._app(scope, receive, send)
 
@@ -190,7 +190,7 @@ class AuthAndLimitsMiddleware:
                 await refusal(scope, receive, tracked_send)
                 return
             record: RequestRecord = scope[RECORD]
-            if self._policy.names_keys and is_embedding_request(scope["method"], scope["path"]):
+            if self._policy.names_keys and is_inference_request(scope["method"], scope["path"]):
                 record.key_name = self._policy.key_name(headers)
                 self._quotas.check(record.key_name)
             self._check_headers(headers, max_bytes)

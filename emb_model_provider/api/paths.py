@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Final, Literal
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-Dialect = Literal["openai", "ollama", "tei", "cohere"]
+Dialect = Literal["openai", "ollama", "tei", "cohere", "dashscope"]
 """The API that a path belongs to, which decides the form of its errors."""
 
 EMBEDDINGS: Final = "/v1/embeddings"
+DASHSCOPE_RERANK: Final = "/services/rerank/text-rerank/text-rerank"
 
 _OLLAMA: Final = frozenset(
     f"/api/{name}" for name in ("embed", "embeddings", "ps", "show", "tags", "version")
 )  # fmt: skip
 """Ollama's routes, to which the rules for the other routes below `/api` do not apply: they change nothing."""
-_TEI: Final = frozenset({"/embed", "/info", "/similarity", "/tokenize"})
-_COHERE: Final = frozenset({"/v1/embed", "/v2/embed"})
+_TEI: Final = frozenset(
+    {"/embed", "/embed_all", "/embed_sparse", "/info", "/predict", "/rerank", "/similarity", "/tokenize"}
+)
+_COHERE: Final = frozenset({"/v1/embed", "/v2/embed", "/v2/rerank"})
 _AZURE: Final = "/openai/deployments/"
 _PUBLIC: Final = frozenset({"/docs", "/health", "/metrics", "/openapi.json", "/ready"})
 """Paths that require no API key, besides `GET /` and the files of `/docs`."""
@@ -27,20 +30,26 @@ CONSOLE: Final = "/console"
 CONSOLE_SIGN_IN: Final = "/console/sign-in"
 _CONSOLE_STATIC: Final = "/console/static/"
 
-_BASE = r"(?:/+(?:(?:api|openai|compatible-mode|engines(?:/+[^/]+)?)/+)?v[1-3])*"
+_BASE = r"(?:/+(?:(?:api|openai|compatible-(?:mode|api)|engines(?:/+[^/]+)?)/+)?v[1-3])*"
 """Any number of base URLs of OpenAI-compatible services: /v1, /v2, /v3, /api/v1, /api/v3, /openai/v1, /engines/v1, ..."""
 _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.DOTALL), path)
     for pattern, path in (
         (rf"(?:{_BASE}/+embeddings)+/*", EMBEDDINGS),
         (rf"{_BASE}/+models/*", "/v1/models"),
+        (r"(?:/+v[12])*/+v2/+rerank/*", "/v2/rerank"),
+        (r"(?:/+rerank)+/*", "/rerank"),
+        (rf"(?:{_BASE}/+reranks?)+/*", "/v1/rerank"),
+        (rf"{_BASE}/+(score|classify)/*", r"/v1/\1"),
+        (r"(?:/+v1)+/+similarity/*", "/v1/similarity"),
+        (rf"{_BASE}/+services/+rerank/+text-rerank/+text-rerank/*", DASHSCOPE_RERANK),
         # The id is not changed, because it can be a directory: /v1/models//data/model
         (rf"{_BASE}/+models/(.+)", r"/v1/models/\1"),
         (r"(?:/+v1)*/+(v[12])/+embed/*", r"/\1/embed"),
         (r"(?:/+(?:v1|api))*/+api/+(embed|embeddings|ps|show|tags|version)/*", r"/api/\1"),
         (r"(?:/+(?:openai|v1))*/+deployments/+([^/].*)/embeddings/*", r"/openai/deployments/\1/embeddings"),
         (r"(?:/+v1)?/+engines/+([^/].*)/embeddings/*", r"/openai/deployments/\1/embeddings"),
-        (r"/+(embed|embedding|info|similarity|tokenize)/*", r"/\1"),
+        (r"/+(embed|embed_all|embed_sparse|embedding|info|predict|similarity|tokenize)/*", r"/\1"),
     )
 )
 """Patterns of paths that users and clients send, and the paths of the routes. The first match counts.
@@ -96,11 +105,11 @@ def is_public_path(method: str, path: str) -> bool:
     return path in _PUBLIC or path.startswith("/docs/")
 
 
-def is_embedding_request(method: str, path: str) -> bool:
-    """Return whether a request asks for vectors, in any dialect."""
+def is_inference_request(method: str, path: str) -> bool:
+    """Return whether a request asks for vectors or scores, in any dialect."""
     if method != "POST":
         return False
-    return path in _EMBEDDING_PATHS or (path.startswith(_AZURE) and path.endswith("/embeddings"))
+    return path in _INFERENCE_PATHS or (path.startswith(_AZURE) and path.endswith("/embeddings"))
 
 
 def dialect_of(method: str, path: str) -> Dialect:
@@ -109,9 +118,14 @@ def dialect_of(method: str, path: str) -> Dialect:
         return "ollama"
     if path in _TEI or (path == "/" and method == "POST"):
         return "tei"
+    if path == DASHSCOPE_RERANK:
+        return "dashscope"
     return "cohere" if path in _COHERE else "openai"
 
 
-_EMBEDDING_PATHS = frozenset(
-    {EMBEDDINGS, "/v1/rerank", "/", "/api/embed", "/api/embeddings", "/embed", "/embedding", "/similarity", *_COHERE}
-)
+_INFERENCE_PATHS = frozenset(
+    {
+        EMBEDDINGS, "/v1/classify", "/v1/rerank", "/v1/score", "/v1/similarity", "/", "/api/embed", "/api/embeddings",
+        "/embedding", DASHSCOPE_RERANK, *_COHERE, *(_TEI - {"/info", "/tokenize"}),
+    }
+)  # fmt: skip

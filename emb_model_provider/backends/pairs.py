@@ -5,14 +5,15 @@ Only the document is ever cut: without the whole query, or without the end of a 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.backends.tokenization import EncodedInputs, replace_lone_surrogates
-from emb_model_provider.errors import InputTooLongError, RequestError
+from emb_model_provider.errors import InputTooLongError, RequestError, TextTooLongError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from emb_model_provider.backends.base import ModelDescription, PairTemplate
     from emb_model_provider.backends.tokenization import Tokenization
@@ -23,6 +24,11 @@ _OVERLAP = 4
 _MIN_ROOM = 32
 """Tokens of a document that must fit next to the query; in short models a fourth of their length. Otherwise a long query
 would turn a document into hundreds of windows without context."""
+
+
+PairNames = tuple[str, str]
+PAIR_NAMES: PairNames = ("query", "documents")
+"""How requests name queries and documents, most often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class PairTokenization:
         long_documents: LongDocuments | None = "windows",
         max_tokens: int | None = None,
         max_document_tokens: int | None = None,
+        names: PairNames = PAIR_NAMES,
     ) -> EncodedPairs:
         """Tokenize pairs of a query and a document.
 
@@ -73,21 +80,23 @@ class PairTokenization:
                 it is an error.
             max_tokens: Longest input, at most that of the model.
             max_document_tokens: Longest document; what is beyond it is not read.
+            names: Names of the queries and of the documents, for errors.
 
         Raises:
             InputTooLongError: A document does not fit, and `long_documents` is None.
             RequestError: A query leaves too little room for a document that does not fit.
+            TextTooLongError: The tokenizer would have to read too many characters of a text.
         """
         limit = self._max_length if max_tokens is None else max(1, min(max_tokens, self._max_length))
         inputs = EncodedInputs([], [], 0, first_lengths=[] if self._has_token_types else None)
         owners: list[int] = []
         cut = 0
-        for index, pair in enumerate(self._tokenize(pairs, prompt)):
+        for index, pair in enumerate(self._tokenize(pairs, prompt, names)):
             document = pair.document[:max_document_tokens]
             room = limit - len(pair.before) - len(pair.after)
             starts = [0]
             if len(document) > room:
-                self._check_room(index, room, limit, long_documents)
+                self._check_room(index, room, limit, long_documents, names)
                 if long_documents == "windows":
                     starts = _window_starts(len(document), room)
             cut += len(starts) == 1 and min(room, len(document)) < len(pair.document)
@@ -101,16 +110,18 @@ class PairTokenization:
             EncodedInputs(inputs.ids, inputs.prompt_lengths, cut, first_lengths=inputs.first_lengths), owners
         )
 
-    def _tokenize(self, pairs: Sequence[tuple[str, str]], prompt: str) -> list[_Pair]:
+    def _tokenize(self, pairs: Sequence[tuple[str, str]], prompt: str, names: PairNames) -> list[_Pair]:
         if self._template is not None:
-            return self._fill(self._template, pairs, prompt)
+            with _naming(names[1]):
+                return self._fill(self._template, pairs, prompt)
         frame = self._frame
         assert frame is not None  # noqa: S101 - set if there is no template
         queries = list(dict.fromkeys(query for query, _ in pairs))
-        of_query = dict(
-            zip(queries, self._tokenization.ids_between([prompt + query for query in queries]), strict=True)
-        )
-        documents = self._tokenization.ids_between([document for _, document in pairs])
+        with _naming(names[0]):
+            ids = self._tokenization.ids_between([prompt + query for query in queries])
+        of_query = dict(zip(queries, ids, strict=True))
+        with _naming(names[1]):
+            documents = self._tokenization.ids_between([document for _, document in pairs])
         return [
             _Pair(
                 [*frame.before, *of_query[query], *frame.between],
@@ -137,16 +148,28 @@ class PairTokenization:
             filled.append(_Pair(ids[:first], ids[first:last], ids[last:], first))
         return filled
 
-    def _check_room(self, index: int, room: int, limit: int, long_documents: LongDocuments | None) -> None:
+    def _check_room(
+        self, index: int, room: int, limit: int, long_documents: LongDocuments | None, names: PairNames
+    ) -> None:
+        query, documents = names
         if long_documents is None:
-            raise InputTooLongError(index, limit, param="documents")
+            raise InputTooLongError(index, limit, param=documents)
         if room < (least := min(_MIN_ROOM, max(1, limit // 4))):
             raise RequestError(
                 f"The query is too long: this model reads {limit} tokens, and the query leaves {max(0, room)} of them for "
-                f"documents[{index}], which needs at least {least}. Shorten the query.",
-                param="query",
+                f"{documents}[{index}], which needs at least {least}. Shorten the query.",
+                param=query,
                 code="context_length_exceeded",
             )
+
+
+@contextmanager
+def _naming(param: str) -> Iterator[None]:
+    """Let the error for a text that is too long name the field of the text."""
+    try:
+        yield
+    except TextTooLongError as error:
+        raise TextTooLongError(error.index, error.characters, error.limit, param=param) from None
 
 
 def _window_starts(length: int, room: int) -> list[int]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emb_model_provider.backends.similarity import maxsim
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
@@ -161,13 +163,6 @@ def _densify(vectors: Sequence[SparseVector], terms: NDArray[np.int32]) -> NDArr
 
 
 # --- vectors of tokens --------------------------------------------------------------------------------
-
-
-def maxsim(query: NDArray[np.float32], document: NDArray[np.float32]) -> float:
-    """Return the sum, over the tokens of a query, of the highest dot product with a token of a document."""
-    if not len(query) or not len(document):
-        return 0.0
-    return float((query.astype(np.float64) @ document.astype(np.float64).T).max(axis=1).sum())
 
 
 def maxsim_error(ours: Sequence[NDArray[np.float32]], theirs: Sequence[NDArray[np.float32]], queries: int) -> float:

@@ -85,17 +85,17 @@ class Metrics:
                 Histogram(f"emb_provider_{name}", text, (label,), buckets=buckets, registry=self._registry).labels
             )
 
-        self._requests = counter("requests", "Requests for embeddings.", "model", "status")
+        self._requests = counter("requests", "Requests for embeddings or scores.", "model", "status")
         self._errors = counter(
-            "errors", "Failed requests for embeddings, also those that name no known model.", "model", "code"
+            "errors", "Failed requests for embeddings or scores, also those that name no known model.", "model", "code"
         )
-        self._key_requests = counter("key_requests", "Requests for embeddings by API key.", "key", "status")
-        self._key_tokens = counter("key_tokens", "Embedded tokens by API key.", "key")
+        self._key_requests = counter("key_requests", "Requests for embeddings or scores by API key.", "key", "status")
+        self._key_tokens = counter("key_tokens", "Tokens of inputs by API key.", "key")
         self._request_s = histogram(
             "request_seconds", "Time from the head of a request to the last byte of its response.", _SECONDS
         )
-        self._inputs = counter("inputs", "Embedded inputs.", "model")
-        self._tokens = counter("tokens", "Embedded tokens, including special tokens.", "model")
+        self._inputs = counter("inputs", "Inputs: texts, or pairs of texts.", "model")
+        self._tokens = counter("tokens", "Tokens of inputs, including special tokens.", "model")
         self._truncated = counter(
             "truncated_inputs", "Inputs that were cut to the longest input of the model.", "model"
         )
@@ -157,7 +157,7 @@ class Metrics:
             self._cache_misses(model).inc(misses)
 
     def on_request(self, record: RequestRecord) -> None:
-        """Record an answered request for embeddings."""
+        """Record an answered request for embeddings or scores."""
         self._requests(record.model, str(record.status)).inc()
         if record.status >= 400:
             self._errors(record.model, record.error_code or "disconnected").inc()

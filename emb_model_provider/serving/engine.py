@@ -12,7 +12,8 @@ import numpy as np
 from emb_model_provider.backends.arrays import finite_rows
 from emb_model_provider.backends.base import TASKS, Outputs, TokenBatch
 from emb_model_provider.backends.output_types import range_of
-from emb_model_provider.backends.pairs import PairTokenization
+from emb_model_provider.backends.pairs import PAIR_NAMES, PairTokenization
+from emb_model_provider.backends.similarity import maxsim, sparse_dot
 from emb_model_provider.backends.tokenization import EncodedInputs, Tokenization
 from emb_model_provider.concurrency import ForkGuard
 from emb_model_provider.errors import (
@@ -36,7 +37,7 @@ from emb_model_provider.serving.request_options import (
     choose_task,
     postprocess,
 )
-from emb_model_provider.serving.results import Classifications, Embeddings, PairScores
+from emb_model_provider.serving.results import Classifications, Embeddings, PairScores, Similarities
 from emb_model_provider.serving.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from emb_model_provider.backends.base import Activation, Backend, ModelDescription, OutputName, Row, Task
-    from emb_model_provider.backends.pairs import EncodedPairs
+    from emb_model_provider.backends.pairs import EncodedPairs, PairNames
     from emb_model_provider.backends.tokenization import Token
     from emb_model_provider.model_spec import LongDocuments, ModelSpec, Truncate
     from emb_model_provider.serving.config import EngineConfig
@@ -102,6 +103,8 @@ class ScoreOptions:
     """What happens to a document that does not fit next to the query."""
     max_document_tokens: int | None = None
     """Longest document in tokens; what is beyond it is not read."""
+    names: PairNames = PAIR_NAMES
+    """Names of the fields of the request with the queries and the documents, for errors."""
 
 
 class Engine:
@@ -218,6 +221,36 @@ class Engine:
             **measured,
         )
 
+    async def similarity(self, source: str, others: Sequence[str], options: EmbedOptions) -> Similarities:
+        """Return how similar a text is to each of several others; at least one.
+
+        It is the cosine of dense vectors, or else MaxSim or the dot product of sparse vectors. For these, the text is
+        embedded as a query, and the others as documents, unless the options have an `input_type`. Errors are those of
+        `embed`.
+        """
+        outputs = self.description.outputs
+        output = next((name for name in outputs if name in ("multi_vector", "sparse")), None)
+        if output is None or "dense" in outputs:
+            embeddings = await self.embed([source, *others], replace(options, normalize=True))
+            vectors = embeddings.vectors
+            parts, values = [embeddings], np.ascontiguousarray(vectors[1:] @ vectors[0])
+        else:
+            options = replace(options, outputs=(output,))
+            query = await self.embed([source], replace(options, input_type=options.input_type or "query"))
+            documents = await self.embed(others, replace(options, input_type=options.input_type or "document"))
+            parts = [query, documents]
+            values = np.array(_compare(query, documents), dtype=np.float32)
+        return Similarities(
+            values=values,
+            tokens=sum(part.tokens for part in parts),
+            truncated=sum(part.truncated for part in parts),
+            tokenize_s=sum(part.tokenize_s for part in parts),
+            timing=Timing(
+                queue_s=sum(part.timing.queue_s for part in parts),
+                inference_s=sum(part.timing.inference_s for part in parts),
+            ),
+        )
+
     async def score_pairs(self, pairs: Sequence[tuple[str, str]], options: ScoreOptions) -> PairScores:
         """Return the score of each pair of a query and a document; at least one pair.
 
@@ -227,7 +260,7 @@ class Engine:
         self._require(("scores",), task="rerank")
         tokenization = self._pairs
         assert tokenization is not None  # noqa: S101 - rerankers have one
-        long = options.long_documents or self.spec.long_documents
+        long = options.long_documents or self.spec.defaults.long_documents
         prompt = options.instruction or self._default_pair_prompt()
         request = self._begin()
 
@@ -237,32 +270,51 @@ class Engine:
                 prompt=prompt,
                 long_documents=None if long == "reject" else long,
                 max_document_tokens=options.max_document_tokens,
+                names=options.names,
             )
 
         characters = sum(len(query) + len(document) for query, document in pairs)
         encoded = await self._within(request, self._in_thread(encode, characters))
-        rows, measured = await self._run(encoded.inputs, ("scores",), None, request)
+        rows, measured = await self._run(encoded.inputs, ("scores",), None, request, param=options.names[1])
         logits = Outputs.of_rows(("scores",), rows).scores
         best = np.full(len(pairs), -np.inf, dtype=np.float32)
         np.maximum.at(best, encoded.owners, logits[:, 0])  # type: ignore[index]  # requested
         activation = self._activation(options)
         return PairScores(scores=activate(best[:, np.newaxis], activation)[:, 0], activation=activation, **measured)
 
-    async def classify(
-        self, inputs: Sequence[str] | Sequence[tuple[str, str]], options: ScoreOptions
-    ) -> Classifications:
-        """Return the scores of each text or pair of texts by label; at least one input, all of the same kind.
+    async def classify(self, inputs: Sequence[str | tuple[str, str]], options: ScoreOptions) -> Classifications:
+        """Return the scores of each text or pair of texts by label; at least one input.
 
-        Inputs that are too long are cut, pairs at the end of their second text. Errors are those of `embed`.
+        Inputs that are too long are cut, pairs at the end of their second text, unless `long_documents` is `reject`.
+        Errors are those of `embed`.
         """
         self._require(("scores",), task="classify")
+        tokenization = self._pairs
+        assert tokenization is not None  # noqa: S101 - classifiers have one
         request = self._begin()
-        pairs = None if isinstance(inputs[0], str) else inputs
+        is_cut = options.long_documents != "reject"
 
         def encode() -> EncodedInputs:
-            if pairs is not None and self._pairs is not None:
-                return self._pairs.encode(pairs, long_documents="cut").inputs  # type: ignore[arg-type]  # all are pairs
-            return self._tokenizations[None].encode(inputs)  # type: ignore[arg-type]  # all are texts
+            ids: list[list[int]] = []
+            first_lengths: list[int] = []
+            truncated = 0
+            is_mixed = len({isinstance(each, str) for each in inputs}) > 1
+            parts: Sequence[Any] = [[each] for each in inputs] if is_mixed else [inputs]
+            for start, part in enumerate(parts):
+                try:
+                    if isinstance(part[0], str):
+                        encoded = self._tokenizations[None].encode(part, truncate=None if is_cut else "NONE")
+                    else:
+                        encoded = tokenization.encode(part, long_documents="cut" if is_cut else None).inputs
+                except InputTooLongError as error:
+                    raise InputTooLongError(start + error.index, error.max_length) from None
+                except TextTooLongError as error:
+                    raise TextTooLongError(start + error.index, error.characters, error.limit) from None
+                ids += encoded.ids
+                first_lengths += encoded.first_lengths or map(len, encoded.ids)
+                truncated += encoded.truncated
+            has_types = self.description.has_token_types
+            return EncodedInputs(ids, [0] * len(ids), truncated, first_lengths=first_lengths if has_types else None)
 
         characters = sum(len(each) if isinstance(each, str) else len(each[0]) + len(each[1]) for each in inputs)
         encoded = await self._within(request, self._in_thread(encode, characters))
@@ -319,7 +371,7 @@ class Engine:
                 raise UnsupportedTaskError(self.spec.alias, description.kind, wanted, description.tasks)
 
     def _activation(self, options: ScoreOptions) -> Activation:
-        raw = self.spec.raw_scores if options.raw is None else options.raw
+        raw = self.spec.defaults.raw_scores if options.raw is None else options.raw
         return "identity" if raw else self.description.activation
 
     def _default_pair_prompt(self) -> str:
@@ -356,15 +408,16 @@ class Engine:
         request: _Request,
         *,
         token_factor: int = 1,
+        param: str = "input",
     ) -> tuple[Sequence[tuple[Row, ...]], dict[str, Any]]:
         """Return the outputs of each tokenized input, and the fields of `Measured`.
 
-        The inputs may have `token_factor` times the tokens of a request.
+        The inputs, which are in the field `param`, may have `token_factor` times the tokens of a request.
         """
         tokenize_s = time.monotonic() - request.started
         tokens = sum(map(len, encoded.ids))
         if tokens > (limit := self._limits.max_request_tokens * token_factor):
-            raise TooManyTokensError(tokens, limit)
+            raise TooManyTokensError(tokens, limit, param=param)
         described = self._described(task)
         batch = encoded.batch(outputs, task)
         if not described.excludes_prompt:
@@ -513,6 +566,14 @@ class Engine:
                     f"`{alias}` expects: {error}."
                 ) from error
         return texts
+
+
+def _compare(query: Embeddings, documents: Embeddings) -> list[float]:
+    """Return how similar a query is to each document, by one of their outputs other than dense vectors."""
+    if query.multi_vector is not None:
+        return [maxsim(query.multi_vector[0], vectors) for vectors in documents.multi_vector or ()]
+    (source,) = query.sparse or ()
+    return [sparse_dot(source, vector) for vector in documents.sparse or ()]
 
 
 def _unaccepted(reason: str) -> TokenInputError:

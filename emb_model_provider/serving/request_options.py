@@ -117,7 +117,7 @@ def _choose_prompt(input_type: str | None, description: ModelDescription) -> str
 def check_input_types(spec: ModelSpec, description: ModelDescription) -> None:
     """Raise LoadError if an alias of a model has an `input_type` that its requests cannot have."""
     for alias in spec.aliases:
-        input_type = spec.input_type_of(alias)
+        input_type = spec.defaults_of(alias).input_type
         if input_type is None:
             continue
         try:

@@ -48,6 +48,12 @@ class Embeddings(Measured):
     multi_vector: Sequence[NDArray[np.float32]] | None = None
     """For each input, the vectors of its tokens: float32 of shape (tokens, dimension). None: they were not requested."""
 
+    @property
+    def size(self) -> int:
+        """Number of values of all vectors."""
+        sparse = sum(len(vector.values) for vector in self.sparse or ())
+        return self.vectors.size + sparse + sum(vectors.size for vectors in self.multi_vector or ())
+
     def as_type(self, kind: OutputType) -> NDArray[Any]:
         """Return the dense vectors with values of another type; see `output_types.convert`.
 
@@ -69,6 +75,14 @@ class Embeddings(Measured):
                 param="output_dtype",
             )
         return convert(self.vectors, kind, self.value_range or 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Similarities(Measured):
+    """How similar texts are to one text, in the order of the texts."""
+
+    values: NDArray[np.float32]
+    """float32 of shape (texts,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ the table in docs/configuration.md are generated from its docstring, default and
 from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads it
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -21,6 +21,7 @@ from emb_model_provider.model_spec import (
     ModelSpec,
     Precision,
     RepositoryAddress,
+    RequestDefaults,
     Source,
     name_of_directory,
     parse_address,
@@ -84,8 +85,8 @@ class ModelSettings(SettingsGroup, title="Models"):
     dense, reranker, classifier, sparse, multi-vector or bge-m3), `raw_scores` (true: scores are logits), `long_documents`
     (windows: a document that does not fit next to its query gets the best score of its parts; cut), `pooling`, `normalize`, `max_length`, `trust_remote_code`,
     `prompts`, `token_input`, `truncate`, `dimensions`, `endpoint`, `token`, `cache_dir`, `aliases` (a list of further
-    aliases) and `input_type` (of requests that have none). Entries that differ only in their alias and `input_type` are
-    one model in memory. The first entry is the default model if MODEL_NAME is unset; if both are set, both are served."""
+    aliases) and `input_type` (of requests that have none). Entries that differ only in their alias, `input_type`,
+    `raw_scores` and `long_documents` are one model in memory. The first entry is the default model if MODEL_NAME is unset; if both are set, both are served."""
     unknown_model: Annotated[Literal["error", "default"], Lowered] = "error"
     """Response to a request for embeddings with an unknown model name. error: 404. default: the vectors of the default
     model, for clients that send a fixed name."""
@@ -133,13 +134,13 @@ class ModelSettings(SettingsGroup, title="Models"):
     def specs(self) -> tuple[ModelSpec, ...]:
         """Return the configured models in the order of the settings; the first is the default model.
 
-        Entries that differ only in their aliases and the `input_type` of these are one model, which is loaded once.
+        Entries that differ only in their aliases and the defaults of requests are one model, which is loaded once.
         """
         merged: list[ModelSpec] = []
         for spec in self._separate_specs():
             for index, other in enumerate(merged):
-                if spec == replace(other, alias=spec.alias, input_type=spec.input_type, more_aliases=spec.more_aliases):
-                    more = {**other.more_aliases, spec.alias: spec.input_type, **spec.more_aliases}
+                if spec == replace(other, alias=spec.alias, defaults=spec.defaults, more_aliases=spec.more_aliases):
+                    more = {**other.more_aliases, spec.alias: spec.defaults, **spec.more_aliases}
                     merged[index] = replace(other, more_aliases=more)
                     break
             else:
@@ -154,8 +155,11 @@ class ModelSettings(SettingsGroup, title="Models"):
 
     def spec_for(self, alias: str, entry: MappingEntry) -> ModelSpec:
         """Return the model that a mapping entry describes, with the service-wide defaults applied."""
-        values = dict(entry) | {
-            "more_aliases": dict.fromkeys(entry.aliases, entry.input_type),
+        values = dict(entry)
+        defaults = RequestDefaults(**{each.name: values.pop(each.name) for each in fields(RequestDefaults)})
+        values |= {
+            "defaults": defaults,
+            "more_aliases": dict.fromkeys(entry.aliases, defaults),
             "source": entry.source or self.model_source,
             "token": _reveal(entry.token),
             "precision": self._effective_precision(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from emb_model_provider.hubs.local import find_bundled
 from tests.api.helpers import KEYS, MAPPING, ORIGIN, SECRETS, read_files, save_poisoned
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
+from tests.kind_models import CLASSIFIERS, MULTI_VECTOR, RERANKERS, SPARSE, save_bge_m3
 from tests.models import FAMILIES
 from tests.service import BUNDLED, Service
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from sentence_transformers import SentenceTransformer
 
@@ -52,6 +54,43 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backen
     }
     with Service(tmp_path_factory.mktemp("guarded"), **settings) as started:
         started.http.headers["authorization"] = f"Bearer {KEYS[0]}"
+        yield started.wait()
+
+
+@pytest.fixture(scope="session")
+def kind_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the directories of small models, by the names that the service `kinds` gives them."""
+    directory = tmp_path_factory.mktemp("kind-models")
+    save = {
+        "reranker": RERANKERS["bert"],
+        "classifier": CLASSIFIERS["bert"],
+        "splade": SPARSE["bert"],
+        "colbert": MULTI_VECTOR["sentence-transformers"],
+        "m3": save_bge_m3,
+    }
+    return {name: function(directory / name) for name, function in save.items()}
+
+
+@pytest.fixture(scope="session")
+def kinds(
+    kind_directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str
+) -> Iterator[Service]:
+    """Yield a service with a small model of each kind. The default model is the reranker, which has several aliases.
+
+    The other models run with torch, because tests of the backends compile such models.
+    """
+    entries: dict[str, dict[str, Any]] = {
+        name: {"name": f"test/{name}", "path": str(path), "backend": "torch", "device": "cpu", "precision": "fp32"}
+        for name, path in kind_directories.items()
+    }
+    entries["reranker"]["backend"] = backend
+    mapping = {
+        **entries,
+        "reranker-raw": {**entries["reranker"], "raw_scores": True},
+        "reranker-cut": {**entries["reranker"], "long_documents": "cut"},
+    }
+    settings = {"CACHE_DIR": service_cache, "MODEL_MAPPING": json.dumps(mapping)}
+    with Service(tmp_path_factory.mktemp("kinds"), SERVE_CACHED="false", **settings) as started:
         yield started.wait()
 
 

@@ -137,10 +137,12 @@ def test_document_is_valid(document: dict[str, Any]) -> None:
 
 
 def test_each_field_of_a_request_is_described(document: dict[str, Any]) -> None:
-    """The schema of the request describes all its fields."""
-    properties = document["components"]["schemas"]["EmbeddingRequest"]["properties"]
-    assert {"input", "model", "encoding_format", "dimensions", "input_type", "instruction", "truncate", "truncate_prompt_tokens", "truncation_side", "output_dtype", "normalize", "user"} == set(properties)  # fmt: skip
-    assert all(field["description"] for field in properties.values())
+    """The schemas of requests describe all their fields."""
+    schemas = document["components"]["schemas"]
+    properties = schemas["EmbeddingRequest"]["properties"]
+    assert {"input", "model", "embedding_types", "top_k", "encoding_format", "dimensions", "input_type", "instruction", "truncate", "truncate_prompt_tokens", "truncation_side", "output_dtype", "normalize", "user"} == set(properties)  # fmt: skip
+    for name in ("EmbeddingRequest", "RerankRequest", "ScoreRequest", "ClassifyRequest", "SimilarityRequest"):
+        assert all(field["description"] for field in schemas[name]["properties"].values()), name
 
 
 @pytest.mark.parametrize("request_body", VALID_REQUESTS, ids=str)

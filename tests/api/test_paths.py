@@ -50,6 +50,22 @@ OTHERS = {
     "/openai/v1/deployments/x/embeddings": "/openai/deployments/x/embeddings",
     "/v1/engines/x/embeddings": "/openai/deployments/x/embeddings",
     "//embed": "/embed",
+    "/embed_sparse/": "/embed_sparse",
+    "/rerank/": "/rerank",
+    "/rerank/rerank": "/rerank",
+    "/v1/rerank": "/v1/rerank",
+    "/v1/v1/rerank": "/v1/rerank",
+    "/v1/rerank/rerank": "/v1/rerank",
+    "/api/v1/reranks": "/v1/rerank",
+    "/compatible-api/v1/reranks": "/v1/rerank",
+    "/v2/rerank": "/v2/rerank",
+    "/v1/v2/rerank": "/v2/rerank",
+    "/score": "/v1/score",
+    "/v1/v1/score": "/v1/score",
+    "/classify": "/v1/classify",
+    "/v1/similarity/": "/v1/similarity",
+    "/similarity/": "/similarity",
+    "/api/v1/services/rerank/text-rerank/text-rerank": "/services/rerank/text-rerank/text-rerank",
     "/tokenize/": "/tokenize",
 }
 UNCHANGED = [
@@ -59,7 +75,7 @@ UNCHANGED = [
 ]  # fmt: skip
 PARTS = [
     "api", "v1", "v2", "v3", "openai", "engines", "compatible-mode", "deployments", "models", "embeddings", "embed", "tags",
-    "load", "unload", "download", "cache", "jobs", "all", "x", "..", ".", "",
+    "load", "unload", "download", "cache", "jobs", "all", "x", "..", ".", "", "rerank", "score", "similarity",
 ]  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_alias_of_the_settings_keeps_its_values(
     invoke("serve", "gte-query", "--precision", "fp32")
     (settings,) = serving
     gte, bge = settings.models.specs()
-    assert (gte.aliases, gte.input_type_of("gte-query")) == (("gte", "gte-query"), "query")
+    assert (gte.aliases, gte.defaults_of("gte-query").input_type) == (("gte", "gte-query"), "query")
     assert (gte.token, gte.precision, gte.prompts) == ("secret", "fp32", {"query": "q: "})
     assert (bge.name, bge.precision) == ("BAAI/bge", "auto")
     assert settings.served_models().preload == ("gte",)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +52,21 @@ def reference() -> Reference:
         str(find_bundled()), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
     )
     return lambda *texts, prompt="": np.asarray(model.encode([prompt + text for text in texts]), dtype=np.float32)
+
+
+@pytest.fixture(scope="session")
+def packages(pytestconfig: pytest.Config) -> Path:
+    """Return a directory with the scripts and their packages. pytest's cache keeps it for the next run."""
+    missing = [program for program in ("node", "npm") if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not found: install Node.js 18 or later to test the SDKs for JavaScript")
+    assert pytestconfig.cache is not None
+    directory = pytestconfig.cache.mkdir("node-packages")
+    shutil.copytree(Path(__file__).with_name("node"), directory, dirs_exist_ok=True)
+    # Only packages are downloaded: no script of a package runs during the installation.
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"]
+    subprocess.run(command, cwd=directory, check=True, stdin=subprocess.DEVNULL, timeout=500)
+    return directory
 
 
 @pytest.fixture(autouse=True)

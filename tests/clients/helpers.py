@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,12 +25,28 @@ QUERY, DOCUMENT = "query: ", "passage: "
 TEXTS = ["a cat sits on the mat", "向量数据库", "Ein Hund läuft.", "x " * 400]
 
 
+DIFY = "dify_plugin==0.7.4"
+"""The latest version for Python 3.11."""
+
+
 class Reference(Protocol):
     """Embeds texts with sentence-transformers."""
 
     def __call__(self, *texts: str, prompt: str = "") -> NDArray[np.float32]:
         """Return float32 vectors of shape (texts, 384)."""
         ...
+
+
+def run_with_dify(script: str, **arguments: Any) -> Any:
+    """Run a script of this directory with Dify's plugin SDK, and return the JSON that it prints."""
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv not found: it installs the SDK of Dify into an environment of its own")
+    path = Path(__file__).with_name(f"{script}.py")
+    command = [uv, "run", "--isolated", "--no-project", "--with", DIFY, "python", path, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def assert_vectors(actual: Any, expected: NDArray[np.float32]) -> None:

@@ -5,40 +5,26 @@ Those of FastGPT, AnythingLLM and n8n, which use SDKs for JavaScript, are in `no
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ollama
 import openai
 import pytest
 
-from tests.clients.helpers import IGNORE_WARNINGS, KEY, QUERY, TEXTS, Reference, assert_vectors
+from tests.clients.helpers import IGNORE_WARNINGS, KEY, QUERY, TEXTS, Reference, assert_vectors, run_with_dify
 
 if TYPE_CHECKING:
     from tests.service import Service
 
 pytestmark = [pytest.mark.slow, IGNORE_WARNINGS]
 
-DIFY = "dify_plugin==0.7.4"
-"""The latest version for Python 3.11."""
 ENTERED = ("", "/", "/v1", "/v1/")
 """Ends of base URLs that users enter."""
 
 
 def test_dify(clients: Service, reference: Reference) -> None:
     """The class of the plugin SDK checks the credentials and gets vectors, under each URL."""
-    uv = os.environ.get("UV") or shutil.which("uv")
-    if uv is None:
-        pytest.skip("uv not found: it installs the SDK of Dify into an environment of its own")
-    argument = json.dumps({"url": clients.url, "key": KEY, "texts": TEXTS[:3]})
-    command = [uv, "run", "--isolated", "--no-project", "--with", DIFY, "python", Path(__file__).parent / "dify_sdk.py"]
-    done = subprocess.run([*command, argument], capture_output=True, encoding="utf-8", timeout=500)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = run_with_dify("dify_sdk", url=clients.url, key=KEY, texts=TEXTS[:3])
     for vectors in results["vectors"].values():
         assert_vectors(vectors, reference(*TEXTS[:3]))
     assert_vectors(results["query"], reference(TEXTS[0], prompt=QUERY))

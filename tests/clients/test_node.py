@@ -6,10 +6,8 @@ Each script in `node/` runs one SDK from npm, and prints its results as JSON.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from base64 import b64decode
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,29 +27,14 @@ from tests.clients.helpers import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.service import Service
 
 pytestmark = [pytest.mark.slow, IGNORE_WARNINGS]
 
-SCRIPTS = Path(__file__).parent / "node"
 NAMES = ["mini", "text-embedding-3-small", "nomic-embed-text", "for-queries"]
 """The models of the service."""
-
-
-@pytest.fixture(scope="module")
-def packages(pytestconfig: pytest.Config) -> Path:
-    """Return a directory with the scripts and their packages. pytest's cache keeps it for the next run."""
-    missing = [program for program in ("node", "npm") if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} not found: install Node.js 18 or later to test the SDKs for JavaScript")
-    assert pytestconfig.cache is not None
-    directory = pytestconfig.cache.mkdir("node-packages")
-    shutil.copytree(SCRIPTS, directory, dirs_exist_ok=True)
-    # Only packages are downloaded: no script of a package runs during the installation.
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"]
-    subprocess.run(command, cwd=directory, check=True, stdin=subprocess.DEVNULL, timeout=500)
-    return directory
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ MAX_INPUTS, MAX_TOKENS = 64, 4000
 """Limits of the fuzzed service, low so that many requests exceed them."""
 PLAIN, FREE = "plain", "team/free"
 """Models of the fuzzed service, both the bundled one. `FREE` has prompts, and allows token ids and all dimensions."""
+RERANKER, CLASSIFIER = "reranker", "classifier"
 LONGEST, VOCABULARY = 256, 30_522
 
 _UNITS = (

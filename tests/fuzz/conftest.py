@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.fuzz.bodies import FREE, MAX_INPUTS, MAX_TOKENS, PLAIN
+from tests.fuzz.bodies import CLASSIFIER, FREE, MAX_INPUTS, MAX_TOKENS, PLAIN, RERANKER
 from tests.fuzz.fuzzing import KEY, ORIGIN, Fuzz
+from tests.kind_models import CLASSIFIERS, RERANKERS
 from tests.service import BUNDLED, Service
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ _TALLY = pytest.StashKey[Counter[tuple[str, str]]]()
 def fuzz(
     tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str, pytestconfig: pytest.Config
 ) -> Iterator[Fuzz]:
-    """Yield a service with a key, CORS, low limits and two models, so that requests can be rejected for many reasons."""
+    """Yield a service with a key, CORS, low limits and several models, so that requests can be rejected for many reasons."""
+    directory = tmp_path_factory.mktemp("fuzz-models")
     mapping: dict[str, dict[str, Any]] = {
         PLAIN: {"name": BUNDLED},
         FREE: {
@@ -30,6 +32,10 @@ def fuzz(
             "dimensions": "any",
             "prompts": {"query": "query: ", "document": "passage: "},
             "token_input": "model",
+        },
+        **{
+            name: {"name": f"test/{name}", "path": str(save(directory / name)), "backend": "torch", "device": "cpu"}
+            for name, save in ((RERANKER, RERANKERS["bert"]), (CLASSIFIER, CLASSIFIERS["bert"]))
         },
     }
     settings: dict[str, Any] = {

@@ -23,8 +23,14 @@ FIELDS = (
     "model", "input", "encoding_format", "dimensions", "output_dimension", "input_type", "task", "prompt_name", "instruction",
     "truncate", "truncation", "truncate_prompt_tokens", "normalize", "normalized", "truncation_side", "truncation_direction",
     "output_dtype", "embedding_type", "embedding_types", "encoding_dtype", "embed_dtype", "truncate_dim",
-    "output_dimensionality", "text_type", "instruct",
+    "output_dimensionality", "text_type", "instruct", "top_k", "return_dense", "return_sparse", "return_colbert_vecs",
 )  # fmt: skip
+SCORES = (
+    "query", "documents", "texts", "text_1", "text_2", "inputs", "parameters", "top_n", "return_documents", "raw_scores",
+    "use_activation", "max_tokens_per_doc",
+)  # fmt: skip
+"""Fields of the requests for scores that those for embeddings do not have."""
+TEXTS = ("input", "documents", "texts", "text_1", "text_2", "query")
 MANAGEMENT = ("model_name", "source", "revision", "all", "wait_s")
 """Query parameters of the fuzzed routes below /api/."""
 _REQUEST, _RATE = "invalid_request_error", "rate_limit_error"
@@ -45,14 +51,15 @@ _RETRY_AFTER = {"retry-after": r"[1-9]|[1-9][0-9]|1[01][0-9]|120"}
 
 ERRORS: dict[tuple[int, str], ErrorForm] = {
     (400, "invalid_json"): ErrorForm(),
-    (400, "missing_required_parameter"): ErrorForm(params=("input", "model", "model_name")),
-    (400, "invalid_type"): ErrorForm(params=FIELDS + MANAGEMENT),
-    (400, "invalid_value"): ErrorForm(params=FIELDS + MANAGEMENT),
-    (400, "invalid_input"): ErrorForm(params=("input",)),
-    (400, "array_too_long"): ErrorForm(params=("input",)),
-    (400, "context_length_exceeded"): ErrorForm(params=("input",)),
-    (400, "max_tokens_per_request"): ErrorForm(params=("input",)),
+    (400, "missing_required_parameter"): ErrorForm(params=("model", "model_name", "inputs", *TEXTS)),
+    (400, "invalid_type"): ErrorForm(params=FIELDS + SCORES + MANAGEMENT),
+    (400, "invalid_value"): ErrorForm(params=FIELDS + SCORES + MANAGEMENT),
+    (400, "invalid_input"): ErrorForm(params=TEXTS),
+    (400, "array_too_long"): ErrorForm(params=TEXTS),
+    (400, "context_length_exceeded"): ErrorForm(params=TEXTS),
+    (400, "max_tokens_per_request"): ErrorForm(params=TEXTS),
     (400, "invalid_dimensions"): ErrorForm(params=("dimensions",)),
+    (400, "unsupported_task"): ErrorForm(params=("model",)),
     (400, "token_input_unsupported"): ErrorForm(params=("input",)),
     (400, "host_not_allowed"): ErrorForm(),
     (400, "cors_refused"): ErrorForm(),
@@ -152,7 +159,7 @@ def vectors(response: Response, sent: Mapping[str, Any], *, default_model: str) 
     assert all(list(entry) == ["object", "index", "embedding"] for entry in data)
     assert {entry["object"] for entry in data} == {"embedding"}
     encoding = (sent.get("encoding_format") or "float").lower()
-    kind = (_first(sent, "output_dtype", "embedding_type", "encoding_dtype", "embed_dtype") or "float").lower()
+    kind = _kind(sent)
     rows = np.array([_vector(entry["embedding"], encoding, kind) for entry in data], dtype=np.float32)
     assert np.isfinite(rows).all()
     size = _first(sent, "dimensions", "output_dimension")
@@ -172,6 +179,27 @@ def vectors(response: Response, sent: Mapping[str, Any], *, default_model: str) 
     return rows
 
 
+def check_scores(body: Any, sent: Mapping[str, Any]) -> None:
+    """Check the body of a response of `/v1/rerank`, `/v1/score`, `/v1/classify` or `/v1/similarity` against its request."""
+    if "documents" in sent or "texts" in sent:
+        documents = sent["documents"] if sent.get("documents") is not None else sent["texts"]
+        results = body["results"] if isinstance(body, dict) else body
+        scores = [each["relevance_score" if isinstance(body, dict) else "score"] for each in results]
+        assert scores == sorted(scores, reverse=True)
+        count = len(documents) if isinstance(documents, list) else 1
+        indexes = [each["index"] for each in results]
+        assert len(set(indexes)) == len(indexes) == min(count, _first(sent, "top_n", "top_k") or count)
+        assert set(indexes) <= set(range(count))
+    elif "inputs" in sent:
+        scores = body
+        assert len(scores) == len(sent["inputs"]["sentences"])
+    else:
+        texts = _first(sent, "text_2", "input")
+        assert [each["index"] for each in body["data"]] == list(range(len(texts) if isinstance(texts, list) else 1))
+        scores = [value for each in body["data"] for value in each.get("probs", [each.get("score")])]
+    assert np.isfinite(np.array(scores, dtype=np.float64)).all()
+
+
 def count_inputs(value: Any) -> int:
     """Return the number of vectors for a valid `input`."""
     return len(value) if isinstance(value, list) and not isinstance(value[0], int) else 1
@@ -189,6 +217,13 @@ def _vector(embedding: Any, encoding: str, kind: str) -> NDArray[np.float32]:
     assert len(embedding) % 4 == 0
     decoded = np.frombuffer(base64.b64decode(embedding, validate=True), dtype=_DTYPES.get(kind, "<f4"))
     return decoded.astype(np.float32)
+
+
+def _kind(sent: Mapping[str, Any]) -> str:
+    """Return the requested type of values."""
+    value = _first(sent, "output_dtype", "embedding_type", "embedding_types", "encoding_dtype", "embed_dtype")
+    names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
+    return next((name for name in names if name in _DTYPES), "float")
 
 
 def _first(fields: Mapping[str, Any], *names: str) -> Any:

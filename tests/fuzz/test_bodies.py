@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from tests.api.helpers import cosines
 from tests.fuzz.bodies import (
+    CLASSIFIER,
     FREE,
     INVALID_FIELDS,
     LENGTH_ERRORS,
     PLAIN,
+    RERANKER,
     arbitrary_bodies,
     encoded,
     invalid_fields,
@@ -185,5 +187,5 @@ def test_bodies_of_former_defects(fuzz: Fuzz, body: bytes) -> None:
 def test_served_models(fuzz: Fuzz) -> None:
     """The fuzzed service serves the models that the strategies use."""
     listed = [entry["id"] for entry in fuzz.service.http.get("/v1/models").json()["data"]]
-    assert listed == [PLAIN, FREE]
+    assert listed == [PLAIN, FREE, RERANKER, CLASSIFIER]
     assert fuzz.service.embed("x", model=BUNDLED).status_code == 200

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.errors import LoadError
-from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec
+from emb_model_provider.model_spec import BUNDLED_MODEL, ModelSpec, RequestDefaults
 from tests.registry.helpers import FakeModel
 from tests.serving.fakes import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 PREFIX = "2026-01-01 00:00:00.000 INFO    "
 
@@ -54,6 +54,10 @@ async def test_only_notes_that_need_attention_are_warnings(
     assert levels[f"model a: {weights}"] == "WARNING"
 
 
+def with_input_types(aliases: Mapping[str, str | None]) -> dict[str, RequestDefaults]:
+    return {alias: RequestDefaults(input_type=input_type) for alias, input_type in aliases.items()}
+
+
 @pytest.mark.parametrize(
     ("prompts", "names"),
     [({"query": "w1 ", "summary": "w2 "}, "'query', 'summary'"), ({}, "none")],
@@ -66,7 +70,9 @@ async def test_input_type_of_an_alias_is_checked(
     async with fleet("other") as models:
         models.models["bge"] = FakeModel()
         models["bge"].description = describe(prompts=prompts)
-        models.registry.add(ModelSpec(alias="bge", name="bge", more_aliases={"bge-q": "query", "bge-s": "sumary"}))
+        models.registry.add(
+            ModelSpec(alias="bge", name="bge", more_aliases=with_input_types({"bge-q": "query", "bge-s": "sumary"}))
+        )
         with pytest.raises(LoadError, match=f"alias bge-s has input_type 'sumary'.*Its prompts: {names}") as caught:
             await models.registry.load("bge")
         assert models.registry.status("bge").error == caught.value.message
@@ -80,5 +86,7 @@ async def test_input_types_that_requests_can_have(fleet: Callable[..., Any]) -> 
         models.models["bge"] = FakeModel()
         models["bge"].description = describe(prompts={"query": "w1 "})
         aliases = {f"bge-{name}": name for name in ("query", "search_query", "passage", "clustering")}
-        models.registry.add(ModelSpec(alias="bge", name="bge", more_aliases={**aliases, "plain": None}))
+        models.registry.add(
+            ModelSpec(alias="bge", name="bge", more_aliases=with_input_types({**aliases, "plain": None}))
+        )
         await models.registry.load("bge")

@@ -182,7 +182,9 @@ async def _embed(services: Services, model: str, texts: Sequence[str], input_typ
     """Embed texts as `POST /v1/embeddings` does. The vectors have length 1."""
     resolved = services.registry.resolve(model)
     async with services.registry.lease(resolved.alias) as engine:
-        return await engine.embed(texts, EmbedOptions(normalize=True, input_type=input_type or resolved.input_type))
+        return await engine.embed(
+            texts, EmbedOptions(normalize=True, input_type=input_type or resolved.defaults.input_type)
+        )
 
 
 def _snippets(page: Page, calculation: Calculation) -> Sequence[Snippet]:

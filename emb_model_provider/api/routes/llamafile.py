@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.routes.embeddings import embed_request, require, vectors_response
+from emb_model_provider.api.fields import require
+from emb_model_provider.api.routes.embeddings import embed_request, vectors_response
 from emb_model_provider.errors import RequestError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from emb_model_provider.api.dependencies import ServicesDep
-from emb_model_provider.api.routes.embeddings import embed_request, optional, read_fields, require, vectors_response
+from emb_model_provider.api.fields import optional, read_fields, require
+from emb_model_provider.api.routes.embeddings import embed_request, vectors_response
 from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ async def show(request: Request, services: ServicesDep) -> Response:
             "template": "{{ .Prompt }}",
             "details": _details(status),
             "model_info": info,
-            "capabilities": ["embedding"],
+            "capabilities": ["embedding"] if description is None or "embed" in description.tasks else [],
             "modified_at": _modified_at(status),
         }
     )

@@ -10,9 +10,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from emb_model_provider.api.dependencies import Services, ServicesDep, get_record
+from emb_model_provider.api.dependencies import Services, ServicesDep, use_model
+from emb_model_provider.api.fields import optional, read_fields, require
 from emb_model_provider.api.middleware import cancelled_on_disconnect
-from emb_model_provider.api.routes.embeddings import optional, read_fields, require
 from emb_model_provider.errors import RequestError
 
 if TYPE_CHECKING:
@@ -44,17 +44,14 @@ async def _tokenize(
     request: Request, services: Services, fields: Mapping[str, Any], texts: list[str]
 ) -> tuple[list[list[Token]], int]:
     """Return the tokens of each text, and the length of the longest input of the model."""
-    model = optional(fields, str, "model") or services.registry.default_alias
-    resolved = await services.models.resolve(model)
-    get_record(request).model = resolved.alias
     add_special_tokens = optional(fields, bool, "add_special_tokens")
-    async with services.registry.lease(resolved.alias) as engine:
-        tokens = await engine.tokenize(
+    async with use_model(request, services, optional(fields, str, "model")) as model:
+        tokens = await model.engine.tokenize(
             texts,
-            input_type=optional(fields, str, "prompt_name", "input_type") or resolved.input_type,
+            input_type=optional(fields, str, "prompt_name", "input_type") or model.defaults.input_type,
             add_special_tokens=add_special_tokens is not False,
         )
-        return tokens, engine.description.max_length
+        return tokens, model.engine.description.max_length
 
 
 def _texts(fields: Mapping[str, Any], limits: LimitSettings) -> list[str]:

@@ -36,6 +36,12 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse, "description": _ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
+def request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that parses its request body itself. `app.py` adds the schema."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 class EmbeddingRequest(BaseModel):
     """A request for embeddings. Unknown fields are ignored; null is the same as absent."""
 
@@ -56,11 +62,17 @@ class EmbeddingRequest(BaseModel):
     """One text, or up to 2048, also in the form `{"text": "..."}`. Token ids are those of OpenAI's tokenizer cl100k, unless the model's `token_input` says otherwise."""
     model: str | None = None
     """An alias, a model's id, or the unique last part of an id. Default: the default model."""
+    embedding_types: Annotated[list[Literal["dense", "sparse", "multi_vector"]], Field(min_length=1)] | None = None
+    """What is returned of each input: `embedding`, `sparse`, `multi_vector`. Default: dense. The model must have it: see its
+    `tasks`."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Number of the largest weights of a sparse vector that are returned. Default: all."""
     encoding_format: Literal["float", "base64"] | None = "float"
     """`base64` is padded standard base64 of the little-endian values, by default float32."""
     output_dtype: Literal["float", "float16", "int8", "uint8", "binary", "ubinary"] | None = "float"
     """Type of the values. `int8` and `uint8` are scaled by a range of the model; `binary` and `ubinary` are the signs, eight
-    in each byte. Also `embedding_type`, `embedding_types` (an array), `encoding_dtype` and `embed_dtype`."""
+    in each byte. Also `embedding_type`, `embedding_types` (an array), `encoding_dtype` and `embed_dtype`. Only dense vectors have
+    other types than float32."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """Truncate vectors to this size and normalize them again, if the model was trained for it (Matryoshka) or the
     operator allows it. Also `output_dimension`."""
@@ -85,12 +97,26 @@ class EmbeddingRequest(BaseModel):
     """Accepted and not used."""
 
 
+class SparseEmbedding(BaseModel):
+    """A sparse vector."""
+
+    indices: list[int] = Field(description="Token ids with a weight, ascending.")
+    values: list[float] = Field(description="Their weights.")
+
+
 class EmbeddingObject(BaseModel):
-    """The vector of one input."""
+    """The vectors of one input."""
 
     object: Literal["embedding"]
     index: int = Field(description="Position of the input in the request.")
-    embedding: list[float] | str = Field(description="Numbers, or base64 if the request asks for it.")
+    embedding: list[float] | str = Field(
+        description="Numbers, or base64 if the request asks for it. Empty if the request excludes the dense vector."
+    )
+    sparse: SparseEmbedding | None = Field(None, description="Only if the request asks for it.")
+    multi_vector: list[list[float]] | str | None = Field(
+        None, description="The vectors of the tokens, only if the request asks for them: numbers, or base64 of float32."
+    )
+    shape: list[int] | None = Field(None, description="Number and size of the vectors in `multi_vector`, with base64.")
 
 
 class Usage(BaseModel):
@@ -151,6 +177,9 @@ class ModelObject(BaseModel):
     )
     tasks: list[str] | None = Field(
         description="What requests can ask it for: embed, rerank, classify, embed_sparse, embed_multi_vector."
+    )
+    labels: list[str] | None = Field(
+        description="Labels of a classifier, in the order of `probs`. null for other models."
     )
     dimensions: int | None = Field(
         description="Native size of a vector, or of the vector of a token. null for models that return scores only."
