@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Reference = Callable[..., list[dict[str, float]]]
 
-TEXTS = ["Open the settings and choose reset.", "The quick brown fox", "今天天气很好"]
+TEXTS = ["password", "hello world", "Open the settings and choose reset."]
 PAIR = ("how do I reset it?", "Open the settings.")
 LONG = "settings password reset account menu button phone email number " * 10
 

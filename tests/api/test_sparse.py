@@ -124,15 +124,13 @@ def test_similarity(kinds: Service, splade: SparseEncoder, colbert: MultiVectorE
     inputs = {"source_sentence": QUERY, "sentences": TEXTS}
     items = post(kinds, "/v1/embeddings", {"model": "m3", "input": [QUERY, *TEXTS]})["data"]
     vectors = np.array([item["embedding"] for item in items], dtype=np.float32)
-    options: dict[str, Any] = {"show_progress_bar": False}
+    dense: dict[str, Any] = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
+    query = splade.encode_query([QUERY], **dense).numpy()
+    colbert_query = colbert.encode_query([QUERY], show_progress_bar=False)
     expected = {
         "m3": vectors[1:] @ vectors[0],
-        "splade": splade.similarity(splade.encode_query([QUERY], **options), splade.encode_document(TEXTS, **options))[
-            0
-        ],
-        "colbert": colbert.similarity(
-            colbert.encode_query([QUERY], **options), colbert.encode_document(TEXTS, **options)
-        )[0],
+        "splade": splade.encode_document(TEXTS, **dense).numpy() @ query[0],
+        "colbert": colbert.similarity(colbert_query, colbert.encode_document(TEXTS, show_progress_bar=False))[0],
     }
     for model, values in expected.items():
         for path in ("/similarity", "/v1/similarity", "/"):
