@@ -232,8 +232,6 @@ def test_invalid_normalize(service: Service, field: str, value: Any) -> None:
     [
         ("late_chunking", True, False),
         ("return_multivector", True, False),
-        ("return_sparse", True, False),
-        ("return_dense", False, True),
         ("add_special_tokens", False, True),
         ("endianness", "big", "little"),
         ("output_type", "sparse", "dense"),

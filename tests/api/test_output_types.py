@@ -86,7 +86,7 @@ def test_other_names_of_the_types(service: Service) -> None:
         ({"embedding_type": 5}, "invalid_type", "embedding_type"),
         ({"embedding_types": []}, "invalid_type", "embedding_types"),
         ({"embedding_types": ["float", "int8"]}, "invalid_value", "embedding_types"),
-        ({"embedding_types": ["sparse"]}, "invalid_value", "embedding_types"),
+        ({"embedding_types": ["sparse"]}, "unsupported_task", "model"),
         ({"output_dtype": "int8", "embedding_type": "binary"}, "invalid_value", "embedding_type"),
     ],
 )

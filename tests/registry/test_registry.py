@@ -16,7 +16,7 @@ from emb_model_provider.errors import (
     NotAllowedError,
 )
 from emb_model_provider.model_resolver import ResolvedName
-from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.model_spec import ModelSpec, RequestDefaults
 from emb_model_provider.registry import Registry, RegistryConfig, State
 from emb_model_provider.settings import ServedModels
 from tests.registry.helpers import MIB, FakeModel, Fleet
@@ -122,7 +122,7 @@ def test_default_model_answers_unknown_names_if_the_settings_say_so() -> None:
     models = ServedModels(specs=specs, preload=(), answers_unknown=True)
     registry = Registry(models, cast("ModelManager", Fleet()), RegistryConfig())
     assert [registry.resolve(name).alias for name in ("gpt", "", "SECOND:latest", "b")] == ["a", "a", "b", "b"]
-    assert registry.resolve("b-query") == ResolvedName("b", "b", "query")
+    assert registry.resolve("b-query") == ResolvedName("b", "b", RequestDefaults(input_type="query"))
     for name in ("gpt", "SECOND:latest"):
         with pytest.raises(ModelNotFoundError):
             registry.alias_of(name)
