@@ -264,11 +264,7 @@ class Embedder:
             UnsupportedTaskError: The model is no reranker. Other errors are those of `embed`.
         """
         running = self._loaded()
-        options = ScoreOptions(
-            raw=self._defaults.raw_scores if raw is None else raw,
-            instruction=instruction,
-            long_documents=self._defaults.long_documents,
-        )
+        options = ScoreOptions(raw=raw, instruction=instruction).with_defaults(self._defaults)
         scores = running.call(running.score(query, documents, options))
         order = sorted(range(len(documents)), key=lambda index: -scores[index])
         return [RankedDocument(index, scores[index], documents[index]) for index in order[:top_n]]

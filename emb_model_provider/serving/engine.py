@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from emb_model_provider.backends.base import Activation, Backend, ModelDescription, OutputName, Row, Task
     from emb_model_provider.backends.pairs import EncodedPairs, PairNames
     from emb_model_provider.backends.tokenization import Token
-    from emb_model_provider.model_spec import LongDocuments, ModelSpec, Truncate
+    from emb_model_provider.model_spec import LongDocuments, ModelSpec, RequestDefaults, Truncate
     from emb_model_provider.serving.config import EngineConfig
     from emb_model_provider.serving.model_thread import StateChange
     from emb_model_provider.serving.result_cache import ModelResults, ResultCache
@@ -105,6 +105,14 @@ class ScoreOptions:
     """Longest document in tokens; what is beyond it is not read."""
     names: PairNames = PAIR_NAMES
     """Names of the fields of the request with the queries and the documents, for errors."""
+
+    def with_defaults(self, defaults: RequestDefaults) -> ScoreOptions:
+        """Return the options, with those of an alias where the request has none."""
+        return replace(
+            self,
+            raw=defaults.raw_scores if self.raw is None else self.raw,
+            long_documents=self.long_documents or defaults.long_documents,
+        )
 
 
 class Engine:

@@ -151,8 +151,10 @@ async def _rerank(page: Page, model: str, fields: Mapping[str, str]) -> SearchRe
     """Score the documents as `POST /v1/rerank` does."""
     query, documents = _query_and_documents(fields)
     services = page.services
-    async with services.registry.lease(services.registry.resolve(model).alias) as engine:
-        measured = await engine.score_pairs([(query, document) for document in documents], ScoreOptions())
+    resolved = services.registry.resolve(model)
+    options = ScoreOptions().with_defaults(resolved.defaults)
+    async with services.registry.lease(resolved.alias) as engine:
+        measured = await engine.score_pairs([(query, document) for document in documents], options)
     body = {"model": model, "query": query, "documents": documents}
     return SearchResult(
         model=model,

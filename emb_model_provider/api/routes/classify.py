@@ -14,7 +14,7 @@ from emb_model_provider.api.dependencies import Services, ServicesDep, fill_reco
 from emb_model_provider.api.fields import optional, read_fields, read_texts
 from emb_model_provider.api.middleware import cancelled_on_disconnect
 from emb_model_provider.api.routes.embeddings import json_response
-from emb_model_provider.api.routes.rerank import long_documents, raw_scores, usage, with_defaults
+from emb_model_provider.api.routes.rerank import long_documents, raw_scores, usage
 from emb_model_provider.api.schemas.openai import error_responses, request_body
 from emb_model_provider.api.schemas.scores import ClassifyRequest, ClassifyResponse
 from emb_model_provider.serving.engine import ScoreOptions
@@ -66,6 +66,6 @@ async def score_labels(
     options = ScoreOptions(raw=raw_scores(fields), long_documents=long_documents(fields))
     name = optional(fields, str, "model")
     async with cancelled_on_disconnect(request), use_model(request, services, name) as model:
-        result = await model.engine.classify(inputs, with_defaults(options, model.defaults))
+        result = await model.engine.classify(inputs, options.with_defaults(model.defaults))
     fill_record(get_record(request), len(inputs), result)
     return model.name, result

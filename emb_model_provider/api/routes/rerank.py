@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
@@ -35,7 +35,7 @@ from emb_model_provider.serving.engine import ScoreOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from emb_model_provider.model_spec import LongDocuments, RequestDefaults
+    from emb_model_provider.model_spec import LongDocuments
     from emb_model_provider.serving.results import Measured, PairScores
     from emb_model_provider.settings import LimitSettings
 
@@ -178,18 +178,9 @@ async def _score(
 ) -> tuple[str, PairScores]:
     """Return the scores of pairs, and the name of the model."""
     async with cancelled_on_disconnect(request), use_model(request, services, name) as model:
-        result = await model.engine.score_pairs(pairs, with_defaults(options, model.defaults))
+        result = await model.engine.score_pairs(pairs, options.with_defaults(model.defaults))
     fill_record(get_record(request), len(pairs), result)
     return model.name, result
-
-
-def with_defaults(options: ScoreOptions, defaults: RequestDefaults) -> ScoreOptions:
-    """Return options with the defaults of an alias where a request has none."""
-    return replace(
-        options,
-        raw=defaults.raw_scores if options.raw is None else options.raw,
-        long_documents=options.long_documents or defaults.long_documents,
-    )
 
 
 def usage(measured: Measured) -> Mapping[str, int]:
