@@ -15,6 +15,7 @@ from benchmarks import QUICK_HELP
 from benchmarks.contenders import SERVICE_CACHE
 from benchmarks.report import describe_run, format_number, format_spread, log_progress, markdown_table, ratios
 from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts, count_tokens
+from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.embedder import Embedder
 from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.settings import Settings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from benchmarks.texts import Kind
+    from emb_model_provider.serving.result_cache import ModelResults
 
 _DIMENSION = 384
 _CASES: tuple[tuple[Kind, int], ...] = (("short", 1), ("short", 64), ("doc", 1), ("doc", 32))
@@ -75,9 +77,15 @@ def _full_cache() -> ResultCache:
         if cache.size_bytes <= size:
             return cache
         size = cache.size_bytes
-        rows = [[number] * 16 for number in range(first, first + 1000)]
-        results.look_up(rows, [0] * len(rows), None).complete(np.zeros((len(rows), _DIMENSION), dtype=np.float32))
+        _look_up(results, [[number] * 16 for number in range(first, first + 1000)])
     raise AssertionError("the cache has no limit")
+
+
+def _look_up(results: ModelResults, rows: list[list[int]]) -> None:
+    """Look up vectors that are not kept, and keep them."""
+    batch = TokenBatch(ids=rows, prompt_lengths=[0] * len(rows))
+    vectors = np.zeros((len(rows), _DIMENSION), dtype=np.float32)
+    results.look_up(batch, ("dense",)).complete([(vector,) for vector in vectors])
 
 
 def _time(embedder: Embedder, texts: Sequence[str], size: int) -> float:
@@ -89,12 +97,11 @@ def _time(embedder: Embedder, texts: Sequence[str], size: int) -> float:
 
 def _time_bookkeeping(cache: ResultCache, texts: Sequence[str], size: int) -> float:
     """Return seconds for a text. Token ids are numbers here, as many as the text has."""
-    results, vectors = cache.open(), np.zeros((size, _DIMENSION), dtype=np.float32)
+    results = cache.open()
     rows = [list(range(number, number + count_tokens(text))) for number, text in enumerate(texts)]
     started = time.perf_counter()
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        results.look_up(part, [0] * len(part), None).complete(vectors[: len(part)])
+        _look_up(results, rows[start : start + size])
     return (time.perf_counter() - started) / len(rows)
 
 

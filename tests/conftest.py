@@ -144,7 +144,5 @@ def service_cache(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> s
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backend: str) -> Iterator[Service]:
     """Yield a service with default settings, except for the port, the cache directory and the backend."""
-    with Service(
-        tmp_path_factory.mktemp("service"), CACHE_DIR=service_cache, BACKEND=backend, SERVE_CACHED="false"
-    ) as started:
+    with Service(tmp_path_factory.mktemp("service"), CACHE_DIR=service_cache, BACKEND=backend) as started:
         yield started.wait()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
@@ -20,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
     from types import TracebackType
 
 BUNDLED = "sentence-transformers/all-MiniLM-L6-v2"
@@ -41,6 +41,9 @@ _START_S, _STOP_S = 560.0, 90.0
 def environment(directory: Path, **settings: str) -> dict[str, str]:
     """Return the environment of a service with these settings (named without their prefix) and no others."""
     inherited = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
+    if not Path(settings.get("CACHE_DIR", directory)).is_relative_to(directory):
+        # Other services put models into a shared cache, which this one would list.
+        settings = {"SERVE_CACHED": "false"} | settings
     return inherited | {
         "EMB_PROVIDER_CACHE_DIR": str(directory / "cache"),
         "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),

@@ -98,15 +98,12 @@ def test_two_processes_compile_once_and_import_no_torch(cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_start_with_an_artifact_is_fast_and_small(cache: Path) -> None:
-    """The first vector comes within 2 s, in 300 MB, and torch is not imported."""
+def test_a_start_with_an_artifact_is_small(cache: Path) -> None:
+    """The first vector comes in 300 MB, and torch is not imported. `benchmarks.start` measures the time."""
     result_of(serve(bundled_directory(), cache))
-    fastest = min(
-        (result_of(serve(bundled_directory(), cache)) for _ in range(3)), key=lambda result: result["seconds"]
-    )
-    assert not HEAVY & set(fastest["modules"])
-    assert fastest["seconds"] < 2
-    assert fastest["memory_mb"] < 300
+    again = result_of(serve(bundled_directory(), cache))
+    assert not HEAVY & set(again["modules"])
+    assert again["memory_mb"] < 300
 
 
 @pytest.mark.slow

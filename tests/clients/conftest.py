@@ -34,7 +34,6 @@ def clients(tmp_path_factory: pytest.TempPathFactory, service_cache: str, backen
         "for-queries": {**entry, "input_type": "query"},
     }
     settings = {"CACHE_DIR": service_cache, "BACKEND": backend, "MODEL_MAPPING": json.dumps(mapping), "API_KEYS": KEY}
-    settings["SERVE_CACHED"] = "false"  # so that only these models are listed
     # No client needs more than this service, which therefore gets no network.
     command = ["env", *(f"{name}={value}" for name, value in NO_NETWORK.items()), *COMMAND]
     with Service(tmp_path_factory.mktemp("clients"), command=command, **settings) as started:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.slow, IGNORE_WARNINGS]
 
-NAMES = ["mini", "text-embedding-3-small", "nomic-embed-text", "for-queries"]
+NAMES = ["mini", "text-embedding-3-small", "text-embedding-ada-002", "nomic-embed-text", "for-queries"]
 """The models of the service."""
 
 

@@ -105,6 +105,7 @@ def served(
     directory = tmp_path_factory.mktemp("console")
     settings = {
         "CACHE_DIR": service_cache,
+        "SERVE_CACHED": "true",
         "MODEL_MAPPING": json.dumps({"mini": {"name": BUNDLED}, "broken": {"path": str(directory / "not-there")}}),
         "HF_ENDPOINT": hubs[0].url,
         "HF_CACHE_DIR": str(directory / "hf"),
