@@ -232,11 +232,8 @@ class FidelitySettings(SettingsGroup, title="Accuracy"):
         dict[FidelityPrecision, Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]],
         Allowed('JSON from a precision (fp32, bf16, fp16, int8 or int4) to 0 to 1, like {"int8": 0.97}'),
     ] = dict(AGREEMENT_FLOORS)
-    """Likewise for scores, sparse vectors and vectors of tokens, whose agreement with fp32 is at most 1: for scores, the
-    lowest rank correlation of the documents of a query, or 1 less the largest difference relative to the spread of their
-    scores, whichever is lower; for sparse vectors, the share of the strongest terms kept, or 1 less the largest relative
-    error of a dot product; for vectors of tokens, 1 less the largest relative error of a MaxSim score. auto never accepts
-    less than 0.98."""
+    """Likewise for scores, sparse vectors and token vectors: the lowest agreement with fp32, at most 1, which
+    docs/precision.md defines. auto never accepts less than 0.98."""
     measure_fidelity: bool = True
     """Measure how close a model that torch serves below fp32 comes to itself at fp32. The model is loaded at fp32 once
     for this, and the result is kept. false: it is not measured, and FIDELITY_FLOORS applies only where a result is

@@ -1,4 +1,4 @@
-"""Vectors that differ from the reference are found, whatever the difference is."""
+"""Results that differ from the reference are found, whatever the difference is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from emb_model_provider.backends.base import Outputs
+from emb_model_provider.backends.base import SCORES, TERM_WEIGHTS, TOKEN_VECTORS, Outputs, SparseVector
 from emb_model_provider.backends.output_types import measure_ranges
-from emb_model_provider.fidelity.cases import LONGEST_COMPARED, Case, Runner, comparison_limit, make_cases
+from emb_model_provider.fidelity.cases import (
+    LONGEST_COMPARED,
+    Case,
+    Runner,
+    comparison_limit,
+    corpus_pairs,
+    make_cases,
+    probe_pairs,
+)
 from emb_model_provider.fidelity.compare import MismatchError, compare, measure_reference
 from emb_model_provider.fidelity.texts import MIN_TOPICS, corpus, probes
 from tests.artifacts.helpers import FAMILY, CompiledModels
@@ -137,3 +145,105 @@ def test_cases_cover_prompts_and_as_much_of_the_corpus_as_time_allows() -> None:
 def test_long_texts_are_truncated_for_the_comparison() -> None:
     assert comparison_limit(description(max_length=32_768)) == LONGEST_COMPARED
     assert comparison_limit(description(max_length=512)) == 512
+
+
+# --- other outputs than dense vectors -----------------------------------------------------------------------------
+
+
+class FakeBackend:
+    """A backend of another kind, whose results depend on the token ids alone, and which a test changes."""
+
+    streams, memory_bytes = 1, 0
+
+    def __init__(self, change: Callable[[Outputs], Outputs] = lambda outputs: outputs, **described: Any) -> None:
+        self.description = description(**described)
+        self._change = change
+
+    def run(self, batch: TokenBatch) -> Outputs:
+        sums = np.array([sum(ids) % 101 for ids in batch.ids], dtype=np.float32)
+        if "scores" in self.description.outputs:
+            return self._change(Outputs(scores=np.stack([sums, -sums], axis=1)[:, : len(self.description.labels)]))
+        if "sparse" in self.description.outputs:
+            rows = [np.unique(np.asarray(ids, dtype=np.int32), return_counts=True) for ids in batch.ids]
+            return self._change(Outputs(sparse=[SparseVector(ids, n.astype(np.float32) + 0.5) for ids, n in rows]))
+        vectors = [np.stack([np.sin(ids), np.cos(ids)], axis=1).astype(np.float32) for ids in batch.ids]
+        return self._change(Outputs(multi_vector=vectors))
+
+    def run_fp32(self, batch: TokenBatch) -> Outputs:
+        return self.run(batch)
+
+    def close(self) -> None:
+        pass
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "reranker": {"kind": "reranker", "arrays": (SCORES,), "labels": ("0",)},
+    "classifier": {"kind": "classifier", "arrays": (SCORES,), "labels": ("no", "yes")},
+    "sparse": {"kind": "sparse", "arrays": (TERM_WEIGHTS,)},
+    "multi-vector": {"kind": "multi-vector", "arrays": (TOKEN_VECTORS,), "dimension": 2},
+}
+
+
+def cases_of(kind: str) -> list[Case]:
+    return make_cases(Runner(FakeBackend(**KINDS[kind])), description(**KINDS[kind]), corpus_s=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_results_of_each_kind_are_accepted(kind: str) -> None:
+    """The fidelity has the values of its output, and none of dense vectors."""
+    cases = cases_of(kind)
+    fidelity = compare(FakeBackend(**KINDS[kind]), cases)
+    assert fidelity.texts == sum(len(case.texts) for case in cases) > 100
+    assert fidelity.min_cosine is None
+    (agreement,) = fidelity.agreement.values()
+    assert agreement == pytest.approx(1)
+
+
+WRONG: list[tuple[str, Callable[[Outputs], Outputs], str]] = [
+    ("reranker", lambda o: Outputs(scores=o.scores + np.float32(np.nan)), "not finite"),
+    ("reranker", lambda o: Outputs(scores=-o.scores), "agreement of its scores"),
+    ("classifier", lambda o: Outputs(scores=o.scores[:, :1]), "another number of labels"),
+    ("classifier", lambda o: Outputs(scores=o.scores[:, ::-1]), "agreement of its scores"),
+    ("sparse", lambda o: Outputs(sparse=[v.largest(1) for v in o.sparse]), "agreement of its sparse vectors"),
+    (
+        "sparse",
+        lambda o: Outputs(sparse=[SparseVector(v.indices, v.values * np.float32(1.1)) for v in o.sparse]),
+        "agreement of its sparse vectors",
+    ),
+    ("multi-vector", lambda o: Outputs(multi_vector=[v[1:] for v in o.multi_vector]), r"token vectors of 2 values"),
+    # only those of one text, because a rotation of all vectors changes no MaxSim score
+    (
+        "multi-vector",
+        lambda o: Outputs(multi_vector=[-o.multi_vector[0], *o.multi_vector[1:]]),
+        "agreement of its token vectors",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), WRONG)
+def test_wrong_results_of_each_kind_are_a_mismatch(
+    kind: str, change: Callable[[Outputs], Outputs], message: str
+) -> None:
+    """Values that are not finite, other values, another order, and another number of labels, terms or tokens."""
+    with pytest.raises(MismatchError, match=message):
+        compare(FakeBackend(change, **KINDS[kind]), cases_of(kind))
+
+
+def test_inexact_results_of_other_kinds_are_measured() -> None:
+    """Without `exact`, only their number and values that are not finite are a mismatch."""
+    backend = FakeBackend(lambda o: Outputs(scores=o.scores * np.float32(0.5)), **KINDS["reranker"])
+    fidelity = compare(backend, cases_of("reranker"), exact=False)
+    assert fidelity.scores is not None
+    assert fidelity.scores.relative_difference > 0.4
+    assert fidelity.scores.spearman == pytest.approx(1)
+    assert fidelity.agreement == {"scores": 1 - fidelity.scores.relative_difference}
+
+
+def test_pairs_have_several_documents_for_each_query() -> None:
+    """Otherwise a rank correlation would have no meaning."""
+    for pairs in (probe_pairs(), corpus_pairs(0)):
+        documents: dict[str, list[str]] = {}
+        for query, document in pairs:
+            documents.setdefault(query, []).append(document)
+        assert min(map(len, documents.values())) >= 10
+        assert all(query not in others for query, others in documents.items()) or pairs == probe_pairs()

@@ -1,12 +1,12 @@
-"""A model whose lowest cosine is below the floor of its precision is refused."""
+"""A model whose lowest cosine, or other agreement with fp32, is below the floor of its precision is refused."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.backends.base import Fidelity
+from emb_model_provider.backends.base import Fidelity, MultiVectorFidelity, ScoreFidelity, SparseFidelity
 from emb_model_provider.fidelity.compare import AccuracyError, check_accuracy
 from emb_model_provider.formatting import format_cosine
 from emb_model_provider.settings import AGREEMENT_FLOORS, FIDELITY_FLOORS
@@ -73,3 +73,57 @@ def test_a_cosine_is_not_rounded_up() -> None:
     assert format_cosine(0.999996) == "0.99999"
     assert format_cosine(1.0) == "1.00000"
     assert format_cosine(0.97) == "0.97000"
+
+
+# --- other outputs than dense vectors -----------------------------------------------------------------------------
+
+OTHER_OUTPUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "scores": ({"scores": ScoreFidelity(500, 1.0, 0.03, 0.99)}, "the agreement of its scores"),
+    "sparse": ({"sparse": SparseFidelity(500, 0.97, 0.001)}, "the agreement of its sparse vectors"),
+    "multi_vector": ({"multi_vector": MultiVectorFidelity(500, 0.9, 0.03)}, "the agreement of its token vectors"),
+}
+"""Fidelities with an agreement of 0.97, and what messages call it."""
+
+
+def check_output(output: str, requested: Precision, computed: ComputePrecision, **floors: float) -> None:
+    """Check an agreement of 0.97; the floors of dense vectors are 1, so that they would fail."""
+    fidelity = Fidelity(min_cosine=None, mean_cosine=None, texts=500, **OTHER_OUTPUTS[output][0])
+    cosines = dict.fromkeys(FIDELITY_FLOORS, 1.0)
+    spec = spec_of(precision=requested)
+    check_accuracy(spec, computed, fidelity, cosines, {**AGREEMENT_FLOORS, **floors}, name="test/small")
+
+
+@pytest.mark.parametrize("output", OTHER_OUTPUTS)
+def test_other_outputs_have_floors_of_their_own(output: str) -> None:
+    """The message names the output, its agreement, and the setting."""
+    check_output(output, "int8", "int8", int8=0.97)
+    with pytest.raises(AccuracyError) as caught:
+        check_output(output, "int8", "bf16", int8=0.971)
+    what = OTHER_OUTPUTS[output][1]
+    assert f"at int8: {what} with fp32 is 0.97000 over 500 texts" in caught.value.message
+    assert "the floor of int8 in EMB_PROVIDER_AGREEMENT_FLOORS is 0.971" in caught.value.message
+    assert "to bf16, fp16 or fp32, or lower that floor." in caught.value.message
+    assert caught.value.reason == f"{what} with fp32 at bf16 is 0.97000, below 0.971"
+
+
+@pytest.mark.parametrize("output", OTHER_OUTPUTS)
+def test_auto_has_its_own_floor_of_agreement(output: str) -> None:
+    """Below 0.98 it falls back to fp32. At fp32 the configured floor applies."""
+    with pytest.raises(AccuracyError, match=r"is 0\.97000.* is 0\.98"):
+        check_output(output, "auto", "bf16", bf16=0.5)
+    check_output(output, "auto", "fp32", fp32=0.5)
+
+
+def test_every_output_of_a_model_is_checked() -> None:
+    """As those of BGE-M3: its dense vectors are accurate enough, but not its token vectors."""
+    fidelity = Fidelity(
+        min_cosine=0.9999,
+        mean_cosine=1.0,
+        texts=500,
+        sparse=SparseFidelity(500, 1.0, 0.0),
+        multi_vector=MultiVectorFidelity(500, 0.9, 0.1),
+    )
+    with pytest.raises(AccuracyError, match="the agreement of its token vectors"):
+        check_accuracy(
+            spec_of(precision="bf16"), "bf16", fidelity, FIDELITY_FLOORS, AGREEMENT_FLOORS, name="test/small"
+        )
