@@ -40,6 +40,35 @@ def check_reranker(directory: Path, backend: Backend) -> None:
         assert np.abs(outputs.scores[:, 0] - expected).max() < TOLERANCE
 
 
+def check_bare_qwen3_reranker(directory: Path, backend: Backend) -> None:
+    """Compare with the code of Qwen3-Reranker's model card, which uses transformers only."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    prefix = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (prefix, suffix))
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    for instruction in ("", "Find the answer in the manual"):
+        task = instruction or "Given a web search query, retrieve relevant passages that answer the query"
+        expected = []
+        for query, document in PAIRS:
+            text = f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {document}"
+            room = backend.description.max_length - len(before) - len(after)
+            ids = [*before, *tokenizer.encode(text, add_special_tokens=False)[:room], *after]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            expected.append((logits[yes] - logits[no]).item())
+        assert np.ptp(expected) > 1, "all scores are nearly equal, so that a comparison proves nothing"
+        for outputs in runs(backend, PAIRS, prompt=instruction):
+            assert outputs.scores is not None
+            assert np.abs(outputs.scores[:, 0] - expected).max() < TOLERANCE
+
+
 def check_classifier(directory: Path, backend: Backend) -> None:
     from transformers import pipeline
 

@@ -7,12 +7,14 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import processors
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
+    PreTrainedTokenizerFast,
     XLMRobertaForSequenceClassification,
 )
 
@@ -20,10 +22,10 @@ from tests.backends.small_tokenizers import byte_bpe, unigram, wordpiece
 from tests.models import bert, modernbert, qwen3, save_bare, save_st, xlm_roberta
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 
 def with_pairs(tokenizer: PreTrainedTokenizerFast, between: str, *, second_type: int = 0) -> PreTrainedTokenizerFast:
@@ -35,6 +37,19 @@ def with_pairs(tokenizer: PreTrainedTokenizerFast, between: str, *, second_type:
         special_tokens=[(cls, tokenizer.cls_token_id), (sep, tokenizer.sep_token_id)],
     )
     return tokenizer
+
+
+def with_words(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Return a WordPiece tokenizer with further words in its vocabulary, which are no special tokens."""
+    contents = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = contents["model"]["vocab"]
+    vocabulary.update({word: len(vocabulary) + index for index, word in enumerate(words)})
+    names = ("unk_token", "cls_token", "sep_token", "pad_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(contents)),
+        model_max_length=tokenizer.model_max_length,
+        **{name: getattr(tokenizer, name) for name in names},
+    )
 
 
 def bert_pairs() -> PreTrainedTokenizerFast:
@@ -103,6 +118,15 @@ def save_causal_reranker(directory: Path) -> Path:
     return directory
 
 
+def save_bare_qwen3_reranker(directory: Path) -> Path:
+    """Write a directory like that of Qwen3-Reranker: without files of sentence-transformers, and with a template for chats."""
+    tokenizer = byte_bpe(around=("", ""), chat_template=CHAT_TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]})
+    tokenizer.add_tokens(["yes", "no"])
+    tokenizer.model_max_length = 512
+    return save_bare(directory, qwen3, tokenizer)
+
+
 def save_splade(
     directory: Path, base: Callable[..., PreTrainedModel], head: Any, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
@@ -145,14 +169,16 @@ def _splade_modules(
     return [transformer, SpladePooling("max")]
 
 
-def save_multi_vector(directory: Path, *, attend: bool = False) -> Path:
+def save_multi_vector(
+    directory: Path, *, attend: bool = False, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
     """Write a ColBERT directory of sentence-transformers: query expansion, a skip list, and prompts."""
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
     from sentence_transformers.sentence_transformer.modules import Normalize
 
-    tokenizer = wordpiece()
+    tokenizer = tokenizer or wordpiece()
     tokenizer.mask_token = "[UNK]"  # the vocabulary has no [MASK]
     bare = save_bare(directory.with_name(f"{directory.name}-bare"), bert, tokenizer)
     transformer = Transformer(
@@ -176,9 +202,14 @@ def save_multi_vector(directory: Path, *, attend: bool = False) -> Path:
     return directory
 
 
-def save_pylate(directory: Path) -> Path:
-    """Write the directory of an older PyLate: its settings are in config_sentence_transformers.json."""
-    save_multi_vector(directory)
+def save_pylate(directory: Path, *, markers: tuple[str, str] = ("[CLS] ", "[SEP] ")) -> Path:
+    """Write the directory of an older PyLate: its settings are in config_sentence_transformers.json.
+
+    If the tokenizer does not have the markers, it gets them as PyLate adds them: as tokens of normalized texts.
+    """
+    tokenizer = wordpiece()
+    tokenizer.add_tokens([marker for marker in markers if marker.strip() not in tokenizer.get_vocab()])
+    save_multi_vector(directory, tokenizer=tokenizer)
     modules = json.loads((directory / "modules.json").read_text())
     kept = [
         {**module, "type": kind}
@@ -188,7 +219,7 @@ def save_pylate(directory: Path) -> Path:
     ]
     (directory / "modules.json").write_text(json.dumps(kept))
     config = {
-        "model_type": "ColBERT", "query_prefix": "[CLS] ", "document_prefix": "[SEP] ", "query_length": 16,
+        "model_type": "ColBERT", "query_prefix": markers[0], "document_prefix": markers[1], "query_length": 16,
         "document_length": 40, "attend_to_expansion_tokens": False, "skiplist_words": [".", ","],
     }  # fmt: skip
     (directory / "config_sentence_transformers.json").write_text(json.dumps(config))
@@ -197,6 +228,30 @@ def save_pylate(directory: Path) -> Path:
     for key in ("query_expansion", "document_length", "query_length"):
         settings.pop(key, None)
     path.write_text(json.dumps(settings))
+    return directory
+
+
+def save_stanford(directory: Path, *, punctuation: bool = True) -> Path:
+    """Write a directory like that of ColBERTv2: the projection is among the weights, the settings in artifact.metadata."""
+    markers = ["[unused0]", "[unused1]"]
+    tokenizer = with_words(wordpiece(), markers)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    save_bare(directory, bert, tokenizer)
+    weights = load_file(directory / "model.safetensors")
+    torch.manual_seed(9)
+    projection = torch.randn(16, 48)
+    save_file(
+        {**{f"bert.{name}": weight for name, weight in weights.items()}, "linear.weight": projection},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["HF_ColBERT"]}))
+    metadata = {
+        "query_token_id": markers[0], "doc_token_id": markers[1], "query_maxlen": 16, "doc_maxlen": 40, "dim": 16,
+        "attend_to_mask_tokens": False, "mask_punctuation": punctuation,
+    }  # fmt: skip
+    (directory / "artifact.metadata").write_text(json.dumps(metadata))
     return directory
 
 
@@ -214,6 +269,11 @@ RERANK_TEMPLATE = (
     "Query: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
     "Document: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}\nAnswer:"
 )
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As in Qwen3: nothing in it is for a query and a document."""
 SPARSE: dict[str, Callable[[Path], Path]] = {
     "bert": lambda d: save_splade(d, bert, BertForMaskedLM, wordpiece()),
     "modernbert": lambda d: save_splade(d, modernbert, ModernBertForMaskedLM, byte_bpe()),
@@ -222,6 +282,9 @@ MULTI_VECTOR: dict[str, Callable[[Path], Path]] = {
     "sentence-transformers": save_multi_vector,
     "attended expansion": lambda d: save_multi_vector(d, attend=True),
     "PyLate": save_pylate,
+    "PyLate with added markers": lambda d: save_pylate(d, markers=("[Q] ", "[D] ")),
+    "Stanford": save_stanford,
+    "Stanford with punctuation": lambda d: save_stanford(d, punctuation=False),
 }
 CLASSIFIERS: dict[str, Callable[[Path], Path]] = {
     "bert": lambda d: save_bare(d, classifier(bert, BertForSequenceClassification, labels=3), bert_pairs())

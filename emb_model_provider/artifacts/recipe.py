@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emb_model_provider.model_spec import ModelSpec, Precision
     from emb_model_provider.snapshots.snapshot import Snapshot
 
-FORMAT = 5
+FORMAT = 6
 """Increased by hand whenever the compiler makes another artifact of the same snapshot."""
 
 RUNTIME_PACKAGES = ("openvino", "tokenizers")

@@ -81,7 +81,8 @@ _ARCHITECTURES: tuple[tuple[str, Kind | _Other], ...] = (
 """Ends of class names in `architectures`. Sequence classifiers are distinguished by their number of labels."""
 _CLASSIFIES_SEQUENCES = ("ForSequenceClassification", "ForSequenceRegression", "ForReward")
 _PREDICTS_TOKENS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
-_GENERATES = ("ForCausalLM", "LMHeadModel")
+GENERATES = ("ForCausalLM", "LMHeadModel")
+"""Ends of the class names of causal language models."""
 _RERANKING, _CLASSIFYING = "reranking", "classification"
 _TASKS: Mapping[str, str | _Other] = {
     "text-ranking": _RERANKING,
@@ -107,6 +108,7 @@ _ADAPTER_TASKS: Mapping[str, str | _Other] = {
 }
 BGE_M3_HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 """Weights of the sparse and the multi-vector output of BGE-M3."""
+_RERANKER_NAME = re.compile(r"rerank", re.IGNORECASE)
 _SPARSE_WORDS = re.compile(r"splade|sparse[-_]encod|neural-sparse", re.IGNORECASE)
 _CARD_TASK = re.compile(r"^pipeline_tag:\s*[\"']?([\w-]+)", re.MULTILINE)
 _MODEL_CLASSES: Mapping[Kind, tuple[str, ...]] = {
@@ -217,7 +219,7 @@ def _declared_kind(repository: Repository, st_config: Mapping[str, Any]) -> Kind
 
 def _by_labels(repository: Repository) -> Kind:
     config = repository.config
-    if architecture_of(config).endswith(_GENERATES):
+    if architecture_of(config).endswith(GENERATES):
         return "reranker"
     labels = config.get("num_labels", len(config.get("id2label") or [1, 2]))
     for module in repository.modules:
@@ -239,9 +241,11 @@ def _kinds_of_bare(repository: Repository, tasks: Iterable[str]) -> Iterator[Kin
             yield _without_head(task, architecture)
     for name in declared:
         if (found := _TASKS.get(name)) is not None:
-            if found == _RERANKING and architecture.endswith(_GENERATES):
+            if found == _RERANKING and architecture.endswith(GENERATES):
                 yield "reranker"
             yield _without_head(found, architecture)
+    if architecture.endswith(GENERATES) and _RERANKER_NAME.search(repository.name):
+        yield "reranker"
     if architecture.endswith(_PREDICTS_TOKENS) and _SPARSE_WORDS.search(f"{repository.name}\n{repository.card}"):
         yield "sparse"
 
@@ -263,7 +267,7 @@ def _require_possible(repository: Repository, requested: Kind, recognized: Kind 
     possible: Mapping[Kind, bool] = {
         # A reranker or classifier is never averaged into something like an embedding.
         "dense": not architecture.endswith(_CLASSIFIES_SEQUENCES) and (recognized == "bge-m3" or not is_other_encoder),
-        "reranker": architecture.endswith((*_CLASSIFIES_SEQUENCES, *_GENERATES)) and not repository.has_modules,
+        "reranker": architecture.endswith((*_CLASSIFIES_SEQUENCES, *GENERATES)) and not repository.has_modules,
         "classifier": architecture.endswith(_CLASSIFIES_SEQUENCES) and not repository.has_modules,
         "sparse": architecture.endswith(_PREDICTS_TOKENS) and not repository.has_modules,
         "multi-vector": False,

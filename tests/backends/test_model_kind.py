@@ -107,6 +107,14 @@ def test_the_kind_is_recognized_by_the_files(case: str, tmp_path: Path) -> None:
     assert plan_of(tmp_path, {"modules.json": [], **files} if ST in files else files).kind == kind
 
 
+def test_a_language_model_is_a_reranker_by_its_name(tmp_path: Path) -> None:
+    """As Qwen3-Reranker without its card. Its last token vector would be no embedding."""
+    files = architecture("Qwen3ForCausalLM")
+    assert plan_of(tmp_path / "a", files, repository="Qwen/Qwen3-Reranker-0.6B").kind == "reranker"
+    assert plan_of(tmp_path / "b", files, repository="Qwen/Qwen3-Embedding-0.6B").kind == "dense"
+    assert plan_of(tmp_path / "c", architecture("BertModel"), repository="someone/for-reranking").kind == "dense"
+
+
 @pytest.mark.parametrize("case", OTHER_KINDS)
 def test_another_kind_of_model_is_an_error(case: str, tmp_path: Path) -> None:
     """sentence-transformers would average its token vectors. The message says what it is and what to do."""

@@ -10,7 +10,15 @@ from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from tests import kind_checks
 from tests.artifacts.helpers import compile_here
-from tests.kind_models import CLASSIFIERS, MULTI_VECTOR, RERANKERS, SPARSE, save_bge_m3, save_inference_free_splade
+from tests.kind_models import (
+    CLASSIFIERS,
+    MULTI_VECTOR,
+    RERANKERS,
+    SPARSE,
+    save_bare_qwen3_reranker,
+    save_bge_m3,
+    save_inference_free_splade,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +52,12 @@ def test_reranker(name: str, tmp_path: Path) -> None:
     assert fidelity.scores is not None
     assert fidelity.scores.max_difference < kind_checks.TOLERANCE
     assert fidelity.scores.agreement > 0.999
+
+
+@pytest.mark.slow
+def test_bare_qwen3_reranker(tmp_path: Path) -> None:
+    directory = save_bare_qwen3_reranker(tmp_path / "model")
+    kind_checks.check_bare_qwen3_reranker(directory, compiled(directory, kind="reranker"))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from sentence_transformers.sparse_encoder.modules import MLMTransformer, SpladeP
 from transformers.utils import logging as transformers_logging
 
 from emb_model_provider.backends.hardware import cuda_problem
-from emb_model_provider.backends.model_kind import POOLING_ADVICE, TRUST_ADVICE
+from emb_model_provider.backends.model_kind import GENERATES, POOLING_ADVICE, TRUST_ADVICE
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.precision import DeviceFacts, resolve_device, resolve_torch_precision
 from emb_model_provider.backends.pytorch.heads import remove_final_normalize, run_pipeline
@@ -48,6 +48,24 @@ _LOADING = BoundedLock(1800, "another model has been loading")
 time, one could restore the dtype that the other one had set, so that all later tensors would be bf16."""
 
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+_QWEN3_RERANKER = """\
+<|im_start|>system
+Judge whether the Document meets the requirements based on the Query and the Instruct provided. \
+Note that the answer can only be "yes" or "no".<|im_end|>
+<|im_start|>user
+<Instruct>: {{ messages | selectattr("role", "eq", "system") | map(attribute="content") | first \
+| default("Given a web search query, retrieve relevant passages that answer the query", true) }}
+<Query>: {{ messages | selectattr("role", "eq", "query") | map(attribute="content") | first }}
+<Document>: {{ messages | selectattr("role", "eq", "document") | map(attribute="content") | first }}<|im_end|>
+<|im_start|>assistant
+<think>
+
+</think>
+
+{{ "" }}"""
+"""The chat template of Qwen3-Reranker, from its model card. The repository itself has that of Qwen3. The last line keeps
+Jinja from removing the line break before it."""
+_TEMPLATE_NOTE = "the repository has no chat template for a query and a document: that of Qwen3-Reranker is used"
 _ADAPTER_WEIGHTS = ("lora_", "adapter", "ia3_", "prompt_embeddings")
 """Parts of the names of weights that belong to an adapter."""
 _RECOMPUTED = frozenset(
@@ -160,6 +178,9 @@ def load_pipeline(
     options: dict[str, Any] = {"dtype": DTYPES[precision]}
     repository = Repository.of(snapshot, plan.route)
     name = repository.name
+    template = _pair_template(plan, repository)
+    if template is not None:
+        plan = replace(plan, notes=(*plan.notes, _TEMPLATE_NOTE))
     try:
         with _LOADING, _quiet_progress(), open_view(repository, snapshot.digest) as directory:
             try:
@@ -172,7 +193,7 @@ def load_pipeline(
                         model_kwargs=options,
                     )
                 else:
-                    pipeline = _build(plan, directory, options, device, trust_remote_code)
+                    pipeline = _build(plan, directory, options, device, trust_remote_code, template)
                 if plan.route is not None:
                     pipeline = _select_route(pipeline, plan.route, device)
                 if repository.adapter:
@@ -300,8 +321,37 @@ _CLASSES: Mapping[Kind, type[BaseModel]] = {
 }
 
 
+def _pair_template(plan: PipelinePlan, repository: Repository) -> str | None:
+    """Return the chat template that a language model needs as a reranker, or None if its own files are used.
+
+    Raises:
+        UnsupportedModelError: It needs one that is not known here.
+    """
+    if plan.kind != "reranker" or plan.layout != "transformers" or not (plan.architecture or "").endswith(GENERATES):
+        return None
+    declared = "".join(
+        repository.files[name].read_text(encoding="utf-8", errors="replace")
+        for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+        if name in repository.files
+    )
+    if all(re.search(rf"""["']{role}\\?["']""", declared) for role in ("query", "document")):
+        return None
+    if repository.config.get("model_type") == "qwen3":
+        return _QWEN3_RERANKER
+    raise UnsupportedModelError(
+        f"{repository.name} is a language model that is to score pairs, and its files do not say how a query and a document "
+        "become a prompt. Choose a version of it that sentence-transformers has saved as a CrossEncoder (with "
+        "modules.json), or add a chat_template.jinja with the roles 'query' and 'document'."
+    )
+
+
 def _build(
-    plan: PipelinePlan, directory: Path, options: dict[str, Any], device: str, trust_remote_code: bool
+    plan: PipelinePlan,
+    directory: Path,
+    options: dict[str, Any],
+    device: str,
+    trust_remote_code: bool,
+    template: str | None,
 ) -> BaseModel:
     """Build the pipeline of a directory without `modules.json`. Its normalization is added by `_apply_overrides`."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -315,9 +365,16 @@ def _build(
         "device": device, "local_files_only": True, "prompts": dict(plan.prompts), "default_prompt_name": plan.default_prompt
     }  # fmt: skip
     match plan.kind:
-        case "reranker" if (plan.architecture or "").endswith(("ForCausalLM", "LMHeadModel")):
+        case "reranker" if (plan.architecture or "").endswith(GENERATES):
+            if template is not None:
+                kwargs["processor_kwargs"]["chat_template"] = template
             model = _CheckedTransformer(path, transformer_task="text-generation", **kwargs)
             yes, no = (model.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+            if None in (yes, no) or model.tokenizer.unk_token_id in (yes, no):
+                raise UnsupportedModelError(
+                    f"{plan.architecture} scores a pair by the words yes and no, and its tokenizer does not have them as "
+                    "tokens. Choose another reranker."
+                )
             return CrossEncoder(modules=[model, LogitScore(yes, no)], **common)  # type: ignore[no-any-return]  # its decorator is untyped
         case "reranker" | "classifier":
             model = _CheckedTransformer(path, transformer_task="sequence-classification", **kwargs)

@@ -12,6 +12,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Transformer
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -81,6 +82,7 @@ def use_declared_tokenizer(pipeline: BaseModel, repository: Repository) -> tuple
         )
     try:
         declared = _declared_tokenizer(repository, folder, loaded, lowercase=bool(first.do_lower_case))
+        _add_markers(declared, pipeline, loaded)
     except LoadError:
         raise
     except Exception as error:
@@ -173,6 +175,20 @@ def _add_declared_tokens(tokenizer: Tokenizer, declared: set[str], loaded: PreTr
                 f"{name}: the token {token.content!r} has the id {tokenizer.token_to_id(token.content)} by "
                 f"tokenizer.json and {index} by tokenizer_config.json. Correct one of the files."
             )
+
+
+def _add_markers(tokenizer: Tokenizer, pipeline: BaseModel, loaded: PreTrainedTokenizerFast) -> None:
+    """Make the markers of the queries and documents of ColBERT models single tokens, as sentence-transformers does.
+
+    Older models declare them as words of the vocabulary only, or as tokens that a lowercase text does not match.
+    """
+    if not isinstance(pipeline, MultiVectorEncoder):
+        return
+    for prompt in filter(None, pipeline.prompts.values()):
+        for marker in (prompt, *prompt.split(None, 1)[:1]):
+            token = next((each for each in loaded.added_tokens_decoder.values() if each.content == marker), None)
+            if token is not None and token.special:
+                tokenizer.add_special_tokens([AddedToken(marker, normalized=token.normalized, special=True)])
 
 
 def _apply_bos_and_eos(tokenizer: Tokenizer, config: Mapping[str, Any], loaded: PreTrainedTokenizerFast) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
+from emb_model_provider.errors import UnsupportedModelError
 from tests import kind_checks
 from tests.backends.helpers import load_torch
-from tests.kind_models import CLASSIFIERS, MULTI_VECTOR, RERANKERS, SPARSE, save_bge_m3, save_inference_free_splade
+from tests.backends.small_tokenizers import byte_bpe
+from tests.kind_models import (
+    CLASSIFIERS,
+    MULTI_VECTOR,
+    RERANKERS,
+    SPARSE,
+    save_bare_qwen3_reranker,
+    save_bge_m3,
+    save_inference_free_splade,
+)
+from tests.models import qwen3, save_bare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +32,31 @@ def test_reranker(name: str, tmp_path: Path) -> None:
     backend = load_torch(directory)
     assert (backend.description.kind, backend.description.tasks) == ("reranker", ("rerank",))
     kind_checks.check_reranker(directory, backend)
+
+
+def test_bare_qwen3_reranker(tmp_path: Path) -> None:
+    """It has the prompt of its model card, with the instruction of a request. A note says so."""
+    directory = save_bare_qwen3_reranker(tmp_path / "model")
+    backend = load_torch(directory, kind="reranker")
+    assert backend.description.activation == "sigmoid"
+    assert any("Qwen3-Reranker" in note for note in backend.description.notes)
+    kind_checks.check_bare_qwen3_reranker(directory, backend)
+
+
+def test_a_language_model_without_a_prompt_for_pairs_is_an_error(tmp_path: Path) -> None:
+    """sentence-transformers would score the two texts without any prompt. The message says what to choose."""
+    directory = save_bare_qwen3_reranker(tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    other = {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UnsupportedModelError, match=r"do not say how a query and a document.*modules\.json"):
+        load_torch(directory, kind="reranker")
+
+
+def test_a_language_model_without_words_for_a_score_is_an_error(tmp_path: Path) -> None:
+    directory = save_bare(tmp_path / "model", qwen3, byte_bpe(around=("", "")))
+    with pytest.raises(UnsupportedModelError, match="by the words yes and no"):
+        load_torch(directory, kind="reranker")
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
