@@ -218,6 +218,10 @@ class Embedder:
             input_type: `query` or `document`, for a model that distinguishes them; see `embed`.
             top_k: Number of the largest weights of each text that are returned. None: all.
 
+        Returns:
+            For each text `indices`, int32 of shape (terms,) in ascending order, which are token ids, and `values`, float32
+            of shape (terms,), which are greater than 0.
+
         Raises:
             UnsupportedTaskError: The model has no sparse vectors. Other errors are those of `embed`.
         """
@@ -255,13 +259,25 @@ class Embedder:
 
         Args:
             query: The query.
-            documents: The documents. One that does not fit next to the query gets the best score of its parts.
+            documents: The documents, any number of them. One that does not fit next to the query gets the best score of
+                its parts or, with `long_documents` of the model set to `cut`, that of its beginning.
             top_n: Number of documents that are returned. None: all.
-            raw: Whether scores are logits. None: as in the settings, by default the activation of the model is applied.
+            raw: Whether scores are logits. None: as in the settings, by default the activation of the model is applied,
+                most often a sigmoid.
             instruction: What the documents are searched for, if the model has instructions.
 
+        Returns:
+            min(top_n, documents) documents with the highest scores, each with its `index` among `documents`, its `score`
+            as a Python float, from 0 to 1 after a sigmoid, and its text as `document`. Documents with equal scores keep
+            their order. Empty if there are no documents.
+
         Raises:
-            UnsupportedTaskError: The model is no reranker. Other errors are those of `embed`.
+            UnsupportedTaskError: The model is not a reranker.
+            RequestError: The query leaves no room for a document.
+            TypeError: The query or a document is not a `str`.
+            InferenceError: The model failed on a pair.
+            ModelNotReadyError: The model is not loaded, was closed, or crashed repeatedly.
+            ForkedProcessError: The model was loaded before this process was forked.
         """
         running = self._loaded()
         options = ScoreOptions(raw=raw, instruction=instruction).with_defaults(self._defaults)

@@ -299,3 +299,12 @@ RERANKERS: dict[str, Callable[[Path], Path]] = {
     ),
     "qwen3": save_causal_reranker,
 }
+ONE_OF_EACH: dict[str, Callable[[Path], Path]] = {
+    "reranker": RERANKERS["bert"],
+    "causal reranker": RERANKERS["qwen3"],
+    "classifier": CLASSIFIERS["bert"],
+    "sparse": SPARSE["bert"],
+    "multi-vector": MULTI_VECTOR["sentence-transformers"],
+    "bge-m3": save_bge_m3,
+}
+"""A model of each kind other than dense."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,14 +12,21 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from emb_model_provider import Embedder
+from emb_model_provider.backends.output_types import range_of
 from emb_model_provider.errors import RequestError, UnsupportedTaskError
+from emb_model_provider.management.manager import ModelManager
+from emb_model_provider.registry import Registry, RegistryConfig
+from emb_model_provider.serving.engine import EmbedOptions
 from emb_model_provider.settings import Settings
 from tests.kind_checks import DOCUMENTS, QUERY
-from tests.kind_models import RERANKERS, save_bge_m3
+from tests.kind_models import RERANKERS, SPARSE, save_bge_m3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from emb_model_provider.backends.base import ModelDescription
+    from emb_model_provider.serving.results import Embeddings
 
 
 def embedder(directory: Path, cache: Path, **keys: Any) -> Embedder:
@@ -85,6 +94,17 @@ def test_long_documents_can_be_cut(reranker: Path, reference: CrossEncoder, tmp_
     assert found.score == pytest.approx(expected, abs=1e-3)
 
 
+def test_ranked_documents_have_indexes_scores_and_texts(loaded: Embedder) -> None:
+    """Equal documents keep their order, and more are asked for than there are."""
+    found = loaded.rerank(QUERY, ["same", "same", "same"], top_n=9)
+    assert [each.index for each in found] == [0, 1, 2]
+    assert all(isinstance(each.score, float) and 0 < each.score < 1 for each in found)
+    assert {each.document for each in found} == {"same"}
+    assert loaded.rerank(QUERY, []) == []
+    with pytest.raises(TypeError, match=r"documents\[1\] must be a str"):
+        loaded.rerank(QUERY, ["a document", 3])  # type: ignore[list-item]
+
+
 def test_a_query_without_room_for_documents_is_an_error(loaded: Embedder) -> None:
     with pytest.raises(RequestError, match=r"The query is too long.*leaves \d+ of them for documents\[0\]") as caught:
         loaded.rerank("reset the password " * 20, ["a document " * 40])
@@ -115,3 +135,63 @@ def test_one_model_has_dense_sparse_and_multi_vector_embeddings(tmp_path: Path) 
         assert np.sort(some.values).tolist() == np.sort(every.values)[-2:].tolist()
         assert set(some.indices.tolist()) <= set(every.indices.tolist())
     assert all(each.shape[1] == 48 for each in vectors)
+
+
+# --- types of the values of dense vectors -------------------------------------------------------------------------
+
+
+def request_all(directory: Path, cache: Path, texts: list[str], **keys: Any) -> tuple[Embeddings, ModelDescription]:
+    """Load a model as the service does, and return the outputs of one request with the description of the model."""
+    entry = {"name": "model", "path": str(directory), "device": "cpu", "precision": "fp32", **keys}
+    settings = Settings.from_values(cache_dir=cache, model_mapping={"model": entry})
+    config = RegistryConfig(batching=settings.batching, limits=settings.limits, memory=settings.memory)
+
+    async def request() -> tuple[Embeddings, ModelDescription]:
+        registry = Registry(settings.served_models(), ModelManager(settings), config)
+        try:
+            async with registry.lease("model") as engine:
+                outputs = EmbedOptions(outputs=("dense", "sparse", "multi_vector"))
+                return await engine.embed(texts, outputs), engine.description
+        finally:
+            await registry.stop()
+
+    return asyncio.run(request())
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_dense_vectors_of_bge_m3_have_all_types(backend: str, tmp_path: Path) -> None:
+    """With ranges that are stored with the compiled model, or with what torch has measured."""
+    directory = save_bge_m3(tmp_path / "model")
+    vectors = SentenceTransformer(str(directory), device="cpu").encode(DOCUMENTS, show_progress_bar=False)
+    together, description = request_all(directory, tmp_path / "cache", DOCUMENTS, backend=backend)
+    assert description.backend == backend
+    assert description.calibration is not None
+    assert set(description.calibration.top10_overlap) == {"float16", "int8", "uint8", "binary", "ubinary"}
+    value_range = range_of(description.calibration, 48, normalized=True)
+    expected = np.clip(np.rint(vectors * 127 / value_range), -127, 127)
+    integers = together.as_type("int8")
+    assert (integers.dtype, integers.shape) == (np.int8, (len(DOCUMENTS), 48))
+    assert np.abs(integers - expected).max() <= 1  # a value between two integers
+    assert np.abs(expected).max() == 127
+    assert np.abs(together.as_type("uint8").astype(int) - 128 - integers).max() == 0
+    signs = np.unpackbits(together.as_type("ubinary"), axis=1)
+    clear = np.abs(vectors) > 1e-4
+    assert (signs[clear] == (vectors > 0)[clear]).all()
+    assert together.as_type("binary").tolist() == (together.as_type("ubinary").astype(int) - 128).tolist()
+    assert together.sparse is not None
+    assert together.multi_vector is not None
+
+    (path,) = [*tmp_path.glob("cache/artifacts/*/manifest.json"), *tmp_path.glob("cache/fidelity/*.json")]
+    stored = json.loads(path.read_text())
+    measured = stored["description"]["fidelity"] if backend == "openvino" else stored
+    assert measured["calibration"]["spread"] == description.calibration.spread
+    alone, again = request_all(directory, tmp_path / "cache", DOCUMENTS[:1], backend=backend)
+    assert again.calibration == description.calibration
+    assert np.abs(alone.as_type("int8")[0].astype(int) - integers[0]).max() <= 1
+
+
+def test_models_without_dense_vectors_have_no_ranges(tmp_path: Path) -> None:
+    """Nothing is measured for them, at fp32 with torch."""
+    with embedder(SPARSE["bert"](tmp_path / "model"), tmp_path / "cache") as model:
+        assert model.description.calibration is None
+    assert not (tmp_path / "cache" / "fidelity").exists()

@@ -11,7 +11,7 @@ import click
 from emb_model_provider.cli import options
 from emb_model_provider.cli.embed import check_texts, load_embedder, read_texts
 from emb_model_provider.cli.interrupt import run_until_interrupted
-from emb_model_provider.cli.output import out
+from emb_model_provider.cli.output import out, say
 
 if TYPE_CHECKING:
     from emb_model_provider.model_spec import Precision, Source
@@ -46,16 +46,21 @@ def rerank(
 ) -> None:
     """Print documents by their scores for a query.
 
-    The best document comes first. Each line is a score and a document, separated by a tab. `-` reads documents from stdin and `@FILE` from a file, one
-    per line. The model is downloaded and compiled if necessary, and runs in this process: no server is used.
+    The best document comes first. Each line is a score and a document, separated by a tab. `-` reads documents from
+    stdin and `@FILE` from a file, one per line. The model is downloaded and compiled if necessary, and runs in this
+    process: no server is used.
 
     JSON: {"index", "score", "document"} on each line.
     """
     check_texts(documents)
+    texts = list(read_texts(documents))
+    if not texts:  # else a model would be downloaded for nothing
+        say("There is no document to rerank.")
+        return
 
     def work() -> None:
         with load_embedder(model, source=source, revision=revision, precision=precision, progress=progress) as embedder:
-            for found in embedder.rerank(query, list(read_texts(documents)), top_n=top_n, raw=raw or None):
+            for found in embedder.rerank(query, texts, top_n=top_n, raw=raw or None):
                 out(json.dumps(asdict(found)) if as_json else f"{found.score:.6f}\t{found.document}")
 
     run_until_interrupted(work, "nothing was printed.")

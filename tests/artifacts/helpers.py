@@ -25,6 +25,7 @@ from emb_model_provider.compiler.export import EXPORTERS
 from emb_model_provider.fidelity.cases import CORPUS_S
 from emb_model_provider.fidelity.compare import compare
 from emb_model_provider.settings import FidelitySettings, HubSettings, TrustSettings
+from tests.kind_models import ONE_OF_EACH
 from tests.models import FAMILIES, bundled_directory, snapshot_of, spec_of
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class CompiledModels:
         The bundled model is compiled for this processor, and at auto, int8 and int4 compared on the whole corpus.
 
         Args:
-            name: A name of `FAMILIES`, or `bundled`.
+            name: A name of `FAMILIES` or `ONE_OF_EACH`, or `bundled`.
             precision: The requested precision.
         """
         key = f"{name}-{precision}"
@@ -136,7 +137,7 @@ class CompiledModels:
         directory = self._root / name
         with FileLock(self._root / f"{name}.lock"):
             if not directory.exists():
-                FAMILIES[name](directory)
+                {**FAMILIES, **ONE_OF_EACH}[name](directory)
         return directory
 
     def _compile(self, name: str, precision: str, place: Path) -> Compiled:
@@ -213,6 +214,7 @@ class Harness:
         *,
         cancel: CancelToken | None = None,
         floors: Mapping[str, float] | None = None,
+        agreement_floors: Mapping[str, float] | None = None,
         measure: bool = True,
         **spec: Any,
     ) -> PreparedBackend:
@@ -221,10 +223,13 @@ class Harness:
         Args:
             cancel: See `BackendPreparer.prepare`.
             floors: FIDELITY_FLOORS.
+            agreement_floors: AGREEMENT_FLOORS.
             measure: MEASURE_FIDELITY.
             spec: Values of the spec.
         """
-        fidelity = FidelitySettings(fidelity_floors=dict(floors or {}), measure_fidelity=measure)
+        fidelity = FidelitySettings(
+            fidelity_floors=dict(floors or {}), agreement_floors=dict(agreement_floors or {}), measure_fidelity=measure
+        )
         return self.preparer(fidelity).prepare(
             spec_of(**spec), snapshot_of(self.directory), on_progress=self.progress.append, cancel=cancel
         )

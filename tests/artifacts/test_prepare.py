@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +23,7 @@ from emb_model_provider.formatting import format_cosine
 from emb_model_provider.progress import CancelToken
 from emb_model_provider.settings import FIDELITY_FLOORS
 from tests.artifacts.helpers import FAMILY, ONE_TOKEN, CompiledModels, Harness, wait_for
+from tests.marks import mark_slow_except
 from tests.models import save_static, snapshot_of, spec_of
 
 if TYPE_CHECKING:
@@ -448,6 +449,61 @@ def test_a_requested_bf16_above_its_floor_is_served(harness: Harness) -> None:
     assert harness.starts == 1
 
 
+AGREEMENTS: dict[str, tuple[str, dict[str, float], str]] = {
+    "reranker": ("scores", {"relative_difference": 0.03, "spearman": 0.99}, "the agreement of its scores"),
+    "sparse": ("sparse", {"term_overlap": 0.97, "score_error": 0.01}, "the agreement of its sparse vectors"),
+    "multi-vector": ("multi_vector", {"maxsim_error": 0.03}, "the agreement of its token vectors"),
+}
+"""By kind: an output whose agreement with fp32 is 0.97, and what notes call it."""
+
+
+@pytest.mark.skipif(not native_bf16(), reason="auto is fp32 on a processor without native bf16")
+@pytest.mark.parametrize("kind", mark_slow_except(AGREEMENTS, "reranker"))
+def test_other_kinds_below_their_floor_are_computed_in_fp32(
+    kind: str,
+    compiled: CompiledModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As dense models: auto and a requested bf16, with a note that is logged. Above the floor, bf16 is served."""
+    output, values, what = AGREEMENTS[kind]
+    harness = Harness(compiled(kind), tmp_path, monkeypatch)
+    harness.prepare(precision="fp32")
+    _claim(harness, {"precision": "bf16"}, {output: values})
+    for precision in ("auto", "bf16"):
+        caplog.clear()
+        prepared = harness.prepare(precision=precision)
+        backend = prepared.load()
+        backend.close()
+        note = f"computed in fp32: {what} with fp32 at bf16 is 0.97000, below 0.98"
+        assert (backend.description.precision, backend.description.backend) == ("fp32", "openvino")
+        assert backend.description.notes[-1] == prepared.notes[-1] == note
+        assert caplog.messages == [f"model small: {note}"]
+    floors = {"bf16": 0.97 - 1e-6}
+    prepared = harness.prepare(precision="bf16", agreement_floors=floors)
+    assert prepared.description is not None
+    assert (prepared.description.precision, prepared.notes) == ("bf16", ())
+
+
+@pytest.mark.parametrize("kind", mark_slow_except(AGREEMENTS, "reranker"))
+def test_other_kinds_at_integers_below_their_floor_are_refused(
+    kind: str, compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dense models, until the floor is lowered."""
+    output, values, what = AGREEMENTS[kind]
+    harness = Harness(compiled(kind), tmp_path, monkeypatch)
+    _claim(harness, {"precision": "int8", "compute": "fp32"}, {output: values})
+    with pytest.raises(AccuracyError) as caught:
+        harness.prepare(precision="int8", agreement_floors={"int8": 0.98})
+    assert f"not accurate enough at int8: {what} with fp32 is 0.97000" in caught.value.message
+    assert "the floor of int8 in EMB_PROVIDER_AGREEMENT_FLOORS is 0.98" in caught.value.message
+    prepared = harness.prepare(precision="int8")  # the default floor is 0.95
+    assert prepared.description is not None
+    assert prepared.description.precision == "int8"
+    assert harness.starts == 1
+
+
 def test_torch_computes_in_fp32_if_a_model_cannot_be_compiled_and_bf16_is_not_accurate_enough(harness: Harness) -> None:
     """With backend=torch, bf16 below its floor is an error instead."""
     harness.configure_compiler(outcome="unsupported")
@@ -477,14 +533,23 @@ def test_static_embeddings_are_served_at_fp32_instead_of_integers(
 
 
 def _compile_to_bf16(harness: Harness, min_cosine: float) -> None:
-    """Let the fake compiler claim that the model has this lowest cosine at bf16.
+    """Let the fake compiler claim that the model has this lowest cosine at bf16."""
+    _claim(harness, {"precision": "bf16"}, {"min_cosine": min_cosine})
 
-    The real one is too low for any test, because the weights of the small models are random.
+
+def _claim(harness: Harness, description: dict[str, str], fidelity: dict[str, Any]) -> None:
+    """Let the fake compiler claim these values of the description and the fidelity.
+
+    The real ones are too low for any test, because the weights of the small models are random.
     """
-    copy = harness.root / f"bf16-{min_cosine}"
+    copy = harness.root / "claimed"
     shutil.copytree(harness.compiled.artifact.directory, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["description"]["precision"] = "bf16"
-    manifest["description"]["fidelity"]["min_cosine"] = min_cosine
+    manifest["description"].update(description)
+    for name, value in fidelity.items():
+        if isinstance(value, dict):
+            manifest["description"]["fidelity"][name].update(value)
+        else:
+            manifest["description"]["fidelity"][name] = value
     (copy / "manifest.json").write_text(json.dumps(manifest))
     harness.configure_compiler(copy=str(copy))

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.artifacts.manifest import read_fidelity
-from emb_model_provider.artifacts.torch_fidelity import bytes_at_fp32
+from emb_model_provider.artifacts.torch_fidelity import TorchModel, bytes_at_fp32
 from emb_model_provider.fidelity.compare import SETTING, AccuracyError
 from emb_model_provider.formatting import format_cosine
+from emb_model_provider.settings import FidelitySettings
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness
-from tests.models import snapshot_of
+from tests.marks import mark_slow_except
+from tests.models import snapshot_of, spec_of
 
 if TYPE_CHECKING:
-    from emb_model_provider.backends.base import Fidelity, ModelDescription
+    from emb_model_provider.backends.base import Backend, Fidelity, ModelDescription
 
 TORCH: dict[str, Any] = {"backend": "torch", "precision": "bf16"}
 
@@ -113,6 +115,34 @@ def test_a_record_is_used_even_if_measuring_is_disabled(harness: Harness, record
     assert description.notes == ()
     with pytest.raises(AccuracyError):
         harness.load(floors={"bf16": 1.0}, measure=False, **TORCH)
+
+
+@pytest.mark.parametrize("kind", mark_slow_except(["reranker", "classifier", "sparse", "multi-vector"], "reranker"))
+def test_other_kinds_are_measured_once_and_refused_below_their_floor(
+    kind: str, compiled: CompiledModels, tmp_path: Path
+) -> None:
+    """As dense models, by the agreement of their output."""
+    snapshot = snapshot_of(compiled.directory(kind))
+
+    def load(floor: float) -> Backend:
+        floors = FidelitySettings(agreement_floors={"bf16": floor})
+        return TorchModel(spec_of(**TORCH), snapshot, False, tmp_path, floors).load()
+
+    with pytest.raises(AccuracyError) as caught:
+        load(1.0)
+    (record,) = (tmp_path / "fidelity").glob("*")
+    fidelity = read_fidelity(json.loads(record.read_text()))
+    ((output, agreement),) = fidelity.agreement.items()
+    assert output in ("scores", "sparse", "multi_vector")
+    assert fidelity.texts > 100
+    assert agreement < 1
+    assert f"with fp32 is {format_cosine(agreement)} over {fidelity.texts} texts" in caught.value.message
+    assert "the floor of bf16 in EMB_PROVIDER_AGREEMENT_FLOORS is 1" in caught.value.message
+    written = record.stat().st_mtime_ns
+    backend = load(0.0)
+    backend.close()
+    assert (backend.description.precision, backend.description.fidelity) == ("bf16", fidelity)
+    assert record.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])

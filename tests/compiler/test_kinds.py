@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from emb_model_provider.artifacts.manifest import GRAPH, read_artifact
+from emb_model_provider.backends.arrays import finite_rows
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
+from emb_model_provider.fidelity.cases import Runner
 from tests import kind_checks
 from tests.artifacts.helpers import compile_here
+from tests.kind_checks import DOCUMENTS, PAIRS
 from tests.kind_models import (
     CLASSIFIERS,
     MULTI_VECTOR,
+    ONE_OF_EACH,
     RERANKERS,
     SPARSE,
     save_bare_qwen3_reranker,
@@ -105,3 +109,21 @@ def test_bge_m3(tmp_path: Path) -> None:
     kind_checks.check_bge_m3(directory, backend)
     assert backend.description.fidelity is not None
     assert set(backend.description.fidelity.agreement) == {"dense", "sparse", "multi_vector"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_quantized_weights(kind: str, precision: str, tmp_path: Path) -> None:
+    """Each output is measured, so that its floor applies. Weights without redundancy lose more than trained ones."""
+    directory = ONE_OF_EACH[kind](tmp_path / "model")
+    backend = compiled(directory, precision=precision)
+    fidelity = backend.description.fidelity
+    assert backend.description.precision == precision
+    assert fidelity is not None
+    assert set(fidelity.agreement) == set(backend.description.outputs)
+    assert all(value < 1 for value in fidelity.agreement.values())
+    if precision == "int8":
+        assert min(fidelity.agreement.values()) > 0.5
+    texts = PAIRS if backend.description.kind == "reranker" else DOCUMENTS
+    assert finite_rows(Runner(backend)(texts), len(texts)).all()

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.errors import UnsupportedModelError
+from emb_model_provider.fidelity.cases import Runner, make_cases
+from emb_model_provider.fidelity.compare import compare
 from tests import kind_checks
 from tests.backends.helpers import load_torch
 from tests.backends.small_tokenizers import byte_bpe
 from tests.kind_models import (
     CLASSIFIERS,
     MULTI_VECTOR,
+    ONE_OF_EACH,
     RERANKERS,
     SPARSE,
     save_bare_qwen3_reranker,
@@ -92,3 +95,20 @@ def test_bge_m3(tmp_path: Path) -> None:
     backend = load_torch(directory)
     assert backend.description.tasks == ("embed", "embed_sparse", "embed_multi_vector")
     kind_checks.check_bge_m3(directory, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_lower_precisions(kind: str, precision: str, tmp_path: Path) -> None:
+    """Each output is close to that at fp32, but not equal."""
+    directory = ONE_OF_EACH[kind](tmp_path / "model")
+    exact = load_torch(directory)
+    cases = make_cases(Runner(exact), exact.description, corpus_s=0)
+    backend = load_torch(directory, precision=precision)
+    agreement = compare(backend, cases, exact=False).agreement
+    assert backend.description.precision == precision
+    assert set(agreement) == set(exact.description.outputs)
+    assert all(value < 1 - 1e-5 for value in agreement.values()), agreement
+    if precision != "int4":
+        assert min(agreement.values()) > 0.5, agreement
