@@ -1,8 +1,8 @@
-"""Compares what is served with `encode` of sentence-transformers, family by family, on both backends at fp32.
+"""Compares what is served with sentence-transformers, family by family, on both backends at fp32.
 
-Each family is a small directory with random weights (`benchmarks.family_models`). Its vectors are compared on texts from
+Each family is a small directory with random weights (`benchmarks.family_models`). Its results are compared on texts from
 one token to several times the maximum length, alone and in mixed batches, with every prompt. The exit status is 1 if a
-family has other vectors, or is refused although it should be served, or the other way round.
+family has other results, or is refused although it should be served, or the other way round.
 """
 
 from __future__ import annotations
@@ -37,8 +37,17 @@ if TYPE_CHECKING:
 
     from benchmarks.family_models import Family
     from emb_model_provider.artifacts.compiler_process import CompileJob, CompileResult
-    from emb_model_provider.backends.base import Backend
-    from emb_model_provider.model_spec import BackendName, ModelSpec
+    from emb_model_provider.backends.base import (
+        Backend,
+        Fidelity,
+        ModelDescription,
+        OutputName,
+        Outputs,
+        SparseVector,
+        TokenBatch,
+    )
+    from emb_model_provider.fidelity.cases import Case
+    from emb_model_provider.model_spec import BackendName, Kind, ModelSpec
     from emb_model_provider.settings import HubSettings
     from emb_model_provider.snapshots.snapshot import Snapshot
 
@@ -46,6 +55,9 @@ if TYPE_CHECKING:
 
 BACKENDS = ("torch", "openvino")
 MIN_COSINE = 0.9999
+MAX_DIFFERENCE, MAX_ERROR, MIN_OVERLAP = 1e-3, 1e-4, 0.99
+"""Of a logit; of dot products of sparse vectors and MaxSim scores, relative to the length of the vectors; and the lowest
+share of the strongest terms. Of terms with nearly equal weights, another one can be the last of them."""
 MAX_SIMILARITY = 0.99
 """If two different texts have more similar reference vectors than this, a comparison proves nothing."""
 TIMEOUT_S = 180.0
@@ -66,12 +78,31 @@ TEXTS = (
     "x" * 700,
 )
 """From one token to several times the maximum length: Chinese, emoji, empty, blank and unusual texts."""
+QUERY = "how do I reset it?"
+"""The query of all pairs."""
 DISTINCT = (0, 1, 2, 3, 4, 5, 10, 11)
 """Indexes of texts whose vectors must differ."""
 _BATCHES = (1, 5)
 _EXIT_S = 2.0
 _NORM_TOLERANCE = 1e-3
 _CELL_CHARS = 120
+
+
+COLUMNS: Mapping[OutputName, Mapping[str, str]] = {
+    "dense": {"cosine": "lowest cosine"},
+    "scores": {"max_difference": "largest difference of a logit", "spearman": "lowest rank correlation"},
+    "sparse": {"term_overlap": "strongest terms kept", "score_error": "largest error of a dot product"},
+    "multi_vector": {"min_cosine": "lowest cosine of a token", "maxsim_error": "largest error of MaxSim"},
+}
+"""The figures of each output, and what tables call them."""
+OUTPUTS: Mapping[Kind, tuple[OutputName, ...]] = {
+    "dense": ("dense",),
+    "reranker": ("scores",),
+    "classifier": ("scores",),
+    "sparse": ("sparse",),
+    "multi-vector": ("multi_vector",),
+    "bge-m3": ("dense", "sparse", "multi_vector"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +113,41 @@ class Outcome:
     """torch: it could not be compiled, so that the torch backend serves it. error: it can neither be served nor is it
     refused with a reason."""
     cosine: float | None = None
-    """The lowest one to the reference."""
+    """The lowest one of dense vectors to the reference."""
     reason: str = ""
+    fidelity: Fidelity | None = None
+    """The comparison of other outputs."""
 
     def fails(self, expect: str) -> bool:
         if self.status == "compared":
-            equal = self.cosine is not None and self.cosine >= MIN_COSINE and not self.reason
-            return expect != "equal" or not equal
+            return expect != "equal" or bool(self.reason) or not self._is_equal
         return self.status in ("invalid", "error") or (self.status == "refused") != (expect == "refused")
 
     @property
-    def cell(self) -> str:
+    def _is_equal(self) -> bool:
+        results: list[bool] = []
+        if self.cosine is not None:
+            results.append(self.cosine >= MIN_COSINE)
+        if self.fidelity is not None and (scores := self.fidelity.scores) is not None:
+            results += [scores.max_difference <= MAX_DIFFERENCE, scores.spearman >= MIN_COSINE]
+        if self.fidelity is not None and (sparse := self.fidelity.sparse) is not None:
+            results += [sparse.term_overlap >= MIN_OVERLAP, sparse.score_error <= MAX_ERROR]
+        if self.fidelity is not None and (tokens := self.fidelity.multi_vector) is not None:
+            results += [tokens.min_cosine >= MIN_COSINE, tokens.maxsim_error <= MAX_ERROR]
+        return bool(results) and all(results)
+
+    def cells(self, output: OutputName) -> list[str]:
+        """Return the figures of an output, or once why there are none."""
         first_sentence = self.reason.replace("|", "\\|").partition(". ")[0]
         reason = textwrap.shorten(first_sentence, _CELL_CHARS, placeholder=" …")
         if self.status != "compared":
-            return f"{self.status}: {reason}"
-        # Truncated, so that 0.99999999 is not shown as 1.
-        cosine = f"{np.trunc((self.cosine or 0.0) * 1e7) / 1e7:.7f}"
-        return f"{cosine} ({reason})" if reason else cosine
+            return [f"{self.status}: {reason}", *[""] * (len(COLUMNS[output]) - 1)]
+        figures = [self.cosine or 0.0]
+        if output != "dense" and self.fidelity is not None:
+            measured = getattr(self.fidelity, output)
+            figures = [getattr(measured, name) for name in COLUMNS[output]]
+        cells = [_format_figure(figure) for figure in figures]
+        return [f"{cells[0]} ({reason})" if reason else cells[0], *cells[1:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +155,7 @@ class Row:
     """A family and its outcomes."""
 
     family: str
+    kind: Kind
     expect: Literal["equal", "refused"]
     layout: str
     outcomes: dict[str, Outcome]
@@ -199,6 +248,8 @@ class Evaluation:
         try:
             if self._family.expect == "refused":
                 return Outcome("compared", reason="served, not refused")
+            if self._family.kind != "dense":
+                return compare_outputs(backend, reference_cases(self._family, self._directory, backend.description))
             if self._expected is None:
                 self._expected = reference_vectors(self._family, self._directory)
             return compare(backend, self._expected)
@@ -306,6 +357,101 @@ def served_vectors(backend: Backend, task: str | None, prompt: str | None, *, ba
     return vectors
 
 
+def reference_cases(family: Family, directory: Path, description: ModelDescription) -> list[Case]:
+    """Return `TEXTS` with the results of the library that defines a kind, each input computed alone.
+
+    Raises:
+        Difference: Different texts have nearly the same score.
+    """
+    from emb_model_provider.backends.base import Outputs
+    from emb_model_provider.fidelity.cases import Case
+    from tests import kind_checks
+
+    match family.kind:
+        case "reranker":
+            pairs = [(QUERY, text) for text in TEXTS]
+            scores = (family.scores or kind_checks.expected_scores)(directory, pairs)
+            _require_spread(scores)
+            return [Case(pairs, "", Outputs(scores=scores))]
+        case "classifier":
+            scores = kind_checks.expected_labels(directory, TEXTS)
+            _require_spread(scores)
+            return [Case(TEXTS, "", Outputs(scores=scores))]
+        case "sparse":
+            tasks: list[str | None] = ["query", "document"] if description.routes else [None]
+            return [
+                Case(TEXTS, "", Outputs(sparse=_nonzero(kind_checks.expected_terms(directory, TEXTS, task))), task=task)
+                for task in tasks
+            ]
+        case "multi-vector":
+            return [
+                Case(
+                    TEXTS,
+                    description.prompts.get(task, ""),
+                    Outputs(multi_vector=kind_checks.expected_token_vectors(directory, TEXTS, task)),
+                    task=task,
+                )
+                for task in ("query", "document")
+            ]
+    return [Case(TEXTS, "", kind_checks.expected_bge_m3(directory, TEXTS))]
+
+
+def _require_spread(scores: NDArray[np.float32]) -> None:
+    if (spread := float(np.ptp(scores, axis=0).min())) < 0.1:
+        raise Difference(f"different texts have logits within {spread:.4f}")
+
+
+def _nonzero(weights: NDArray[np.float32]) -> list[SparseVector]:
+    from emb_model_provider.backends.base import SparseVector
+
+    indices = [np.flatnonzero(row).astype(np.int32) for row in weights]
+    return [SparseVector(kept, row[kept]) for kept, row in zip(indices, weights, strict=True)]
+
+
+def compare_outputs(backend: Backend, cases: Sequence[Case]) -> Outcome:
+    """Return how close the outputs of a backend are to the expected ones, alone and in mixed batches.
+
+    Raises:
+        Difference: They have another size.
+    """
+    from emb_model_provider.backends.routes import RoutedBackend
+    from emb_model_provider.fidelity.compare import MismatchError
+    from emb_model_provider.fidelity.compare import compare as measure
+
+    try:
+        if isinstance(backend, RoutedBackend):
+            parts = [measure(_Route(backend, case.task or ""), [case], exact=False) for case in cases]
+            fidelity = max(parts, key=lambda part: part.sparse.score_error if part.sparse is not None else 0.0)
+        else:
+            fidelity = measure(backend, cases, exact=False)
+    except MismatchError as error:
+        raise Difference(str(error)) from error
+    return Outcome("compared", fidelity.min_cosine, fidelity=fidelity)
+
+
+class _Route:
+    """One route of an asymmetric backend, with its own tokenization."""
+
+    streams, memory_bytes = 1, 0
+
+    def __init__(self, backend: Backend, task: str) -> None:
+        self._backend = backend
+        self.description = backend.description.routes[task]
+
+    def run(self, batch: TokenBatch) -> Outputs:
+        return self._backend.run(batch)
+
+    run_fp32 = run
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def _format_figure(value: float) -> str:
+    """Return a small difference with two digits, and a share truncated, so that 0.99999999 is not shown as 1."""
+    return f"{value:.1e}" if value < MAX_DIFFERENCE else f"{np.trunc(value * 1e7) / 1e7:.7f}"
+
+
 def highest_similarity(vectors: Vectors) -> float:
     """Return the highest cosine between two different rows."""
     units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
@@ -356,7 +502,7 @@ def work(connection: Connection, root: str) -> None:
     prepare.run_compiler = compile_here
     torch.set_num_threads(2)
     transformers.utils.logging.disable_progress_bar()
-    connection.send({name: family.expect for name, family in FAMILIES.items()})
+    connection.send({name: (family.kind, family.expect) for name, family in FAMILIES.items()})
     while (request := connection.recv()) is not None:
         name, backends = request
         with tempfile.TemporaryDirectory(dir=root) as directory:
@@ -385,7 +531,7 @@ class Worker:
         self._start()
 
     def evaluate(self, name: str, backends: Sequence[str]) -> Row:
-        expect, layout = self.families[name], ""
+        (kind, expect), layout = self.families[name], ""
         outcomes: dict[str, Outcome] = {}
         try:
             if self._process is None:
@@ -394,7 +540,7 @@ class Worker:
             layout = self._receive()
             if layout.startswith("cannot be built"):
                 self._receive()
-                return Row(name, expect, NONE, {backend: Outcome("error", reason=layout) for backend in backends})
+                return Row(name, kind, expect, NONE, {backend: Outcome("error", reason=layout) for backend in backends})
             while (message := self._receive()) is not None:
                 backend, outcome = message
                 outcomes[backend] = outcome
@@ -407,7 +553,7 @@ class Worker:
             self.close()
         for backend in backends:
             outcomes.setdefault(backend, Outcome("error", reason="the process crashed"))
-        return Row(name, expect, layout, outcomes)
+        return Row(name, kind, expect, layout, outcomes)
 
     def close(self) -> None:
         """End the process: at once if it is busy, gracefully if it waits for a family."""
@@ -426,8 +572,8 @@ class Worker:
         self._process = context.Process(target=work, args=(other, str(self._root)), daemon=True)
         self._process.start()
         other.close()
-        self.families: dict[str, Literal["equal", "refused"]] = self._receive()
-        """What is expected of each family. Asked of the process, because only that imports torch."""
+        self.families: dict[str, tuple[Kind, Literal["equal", "refused"]]] = self._receive()
+        """The kind of each family, and what is expected of it. Asked of the process, because only that imports torch."""
 
     def _receive(self) -> Any:
         if not self._connection.poll(TIMEOUT_S):
@@ -447,7 +593,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in names:
                 row = worker.evaluate(name, backends)
                 rows.append(row)
-                cells = "; ".join(f"{backend} {outcome.cell}" for backend, outcome in row.outcomes.items())
+                cells = "; ".join(
+                    f"{backend} {' '.join(outcome.cells(output))}"
+                    for backend, outcome in row.outcomes.items()
+                    for output in OUTPUTS[row.kind]
+                )
                 log_progress(f"{len(rows)}/{len(names)} {'FAILED ' if row.failures else ''}{name}: {cells}")
         finally:
             worker.close()
@@ -464,23 +614,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(rows: Sequence[Row], backends: Sequence[str]) -> str:
     """Return the description of the run, the table, and the families that failed."""
     failed = [row for row in rows if row.failures]
-    notes = [
-        f"Families: {len(rows)}, {len(failed)} failed",
-        f"Texts: {len(TEXTS)}, alone and in batches of {_BATCHES[1]}",
-    ]
-    head = ["family", "modules", *(f"lowest cosine, {backend}" for backend in backends)]
-    table = markdown_table(head, table_rows(rows, backends)).replace(" ---:", " ---")  # because the cells are texts
-    return f"{describe_run('benchmarks.families', notes)}\n\n{table}"
+    notes = [f"Families: {len(rows)}, {len(failed)} failed", f"Texts: {len(TEXTS)}, alone and in batches"]
+    tables = [output_table(rows, backends, output) for output in COLUMNS]
+    return "\n\n".join([describe_run("benchmarks.families", notes), *filter(None, tables)])
 
 
-def table_rows(rows: Iterable[Row], backends: Sequence[str]) -> Iterator[list[str]]:
+def output_table(rows: Sequence[Row], backends: Sequence[str], output: OutputName) -> str:
+    """Return the table of the families that have an output, with its figures on each backend; empty if there is none."""
+    shown = [row for row in rows if output in OUTPUTS[row.kind]]
+    head = ["family", "modules", *(f"{title}, {backend}" for backend in backends for title in COLUMNS[output].values())]
+    table = markdown_table(head, table_rows(shown, backends, output))
+    return table.replace(" ---:", " ---") if shown else ""  # because the cells are texts
+
+
+def table_rows(rows: Iterable[Row], backends: Sequence[str], output: OutputName = "dense") -> Iterator[list[str]]:
     """Return the cells of each row. Those of failures are bold."""
     for row in rows:
         cells: list[str] = []
         for backend in backends:
-            cell = row.outcomes[backend].cell
-            cell = f"**{cell}**" if backend in row.failures else cell
-            cells.append("refused" if cell in cells and cell.startswith("refused") else cell)
+            figures = row.outcomes[backend].cells(output)
+            if backend in row.failures:
+                figures = [f"**{figure}**" if figure else "" for figure in figures]
+            if figures[0] in cells and figures[0].startswith("refused"):
+                figures[0] = "refused"
+            cells += figures
         yield [row.family, row.layout, *cells]
 
 

@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 import transformers
 from safetensors.torch import save_file
-from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
     CNN,
@@ -34,9 +34,9 @@ from sentence_transformers.sentence_transformer.modules import (
     WordWeights,
 )
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
-from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from benchmarks.family_tokenizers import BERT, LENGTH, known_words, tokenizer
+from tests import kind_checks, kind_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from emb_model_provider.model_spec import Kind
 
     Expect = Literal["equal", "refused"]
     Reference = Callable[[Path, Sequence[str]], NDArray[np.float32]]
@@ -61,8 +63,11 @@ class Family:
     build: Callable[[Path], object]
     """Writes the directory."""
     expect: Expect = "equal"
+    kind: Kind = "dense"
     reference: Reference | None = None
     """None: `encode` of sentence-transformers. For directories that it cannot read, or reads in another way."""
+    scores: Callable[[Path, Sequence[tuple[str, str]]], NDArray[np.float32]] | None = None
+    """Computes the expected logits of pairs. None: `predict` of sentence-transformers."""
     repository: str = "test/small"
     max_length: int | None = None
     """`max_length` of the model's entry in the mapping."""
@@ -722,8 +727,12 @@ def _save_classifier(directory: Path, kind: str, labels: int) -> Path:
     return _save_bare("bert", directory, head=f"AutoModelFor{kind}", id2label=names, label2id=numbers)
 
 
-def _classifier(kind: str, labels: int) -> Family:
+def _refused_classifier(kind: str, labels: int) -> Family:
     return Family(build=lambda directory: _save_classifier(directory, kind, labels), expect="refused")
+
+
+def _of_kind(kind: Kind, build: Callable[[Path], object], **options: Any) -> Family:
+    return Family(build=build, kind=kind, **options)
 
 
 def _cross_encoder(directory: Path) -> None:
@@ -735,33 +744,6 @@ def _cross_encoder_3(directory: Path) -> None:
     """Write what sentence-transformers 3 saved."""
     _save_classifier(directory, "SequenceClassification", 1)
     edit_json(directory / "config.json", sbert_ce_default_activation_function="torch.nn.modules.linear.Identity")
-
-
-def _splade(directory: Path) -> None:
-    first = _transformer(directory, *_small("bert", head="AutoModelForMaskedLM"), transformer_task="fill-mask")
-    SparseEncoder(modules=[first, SpladePooling()], device="cpu").save(str(directory), create_model_card=False)
-
-
-def _colbert(directory: Path) -> None:
-    _save_bare("bert", directory)
-    edit_json(directory / "config.json", architectures=["HF_ColBERT"])
-    write_json(directory / "artifact.metadata", {"dim": 32, "doc_maxlen": 180})
-
-
-def _pylate(directory: Path) -> None:
-    _save_bare("bert", directory)
-    write_modules(directory, "Transformer", "Dense")
-    modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
-    write_json(directory / "modules.json", [modules[0], {**modules[1], "type": "pylate.models.Dense.Dense"}])
-    prefixes = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "similarity_fn_name": "MaxSim"}
-    write_json(directory / "config_sentence_transformers.json", {**prefixes, "query_length": 32})
-    write_json(directory / "1_Dense" / "config.json", {"in_features": _WIDTH, "out_features": 32, "bias": False})
-
-
-def _multi_vector(directory: Path) -> None:
-    _save_bare("bert", directory)
-    model = MultiVectorEncoder(str(directory), device="cpu", local_files_only=True)
-    model.save(str(directory), create_model_card=False)
 
 
 def _vision(directory: Path) -> Path:
@@ -794,16 +776,8 @@ def _gptq(directory: Path) -> None:
 
 _OTHERS: dict[str, Family] = {
     "clip-text": Family(build=_clip, reference=by_hand("clip", "CLIPModel", _pooled, method="get_text_features")),
-    "cross-encoder": Family(build=_cross_encoder, expect="refused"),
-    "cross-encoder-3": Family(build=_cross_encoder_3, expect="refused"),
-    "reranker-bare": _classifier("SequenceClassification", 1),
-    "sequence-classifier": _classifier("SequenceClassification", 3),
-    "token-classifier": _classifier("TokenClassification", 5),
-    "question-answering": _classifier("QuestionAnswering", 2),
-    "splade": Family(build=_splade, expect="refused"),
-    "colbert-stanford": Family(build=_colbert, expect="refused"),
-    "colbert-pylate": Family(build=_pylate, expect="refused"),
-    "multi-vector": Family(build=_multi_vector, expect="refused"),
+    "token-classifier": _refused_classifier("TokenClassification", 5),
+    "question-answering": _refused_classifier("QuestionAnswering", 2),
     "vision": Family(build=_vision, expect="refused"),
     "custom-code": _edited(_custom_code, expect="refused"),
     "adapter-without-base": Family(build=_adapter, expect="refused"),
@@ -811,5 +785,26 @@ _OTHERS: dict[str, Family] = {
     "gptq": _edited(_gptq, expect="refused"),
 }
 
-FAMILIES: dict[str, Family] = {**_ENCODERS, **_DECODERS, **_PIPELINES, **_LAYOUTS, **_OTHERS}
-"""All families by name, in the order of the table."""
+_KINDS: dict[str, Family] = {
+    "cross-encoder": _of_kind("reranker", _cross_encoder),
+    "cross-encoder-3": _of_kind("reranker", _cross_encoder_3),
+    "reranker-bare": _of_kind("reranker", lambda d: _save_classifier(d, "SequenceClassification", 1)),
+    **{f"reranker-{name}": _of_kind("reranker", build) for name, build in kind_models.RERANKERS.items()},
+    "reranker-qwen3-bare": _of_kind(
+        "reranker",
+        kind_models.save_bare_qwen3_reranker,
+        repository="Qwen/Qwen3-Reranker-small",
+        scores=kind_checks.expected_qwen3_scores,
+    ),
+    "sequence-classifier": _of_kind("classifier", lambda d: _save_classifier(d, "SequenceClassification", 3)),
+    **{f"splade-{name}": _of_kind("sparse", build) for name, build in kind_models.SPARSE.items()},
+    "splade-inference-free": _of_kind("sparse", kind_models.save_inference_free_splade),
+    "multi-vector": _of_kind("multi-vector", kind_models.save_multi_vector),
+    "multi-vector-attended-expansion": _of_kind("multi-vector", kind_models.MULTI_VECTOR["attended expansion"]),
+    "colbert-pylate": _of_kind("multi-vector", kind_models.save_pylate),
+    "colbert-stanford": _of_kind("multi-vector", kind_models.save_stanford),
+    "bge-m3": _of_kind("bge-m3", kind_models.save_bge_m3),
+}
+
+FAMILIES: dict[str, Family] = {**_ENCODERS, **_DECODERS, **_PIPELINES, **_LAYOUTS, **_OTHERS, **_KINDS}
+"""All families by name, in the order of the tables."""

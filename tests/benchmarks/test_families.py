@@ -14,7 +14,9 @@ import pytest
 from benchmarks import ROOT
 from benchmarks.families import (
     BACKENDS,
+    COLUMNS,
     DISTINCT,
+    OUTPUTS,
     TEXTS,
     Evaluation,
     Outcome,
@@ -23,9 +25,11 @@ from benchmarks.families import (
     exit_status,
     highest_similarity,
     layout_of,
+    output_table,
     table_rows,
 )
 from benchmarks.family_models import FAMILIES
+from emb_model_provider.backends.base import Fidelity, MultiVectorFidelity, ScoreFidelity, SparseFidelity
 from tests.docs.markdown import rows
 from tests.marks import mark_slow_except
 
@@ -43,8 +47,8 @@ def compile_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emb_model_provider.artifacts.prepare.run_compiler", compile_here)
 
 
-def row(expect: str, torch: Outcome, openvino: Outcome = EQUAL) -> Row:
-    return Row("small", expect, "Transformer", {"torch": torch, "openvino": openvino})
+def row(expect: str, torch: Outcome, openvino: Outcome = EQUAL, kind: str = "dense") -> Row:
+    return Row("small", kind, expect, "Transformer", {"torch": torch, "openvino": openvino})
 
 
 @pytest.mark.parametrize("family", mark_slow_except(["bert", "prompts-excluded-left", "dense-before-pooling"]))
@@ -55,6 +59,53 @@ def test_family_equals_sentence_transformers(family: str, tmp_path: Path) -> Non
         outcome = evaluation.run(backend)
         assert (outcome.status, outcome.reason) == ("compared", "")
         assert not outcome.fails("equal")
+
+
+@pytest.mark.parametrize(
+    "family", mark_slow_except([name for name, family in FAMILIES.items() if family.kind != "dense"], "cross-encoder")
+)
+def test_family_of_another_kind_equals_its_library(family: str, tmp_path: Path) -> None:
+    """On both backends, all of its outputs."""
+    evaluation = Evaluation(family, FAMILIES[family], tmp_path)
+    for backend in BACKENDS:
+        outcome = evaluation.run(backend)
+        assert (outcome.status, outcome.reason) == ("compared", "")
+        assert outcome.fidelity is not None
+        assert set(outcome.fidelity.agreement) == set(OUTPUTS[FAMILIES[family].kind])
+        assert not outcome.fails("equal")
+
+
+def test_wrong_scores_fail(tmp_path: Path) -> None:
+    """They are reported with their difference; scores that are all equal prove nothing."""
+
+    def other(_: Path, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+        return np.arange(len(pairs), dtype=np.float32)[:, np.newaxis]
+
+    wrong = Evaluation("reranker-bert", replace(FAMILIES["reranker-bert"], scores=other), tmp_path).run("torch")
+    assert (wrong.status, wrong.reason) == ("compared", "")
+    assert wrong.fails("equal")
+    constant = replace(FAMILIES["reranker-bert"], scores=lambda _, pairs: np.ones((len(pairs), 1), dtype=np.float32))
+    assert Evaluation("constant", constant, tmp_path).run("torch").status == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("output", "figures", "equal"),
+    [
+        ("scores", ScoreFidelity(13, 1e-5, 1e-6, 0.99999), True),
+        ("scores", ScoreFidelity(13, 0.01, 1e-6, 1.0), False),
+        ("scores", ScoreFidelity(13, 1e-5, 1e-6, 0.99), False),
+        ("sparse", SparseFidelity(13, 1.0, 1e-6), True),
+        ("sparse", SparseFidelity(13, 0.98, 1e-6), False),
+        ("sparse", SparseFidelity(13, 1.0, 0.001), False),
+        ("multi_vector", MultiVectorFidelity(13, 0.99999, 1e-6), True),
+        ("multi_vector", MultiVectorFidelity(13, 0.9998, 1e-6), False),
+        ("multi_vector", MultiVectorFidelity(13, 1.0, 0.001), False),
+    ],
+)
+def test_outputs_of_other_kinds_must_be_equal(output: str, figures: object, equal: bool) -> None:
+    fidelity = Fidelity(min_cosine=None, mean_cosine=None, texts=13, **{output: figures})
+    assert Outcome("compared", fidelity=fidelity).fails("equal") is not equal
+    assert Outcome("compared").fails("equal")
 
 
 def test_wrong_vectors_fail(tmp_path: Path) -> None:
@@ -112,8 +163,19 @@ def test_the_exit_status_is_1_if_a_row_fails(expect: str, outcome: Outcome, fail
 
 def test_cosines_are_truncated() -> None:
     """0.99999999 is not shown as 1."""
-    assert Outcome("compared", 0.99999999).cell == "0.9999999"
-    assert Outcome("refused", reason="a | b").cell == "refused: a \\| b"
+    assert Outcome("compared", 0.99999999).cells("dense") == ["0.9999999"]
+    assert Outcome("refused", reason="a | b").cells("dense") == ["refused: a \\| b"]
+
+
+def test_differences_are_shown_with_two_digits() -> None:
+    """Next to a correlation, which is truncated. A reason takes the place of all figures."""
+    scores = ScoreFidelity(13, max_difference=0.00000318, relative_difference=1e-6, spearman=0.99999999)
+    fidelity = Fidelity(min_cosine=None, mean_cosine=None, texts=13, scores=scores)
+    assert Outcome("compared", fidelity=fidelity).cells("scores") == ["3.2e-06", "0.9999999"]
+    assert Outcome("torch", reason="padding").cells("scores") == ["torch: padding", ""]
+    table = output_table([row("equal", Outcome("compared", fidelity=fidelity), kind="reranker")], ["torch"], "scores")
+    assert rows(table)[0] == ["family", "modules", *[f"{title}, torch" for title in COLUMNS["scores"].values()]]
+    assert output_table([row("equal", EQUAL)], ["torch"], "scores") == ""
 
 
 def test_layouts_show_modules_and_pooling(tmp_path: Path) -> None:
@@ -134,10 +196,14 @@ def test_a_refusal_of_both_backends_is_shown_once() -> None:
 
 @pytest.mark.parametrize("name", ["models.md", "models.zh-CN.md"])
 def test_documents_contain_all_families(name: str) -> None:
-    """In the order of the program."""
+    """In the order of the program, each in the tables of its outputs."""
     document = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    table = document.partition("-m benchmarks.families")[2].partition("\n## ")[0]
-    assert [cells[0] for cells in rows(table)[1:]] == list(FAMILIES)
+    section = document.partition("-m benchmarks.families")[2].partition("\n## ")[0]
+    heads = [index for index, cells in enumerate(rows(section)) if cells[0] == "family"]
+    tables = [rows(section)[start:stop] for start, stop in zip(heads, [*heads[1:], None], strict=True)]
+    expected = [[name for name, family in FAMILIES.items() if output in OUTPUTS[family.kind]] for output in COLUMNS]
+    assert [[cells[0] for cells in table[1:]] for table in tables] == expected
+    assert "**" not in section.partition("| family |")[2]
 
 
 def test_texts_differ() -> None:
@@ -150,12 +216,13 @@ def test_texts_differ() -> None:
 def test_program(tmp_path: Path) -> None:
     """It prints a table, writes the results, and ends with 0 if all rows are as expected."""
     results = tmp_path / "results.json"
-    command = ["--family", "bert", "--family", "cross-encoder", "--json", str(results)]
+    command = ["--family", "bert", "--family", "gguf", "--family", "bge-m3", "--json", str(results)]
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.families", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert [cells[0] for cells in rows(process.stdout)[2:]] == ["bert", "cross-encoder"]
+    shown = [cells[0] for cells in rows(process.stdout) if cells[0] not in ("family", "---")]
+    assert shown == ["bert", "gguf", "bge-m3", "bge-m3", "bge-m3"]
     assert str(tmp_path) not in process.stdout
     written = json.loads(results.read_text(encoding="utf-8"))
-    assert [entry["outcomes"]["openvino"]["status"] for entry in written] == ["compared", "refused"]
+    assert [entry["outcomes"]["openvino"]["status"] for entry in written] == ["compared", "refused", "compared"]
