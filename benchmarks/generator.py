@@ -171,7 +171,8 @@ class LoadGenerator:
 
 
 def _prepare_requests(job: dict[str, Any]) -> list[bytes]:
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {job['host']}:{job['port']}\r\nContent-Type: application/json\r\n"
+    path = job.get("path", "/v1/embeddings")
+    head = f"POST {path} HTTP/1.1\r\nHost: {job['host']}:{job['port']}\r\nContent-Type: application/json\r\n"
     bodies = Path(job["bodies"]).read_bytes().splitlines()
     return [f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
 

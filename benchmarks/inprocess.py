@@ -4,8 +4,10 @@
 
 - engine: the engine of our service (tokenization, scheduler, model thread, backend), called by as many tasks as a server
   has connections;
+- rerank-engine: likewise, for pairs of a query and a document;
 - backend: tokenization and backend only, called by one thread per stream;
 - sentence-transformers: `SentenceTransformer.encode`, called by one thread;
+- cross-encoder: `CrossEncoder.predict`, called by one thread;
 - memory: batches of given shapes on the backend, and the resident memory of the process;
 - gemm: matrix products with shapes of the model, and a large one.
 """
@@ -27,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import ROOT
 from benchmarks.contenders import clean_environment
 from benchmarks.resources import cpu_time
-from benchmarks.workloads import read_inputs
+from benchmarks.workloads import read_inputs, read_pairs
 from emb_model_provider.hubs.local import find_bundled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from benchmarks.resources import CpuTime
     from emb_model_provider.backends.base import Backend
@@ -64,7 +66,7 @@ def measure(job: dict[str, Any], *, timeout_s: float = 1800.0) -> dict[str, Any]
 
 def _main(job: dict[str, Any]) -> dict[str, Any]:
     match job["kind"]:
-        case "engine":
+        case "engine" | "rerank-engine":
             import uvloop  # the event loop of the service
 
             return uvloop.run(_measure_engine(job))
@@ -74,6 +76,8 @@ def _main(job: dict[str, Any]) -> dict[str, Any]:
             return _measure_memory(job)
         case "sentence-transformers":
             return _measure_sentence_transformers(job)
+        case "cross-encoder":
+            return _measure_cross_encoder(job)
         case "gemm":
             return _measure_gemm(job)
     raise ValueError(job["kind"])
@@ -94,16 +98,31 @@ async def _measure_engine(job: dict[str, Any]) -> dict[str, Any]:
     config = RegistryConfig(batching=settings.batching, limits=settings.limits, memory=settings.memory)
     registry = Registry(settings.served_models(), ModelManager(settings), config)
     async with registry.lease(registry.default_alias) as engine:
-        cases = {case["name"]: await _run_tasks(engine, case, job) for case in job["cases"]}
+        call, read = _engine_call(engine, job["kind"])
+        cases = {case["name"]: await _run_tasks(call, read(Path(case["bodies"])), case, job) for case in job["cases"]}
         description = engine.description
     await registry.stop()
     return {"cases": cases, "about": f"{description.backend} {description.precision}"}
 
 
-async def _run_tasks(engine: Engine, case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    from emb_model_provider.serving.engine import EmbedOptions
+def _engine_call(
+    engine: Engine, kind: str
+) -> tuple[Callable[[list[Any]], Awaitable[Any]], Callable[[Path], list[list[Any]]]]:
+    """Return what runs the inputs of a body, and what reads them from a file."""
+    from emb_model_provider.serving.engine import EmbedOptions, ScoreOptions
 
-    options, inputs = EmbedOptions(), read_inputs(Path(case["bodies"]))
+    if kind == "engine":
+        return lambda texts: engine.embed(texts, EmbedOptions()), read_inputs
+
+    async def score(pairs: list[tuple[str, str]]) -> list[float]:
+        return (await engine.score_pairs(pairs, ScoreOptions(raw=True))).scores.tolist()
+
+    return score, read_pairs
+
+
+async def _run_tasks(
+    call: Callable[[list[Any]], Awaitable[Any]], inputs: list[list[Any]], case: dict[str, Any], job: dict[str, Any]
+) -> dict[str, Any]:
 
     async def run(seconds: float, first: int) -> dict[str, Any]:
         calls = itertools.count(first)
@@ -112,14 +131,15 @@ async def _run_tasks(engine: Engine, case: dict[str, Any], job: dict[str, Any]) 
 
         async def client() -> None:
             while (sent := time.perf_counter()) < start + seconds:
-                await engine.embed(inputs[next(calls) % len(inputs)], options)
+                await call(inputs[next(calls) % len(inputs)])
                 latencies.append(time.perf_counter() - sent)
 
         await asyncio.gather(*(client() for _ in range(case["connections"])))
         return _summarize(latencies, time.perf_counter() - start, cpu_before)
 
     await run(job["warm_up_s"], len(inputs) // 2)
-    return await run(job["seconds"], 0)
+    result = await run(job["seconds"], 0)
+    return result | ({"first": await call(inputs[0])} if job["kind"] == "rerank-engine" else {})
 
 
 def _measure_backend(job: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +217,22 @@ def _measure_sentence_transformers(job: dict[str, Any]) -> dict[str, Any]:
     return {"cases": _run_threads(job, embed, 1), "about": about}
 
 
+def _measure_cross_encoder(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(job["model"], device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32})
+
+    def predict(pairs: list[tuple[str, str]]) -> list[float]:
+        # The default size of a batch, 32.
+        return model.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False).tolist()
+
+    cases = _run_threads(job, predict, 1, read_pairs)
+    for case in job["cases"]:
+        cases[case["name"]]["first"] = predict(read_pairs(Path(case["bodies"]))[0])
+    return {"cases": cases, "about": f"torch float32, {torch.get_num_threads()} threads"}
+
+
 def _measure_gemm(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
@@ -216,15 +252,20 @@ def _measure_gemm(job: dict[str, Any]) -> dict[str, Any]:
     return {"rates": rates, "about": f"torch.matmul, {torch.get_num_threads()} threads"}
 
 
-def _run_threads(job: dict[str, Any], embed: Callable[[list[str]], None], threads: int) -> dict[str, Any]:
-    def run(inputs: list[list[str]], seconds: float, first: int) -> dict[str, Any]:
+def _run_threads(
+    job: dict[str, Any],
+    call: Callable[[list[Any]], object],
+    threads: int,
+    read: Callable[[Path], list[list[Any]]] = read_inputs,
+) -> dict[str, Any]:
+    def run(inputs: list[list[Any]], seconds: float, first: int) -> dict[str, Any]:
         calls = itertools.count(first)
         cpu_before, start = cpu_time(os.getpid()), time.perf_counter()
 
         def client(_: int) -> list[float]:
             latencies = []
             while (sent := time.perf_counter()) < start + seconds:
-                embed(inputs[next(calls) % len(inputs)])
+                call(inputs[next(calls) % len(inputs)])
                 latencies.append(time.perf_counter() - sent)
             return latencies
 
@@ -234,7 +275,7 @@ def _run_threads(job: dict[str, Any], embed: Callable[[list[str]], None], thread
     cases = {}
     with ThreadPoolExecutor(threads) as pool:
         for case in job["cases"]:
-            inputs = read_inputs(Path(case["bodies"]))
+            inputs = read(Path(case["bodies"]))
             run(inputs, job["warm_up_s"], len(inputs) // 2)
             cases[case["name"]] = run(inputs, job["seconds"], 0)
     return cases

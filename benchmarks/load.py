@@ -55,9 +55,18 @@ def has_wrk() -> bool:
 
 
 def closed_loop(
-    server: Server, bodies: Path, *, connections: int, seconds: float, generator: Generator = "own"
+    server: Server,
+    bodies: Path,
+    *,
+    connections: int,
+    seconds: float,
+    generator: Generator = "own",
+    path: str = "/v1/embeddings",
 ) -> Result:
-    """Send requests for `seconds` over `connections`, each of which sends its next request after a response."""
+    """Send requests for `seconds` over `connections`, each of which sends its next request after a response.
+
+    Only `own` can send them to another path than that of embeddings.
+    """
     if generator == "wrk":
         command = [
             "wrk", "-t1", f"-c{connections}", f"-d{math.ceil(seconds)}", f"--timeout={REQUEST_TIMEOUT_S}s",
@@ -65,7 +74,7 @@ def closed_loop(
             "--", str(bodies),
         ]  # fmt: skip
         return _run(server, "wrk", command, None, seconds)
-    job = {"mode": "closed", "connections": connections, "seconds": seconds, "bodies": str(bodies)}
+    job = {"mode": "closed", "connections": connections, "seconds": seconds, "bodies": str(bodies), "path": path}
     return _run_generator(server, job)
 
 

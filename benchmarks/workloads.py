@@ -83,7 +83,25 @@ def write_bodies(path: Path, corpus: Corpus, kind: Kind, texts: int, requests: i
     return path
 
 
+def write_rerank_bodies(path: Path, corpus: Corpus, kind: Kind, documents: int, requests: int) -> Path:
+    """Write the bodies of requests to rerank new documents for a new short query, and return the path."""
+    lines = [
+        json.dumps(
+            {"query": corpus.texts("short", 1)[0], "documents": corpus.texts(kind, documents), "raw_scores": True}
+        )
+        for _ in range(requests)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def read_inputs(path: Path) -> list[list[str]]:
     """Return the texts of every body in a file."""
     inputs = [json.loads(line)["input"] for line in path.read_text(encoding="utf-8").splitlines()]
     return [[texts] if isinstance(texts, str) else texts for texts in inputs]
+
+
+def read_pairs(path: Path) -> list[list[tuple[str, str]]]:
+    """Return the pairs of a query and a document of every body in a file."""
+    bodies = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [[(body["query"], document) for document in body["documents"]] for body in bodies]

@@ -112,6 +112,18 @@ def test_reuse() -> None:
     assert all(float(row[5].replace(",", "")) < float(row[1].replace(",", "")) for row in rows)
 
 
+def test_rerank() -> None:
+    """Each case has a rate for each contender, logits that are equal at fp32, and the time that HTTP adds."""
+    output = _run("rerank", "--contenders", "st-fp32,ours-fp32")
+    rates = _table(output, "Pairs per second")
+    assert [row[0] for row in rates] == ["10 short texts", "100 short texts"]
+    assert all(map(_is_positive, [cell for row in rates for cell in row[1:]]))
+    compared = _table(output, "Ratios")
+    assert all(_is_positive(row[1]) and float(row[2]) < 1e-3 for row in compared)
+    added = _table(output, "What HTTP adds")
+    assert all(_is_positive(row[1]) and _is_positive(row[2]) and _is_positive(row[4]) for row in added)
+
+
 def test_soak() -> None:
     """Under load, with injected failures and an end of the process, no response is lost, wrong or unexpected."""
     output = _run("soak")
