@@ -49,6 +49,7 @@ _MIN_TABLE_ROWS = 16
 _GPTQ_VALUES = 50_000_000
 """Largest number of values for GPTQ, which takes about 10 minutes for them on two cores. More are rounded to nearest."""
 _MAX_CALIBRATION_TOKENS = 256
+_CALIBRATION_QUERIES = 8
 _QUANTIZABLE = ("MatMul", "Gather", "Convolution", "GroupConvolution", "Broadcast", "Einsum")
 """Operations whose constants nncf may quantize."""
 
@@ -101,7 +102,9 @@ def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[
     limit = min(description.max_length, _MAX_CALIBRATION_TOKENS)
     tokenization, texts = Tokenization(description), calibration_texts()
     if description.kind == "reranker":
-        pairs = list(itertools.pairwise(texts))
+        # Short ones, because a long query would leave no room for a document.
+        queries = itertools.cycle(sorted(texts, key=len)[:_CALIBRATION_QUERIES])
+        pairs = list(zip(queries, texts, strict=False))
         tokens = (
             PairTokenization(tokenization, description).encode(pairs, long_documents="cut", max_tokens=limit).inputs
         )

@@ -13,13 +13,14 @@ import openvino
 import pytest
 
 from emb_model_provider.artifacts.manifest import FILES, GRAPH, MANIFEST, WEIGHTS
-from emb_model_provider.backends.base import POOLING_MASK
+from emb_model_provider.backends.base import INPUT_IDS, POOLING_MASK, SCORES, TOKEN_TYPES
 from emb_model_provider.backends.hardware import fast_int8, native_bf16
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
 from emb_model_provider.compiler.quantize import QuantizeError, calibration_inputs, quantize
 from emb_model_provider.fidelity.texts import calibration_texts, probes
 from tests.artifacts.helpers import FAMILY, ONE_TOKEN, Compiled, CompiledModels, compile_here
 from tests.backends.helpers import TEXTS, cosines, description, embed_texts, reference
+from tests.kind_models import bert_pairs
 from tests.marks import mark_slow_except
 
 if TYPE_CHECKING:
@@ -132,6 +133,15 @@ def test_calibration_inputs_have_the_default_prompt() -> None:
     assert plain[0]["input_ids"].shape < prompted[0]["input_ids"].shape
     assert prompted[0][POOLING_MASK][0, 0] == 0
     assert prompted[0][POOLING_MASK][0, -1] == 1
+
+
+def test_calibration_inputs_of_a_reranker_are_pairs() -> None:
+    """One for each text, with a short query that leaves room for it."""
+    reranker = description(bert_pairs(), kind="reranker", arrays=(SCORES,), labels=("0",), has_token_types=True)
+    inputs = calibration_inputs(reranker)
+    assert len(inputs) == len(calibration_texts())
+    assert all(each[TOKEN_TYPES][0, 0] == 0 and each[TOKEN_TYPES][0, -1] == 1 for each in inputs)
+    assert max(each[INPUT_IDS].shape[1] for each in inputs) == reranker.max_length
 
 
 def test_nncf_sends_no_telemetry_and_is_not_imported_for_serving() -> None:
