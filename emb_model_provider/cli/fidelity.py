@@ -220,11 +220,13 @@ def _about() -> dict[str, str]:
 
 def _format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     base = next((precision for precision, row in rows.items() if "error" not in row), "first")
+    others = list(dict.fromkeys(name for row in rows.values() for name in row.get("agreement", {}) if name != "dense"))
     head = (
-        "precision", "computed in", "min cosine", "mean cosine", "top-10", "Spearman", "disk, MB", "resident, MB",
+        "precision", "computed in", "min cosine", "mean cosine", "top-10", "Spearman",
+        *(f"agreement of {name}" for name in others), "disk, MB", "resident, MB",
         "peak, MB", "load, s", "short texts/s", f"÷ {base}", "documents/s", f"÷ {base}",
     )  # fmt: skip
-    lines = [head, *(_cells(precision, row) for precision, row in rows.items())]
+    lines = [head, *(_cells(precision, row, others) for precision, row in rows.items())]
     widths = [max(len(line[column]) for line in lines if len(line) == len(head)) for column in range(len(head))]
     lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join(_format_line(line, widths) for line in lines)
@@ -236,7 +238,8 @@ def _format_line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
 
-def _cells(precision: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(precision: str, row: Mapping[str, Any], others: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the cells of a row, with the agreement of other outputs than dense vectors."""
     if "error" in row:
         return precision, f"not possible: {row['error']}"
     names = ("min_cosine", "mean_cosine", "top10_overlap", "spearman")
@@ -247,6 +250,7 @@ def _cells(precision: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         precision,
         f"{row['computed']} ({row['backend']})",
         *(_format_figure(figures[name]) for name in names),
+        *(_format_figure(row["agreement"].get(name, default)) for name in others),
         *(_format_megabytes(row[name]) for name in ("disk_bytes", "resident_bytes", "peak_bytes")),
         f"{row['load_s']:.2f}",
         f"{row['short_texts_per_s']:,.0f}",

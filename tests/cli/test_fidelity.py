@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from emb_model_provider.cli.fidelity import _cells, _notes, start_fidelity_worker
+from emb_model_provider.cli.fidelity import _cells, _format_table, _notes, start_fidelity_worker
 from tests.cli.helpers import run, start
 from tests.service import wait_until
 
@@ -122,6 +122,22 @@ def test_a_precision_that_was_not_measured_has_no_figures() -> None:
     row |= {"doc_texts_per_s": 1, "doc_ratio": 1}
     assert _cells("fp32", {**row, "precision": "fp32"})[2:6] == ("1.00000",) * 4
     assert _cells("int8", {**row, "precision": "int8"})[2:6] == ("-",) * 4
+
+
+def test_other_outputs_have_a_column_for_their_agreement() -> None:
+    """Such as the scores of a reranker, which has no cosine. The reference itself agrees fully."""
+    row = dict.fromkeys(("disk_bytes", "resident_bytes", "peak_bytes", "load_s"), 1)
+    row |= dict.fromkeys(("short_texts_per_s", "short_ratio", "doc_texts_per_s", "doc_ratio"), 1)
+    none = dict.fromkeys(("min_cosine", "mean_cosine", "top10_overlap", "spearman"))
+    made = {"computed": "bf16", "backend": "torch", "fidelity": none, "agreement": {"scores": 0.985}}
+    reference = {"computed": "fp32", "backend": "torch", "fidelity": None, "agreement": {}}
+    table = rows_of(
+        _format_table({"fp32": {**row, **reference, "precision": "fp32"}, "bf16": {**row, **made, "precision": "bf16"}})
+    )
+    column = table["precision"].index("agreement of scores")
+    assert (table["fp32"][column], table["bf16"][column]) == ("1.00000", "0.98500")
+    assert table["bf16"][1:5] == ["-"] * 4
+    assert {len(cells) for cells in table.values()} == {len(table["precision"])}
 
 
 def test_a_precision_below_its_floor_has_a_note() -> None:
