@@ -794,7 +794,7 @@ _KINDS: dict[str, Family] = {
         "reranker",
         kind_models.save_bare_qwen3_reranker,
         repository="Qwen/Qwen3-Reranker-small",
-        scores=kind_checks.expected_qwen3_scores,
+        scores=partial(kind_checks.expected_qwen3_scores, max_length=256),
     ),
     "sequence-classifier": _of_kind("classifier", lambda d: _save_classifier(d, "SequenceClassification", 3)),
     **{f"splade-{name}": _of_kind("sparse", build) for name, build in kind_models.SPARSE.items()},

@@ -48,7 +48,7 @@ def expected_scores(directory: Path, pairs: Sequence[tuple[str, str]]) -> np.nda
 
 
 def expected_qwen3_scores(
-    directory: Path, pairs: Sequence[tuple[str, str]], *, instruction: str = "", max_length: int = 512
+    directory: Path, pairs: Sequence[tuple[str, str]], *, instruction: str = "", max_length: int
 ) -> np.ndarray:
     """Return the logits of a bare Qwen3-Reranker with the code of its model card, which uses transformers only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,8 +151,9 @@ def check_reranker(directory: Path, backend: Backend) -> None:
 
 def check_bare_qwen3_reranker(directory: Path, backend: Backend) -> None:
     """With the default instruction, and with another one."""
+    limit = backend.description.max_length
     for instruction in ("", "Find the answer in the manual"):
-        expected = expected_qwen3_scores(directory, PAIRS, instruction=instruction)
+        expected = expected_qwen3_scores(directory, PAIRS, instruction=instruction, max_length=limit)
         _compare_scores(expected, runs(backend, PAIRS, prompt=instruction))
 
 
