@@ -102,15 +102,15 @@ class ModelSettings(SettingsGroup, title="Models"):
     `none` it does not depend on models. Unset: all models that are loaded at startup."""
     model_precision: Annotated[Precision, Lowered] = "auto"
     """Precision of the computation. auto: for a model compiled on a CPU, bf16 if the processor supports it (and the
-    vectors stay within 0.999 of fp32), else fp32; for torch on a CPU, fp32; on a CUDA device, bf16 if it is supported,
-    else fp16. int8 and int4 store the weights in fewer bits: see docs/precision.md."""
+    vectors stay within 0.999 of fp32), else fp32; for torch on a CPU, fp32; on a CUDA device, fp16, or bf16 for a model that is
+    stored at bf16. int8 and int4 store the weights in fewer bits: see docs/precision.md."""
     enable_quantization: bool | None = None
     """true with precision auto means int8; false together with int8 or int4 is an error."""
     device: Device = "auto"
-    """Device the model runs on. auto: CUDA if a device is present, else the CPU."""
+    """Device the model runs on. auto: CUDA if PyTorch can use a device, else the CPU, where static embeddings always are."""
     backend: Annotated[BackendName, Lowered] = "auto"
     """Runtime of the model. auto: on a CPU openvino, compiled once and checked against sentence-transformers, or torch
-    if the model cannot be compiled; torch on any other device."""
+    if the model cannot be compiled; torch on any other device; for static embeddings, neither of them."""
 
     torch_while_compiling: bool = True
     """Serve a model with torch, at fp32 in a process of its own, while it is compiled for the first time. Its requests are

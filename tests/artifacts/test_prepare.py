@@ -317,6 +317,16 @@ def test_auto_is_torch_with_a_cuda_device(device: str, harness: Harness, monkeyp
     assert harness.starts == 0
 
 
+def test_a_note_says_why_a_gpu_is_not_used(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the device is chosen automatically. Otherwise a driver that is too old would only make the service slow."""
+    monkeypatch.setattr(prepare, "has_cuda", lambda: False)
+    monkeypatch.setattr(prepare, "cuda_problem", lambda: "the NVIDIA driver is too old")
+    note = "served on the CPU, because the NVIDIA driver is too old"
+    assert note in harness.describe(device="auto").notes
+    assert note not in harness.describe(device="cpu").notes
+    assert note not in harness.describe(device="auto", backend="openvino").notes
+
+
 def test_openvino_on_a_gpu_is_an_error(harness: Harness) -> None:
     """The message names both values, and the flag and the setting of each."""
     with pytest.raises(

@@ -124,6 +124,19 @@ def test_rerank() -> None:
     assert all(_is_positive(row[1]) and _is_positive(row[2]) and _is_positive(row[4]) for row in added)
 
 
+def test_gpu() -> None:
+    """On a CPU, with a tiny model: each variant has the vectors of fp32 and a rate, and the engine runs with each policy."""
+    output = _run("gpu", "--device", "cpu", "--models", "BERT base")
+    rows = _table(output, "The backend")
+    variants = ["packed fp16", "packed bf16", "padded fp16", "padded fp32", "sentence-transformers"]
+    expected = [["BERT base", kind, name] for name in variants for kind in ("short", "doc", "long")]
+    assert [row[:3] for row in rows] == expected
+    assert all(float(row[3]) > 0.999 and _is_positive(row[4]) for row in rows)
+    served = _table(output, "As served")
+    assert len(served) == 12
+    assert all(_is_positive(cell) for row in served for cell in row[3:])
+
+
 def test_soak() -> None:
     """Under load, with injected failures and an end of the process, no response is lost, wrong or unexpected."""
     output = _run("soak")

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
 
 _FP32_COPY_S = 300.0
 """How long a copy of the weights at fp32 is kept after its last use."""
-_RESERVED_TOKENS = 65_536
-"""Tokens of a batch whose memory counts as that of a model on a GPU."""
+_COUNTED_TOKENS = 8_192
+"""Tokens of a batch whose memory counts as that of a model on a GPU. That of larger ones is shared by all models."""
 _CHANGING_POSITIONS = ("dynamic", "longrope")
 """Types of rotary positions whose tables change with the length of a batch, so that one batch can run at a time."""
 
@@ -144,7 +144,7 @@ class TorchBackend:
             per_token = activation_bytes(repository, 4 if compute == "fp32" else 2)
             tokens = device_batch_tokens(free_device_memory(self._device), per_token, self.streams)
             self.description = replace(self.description, max_batch_tokens=tokens)
-            working = per_token * self.streams * min(tokens, _RESERVED_TOKENS)
+            working = per_token * min(tokens, _COUNTED_TOKENS)
             self.memory_bytes = torch_bytes(held, self.description, working)
         else:
             self.memory_bytes = torch_bytes(held, self.description)
@@ -203,10 +203,16 @@ class TorchBackend:
         if reason is None:
             self.description = replace(self.description, packs=True)
             return
-        self._packing = None
-        packing.undo(pipeline)
+        self.unpack()
         note = f"inputs are padded, because packing changes the vectors of this model here ({reason})"
         self.description = replace(self.description, notes=(*self.description.notes, note))
+
+    def unpack(self) -> None:
+        """Pad batches from now on."""
+        if self._packing is not None:
+            self._packing.undo(self._open_pipeline())
+            self._packing = None
+            self.description = replace(self.description, packs=False)
 
     def close(self) -> None:
         self._pipeline = self._packing = None
@@ -315,8 +321,10 @@ class _Fp32Copy:
 
     def expire(self) -> None:
         """Free the copy if it was not used for some minutes."""
-        if self._pipeline is not None and time.monotonic() - self._used_at > _FP32_COPY_S:
-            device = self._pipeline.device
+        pipeline = self._pipeline  # another thread may drop it
+        if pipeline is not None and time.monotonic() - self._used_at > _FP32_COPY_S:
+            device = pipeline.device
+            del pipeline
             self.drop()
             _free_memory(device)
 

@@ -76,7 +76,7 @@ def varlen_kernel(
 ) -> torch.Tensor:
     """Compute attention with PyTorch's flash attention for variable lengths.
 
-    This is the operator under `torch.nn.attention.varlen.varlen_attn`, which since PyTorch 2.14 prefers cuDNN on Hopper and
+    This is the operator under `torch.nn.attention.varlen.varlen_attn`, which in PyTorch 2.15 prefers cuDNN on Hopper and
     Blackwell. cuDNN makes a plan for every new number of tokens, which takes about 40 ms, and never frees it.
 
     Args:

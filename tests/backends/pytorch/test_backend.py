@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.backends.pytorch import backend as backend_module
+from emb_model_provider.backends.pytorch.pipeline import lowest_capability
 from emb_model_provider.errors import DeviceUnavailableError, InferenceError
 from tests.backends.helpers import TEXTS, cosines, embed_texts, load_torch, reference, reference_kernel
 from tests.backends.small_tokenizers import wordpiece
@@ -37,6 +38,16 @@ def test_cuda_without_a_device_is_an_error(tmp_path: Path) -> None:
     """The message names the flag and the setting."""
     with pytest.raises(DeviceUnavailableError, match=r"Device cuda: .*`--device`, or EMB_PROVIDER_DEVICE"):
         load_torch(tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "lowest"),
+    [(["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (7, 5)), (["sm_100a", "sm_90a"], (9, 0)), ([], (0, 0))],
+)
+def test_the_kernels_of_a_build_say_which_devices_it_supports(
+    architectures: list[str], lowest: tuple[int, int]
+) -> None:
+    assert lowest_capability(architectures) == lowest
 
 
 # --- precision ------------------------------------------------------------------------------------------

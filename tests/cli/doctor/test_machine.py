@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from emb_model_provider.doctor.machine import check_memory, check_processor, processor_name
+from emb_model_provider.backends import hardware
+from emb_model_provider.backends.hardware import CudaDriver
+from emb_model_provider.doctor.machine import check_cuda, check_memory, check_processor, processor_name
+from emb_model_provider.settings import Settings
 from tests.cli.helpers import run_doctor
 
 if TYPE_CHECKING:
@@ -76,3 +79,14 @@ def test_a_cache_that_is_not_writable_fails(name: str, here: Path, monkeypatch: 
     assert str(here / name) in results["cache"]["found"]
     assert "EMB_PROVIDER_CACHE_DIR" in results["cache"]["advice"]
     assert results["port"]["level"] == "ok"
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do, without importing PyTorch."""
+    monkeypatch.setattr(hardware, "cuda_driver", lambda: CudaDriver((12, 2), ((8, 0),)))
+    monkeypatch.setattr(hardware, "torch_is_cuda_build", lambda: True)
+    monkeypatch.setattr(hardware, "torch_cuda_version", lambda: (13, 2))
+    result = check_cuda(Settings.from_values())
+    assert result.level == "fail"
+    assert "1 device, but the NVIDIA driver is too old: it supports CUDA 12.2" in result.found
+    assert result.advice == "Update the driver, or install a build of PyTorch for CUDA 12."
