@@ -31,6 +31,11 @@ _DEVICE_LOST = (
     "unspecified launch failure",
 )
 """Likewise, of errors after which every call of CUDA fails in this process, such as an illegal memory access."""
+_RECOVERABLE = (
+    "invalid argument", "invalid configuration", "invalid_value", "no kernel image", "not supported", "not_supported",
+    "too many resources",
+)  # fmt: skip
+"""Likewise, of errors of CUDA that concern one call only, such as a batch that is too large for a kernel."""
 _NOT_FINITE = "model %s returned a result that is not finite for an input of %d tokens"
 
 
@@ -64,9 +69,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_device_lost(error: BaseException) -> bool:
     """Return whether an error is one after which a GPU cannot be used again in this process."""
-    if is_out_of_memory(error):
-        return False
     message = str(error).lower()
+    if is_out_of_memory(error) or any(phrase in message for phrase in _RECOVERABLE):
+        return False
     return type(error).__name__ == "AcceleratorError" or any(phrase in message for phrase in _DEVICE_LOST)
 
 

@@ -88,6 +88,8 @@ async def test_single_input_that_does_not_fit_leaves_other_batches_large() -> No
         ("CUDA error: an illegal memory access was encountered", "device"),
         ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", "device"),
         ("CUDA error: uncorrectable ECC error encountered", "device"),
+        ("CUDA error: invalid configuration argument", "input"),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`", "input"),
         ("The size of tensor a (3) must match the size of tensor b (4)", "input"),
     ],
 )
