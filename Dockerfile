@@ -20,7 +20,7 @@ ENV UV_NO_CACHE=1 \
 WORKDIR /src
 RUN pip install --no-cache-dir ${UV_DEFAULT_INDEX:+--index-url "$UV_DEFAULT_INDEX"} uv==0.13.9
 # The code is in its own directory, and thus in its own layer: a change of the code does not change the dependencies.
-RUN uv venv /opt/venv && echo /opt/app > "$(/opt/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/app.pth"
+RUN uv venv /opt/venv && echo /opt/app > "$(/opt/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/code.pth"
 # uv reads the pinned versions in [tool.uv].
 COPY pyproject.toml ./
 

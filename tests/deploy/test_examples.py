@@ -175,7 +175,8 @@ def test_nginx_serves_with_tls(tools: Environment, service: Service, tmp_path: P
         "listen 443": f"listen 127.0.0.1:{port}",
         "listen 80": f"listen 127.0.0.1:{free_port()}",
         "embeddings.example.com": "localhost",
-        "events {": f"pid {tmp_path}/nginx.pid;\ndaemon off;\nevents {{",
+        # Workers of root would run as a user that cannot write to the directory of the test.
+        "events {": f"pid {tmp_path}/nginx.pid;\ndaemon off;\n{'user root;' if os.geteuid() == 0 else ''}\nevents {{",
         "access_log off;": "access_log off;\n"
         + "".join(
             f"{name}_temp_path {tmp_path}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")

@@ -9,6 +9,8 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from emb_model_provider.observability.metrics import Metrics
+from emb_model_provider.progress import WorkRecord
 from tests.service import BUNDLED
 
 if TYPE_CHECKING:
@@ -119,6 +121,20 @@ def test_compilations_and_downloads_are_counted(service: Service) -> None:
         assert f'emb_provider_downloads_total{{outcome="{outcome}"}}' in service.http.get("/metrics").text
         assert f'emb_provider_compile_seconds_count{{outcome="{outcome}"}}' in service.http.get("/metrics").text
     assert service.figure("emb_provider_downloads_total") == 0
+
+
+def test_outcomes_of_downloads_and_compilations() -> None:
+    """Downloads are counted with their bytes, and the time of compilations is measured."""
+    metrics = Metrics(list)
+    metrics.on_work(WorkRecord("download", "a/b", "ok", 3.0, 700))
+    metrics.on_work(WorkRecord("download", "a/b", "failed", 1.0, 50))
+    metrics.on_work(WorkRecord("compile", "a/b", "ok", 15.0, 0))
+    lines = metrics.text().decode().splitlines()
+    assert 'emb_provider_downloads_total{outcome="ok"} 1.0' in lines
+    assert 'emb_provider_downloads_total{outcome="failed"} 1.0' in lines
+    assert "emb_provider_download_bytes_total 750.0" in lines
+    assert 'emb_provider_compile_seconds_sum{outcome="ok"} 15.0' in lines
+    assert 'emb_provider_compile_seconds_bucket{le="20.0",outcome="ok"} 1.0' in lines
 
 
 def test_rejected_request_counts_no_work(service: Service) -> None:
