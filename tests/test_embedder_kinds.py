@@ -105,6 +105,20 @@ def test_ranked_documents_have_indexes_scores_and_texts(loaded: Embedder) -> Non
         loaded.rerank(QUERY, ["a document", 3])  # type: ignore[list-item]
 
 
+def test_an_alias_has_its_own_form_of_scores(reranker: Path, reference: CrossEncoder, tmp_path: Path) -> None:
+    entry = {"name": "model", "path": str(reranker), "backend": "torch", "device": "cpu"}
+    mapping = {"model": entry, "logits": {**entry, "raw_scores": True}}
+    settings = Settings.from_values(cache_dir=tmp_path, model_mapping=mapping)
+    documents = ["Open the settings and choose reset.", "reset"]
+    for alias, activation in (("model", None), ("logits", torch.nn.Identity())):
+        expected = reference.predict(
+            [(QUERY, text) for text in documents], activation_fn=activation, show_progress_bar=False
+        )
+        with Embedder(alias, settings=settings) as model:
+            found = {each.index: each.score for each in model.rerank(QUERY, documents)}
+        assert [found[index] for index in range(len(documents))] == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_query_without_room_for_documents_is_an_error(loaded: Embedder) -> None:
     with pytest.raises(RequestError, match=r"The query is too long.*leaves \d+ of them for documents\[0\]") as caught:
         loaded.rerank("reset the password " * 20, ["a document " * 40])

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emb_model_provider.api.paths import is_admin_path, normalize_path
+from emb_model_provider.api.app import create_app
+from emb_model_provider.api.paths import is_admin_path, is_inference_request, normalize_path
+from emb_model_provider.settings import Settings
 from tests.api.helpers import call
 from tests.service import BUNDLED, assert_error
 
@@ -121,6 +123,15 @@ def test_admin_rule_applies_to_the_normalized_path(service: Service, prefix: str
     """A remote client gets to no management route, whatever it puts before the path."""
     for method in ("GET", "POST", "DELETE"):
         assert call(service, method, prefix + path, x_forwarded_for="10.0.0.1").status_code in (403, 404, 405)
+
+
+async def test_all_routes_that_run_a_model_are_counted() -> None:
+    """Metrics, quotas and traces apply to every POST route, except those that only describe, tokenize or manage."""
+    app = create_app(Settings.from_values(console=False), on_nothing_to_serve=lambda: None)
+    paths = {path for path, methods in app.state.methods.items() if "POST" in methods and "/api/models" not in path}
+    counted = {path for path in paths if is_inference_request("POST", path)}
+    assert paths - counted == {"/api/show", "/tokenize", "/v1/tokenize"}
+    assert {"/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/v1/classify", "/predict", "/embed_all"} < counted
 
 
 def test_long_paths_take_no_longer() -> None:
