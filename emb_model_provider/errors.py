@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
 
 def is_failure(error: BaseException) -> bool:
@@ -212,12 +212,18 @@ class UnsupportedTaskError(RequestError):
 
     code = "unsupported_task"
 
-    def __init__(self, model: str, kind: str, task: str, tasks: Iterable[str]) -> None:
+    def __init__(self, model: str, kind: str, task: str, tasks: Sequence[str]) -> None:
         """Create an error for a model of a kind that was asked for a task, and has others."""
         supported = ", ".join(f"'{each}'" for each in tasks)
+        outputs = [each.removeprefix("embed_") for each in tasks if each.startswith("embed_")]
+        remedy = (
+            f"Set 'embedding_types' of POST /v1/embeddings to {outputs}, or choose"
+            if task == "embed" and outputs
+            else "Choose"
+        )
         super().__init__(
-            f"The model `{model}` does not support '{task}': its kind is {kind!r}. Supported tasks: [{supported}]. Choose "
-            "another model for this request.",
+            f"The model `{model}` does not support '{task}': its kind is {kind!r}. Supported tasks: [{supported}]. "
+            f"{remedy} another model for this request.",
             param="model",
         )
 

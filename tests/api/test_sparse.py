@@ -199,6 +199,9 @@ def test_a_model_is_only_asked_for_what_it_can_do(
     message = json_message(response.json())
     assert f"The model `{model}` does not support" in message
     assert f"its kind is '{kind}'" in message
+    if model in ("splade", "colbert") and "does not support 'embed'" in message:
+        output = "sparse" if model == "splade" else "multi_vector"
+        assert f"Set 'embedding_types' of POST /v1/embeddings to ['{output}'], or choose another model" in message
     if isinstance(response.json().get("error"), dict):
         assert_error(response, 400, "unsupported_task", param="model")
 
