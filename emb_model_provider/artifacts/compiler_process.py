@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 from emb_model_provider.artifacts.compile_steps import CompileSteps
 from emb_model_provider.artifacts.recipe import Recipe
 from emb_model_provider.concurrency import start_thread
-from emb_model_provider.model_spec import ModelSpec
+from emb_model_provider.model_spec import ModelSpec, RequestDefaults
 from emb_model_provider.progress import Progress
 from emb_model_provider.snapshots.snapshot import Snapshot, SnapshotFile
 
@@ -266,7 +266,12 @@ def without_access(spec: ModelSpec) -> ModelSpec:
 def read_spec(values: dict[str, Any]) -> ModelSpec:
     """Read a spec from JSON."""
     sizes = values["dimensions"]
-    return ModelSpec(**values | {"dimensions": tuple(sizes) if isinstance(sizes, list) else sizes})
+    read = {
+        "dimensions": tuple(sizes) if isinstance(sizes, list) else sizes,
+        "defaults": RequestDefaults(**values["defaults"]),
+        "more_aliases": {alias: RequestDefaults(**each) for alias, each in values["more_aliases"].items()},
+    }
+    return ModelSpec(**values | read)
 
 
 def read_snapshot(values: dict[str, Any]) -> Snapshot:

@@ -19,6 +19,7 @@ import pytest
 from emb_model_provider.artifacts.compiler_process import CompileJob
 from emb_model_provider.artifacts.recipe import recipe_for
 from emb_model_provider.errors import ThreadLimitError
+from emb_model_provider.model_spec import RequestDefaults
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, wait_for
 from tests.models import bundled_directory, snapshot_of, spec_of
 from tests.service import no_more_threads
@@ -129,15 +130,18 @@ def test_the_compiler_ends_with_a_killed_service(compiled: CompiledModels, tmp_p
 
 def test_the_compiler_reads_the_job_that_was_written(tmp_path: Path) -> None:
     """All values are equal except those for downloading, which the compiler does not get."""
-    spec, snapshot = spec_of(prompts={"query": "q: "}, dimensions=(8, 16)), snapshot_of(bundled_directory())
+    aliases = {"other": RequestDefaults(input_type="query", raw_scores=True)}
+    spec = spec_of(prompts={"query": "q: "}, dimensions=(8, 16), more_aliases=aliases)
+    snapshot = snapshot_of(bundled_directory())
     snapshot = snapshot.with_dependencies({"acme/code": snapshot})
     recipe = recipe_for(spec, snapshot, trust_remote_code=True, native_bf16=True)
-    job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=3)
+    job = CompileJob(spec=spec, snapshot=snapshot, recipe=recipe, directory=tmp_path, threads=3, tune_s=2)
     assert job.parent == os.getpid()
     written = replace(job, spec=replace(spec, token="secret", endpoint="https://hub", path=tmp_path))
     assert written.to_json() == job.to_json()
     read = CompileJob.from_json(job.to_json())
-    assert (read.spec, read.snapshot, read.directory, read.threads) == (spec, snapshot, tmp_path, 3)
+    assert (read.spec, read.snapshot, read.directory) == (spec, snapshot, tmp_path)
+    assert (read.threads, read.tune_s) == (3, 2)
     assert read.recipe.key == recipe.key
 
 
