@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -103,9 +105,12 @@ def served(
 ) -> Iterator[Service]:
     """Yield a service with one loaded model, a model that failed to load, and both hubs on this machine."""
     directory = tmp_path_factory.mktemp("console")
+    # A cache of its own, because the pages show all models of a cache; but nothing need be compiled again.
+    with suppress(FileNotFoundError):
+        ignored = shutil.ignore_patterns(".*", "*.lock", "*.hold")
+        shutil.copytree(Path(service_cache, "artifacts"), directory / "cache" / "artifacts", ignore=ignored)
     settings = {
-        "CACHE_DIR": service_cache,
-        "SERVE_CACHED": "true",
+        "CACHE_DIR": str(directory / "cache"),
         "MODEL_MAPPING": json.dumps({"mini": {"name": BUNDLED}, "broken": {"path": str(directory / "not-there")}}),
         "HF_ENDPOINT": hubs[0].url,
         "HF_CACHE_DIR": str(directory / "hf"),
