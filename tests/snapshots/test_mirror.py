@@ -44,20 +44,24 @@ def test_killed_writer_never_leaves_a_wrong_mirror(tmp_path: Path) -> None:
         shared = {f"shared{number}.bin": generator.randbytes(200_000) for number in range(6)}
         write_files(tmp_path / version, files | shared)
     target = tmp_path / "mirror"
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "v1"), str(target)], check=True)
-    duration = (
-        time.monotonic() - began
-    )  # with the start of the process, so that some writers end before they are killed
-    seen = {"complete": 0, "incomplete": 0}
-    for kill in range(50):
-        source = tmp_path / ("v1", "v2")[kill // 2 % 2]
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(source), str(target)], stdout=subprocess.PIPE, text=True
-        )
+
+    def start(version: str) -> subprocess.Popen[str]:
+        """Return a process that writes the mirror from now on."""
+        command = [sys.executable, "-c", WRITER, str(tmp_path / version), str(target)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         assert writer.stdout.readline() == "begin\n"
-        time.sleep(generator.uniform(0, duration))
+        return writer
+
+    writer, began = start("v1"), time.monotonic()
+    writer.communicate()
+    duration = time.monotonic() - began
+    seen = {"complete": 0, "incomplete": 0}
+    for kill in range(300):
+        if kill >= 50 and min(seen.values()) > 5:
+            break
+        writer = start(("v1", "v2")[kill // 2 % 2])
+        time.sleep(generator.uniform(0, 2 * duration))  # so that some writers end before they are killed
         writer.kill()
         writer.communicate()
         try:
