@@ -115,7 +115,8 @@ def check(mirror: Mirror, on_bytes: Callable[[int, int], None]) -> list[FileProb
     problems = check_files(directory, mirror.files, on_bytes=on_bytes).problems
     listed = {MIRROR_MANIFEST, *(file.path for file in mirror.files)}
     present = (path for path in walk(directory) if path.is_symlink() or not path.is_dir())
-    extra = sorted({path.relative_to(directory).as_posix() for path in present} - listed)
+    left = set(list_dir(directory, _TEMPORARY_MANIFESTS))  # the next writer removes it
+    extra = sorted({path.relative_to(directory).as_posix() for path in present if path not in left} - listed)
     # A link to a directory is not extra if files that are listed are in it.
     above = {path[: index.start()] for path in listed for index in re.finditer("/", path)}
     return [*problems, *(FileProblem(_printable(path), "extra") for path in extra if path not in above)]
