@@ -466,7 +466,7 @@ def _measure_served(name: str, directory: Path, options: Options, deadline: Dead
 
 
 def _loader(directory: Path, variant: Variant, device: str, *, packs: bool, streams: int) -> Callable[[], TorchBackend]:
-    """Return a function that loads a backend whose batches are formed with or without regard to padding."""
+    """Return a function that loads a backend with the policy for packed batches or the one for padded batches."""
 
     def load() -> TorchBackend:
         backend = _load(directory, variant, device)
