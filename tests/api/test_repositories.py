@@ -48,6 +48,7 @@ class Models:
         edit(self.left / "tokenizer_config.json", truncation_side="left", add_eos_token=True)
         self.adapter = self._adapter()
         self.coded = self._coded()
+        self.refused = {name: self._refused(name) for name in REFUSED}
 
     def repositories(self) -> dict[str, dict[str, bytes]]:
         code = {name: (self.root / name).read_bytes() for name in ("configuration_own.py", "modeling_own.py")}
@@ -67,7 +68,7 @@ class Models:
             "adapter": {"name": "me/adapter", **hub},
             "adapter-ms": {"name": "me/adapter", "source": "modelscope", "endpoint": modelscope},
             "coded": {"name": "me/coded", "trust_remote_code": True, **hub},
-            **{name: {"name": name, "path": str(self._refused(name))} for name in REFUSED},
+            **{name: {"name": name, "path": str(path)} for name, path in self.refused.items()},
         }
 
     def _adapter(self) -> Path:
