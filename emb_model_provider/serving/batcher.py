@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+BACKGROUND_SHARE = 0.05
+"""Share of the tokens that background requests get while other requests wait."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPolicy:
@@ -40,6 +43,8 @@ class BatchPolicy:
     """Whether batches have no padding, so that they cost their tokens, whatever the lengths of their inputs."""
     shared_from_tokens: int = 0
     """Waiting inputs of fewer tokens are one batch, instead of one for each idle stream."""
+    max_background_tokens: int = 2**31
+    """Limit of padded tokens of a background batch, for whose end a request may wait."""
     assumed_tokens_per_s: float = 5_000.0
     """Speed of a stream until its first batches are measured."""
 
@@ -47,14 +52,16 @@ class BatchPolicy:
 class BatchJob:
     """The inputs of one request while they wait and run."""
 
-    __slots__ = ("_lengths", "_rows", "_tag", "arrived_at", "cancelled", "exclusive", "ids", "waiting_tokens")
+    __slots__ = ("_lengths", "_rows", "_tag", "arrived_at", "background", "cancelled", "exclusive", "ids", "waiting_tokens")  # fmt: skip
 
-    def __init__(self, ids: Sequence[Sequence[int]], *, arrived_at: float = 0.0) -> None:
+    def __init__(self, ids: Sequence[Sequence[int]], *, arrived_at: float = 0.0, background: bool = False) -> None:
         if not ids:
             raise ValueError("a request needs at least one input")
         self.ids = ids
         self.arrived_at = arrived_at
         """When it was submitted, on the clock of `Batcher.next_batch`."""
+        self.background = background
+        """Whether it runs only while no other request waits, except for a small share."""
         self.cancelled = False
         self.exclusive = False
         """Whether its inputs share no batch with other requests. Such requests get every second batch."""
@@ -228,6 +235,73 @@ class Batcher(Generic[JobT]):
             self._exclusive.popleft()
         self._last_was_exclusive = bool(self._exclusive) and (not self._last_was_exclusive or not self._heap)
         return self._exclusive.popleft() if self._last_was_exclusive else None
+
+
+class PriorityBatcher(Generic[JobT]):
+    """Two batchers: background requests run while no other request waits. Not thread-safe; its owner holds a lock.
+
+    Batches are not mixed: inputs of background requests would make a batch of other requests longer. So a request waits for
+    at most one background batch of each stream. Background requests get a share of `BACKGROUND_SHARE` of the tokens even if
+    other requests always wait.
+    """
+
+    def __init__(self, policy: BatchPolicy) -> None:
+        self._policy = policy
+        self._foreground: Batcher[JobT] = Batcher(policy)
+        background_tokens = min(policy.max_batch_tokens, policy.max_background_tokens)
+        self._background: Batcher[JobT] = Batcher(
+            replace(policy, max_batch_tokens=background_tokens, min_batch_size=1, max_wait_s=0.0)
+        )
+        self._owed_tokens = 0.0
+        """Share of the background requests that they did not get. Negative after one of their batches."""
+
+    def lower_budget(self, padded_tokens: int, *, until: float) -> None:
+        """Limit batches of several inputs to `padded_tokens` until a time on the clock of `next_batch`."""
+        self._foreground.lower_budget(padded_tokens, until=until)
+        self._background.lower_budget(padded_tokens, until=until)
+
+    def drained(self) -> PriorityBatcher[JobT]:
+        """Return an empty batcher with the same policy."""
+        return PriorityBatcher(self._policy)
+
+    def submit(self, job: JobT) -> None:
+        self._batcher(job).submit(job)
+
+    def cancel(self, job: JobT) -> None:
+        """Remove the waiting inputs of a request. Inputs that are running are not affected."""
+        self._batcher(job).cancel(job)
+
+    def next_batch(self, now: float, *, idle_streams: int = 1, may_wait: bool = True) -> Batch[JobT] | float | None:
+        """Return the next batch as `Batcher.next_batch` does."""
+        if self._owed_tokens <= 0 or not self._background.waiting_inputs:
+            decision = self._foreground.next_batch(now, idle_streams=idle_streams, may_wait=may_wait)
+            if isinstance(decision, Batch):
+                if self._background.waiting_inputs:
+                    self._owed_tokens += BACKGROUND_SHARE * decision.padded_tokens
+                return decision
+        else:
+            decision = None
+        batch = self._background.next_batch(now, idle_streams=idle_streams, may_wait=may_wait)
+        if not isinstance(batch, Batch):
+            return decision
+        self._owed_tokens = self._owed_tokens - batch.padded_tokens if self._foreground.waiting_inputs else 0.0
+        return batch
+
+    @property
+    def waiting_inputs(self) -> int:
+        return self._foreground.waiting_inputs + self._background.waiting_inputs
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._foreground.waiting_tokens + self._background.waiting_tokens
+
+    @property
+    def foreground_tokens(self) -> int:
+        """Tokens that wait in requests that are not in the background."""
+        return self._foreground.waiting_tokens
+
+    def _batcher(self, job: JobT) -> Batcher[JobT]:
+        return self._background if job.background else self._foreground
 
 
 class _BatchBuilder(Generic[JobT]):

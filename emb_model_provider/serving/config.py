@@ -29,6 +29,8 @@ _CPU_TOKENS_PER_S, _GPU_TOKENS_PER_S = 5_000.0, 100_000.0
 _MOST_TERM_WEIGHTS = 2**29
 """Largest number of weights that a sparse model computes for a batch, one per token and word of its vocabulary: 2 GiB."""
 _CPU_FREE_TOKENS, _GPU_FREE_TOKENS = 256, 2_048
+_BACKGROUND_TOKENS = 32_768
+"""Background batches are not larger, because requests wait for their end. A GPU is at its full rate at this size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,5 +94,6 @@ def batch_policy(settings: BatchSettings, description: ModelDescription) -> Batc
         free_padded_tokens=_CPU_FREE_TOKENS if on_cpu else _GPU_FREE_TOKENS,
         packs=description.packs,
         shared_from_tokens=0 if on_cpu else _GPU_SHARED_FROM_TOKENS,
+        max_background_tokens=_BACKGROUND_TOKENS,
         assumed_tokens_per_s=_CPU_TOKENS_PER_S if on_cpu else _GPU_TOKENS_PER_S,
     )

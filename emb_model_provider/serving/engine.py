@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -465,10 +466,10 @@ class Engine:
                 self._scheduler.cancel(job)
 
     async def _wait(self, job: InferenceJob, request: _Request) -> tuple[Sequence[tuple[Row, ...]], Timing]:
-        """Wait for the result of a request as long as the model makes progress, but not without limit."""
+        """Wait for the result of a request as long as the model makes progress. Only in the background without limit."""
         timeout_s = self._limits.request_timeout_s
         while not job.result.done():
-            total_s = self._total_timeout_s(request.waiting)
+            total_s = math.inf if job.background else self._total_timeout_s(request.waiting)
             idle_until = max(request.started, self._scheduler.progressed_at) + timeout_s
             now, end = time.monotonic(), request.started + total_s
             if now >= end:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from emb_model_provider.serving.batcher import BatchJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from emb_model_provider.backends.base import OutputName, Row, TokenBatch
     from emb_model_provider.errors import ProviderError
@@ -23,10 +23,22 @@ if TYPE_CHECKING:
 trace_context: ContextVar[object] = ContextVar("trace_context", default=None)
 """Identifies the span of a request, for the records of its batches; None without tracing."""
 
+_background: ContextVar[bool] = ContextVar("background", default=False)
+
 _BYTES_PER_TOKEN = 40
 """Memory of a token id in the queue: a Python integer, and a place in a list."""
 _MAX_ATTEMPTS = 2
 """A request that was running at this many crashes fails, because it may be their cause."""
+
+
+@contextlib.contextmanager
+def in_background() -> Iterator[None]:
+    """Requests that are made in this context run only while no other request waits, except for a small share."""
+    token = _background.set(True)
+    try:
+        yield
+    finally:
+        _background.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class InferenceJob(BatchJob):
 
     def __init__(self, inputs: TokenBatch, outputs: tuple[OutputName, ...], *, output_bytes: int = 0) -> None:
         """Create a request for some outputs, whose results take a number of bytes."""
-        super().__init__(inputs.ids)
+        super().__init__(inputs.ids, background=_background.get())
         self.inputs = inputs
         self.outputs = outputs
         self.output_bytes = output_bytes

@@ -16,7 +16,7 @@ from emb_model_provider.concurrency import start_thread
 from emb_model_provider.errors import InferenceError, ModelNotReadyError, QueueFullError, ThreadLimitError
 from emb_model_provider.formatting import format_size
 from emb_model_provider.serving.batch_runner import run_batch
-from emb_model_provider.serving.batcher import Batch, Batcher
+from emb_model_provider.serving.batcher import Batch, PriorityBatcher
 from emb_model_provider.serving.jobs import BatchRecord, InferenceJob, PendingJobs, Timing, set_exception, set_results
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class BatchScheduler:
         self._timings = config.timings
         self._wake = threading.Condition()
         """Guards the attributes below and the counts of the requests. Idle streams wait on it."""
-        self._batcher: Batcher[InferenceJob]
+        self._batcher: PriorityBatcher[InferenceJob]
         self._running: list[_RunningBatch | None]
         """The current batch of each stream."""
         self._pending = PendingJobs()
@@ -72,7 +72,7 @@ class BatchScheduler:
         """Accept requests from now on. They wait until `run` is called."""
         with self._wake:
             self._running = [None] * backend.streams
-            self._batcher = Batcher(policy)
+            self._batcher = PriorityBatcher(policy)
             self._stream_tokens_per_s = policy.assumed_tokens_per_s
             self._large_tokens = _LARGE_SHARE * policy.max_batch_tokens
 
@@ -121,7 +121,7 @@ class BatchScheduler:
                     f"The model `{self._model}` hangs: {self.hang_report}. Try again later.",
                     retry_after_s=self._timings.retry_after_failure_s,
                 )
-            self._check_capacity(job, self._batcher.waiting_tokens)
+            self._check_capacity(job, self._batcher.foreground_tokens)
             job.arrived_at = now
             self._pending.add(job)
             self._batcher.submit(job)
@@ -222,7 +222,9 @@ class BatchScheduler:
             return
         if waiting + job.waiting_tokens <= limit:
             return
-        others = waiting - max((other.waiting_tokens for other in self._pending.waiting), default=0)
+        others = waiting - max(
+            (other.waiting_tokens for other in self._pending.waiting if not other.background), default=0
+        )
         if waiting and others + job.waiting_tokens > limit:
             excess = waiting if job.waiting_tokens > limit else others + job.waiting_tokens - limit
             raise QueueFullError(

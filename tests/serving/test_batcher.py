@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emb_model_provider.serving.batcher import Batch, Batcher, BatchJob, BatchPolicy
+from emb_model_provider.serving.batcher import BACKGROUND_SHARE, Batch, Batcher, BatchJob, BatchPolicy, PriorityBatcher
 
 
 def policy(**changes: object) -> BatchPolicy:
@@ -17,7 +17,11 @@ def job(*lengths: int, at: float = 0.0) -> BatchJob:
     return BatchJob([[1] * length for length in lengths], arrived_at=at)
 
 
-def take(batcher: Batcher[BatchJob], now: float = 0.0) -> Batch[BatchJob]:
+def background(*lengths: int) -> BatchJob:
+    return BatchJob([[1] * length for length in lengths], background=True)
+
+
+def take(batcher: Batcher[BatchJob] | PriorityBatcher[BatchJob], now: float = 0.0) -> Batch[BatchJob]:
     batch = batcher.next_batch(now)
     assert isinstance(batch, Batch)
     return batch
@@ -307,3 +311,66 @@ def test_exclusive_requests_run_without_others_and_after_cancellations() -> None
     assert [{id(member) for member, _ in batch.members} for batch in batches] == [{id(second)}, {id(third)}]
     assert sum(len(batch.members) for batch in batches) == 3
     assert batcher.next_batch(0.0) is None
+
+
+def test_background_requests_run_while_no_other_request_waits() -> None:
+    """A request runs before background requests that came earlier, and shares no batch with them."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy())
+    early, request = background(5, 5), job(5)
+    batcher.submit(early)
+    batcher.submit(request)
+    assert take(batcher).members == [(request, 0)]
+    assert {id(member) for member, _ in take(batcher).members} == {id(early)}
+    assert batcher.next_batch(0.0) is None
+
+
+def test_background_requests_get_their_share_while_requests_always_wait() -> None:
+    """They get `BACKGROUND_SHARE` of the tokens, not more."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_batch_size=10))
+    batcher.submit(background(*[10] * 2000))
+    tokens = {False: 0, True: 0}
+    for _ in range(1000):
+        batcher.submit(job(*[10] * 10))
+        batch = take(batcher)
+        tokens[batch.members[0][0].background] += batch.tokens
+    assert tokens[True] / sum(tokens.values()) == pytest.approx(BACKGROUND_SHARE, abs=0.01)
+
+
+def test_background_requests_do_not_save_up_their_share() -> None:
+    """After a pause they owe nothing and are owed nothing."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_batch_size=10))
+    for _ in range(1000):
+        batcher.submit(job(*[10] * 10))
+        take(batcher)
+    batcher.submit(background(*[10] * 20))
+    batcher.submit(job(*[10] * 20))
+    assert [take(batcher).members[0][0].background for _ in range(4)] == [False, True, False, True]
+
+
+def test_a_background_batch_runs_while_requests_wait_for_others() -> None:
+    """MIN_BATCH_SIZE holds requests back, not background requests."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(min_batch_size=4, max_wait_s=1.0))
+    batcher.submit(job(5, at=0.0))
+    assert batcher.next_batch(0.5) == 1.0
+    batcher.submit(background(5))
+    assert take(batcher, 0.5).members[0][0].background
+    assert batcher.next_batch(0.5) == 1.0
+
+
+def test_background_batches_have_a_limit_of_their_own() -> None:
+    """Requests wait for their end."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_background_tokens=30))
+    batcher.submit(background(*[10] * 6))
+    batcher.submit(job(*[10] * 6))
+    assert [len(take(batcher).members) for _ in range(3)] == [6, 3, 3]
+
+
+def test_cancelled_background_requests_do_not_run() -> None:
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy())
+    first, second = background(5, 5), background(5)
+    batcher.submit(first)
+    batcher.submit(second)
+    batcher.cancel(first)
+    assert batcher.waiting_inputs == 1
+    assert take(batcher).members == [(second, 0)]
+    assert batcher.foreground_tokens == batcher.waiting_tokens == 0

@@ -20,6 +20,7 @@ from emb_model_provider.errors import (
     TooManyTokensError,
 )
 from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.jobs import in_background
 from emb_model_provider.settings import BatchSettings, LimitSettings
 from tests.serving.fakes import describe, expected, word_tokenizer
 from tests.serving.helpers import different, ids, started_engine, until
@@ -84,6 +85,21 @@ async def test_total_time_of_a_request_is_limited() -> None:
             await run.embed(*different(3000))
         assert not caught.value.can_repeat
         assert run.engine.waiting_inputs == 0
+
+
+async def test_background_requests_wait_for_others_and_have_no_limit_of_time() -> None:
+    """A request waits for the batch that runs, and no longer. What is left of the background request runs after it."""
+    limits = LimitSettings(request_total_timeout_s=0.5)
+    config = {"limits": limits, "batching": BatchSettings(max_batch_size=4)}
+    async with started_engine(config=config, on_batch=slow_batches(0.1)) as run:
+        with in_background():
+            large = asyncio.create_task(run.embed(*different(40)))
+        await until(lambda: len(run.backend.batches) == 2)
+        await run.embed("w1")
+        place = run.backend.batches.index([ids("w1")])
+        assert place <= 4
+        assert (await large).tolist() == [expected(ids(text)) for text in different(40)]
+        assert len(run.backend.batches) == 11
 
 
 async def test_long_inputs_are_truncated_or_rejected() -> None:
