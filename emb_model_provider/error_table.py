@@ -25,6 +25,10 @@ class ErrorInfo(NamedTuple):
 
 _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.ModelNotFoundError, ErrorInfo("model_not_found", 404)),
+    (errors.UnknownFileError, ErrorInfo("file_not_found", 404, USAGE_ERROR)),
+    (errors.UnknownBatchError, ErrorInfo("batch_not_found", 404, USAGE_ERROR)),
+    (errors.StateConflictError, ErrorInfo("state_conflict", 409, USAGE_ERROR)),
+    (errors.FileTooLargeError, ErrorInfo("file_too_large", 413)),
     (errors.RequestError, ErrorInfo("invalid_value", 400)),
     (errors.BodyTooLargeError, ErrorInfo("request_too_large", 413)),
     (errors.CompressedBodyError, ErrorInfo("unsupported_content_encoding", 415)),
@@ -32,6 +36,8 @@ _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.QueueFullError, ErrorInfo("queue_full", 429)),
     (errors.QuotaExceededError, ErrorInfo("rate_limit_exceeded", 429)),
     (errors.ModelNotReadyError, ErrorInfo("model_not_ready", 503)),
+    (errors.DatabaseUnavailableError, ErrorInfo("database_unavailable", 503)),
+    (errors.StorageFullError, ErrorInfo("insufficient_storage", 507)),
     (errors.ThreadLimitError, ErrorInfo("thread_limit", 503)),
     (errors.DeadlineExceededError, ErrorInfo("timeout", 504)),
     (errors.NotCachedError, ErrorInfo("not_cached", 404, USAGE_ERROR)),

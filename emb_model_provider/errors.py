@@ -246,6 +246,46 @@ class ModelNotFoundError(RequestError):
         super().__init__(f"The model `{model}` {reason}. Served here: {served}.", param="model")
 
 
+class UnknownFileError(RequestError):
+    """No uploaded file has this id, or it belongs to another API key."""
+
+    code = "file_not_found"
+
+    def __init__(self, file_id: str, *, param: str = "id") -> None:
+        super().__init__(f"No such File object: {file_id}", param=param)
+
+
+class UnknownBatchError(RequestError):
+    """No batch has this id, or it belongs to another API key."""
+
+    code = "batch_not_found"
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(f"No batch found with id '{batch_id}'.", param="id")
+
+
+class StateConflictError(RequestError):
+    """The state of the file or batch does not allow the operation. Nothing was changed."""
+
+    code = "state_conflict"
+
+
+class FileTooLargeError(RequestError):
+    """An uploaded file is larger than MAX_FILE_BYTES."""
+
+    code = "file_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The file has more than {limit} bytes, the limit of this server. Divide it into several files.",
+            param="file",
+        )
+
+
+class StorageFullError(ProviderError):
+    """The disk of the files and batches has not enough space."""
+
+
 class ForkedProcessError(ProviderError):
     """The process was forked from one that had loaded a model, and its copy of the model has no threads."""
 
@@ -269,6 +309,10 @@ class QueueFullError(RetryLaterError):
 
 class QuotaExceededError(RetryLaterError):
     """The tokens per minute of an API key are used up."""
+
+
+class DatabaseUnavailableError(RetryLaterError):
+    """The database of batches does not respond."""
 
 
 class ThreadLimitError(RetryLaterError):

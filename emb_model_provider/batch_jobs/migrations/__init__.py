@@ -1,0 +1,1 @@
+"""Changes of the tables, applied in order by alembic when the database is opened."""
