@@ -106,7 +106,11 @@ class FileStore:
         if expected_bytes > self.max_bytes:
             raise FileTooLargeError(self.max_bytes)
         self.require_space(expected_bytes)
-        return Upload(self, owner, filename, purpose, expires_after_s)
+        return Upload(self, owner, filename, purpose, expires_after_s, self.max_bytes)
+
+    def output(self, owner: str, filename: str, expires_after_s: int) -> Upload:
+        """Begin a file of results, which has no limit. The caller records what `store` returns."""
+        return Upload(self, owner, filename, OUTPUT, expires_after_s, None)
 
     def get(self, owner: str | None, file_id: str) -> StoredFile:
         """Return a file.
@@ -242,8 +246,11 @@ class FileStore:
 class Upload:
     """A file that is being written. A context manager that removes the content unless `commit` was called."""
 
-    def __init__(self, store: FileStore, owner: str, filename: str, purpose: str, expires_after_s: int) -> None:
+    def __init__(
+        self, store: FileStore, owner: str, filename: str, purpose: str, expires_after_s: int, max_bytes: int | None
+    ) -> None:
         self._store = store
+        self._max_bytes = max_bytes
         self._owner = owner
         self._filename = clean_filename(filename)
         self._purpose = purpose
@@ -274,45 +281,53 @@ class Upload:
         """
         view = memoryview(block)
         self._bytes += len(view)
-        if self._bytes > self._store.max_bytes:
-            raise FileTooLargeError(self._store.max_bytes)
-        self._unchecked += len(view)
-        if self._unchecked >= _CHECK_SPACE_EVERY:
-            self._store.require_space(0)
-            self._unchecked = 0
+        if self._max_bytes is not None:
+            if self._bytes > self._max_bytes:
+                raise FileTooLargeError(self._max_bytes)
+            self._unchecked += len(view)
+            if self._unchecked >= _CHECK_SPACE_EVERY:
+                self._store.require_space(0)
+                self._unchecked = 0
         self._hash.update(view)
         with _full_disk_reported():
             while len(view):
                 view = view[self._stream.write(view) or 0 :]
 
+    @property
+    def size(self) -> int:
+        return self._bytes
+
     def commit(self) -> StoredFile:
         """Make the content durable, and add the file to the table."""
-        path = self._store.path(self._id)
-        with _full_disk_reported():
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._temporary.rename(path)
-            sync_directory(self._store.directory)
+        with reading(self._store.engine) as connection:
+            file = self.store(self._store.clock(connection))
         try:
             with transaction(self._store.engine) as connection:
-                created = self._store.clock(connection)
-                file = StoredFile(
-                    self._id,
-                    self._owner,
-                    self._filename,
-                    self._purpose,
-                    self._bytes,
-                    self._hash.hexdigest(),
-                    created,
-                    created + self._expires_after_s,
-                )
                 self._store.record(connection, file)
         except Exception:
             # Whether the row was committed is unknown if the connection was lost.
             with contextlib.suppress(Exception):
-                self._store.delete(None, self._id)
+                self._store.delete(None, file.id)
             raise
         return file
+
+    def store(self, created_at: float) -> StoredFile:
+        """Make the content durable under its final name, and return the file, which is not yet in the table."""
+        with _full_disk_reported():
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._temporary.rename(self._store.path(self._id))
+            sync_directory(self._store.directory)
+        return StoredFile(
+            id=self._id,
+            owner=self._owner,
+            filename=self._filename,
+            purpose=self._purpose,
+            bytes=self._bytes,
+            sha256=self._hash.hexdigest(),
+            created_at=created_at,
+            expires_at=created_at + self._expires_after_s,
+        )
 
 
 def new_id(prefix: str) -> str:

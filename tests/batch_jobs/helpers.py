@@ -1,18 +1,27 @@
-"""Stores with a clock that tests set, and input files."""
+"""Stores with a clock that tests set, input files, and workers."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.batch_jobs.batches import Batch, BatchStore
 from emb_model_provider.batch_jobs.files import FileStore, StoredFile
+from emb_model_provider.batch_jobs.types import UNFINISHED, Limits, WorkerOptions
+from emb_model_provider.batch_jobs.worker import BatchWorker
+from tests.batch_jobs.calculator import HashCalculator
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from sqlalchemy import Connection, Engine
+
+    from emb_model_provider.batch_jobs.types import Calculator
 
 
 class Jobs:
@@ -38,7 +47,7 @@ class Jobs:
         return self.batches.create(owner, input_file_id=file.id, endpoint="/v1/embeddings", **options)
 
 
-def line(custom_id: str, **changes: Any) -> bytes:
+def line(custom_id: str, /, **changes: Any) -> bytes:
     """Return a line of an input file."""
     body = {"model": "m", "input": f"text of {custom_id}"}
     request = {"custom_id": custom_id, "method": "POST", "url": "/v1/embeddings", "body": body}
@@ -47,3 +56,56 @@ def line(custom_id: str, **changes: Any) -> bytes:
 
 def lines(count: int) -> bytes:
     return b"".join(line(f"line-{number}") for number in range(count))
+
+
+FAST = WorkerOptions(chunk_inputs=8, heartbeat_s=0.05, poll_s=0.05, pause_s=0.05, stall_s=0.2)
+"""Options of workers in tests, which wait for short times."""
+
+
+@asynccontextmanager
+async def working(jobs: Jobs, calculator: Calculator, *, count: int = 1, **changes: Any) -> AsyncIterator[BatchWorker]:
+    """Run workers in the block, and yield the first one."""
+    limits = Limits(
+        **{name: changes.pop(name) for name in ("max_lines", "max_inputs", "max_line_bytes") if name in changes}
+    )
+    options = replace(FAST, **changes)
+    workers = [
+        BatchWorker(jobs.batches, jobs.directory, calculator, limits=limits, options=options) for _ in range(count)
+    ]
+    tasks = [asyncio.create_task(worker.run()) for worker in workers]
+    try:
+        yield workers[0]
+        assert not any(task.done() for task in tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def reach(jobs: Jobs, batch: Batch, condition: str | Callable[[Batch], object]) -> Batch:
+    """Wait until a batch is in a state, or a condition holds, and return it."""
+    deadline = time.monotonic() + 20
+    while True:
+        current = await asyncio.to_thread(jobs.batches.get, None, batch.id)
+        if current.state == condition if isinstance(condition, str) else condition(current):
+            return current
+        assert time.monotonic() < deadline, current
+        await asyncio.sleep(0.02)
+
+
+async def process(jobs: Jobs, content: bytes, *, calculator: Calculator | None = None, **changes: Any) -> Batch:
+    """Process an input file until its batch has ended."""
+    batch = jobs.create(content)
+    async with working(jobs, calculator or HashCalculator(), **changes):
+        return await reach(jobs, batch, lambda current: current.state not in UNFINISHED)
+
+
+def read_lines(jobs: Jobs, file_id: str | None) -> list[dict[str, Any]]:
+    """Return the lines of an output or error file; none if there is no file."""
+    if file_id is None:
+        return []
+    return [json.loads(each) for each in jobs.files.content(None, file_id).read_bytes().splitlines()]
+
+
+def ids(jobs: Jobs, file_id: str | None) -> list[str]:
+    return [each["custom_id"] for each in read_lines(jobs, file_id)]

@@ -1,0 +1,459 @@
+"""The worker: validates, computes and finalizes batches, until it is cancelled.
+
+Computing a chunk writes a segment and then records it in one transaction. Whatever ends the process, each line is in the
+files of its batch exactly once; only chunks that were in progress are computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import socket
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from emb_model_provider.batch_jobs.files import DEFAULT_EXPIRY_S
+from emb_model_provider.batch_jobs.lines import (
+    answered_line,
+    error_body,
+    expired_line,
+    line_id,
+    read_chunk,
+    validate_file,
+)
+from emb_model_provider.batch_jobs.segments import SegmentStore
+from emb_model_provider.batch_jobs.types import Answer, Limits, WorkerOptions
+from emb_model_provider.batch_jobs.work import BatchLease, ChunkLease, WorkStore
+from emb_model_provider.concurrency import run_in_daemon_thread
+from emb_model_provider.errors import (
+    DatabaseUnavailableError,
+    DeadlineExceededError,
+    DeviceLostError,
+    OperationCancelledError,
+    RetryLaterError,
+    StorageFullError,
+    is_failure,
+)
+from emb_model_provider.formatting import describe_error, format_size
+from emb_model_provider.snapshots.locks import try_lock_exclusive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from emb_model_provider.batch_jobs.batches import BatchStore
+    from emb_model_provider.batch_jobs.files import StoredFile, Upload
+    from emb_model_provider.batch_jobs.lines import Chunk, InputLine
+    from emb_model_provider.batch_jobs.segments import Segment
+    from emb_model_provider.batch_jobs.types import Calculator
+    from emb_model_provider.batch_jobs.work import Lease
+    from emb_model_provider.snapshots.locks import FileLock
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+"""A line that took too long in this many attempts fails."""
+_MAX_RETRY_S = 30.0
+_RELEASE_S = 5.0
+_MAX_WORKERS = 1000
+
+
+class _LeaseLostError(Exception):
+    """The work is no longer this worker's: it was taken over, or the batch was cancelled or expired."""
+
+
+class BatchWorker:
+    """Works on the batches of a database, together with the workers of other processes."""
+
+    def __init__(
+        self,
+        batches: BatchStore,
+        directory: Path,
+        calculator: Calculator,
+        *,
+        limits: Limits | None = None,
+        options: WorkerOptions | None = None,
+    ) -> None:
+        """Create a worker.
+
+        Args:
+            batches: The batches.
+            directory: The directory of the batches, which all processes share.
+            calculator: Answers the lines.
+            limits: What a batch may contain.
+            options: How the worker divides its work and waits.
+        """
+        self._batches = batches
+        self._files = batches.files
+        self._directory = directory
+        self._segments = SegmentStore(directory)
+        self._calculator = calculator
+        self._limits = limits or Limits()
+        self._options = options or WorkerOptions()
+        self._tasks: dict[asyncio.Task[None], Lease] = {}
+        self._stops: dict[Lease, threading.Event] = {}
+        self._pauses: dict[str, str] = {}
+        """Why batches make no progress, as far as this worker knows."""
+        self._claiming: asyncio.Task[Lease | None] | None = None
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._work: WorkStore
+
+    @property
+    def pauses(self) -> dict[str, str]:
+        """Why batches make no progress, by their ids, even if the database cannot be written."""
+        return dict(self._pauses)
+
+    def wake(self) -> None:
+        """Look for work now, for example because a batch was created or cancelled. Can be called from any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def run(self) -> None:
+        """Work until the task is cancelled. Leases are then returned, so that other workers continue at once."""
+        self._loop = asyncio.get_running_loop()
+        name, lock = await run_in_daemon_thread("batch-worker-name", lambda: _take_name(self._directory))
+        self._work = WorkStore(self._batches, name, secrets.token_hex(8), self._options.lease_s)
+        sweeping = asyncio.create_task(self._sweep_regularly())
+        try:
+            while True:
+                self._wake.clear()
+                await self._wait(await self._step())
+        finally:
+            for task in (sweeping, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, sweeping, return_exceptions=True)
+            # Otherwise the name stays locked while the process lives, because a claim may still be in progress.
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._release_all(), _RELEASE_S)
+                lock.release()
+
+    # --- scheduling -----------------------------------------------------------------------------------
+
+    async def _step(self) -> float:
+        """Renew leases, and begin work if there is any. Returns how long to wait, in seconds."""
+        options = self._options
+        try:
+            await self._in_thread(self._work.expire)
+            if self._tasks:
+                for lease in await self._in_thread(lambda: self._work.renew(list(self._tasks.values()))):
+                    self._abandon(lease)
+            while len(self._tasks) < options.parallel:
+                self._claiming = asyncio.create_task(self._in_thread(self._work.claim))
+                claimed = await asyncio.shield(self._claiming)
+                if claimed is None:
+                    break
+                self._begin(claimed)
+        except Exception as error:  # noqa: BLE001 - the worker goes on when the database responds again
+            self._log_pause("", describe_error(error))
+            return options.pause_s
+        self._pauses.pop("", None)
+        return min(options.heartbeat_s, options.lease_s / 3) if self._tasks else options.poll_s
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait for the end of a task, for `wake`, or for a time."""
+        waking = asyncio.create_task(self._wake.wait())
+        try:
+            await asyncio.wait({waking, *self._tasks}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waking.cancel()
+        for task in [task for task in self._tasks if task.done()]:
+            lease = self._tasks.pop(task)
+            self._stops.pop(lease, None)
+
+    def _begin(self, lease: Lease) -> None:
+        self._stops[lease] = threading.Event()
+        self._tasks[asyncio.create_task(self._run(lease))] = lease
+
+    def _abandon(self, lease: Lease) -> None:
+        """Stop work on a lost lease."""
+        self._stops[lease].set()
+        self._pauses.pop(lease.batch_id, None)
+        for task in [task for task, each in self._tasks.items() if each is lease]:
+            task.cancel()
+
+    async def _run(self, lease: Lease) -> None:
+        """Do what a lease is for."""
+        try:
+            if isinstance(lease, ChunkLease):
+                await self._compute(lease)
+            elif lease.batch.state == "validating":
+                await self._validate(lease)
+            else:
+                await self._finalize(lease)
+        except _LeaseLostError:
+            logger.debug("the lease of %s is lost", lease.batch_id)
+        except asyncio.CancelledError:
+            self._stops[lease].set()
+            raise
+        except RetryLaterError as error:
+            await self._give_back(lease, describe_error(error), min(error.retry_after_s, _MAX_RETRY_S))
+        except OSError as error:
+            await self._give_back(lease, f"A file cannot be read: {error}", self._options.pause_s)
+        except Exception as error:
+            logger.exception("the batch %s cannot be continued", lease.batch_id)
+            reason = f"The server failed to continue the batch ({type(error).__name__}). See its log."
+            await self._give_back(lease, reason, self._options.pause_s)
+
+    async def _give_back(self, lease: Lease, reason: str, wait_s: float) -> None:
+        await self._pause(lease.batch_id, reason)
+        await self._durably(lease, lambda: self._work.release(lease, wait_s))
+
+    async def _release_all(self) -> None:
+        leases = set(self._tasks.values())
+        if self._claiming is not None and (claimed := await self._claiming) is not None:
+            leases.add(claimed)
+        for lease in leases:
+            await self._in_thread(partial(self._work.release, lease))
+
+    # --- validating -----------------------------------------------------------------------------------
+
+    async def _validate(self, lease: BatchLease) -> None:
+        path = self._files.path(lease.batch.input_file_id)
+        stop = self._stops[lease]
+
+        def raise_if_stopped() -> None:
+            if stop.is_set():
+                raise _LeaseLostError
+
+        result = await self._in_thread(
+            lambda: validate_file(
+                path,
+                lease.batch,
+                lease.input_sha256,
+                self._calculator.check,
+                self._limits,
+                self._options,
+                raise_if_stopped,
+            )
+        )
+        if await self._durably(lease, lambda: self._work.validated(lease, result)):
+            self._continued(lease.batch_id)
+            if result.errors:
+                logger.info("batch %s failed: %d invalid lines", lease.batch_id, len(result.errors))
+            else:
+                logger.info("batch %s has %d lines in %d chunks", lease.batch_id, result.lines, len(result.chunks))
+
+    # --- computing ------------------------------------------------------------------------------------
+
+    async def _compute(self, lease: ChunkLease) -> None:
+        batch = lease.batch
+        path = self._files.path(batch.input_file_id)
+        lines = await self._in_thread(lambda: read_chunk(path, lease.chunk, batch.endpoint))
+        answers = await self._answer_all(lease, lines)
+        output: list[bytes] = []
+        errors: list[bytes] = []
+        for line, answer in zip(lines, answers, strict=True):
+            of_line = answered_line(lease.input_sha256, line, answer)
+            (output if answer.status_code < 400 else errors).append(of_line)
+        tokens = sum(answer.tokens for answer in answers)
+        del answers
+        segment = await self._durably(lease, lambda: self._write(lease, output, errors))
+        if await self._durably(lease, lambda: self._work.done(lease, segment, len(output), len(errors), tokens)):
+            self._continued(batch.id)
+            if lease.fence > 1:
+                await self._in_thread(lambda: self._segments.remove_older(batch.id, lease.seq, lease.fence))
+        else:
+            await self._in_thread(lambda: self._segments.remove(batch.id, segment.name))
+
+    async def _answer_all(self, lease: ChunkLease, lines: list[InputLine]) -> list[Answer]:
+        """Compute lines together, again and again until all have an answer that is not that of a passing error."""
+        answers: dict[int, Answer] = {}
+        pending = lines
+        deadline = self._time() + self._options.stall_s
+        while True:
+            async with asyncio.TaskGroup() as group:
+                tasks = []
+                for line in pending:
+                    tasks.append(group.create_task(self._answer(lease, line)))
+                    await asyncio.sleep(0)  # requests of other clients come between
+            later: list[RetryLaterError] = []
+            for line, task in zip(pending, tasks, strict=True):
+                match task.result():
+                    case Answer() as answer:
+                        answers[line.number] = answer
+                    case error:
+                        later.append(error)
+            if not later:
+                return [answers[line.number] for line in lines]
+            if len(later) < len(pending):
+                deadline = self._time() + self._options.stall_s
+            if self._time() >= deadline:
+                raise later[0]
+            pending = [line for line in pending if line.number not in answers]
+            await self._pause(lease.batch_id, later[0].message)
+            await asyncio.sleep(min(_MAX_RETRY_S, max(error.retry_after_s for error in later)))
+
+    async def _answer(self, lease: ChunkLease, line: InputLine) -> Answer | RetryLaterError:
+        request_id = line_id("req", lease.input_sha256, line.number)
+        attempt = 1
+        while True:
+            try:
+                return await self._calculator.answer(lease.batch.endpoint, line.body, request_id)
+            except RetryLaterError as error:
+                return error
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                return _later("The model is stopping.")
+            except (DeviceLostError, OperationCancelledError) as error:
+                return _later(error.message)
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                is_timeout = isinstance(error, DeadlineExceededError) and error.can_repeat
+                if not is_timeout or attempt == _MAX_ATTEMPTS:
+                    return Answer(*error_body(error))
+                attempt += 1
+
+    def _write(self, lease: ChunkLease, output: list[bytes], errors: list[bytes]) -> Segment:
+        self._require_space(sum(map(len, output)) + sum(map(len, errors)))
+        return self._segments.write(lease.batch_id, lease.seq, lease.fence, output, errors)
+
+    # --- finalizing -----------------------------------------------------------------------------------
+
+    async def _finalize(self, lease: BatchLease) -> None:
+        if not await self._durably(lease, lambda: self._write_files(lease)):
+            return
+        self._continued(lease.batch_id)
+        await self._in_thread(lambda: self._segments.remove_all(lease.batch_id))
+        batch = await self._in_thread(lambda: self._batches.get(None, lease.batch_id))
+        logger.info(
+            "batch %s is %s: %d lines completed, %d failed", batch.id, batch.state, batch.completed, batch.failed
+        )
+
+    def _write_files(self, lease: BatchLease) -> bool:
+        """Write the files of a batch from its segments, and end it. Returns whether it has ended."""
+        batch = lease.batch
+        expiry_s = lease.output_expires_after_s or DEFAULT_EXPIRY_S
+        results = self._work.results(lease)
+        self._require_space(self._segments.size(batch.id))
+        unfinished = 0
+        with (
+            self._files.output(batch.owner, f"{batch.id}_output.jsonl", expiry_s) as output,
+            self._files.output(batch.owner, f"{batch.id}_error.jsonl", expiry_s) as errors,
+        ):
+            for result in results:
+                if self._stops[lease].is_set():
+                    raise _LeaseLostError
+                if result.segment is None:
+                    if lease.outcome == "expired" and batch.state != "cancelling":
+                        unfinished += result.chunk.lines
+                        self._write_expired(lease, result.chunk, errors)
+                    continue
+                try:
+                    for block, is_output in self._segments.read(batch.id, result.segment):
+                        (output if is_output else errors).write(block)
+                except ValueError as error:
+                    logger.warning("chunk %d of batch %s is computed again: %s", result.seq, batch.id, error)
+                    self._work.discard(lease, result.seq)
+                    return False
+            created_at = self._work.now()
+            stored = [upload.store(created_at) if upload.size else None for upload in (output, errors)]
+        try:
+            is_ended = self._work.finalized(lease, self._files.record, stored[0], stored[1], unfinished)
+        except DatabaseUnavailableError:
+            # Whether the transaction was committed is unknown. If not, the files are removed later.
+            raise
+        except BaseException:
+            self._remove(stored)
+            raise
+        if not is_ended:
+            self._remove(stored)
+        return is_ended
+
+    def _write_expired(self, lease: BatchLease, chunk: Chunk, errors: Upload) -> None:
+        try:
+            lines = read_chunk(self._files.path(lease.batch.input_file_id), chunk, lease.batch.endpoint)
+        except FileNotFoundError as error:
+            logger.warning("the error file of batch %s is incomplete: %s", lease.batch_id, error)
+            return
+        for line in lines:
+            errors.write(expired_line(lease.input_sha256, line))
+
+    def _remove(self, stored: list[StoredFile | None]) -> None:
+        for file in stored:
+            if file is not None:
+                self._files.path(file.id).unlink(missing_ok=True)
+
+    # --- disks and databases that cannot be written ---------------------------------------------------
+
+    async def _durably(self, lease: Lease, action: Callable[[], T]) -> T:
+        """Run an action that writes, again and again while the disk is full or the database does not respond."""
+        while True:
+            try:
+                return await self._in_thread(action)
+            except (DatabaseUnavailableError, StorageFullError) as error:
+                reason = error.message
+            except OSError as error:
+                reason = f"Results cannot be written: {error}."
+            await self._pause(lease.batch_id, reason)
+            await asyncio.sleep(self._options.pause_s)
+
+    def _require_space(self, size: int) -> None:
+        free = self._files.free_bytes()
+        if free - size < self._options.min_free_bytes:
+            raise StorageFullError(
+                f"The disk of the batches is full ({format_size(free)} left). Free some space: the batch then continues."
+            )
+
+    async def _pause(self, batch_id: str, reason: str) -> None:
+        """Show why a batch makes no progress, in the log and to its owner."""
+        self._log_pause(batch_id, reason)
+        # The database may be on the same full disk, or be the reason.
+        with contextlib.suppress(DatabaseUnavailableError, StorageFullError):
+            await self._in_thread(lambda: self._work.pause(batch_id, reason))
+
+    def _log_pause(self, batch_id: str, reason: str) -> None:
+        if self._pauses.get(batch_id) != reason:
+            self._pauses[batch_id] = reason
+            logger.warning("%s pauses: %s", f"batch {batch_id}" if batch_id else "the batch worker", reason)
+
+    def _continued(self, batch_id: str) -> None:
+        if self._pauses.pop(batch_id, None) is not None:
+            logger.info("batch %s continues", batch_id)
+
+    # --- other ----------------------------------------------------------------------------------------
+
+    async def _sweep_regularly(self) -> None:
+        while True:
+            try:
+                await self._in_thread(self._sweep)
+            except Exception as error:  # noqa: BLE001 - the next one may succeed
+                logger.warning("expired files of batches could not be removed: %s", describe_error(error))
+            await asyncio.sleep(self._options.sweep_s)
+
+    def _sweep(self) -> None:
+        self._files.remove_expired()
+        self._segments.remove_ended(self._work.unfinished)
+
+    async def _in_thread(self, action: Callable[[], T]) -> T:
+        return await run_in_daemon_thread("batch-worker", action)
+
+    def _time(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _later(reason: str) -> RetryLaterError:
+    return RetryLaterError(reason, retry_after_s=1.0)
+
+
+def _take_name(directory: Path) -> tuple[str, FileLock]:
+    """Return a name that no other living worker has, and its lock.
+
+    A process that is started again takes the name of the one that ended, and so knows that its leases are free.
+    """
+    host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:64]
+    for number in range(_MAX_WORKERS):
+        name = f"{host}-{number}"
+        if (lock := try_lock_exclusive(directory / "workers" / f"{name}.lock")) is not None:
+            return name, lock
+    raise AssertionError("too many workers")
