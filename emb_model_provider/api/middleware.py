@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import time
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,11 +19,11 @@ from emb_model_provider.api.limits import RECEIVE_TIMED_OUT, JsonValueCounter, m
 from emb_model_provider.api.paths import is_admin_path, is_inference_request
 from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError, is_failure
 from emb_model_provider.formatting import format_size
-from emb_model_provider.observability.logs import ACCESS_LOGGER, new_request_id, request_id
+from emb_model_provider.observability.logs import log_request, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from emb_model_provider.api.quotas import Quotas
     from emb_model_provider.observability.tracing import Tracing
     from emb_model_provider.settings import LimitSettings
-
-access_logger = logging.getLogger(ACCESS_LOGGER)
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics", "/console/live", "/console/models/state"})
@@ -85,21 +82,7 @@ class AccessLogMiddleware:
         if is_inference_request(record.method, record.path):
             self._on_request(record)
         level = logging.DEBUG if record.path in _MONITORING_PATHS else logging.INFO
-        if not access_logger.isEnabledFor(level):
-            return
-        fields: dict[str, object] = {"status": record.status, "ms": _milliseconds(record.duration_s)}
-        if record.model:
-            fields["model"] = record.model
-        if record.tokenize_s is not None:
-            fields |= {
-                "inputs": record.inputs,
-                "tokens": record.tokens,
-                "queue_ms": _milliseconds(record.queue_s or 0.0),
-                "tokenize_ms": _milliseconds(record.tokenize_s),
-                "inference_ms": _milliseconds(record.inference_s or 0.0),
-            }
-        line = " ".join(f"{name}={value}" for name, value in fields.items())
-        access_logger.log(level, "%s %s %s", record.method, record.path[:200], line, extra={"fields": fields})
+        log_request(record, level)
 
 
 class TracingMiddleware:
@@ -233,37 +216,33 @@ def _check_size(size: int, max_bytes: int) -> None:
         )
 
 
-@asynccontextmanager
-async def cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
+class cancelled_on_disconnect:  # noqa: N801 - used like a function: `async with cancelled_on_disconnect(request)`
     """Cancel the block and raise ClientDisconnect if the client disconnects. The body must have been read before."""
-    task = cast("asyncio.Task[object]", asyncio.current_task())
-    is_disconnected = False
-    watcher: asyncio.Task[None] | None = None
 
-    async def watch() -> None:
-        nonlocal is_disconnected
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        is_disconnected = True
-        task.cancel()
+    __slots__ = ("_is_disconnected", "_request", "_task", "_timer", "_watcher")
 
-    def start_watching() -> None:
-        nonlocal watcher
-        watcher = asyncio.create_task(watch())
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._is_disconnected = False
+        self._watcher: asyncio.Task[None] | None = None
 
-    timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, start_watching)
-    try:
-        yield
-    except asyncio.CancelledError:
+    async def __aenter__(self) -> None:
+        self._task = cast("asyncio.Task[object]", asyncio.current_task())
+        self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._start_watching)
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._timer.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         # Another cancellation, such as that of a shutdown, is passed on.
-        if is_disconnected and task.uncancel() == 0:
+        if isinstance(error, asyncio.CancelledError) and self._is_disconnected and self._task.uncancel() == 0:
             raise ClientDisconnect from None
-        raise
-    finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
 
+    def _start_watching(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
 
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 2)
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._is_disconnected = True
+        self._task.cancel()

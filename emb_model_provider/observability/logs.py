@@ -27,11 +27,13 @@ from emb_model_provider.observability.log_file import LogFile, Rotation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from emb_model_provider.observability.metrics import RequestRecord
     from emb_model_provider.settings import LogSettings
 
 ACCESS_LOGGER = "emb_model_provider.access"
 LOG_FILE = "emb_model_provider.log"
 logger = logging.getLogger(__name__)
+_access_logger = logging.getLogger(ACCESS_LOGGER)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -42,6 +44,13 @@ def new_request_id() -> str:
     """Return an id for a request without one. It is unique, but not secret."""
     # Not os.urandom, because that releases the GIL, and under load each call would cost a thread switch.
     return f"req_{random.getrandbits(96):024x}"
+
+
+def log_request(record: RequestRecord, level: int) -> None:
+    """Write a line of the access log."""
+    if _access_logger.isEnabledFor(level):
+        # Without `log`, which looks for its caller: that takes as long as the rest.
+        _access_logger.handle(logging.LogRecord(ACCESS_LOGGER, level, __file__, 0, _AccessLine(record), None, None))
 
 
 def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> LineWriter:
@@ -79,6 +88,36 @@ def _open_file(settings: LogSettings, rotation: Rotation) -> tuple[LogFile | Non
             f"{problem}: there is no log file, only these lines. To write one, set EMB_PROVIDER_LOG_DIR to another "
             "directory; otherwise EMB_PROVIDER_LOG_TO_FILE=false."
         )
+
+
+class _AccessLine:
+    """The message of a line of the access log, formatted by the thread that writes it."""
+
+    __slots__ = ("_record",)
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+
+    def __str__(self) -> str:
+        record = self._record
+        line = " ".join(f"{name}={value}" for name, value in self.fields().items())
+        return _printable(f"{record.method} {record.path[:200]} {line}")
+
+    def fields(self) -> dict[str, object]:
+        """Return the values of the line by their names, for the log in JSON."""
+        record = self._record
+        fields: dict[str, object] = {"status": record.status, "ms": _milliseconds(record.duration_s)}
+        if record.model:
+            fields["model"] = record.model
+        if record.tokenize_s is not None:
+            fields |= {
+                "inputs": record.inputs,
+                "tokens": record.tokens,
+                "queue_ms": _milliseconds(record.queue_s or 0.0),
+                "tokenize_ms": _milliseconds(record.tokenize_s),
+                "inference_ms": _milliseconds(record.inference_s or 0.0),
+            }
+        return fields
 
 
 class LineWriter:
@@ -155,6 +194,9 @@ class _Enqueue(logging.handlers.QueueHandler):
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         prepared = copy.copy(record)
+        if isinstance(record.msg, _AccessLine):
+            prepared.request_id = request_id.get()
+            return prepared
         prepared.msg, prepared.args = _printable(record.getMessage().rstrip("\n")), None
         prepared.request_id = request_id.get()
         prepared.traceback = []
@@ -163,6 +205,10 @@ class _Enqueue(logging.handlers.QueueHandler):
             prepared.traceback = [_printable(line) for line in lines]
         prepared.exc_info = prepared.exc_text = prepared.stack_info = None
         return prepared
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)
 
 
 def _printable(text: str) -> str:
@@ -187,7 +233,7 @@ class _JsonFormatter(logging.Formatter):
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {
+        fields: dict[str, object] = {
             "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
@@ -199,4 +245,6 @@ class _JsonFormatter(logging.Formatter):
         lines = getattr(record, "traceback", [])
         if lines:
             fields["traceback"] = "\n".join(lines)
-        return json.dumps(fields | getattr(record, "fields", {}), ensure_ascii=False, default=str)
+        if isinstance(record.msg, _AccessLine):
+            fields |= record.msg.fields()
+        return json.dumps(fields, ensure_ascii=False, default=str)

@@ -204,7 +204,7 @@ class Engine:
         task = choose_task(options.input_type, self.description)
         prompt = choose_prompt(options.input_type, self.description, options.instruction)
         request = self._begin()
-        encoded = await self._within(request, self._encode(inputs, task, prompt, options))
+        encoded = await self._encode(request, inputs, task, prompt, options)
         is_decoded = not isinstance(inputs[0], str) and self.spec.token_input != "model"
         rows, measured = await self._run(
             encoded, options.outputs, task, request, token_factor=_DECODED_FACTOR if is_decoded else 1
@@ -283,7 +283,7 @@ class Engine:
             )
 
         characters = sum(len(query) + len(document) for query, document in pairs)
-        encoded = await self._within(request, self._in_thread(encode, characters))
+        encoded = await self._in_thread(request, encode, characters)
         rows, measured = await self._run(encoded.inputs, ("scores",), None, request, param=options.names[1])
         logits = Outputs.of_rows(("scores",), rows).scores
         best = np.full(len(pairs), -np.inf, dtype=np.float32)
@@ -326,7 +326,7 @@ class Engine:
             return EncodedInputs(ids, [0] * len(ids), truncated, first_lengths=first_lengths if has_types else None)
 
         characters = sum(len(each) if isinstance(each, str) else len(each[0]) + len(each[1]) for each in inputs)
-        encoded = await self._within(request, self._in_thread(encode, characters))
+        encoded = await self._in_thread(request, encode, characters)
         rows, measured = await self._run(encoded, ("scores",), None, request)
         activation = self._activation(options)
         logits = Outputs.of_rows(("scores",), rows).scores
@@ -403,11 +403,11 @@ class Engine:
         except TimeoutError:
             raise _timed_out(total_s, None) from None
 
-    async def _in_thread(self, work: Callable[[], T], characters: int) -> T:
+    async def _in_thread(self, request: _Request, work: Callable[[], T], characters: int) -> T:
         """Tokenize a number of characters: on a thread if that takes long."""
         if characters <= _INLINE_CHARACTERS:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return await self._within(request, asyncio.get_running_loop().run_in_executor(self._executor, work))
 
     async def _run(
         self,
@@ -458,30 +458,44 @@ class Engine:
         return lookup.complete(computed), measured
 
     async def _wait_for(self, job: InferenceJob, request: _Request) -> tuple[Sequence[tuple[Row, ...]], Timing]:
+        """Wait for the result of a request as long as the model makes progress. Only in the background without limit."""
         self._scheduler.submit(job)
+        timer: asyncio.TimerHandle | None = None
+
+        def check() -> None:
+            nonlocal timer
+            if job.result.done():
+                return
+            try:
+                timer = job.loop.call_later(self._remaining_s(job, request), check)
+            except DeadlineExceededError as error:
+                self._scheduler.cancel(job)
+                job.result.set_exception(error)
+
+        check()
         try:
-            return await self._wait(job, request)
+            return await job.result
         finally:
-            if not job.result.done() or job.result.cancelled():
+            if timer is not None:
+                timer.cancel()
+            if job.result.cancelled():
                 self._scheduler.cancel(job)
 
-    async def _wait(self, job: InferenceJob, request: _Request) -> tuple[Sequence[tuple[Row, ...]], Timing]:
-        """Wait for the result of a request as long as the model makes progress. Only in the background without limit."""
+    def _remaining_s(self, job: InferenceJob, request: _Request) -> float:
+        """Return how long a request may still wait; raise DeadlineExceededError if it has waited too long."""
         timeout_s = self._limits.request_timeout_s
-        while not job.result.done():
-            total_s = math.inf if job.background else self._total_timeout_s(request.waiting)
-            idle_until = max(request.started, self._scheduler.progressed_at) + timeout_s
-            now, end = time.monotonic(), request.started + total_s
-            if now >= end:
-                raise _timed_out(total_s, job)
-            if now >= idle_until:
-                raise DeadlineExceededError(
-                    f"The model `{self.spec.alias}` made no progress within {timeout_s:g} seconds. "
-                    + _remedy(job, "EMB_PROVIDER_REQUEST_TIMEOUT_S"),
-                    can_repeat=job.started_at is None,
-                )
-            await asyncio.wait((job.result,), timeout=min(idle_until, end) - now)
-        return job.result.result()
+        total_s = math.inf if job.background else self._total_timeout_s(request.waiting)
+        idle_until = max(request.started, self._scheduler.progressed_at) + timeout_s
+        now, end = time.monotonic(), request.started + total_s
+        if now >= end:
+            raise _timed_out(total_s, job)
+        if now >= idle_until:
+            raise DeadlineExceededError(
+                f"The model `{self.spec.alias}` made no progress within {timeout_s:g} seconds. "
+                + _remedy(job, "EMB_PROVIDER_REQUEST_TIMEOUT_S"),
+                can_repeat=job.started_at is None,
+            )
+        return min(idle_until, end) - now
 
     def _total_timeout_s(self, waiting: int) -> float:
         """Return how long a request may take before which a number of tokens waited, at the present speed."""
@@ -492,7 +506,12 @@ class Engine:
         return max(_TOTAL_FACTOR * limits.request_timeout_s, _SPEED_FACTOR * needed_s)
 
     async def _encode(
-        self, inputs: Sequence[str] | Sequence[Sequence[int]], task: str | None, prompt: str, options: EmbedOptions
+        self,
+        request: _Request,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        task: str | None,
+        prompt: str,
+        options: EmbedOptions,
     ) -> EncodedInputs:
         tokenization, longest = self._tokenization(task), self._described(task).max_length
         limit = _token_limit(options.truncate_prompt_tokens, longest)
@@ -510,12 +529,16 @@ class Engine:
             texts: Sequence[str] = inputs  # type: ignore[assignment]  # the API rejects mixed inputs
             if tokenization.is_known and sum(map(len, texts)) <= _INLINE_CHARACTERS:
                 return encode(texts)
-            return await self._encode_in_parts(texts, encode)
+            return await self._within(request, self._encode_in_parts(texts, encode))
         rows: Sequence[Sequence[int]] = inputs  # type: ignore[assignment]  # likewise
         if self.spec.token_input == "model":
             return tokenization.encode_token_ids(rows, truncate=truncate, max_tokens=limit)
-        decoded = await asyncio.get_running_loop().run_in_executor(self._executor, self._decode, rows, tokenization)
-        return await self._encode_in_parts(decoded, encode)
+
+        async def decode_and_encode() -> EncodedInputs:
+            decode = asyncio.get_running_loop().run_in_executor(self._executor, self._decode, rows, tokenization)
+            return await self._encode_in_parts(await decode, encode)
+
+        return await self._within(request, decode_and_encode())
 
     async def _encode_in_parts(
         self, texts: Sequence[str], encode: Callable[[Sequence[str]], EncodedInputs]

@@ -174,8 +174,7 @@ def postprocess(vectors: NDArray[np.float32], *, dimensions: int | None, normali
         vectors = vectors[:, :dimensions]
     elif not normalize:
         return vectors
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    np.maximum(norms, _MIN_NORM, out=norms)
+    norms = np.maximum(np.sqrt(np.vecdot(vectors, vectors)), _MIN_NORM)
     result: NDArray[np.float32] = vectors / norms[:, np.newaxis]
     return result
 
