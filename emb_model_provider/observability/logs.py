@@ -50,7 +50,9 @@ def log_request(record: RequestRecord, level: int) -> None:
     """Write a line of the access log."""
     if _access_logger.isEnabledFor(level):
         # Without `log`, which looks for its caller: that takes as long as the rest.
-        _access_logger.handle(logging.LogRecord(ACCESS_LOGGER, level, __file__, 0, _AccessLine(record), None, None))
+        line = logging.LogRecord(ACCESS_LOGGER, level, __file__, 0, _AccessLine(record), None, None)
+        line.request_id = record.request_id
+        _access_logger.handle(line)
 
 
 def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> LineWriter:
@@ -189,14 +191,15 @@ class LineWriter:
 class _Enqueue(logging.handlers.QueueHandler):
     """Converts message, traceback and request id to text on the thread of the request, and queues the record.
 
+    Lines of the access log are queued as they are, because nothing changes their values.
+
     A message is escaped to one line, so that no client can forge log lines.
     """
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        prepared = copy.copy(record)
         if isinstance(record.msg, _AccessLine):
-            prepared.request_id = request_id.get()
-            return prepared
+            return record
+        prepared = copy.copy(record)
         prepared.msg, prepared.args = _printable(record.getMessage().rstrip("\n")), None
         prepared.request_id = request_id.get()
         prepared.traceback = []
