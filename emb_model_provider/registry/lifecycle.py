@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from emb_model_provider.backends.memory_estimate import expected_bytes
 from emb_model_provider.concurrency import run_in_daemon_thread
-from emb_model_provider.errors import LoadError, ModelNotReadyError, ProviderError, ThreadLimitError
+from emb_model_provider.errors import (
+    LoadError,
+    ModelNotReadyError,
+    OperationCancelledError,
+    ProviderError,
+    ThreadLimitError,
+)
 from emb_model_provider.fidelity.compare import AccuracyError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.model_resolver import hidden_repository_note, resolve_source
@@ -142,6 +148,9 @@ class Lifecycle:
             self._release(loaded_model, State.UNLOADED)
             raise
         except BaseException as error:  # a panic of a library written in Rust is not an Exception
+            if isinstance(error, OperationCancelledError) and (entry.removed or self._cancel.is_cancelled):
+                self._release(loaded_model, State.UNLOADED)
+                raise self._unavailable(entry) from None
             self._release(loaded_model, State.FAILED)
             entry.error = describe_error(error)
             if isinstance(error, LoadError) and resolve_source(entry.spec) == "local":

@@ -197,6 +197,20 @@ async def test_model_removed_during_its_load_answers_waiting_requests(fleet: Cal
         assert models["new"].in_memory == 0
 
 
+async def test_model_removed_while_it_is_compiled_answers_waiting_requests(fleet: Callable[..., Any]) -> None:
+    """The compiler stops, and requests that wait for it learn that the model is no longer served."""
+    async with fleet("a") as models:
+        registry = models.registry
+        models.models["new"] = FakeModel()
+        models["new"].can_compile.clear()
+        registry.add(ModelSpec(alias="new", name="new"))
+        loading = asyncio.create_task(registry.load("new"))
+        await until(lambda: registry.status("new").progress is not None)
+        await registry.remove("new")
+        with pytest.raises(ModelNotReadyError, match="`new` is no longer served"):
+            await loading
+
+
 async def test_stop_during_a_load_frees_the_model(fleet: Callable[..., Any]) -> None:
     """Waiting requests fail, and the loading thread frees the model as soon as it is loaded."""
     async with fleet("a") as models:
