@@ -146,7 +146,7 @@ class Server:
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.contender = contender
-        self.port = _free_port()
+        self.port = free_port()
         self._log = directory / f"{contender.name}.log"
         environment = {name: value.replace("{port}", str(self.port)) for name, value in contender.environment.items()}
         self.started = time.perf_counter()
@@ -273,7 +273,7 @@ def _infinity_environment(directory: Path | None) -> Path:
     return environment
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a free port below the range from which the system chooses ports of outgoing connections."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):

@@ -72,6 +72,9 @@ class ChunkResult:
 
 Lease = BatchLease | ChunkLease
 
+_NO_LEASE: dict[str, Any] = {"holder": "", "leased_until": 0.0}
+"""Without a holder, because a renewal that is in progress must not extend a lease that has ended."""
+
 
 class WorkStore:
     """The operations of one worker. Thread-safe."""
@@ -120,8 +123,8 @@ class WorkStore:
     def release(self, lease: Lease, wait_s: float = 0.0) -> None:
         """End a lease without a result. The work is not leased again for `wait_s` seconds."""
         with transaction(self._engine) as connection:
-            values = {"leased_until": 0.0, "holder": "", "not_before": self._clock(connection) + wait_s}
-            connection.execute(self._update(lease).values(values if wait_s else values | {"not_before": 0.0}))
+            not_before = self._clock(connection) + wait_s if wait_s else 0.0
+            connection.execute(self._update(lease).values(**_NO_LEASE, not_before=not_before))
 
     def pause(self, batch_id: str, reason: str | None) -> None:
         """Set why a batch makes no progress; None: it makes progress."""
@@ -166,7 +169,7 @@ class WorkStore:
                 total=result.lines,
                 model=result.model,
                 pause_reason=None,
-                leased_until=0.0,
+                **_NO_LEASE,
             )
             return True
 
@@ -177,13 +180,13 @@ class WorkStore:
         """
         with transaction(self._engine) as connection:
             batch = find_batch(connection, None, lease.batch_id, lock=True)
-            query = sa.select(chunks.c.fence, chunks.c.done, chunks.c.segment).where(*_key(lease))
+            query = sa.select(chunks.c.fence, chunks.c.holder, chunks.c.done, chunks.c.segment).where(*_key(lease))
             row = connection.execute(query.with_for_update()).one_or_none()
             if row is None or row.fence != lease.fence:
                 return False
             if row.done:
                 return bool(row.segment == segment.name)
-            if batch.state != "in_progress":
+            if batch.state != "in_progress" or row.holder != self._holder:
                 return False
             values = {
                 "done": 1,
@@ -193,7 +196,7 @@ class WorkStore:
                 "completed": completed,
                 "failed": failed,
                 "tokens": tokens,
-                "leased_until": 0.0,
+                **_NO_LEASE,
             }
             connection.execute(self._update(lease).values(values))
             left = sa.select(chunks.c.seq).where(chunks.c.batch_id == lease.batch_id, chunks.c.done == 0).limit(1)
@@ -239,7 +242,7 @@ class WorkStore:
                 completed=batches.c.completed - row.completed,
                 failed=batches.c.failed - row.failed,
                 tokens=batches.c.tokens - row.tokens,
-                leased_until=0.0,
+                **_NO_LEASE,
                 **(
                     {"state": "in_progress", "finalizing_at": None}
                     if (batch.state, lease.outcome) == ("finalizing", "completed")
@@ -406,12 +409,12 @@ class WorkStore:
         return sa.update(table).where(*key, table.c.fence == lease.fence, table.c.holder == self._holder)
 
     def _holds(self, connection: Connection, lease: BatchLease, state: str) -> bool:
-        query = sa.select(batches.c.fence, batches.c.state).where(batches.c.id == lease.batch_id).with_for_update()
-        row = connection.execute(query).one()
-        return (row.fence, row.state) == (lease.fence, state)
+        query = sa.select(batches.c.fence, batches.c.holder, batches.c.state).where(batches.c.id == lease.batch_id)
+        row = connection.execute(query.with_for_update()).one()
+        return (row.fence, row.holder, row.state) == (lease.fence, self._holder, state)
 
     def _end(self, connection: Connection, lease: BatchLease, state: str, current: float, **values: object) -> None:
-        ended = {"state": state, f"{state}_at": current, "pause_reason": None, "leased_until": 0.0}
+        ended = {"state": state, f"{state}_at": current, "pause_reason": None, **_NO_LEASE}
         self._change(connection, lease.batch_id, **ended | values)
 
     def _change(self, connection: Connection, batch_id: str, **values: object) -> None:

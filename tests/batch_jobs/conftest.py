@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.postgresql import PostgreSQL, programs
 from emb_model_provider.batch_jobs.database import open_database
 from tests.batch_jobs.helpers import Jobs
-from tests.batch_jobs.postgresql import PostgreSQL, programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.batch_worker import HashCalculator
 from emb_model_provider.batch_jobs.batches import Batch, BatchStore
 from emb_model_provider.batch_jobs.files import FileStore, StoredFile
 from emb_model_provider.batch_jobs.types import UNFINISHED, Limits, WorkerOptions
 from emb_model_provider.batch_jobs.worker import BatchWorker
-from tests.batch_jobs.calculator import HashCalculator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

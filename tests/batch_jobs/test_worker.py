@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.batch_worker import HashCalculator
 from emb_model_provider.errors import (
     DeadlineExceededError,
     DeviceLostError,
@@ -16,7 +17,6 @@ from emb_model_provider.errors import (
     QueueFullError,
     RequestError,
 )
-from tests.batch_jobs.calculator import HashCalculator
 from tests.batch_jobs.helpers import ids, line, lines, process, reach, read_lines, working
 
 if TYPE_CHECKING:

@@ -137,6 +137,14 @@ def test_gpu() -> None:
     assert all(_is_positive(cell) for row in served for cell in row[3:])
 
 
+def test_batch_kills() -> None:
+    """With both databases, killed workers change nothing in the files of a batch."""
+    rows = _table(_run("batch_kills"), "Killed workers")
+    assert [row[0] for row in rows] in (["SQLite", "PostgreSQL"], ["SQLite"])
+    assert all(row[5:8] == ["yes"] * 3 for row in rows)
+    assert all(int(row[8]) <= int(row[10]) for row in rows)
+
+
 def test_soak() -> None:
     """Under load, with injected failures and an end of the process, no response is lost, wrong or unexpected."""
     output = _run("soak")

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests: a new cluster in a temporary directory, on a free port of the loopback interface."""
+"""A PostgreSQL server for tests and benchmarks: a new cluster in a temporary directory, on a free port of the loopback interface."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from tests.service import free_port
+from benchmarks.contenders import free_port
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,7 +34,8 @@ class PostgreSQL:
 
     def __init__(self, directory: Path) -> None:
         found = programs()
-        assert found is not None
+        if found is None:
+            raise RuntimeError("PostgreSQL is not installed: apt-get install postgresql")
         self._programs = found
         self._directory = directory
         # PostgreSQL refuses to run as root.
