@@ -16,6 +16,7 @@ from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.model_resolver import resolve_model
 from emb_model_provider.registry import Registry, RegistryConfig
 from emb_model_provider.serving.engine import EmbedOptions, ScoreOptions
+from emb_model_provider.serving.request_options import choose_prompt
 from emb_model_provider.serving.result_cache import ResultCache
 from emb_model_provider.serving.results import RankedDocument
 from emb_model_provider.settings import ServedModels
@@ -156,6 +157,21 @@ class Embedder:
             raise ModelNotReadyError(f"The model {alias} is being restarted. Try again later.", retry_after_s=1.0)
         return description
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of the files of the loaded model, by which another version of the same model is recognized.
+
+        Raises:
+            ModelNotReadyError: The model is not loaded.
+        """
+        snapshot = self._loaded().registry.status(self.spec.alias).snapshot
+        assert snapshot is not None  # noqa: S101 - a loaded model has one
+        return snapshot.digest
+
+    def prompt(self, input_type: str | None = None) -> str:
+        """Return the text that is put before each text; empty for none. `input_type` and errors are those of `embed`."""
+        return choose_prompt(self._defaults.input_type if input_type is None else input_type, self.description)
+
     def embed(
         self,
         texts: str | Sequence[str],
@@ -207,6 +223,25 @@ class Embedder:
         options = self._options(dimensions, normalize, input_type, truncate)
         running = self._loaded()
         return await asyncio.wrap_future(running.start(running.embed_dense(texts, options)))
+
+    def submit(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        input_type: str | None = None,
+        truncate: Truncate | None = None,
+    ) -> Future[Embeddings]:
+        """Queue at least one text, and return a future of the vectors with their measurements, such as the tokens.
+
+        All texts are tokenized at once, so pass at most some thousands. With several futures, the model computes while the
+        program reads texts and writes vectors. Arguments and errors, which the future raises, are those of `embed`.
+        Cancelling the future removes its texts from the queue.
+        """
+        options = self._options(dimensions, normalize, input_type, truncate)
+        running = self._loaded()
+        return running.start(running.embed_at_once(texts, options))
 
     def embed_sparse(
         self, texts: Sequence[str], *, input_type: str | None = None, top_k: int | None = None
@@ -363,6 +398,10 @@ class _Running:
                 # Two at a time, so that one is tokenized while the other is embedded.
                 chunks += await asyncio.gather(*map(embed_chunk, starts[index : index + 2]))
         return chunks
+
+    async def embed_at_once(self, texts: Sequence[str], options: EmbedOptions) -> Embeddings:
+        async with self.registry.lease(self._alias) as engine:
+            return await engine.embed(_checked(texts, "texts"), options)
 
     async def score(self, query: str, documents: Sequence[str], options: ScoreOptions) -> list[float]:
         """Return the score of each document."""

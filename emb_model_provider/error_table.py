@@ -61,6 +61,8 @@ _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.PermissionRequiredError, ErrorInfo("permission_required", 403, USAGE_ERROR)),
     (errors.LicenseRequiredError, ErrorInfo("license_required", 400, USAGE_ERROR)),
     (errors.TransferError, ErrorInfo("transfer_failed", 502)),
+    (errors.InvalidBulkJobError, ErrorInfo("invalid_bulk_job", 400, USAGE_ERROR)),
+    (errors.BulkError, ErrorInfo("bulk_failed", 500)),
     (errors.UnsupportedModelError, ErrorInfo("unsupported_model", 400)),
     (errors.UnsupportedPrecisionError, ErrorInfo("unsupported_precision", 400)),
     (errors.DeviceUnavailableError, ErrorInfo("device_unavailable", 400)),

@@ -116,6 +116,14 @@ class LicenseRequiredError(TransferError):
     """The source names no license, and neither does the user."""
 
 
+class BulkError(ProviderError):
+    """A bulk job stopped before its end. What it has written is complete, and it can be resumed."""
+
+
+class InvalidBulkJobError(BulkError):
+    """The input of a bulk job cannot be read, or its output directory belongs to another job."""
+
+
 class LoadError(ProviderError):
     """A snapshot could not be loaded."""
 

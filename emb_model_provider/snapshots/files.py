@@ -113,12 +113,17 @@ def translate_os_error(error: OSError, directory: Path | str, setting: str) -> H
             f"Cannot write to {directory} ({error.strerror}). Make it writable for this user, or set {setting} "
             "to a writable directory."
         )
-    if error.errno in _FULL:
+    if is_disk_full(error):
         return HubError(
             f"No space left in {directory} ({error.strerror}). Free some space, or set {setting} to a directory on "
             "a larger disk. What was downloaded so far is kept."
         )
     return None
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Return whether the disk is full, a quota is reached, or a file is as large as it may be."""
+    return error.errno in _FULL
 
 
 def require_writable(directory: Path, setting: str) -> None:
@@ -142,7 +147,7 @@ def require_space(path: Path, size: int) -> None:
         with path.open("wb") as stream:
             os.posix_fallocate(stream.fileno(), 0, size)
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             error.filename = os.fspath(path)
             raise
     finally:
