@@ -94,7 +94,7 @@ def open_reader(path: Path, columns: Columns) -> Reader:
     """Return the reader for a file, by the ending of its name.
 
     Raises:
-        InvalidBulkJobError: There is no such file, or the ending is unknown.
+        InvalidBulkJobError: The file does not exist, or the ending is unknown.
     """
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist or is not a file"

@@ -76,7 +76,12 @@ _FILE_OPTIONS = ("text_column", "id_column", "output_format", "shard", "part_row
     "--part-rows", type=click.IntRange(1), default=50_000, show_default=True, help="With --out: rows of each file."
 )
 @options.progress
-@click.option("--json", "as_json", is_flag=True, help="Print an object for each text, or with --out one for the job.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON: one object per line: index, text, embedding; with --out one object: rows, failed_rows, parts.",
+)
 @click.pass_context
 def embed(
     ctx: click.Context,
@@ -98,7 +103,7 @@ def embed(
     *,
     as_json: bool,
 ) -> None:
-    """Print the vector of each text, or write the vectors of a file into a directory.
+    """Print the vectors of texts, or write those of a file.
 
     Each vector is a JSON array on one line. `-` reads texts from stdin and `@FILE` from a file, one per line. The model
     is downloaded and compiled if necessary, and runs in this process: no server is used.

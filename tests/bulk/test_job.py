@@ -60,7 +60,7 @@ def test_parquet_parts_have_vectors_of_a_fixed_size(settings: Settings, tmp_path
 
 
 def test_ids_keep_their_type_in_json(settings: Settings, tmp_path: Path) -> None:
-    """Integers and texts, also the same one twice: rows are told apart by their numbers. Parquet has texts."""
+    """Integers and texts, also the same one twice, because rows differ in their numbers. Parquet has texts."""
     ids = [7, "7", "a", "a"]
     source = write_rows(tmp_path / "in.jsonl", [{"id": each, "text": "the fox"} for each in ids])
     run(options(source, tmp_path / "json", format="jsonl"), settings)

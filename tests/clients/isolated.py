@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,19 @@ _UV = os.environ.get("UV", "uv")
 class Environment:
     """An installed environment, and how to run programs in it."""
 
-    def __init__(self, name: str, directory: Path, variables: Mapping[str, str], scripts: Path = SCRIPTS) -> None:
-        """Install the packages of `NAME.txt` in `scripts`. Programs get these variables, and no network."""
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        variables: Mapping[str, str],
+        scripts: Path = SCRIPTS,
+        *,
+        has_project: bool = False,
+    ) -> None:
+        """Install the packages of `NAME.txt` in `scripts`. Programs get these variables, and no network.
+
+        With `has_project` they also find the project with its packages, behind their own ones.
+        """
         inherited = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
         self.directory = directory
         self._scripts = scripts
@@ -39,6 +51,10 @@ class Environment:
             ["pip", "install", "--quiet", "--python", directory / "venv", "--requirements", requirements],
         ):
             subprocess.run([_UV, *command], cwd=directory, check=True)
+        if has_project:
+            (packages,) = directory.glob("venv/lib/python*/site-packages")
+            line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+            (packages / "project.pth").write_text(line, encoding="utf-8")
 
     def program(self, name: str) -> str:
         """Return the path of a program of the environment, such as `python`."""
