@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, server in stack.enter_context(_databases(scratch)):
             runs = []
             for number in (0, kills):
-                url = server.create_database() if server is not None else None
+                url = server.create_schema() if server is not None else None
                 log_progress(f"{name}: {lines} lines, {number} kills")
                 directory = scratch / f"{name}-{number}"
                 run = process_batch(

@@ -67,20 +67,15 @@ class PostgreSQL:
     def stop(self) -> None:
         self._run("pg_ctl", "--wait", "--silent", "--mode=immediate", "stop")
 
-    def create_database(self) -> str:
-        """Create an empty database, and return its URL."""
-        name = f"test_{uuid.uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name}")
-        return self.url(name)
-
-    def url(self, name: str) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
-
-    def execute(self, statement: str) -> None:
+    def create_schema(self) -> str:
+        """Create an empty schema, which takes much less time than a database, and return the URL that uses it."""
         import psycopg
 
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(statement.encode())
+        url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+        name = f"test_{uuid.uuid4().hex}"
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}".encode())
+        return f"{url}?options=-csearch_path%3D{name}"
 
     def _run(self, program: str, *arguments: str) -> None:
         subprocess.run(

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from emb_model_provider.batch_jobs.files import DEFAULT_EXPIRY_S
 from emb_model_provider.batch_jobs.lines import (
@@ -100,7 +100,10 @@ class BatchWorker:
         self._stops: dict[Lease, threading.Event] = {}
         self._pauses: dict[str, str] = {}
         """Why batches make no progress, as far as this worker knows."""
+        self._threads: set[asyncio.Task[Any]] = set()
         self._claiming: asyncio.Task[Lease | None] | None = None
+        self._heartbeat_at = 0.0
+        """When leases are renewed next, on the clock of the event loop."""
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: WorkStore
@@ -124,7 +127,9 @@ class BatchWorker:
         sweeping = asyncio.create_task(self._sweep_regularly())
         try:
             while True:
-                self._wake.clear()
+                if self._wake.is_set():
+                    self._wake.clear()
+                    self._heartbeat_at = 0.0
                 await self._wait(await self._step())
         finally:
             for task in (sweeping, *self._tasks):
@@ -140,14 +145,18 @@ class BatchWorker:
     async def _step(self) -> float:
         """Renew leases, and begin work if there is any. Returns how long to wait, in seconds."""
         options = self._options
+        heartbeat_s = min(options.heartbeat_s, options.lease_s / 3)
         try:
-            await self._in_thread(self._work.expire)
-            if self._tasks:
-                for lease in await self._in_thread(lambda: self._work.renew(list(self._tasks.values()))):
-                    self._abandon(lease)
+            if self._time() >= self._heartbeat_at:
+                self._heartbeat_at = self._time() + heartbeat_s
+                await self._in_thread(self._work.expire)
+                if self._tasks:
+                    for lease in await self._in_thread(lambda: self._work.renew(list(self._tasks.values()))):
+                        self._abandon(lease)
             while len(self._tasks) < options.parallel:
                 self._claiming = asyncio.create_task(self._in_thread(self._work.claim))
                 claimed = await asyncio.shield(self._claiming)
+                self._claiming = None
                 if claimed is None:
                     break
                 self._begin(claimed)
@@ -155,7 +164,7 @@ class BatchWorker:
             self._log_pause("", describe_error(error))
             return options.pause_s
         self._pauses.pop("", None)
-        return min(options.heartbeat_s, options.lease_s / 3) if self._tasks else options.poll_s
+        return heartbeat_s if self._tasks else options.poll_s
 
     async def _wait(self, seconds: float) -> None:
         """Wait for the end of a task, for `wake`, or for a time."""
@@ -207,9 +216,11 @@ class BatchWorker:
         await self._durably(lease, lambda: self._work.release(lease, wait_s))
 
     async def _release_all(self) -> None:
+        await asyncio.gather(*self._threads, return_exceptions=True)
         leases = set(self._tasks.values())
-        if self._claiming is not None and (claimed := await self._claiming) is not None:
-            leases.add(claimed)
+        with contextlib.suppress(Exception):
+            if self._claiming is not None and (claimed := await self._claiming) is not None:
+                leases.add(claimed)
         for lease in leases:
             await self._in_thread(partial(self._work.release, lease))
 
@@ -436,7 +447,16 @@ class BatchWorker:
         self._segments.remove_ended(self._work.unfinished)
 
     async def _in_thread(self, action: Callable[[], T]) -> T:
-        return await run_in_daemon_thread("batch-worker", action)
+        """Run an action on a thread. Its end is awaited by `run` if the caller is cancelled."""
+        task = asyncio.create_task(run_in_daemon_thread("batch-worker", action))
+        self._threads.add(task)
+        task.add_done_callback(self._on_thread_end)
+        return await asyncio.shield(task)
+
+    def _on_thread_end(self, task: asyncio.Task[Any]) -> None:
+        self._threads.discard(task)
+        if not task.cancelled():
+            task.exception()  # asyncio logs one that nobody has read
 
     def _time(self) -> float:
         return asyncio.get_running_loop().time()

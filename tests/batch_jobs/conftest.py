@@ -32,11 +32,11 @@ def postgresql() -> Iterator[PostgreSQL]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest) -> str | None:
-    """Return the URL of an empty database; None for SQLite."""
+    """Return the URL of a database without tables; None for SQLite."""
     if request.param == "sqlite":
         return None
     server: PostgreSQL = request.getfixturevalue("postgresql")
-    return server.create_database()
+    return server.create_schema()
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_killed_workers(url: str | None, tmp_path: Path, request: pytest.Fixture
     """Each line is in the files exactly once, in the same files as without kills, and little is computed twice."""
     count, kills = 2000, 20
     content = input_file(count)
-    other = request.getfixturevalue("postgresql").create_database() if url is not None else None
+    other = request.getfixturevalue("postgresql").create_schema() if url is not None else None
     undisturbed = process_batch(tmp_path / "0", other, content, 0, 0, line_s=0.0, chunk_inputs=CHUNK)
     killed = process_batch(tmp_path / "1", url, content, kills, 19, line_s=0.001, chunk_inputs=CHUNK)
     assert undisturbed.computed == count
