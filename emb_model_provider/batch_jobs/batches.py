@@ -106,7 +106,7 @@ class BatchStore:
 
         Raises:
             RequestError: A field is invalid.
-            UnknownFileError: There is no such file.
+            UnknownFileError: The file does not exist.
         """
         if endpoint not in ENDPOINTS:
             raise _invalid("endpoint", endpoint, ENDPOINTS)
@@ -148,7 +148,7 @@ class BatchStore:
         """Return a batch.
 
         Raises:
-            UnknownBatchError: There is no such batch, or it belongs to another owner.
+            UnknownBatchError: It does not exist, or it belongs to another owner.
         """
         with reading(self.engine) as connection:
             return find_batch(connection, owner, batch_id)
@@ -175,7 +175,7 @@ class BatchStore:
         """Cancel a batch. A worker then writes the lines that are done to its files.
 
         Raises:
-            UnknownBatchError: There is no such batch.
+            UnknownBatchError: It does not exist.
             StateConflictError: It has already ended.
         """
         with transaction(self.engine) as connection:

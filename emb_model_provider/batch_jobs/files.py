@@ -116,7 +116,7 @@ class FileStore:
         """Return a file.
 
         Raises:
-            UnknownFileError: There is no such file, it has expired, or it belongs to another owner.
+            UnknownFileError: It does not exist, has expired, or it belongs to another owner.
         """
         with reading(self.engine) as connection:
             return self.find(connection, owner, file_id)
@@ -141,7 +141,7 @@ class FileStore:
         """Return up to `limit` files in the order of their creation, those after the file `after`.
 
         Raises:
-            UnknownFileError: `after` is no file.
+            UnknownFileError: `after` does not exist.
         """
         with reading(self.engine) as connection:
             query = sa.select(files).where(*self._visible(connection, owner))
@@ -166,7 +166,7 @@ class FileStore:
         """Delete a file.
 
         Raises:
-            UnknownFileError: There is no such file.
+            UnknownFileError: It does not exist.
             StateConflictError: A batch that has not ended reads it.
         """
         with transaction(self.engine) as connection:
@@ -271,6 +271,10 @@ class Upload:
     ) -> None:
         self._stream.close()
         self._temporary.unlink(missing_ok=True)
+
+    def expire_after(self, seconds: int) -> None:
+        """Set when the file expires, which a form can say after the file."""
+        self._expires_after_s = seconds
 
     def write(self, block: bytes | bytearray | memoryview) -> None:
         """Append bytes.

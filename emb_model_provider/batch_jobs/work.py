@@ -328,7 +328,7 @@ class WorkStore:
     # --- private --------------------------------------------------------------------------------------
 
     def _free(self, table: sa.Table, current: float) -> list[sa.ColumnElement[bool]]:
-        """Return the conditions that nobody holds a lease, or only an earlier process of this worker."""
+        """Return the conditions that no process holds a lease, or only an earlier process of this worker."""
         own = sa.and_(table.c.holder.startswith(self._prefix, autoescape=True), table.c.holder != self._holder)
         return [sa.or_(table.c.leased_until <= current, own), table.c.not_before <= current]
 

@@ -101,7 +101,7 @@ async def process(jobs: Jobs, content: bytes, *, calculator: Calculator | None =
 
 
 def read_lines(jobs: Jobs, file_id: str | None) -> list[dict[str, Any]]:
-    """Return the lines of an output or error file; none if there is no file."""
+    """Return the lines of an output or error file; none if the file does not exist."""
     if file_id is None:
         return []
     return [json.loads(each) for each in jobs.files.content(None, file_id).read_bytes().splitlines()]
