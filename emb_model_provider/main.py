@@ -66,6 +66,7 @@ def main(*, supervise: bool = False) -> int:
     inherited = take_inherited_state()
     try:
         settings, warnings = load_settings()
+        settings.batch_jobs.require_driver()
         supervise = inherited is None and _should_supervise(settings.lifecycle, supervise)
         sockets = listen(settings.server) if inherited is None else inherited.sockets
         logs = settings.logs

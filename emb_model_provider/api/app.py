@@ -19,6 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 
 from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
+from emb_model_provider.api.batch_calculator import ApiCalculator
+from emb_model_provider.api.batch_service import BatchService
 from emb_model_provider.api.console.page import Console
 from emb_model_provider.api.console.routers import ROUTERS as CONSOLE_ROUTERS
 from emb_model_provider.api.dependencies import BackgroundTasks, Services
@@ -34,12 +36,14 @@ from emb_model_provider.api.paths import CONSOLE, CONSOLE_SIGN_IN, PathMiddlewar
 from emb_model_provider.api.quotas import Quotas
 from emb_model_provider.api.routes import (
     azure,
+    batches,
     cached_models,
     classify,
     cohere,
     dashscope,
     downloads,
     embeddings,
+    files,
     llamafile,
     loaded_models,
     models,
@@ -51,6 +55,7 @@ from emb_model_provider.api.routes import (
 )
 from emb_model_provider.api.routes.embeddings import EmbeddingsFastPath
 from emb_model_provider.api.routes.loaded_models import resolve_requested_model
+from emb_model_provider.api.schemas.batches import BatchRequest
 from emb_model_provider.api.schemas.management import ModelQuery
 from emb_model_provider.api.schemas.scores import REQUESTS
 from emb_model_provider.api.sessions import Sessions
@@ -107,6 +112,9 @@ _ROUTERS = (
 )
 
 
+_BATCH_ROUTERS = (files.router, batches.router)
+
+
 class Application(FastAPI):
     """FastAPI, with the middleware of the service and `EmbeddingsFastPath` around all of its own layers."""
 
@@ -117,7 +125,11 @@ class Application(FastAPI):
         )  # fmt: skip
         server = services.settings.server
         policy = AccessPolicy(server, sessions if server.console else None)
-        routers = [*_ROUTERS, *(CONSOLE_ROUTERS if server.console else ())]
+        routers = [
+            *_ROUTERS,
+            *(_BATCH_ROUTERS if services.settings.batch_jobs.batches else ()),
+            *(CONSOLE_ROUTERS if server.console else ()),
+        ]
         self.state.services = services
         self.state.console = Console(services, policy, sessions)
         self.state.methods = _methods(routers)
@@ -148,7 +160,8 @@ class Application(FastAPI):
         document = super().openapi()
         document["servers"] = [{"url": "."}]
         schemas = document["components"]["schemas"]
-        for model in REQUESTS:
+        has_batches = self.state.services.settings.batch_jobs.batches
+        for model in (*REQUESTS, *((BatchRequest,) if has_batches else ())):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= {**schema.pop("$defs", {}), model.__name__: schema}
         del schemas["HTTPValidationError"], schemas["ValidationError"]
@@ -198,15 +211,18 @@ def create_app(
     sessions = Sessions()
     kept = KeptModels(settings.hubs.cache_dir)
     kept_aliases = _add_kept(settings, registry, kept)
+    batch_service = BatchService(settings, lambda: ApiCalculator(services, metrics.on_line))
 
     @asynccontextmanager
     async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
         _announce_console(settings.server, sessions)
         starting = asyncio.create_task(_start(registry, settings, kept_aliases, on_nothing_to_serve))
         watching = asyncio.create_task(registry.watch(on_hung))
+        await batch_service.start()
         yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
         starting.cancel()
         watching.cancel()
+        await batch_service.stop()
         await asyncio.to_thread(jobs.stop, _JOBS_STOP_S)
         await registry.stop()
         if tracing is not None:
@@ -221,6 +237,7 @@ def create_app(
         manager=manager,
         jobs=jobs,
         kept=kept,
+        batches=batch_service,
         metrics=metrics,
         tracing=tracing,
         background=background,
@@ -265,7 +282,14 @@ def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> A
     server, limits = services.settings.server, services.settings.limits
     app = EmbeddingsFastPath(app, services)
     quotas = Quotas(server.quotas)
-    app = AuthAndLimitsMiddleware(app, policy, limits, BodyBudget(limits.max_pending_body_bytes), quotas)
+    app = AuthAndLimitsMiddleware(
+        app,
+        policy,
+        limits,
+        BodyBudget(limits.max_pending_body_bytes),
+        quotas,
+        services.settings.batch_jobs.max_file_bytes,
+    )
     # Outside of the middleware that creates error responses, so that pages can read those too.
     if server.cors_origins:
         app = CorsMiddleware(app, server.cors_origins)

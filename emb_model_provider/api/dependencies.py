@@ -17,6 +17,7 @@ from emb_model_provider.serving.request_options import has_search_prompts
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
+    from emb_model_provider.api.batch_service import BatchService
     from emb_model_provider.management.downloads import DownloadJobs
     from emb_model_provider.management.kept_models import KeptModels
     from emb_model_provider.management.manager import ModelManager
@@ -76,6 +77,7 @@ class Services:
     manager: ModelManager
     jobs: DownloadJobs
     kept: KeptModels
+    batches: BatchService
     metrics: Metrics
     tracing: Tracing | None
     """None without traces."""

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from emb_model_provider.api.errors import error_response
 from emb_model_provider.api.limits import CONNECTIONS, RECEIVE_TIMED_OUT
+from emb_model_provider.api.paths import is_upload, normalize_path
 from emb_model_provider.observability.logs import new_request_id
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ MAX_HEADERS = 100
 MAX_PIPELINED_REQUESTS = 16
 """How many requests of a connection can wait for earlier ones. Clients rarely send more than one ahead."""
 
+_UPLOAD_STEP_BYTES = 1000**2
+"""A client that uploads a file has the time of a request for each of these."""
 _MIN_TIMER_S = 0.001
 _CHECK_PEER_S = 0.25
 _PEER_CLOSED = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
@@ -71,6 +74,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Whether a request has begun and is not complete."""
         self._bytes_outside_body = 0
         """Bytes received since the last request, or since the last piece of the current request's body."""
+        self._upload_bytes: int | None = None
+        """Bytes of a file that arrived since the wait for the client began; None if the request is no upload."""
         self._unsent = 0
         """How many bytes waited for the client at the last check."""
         self._has_stopped_reading = False
@@ -138,11 +143,18 @@ class HttpProtocol(HttpToolsProtocol):
             raise _StopParsingError
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            path = self.scope["path"]
+            is_file = "files" in path and is_upload(self.scope["method"], normalize_path(path))
+            self._upload_bytes = 0 if is_file else None
             if self.pipeline and self._peer_timer is None:
                 self._peer_timer = self.loop.call_later(_CHECK_PEER_S, self._check_peer)
 
     def on_body(self, body: bytes) -> None:
         self._bytes_outside_body = 0
+        if self._upload_bytes is not None:
+            self._upload_bytes += len(body)
+            if self._upload_bytes >= _UPLOAD_STEP_BYTES:
+                self._upload_bytes, self._waiting_since = 0, self.loop.time()
         super().on_body(body)
 
     def on_message_complete(self) -> None:

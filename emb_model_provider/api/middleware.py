@@ -16,7 +16,7 @@ from emb_model_provider.api.compression import decompressed
 from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT, JsonValueCounter, max_json_values
-from emb_model_provider.api.paths import is_admin_path, is_inference_request
+from emb_model_provider.api.paths import is_admin_path, is_inference_request, is_upload
 from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError, is_failure
 from emb_model_provider.formatting import format_size
 from emb_model_provider.observability.logs import log_request, new_request_id, request_id
@@ -35,12 +35,16 @@ if TYPE_CHECKING:
     from emb_model_provider.settings import LimitSettings
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_MONITORING_PATHS = frozenset({"/health", "/ready", "/metrics", "/console/live", "/console/models/state"})
+_MONITORING_PATHS = frozenset(
+    {"/health", "/ready", "/metrics", "/console/live", "/console/models/state", "/console/batches/list"}
+)
 """Requests for these are logged at DEBUG, because monitoring and the console send them every few seconds."""
 _CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a request whose client disconnected. Only the access log shows it."""
 _MAX_ADMIN_BODY_BYTES = 1024**2
 """Largest body of a route for management. Their parameters are in the query."""
+_MAX_FORM_BYTES = 1024**2
+"""What the form of an upload may have besides its file: boundaries, headers and fields."""
 _WATCH_AFTER_S = 0.2
 """Most requests are answered sooner, and are not watched for a disconnect."""
 
@@ -117,12 +121,19 @@ class AuthAndLimitsMiddleware:
     """Checks access and the size of request bodies, and turns exceptions into error responses."""
 
     def __init__(
-        self, app: ASGIApp, policy: AccessPolicy, limits: LimitSettings, budget: BodyBudget, quotas: Quotas
+        self,
+        app: ASGIApp,
+        policy: AccessPolicy,
+        limits: LimitSettings,
+        budget: BodyBudget,
+        quotas: Quotas,
+        max_file_bytes: int,
     ) -> None:
         self._app = app
         self._policy = policy
         self._quotas = quotas
         self._max_body_bytes = limits.max_body_bytes
+        self._max_file_bytes = max_file_bytes
         self._max_json_values = max_json_values(limits)
         self._budget = budget
 
@@ -134,7 +145,9 @@ class AuthAndLimitsMiddleware:
         max_bytes = self._max_body_bytes
         if is_admin_path(scope["path"]):
             max_bytes = min(max_bytes, _MAX_ADMIN_BODY_BYTES)
-        received_bytes = 0
+        # Written to disk while it arrives, and never parsed as JSON.
+        is_file = is_upload(scope["method"], scope["path"])
+        received_bytes = file_bytes = 0
         values = JsonValueCounter(self._max_json_values)
         body_requested = response_started = False
 
@@ -147,9 +160,12 @@ class AuthAndLimitsMiddleware:
             return message
 
         async def limited_receive() -> Message:
-            nonlocal received_bytes
+            nonlocal received_bytes, file_bytes
             message = await receive_body()
-            if message["type"] == "http.request":
+            if message["type"] == "http.request" and is_file:
+                file_bytes += len(message.get("body", b""))
+                check_file_size(file_bytes - _MAX_FORM_BYTES, self._max_file_bytes)
+            elif message["type"] == "http.request":
                 piece = message.get("body", b"")
                 size = len(piece)
                 _check_size(received_bytes + size, max_bytes)
@@ -173,10 +189,11 @@ class AuthAndLimitsMiddleware:
                 await refusal(scope, receive, tracked_send)
                 return
             record: RequestRecord = scope[RECORD]
-            if self._policy.names_keys and is_inference_request(scope["method"], scope["path"]):
+            if self._policy.names_keys:
                 record.key_name = self._policy.key_name(headers)
-                self._quotas.check(record.key_name)
-            self._check_headers(headers, max_bytes)
+                if is_inference_request(scope["method"], scope["path"]):
+                    self._quotas.check(record.key_name)
+            self._check_headers(headers, max_bytes, is_file=is_file)
             # The size of the decompressed body counts, because that is what takes memory.
             receive_body = decompressed(headers.get("content-encoding", "identity"), checked_receive)
             # Routes accept GET only. The server still sends no body, because it looks at the original scope.
@@ -201,12 +218,24 @@ class AuthAndLimitsMiddleware:
         finally:
             self._budget.release(received_bytes)
 
-    def _check_headers(self, headers: Headers, max_bytes: int) -> None:
+    def _check_headers(self, headers: Headers, max_bytes: int, *, is_file: bool) -> None:
         # Without leading zeros, of which there can be thousands. More than 20 digits are too large for any limit.
         length = headers.get("content-length", "").lstrip("0")
         size = int(length[:20]) if length.isdecimal() else 0
+        if is_file:
+            check_file_size(size - _MAX_FORM_BYTES, self._max_file_bytes)
+            return
         _check_size(size, max_bytes)
         self._budget.check(size)
+
+
+def check_file_size(size: int, max_bytes: int) -> None:
+    """Raise BodyTooLargeError if an uploaded file has too many bytes."""
+    if size > max_bytes:
+        raise BodyTooLargeError(
+            f"The file is larger than {format_size(max_bytes)} (EMB_PROVIDER_MAX_FILE_BYTES). Divide it into several files, "
+            "and create a batch for each."
+        )
 
 
 def _check_size(size: int, max_bytes: int) -> None:

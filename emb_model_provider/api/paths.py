@@ -12,6 +12,7 @@ Dialect = Literal["openai", "ollama", "tei", "cohere", "dashscope"]
 """The API that a path belongs to, which decides the form of its errors."""
 
 EMBEDDINGS: Final = "/v1/embeddings"
+FILES: Final = "/v1/files"
 DASHSCOPE_RERANK: Final = "/services/rerank/text-rerank/text-rerank"
 
 _OLLAMA: Final = frozenset(
@@ -37,6 +38,10 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, path in (
         (rf"(?:{_BASE}/+embeddings)+/*", EMBEDDINGS),
         (rf"{_BASE}/+models/*", "/v1/models"),
+        (rf"{_BASE}/+(files|batches)/*", r"/v1/\1"),
+        (rf"{_BASE}/+(files|batches)/+([^/]+)/*", r"/v1/\1/\2"),
+        (rf"{_BASE}/+files/+([^/]+)/+content/*", r"/v1/files/\1/content"),
+        (rf"{_BASE}/+batches/+([^/]+)/+cancel/*", r"/v1/batches/\1/cancel"),
         (r"(?:/+v[12])*/+v2/+rerank/*", "/v2/rerank"),
         (r"(?:/+rerank)+/*", "/rerank"),
         (rf"(?:{_BASE}/+reranks?)+/*", "/v1/rerank"),
@@ -103,6 +108,11 @@ def is_public_path(method: str, path: str) -> bool:
     if path == "/":
         return method in ("GET", "HEAD")
     return path in _PUBLIC or path.startswith("/docs/")
+
+
+def is_upload(method: str, path: str) -> bool:
+    """Return whether the body of a request is a file, which goes to the disk while it arrives."""
+    return method == "POST" and path == FILES
 
 
 def is_inference_request(method: str, path: str) -> bool:

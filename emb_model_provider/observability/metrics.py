@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,11 +22,12 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from emb_model_provider.batch_jobs.types import BatchState
 from emb_model_provider.observability.activity import Activity, Failure
 from emb_model_provider.registry import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from prometheus_client import Metric
 
@@ -120,10 +121,20 @@ class Metrics:
         self._compile_s = histogram(
             "compile_seconds", "Time for compiling a model, by how it ended.", _COMPILE_SECONDS, "outcome"
         )
+        self._lines = counter(
+            "batch_job_lines", "Lines of batches of the Batch API that this service has answered.", "outcome"
+        )
+        self._line_tokens = Counter(
+            "emb_provider_batch_job_tokens", "Tokens of lines of batches.", registry=self._registry
+        )
+        self._jobs = _JobCollector()
+        self._registry.register(self._jobs)
         # With a value from the start, because an alert cannot see the first increase of a series that did not exist.
         for outcome in ("ok", "failed", "cancelled"):
             self._downloads(outcome)
             self._compile_s(outcome)
+        for outcome in ("completed", "failed"):
+            self._lines(outcome)
         size = Gauge("emb_provider_result_cache_bytes", "Memory of the result cache.", registry=self._registry)
         size.set_function(cache_bytes)
         self.activity = Activity()
@@ -173,6 +184,15 @@ class Metrics:
             self._queue_s(record.model).observe(record.queue_s)
         self.activity.on_request(record.duration_s, record.tokens, _failure(record) if record.status >= 400 else None)
 
+    def on_line(self, status: int, tokens: int) -> None:
+        """Record an answered line of a batch."""
+        self._lines("failed" if status >= 400 else "completed").inc()
+        self._line_tokens.inc(tokens)
+
+    def set_jobs(self, states: Mapping[str, int], file_bytes: int) -> None:
+        """Set how many batches there are in each state, and how large all files are."""
+        self._jobs.states, self._jobs.file_bytes = states, file_bytes
+
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
@@ -198,6 +218,25 @@ def _failure(record: RequestRecord) -> Failure:
         path=record.path[:200],
         request_id=record.request_id,
     )
+
+
+class _JobCollector(Collector):
+    """Batches of the Batch API and their files. Without samples until the database has been opened."""
+
+    def __init__(self) -> None:
+        self.states: Mapping[str, int] | None = None
+        self.file_bytes = 0
+
+    def collect(self) -> Iterable[Metric]:
+        jobs = GaugeMetricFamily(
+            "emb_provider_batch_jobs", "Batches of the Batch API in the database.", labels=("state",)
+        )
+        size = GaugeMetricFamily("emb_provider_batch_file_bytes", "Size of the files of the Batch API.", labels=())
+        if self.states is not None:
+            for state in get_args(BatchState):
+                jobs.add_metric((state,), self.states.get(state, 0))
+            size.add_metric((), self.file_bytes)
+        return (jobs, size)
 
 
 class _ModelCollector(Collector):

@@ -14,6 +14,7 @@ from emb_model_provider.settings.groups import (
     AGREEMENT_FLOORS,
     FIDELITY_FLOORS,
     PREFIX,
+    BatchJobSettings,
     BatchSettings,
     FidelitySettings,
     HubSettings,
@@ -28,6 +29,8 @@ from emb_model_provider.settings.groups import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic.fields import FieldInfo
 
     from emb_model_provider.model_spec import ModelSpec
@@ -36,6 +39,7 @@ __all__ = [
     "AGREEMENT_FLOORS",
     "FIDELITY_FLOORS",
     "PREFIX",
+    "BatchJobSettings",
     "BatchSettings",
     "FidelitySettings",
     "HubSettings",
@@ -80,6 +84,7 @@ class Settings(BaseModel):
     memory: MemorySettings = Field(default_factory=MemorySettings)
     batching: BatchSettings = Field(default_factory=BatchSettings)
     limits: LimitSettings = Field(default_factory=LimitSettings)
+    batch_jobs: BatchJobSettings = Field(default_factory=BatchJobSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
     lifecycle: LifecycleSettings = Field(default_factory=LifecycleSettings)
     logs: LogSettings = Field(default_factory=LogSettings)
@@ -122,6 +127,11 @@ class Settings(BaseModel):
     def _check_preload(self) -> Self:
         self.served_models()
         return self
+
+    @property
+    def batch_directory(self) -> Path:
+        """The directory of the files of batches."""
+        return self.batch_jobs.batch_dir or self.hubs.cache_dir / "batch"
 
     @property
     def serves_cached(self) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads it
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
 from emb_model_provider.errors import SettingsError
 from emb_model_provider.model_spec import (
@@ -407,7 +408,8 @@ class LimitSettings(SettingsGroup, title="Limits of requests"):
     """Maximum size of the bodies of all requests that are being read or answered, in MB; beyond it a request gets 429.
     Bounds memory. Unset: eight times MAX_BODY_MB."""
     receive_timeout_s: PositiveNumber = 60
-    """A client that has not sent its whole request after this many seconds gets 408, and its connection is closed."""
+    """A client that has not sent its whole request after this many seconds gets 408, and its connection is closed. An upload
+    may take longer, as long as each MB of it arrives within this time."""
     strict_input: bool = False
     """Reject empty strings with 400, as api.openai.com does. false: an empty string gets a vector."""
 
@@ -427,6 +429,48 @@ class LimitSettings(SettingsGroup, title="Limits of requests"):
     @property
     def max_pending_body_bytes(self) -> int:
         return int((self.max_pending_body_mb or 8 * self.max_body_mb) * _MB)
+
+
+def _check_database_url(value: SecretStr) -> SecretStr:
+    """Return a URL for SQLAlchemy: `postgresql://` and `postgres://`, as hosting services write them, name no driver."""
+    url = value.get_secret_value().strip()
+    scheme, separator, rest = url.partition("://")
+    if scheme in ("postgres", "postgresql"):
+        scheme = "postgresql+psycopg"
+    if scheme != "postgresql+psycopg" or not separator or not rest.strip("/"):
+        raise ValueError("must be a URL like postgresql+psycopg://user:password@host/database")
+    return SecretStr(f"{scheme}://{rest}")
+
+
+class BatchJobSettings(SettingsGroup, title="Batches"):
+    """The Batch API: files of requests that are answered in the background."""
+
+    batches: bool = True
+    """Serve `/v1/files` and `/v1/batches`. false: they do not exist, and unfinished batches wait."""
+    batch_dir: Directory | None = None
+    """Directory of the files of batches, and of their database without DATABASE_URL. Several services that work on the same batches
+    share it. Unset: `batch` in CACHE_DIR."""
+    database_url: (
+        Annotated[
+            SecretStr,
+            AfterValidator(_check_database_url),
+            Allowed("a URL like postgresql+psycopg://user:password@host/database"),
+        ]
+        | None
+    ) = None
+    """PostgreSQL database of the batches, for several services that work on the same batches. Requires the extra `postgresql`. Unset:
+    a file in BATCH_DIR, for one service. Never shown."""
+    max_file_bytes: Annotated[ByteSize, Field(gt=0), Allowed("bytes, or a size like 200MB")] = ByteSize(200 * _MB)
+    """Largest file that can be uploaded for a batch; a plain number is bytes. MAX_BODY_MB and MAX_PENDING_BODY_MB do not apply to
+    it, because it is written to disk while it arrives."""
+
+    def require_driver(self) -> None:
+        """Raise SettingsError if the driver of the database is not installed."""
+        if self.batches and self.database_url is not None and find_spec("psycopg") is None:
+            raise SettingsError(
+                f"{PREFIX}DATABASE_URL requires the driver of PostgreSQL. Install it with: pip install "
+                "'emb-model-provider[postgresql]'"
+            )
 
 
 class ServerSettings(SettingsGroup, title="Server"):

@@ -69,6 +69,11 @@ OTHERS = {
     "/similarity/": "/similarity",
     "/api/v1/services/rerank/text-rerank/text-rerank": "/services/rerank/text-rerank/text-rerank",
     "/tokenize/": "/tokenize",
+    "/files": "/v1/files",
+    "/v1/v1/files/": "/v1/files",
+    "/openai/v1/files/file-1/content": "/v1/files/file-1/content",
+    "/batches/batch_1/cancel/": "/v1/batches/batch_1/cancel",
+    "/v1//batches/batch_1": "/v1/batches/batch_1",
 }
 UNCHANGED = [
     "/", "/v1", "/metrics/", "//metrics", "/v1/ready", "/docs", "/docs/", "/docs/swagger-ui.css", "/openapi.json", "/v1/embedding", "/v4/embeddings", "/v1/embeddings/x",
@@ -78,6 +83,7 @@ UNCHANGED = [
 PARTS = [
     "api", "v1", "v2", "v3", "openai", "engines", "compatible-mode", "deployments", "models", "embeddings", "embed", "tags",
     "load", "unload", "download", "cache", "jobs", "all", "x", "..", ".", "", "rerank", "score", "similarity",
+    "files", "content",
 ]  # fmt: skip
 
 
@@ -130,7 +136,8 @@ async def test_all_routes_that_run_a_model_are_counted() -> None:
     app = create_app(Settings.from_values(console=False), on_nothing_to_serve=lambda: None)
     paths = {path for path, methods in app.state.methods.items() if "POST" in methods and "/api/models" not in path}
     counted = {path for path in paths if is_inference_request("POST", path)}
-    assert paths - counted == {"/api/show", "/tokenize", "/v1/tokenize"}
+    batches = {"/v1/batches", "/v1/batches/{batch_id}/cancel", "/v1/files"}
+    assert paths - counted == {"/api/show", "/tokenize", "/v1/tokenize"} | batches
     assert {"/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/v1/classify", "/predict", "/embed_all"} < counted
 
 

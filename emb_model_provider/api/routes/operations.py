@@ -69,6 +69,8 @@ async def ready(services: ServicesDep) -> Response:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def prometheus(services: ServicesDep) -> Response:
+    if (figures := await services.batches.figures()) is not None:
+        services.metrics.set_jobs(figures.batches.states, figures.file_bytes)
     return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -124,12 +124,15 @@ class Ranking:
             for index in self.order
         ]
 
-    def body(self) -> Mapping[str, Any]:
-        """Return a response body that has what the clients of Jina, Cohere, Voyage and others read."""
+    def body(self, identifier: str | None = None) -> Mapping[str, Any]:
+        """Return a response body that has what the clients of Jina, Cohere, Voyage and others read.
+
+        `identifier` is its id; None: a random one.
+        """
         results = self.results()
         tokens = {"input_tokens": self.scores.tokens, "output_tokens": 0}
         return {
-            "id": f"rerank-{uuid4().hex}",
+            "id": identifier or f"rerank-{uuid4().hex}",
             "object": "list",
             "model": self.model,
             "results": results,
@@ -158,15 +161,18 @@ async def rank(
     request: Request,
     services: Services,
     translate: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda fields: fields,
+    fields: Mapping[str, Any] | None = None,
 ) -> Ranking:
     """Parse a request for the scores of documents, and score them.
 
     Args:
-        request: The request, whose body has not been read.
+        request: The request.
         services: The parts of the service.
         translate: Returns the fields of `POST /v1/rerank` that mean the same as those of the request.
+        fields: The fields of the body. None: it has not been read.
     """
-    call = _parse(translate(await read_fields(request, services)), services.settings.limits)
+    sent = await read_fields(request, services) if fields is None else fields
+    call = parse_rerank(translate(sent), services.settings.limits)
     pairs = [(call.query, document) for document in call.documents]
     model, result = await _score(request, services, call.model, pairs, call.options)
     order: list[int] = np.argsort(-result.scores, kind="stable")[: call.top_n].tolist()
@@ -194,7 +200,7 @@ def raw_scores(fields: Mapping[str, Any]) -> bool | None:
     return not activated if raw is None and activated is not None else raw
 
 
-def _parse(fields: Mapping[str, Any], limits: LimitSettings) -> RerankCall:
+def parse_rerank(fields: Mapping[str, Any], limits: LimitSettings) -> RerankCall:
     """Check the fields of `POST /v1/rerank`."""
     query = require(fields, "query")
     if not isinstance(query, str):

@@ -20,7 +20,7 @@ _ERROR_DESCRIPTIONS = {
     403: "The caller or the operation is not allowed; `code` says which.",
     404: "Not found.",
     408: "The client did not send the whole request in time.",
-    409: "The model or the alias is in use; the message says by what, and what to do.",
+    409: "What is changed is in use; the message says by what, and what to do.",
     413: "The request body is too large.",
     415: "The request body is compressed in an unsupported way.",
     429: "The queue is full, or all current request bodies are too large in total; `Retry-After` says when to try again.",
@@ -28,6 +28,7 @@ _ERROR_DESCRIPTIONS = {
     502: "The hub did not respond, or its files differ from what it announced.",
     503: "The model is loading, could not be loaded, or the service is shutting down.",
     504: "The request was not answered in time.",
+    507: "The disk of the files has not enough space.",
 }
 
 
