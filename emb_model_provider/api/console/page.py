@@ -102,6 +102,10 @@ class Page:
         return self.console.policy.session_token(self.request.headers) is not None
 
     @property
+    def has_batches(self) -> bool:
+        return self.services.settings.batch_jobs.batches
+
+    @property
     def service_url(self) -> str:
         """The URL under which the browser reaches this service.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from emb_model_provider.api.console import cache, models, overview, playground, settings, sign_in
+from emb_model_provider.api.console import batches, cache, models, overview, playground, settings, sign_in
 from emb_model_provider.api.console.page import ConsoleRoute, PageDep
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ ROUTERS: Sequence[APIRouter] = (
     models.router,
     cache.router,
     playground.router,
+    batches.router,
     settings.router,
     sign_in.router,
     _unknown,
