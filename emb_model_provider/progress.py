@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["resolve", "download", "transfer", "verify", "compile", "compare", "tune", "load"]
+Phase = Literal[
+    "resolve", "download", "transfer", "verify", "compile", "compare", "tune", "load",
+    "upload", "validate", "answer", "finalize",
+]  # fmt: skip
 """Phases of preparing a model: look it up on its hub, download its files (or transfer them to another hub), hash them,
-compile the model, compare the compiled model with the reference, load it into memory."""
+compile the model, compare the compiled model with the reference, load it into memory; and those of a batch: upload its
+requests, check them, answer them, put the results together."""
 Mode = Literal["auto", "plain", "json", "none", "log"]
 """How progress is shown. auto: one line that is redrawn on a terminal, else plain lines. log: log lines."""
 
@@ -257,7 +261,7 @@ class ProgressReporter:
     def _show(self, progress: Progress, now: float) -> None:
         self._shown_at, self._shown_tenth = now, _tenth_of(progress)
         total = progress.total_bytes or None
-        is_measured = bool(total) and progress.phase in ("download", "transfer", "verify")
+        is_measured = bool(total) and progress.phase in ("download", "transfer", "verify", "upload")
         elapsed_s = now - self._started_at
         self._print(
             Status(

@@ -1,14 +1,17 @@
-"""Client of the running server: the management routes under /api."""
+"""Client of the running server: the management routes under /api, and the Batch API."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from emb_model_provider.cli.output import ServerError
 from emb_model_provider.error_table import FAILED, UNREACHABLE, USAGE_ERROR
 from emb_model_provider.settings.hosts import is_loopback_host
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import httpx
 
     from emb_model_provider.settings import Settings
@@ -20,16 +23,17 @@ _USAGE_STATUSES = frozenset({400, 401, 403, 404, 409, 422})
 
 
 class ServerClient:
-    """Client of the server at a URL, else of the one in the settings. Its methods raise ServerError.
+    """Client of the server at a URL, else of the one in the settings. Its methods raise ServerError."""
 
-    Its key is the first of ADMIN_API_KEYS, else the first of API_KEYS.
-    """
+    def __init__(self, settings: Settings, url: str | None = None, *, manages: bool = True) -> None:
+        """Create a client for the management routes, or else for those of the API.
 
-    def __init__(self, settings: Settings, url: str | None = None) -> None:
+        Its key is the first of API_KEYS; for the management routes that of ADMIN_API_KEYS, if there is one.
+        """
         server = settings.server
         self._has_own_url = url is not None
         self._url = (url or server.local_url).rstrip("/")
-        keys = (*server.accepted_admin_keys, *server.accepted_keys)
+        keys = (*(server.accepted_admin_keys if manages else ()), *server.accepted_keys)
         # As bytes, because a key may contain non-ASCII characters.
         self._headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
 
@@ -44,10 +48,45 @@ class ServerClient:
         self, method: str, path: str, *, timeout_s: float | None = None, **parameters: str | float | None
     ) -> dict[str, Any]:
         """Send a request, and wait for the response; without a timeout for as long as it takes."""
+        return self._request(method, path, timeout_s, parameters)
+
+    def post(self, path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a JSON object, and wait for the response."""
+        return self._request("POST", path, json=fields)
+
+    def upload(self, path: str, name: str, file: IO[bytes], fields: Mapping[str, str]) -> dict[str, Any]:
+        """Send a form with a file, which is read while it is sent, and wait for the response."""
+        return self._request("POST", path, files={"file": (name, file)}, data=fields)
+
+    def download(self, path: str, to: IO[bytes]) -> None:
+        """Write the content of a file of the server to a file."""
+        with self._send("GET", path, None, {}) as response:
+            if not response.is_success:
+                response.read()
+                self._read(response)
+            for piece in response.iter_bytes():
+                to.write(piece)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        timeout_s: float | None = None,
+        parameters: Mapping[str, str | float | None] | None = None,
+        **body: Any,
+    ) -> dict[str, Any]:
+        with self._send(method, path, timeout_s, parameters or {}, **body) as response:
+            response.read()
+            return self._read(response)
+
+    @contextmanager
+    def _send(
+        self, method: str, path: str, timeout_s: float | None, parameters: Mapping[str, str | float | None], **body: Any
+    ) -> Iterator[httpx.Response]:
         import httpx
 
         try:
-            response = httpx.request(
+            with httpx.stream(
                 method,
                 self._url + path,
                 params={name: value for name, value in parameters.items() if value is not None},
@@ -55,7 +94,9 @@ class ServerClient:
                 timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
                 # A request through a proxy would not count as one from this machine.
                 trust_env=not is_loopback_host(httpx.URL(self._url).host),
-            )
+                **body,
+            ) as response:
+                yield response
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ServerError(
                 f"{self._url} is not the URL of a server ({error}). Write it as --url http://HOST:PORT.",
@@ -74,7 +115,6 @@ class ServerClient:
                 f"{'Check the URL.' if self._has_own_url else hint}",
                 exit_code=UNREACHABLE,
             ) from error
-        return self._read(response)
 
     def _read(self, response: httpx.Response) -> dict[str, Any]:
         try:

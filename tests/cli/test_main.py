@@ -50,9 +50,14 @@ def test_models_has_the_same_commands() -> None:
         assert direct == in_group
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"serve", "models", "completion"}))
+BATCH_COMMANDS = [f"batches {name}" for name in ("list", "show", "cancel", "run")]
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted(set(COMMANDS) - {"serve", "models", "completion", "batches"}), *BATCH_COMMANDS]
+)
 def test_every_command_has_json_output_and_documents_it(name: str) -> None:
-    text = invoke(name, "--help").stdout
+    text = invoke(*name.split(), "--help").stdout
     assert "--json" in text
     assert "JSON: " in text or "one object per line: index, text," in text
 
