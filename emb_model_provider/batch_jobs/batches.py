@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import sqlalchemy as sa
 
-from emb_model_provider.batch_jobs.database import now, reading, transaction
+from emb_model_provider.batch_jobs.database import is_storable, now, reading, transaction
 from emb_model_provider.batch_jobs.files import INPUT, new_id
 from emb_model_provider.batch_jobs.tables import batches
 from emb_model_provider.batch_jobs.types import COMPLETION_WINDOWS, ENDPOINTS, UNFINISHED, BatchState, Page
@@ -214,7 +214,8 @@ def find_batch(connection: Connection, owner: str | None, batch_id: str, *, lock
     query = sa.select(batches).where(batches.c.id == batch_id)
     if owner is not None:
         query = query.where(batches.c.owner == owner)
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    query = query.with_for_update() if lock else query
+    row = connection.execute(query).one_or_none() if is_storable(batch_id) else None
     if row is None:
         raise UnknownBatchError(batch_id)
     return _batch(row)

@@ -97,6 +97,11 @@ def now(connection: Connection) -> float:
     return float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0.0)
 
 
+def is_storable(text: str) -> bool:
+    """Return whether PostgreSQL can store a text or compare columns with it. It has no NUL and no lone surrogates."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def _open_sqlite(path: Path) -> Engine:
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _BUSY_TIMEOUT_S})
 

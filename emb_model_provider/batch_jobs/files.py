@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
 
-from emb_model_provider.batch_jobs.database import now, reading, transaction
+from emb_model_provider.batch_jobs.database import is_storable, now, reading, transaction
 from emb_model_provider.batch_jobs.tables import batches, files
 from emb_model_provider.batch_jobs.types import UNFINISHED, Page
 from emb_model_provider.errors import FileTooLargeError, StateConflictError, StorageFullError, UnknownFileError
@@ -124,7 +124,7 @@ class FileStore:
     def find(self, connection: Connection, owner: str | None, file_id: str, *, param: str = "id") -> StoredFile:
         """Return a file within a transaction, else raise UnknownFileError with `param`."""
         query = sa.select(files).where(files.c.id == file_id, *self._visible(connection, owner))
-        row = connection.execute(query).one_or_none()
+        row = connection.execute(query).one_or_none() if is_storable(file_id) else None
         if row is None:
             raise UnknownFileError(file_id, param=param)
         return StoredFile(**row._mapping)
@@ -143,6 +143,8 @@ class FileStore:
         Raises:
             UnknownFileError: `after` does not exist.
         """
+        if purpose is not None and not is_storable(purpose):
+            return Page((), has_more=False)
         with reading(self.engine) as connection:
             query = sa.select(files).where(*self._visible(connection, owner))
             if purpose is not None:

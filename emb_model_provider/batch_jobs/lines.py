@@ -180,7 +180,17 @@ def error_body(error: BaseException) -> tuple[int, bytes]:
         message = error.message.encode("utf-8", "replace").decode()
     kind = "server_error" if info.status >= 500 else "invalid_request_error"
     param = error.param if isinstance(error, RequestError) else None
-    return info.status, orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": info.code}})
+    return info.status, _body(message, kind, param, info.code)
+
+
+def crash_body() -> tuple[int, bytes]:
+    """Return the status and the body of the answer to a line that ends the process which computes it."""
+    message = "The process of the server ended each time it computed this request."
+    return UNEXPECTED.status, _body(message, "server_error", None, UNEXPECTED.code)
+
+
+def _body(message: str, kind: str, param: str | None, code: str) -> bytes:
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
 class _Validator:

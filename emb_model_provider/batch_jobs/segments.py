@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from emb_model_provider.snapshots.files import list_dir, size_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
+    from types import TracebackType
+    from typing import Self
 
 _BLOCK = 1 << 20
 
@@ -84,6 +88,12 @@ class SegmentStore:
         """Return the size of all segments of a batch."""
         return size_of(list_dir(self._directory / batch_id))
 
+    def crash_log(self, batch_id: str, seq: int) -> CrashLog:
+        """Open the log of a chunk."""
+        directory = self._directory / batch_id
+        directory.mkdir(parents=True, exist_ok=True)
+        return CrashLog(directory / f"{seq:06d}.log")
+
     def remove(self, batch_id: str, *names: str) -> None:
         """Remove segments of a batch."""
         for name in names:
@@ -105,3 +115,39 @@ class SegmentStore:
         found = {path.name for path in self._directory.iterdir()}
         for batch_id in found.difference(unfinished()):
             self.remove_all(batch_id)
+
+
+class CrashLog:
+    """Lines of a chunk at which processes ended, so that a line that crashes the process is found. A context manager.
+
+    The log survives a crash of the process, and need not survive one of the machine.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("a+b", buffering=0)
+        self._stream.seek(0)
+        self._crashes: Counter[int] = Counter()
+        for entry in self._stream.read().split():
+            number = int(entry[1:])
+            self._crashes[number] += 1 if entry.startswith(b"+") else -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def crashes_at(self, number: int) -> int:
+        """Return how many processes ended while they computed a line."""
+        return self._crashes[number]
+
+    @contextmanager
+    def computing(self, number: int) -> Iterator[None]:
+        """Record the line that is being computed."""
+        self._stream.write(b"+%d\n" % number)
+        try:
+            yield
+        finally:
+            self._stream.write(b"-%d\n" % number)

@@ -77,6 +77,7 @@ chunks = Table(
     Column("leased_at", Double, nullable=False),
     Column("leased_until", Double, nullable=False),
     Column("not_before", Double, nullable=False),
+    Column("crashes", Integer, nullable=False),  # leases that their holder neither used nor returned
     # Its results.
     Column("done", Integer, nullable=False),  # 0 or 1
     Column("segment", Text),  # name of the file

@@ -54,6 +54,8 @@ class ChunkLease:
     seq: int
     chunk: Chunk
     fence: int
+    crashes: int
+    """Earlier leases that ended without a result and were not returned, because the process ended."""
 
     @property
     def batch_id(self) -> str:
@@ -156,6 +158,7 @@ class WorkStore:
                     "leased_at": 0.0,
                     "leased_until": 0.0,
                     "not_before": 0.0,
+                    "crashes": 0,
                     "done": 0,
                 }
                 for seq, chunk in enumerate(result.chunks)
@@ -390,9 +393,12 @@ class WorkStore:
             if found is None:
                 continue
             batch = find_batch(connection, None, batch_id)
-            lease = ChunkLease(batch, row.input_sha256, found.seq, _chunk(found), found.fence + 1)
+            # A lease that was returned has no holder.
+            crashes = found.crashes + (found.holder != "")
+            lease = ChunkLease(batch, row.input_sha256, found.seq, _chunk(found), found.fence + 1, crashes)
             values = {
                 "fence": lease.fence,
+                "crashes": crashes,
                 "holder": self._holder,
                 "leased_at": current,
                 "leased_until": current + self._lease_s,

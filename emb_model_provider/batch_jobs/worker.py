@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from emb_model_provider.batch_jobs.files import DEFAULT_EXPIRY_S
 from emb_model_provider.batch_jobs.lines import (
     answered_line,
+    crash_body,
     error_body,
     expired_line,
     line_id,
@@ -38,7 +39,7 @@ from emb_model_provider.errors import (
     StorageFullError,
     is_failure,
 )
-from emb_model_provider.formatting import describe_error, format_size
+from emb_model_provider.formatting import describe_error, format_size, printable
 from emb_model_provider.snapshots.locks import try_lock_exclusive
 
 if TYPE_CHECKING:
@@ -59,8 +60,13 @@ logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
 """A line that took too long in this many attempts fails."""
+_SUSPECT_CRASHES = 3
+"""A chunk that was in progress at the end of this many processes is computed line by line."""
+_MAX_CRASHES = 3
+"""A line that was then in progress at the end of this many processes fails."""
 _MAX_RETRY_S = 30.0
 _RELEASE_S = 5.0
+_MAX_REASON = 500
 _MAX_WORKERS = 1000
 
 
@@ -98,6 +104,7 @@ class BatchWorker:
         self._options = options or WorkerOptions()
         self._tasks: dict[asyncio.Task[None], Lease] = {}
         self._stops: dict[Lease, threading.Event] = {}
+        self._suspect = asyncio.Lock()
         self._pauses: dict[str, str] = {}
         """Why batches make no progress, as far as this worker knows."""
         self._threads: set[asyncio.Task[Any]] = set()
@@ -258,7 +265,10 @@ class BatchWorker:
         batch = lease.batch
         path = self._files.path(batch.input_file_id)
         lines = await self._in_thread(lambda: read_chunk(path, lease.chunk, batch.endpoint))
-        answers = await self._answer_all(lease, lines)
+        if lease.crashes < _SUSPECT_CRASHES:
+            answers = await self._answer_together(lease, lines)
+        else:
+            answers = await self._answer_one_by_one(lease, lines)
         output: list[bytes] = []
         errors: list[bytes] = []
         for line, answer in zip(lines, answers, strict=True):
@@ -274,7 +284,21 @@ class BatchWorker:
         else:
             await self._in_thread(lambda: self._segments.remove(batch.id, segment.name))
 
-    async def _answer_all(self, lease: ChunkLease, lines: list[InputLine]) -> list[Answer]:
+    async def _answer_one_by_one(self, lease: ChunkLease, lines: list[InputLine]) -> list[Answer]:
+        """Compute the lines of a chunk one after the other, because one of them may be what ends the process."""
+        answers: list[Answer] = []
+        async with self._suspect:  # one such chunk at a time, so that only the line that is the cause has crashes
+            with self._segments.crash_log(lease.batch_id, lease.seq) as log:
+                for line in lines:
+                    if log.crashes_at(line.number) >= _MAX_CRASHES:
+                        logger.error("line %d of batch %s ends the process, and fails", line.number, lease.batch_id)
+                        answers.append(Answer(*crash_body()))
+                        continue
+                    with log.computing(line.number):
+                        answers += await self._answer_together(lease, [line])
+        return answers
+
+    async def _answer_together(self, lease: ChunkLease, lines: list[InputLine]) -> list[Answer]:
         """Compute lines together, again and again until all have an answer that is not that of a passing error."""
         answers: dict[int, Answer] = {}
         pending = lines
@@ -418,6 +442,7 @@ class BatchWorker:
 
     async def _pause(self, batch_id: str, reason: str) -> None:
         """Show why a batch makes no progress, in the log and to its owner."""
+        reason = printable(reason)[:_MAX_REASON]
         self._log_pause(batch_id, reason)
         # The database may be on the same full disk, or be the reason.
         with contextlib.suppress(DatabaseUnavailableError, StorageFullError):

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from emb_model_provider.batch_jobs.files import FileStore
-from emb_model_provider.errors import FileTooLargeError, StateConflictError, StorageFullError, UnknownFileError
+from emb_model_provider.errors import (
+    FileTooLargeError,
+    StateConflictError,
+    StorageFullError,
+    UnknownBatchError,
+    UnknownFileError,
+)
 from tests.batch_jobs.helpers import lines
 
 if TYPE_CHECKING:
@@ -68,6 +74,21 @@ def test_files_of_others_do_not_exist(jobs: Jobs) -> None:
             operation("b", file.id)
     assert jobs.files.list("b").items == ()
     assert jobs.files.get(None, file.id) == jobs.files.get("a", file.id)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "file-1", "a\0b", "\ud800", "../../etc/passwd"], ids=["empty", "other", "nul", "surrogate", "path"]
+)
+def test_ids_that_no_file_has(jobs: Jobs, name: str) -> None:
+    jobs.upload(b"x")
+    for operation in (jobs.files.get, jobs.files.content, jobs.files.delete):
+        with pytest.raises(UnknownFileError):
+            operation("", name)
+    with pytest.raises(UnknownFileError):
+        jobs.files.list("", after=name)
+    with pytest.raises(UnknownBatchError):
+        jobs.batches.get("", name)
+    assert jobs.files.list("", purpose=name).items == ()
 
 
 def test_list(jobs: Jobs) -> None:

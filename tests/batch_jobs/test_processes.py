@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benchmarks.batch_kills import Workers, input_file, process_batch
-from tests.batch_jobs.helpers import ids, lines, reach
+from tests.batch_jobs.helpers import ids, line, lines, reach, read_lines
 from tests.service import wait_until
 
 if TYPE_CHECKING:
@@ -86,3 +86,17 @@ async def test_an_interrupted_process_returns_its_work(jobs: Jobs, workers: Work
     first.wait(60)
     batch = await reach(jobs, batch, "completed")
     assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(500)]
+
+
+@pytest.mark.parametrize("url", [None], ids=["sqlite"])
+async def test_a_line_that_ends_the_process(jobs: Jobs, workers: Workers) -> None:
+    """It fails after a few crashes, and all other lines are computed, also those that were in progress with it."""
+    batch = jobs.create(lines(40) + line("crash", body={"model": "m", "input": "crash"}) + lines(80)[len(lines(40)) :])
+    for _ in range(6):
+        assert workers.start().wait(60) == -signal.SIGKILL
+    workers.start()
+    batch = await reach(jobs, batch, "completed")
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(80)]
+    (error,) = read_lines(jobs, batch.error_file_id)
+    assert (error["custom_id"], error["response"]["status_code"]) == ("crash", 500)
+    assert "ended each time" in error["response"]["body"]["error"]["message"]

@@ -73,6 +73,7 @@ def upgrade() -> None:
         sa.Column("leased_at", sa.Double, nullable=False),
         sa.Column("leased_until", sa.Double, nullable=False),
         sa.Column("not_before", sa.Double, nullable=False),
+        sa.Column("crashes", sa.Integer, nullable=False),
         sa.Column("done", sa.Integer, nullable=False),
         sa.Column("segment", sa.Text),
         sa.Column("segment_sha256", sa.Text),
