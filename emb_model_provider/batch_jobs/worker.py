@@ -481,7 +481,7 @@ class BatchWorker:
     def _on_thread_end(self, task: asyncio.Task[Any]) -> None:
         self._threads.discard(task)
         if not task.cancelled():
-            task.exception()  # asyncio logs one that nobody has read
+            task.exception()  # asyncio logs one that no caller has read
 
     def _time(self) -> float:
         return asyncio.get_running_loop().time()

@@ -142,7 +142,7 @@ async def test_a_file_system_that_is_full(small_disk: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_database_server_that_is_started_again(postgresql: PostgreSQL, tmp_path: Path) -> None:
-    """The batch goes on, and clients are told to try again meanwhile."""
+    """The batch goes on, and requests are refused meanwhile."""
     engine = open_database(postgresql.create_schema(), tmp_path)
     jobs = Jobs(engine, tmp_path)
     batch = jobs.create(lines(400))
