@@ -22,7 +22,7 @@ from emb_model_provider.api.auth import AccessPolicy, CorsMiddleware
 from emb_model_provider.api.batch_calculator import ApiCalculator
 from emb_model_provider.api.batch_service import BatchService
 from emb_model_provider.api.console.page import Console
-from emb_model_provider.api.console.routers import ROUTERS as CONSOLE_ROUTERS
+from emb_model_provider.api.console.routers import routers as console_routers
 from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
 from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
@@ -125,10 +125,11 @@ class Application(FastAPI):
         )  # fmt: skip
         server = services.settings.server
         policy = AccessPolicy(server, sessions if server.console else None)
+        has_batches = services.settings.batch_jobs.batches
         routers = [
             *_ROUTERS,
-            *(_BATCH_ROUTERS if services.settings.batch_jobs.batches else ()),
-            *(CONSOLE_ROUTERS if server.console else ()),
+            *(_BATCH_ROUTERS if has_batches else ()),
+            *(console_routers(has_batches=has_batches) if server.console else ()),
         ]
         self.state.services = services
         self.state.console = Console(services, policy, sessions)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from emb_model_provider.batch_jobs.database import open_database
 from emb_model_provider.hubs.local import find_bundled
 from tests.api.helpers import KEYS, MAPPING, ORIGIN, SECRETS, read_files, save_poisoned
 from tests.hubs.servers import HuggingFaceServer, ModelScopeServer
@@ -92,6 +94,21 @@ def kinds(
     settings = {"CACHE_DIR": service_cache, "MODEL_MAPPING": json.dumps(mapping)}
     with Service(tmp_path_factory.mktemp("kinds"), SERVE_CACHED="false", **settings) as started:
         yield started.wait()
+
+
+@pytest.fixture(scope="session")
+def empty_batch_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a database, because creating the tables takes longer than most tests."""
+    directory = tmp_path_factory.mktemp("batches")
+    open_database(None, directory).dispose()
+    return directory
+
+
+@pytest.fixture
+def batch_database(empty_batch_database: Path, tmp_path: Path) -> Path:
+    """Return a directory for batches, with an empty database."""
+    shutil.copytree(empty_batch_database, tmp_path / "batch")
+    return tmp_path / "batch"
 
 
 @pytest.fixture(scope="session")

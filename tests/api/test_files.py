@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from emb_model_provider.api.app import create_app
-from emb_model_provider.batch_jobs.database import open_database
 from emb_model_provider.settings import Settings
 from tests.service import assert_error
 
@@ -27,20 +25,15 @@ PURPOSE = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r
 END = f"--{BOUNDARY}--\r\n"
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with a database, because creating the tables takes longer than most tests."""
-    directory = tmp_path_factory.mktemp("database")
-    open_database(None, directory).dispose()
-    return directory
-
-
 @pytest.fixture
-async def http(tmp_path: Path, database: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def http(tmp_path: Path, batch_database: Path) -> AsyncIterator[httpx.AsyncClient]:
     """Yield a client with a key of a service that accepts small bodies and files."""
-    shutil.copytree(database, tmp_path / "batch")
     settings = Settings.from_values(
-        cache_dir=tmp_path, max_body_mb=0.01, max_file_bytes=MAX_BYTES, api_keys=f"{KEY},{OTHER_KEY}"
+        cache_dir=tmp_path,
+        batch_dir=batch_database,
+        max_body_mb=0.01,
+        max_file_bytes=MAX_BYTES,
+        api_keys=f"{KEY},{OTHER_KEY}",
     )
     app = create_app(settings, on_nothing_to_serve=lambda: None)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -142,11 +135,11 @@ INVALID["many fields"][0]["content"] = "".join(PURPOSE.replace("purpose", f"fiel
 
 
 @pytest.mark.parametrize("case", INVALID)
-async def test_invalid_uploads(http: httpx.AsyncClient, tmp_path: Path, case: str) -> None:
+async def test_invalid_uploads(http: httpx.AsyncClient, batch_database: Path, case: str) -> None:
     """The message says what to do, and nothing stays on the disk."""
     request, status, code, param, phrase = INVALID[case]
     assert_error(await http.post("/v1/files", **request), status, code, param=param, phrase=phrase)
-    assert list((tmp_path / "batch" / "files").iterdir()) == []
+    assert list((batch_database / "files").iterdir()) == []
     assert (await http.get("/v1/files")).json()["data"] == []
 
 
@@ -222,10 +215,10 @@ async def test_a_key_sees_its_own_files_only(http: httpx.AsyncClient) -> None:
     assert (await http.get(f"/v1/files/{file['id']}/content")).content == LINES
 
 
-async def test_a_missing_content_is_explained(http: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_a_missing_content_is_explained(http: httpx.AsyncClient, batch_database: Path) -> None:
     """As in a replica with another directory."""
     file = await upload(http)
-    (tmp_path / "batch" / "files" / file["id"]).unlink()
+    (batch_database / "files" / file["id"]).unlink()
     response = await http.get(f"/v1/files/{file['id']}/content")
     assert_error(response, 500, "content_missing", type="server_error", phrase="EMB_PROVIDER_BATCH_DIR")
 

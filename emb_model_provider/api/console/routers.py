@@ -22,13 +22,15 @@ async def not_found(page: PageDep) -> Response:
     return page.render("error.html", 404, message=None)
 
 
-ROUTERS: Sequence[APIRouter] = (
-    overview.router,
-    models.router,
-    cache.router,
-    playground.router,
-    batches.router,
-    settings.router,
-    sign_in.router,
-    _unknown,
-)
+def routers(*, has_batches: bool) -> Sequence[APIRouter]:
+    """Return the routers of the console."""
+    return (
+        overview.router,
+        models.router,
+        cache.router,
+        playground.router,
+        *((batches.router,) if has_batches else ()),
+        settings.router,
+        sign_in.router,
+        _unknown,
+    )

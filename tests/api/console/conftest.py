@@ -38,5 +38,6 @@ def open_console(tmp_path: Path) -> Open:
         transport = httpx.ASGITransport(app, client=(address, 1234))
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
             yield client, app
+        await app.state.services.batches.stop()
 
     return open_it

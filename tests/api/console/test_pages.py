@@ -47,6 +47,7 @@ PAGES = [
     "/cache",
     "/playground",
     "/playground?mode=search",
+    "/batches",
     "/settings",
     "/sign-in",
 ]
@@ -279,6 +280,7 @@ async def test_without_javascript_forms_lead_back_to_their_page(open_console: Op
         ("/console/models/unload", {"model_name": "x"}, "does not exist"),
         ("/console/models/load", {"model_name": "/etc"}, "a form cannot name. Choose ModelScope or Hugging Face"),
         ("/console/models/download", {"model_name": "/etc"}, "a form cannot name. Choose ModelScope or Hugging Face"),
+        ("/console/batches/cancel", {"batch": "x"}, "No batch found"),
         ("/console/cache/remove", {}, "model_name"),
         ("/console/cache/remove", {"model_name": "a/b"}, "not on"),
         ("/console/playground", {"model": "mini", "texts": "one"}, "2 to 16"),
