@@ -94,8 +94,8 @@ def test_the_two_commands_are_at_the_top() -> None:
         assert second.text == "pip install uv && uv run pytest\n"
     script = read(".ci/run")
     assert "pip install uv\n" in script
-    assert "uv run pytest\n" in script
-    assert "uv run pytest -m slow\n" in script
+    assert "\nstep uv run pytest --" in script
+    assert "\nstep uv run pytest -m slow --" in script
 
 
 def test_contributing_shows_every_package_and_module() -> None:
