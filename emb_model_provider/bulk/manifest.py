@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from emb_model_provider.bulk.rows import Reader
     from emb_model_provider.progress import OnProgress
 
-MANIFEST: Final = "manifest.json"
+MANIFEST: Final = "_manifest.json"
+"""Readers of datasets, such as pyarrow and Spark, skip files whose names begin with `_` or a period."""
 _LOCK = ".manifest.lock"
 _SCAN = ".scan.json"
 """Keeps the scan of the input, because hashing it again for each shard and each start would take long."""

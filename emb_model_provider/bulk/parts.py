@@ -31,8 +31,6 @@ WRITERS: Final[dict[OutputFormat, str]] = {
     "jsonl": "parts:JsonLinesPartWriter",
 }
 """Classes of this package that write parts."""
-ERRORS = "errors.jsonl"
-"""Ending of the file with the rows of a part that failed. There is none if all rows have vectors."""
 
 
 class PartWriter(Protocol):
@@ -117,8 +115,8 @@ class Part:
         """
         self._directory = directory
         self._main = part_path(directory, index, output_format)
-        self._stem = self._main.stem
-        self._lock_path = directory / f".{self._stem}.lock"
+        self._errors = errors_path(directory, index)
+        self._lock_path = directory / f".{self._main.stem}.lock"
         lock = try_lock_exclusive(self._lock_path)
         if lock is None:
             raise BulkError(
@@ -129,9 +127,9 @@ class Part:
         self._open = ExitStack()
         self._files: dict[Path, BinaryIO] = {}
         cls = writer_class(output_format)
-        endings = [output_format, *cls.companions]
+        paths = [self._main, *(self._main.with_suffix(f".{ending}") for ending in cls.companions)]
         try:
-            self._writer = cls([self._create(ending) for ending in endings], width, has_ids=has_ids)
+            self._writer = cls([self._create(path) for path in paths], width, has_ids=has_ids)
         except BaseException:
             self.discard()
             raise
@@ -144,8 +142,7 @@ class Part:
 
     def write_failed(self, row: Row, reason: str) -> None:
         """Write a row that has no vector."""
-        path = self._directory / f"{self._stem}.{ERRORS}"
-        file = self._files.get(path) or self._create(ERRORS)
+        file = self._files.get(self._errors) or self._create(self._errors)
         value = {"row": row.number, "id": row.id, "reason": reason}
         file.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -156,7 +153,7 @@ class Part:
             file.flush()
             os.fsync(file.fileno())
         self._open.close()
-        (self._directory / f"{self._stem}.{ERRORS}").unlink(missing_ok=True)  # of an attempt without the file itself
+        self._errors.unlink(missing_ok=True)  # of an attempt without the file itself
         for path in sorted(self._files, key=lambda path: path == self._main):
             _temporary(path).replace(path)
         _fsync_directory(self._directory)
@@ -174,8 +171,7 @@ class Part:
             self._lock_path.unlink()
         self._lock.release()
 
-    def _create(self, ending: str) -> BinaryIO:
-        path = self._directory / f"{self._stem}.{ending}"
+    def _create(self, path: Path) -> BinaryIO:
         self._files[path] = file = self._open.enter_context(_temporary(path).open("wb"))
         return file
 
@@ -196,10 +192,15 @@ def part_path(directory: Path, index: int, output_format: OutputFormat) -> Path:
     return directory / f"part-{index:05d}.{output_format}"
 
 
+def errors_path(directory: Path, index: int) -> Path:
+    """Return the file with the rows of a part that failed. It does not exist if all rows have vectors."""
+    return directory / f"_errors-{index:05d}.jsonl"
+
+
 def count_errors(directory: Path, index: int) -> int:
     """Return how many rows of a complete part have no vector."""
     try:
-        with (directory / f"part-{index:05d}.{ERRORS}").open("rb") as file:
+        with errors_path(directory, index).open("rb") as file:
             return sum(1 for _ in file)
     except FileNotFoundError:
         return 0

@@ -92,7 +92,7 @@ def _print_result(counts: Counts, out: Path, seconds: float, *, as_json: bool) -
     if not counts.total_parts:
         warn("there is nothing to do: the input has no rows, or fewer parts than shards (see --part-rows).")
     if counts.failed_rows:
-        warn(f"{counts.failed_rows:,} rows have no vector. The reasons are in {out}/part-*.errors.jsonl.")
+        warn(f"{counts.failed_rows:,} rows have no vector. The reasons are in {out}/_errors-*.jsonl.")
 
 
 class RowProgress:

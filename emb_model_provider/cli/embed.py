@@ -109,7 +109,7 @@ def embed(
     is downloaded and compiled if necessary, and runs in this process: no server is used.
 
     With --out, IN is one file of any size, in JSON Lines (.jsonl), CSV (.csv) or Parquet (.parquet). If the command is
-    interrupted, run it again: it continues. Rows that fail are listed in part-*.errors.jsonl.
+    interrupted, run it again: it continues. Rows that fail are listed in _errors-*.jsonl.
     """
 
     def load(*, caches_results: bool = True) -> Embedder:

@@ -123,6 +123,19 @@ def test_reuse() -> None:
     assert all(float(row[5].replace(",", "")) < float(row[1].replace(",", "")) for row in rows)
 
 
+def test_bulk() -> None:
+    """The command has a rate for each format, memory for each size, and the same files after kills."""
+    output = _run("bulk")
+    rates = _table(output, "Rate")
+    assert [row[0] for row in rates] == ["engine", "command, parquet", "command, npy", "command, jsonl"]
+    assert all(_is_positive(row[1]) and _is_positive(row[2]) for row in rates)
+    memory = _table(output, "Memory")
+    assert [row[0] for row in memory] == ["200", "2,000", "20,000"]
+    assert all(_is_positive(row[5]) and float(row[5]) < 500 for row in memory)
+    (killed,) = _table(output, "Kills")
+    assert (int(killed[0]) > 0, killed[1:]) == (True, ["20,000", "0", "0", "0"])
+
+
 def test_rerank() -> None:
     """Each case has a rate for each contender, logits that are equal at fp32, and the time that HTTP adds."""
     output = _run("rerank", "--contenders", "st-fp32,ours-fp32")

@@ -79,7 +79,7 @@ def read(out: Path, output_format: str = "parquet") -> Written:
     ids: list[str | int | None] = []
     vectors: list[Any] = []
     for path in sorted(out.glob(f"part-*.{output_format}")):
-        if path.name.endswith((".errors.jsonl", ".ids.jsonl")):
+        if path.name.endswith(".ids.jsonl"):
             continue
         if output_format == "parquet":
             table = pq.read_table(path)
@@ -96,7 +96,7 @@ def read(out: Path, output_format: str = "parquet") -> Written:
         assert len(vectors[-1]) == len(rows)
         numbers += [row["row"] for row in rows]
         ids += [row.get("id") for row in rows]
-    errors = [line for path in sorted(out.glob("part-*.errors.jsonl")) for line in json_lines(path)]
+    errors = [line for path in sorted(out.glob("_errors-*.jsonl")) for line in json_lines(path)]
     return Written(numbers, ids, np.concatenate(vectors), errors)
 
 

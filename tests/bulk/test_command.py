@@ -55,7 +55,7 @@ def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     assert done.returncode == 0, done.stderr
     assert "40,000 of 40,000 rows (100 %), " in done.stderr
     assert " rows/s, " in done.stderr
-    assert "41 rows have no vector. The reasons are in out/part-*.errors.jsonl." in done.stderr
+    assert "41 rows have no vector. The reasons are in out/_errors-*.jsonl." in done.stderr
     result = json.loads(done.stdout)
     assert (result["rows"], result["failed_rows"], result["parts"]) == (_ROWS, 41, 40)
     return directory / "out"

@@ -174,7 +174,7 @@ def test_an_empty_input_has_no_parts(settings: Settings, tmp_path: Path) -> None
     for ending in ("jsonl", "csv", "parquet"):
         counts = run(options(tmp_path / f"in.{ending}", tmp_path / ending), settings)
         assert (counts.total_rows, counts.total_parts) == (0, 0)
-        assert list(files(tmp_path / ending)) == ["manifest.json"]
+        assert list(files(tmp_path / ending)) == ["_manifest.json"]
 
 
 REFUSED = {
@@ -330,7 +330,7 @@ def test_a_damaged_manifest_is_refused(settings: Settings, tmp_path: Path) -> No
     source = write_rows(tmp_path / "in.jsonl", ROWS[:3])
     run(options(source, tmp_path / "out"), settings)
     for content in ("{", "[]", json.dumps({"version": 99})):
-        (tmp_path / "out" / "manifest.json").write_text(content)
+        (tmp_path / "out" / "_manifest.json").write_text(content)
         with pytest.raises(InvalidBulkJobError, match="Choose another --out"):
             run(options(source, tmp_path / "out"), settings)
 
@@ -343,7 +343,7 @@ def test_a_part_that_another_process_writes_is_refused(settings: Settings, tmp_p
         pytest.raises(BulkError, match=r"Another process.*--shard"),
     ):
         run(options(source, tmp_path / "out"), settings)
-    assert [*files(tmp_path / "out")] == ["manifest.json", "part-00000.parquet"]
+    assert [*files(tmp_path / "out")] == ["_manifest.json", "part-00000.parquet"]
     run(options(source, tmp_path / "out"), settings)
     assert read(tmp_path / "out").numbers == list(range(250))
 
