@@ -19,6 +19,8 @@ def ray(tmp_path_factory: pytest.TempPathFactory, service_cache: str) -> Environ
     directory = tmp_path_factory.mktemp("ray")
     variables = environment(directory, CACHE_DIR=service_cache, OFFLINE="true") | {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray finds `uv run pytest` among its parents, and starts its workers with `uv run pytest`, too.
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # gRPC would send the connections between Ray's processes through the proxy, whose port is closed.
         **dict.fromkeys(NO_NETWORK, ""),
     }
