@@ -104,7 +104,9 @@ def _check_parsing(response: Response, body: bytes) -> None:
     if not isinstance(fields, dict):
         assert response.code == "invalid_json"
     elif response.code == "invalid_json":
-        assert max(body.count(b"["), body.count(b"{")) > _DEEP
+        # The values of a large body in another encoding are not counted, so that it is not parsed.
+        is_large_utf_16 = 0 in body[:4] and "in UTF-8" in response.body.decode()
+        assert is_large_utf_16 or max(body.count(b"["), body.count(b"{")) > _DEEP
     elif response.status == 200:
         rows = vectors(response, fields, default_model=PLAIN)
         assert len(rows) == count_inputs(fields["input"])
