@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import httpx
@@ -19,6 +21,19 @@ if TYPE_CHECKING:
 @pytest.fixture
 def app() -> Application:
     return create_app(Settings.from_values(), on_nothing_to_serve=lambda: None)
+
+
+def test_the_database_of_batches_is_imported_when_it_is_used() -> None:
+    """An idle service does not pay for it."""
+    program = (
+        "import sys\n"
+        "from emb_model_provider.api.app import create_app\n"
+        "from emb_model_provider.settings import Settings\n"
+        "create_app(Settings.from_values(), on_nothing_to_serve=lambda: None)\n"
+        "print({'alembic', 'psycopg', 'sqlalchemy'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def client(app: Application) -> httpx.AsyncClient:

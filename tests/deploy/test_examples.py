@@ -160,6 +160,9 @@ def check_proxied(client: httpx.Client) -> None:
     assert client.post("/api/models/cache/prune").status_code in {403, 404, 405}
     too_large = client.post("/v1/embeddings", content=b"x" * 40_000_000)
     assert too_large.status_code == 413
+    file = client.post("/v1/files", files={"file": b"\n" * 40_000_000}, data={"purpose": "batch"})
+    assert file.json()["bytes"] == 40_000_000, file.text
+    assert client.delete(f"/v1/files/{file.json()['id']}").status_code == 200
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ PAGES = [
     "/cache",
     "/playground",
     "/playground?mode=search",
+    "/batches",
     "/settings",
     "/sign-in",
 ]
@@ -162,10 +163,13 @@ def visit(request: pytest.FixtureRequest, browser: Browser, served: Service) -> 
     ],
     indirect=True,
 )
-def test_no_page_has_barriers(visit: Visit) -> None:
+def test_no_page_has_barriers(visit: Visit, served: Service) -> None:
     """axe finds no violation, no page is wider than a narrow screen, and the live part keeps running."""
     from axe_playwright_python.sync_playwright import Axe
 
+    file = served.http.post("/v1/files", files={"file": b"hello\n"}, data={"purpose": "batch"}).json()
+    batch = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    assert served.http.post("/v1/batches", json=batch).status_code == 200  # so that the page of batches has a table
     for path in PAGES:
         visit.open(path)
         if path.startswith("/playground"):
