@@ -260,7 +260,7 @@ class UnknownFileError(RequestError):
     code = "file_not_found"
 
     def __init__(self, file_id: str, *, param: str = "id") -> None:
-        super().__init__(f"No such File object: {file_id}", param=param)
+        super().__init__(f"No such File object: {file_id[:100]}", param=param)
 
 
 class UnknownBatchError(RequestError):
@@ -269,7 +269,7 @@ class UnknownBatchError(RequestError):
     code = "batch_not_found"
 
     def __init__(self, batch_id: str) -> None:
-        super().__init__(f"No batch found with id '{batch_id}'.", param="id")
+        super().__init__(f"No batch found with id '{batch_id[:100]}'.", param="id")
 
 
 class StateConflictError(RequestError):

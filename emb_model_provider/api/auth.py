@@ -175,7 +175,7 @@ class CorsMiddleware(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=["DELETE", "GET", "HEAD", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             # The operator has allowed the origin, even if it is a public site and this is a private network.
             allow_private_network=True,

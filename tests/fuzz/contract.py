@@ -33,6 +33,11 @@ SCORES = (
 TEXTS = ("input", "documents", "texts", "text_1", "text_2", "query")
 MANAGEMENT = ("model_name", "source", "revision", "all", "wait_s")
 """Query parameters of the fuzzed routes below /api/."""
+BATCHES = (
+    "file", "purpose", "expires_after[anchor]", "expires_after[seconds]", "limit", "order", "after", "input_file_id", "endpoint",
+    "completion_window", "metadata", "output_expires_after", "output_expires_after.seconds",
+)  # fmt: skip
+"""Fields and query parameters of /v1/files and /v1/batches."""
 _REQUEST, _RATE = "invalid_request_error", "rate_limit_error"
 
 
@@ -51,9 +56,14 @@ _RETRY_AFTER = {"retry-after": r"[1-9]|[1-9][0-9]|1[01][0-9]|120"}
 
 ERRORS: dict[tuple[int, str], ErrorForm] = {
     (400, "invalid_json"): ErrorForm(),
-    (400, "missing_required_parameter"): ErrorForm(params=("model", "model_name", "inputs", *TEXTS)),
-    (400, "invalid_type"): ErrorForm(params=FIELDS + SCORES + MANAGEMENT),
-    (400, "invalid_value"): ErrorForm(params=FIELDS + SCORES + MANAGEMENT),
+    (400, "missing_required_parameter"): ErrorForm(params=("model", "model_name", "inputs", *TEXTS, *BATCHES)),
+    (400, "invalid_type"): ErrorForm(params=FIELDS + SCORES + MANAGEMENT + BATCHES),
+    (400, "invalid_value"): ErrorForm(params=FIELDS + SCORES + MANAGEMENT + BATCHES),
+    (400, "invalid_content_type"): ErrorForm(params=("file",)),
+    (400, "invalid_form"): ErrorForm(params=(None, "file")),
+    (404, "file_not_found"): ErrorForm(params=("id", "after", "input_file_id")),
+    (404, "batch_not_found"): ErrorForm(params=("id",)),
+    (409, "state_conflict"): ErrorForm(params=("id",)),
     (400, "invalid_input"): ErrorForm(params=TEXTS),
     (400, "array_too_long"): ErrorForm(params=TEXTS),
     (400, "context_length_exceeded"): ErrorForm(params=TEXTS),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["batches"])
 
 _PURPOSE = "batch"
+_PURPOSES = (_PURPOSE, "batch_output")
 _DEFAULT_EXPIRY_S = MAX_EXPIRY_S
 _PIECE_BYTES = 256 * 1024
 """How much of an upload is in memory before it is parsed and written."""
@@ -86,6 +87,8 @@ async def list_files(
     """Those of the API key of the request."""
     store = (await services.batches.open()).files
     owner = get_record(request).key_name
+    if purpose not in (None, *_PURPOSES):
+        return FileList(data=[], first_id=None, last_id=None, has_more=False)
     page = await services.in_disk_thread(
         lambda: store.list(owner, after=after, limit=limit, order=order, purpose=purpose)
     )
