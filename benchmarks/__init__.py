@@ -1,7 +1,7 @@
 """Benchmarks of the service and of other embedding servers.
 
 Programs: `python -m benchmarks.serve`, `.engine`, `.start`, `.fairness`, `.restart`, `.memory`, `.reuse`, `.rerank`, `.gpu`,
-`.bulk`, `.console`, `.hostile`, `.stress`, `.batch_kills` and `.soak`. Tables go to stdout, progress to stderr. Speed is never reported without
+`.bulk`, `.ray_serve`, `.console`, `.hostile`, `.stress`, `.batch_kills` and `.soak`. Tables go to stdout, progress to stderr. Speed is never reported without
 correctness: the vectors of every server are compared with those of sentence-transformers at fp32. The speed of a machine
 drifts, so contenders alternate within each round, and ratios are taken within a round before their median is taken.
 """

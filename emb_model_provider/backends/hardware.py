@@ -46,12 +46,16 @@ def usable_cpus(root: Path = _ROOT) -> int:
     """Return how many computing threads this process can keep busy, at least 1.
 
     This is the number of processors that it may run on, or the CPU limit of its control group (`cpu.max` in v2,
-    `cpu.cfs_quota_us` in v1) if that is lower. A limit of 1.5 counts as 1, because a second thread would be throttled.
+    `cpu.cfs_quota_us` in v1) or OMP_NUM_THREADS if that is lower. A limit of 1.5 counts as 1, because a second thread would
+    be throttled. Ray sets OMP_NUM_THREADS to the processors of each of its workers, which share a machine.
     """
     try:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         allowed = os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if threads.isdecimal() and int(threads) > 0:
+        allowed = min(allowed, int(threads))
     limit = cgroup_cpu_limit(root)
     return max(1, allowed if limit is None else min(allowed, int(limit)))
 

@@ -69,6 +69,16 @@ def test_the_cpu_limit_of_the_control_group(files: dict[str, str], limit: float 
     assert usable_cpus(tmp_path) == (allowed if limit is None else max(1, min(allowed, int(limit))))
 
 
+@pytest.mark.parametrize(("value", "limited"), [("1", True), ("1,2", True), ("", False), ("0", False), ("many", False)])
+def test_omp_num_threads_limits_the_threads(
+    value: str, limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it limits torch; a value that is not a number is ignored."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert usable_cpus(tmp_path) == (1 if limited else 3)
+
+
 @pytest.mark.parametrize(
     ("cpuinfo", "native"),
     [
