@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tests.hubs.servers import HuggingFaceServer
 
 
+@pytest.mark.slow
 def test_added_model_is_served_until_it_is_forgotten(managed: Service, small_hub: HuggingFaceServer) -> None:
     """A model that is not in the settings is compiled, loaded, unloaded, loaded by a request, and forgotten."""
     job = download(managed, "acme/small", compile="true")
@@ -122,6 +123,7 @@ def test_model_on_disk_is_served_by_its_id(managed: Service, small_hub: HuggingF
     assert small_hub.requests == []
 
 
+@pytest.mark.slow
 def test_kept_model_is_recorded_until_it_is_forgotten(managed: Service, small_hub: HuggingFaceServer) -> None:
     """In the cache directory, with everything that its next load needs."""
     record = managed.directory / "disk" / "own" / "kept-models.json"

@@ -128,6 +128,7 @@ def test_two_preparers_compile_once(harness: Harness, caplog: pytest.LogCaptureF
     assert harness.starts == 1
 
 
+@pytest.mark.slow
 def test_a_quantized_artifact_is_used_again(
     compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -467,6 +468,7 @@ AGREEMENTS: dict[str, tuple[str, dict[str, float], str]] = {
 """By kind: an output whose agreement with fp32 is 0.97, and what notes call it."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native_bf16(), reason="auto is fp32 on a processor without native bf16")
 @pytest.mark.parametrize("kind", mark_slow_except(AGREEMENTS, "reranker"))
 def test_other_kinds_below_their_floor_are_computed_in_fp32(

@@ -91,6 +91,7 @@ def test_a_model_that_does_not_fit_twice_is_not_tuned(
     assert run_tune(compiled) == (Tuning(), [])
 
 
+@pytest.mark.slow
 def test_measured_speeds_are_plausible(compiled: CompiledModels) -> None:
     """With real measurements, every option is tried, and no ratio is absurd."""
     _, trials = run_tune(compiled, within_s=600)
@@ -128,6 +129,7 @@ def test_options_of_this_processor_are_read(harness: Harness, monkeypatch: pytes
     assert artifact.description.tuning == Tuning()
 
 
+@pytest.mark.slow
 def test_compiling_chooses_and_keeps_the_options(
     compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +150,7 @@ def test_compiling_chooses_and_keeps_the_options(
     assert artifact.description.tuning == OTHER
 
 
+@pytest.mark.slow
 def test_options_that_cost_too_much_accuracy_are_not_used(
     compiled: CompiledModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

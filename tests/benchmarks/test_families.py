@@ -61,6 +61,7 @@ def test_family_equals_sentence_transformers(family: str, tmp_path: Path) -> Non
         assert not outcome.fails("equal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", mark_slow_except([name for name, family in FAMILIES.items() if family.kind != "dense"], "cross-encoder")
 )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DOCUMENTS = ["Open the settings and choose reset.", "The quick brown fox", "今天天气很好", "reset"]
 
 
+@pytest.mark.slow
 def test_documents_are_ranked_like_by_a_cross_encoder(tmp_path: Path) -> None:
     """From stdin, a file and an argument. Scores have the activation of the model, with --raw they are logits."""
     directory = RERANKERS["bert"](tmp_path / "model")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.cli.helpers import run
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Compiled
 
 
+@pytest.mark.slow
 def test_trials_are_printed_and_the_options_kept(compiled: Compiled) -> None:
     """As JSON and as a table."""
     printed = run(compiled.directory, "tune", "small", "--seconds", "20", "--json", **compiled.settings)

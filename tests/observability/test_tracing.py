@@ -164,6 +164,7 @@ def test_service_is_named(traced: Service, collector: Collector) -> None:
     assert all(resource["service.version"] for resource in collector.resources)
 
 
+@pytest.mark.slow
 def test_service_works_without_its_collector(tmp_path: Path, service_cache: str, backend: str) -> None:
     """Requests are answered, and the service ends gracefully."""
     command = with_variables(
