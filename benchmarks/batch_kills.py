@@ -1,4 +1,7 @@
-"""Kills workers of a batch with SIGKILL while they process it, and compares its files with those of an undisturbed run."""
+"""Kills workers of a batch with SIGKILL while they process it, and compares its files with those of an undisturbed run.
+
+With `--service`, it kills the whole service, which serves the API and computes with a static model.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+
 from benchmarks import QUICK_HELP, ROOT
 from benchmarks.batch_worker import RECORD, open_batches
-from benchmarks.contenders import stop_servers_on_sigterm
+from benchmarks.bulk import write_model
+from benchmarks.contenders import Contender, Server, stop_servers_on_sigterm
 from benchmarks.postgresql import PostgreSQL, programs
 from benchmarks.report import describe_run, format_number, log_progress, markdown_table
 from emb_model_provider.batch_jobs.types import UNFINISHED
@@ -33,6 +39,8 @@ WORKERS = 3
 FAILING_EVERY = 97
 """Each such line is refused when it is computed, so that there is an error file."""
 _TIMEOUT_S = 900.0
+_KILLED_AT_START = 0.25
+"""Share of the services that are killed before they are ready."""
 
 
 class Workers:
@@ -158,9 +166,116 @@ def process_batch(
     return Run(batch, contents[0], contents[1], workers.computed().total(), seconds)
 
 
+def serve_batch(scratch: Path, content: bytes, kills: int, seed: int) -> tuple[bytes, bytes, int, float]:
+    """Process a file by services that are killed at random moments, the last one excepted.
+
+    Returns the output file, the error file, the number of kills before the batch ended, and the seconds.
+    """
+    scratch.mkdir()
+    environment = {
+        "EMB_PROVIDER_HOST": "127.0.0.1", "EMB_PROVIDER_PORT": "{port}", "EMB_PROVIDER_RESULT_CACHE_MB": "0",
+        "EMB_PROVIDER_CACHE_DIR": str(scratch / "cache"), "EMB_PROVIDER_MODEL_NAME": "static",
+        "EMB_PROVIDER_MODEL_PATH": str(write_model(scratch / "model")),
+    }  # fmt: skip
+    contender = Contender("service", (sys.executable, "-m", "emb_model_provider.main"), environment, "/ready")
+    generator = random.Random(seed)  # noqa: S311 - no secret
+    started = time.perf_counter()
+    with Server(contender, scratch / "first") as server:
+        server.wait()
+        with _client(server) as client:
+            file = (
+                client.post("/v1/files", data={"purpose": "batch"}, files={"file": content}).raise_for_status().json()
+            )
+            fields = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
+            batch_id = client.post("/v1/batches", json=fields).raise_for_status().json()["id"]
+        if kills:
+            time.sleep(generator.uniform(0, 1))
+            server.kill()
+    killed = min(1, kills)
+    while True:
+        with Server(contender, scratch / "next") as server:
+            if killed < kills and generator.random() < _KILLED_AT_START:
+                time.sleep(generator.uniform(0.2, 1.5))
+                server.kill()
+                killed += 1
+                continue
+            server.wait()
+            with _client(server) as client:
+                batch = _poll(client, batch_id)
+                if killed < kills and batch["status"] != "completed":
+                    time.sleep(generator.uniform(0, 1))
+                    server.kill()
+                    killed += 1
+                    if killed % 25 == 0:
+                        log_progress(f"{killed} of {kills} kills, {batch['request_counts']}")
+                    continue
+                while batch["status"] != "completed":
+                    if time.perf_counter() - started > 4 * _TIMEOUT_S:
+                        raise RuntimeError(f"the batch did not complete: {batch}")
+                    time.sleep(0.2)
+                    batch = _poll(client, batch_id)
+                contents = [
+                    client.get(f"/v1/files/{batch[name]}/content").raise_for_status().content if batch[name] else b""
+                    for name in ("output_file_id", "error_file_id")
+                ]
+            return contents[0], contents[1], killed, time.perf_counter() - started
+
+
+def _poll(client: httpx.Client, batch_id: str) -> dict[str, Any]:
+    batch: dict[str, Any] = client.get(f"/v1/batches/{batch_id}").raise_for_status().json()
+    if batch["status"] not in (*UNFINISHED, "completed"):
+        raise RuntimeError(f"the batch failed: {batch}")
+    return batch
+
+
+def _long_lines(count: int) -> bytes:
+    """Return an input file with lines of about 600 tokens, of which every `FAILING_EVERY`th is refused."""
+    lines = []
+    for number in range(count):
+        body = {"input": f"{number} " + "some words of a text " * 120, "encoding_format": "base64"}
+        if number % FAILING_EVERY == 0:
+            body["dimensions"] = 7  # type: ignore[assignment]
+        line = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/embeddings", "body": body}
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines).encode()
+
+
+def _client(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=600, trust_env=False)
+
+
+def _kill_services(lines: int, kills: int, seed: int) -> int:
+    """Print the table of killed services."""
+    content = _long_lines(lines)
+    with tempfile.TemporaryDirectory(prefix="benchmarks-batches-") as directory:
+        undisturbed = serve_batch(Path(directory) / "undisturbed", content, 0, seed)
+        log_progress(f"undisturbed: {undisturbed[3]:.0f} s")
+        killed = serve_batch(Path(directory) / "killed", content, kills, seed)
+    ids = Counter(json.loads(line)["custom_id"] for part in killed[:2] for line in part.splitlines())
+    is_once = ids == Counter(f"id-{number}" for number in range(lines))
+    same = [a == b for a, b in zip(undisturbed[:2], killed[:2], strict=True)]
+    head = ["lines", "kills", "undisturbed, s", "with kills, s", "custom_ids exactly once", "output identical",
+            "errors identical"]  # fmt: skip
+    row = [
+        f"{lines:,}", str(killed[2]), *map(format_number, (undisturbed[3], killed[3])),
+        *("yes" if each else "**no**" for each in (is_once, *same)),
+    ]  # fmt: skip
+    notes = [
+        "each kill is a SIGKILL to the service, of every fourth one before it is ready, of the others up to a second later; the "
+        "next one is started at once",
+        f"static embeddings with random weights; lines of about 600 tokens; every {FAILING_EVERY}th line is refused; SQLite",
+    ]
+    print("\n\n".join(["# Batches", describe_run("benchmarks.batch_kills", notes), "## Killed services",
+                       markdown_table(head, [row])]))  # fmt: skip
+    return 0 if is_once and all(same) else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse_options(arguments)
     stop_servers_on_sigterm()
+    if options.service:
+        lines, kills = (300, 3) if options.quick else (options.lines, options.kills)
+        return _kill_services(lines, kills, options.seed)
     lines, kills, chunk = (300, 3, 32) if options.quick else (options.lines, options.kills, options.chunk)
     rows, is_correct = [], True
     with ExitStack() as stack:
@@ -246,6 +361,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=256, help="lines of a chunk (default: %(default)s)")
     parser.add_argument("--line-s", type=float, default=0.002, help="seconds for a line (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=19, help="of the moments (default: %(default)s)")
+    parser.add_argument("--service", action="store_true", help="kill the whole service instead of workers")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
 

@@ -199,6 +199,11 @@ class Server:
         """Return the body of the response to a GET request."""
         return self._request("GET", path, None)[1].decode()
 
+    def kill(self) -> None:
+        """Send SIGKILL to the process, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
         """Send SIGTERM, and after 30 s kill the process and its children."""
         if self._process.poll() is not None:

@@ -161,6 +161,13 @@ def test_gpu() -> None:
     assert all(_is_positive(cell) for row in served for cell in row[3:])
 
 
+def test_kills_of_services() -> None:
+    """Each line is in the files once, and the files are those of a service that was not killed."""
+    (row,) = _table(_run("batch_kills", "--service"), "Killed services")
+    assert row[4:] == ["yes", "yes", "yes"]
+    assert int(row[1]) >= 1
+
+
 def test_batch_kills() -> None:
     """With both databases, killed workers change nothing in the files of a batch."""
     rows = _table(_run("batch_kills"), "Killed workers")
