@@ -188,9 +188,12 @@ def serve_batch(scratch: Path, content: bytes, kills: int, seed: int) -> tuple[b
             )
             fields = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
             batch_id = client.post("/v1/batches", json=fields).raise_for_status().json()["id"]
-        if kills:
-            time.sleep(generator.uniform(0, 1))
-            server.kill()
+            if kills:
+                # The file is checked from its beginning by each service, so that they would make no progress before.
+                while _poll(client, batch_id)["status"] == "validating":
+                    time.sleep(0.05)
+                time.sleep(generator.uniform(0, 1))
+                server.kill()
     killed = min(1, kills)
     while True:
         with Server(contender, scratch / "next") as server:
@@ -261,8 +264,8 @@ def _kill_services(lines: int, kills: int, seed: int) -> int:
         *("yes" if each else "**no**" for each in (is_once, *same)),
     ]  # fmt: skip
     notes = [
-        "each kill is a SIGKILL to the service, of every fourth one before it is ready, of the others up to a second later; the "
-        "next one is started at once",
+        "each kill is a SIGKILL to the service, after it has checked the file; of every fourth one before it is ready, of the others "
+        "up to a second later; the next one is started at once",
         f"static embeddings with random weights; lines of about 600 tokens; every {FAILING_EVERY}th line is refused; SQLite",
     ]
     print("\n\n".join(["# Batches", describe_run("benchmarks.batch_kills", notes), "## Killed services",
