@@ -49,14 +49,15 @@ class Workers:
     def __init__(self, directory: Path, url: str | None, *, line_s: float = 0.001, **options: Any) -> None:
         """Create workers that need `line_s` seconds for a line, with the fields of `WorkerOptions`."""
         self._directory = directory
-        self._arguments = {"directory": str(directory), "url": url, "line_s": line_s, "options": options}
+        self._arguments = {"directory": str(directory), "url": url, "line_s": line_s}
+        self._options = options
         self._log = directory / "workers.log"
         self._record = directory / RECORD
         self._record.touch()
         self.running: list[subprocess.Popen[bytes]] = []
 
     def start(self, **options: Any) -> subprocess.Popen[bytes]:
-        arguments = self._arguments | {"options": self._arguments["options"] | options}  # type: ignore[operator]
+        arguments = self._arguments | {"options": self._options | options}
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "benchmarks.batch_worker", json.dumps(arguments)]
             process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdin=subprocess.DEVNULL)
@@ -235,9 +236,9 @@ def _long_lines(count: int) -> bytes:
     """Return an input file with lines of about 600 tokens, of which every `FAILING_EVERY`th is refused."""
     lines = []
     for number in range(count):
-        body = {"input": f"{number} " + "some words of a text " * 120, "encoding_format": "base64"}
+        body: dict[str, Any] = {"input": f"{number} " + "some words of a text " * 120, "encoding_format": "base64"}
         if number % FAILING_EVERY == 0:
-            body["dimensions"] = 7  # type: ignore[assignment]
+            body["dimensions"] = 7
         line = {"custom_id": f"id-{number}", "method": "POST", "url": "/v1/embeddings", "body": body}
         lines.append(json.dumps(line) + "\n")
     return "".join(lines).encode()

@@ -96,7 +96,7 @@ class BatchService:
                 if self._opened is None:
                     self._opened = await asyncio.to_thread(self._open)
                     if not self._is_stopped:
-                        # Not in the context of the request that opens it, whose id would be in all log lines.
+                        # Not in the context of the request that opens it. Otherwise all log lines would have its request id.
                         work = self._work(self._opened.worker)
                         self._working = asyncio.create_task(work, context=Context())
         return self._opened

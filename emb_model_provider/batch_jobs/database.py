@@ -73,7 +73,7 @@ def open_database(url: str | None, directory: Path) -> Engine:
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
-    """Yield a connection whose changes are committed together at the end, or rolled back after an error.
+    """Yield a connection. Its changes are committed together at the end, or rolled back after an error.
 
     Raises:
         DatabaseUnavailableError: The database does not respond.

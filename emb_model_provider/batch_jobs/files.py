@@ -60,7 +60,7 @@ class FileStore:
     """Files in a directory, and their table. Thread-safe; several processes can use the same directory.
 
     The content of a file is written and synchronized before its row is, and removed after it, so that each row has its
-    content. `owner` is the name of the API key of the caller, whose files are the only ones that exist for it; None: all.
+    content. `owner` is the name of the API key of the caller, which sees only its own files; None: all files.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class FileStore:
         return self.directory / file_id
 
     def record(self, connection: Connection, file: StoredFile) -> None:
-        """Add the row of a file whose content is complete."""
+        """Add the row of a file that is completely written."""
         values = {name: getattr(file, name) for name in StoredFile.__slots__}
         connection.execute(sa.insert(files).values(values))
 

@@ -85,7 +85,7 @@ class WorkerOptions:
     pause_s: float = 10.0
     """How often a worker tries again to write to a disk that is full, or to reach the database."""
     stall_s: float = 60.0
-    """A chunk whose lines all have to be tried again for this long is returned, so that other chunks are computed."""
+    """If all lines of a chunk have to be tried again for this long, its lease is returned, and other chunks are computed."""
     sweep_s: float = 3600.0
     """How often expired files and the segments of interrupted work are removed."""
     min_free_bytes: int = 64_000_000

@@ -1,8 +1,8 @@
 """The work of batches in the database: leases with fencing numbers, and the changes of state that workers make.
 
 A worker leases a chunk, or a batch that is to be validated or finalized. Each lease has a new fencing number, and each
-result is accepted only if the number is still that of its lease. So a worker whose lease ended, because it was stopped for a
-while or its connection was lost, cannot change what another worker has done. Transactions lock a batch before its chunks.
+result is accepted only if the number is still that of its lease. So a worker that lost its lease, because it was stopped for a
+while or its connection broke, cannot change what another worker has done. Transactions lock a batch before its chunks.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class WorkStore:
             return True
 
     def expire(self) -> None:
-        """Let the batches end whose completion window is over."""
+        """End the batches that have reached the end of their completion window."""
         with reading(self._engine) as connection:
             due = batches.c.expires_at <= self._clock(connection)
             running = batches.c.state.in_(("validating", "in_progress"))

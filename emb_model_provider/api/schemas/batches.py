@@ -40,7 +40,7 @@ UPLOAD_FORM = {
         },
     }
 }
-"""The `openapi_extra` of the upload, whose body is parsed while it arrives."""
+"""The `openapi_extra` of the upload. Its body is parsed while it arrives."""
 
 
 class FileObject(BaseModel):
