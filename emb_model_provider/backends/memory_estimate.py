@@ -31,6 +31,8 @@ _SMALLEST_DEVICE_BATCH = 512
 _FP32_COPIES, _OTHER_COPIES = 3, 2
 """Copies of the matrices that OpenVINO holds besides the mapped file, because kernels for short and for long batches
 need them in different layouts."""
+_SHORT_BYTES = 10 * _MIB
+"""Memory of a graph that is compiled for one shape, except its matrices."""
 _USUAL_GROWTH = 3
 """Typical memory of a compiled model, relative to its size on disk."""
 _ITEM_BYTES: Mapping[ComputePrecision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "int4": 1}
@@ -51,12 +53,32 @@ _MOST_POSITIONS = 2**20
 
 
 def openvino_bytes(
-    stored: int, matrix_items: int, dequantized_bytes: int, compute: ComputePrecision, description: ModelDescription
+    stored: int,
+    matrix_items: int,
+    dequantized_bytes: int,
+    compute: ComputePrecision,
+    description: ModelDescription,
+    *,
+    short_lengths: int = 0,
 ) -> int:
-    """Estimate the memory of a compiled graph in bytes, whose weights file has `stored` bytes."""
-    copies = _FP32_COPIES if compute == "fp32" else _OTHER_COPIES
-    kernels = copies * matrix_items * _ITEM_BYTES[compute]
+    """Estimate the memory of a compiled graph in bytes, whose weights file has `stored` bytes.
+
+    Args:
+        stored: See above.
+        matrix_items: Number of values in its matrices.
+        dequantized_bytes: Bytes of the matrices that were stored as integers and dequantized when the graph was compiled.
+        compute: The precision that it computes at.
+        description: Description of the model.
+        short_lengths: Number of lengths of short inputs for which it is compiled again.
+    """
+    copy = matrix_bytes(matrix_items, compute)
+    kernels = (_FP32_COPIES if compute == "fp32" else _OTHER_COPIES) * copy + short_lengths * (copy + _SHORT_BYTES)
     return stored + dequantized_bytes + kernels + _OPENVINO_WORKING_BYTES + _tokenizer_bytes(description)
+
+
+def matrix_bytes(matrix_items: int, compute: ComputePrecision) -> int:
+    """Return the bytes of a copy of the matrices of a model with `matrix_items` values."""
+    return matrix_items * _ITEM_BYTES[compute]
 
 
 def torch_bytes(held: int, description: ModelDescription, working_bytes: int | None = None) -> int:

@@ -6,7 +6,6 @@ Long inputs are padded to a multiple of 8, because the runtime keeps kernels for
 
 from __future__ import annotations
 
-import queue
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,12 @@ import numpy as np
 from emb_model_provider.backends.arrays import OutputBuilder, pad_inputs
 from emb_model_provider.backends.base import TERM_WEIGHTS, check_ids, check_lengths
 from emb_model_provider.backends.hardware import usable_cpus
-from emb_model_provider.backends.memory_estimate import openvino_bytes
+from emb_model_provider.backends.memory_estimate import matrix_bytes, openvino_bytes
+from emb_model_provider.backends.openvino_cpu.infer_requests import SHORT_LENGTHS, RequestPool, ShortRequests
 from emb_model_provider.backends.openvino_cpu.runtime import StreamLayout, compile_streams, stream_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -34,6 +34,8 @@ MICRO_BATCH_ROWS = 64
 """Largest number of rows of a micro-batch. From 32 rows on, more rows do not increase throughput."""
 MICRO_BATCH_COST = 24
 """Fixed cost of running a micro-batch, in padded tokens."""
+_MOST_SHORT_BYTES = 64 * 2**20
+"""Largest copy of the matrices that requests for short inputs have. For a larger model they gain less."""
 _EXACT_LENGTHS = 64
 """Up to this length lengths are not rounded up, because padding 13 tokens to 16 makes them 13 % slower."""
 _LENGTH_STEP = 8
@@ -69,12 +71,17 @@ class OpenVinoBackend:
         compute = description.compute or description.precision
         compiled = compile_streams(graph, compute, layout, tuning)
         stored = graph.with_suffix(".bin").stat().st_size
+        short = None
+        if matrix_bytes(compiled.matrix_items, compute) <= _MOST_SHORT_BYTES:
+            short = ShortRequests(compiled.compile_length, description.max_length)
         self.memory_bytes = openvino_bytes(
-            stored, compiled.matrix_items, compiled.dequantized_bytes, compute, description
-        )
+            stored, compiled.matrix_items, compiled.dequantized_bytes, compute, description,
+            short_lengths=len(SHORT_LENGTHS) if short is not None else 0,
+        )  # fmt: skip
         self._requests = RequestPool(
             (compiled.streams.create_infer_request() for _ in range(layout.streams)),
             compiled.latency_model.create_infer_request() if compiled.latency_model is not None else None,
+            short,
         )
         self._graph = graph
         self._fp32_request: Any = None
@@ -96,7 +103,9 @@ class OpenVinoBackend:
             self._fp32_request = None
             self._on_close()
 
-    def _run(self, batch: TokenBatch, acquire: Callable[[], AbstractContextManager[Any]]) -> Outputs:
+    def _run(
+        self, batch: TokenBatch, acquire: Callable[[int, int], AbstractContextManager[tuple[Any, int]]]
+    ) -> Outputs:
         if self._closed:
             raise RuntimeError("the backend is closed")
         description = self.description
@@ -105,63 +114,22 @@ class OpenVinoBackend:
         builder = OutputBuilder(batch, description)
         lengths = [len(row) for row in batch.ids]
         for rows, length in split_batch(lengths, description.max_length, most_tokens=micro_batch_tokens(description)):
-            inputs = pad_inputs(batch, rows, length, description)
-            with acquire() as request:
+            with acquire(len(rows), length) as (request, padded):
+                inputs = pad_inputs(batch, rows, padded, description)
                 results = request.infer(inputs, share_inputs=True, share_outputs=True)
                 # The results are in the memory of the request, so they are copied before the request runs again.
                 builder.add(rows, {name: results[index] for index, name in enumerate(description.arrays)})
         return builder.build()
 
     @contextmanager
-    def _acquire_fp32(self) -> Iterator[Any]:
+    def _acquire_fp32(self, _rows: int, length: int) -> Iterator[tuple[Any, int]]:
         with self._fp32_lock:
             if self._fp32_request is None:
                 compiled = compile_streams(
                     self._graph, "fp32", StreamLayout(streams=1, threads=1), self.description.tuning
                 )
                 self._fp32_request = compiled.streams.create_infer_request()
-            yield self._fp32_request
-
-
-class RequestPool:
-    """The infer requests of a model: one per stream, and perhaps one that uses all threads for a lone batch."""
-
-    def __init__(self, requests: Iterable[Any], latency_request: Any | None = None) -> None:
-        # The request that was returned last is taken first: its buffers are in the processor's caches, and the buffers
-        # of requests that are not needed are never allocated.
-        self._requests: queue.LifoQueue[Any] | None = queue.LifoQueue()
-        for request in requests:
-            self._requests.put(request)
-        self._latency_request = latency_request
-        self._running = 0
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def acquire(self) -> Iterator[Any]:
-        """Wait for a request: the latency request if no other one is in use, else one of the streams."""
-        with self._lock:
-            requests = self._requests
-            if requests is None:
-                raise RuntimeError("the backend is closed")
-            latency_request = None if self._running else self._latency_request
-            self._running += 1
-        try:
-            if latency_request is not None:
-                yield latency_request
-                return
-            request = requests.get()
-            try:
-                yield request
-            finally:
-                requests.put(request)
-        finally:
-            with self._lock:
-                self._running -= 1
-
-    def close(self) -> None:
-        """Release the requests. Those in use are freed when they are returned."""
-        with self._lock:
-            self._requests = self._latency_request = None
+            yield self._fp32_request, length
 
 
 def micro_batch_tokens(description: ModelDescription) -> int:

@@ -11,13 +11,14 @@ import math
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from emb_model_provider.backends.base import ComputePrecision, Tuning
@@ -82,6 +83,9 @@ class Compiled(NamedTuple):
 
     streams: Any
     latency_model: Any | None
+    compile_length: Callable[[int], Any]
+    """Compiles the graph again for one input of a length, and returns an infer request that uses all threads. Used by one
+    thread at a time."""
     matrix_items: int
     """Number of values in its matrices."""
     dequantized_bytes: int
@@ -98,15 +102,23 @@ def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayou
         options = _options(precision, layout.streams, layout.threads, tuning.fused_attention)
         streams = core.compile_model(graph, "CPU", options)
         latency_model = None
+        options = _options(precision, 1, layout.threads, tuning.fused_attention_alone)
         if layout.has_latency_request:
-            options = _options(precision, 1, layout.threads, tuning.fused_attention_alone)
             latency_model = core.compile_model(graph, "CPU", options)
     except RuntimeError as error:
         raise LoadError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
             "is compiled again, or choose the backend torch: `--backend torch`, or EMB_PROVIDER_BACKEND=torch."
         ) from error
-    return Compiled(streams, latency_model, matrix_items, dequantized_bytes)
+    compile_length = partial(_compile_length, core, graph, options)
+    return Compiled(streams, latency_model, compile_length, matrix_items, dequantized_bytes)
+
+
+def _compile_length(core: Any, graph: Graph, options: dict[str, Any], length: int) -> Any:
+    """Return an infer request for one input of a length."""
+    fixed = graph.clone()
+    fixed.reshape({each.any_name: [1, length] for each in fixed.inputs})
+    return core.compile_model(fixed, "CPU", options).create_infer_request()
 
 
 def _matrices(graph: Graph) -> Iterator[tuple[Any, Literal["floats", "integers"]]]:

@@ -12,7 +12,9 @@ import pytest
 
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.hardware import native_bf16
-from emb_model_provider.backends.openvino_cpu.backend import MICRO_BATCH_TOKENS, OpenVinoBackend, RequestPool
+from emb_model_provider.backends.openvino_cpu import infer_requests
+from emb_model_provider.backends.openvino_cpu.backend import MICRO_BATCH_TOKENS, OpenVinoBackend
+from emb_model_provider.backends.openvino_cpu.infer_requests import _USES_BEFORE_COMPILING, RequestPool, ShortRequests
 from emb_model_provider.backends.openvino_cpu.runtime import Compiled, compile_streams
 from emb_model_provider.errors import InferenceError, LoadError
 
@@ -166,22 +168,87 @@ def test_a_length_is_not_rounded_up_beyond_the_maximum(graph: Path, shapes: list
     assert shapes == [(1, 64), (1, 70), (1, 70), (1, 70)]
 
 
+def test_a_lone_short_input_is_padded(graph: Path, shapes: list[tuple[int, int]]) -> None:
+    """Because OpenVINO prepares the graph again when the shape changes."""
+    backend = OpenVinoBackend(graph, description(max_length=30), cpus=1)
+    for length in (1, 9, 16, 17, 30):
+        backend.run(TokenBatch(ids=[[1] * length], prompt_lengths=[0]))
+    backend.run(TokenBatch(ids=[[1] * 9, [1] * 9], prompt_lengths=[0, 0]))
+    assert shapes == [(1, 16), (1, 16), (1, 16), (1, 30), (1, 30), (2, 9)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_graph_of_a_fixed_shape_runs_short_inputs(
+    side: str, cpus: int, graph: Path, shapes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some of them, without a change of their vectors."""
+    started: list[threading.Thread] = []
+    start = infer_requests.start_thread
+    monkeypatch.setattr(infer_requests, "start_thread", lambda thread: (started.append(thread), start(thread)))
+    backend = OpenVinoBackend(graph, description(padding_side=side), cpus=cpus)
+    batch = random_batch(np.random.default_rng(5), 1, 16)
+    vectors = []
+    for _ in range(3 * _USES_BEFORE_COMPILING):
+        vectors.append(backend.run(batch).dense)
+        for thread in started:
+            thread.join(30)
+    assert len(started) == 1
+    np.testing.assert_allclose(
+        np.concatenate(vectors), np.tile(expected(graph, batch), (len(vectors), 1)), rtol=1e-4, atol=1e-5
+    )
+    if cpus == 1:
+        assert len(shapes) == _USES_BEFORE_COMPILING
+    backend.close()
+
+
+def test_short_inputs_run_without_a_graph_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    """If OpenVINO cannot compile it, which is logged once."""
+    failed = threading.Event()
+
+    def fail(length: int) -> Any:
+        failed.set()
+        raise RuntimeError("no memory")
+
+    pool = RequestPool(["first", "second"], "latency", ShortRequests(fail, 512))
+    for _ in range(3 * _USES_BEFORE_COMPILING):
+        with pool.acquire(1, 5) as acquired:
+            assert acquired == ("latency", 16)
+    pool.close()
+    assert failed.is_set()
+    assert caplog.text.count("no memory") == 1
+
+
+def test_a_short_input_beside_another_batch_gets_a_stream() -> None:
+    short = ShortRequests(lambda length: f"length {length}", 512)
+    for length in (16, 32):
+        short._compile(length)
+    pool = RequestPool(["first", "second"], "latency", short)
+    with pool.acquire(1, 17) as lone:
+        assert lone == ("length 32", 32)
+        with pool.acquire(1, 17) as concurrent:
+            assert concurrent == ("second", 17)
+    for rows, length in ((2, 5), (1, 33)):
+        with pool.acquire(rows, length) as acquired:
+            assert acquired == ("latency", length)
+
+
 def test_a_lone_batch_gets_the_latency_request() -> None:
     """A batch that starts while another one runs gets a stream, also if the latency request is free again."""
     pool = RequestPool(["first", "second"], "latency")
-    with pool.acquire() as lone:
-        assert lone == "latency"
-        with pool.acquire() as concurrent:
-            assert concurrent == "second"
-    with pool.acquire() as next_lone:
-        assert next_lone == "latency"
+    with pool.acquire(2, 5) as lone:
+        assert lone == ("latency", 5)
+        with pool.acquire(2, 5) as concurrent:
+            assert concurrent == ("second", 5)
+    with pool.acquire(2, 5) as next_lone:
+        assert next_lone == ("latency", 5)
 
 
 def test_the_request_that_was_used_last_is_used_first() -> None:
     """Without a latency request; its buffers are in the caches of the processor."""
     pool = RequestPool(["first", "second"])
     for _ in range(2):
-        with pool.acquire() as request:
+        with pool.acquire(2, 5) as (request, _):
             assert request == "second"
 
 
@@ -191,10 +258,10 @@ def test_further_batches_wait_for_a_request() -> None:
 
     def acquire() -> Any:
         waiting.set()
-        with pool.acquire() as request:
+        with pool.acquire(2, 5) as (request, _):
             return request
 
-    with ThreadPoolExecutor(1) as executor, pool.acquire():
+    with ThreadPoolExecutor(1) as executor, pool.acquire(2, 5):
         second = executor.submit(acquire)
         waiting.wait(10)
         assert not second.done()
@@ -204,9 +271,9 @@ def test_further_batches_wait_for_a_request() -> None:
 def test_a_closed_pool_raises() -> None:
     """A batch that is running when the model is closed must not wait forever for its next micro-batch."""
     pool = RequestPool(["only"], "latency")
-    with pool.acquire():
+    with pool.acquire(2, 5):
         pool.close()
-    with pytest.raises(RuntimeError, match="closed"), pool.acquire():
+    with pytest.raises(RuntimeError, match="closed"), pool.acquire(2, 5):
         pass
 
 

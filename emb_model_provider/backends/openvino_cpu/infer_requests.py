@@ -1,0 +1,136 @@
+"""The infer requests of a compiled graph, and which of them runs a batch."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from emb_model_provider.concurrency import start_thread
+from emb_model_provider.errors import ThreadLimitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+logger = logging.getLogger(__name__)
+
+SHORT_LENGTHS = (16, 32)
+"""Lengths that a short input is padded to if no other batch is running."""
+_USES_BEFORE_COMPILING = 8
+"""A process that embeds a few texts ends sooner than compiling pays."""
+
+
+class RequestPool:
+    """The infer requests of a model: one per stream, and those for a lone batch, which use all threads."""
+
+    def __init__(
+        self, requests: Iterable[Any], latency_request: Any | None = None, short: ShortRequests | None = None
+    ) -> None:
+        # The request that was returned last is taken first: its buffers are in the processor's caches, and the buffers
+        # of requests that are not needed are never allocated.
+        self._requests: queue.LifoQueue[Any] | None = queue.LifoQueue()
+        for request in requests:
+            self._requests.put(request)
+        self._latency_request = latency_request
+        self._short = short
+        self._running = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def acquire(self, rows: int, length: int) -> Iterator[tuple[Any, int]]:
+        """Wait for a request, and yield it with the length that its inputs are padded to.
+
+        If no other batch is running, it is a request that uses all threads, else that of a stream.
+
+        Args:
+            rows: Number of inputs.
+            length: The longest of them in tokens.
+        """
+        with self._lock:
+            requests = self._requests
+            if requests is None:
+                raise RuntimeError("the backend is closed")
+            is_lone = not self._running
+            self._running += 1
+        try:
+            lone_request = self._latency_request if is_lone else None
+            if is_lone and rows == 1 and self._short is not None and (padded := self._short.padded(length)) is not None:
+                length = padded
+                lone_request = self._short.get(padded) or lone_request
+            if lone_request is not None:
+                yield lone_request, length
+                return
+            request = requests.get()
+            try:
+                yield request, length
+            finally:
+                requests.put(request)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def close(self) -> None:
+        """Release the requests. Those in use are freed when they are returned."""
+        with self._lock:
+            self._requests = self._latency_request = None
+        if self._short is not None:
+            self._short.close()
+
+
+class ShortRequests:
+    """Infer requests for one short input, each for one length.
+
+    When the shape of the inputs changes, OpenVINO prepares each node again, which takes about as long as computing a
+    short text with a small model (see docs/performance.md). Each request holds a copy of the matrices. It is compiled in
+    the background when it has been needed some times.
+    """
+
+    def __init__(self, compile_length: Callable[[int], Any], longest: int) -> None:
+        """Create it; `compile_length` compiles the graph for one input of a length, up to `longest` tokens."""
+        self._compile_length = compile_length
+        self._lengths = tuple(dict.fromkeys(min(length, longest) for length in SHORT_LENGTHS))
+        self._uses = dict.fromkeys(self._lengths, 0)
+        self._requests: dict[int, Any] = {}
+        self._threads: list[threading.Thread] = []
+        self._compiling = threading.Lock()
+        self._closed = False
+
+    def padded(self, length: int) -> int | None:
+        """Return the length that a short input is padded to, or None for a long one."""
+        return next((each for each in self._lengths if length <= each), None)
+
+    def get(self, length: int) -> Any | None:
+        """Return the request for one of the lengths, or None as long as it is not compiled. For one thread at a time."""
+        if (request := self._requests.get(length)) is None:
+            self._uses[length] += 1
+            if self._uses[length] == _USES_BEFORE_COMPILING:
+                self._start(length)
+        return request
+
+    def close(self) -> None:
+        """Wait until nothing is being compiled, and release the requests."""
+        self._closed = True
+        for thread in self._threads:
+            thread.join()
+        self._requests.clear()
+
+    def _start(self, length: int) -> None:
+        # Not a daemon: a process that ends while OpenVINO compiles can crash.
+        thread = threading.Thread(target=self._compile, args=(length,), name=f"compile-length-{length}")
+        try:
+            start_thread(thread)
+        except ThreadLimitError as error:
+            logger.warning("short inputs are not accelerated: %s", error)
+        else:
+            self._threads.append(thread)
+
+    def _compile(self, length: int) -> None:
+        with self._compiling:
+            if self._closed:
+                return
+            try:
+                self._requests[length] = self._compile_length(length)
+            except RuntimeError as error:
+                logger.warning("short inputs are not accelerated: OpenVINO cannot compile the graph: %s", error)
