@@ -17,7 +17,7 @@ from emb_model_provider.backends.base import TERM_WEIGHTS, check_ids, check_leng
 from emb_model_provider.backends.hardware import usable_cpus
 from emb_model_provider.backends.memory_estimate import matrix_bytes, openvino_bytes
 from emb_model_provider.backends.openvino_cpu.infer_requests import SHORT_LENGTHS, RequestPool, ShortRequests
-from emb_model_provider.backends.openvino_cpu.runtime import StreamLayout, compile_streams, stream_layout
+from emb_model_provider.backends.openvino_cpu.runtime import StreamLayout, compile_streams, release_pages, stream_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,10 +87,15 @@ class OpenVinoBackend:
         self._fp32_request: Any = None
         self._fp32_lock = threading.Lock()
         self._on_close = on_close
+        self._has_run = False
         self._closed = False
 
     def run(self, batch: TokenBatch) -> Outputs:
-        return self._run(batch, self._requests.acquire)
+        outputs = self._run(batch, self._requests.acquire)
+        if not self._has_run:
+            self._has_run = True
+            release_pages(self._graph.with_suffix(".bin"))
+        return outputs
 
     def run_fp32(self, batch: TokenBatch) -> Outputs:
         """Compute at fp32 from the stored weights, on one thread. The first call compiles the graph again."""

@@ -6,12 +6,15 @@ all threads on one batch answer a lone request in little more than half the time
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
+import mmap
 import sys
 import threading
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from emb_model_provider.backends.hardware import native_bf16
@@ -19,7 +22,6 @@ from emb_model_provider.errors import LoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from emb_model_provider.backends.base import ComputePrecision, Tuning
 
@@ -110,15 +112,37 @@ def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayou
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
             "is compiled again, or choose the backend torch: `--backend torch`, or EMB_PROVIDER_BACKEND=torch."
         ) from error
-    compile_length = partial(_compile_length, core, graph, options)
+    compile_length = partial(_compile_length, core, graph, path, options)
     return Compiled(streams, latency_model, compile_length, matrix_items, dequantized_bytes)
 
 
-def _compile_length(core: Any, graph: Graph, options: dict[str, Any], length: int) -> Any:
+def _compile_length(core: Any, graph: Graph, path: Path, options: dict[str, Any], length: int) -> Any:
     """Return an infer request for one input of a length."""
     fixed = graph.clone()
     fixed.reshape({each.any_name: [1, length] for each in fixed.inputs})
-    return core.compile_model(fixed, "CPU", options).create_infer_request()
+    request = core.compile_model(fixed, "CPU", options).create_infer_request()
+    release_pages(path.with_suffix(".bin"))
+    return request
+
+
+def release_pages(path: Path) -> None:
+    """Return the memory of a mapped file to the system. Pages that are needed later are read from the file again.
+
+    OpenVINO reads all matrices from the file with the weights when it arranges them for its kernels, and then hardly
+    anything. Does nothing where the system has no `/proc/self/maps`.
+    """
+    try:
+        mappings = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        libc = ctypes.CDLL(None)
+        libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    except (AttributeError, OSError, TypeError):
+        return
+    name = str(path.resolve())
+    for mapping in mappings:
+        # Private mappings that can be written may have pages that are in no file.
+        if mapping.endswith(name) and mapping.split(maxsplit=2)[1].startswith("r--"):
+            start, end = (int(address, 16) for address in mapping.split(maxsplit=1)[0].split("-"))
+            libc.madvise(start, end - start, mmap.MADV_DONTNEED)
 
 
 def _matrices(graph: Graph) -> Iterator[tuple[Any, Literal["floats", "integers"]]]:

@@ -1,13 +1,16 @@
-"""Importing OpenVINO from several threads, and the layout of streams."""
+"""Importing OpenVINO from several threads, the layout of streams, and the memory of mapped files."""
 
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from emb_model_provider.backends.openvino_cpu.runtime import stream_layout
+from emb_model_provider.backends.openvino_cpu.runtime import release_pages, stream_layout
 
 CONCURRENT = """
 import faulthandler, sys, threading
@@ -39,3 +42,25 @@ def test_the_number_of_streams(cpus: int, streams: int, has_latency_request: boo
     """One per processor, up to four. One stream needs no latency request."""
     layout = stream_layout(cpus)
     assert (layout.streams, layout.threads, layout.has_latency_request) == (streams, cpus, has_latency_request)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_release_pages(tmp_path: Path) -> None:
+    """A mapped file is not resident afterwards, and can still be read."""
+    path = tmp_path / "model.bin"
+    content = np.random.default_rng(0).bytes(1 << 20)
+    path.write_bytes(content)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+        assert mapping[:] == content
+        assert resident_kb(path) >= 1024
+        release_pages(path)
+        assert resident_kb(path) == 0
+        assert mapping[:] == content
+    release_pages(path)
+
+
+def resident_kb(path: Path) -> int:
+    """Return how much of a mapped file is in the memory of this process."""
+    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.endswith(str(path)))
+    return int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1])
