@@ -74,7 +74,7 @@ class Service:
     def __init__(self) -> None:
         self._failure: str | None = None
         self._services: Services
-        self._gauge = Gauge("emb_provider_queued_tokens", description="Tokens that wait in the queues of a replica.")
+        self._gauges: dict[str, Gauge] = {}
 
     def __serve_build_asgi_app__(self) -> Callable[..., Awaitable[None]]:
         settings, _ = load_settings()
@@ -84,15 +84,24 @@ class Service:
         return _AfterLoading(app, self._wait_until_loaded)
 
     async def check_health(self) -> None:
-        """Raise RuntimeError if the replica must be replaced, because a model cannot answer again in this process."""
+        """Raise RuntimeError if the replica must be replaced, because a model cannot answer again in this process.
+
+        Ray calls this every 10 seconds, and exports its metrics as often, so they are updated here.
+        """
+        self._update_metrics()
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what `QueuedTokens` sums up."""
-        tokens = float(sum(status.waiting_tokens for status in self._services.registry.statuses()))
-        self._gauge.set(tokens)
-        return {_TOKENS: tokens}
+        return {_TOKENS: float(sum(status.waiting_tokens for status in self._services.registry.statuses()))}
+
+    def _update_metrics(self) -> None:
+        # All are gauges, because Ray's counters and histograms cannot be set. PromQL computes rates and quantiles of them, too.
+        for sample in self._services.metrics.samples():
+            if (gauge := self._gauges.get(sample.name)) is None:
+                gauge = self._gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(sample.labels))
+            gauge.set(sample.value, tags=sample.labels)
 
     async def _wait_until_loaded(self) -> str | None:
         """Return None when all required models can answer, or the reason why none can."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from prometheus_client import Metric
+    from prometheus_client.samples import Sample
 
     from emb_model_provider.progress import WorkRecord
     from emb_model_provider.registry import ModelStatus
@@ -192,6 +193,11 @@ class Metrics:
     def set_jobs(self, states: Mapping[str, int], file_bytes: int) -> None:
         """Set how many batches there are in each state, and how large all files are."""
         self._jobs.states, self._jobs.file_bytes = states, file_bytes
+
+    def samples(self) -> list[Sample]:
+        """Return the values of all metrics, without those of the process."""
+        samples = [sample for metric in self._registry.collect() for sample in metric.samples]
+        return [sample for sample in samples if sample.name.startswith("emb_provider_")]
 
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
