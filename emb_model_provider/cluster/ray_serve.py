@@ -138,7 +138,16 @@ class _AfterLoading:
                 message = {"type": "lifespan.startup.failed", "message": problem}
             await send(message)
 
-        await self._app(scope, receive, send_after_loading if scope["type"] == "lifespan" else send)
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send_after_loading)
+        else:
+            await self._app(_without_prefix(scope), receive, send)
+
+
+def _without_prefix(scope: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Remove the `route_prefix` of the application from a path, because access rules, limits and metrics know paths without it."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return {**scope, "path": path or "/", "root_path": ""}
 
 
 def build(options: Options) -> Any:
