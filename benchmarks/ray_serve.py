@@ -47,7 +47,7 @@ from ray import serve
 from emb_model_provider.cluster.ray_serve import Options, build
 
 port = int(sys.argv[1])
-ray.init(num_cpus=8, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=8, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
 serve.start(http_options={"port": port, "host": "127.0.0.1"}, grpc_options={"port": port + 1})
 serve.run(build(Options()), name="embeddings")
 print("ready", flush=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-INIT = "import ray\nray.init(num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=False)\n"
+INIT = 'import ray\nray.init(address="local", num_cpus=4, object_store_memory=100 * 2**20, include_dashboard=False)\n'
 """Before the example, which would use the whole machine. The actors occupy two of the processors, which are only counted."""
 
 
