@@ -22,6 +22,6 @@ def compiles_short_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def get(requests: ShortRequests, length: int) -> Any:
         if length not in requests._requests:
             requests._compile(length)
-        return requests._requests[length]
+        return requests._requests.get(length)
 
     monkeypatch.setattr(ShortRequests, "get", get)

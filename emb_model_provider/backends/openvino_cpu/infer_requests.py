@@ -87,9 +87,18 @@ class ShortRequests:
     the background when it has been needed some times.
     """
 
-    def __init__(self, compile_length: Callable[[int], Any], longest: int) -> None:
-        """Create it; `compile_length` compiles the graph for one input of a length, up to `longest` tokens."""
+    def __init__(
+        self, compile_length: Callable[[int], Any], is_equal: Callable[[Any, int], bool], longest: int
+    ) -> None:
+        """Create it.
+
+        Args:
+            compile_length: Compiles the graph for one input of a length, and returns an infer request.
+            is_equal: Whether the results of such a request are those of the graph for all shapes. Called on another thread.
+            longest: Longest input of the model in tokens.
+        """
         self._compile_length = compile_length
+        self._is_equal = is_equal
         self._lengths = tuple(dict.fromkeys(min(length, longest) for length in SHORT_LENGTHS))
         self._uses = dict.fromkeys(self._lengths, 0)
         self._requests: dict[int, Any] = {}
@@ -122,7 +131,7 @@ class ShortRequests:
         try:
             start_thread(thread)
         except ThreadLimitError as error:
-            logger.warning("short inputs are not accelerated: %s", error)
+            logger.warning("inputs of up to %d tokens have no graph of their own: %s", length, error)
         else:
             self._threads.append(thread)
 
@@ -131,6 +140,12 @@ class ShortRequests:
             if self._closed:
                 return
             try:
-                self._requests[length] = self._compile_length(length)
+                request = self._compile_length(length)
+                if self._is_equal(request, length):
+                    self._requests[length] = request
+                else:
+                    logger.info(
+                        "inputs of up to %d tokens have no graph of their own: its results are different", length
+                    )
             except RuntimeError as error:
-                logger.warning("short inputs are not accelerated: OpenVINO cannot compile the graph: %s", error)
+                logger.warning("inputs of up to %d tokens have no graph of their own: %s", length, error)
