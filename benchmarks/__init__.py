@@ -15,6 +15,6 @@ import platformdirs
 ROOT = Path(__file__).resolve().parents[1]
 """The repository, which is the working directory of `python -m benchmarks.…`."""
 CACHE = Path(platformdirs.user_cache_dir("emb_model_provider_benchmarks", appauthor=False))
-"""Compiled models, and the virtual environment of infinity."""
+"""Compiled and converted models, and the virtual environments of other servers."""
 QUICK_HELP = "a short run that only shows that the benchmark works"
 """Help text of `--quick`."""

@@ -6,6 +6,7 @@ import http.client
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,18 +45,113 @@ OURS: dict[str, dict[str, str]] = {
     "ours-torch": {"BACKEND": "torch"},
 }
 """Our service: contender to settings."""
-INFINITY: dict[str, list[str]] = {
-    "infinity": [],
-    "infinity-bf16": ["--dtype", "bfloat16"],
-    "infinity-nowarmup": ["--no-model-warmup"],
-}
-"""infinity: contender to additional arguments."""
-SERVERS = (*OURS, *INFINITY, "naive")
-_INFINITY_PACKAGE = "infinity-emb[torch,server,optimum]==0.0.78"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """A virtual environment in the cache of the benchmarks, because its packages conflict with those of this project."""
+
+    name: str
+    packages: tuple[str, ...]
+    program: str
+    """A file in its `bin`, which shows that the packages are installed."""
+    python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+    def directory(self) -> Path:
+        """Return its directory. Install the packages if they are missing."""
+        environment = CACHE / self.name
+        if (environment / "bin" / self.program).exists():
+            return environment
+        log_progress(f"installing {', '.join(self.packages)}")
+        environment.parent.mkdir(parents=True, exist_ok=True)
+        python = str(environment / "bin" / "python")
+        subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", self.python, str(environment)], check=True)
+        subprocess.run(
+            ["uv", "pip", "install", "--quiet", "--python", python, *self.packages],
+            check=True,
+            cwd=environment,  # outside the repository, because uv applies the constraints of its pyproject.toml
+        )
+        return environment
+
+
+_SERVER = ("fastapi", "uvicorn", "httptools", "uvloop")
+INFINITY = Environment("infinity-0.0.78", ("infinity-emb[torch,server,optimum]==0.0.78",), "infinity_emb")
+SENTENCE_TRANSFORMERS = Environment(
+    "sentence-transformers-6.2.0", ("sentence-transformers[openvino]==6.2.0", *_SERVER), "uvicorn"
+)
+FASTEMBED = Environment("fastembed-0.9.1", ("fastembed==0.9.1", *_SERVER), "uvicorn")
+LLAMA_CPP = Environment("llama-cpp-11549", ("xllamacpp==2026.10.11549", "gguf==0.19.0", "safetensors"), "gguf-dump")
+SIE = Environment("sie-0.10.1", ("sie-server==0.10.1",), "sie-server", python="3.12")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server of another project.
+
+    In the command, `{bin}` is the directory of the environment's programs, `{benchmarks}` that of this file, `{model}` that of
+    the bundled model or its converted form, and `{port}` the port.
+    """
+
+    environment: Environment
+    command: tuple[str, ...]
+    model: str | None = None
+    """A format of `benchmarks/convert.py`, which is converted once."""
+    converter: Environment | None = None
+    """The environment that converts it, if it is not its own one."""
+    ready_path: str = "/health"
+
+
+def _infinity(*arguments: str, model: str | None = None) -> Peer:
+    # With ONNX, infinity finds its file only in its working directory, and writes the optimized model to the cache of the hub.
+    place = ("env", "--chdir={model}", "HF_HOME={model}/hub") if model else ()
+    command = (
+        *place, "{bin}/infinity_emb", "v2", "--model-id", "." if model else "{model}", "--served-model-name", BUNDLED_MODEL,
+        "--device", "cpu", "--no-bettertransformer", "--url-prefix", "/v1", "--host", "127.0.0.1", "--port", "{port}",
+        *arguments,
+    )  # fmt: skip
+    return Peer(INFINITY, command, model)
+
+
+def _minimal(environment: Environment, library: str, model: str | None = None) -> Peer:
+    """Return the minimal server with a library, and batches of the requests that arrive within 5 ms."""
+    command = (
+        "{bin}/python", "-P", "{benchmarks}/naive.py", "--library", library, "--batch-ms", "5", "--model", "{model}",
+        "--port", "{port}",
+    )  # fmt: skip
+    return Peer(environment, command, model, INFINITY if model else None)
+
+
+def _llama_cpp(model: str) -> Peer:
+    return Peer(LLAMA_CPP, ("{bin}/python", "-P", "{benchmarks}/llama_cpp.py", "{model}/model.gguf", "{port}"), model)
+
+
+PEERS: dict[str, Peer] = {
+    "infinity": _infinity("--engine", "torch"),
+    "infinity-bf16": _infinity("--engine", "torch", "--dtype", "bfloat16"),
+    "infinity-nowarmup": _infinity("--engine", "torch", "--no-model-warmup"),
+    "infinity-onnx": _infinity("--engine", "optimum", "--onnx-do-not-prefer-quantized", model="onnx"),
+    "st-openvino": _minimal(SENTENCE_TRANSFORMERS, "openvino"),
+    "fastembed": _minimal(FASTEMBED, "fastembed", "onnx"),
+    "llamacpp": _llama_cpp("gguf-f16"),
+    "llamacpp-q8": _llama_cpp("gguf-q8_0"),
+    "sie": Peer(
+        SIE,
+        ("{bin}/sie-server", "serve", "--device", "cpu", "--models-dir", "{model}", "--models", BUNDLED_MODEL,
+         "--preload", BUNDLED_MODEL, "--host", "127.0.0.1", "--port", "{port}"),
+        "sie",
+        ready_path="/readyz",
+    ),
+}  # fmt: skip
+"""Servers of other projects."""
+SERVERS = (*OURS, *PEERS, "naive")
+_VERSIONS = ("infinity-emb", "sentence-transformers", "transformers", "torch", "openvino", "optimum-intel", "fastembed",
+             "onnxruntime", "xllamacpp", "sie-server")  # fmt: skip
+"""Packages whose versions are named in the notes of a run."""
 _PRINT_VERSIONS = """
-from importlib.metadata import version
-packages = ("infinity-emb", "torch", "transformers", "sentence-transformers")
-print(", ".join(f"{package} {version(package)}" for package in packages))
+import sys
+from importlib.metadata import distributions
+versions = {item.name: item.version for item in distributions()}
+print(", ".join(f"{name} {versions[name]}" for name in sys.argv[1:] if name in versions))
 """
 
 
@@ -70,12 +166,11 @@ class Contender:
     ready_path: str = "/health"
 
 
-def make_contender(name: str, *, infinity: Path | None = None, cache: Path | None = None) -> Contender:
+def make_contender(name: str, *, cache: Path | None = None) -> Contender:
     """Return a contender by its name.
 
     Args:
         name: A name of `SERVERS`.
-        infinity: A virtual environment with infinity. None: it is created in the cache of the benchmarks.
         cache: Directory for the compiled models of our service. None: the cache of the benchmarks.
     """
     check_names([name], SERVERS, "contender")
@@ -87,15 +182,8 @@ def make_contender(name: str, *, infinity: Path | None = None, cache: Path | Non
         settings["CACHE_DIR"] = str(cache or SERVICE_CACHE)
         environment = {f"EMB_PROVIDER_{key}": value for key, value in settings.items()}
         return Contender(name, (sys.executable, "-m", "emb_model_provider.main"), environment, "/ready")
-    if name in INFINITY:
-        command = (
-            str(_infinity_environment(infinity) / "bin" / "infinity_emb"), "v2",
-            "--model-id", str(find_bundled()), "--served-model-name", BUNDLED_MODEL,
-            "--engine", "torch", "--device", "cpu", "--no-bettertransformer", "--url-prefix", "/v1",
-            "--host", "127.0.0.1", "--port", "{port}", *INFINITY[name],
-        )  # fmt: skip
-        environment = {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0", "HF_HUB_OFFLINE": "1"}
-        return Contender(name, command, environment)
+    if name in PEERS:
+        return _make_peer(name, PEERS[name])
     command = (
         sys.executable, "-P", str(ROOT / "benchmarks" / "naive.py"),
         "--model", str(find_bundled()), "--port", "{port}",
@@ -124,14 +212,15 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not _REMOVED_VARIABLES.match(name)}
 
 
-def infinity_notes(contenders: Iterable[str], directory: Path | None) -> list[str]:
-    """Return the versions in the environment of infinity if it is one of the contenders."""
-    if not any(name in INFINITY for name in contenders):
-        return []
-    environment = _infinity_environment(directory)
-    command = [str(environment / "bin" / "python"), "-c", _PRINT_VERSIONS]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=environment)
-    return [f"infinity's environment: {result.stdout.strip()}"]
+def peer_notes(contenders: Iterable[str]) -> list[str]:
+    """Return the versions in the environment of each contender of another project."""
+    notes: dict[Environment, str] = {}
+    for environment in (PEERS[name].environment for name in contenders if name in PEERS):
+        directory = environment.directory()
+        command = [str(directory / "bin" / "python"), "-c", _PRINT_VERSIONS, *_VERSIONS]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory)
+        notes[environment] = f"environment {environment.name}: {result.stdout.strip()}"
+    return list(notes.values())
 
 
 class Server:
@@ -256,26 +345,30 @@ def stop_servers_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
-def _infinity_environment(directory: Path | None) -> Path:
-    """Return a virtual environment with infinity, which is created if no directory is given.
+def _make_peer(name: str, peer: Peer) -> Contender:
+    model = _convert(peer.model, peer.converter or peer.environment) if peer.model else find_bundled()
+    values = {"{bin}": peer.environment.directory() / "bin", "{benchmarks}": ROOT / "benchmarks", "{model}": model}
+    command = list(peer.command)
+    for key, value in values.items():
+        command = [part.replace(key, str(value)) for part in command]
+    environment = {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0", "HF_HUB_OFFLINE": "1"}
+    return Contender(name, tuple(command), environment, peer.ready_path)
 
-    infinity needs other versions of transformers and numpy than this package.
-    """
-    environment = directory.absolute() if directory is not None else CACHE / "infinity-0.0.78"
-    if (environment / "bin" / "infinity_emb").exists():
-        return environment
-    if directory is not None:
-        raise SystemExit(f"error: --infinity {directory}: it does not contain bin/infinity_emb.")
-    log_progress(f"installing {_INFINITY_PACKAGE}")
-    environment.parent.mkdir(parents=True, exist_ok=True)
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", python, str(environment)], check=True)
-    subprocess.run(
-        ["uv", "pip", "install", "--quiet", "--python", str(environment / "bin" / "python"), _INFINITY_PACKAGE],
-        check=True,
-        cwd=environment,  # outside the repository, because uv applies the constraints of its pyproject.toml
-    )
-    return environment
+
+def _convert(model: str, environment: Environment) -> Path:
+    """Return the directory with the bundled model in another format. Convert it if it is missing."""
+    directory = CACHE / "models" / model
+    if not directory.exists():
+        log_progress(f"converting the bundled model to {model}")
+        python = environment.directory() / "bin" / "python"
+        directory.mkdir(parents=True)
+        command = [python, "-P", ROOT / "benchmarks" / "convert.py", model, find_bundled(), directory]
+        try:
+            subprocess.run(command, check=True, cwd=directory, env=clean_environment() | {"HF_HUB_OFFLINE": "1"})
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
+    return directory
 
 
 def free_port() -> int:

@@ -30,7 +30,7 @@ _CPU_FLAGS = (
 _PACKAGES = (
     "openvino", "torch", "sentence-transformers", "transformers", "tokenizers", "numpy", "fastapi", "uvicorn",
 )  # fmt: skip
-_PATH_OPTIONS = ("--infinity", "--json", "--directory")
+_PATH_OPTIONS = ("--json", "--directory")
 
 
 def log_progress(line: str) -> None:

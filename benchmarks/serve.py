@@ -23,8 +23,8 @@ from benchmarks.contenders import (
     Server,
     alternate,
     check_names,
-    infinity_notes,
     make_contender,
+    peer_notes,
     stop_servers_on_sigterm,
 )
 from benchmarks.inprocess import measure
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.quick:
             _compile_models(plan)
         results = _run_rounds(plan)
-        notes = infinity_notes(plan.names, options.infinity)
+        notes = peer_notes(plan.names)
     print(_report(plan, results, notes))
     if options.json is not None:
         rows = [asdict(run) | {"rate": run.result.rate} for run in results.runs]
@@ -172,8 +172,6 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="encoding_format of the requests; base64 is the default of the OpenAI SDK and of this option")  # fmt: skip
     parser.add_argument("--generator", choices=["auto", "wrk", "own"], default="auto",
                         help="load generator of the closed loops; auto uses wrk for single short texts if it is installed")  # fmt: skip
-    parser.add_argument("--infinity", type=Path, metavar="DIRECTORY",
-                        help="a virtual environment with infinity (default: create one)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
@@ -201,7 +199,7 @@ def _plan(options: argparse.Namespace, scratch: Path) -> Plan:
         encoding=options.encoding,
         generator=options.generator,
     )
-    contenders = [make_contender(name, infinity=options.infinity) for name in names if name != ENGINE]
+    contenders = [make_contender(name) for name in names if name != ENGINE]
     corpus = Corpus()
     log_progress("drawing texts")
     bodies = {
@@ -336,14 +334,9 @@ def _report(plan: Plan, results: Results, more_notes: Sequence[str]) -> str:
     parts = [
         "# Serving",
         describe_run("benchmarks.serve", notes),
-        "## Requests answered per second\n\nMedian of the rounds (lowest–highest).",
-        markdown_table(
-            ["Workload", *plan.names],
-            [
-                [workload.title, *(format_spread(results.rates(name, workload)) for name in plan.names)]
-                for workload in plan.workloads
-            ],
-        ),
+        "## Requests answered per second\n\nMedian of the rounds (lowest–highest), and the lowest cosine to "
+        "sentence-transformers at fp32.",
+        _comparison(plan, results, plan.names, results.rates),
         *_ratio_tables(plan, results),
         "## Latency in closed loops, and errors\n\nMilliseconds, median of the rounds.",
         _closed_loop_table(plan, results),
@@ -381,22 +374,34 @@ def _ratio_tables(plan: Plan, results: Results) -> list[str]:
         return []
 
     def table(values: Callable[[str, Workload], list[float]]) -> str:
-        rows = [
-            [
-                workload.title,
-                *(format_spread(ratios(values(ours, workload), values(name, workload))) for name in others),
-            ]
-            for workload in plan.workloads
-        ]
-        return markdown_table(["Workload", *(f"{ours} ÷ {name}" for name in others)], rows)
+        def against(name: str, workload: Workload) -> list[float]:
+            return ratios(values(ours, workload), values(name, workload))
+
+        return _comparison(plan, results, others, against)
 
     return [
-        "## Requests per second, as ratios\n\nRatios within each round, median (lowest–highest); higher is better. "
+        f"## Requests per second, as ratios\n\n{ours} ÷ contender within each round, median (lowest–highest); higher is better. "
         "`engine` is the engine of this service in process, without HTTP.",
         table(results.rates),
         "## Median latency, as ratios\n\nLower is better.",
         table(results.medians),
     ]
+
+
+def _comparison(
+    plan: Plan, results: Results, names: Sequence[str], values: Callable[[str, Workload], list[float]]
+) -> str:
+    """Return a table with a row for each contender: a value for each workload, and its lowest cosine."""
+    rows = [
+        [name, *(format_spread(values(name, workload)) for workload in plan.workloads), _lowest_cosine(results, name)]
+        for name in names
+    ]
+    return markdown_table(["Contender", *(workload.title for workload in plan.workloads), "lowest cosine"], rows)
+
+
+def _lowest_cosine(results: Results, name: str) -> str:
+    agreements = results.agreements.get(name, [])
+    return f"{min(agreement.min_cosine for agreement in agreements):.5f}" if agreements else NONE
 
 
 def _closed_loop_table(plan: Plan, results: Results) -> str:
@@ -436,10 +441,9 @@ def _open_loop_table(plan: Plan, results: Results) -> str:
 def _agreement_table(results: Results) -> str:
     rows = []
     for name, agreements in results.agreements.items():
-        lowest = min(agreement.min_cosine for agreement in agreements)
         mean = min(agreement.mean_cosine for agreement in agreements)
         first = agreements[0]
-        rows.append([name, str(first.texts), str(first.dimension), f"{lowest:.5f}", f"{mean:.5f}"])
+        rows.append([name, str(first.texts), str(first.dimension), _lowest_cosine(results, name), f"{mean:.5f}"])
     return markdown_table(["Server", "texts", "size", "lowest cosine", "mean cosine"], rows)
 
 

@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import QUICK_HELP
-from benchmarks.contenders import (
-    OURS,
-    SERVERS,
-    Server,
-    alternate,
-    infinity_notes,
-    make_contender,
-    stop_servers_on_sigterm,
-)
+from benchmarks.contenders import OURS, SERVERS, Server, alternate, make_contender, peer_notes, stop_servers_on_sigterm
 from benchmarks.load import closed_loop
 from benchmarks.report import describe_run, format_spread, log_progress, markdown_table, ratios
 from benchmarks.resources import tree_resident_mib
@@ -69,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     starts: dict[str, list[Start]] = {}
     with tempfile.TemporaryDirectory(prefix="benchmarks-start-") as directory:
         scratch, corpus = Path(directory), Corpus()
-        contenders = [make_contender(name, infinity=options.infinity) for name in names]
+        contenders = [make_contender(name) for name in names]
         config = Config(
             seconds=seconds,
             settle_s=0.2 if options.quick else 2.0,
@@ -105,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"`{FIRST_START}`: with an empty cache, so the model is compiled and verified first; later starts use the compiled form",
         f"Resident memory of the process tree: idle is after the first vector, loaded is after {seconds:g} s each of "
         f"{', '.join(WORKLOADS[name].title for name in _LOADS)}",
-        *infinity_notes(names, options.infinity),
+        *peer_notes(names),
     ]
     print(_report(names, starts, notes))
     return 1 if any(not start.answered for name in names for start in starts[name]) else 0
@@ -119,8 +111,6 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0,
                         help="duration of each load, after which memory is read again; the loads are "
                              f"{', '.join(_LOADS)} (default: %(default)g)")  # fmt: skip
-    parser.add_argument("--infinity", type=Path, metavar="DIRECTORY",
-                        help="a virtual environment with infinity (default: create one)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     return parser.parse_args(arguments)
 

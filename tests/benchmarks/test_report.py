@@ -43,7 +43,7 @@ def test_table_is_markdown() -> None:
 
 def test_description_of_a_run_has_no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options whose values are paths of this machine are removed from the command."""
-    monkeypatch.setattr(sys, "argv", ["serve", "--infinity", "/secret/a", "--rounds", "2", "--json=/secret/b"])
+    monkeypatch.setattr(sys, "argv", ["serve", "--directory", "/secret/a", "--rounds", "2", "--json=/secret/b"])
     description = describe_run("benchmarks.serve", ["a note"])
     assert "- Command: `uv run python -m benchmarks.serve --rounds 2`" in description
     assert "/secret" not in description
