@@ -129,7 +129,7 @@ PEERS: dict[str, Peer] = {
     "infinity": _infinity("--engine", "torch"),
     "infinity-bf16": _infinity("--engine", "torch", "--dtype", "bfloat16"),
     "infinity-nowarmup": _infinity("--engine", "torch", "--no-model-warmup"),
-    "infinity-onnx": _infinity("--engine", "optimum", "--onnx-do-not-prefer-quantized", model="onnx"),
+    "infinity-onnx": _infinity("--engine", "optimum", "--pooling-method", "mean", "--onnx-do-not-prefer-quantized", model="onnx"),
     "st-openvino": _minimal(SENTENCE_TRANSFORMERS, "openvino"),
     "fastembed": _minimal(FASTEMBED, "fastembed", "onnx"),
     "llamacpp": _llama_cpp("gguf-f16"),

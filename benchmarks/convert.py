@@ -21,6 +21,9 @@ def convert_to_onnx(model: Path, directory: Path) -> None:
     from optimum.exporters.onnx import main_export
 
     main_export(str(model), str(directory), task="feature-extraction", library_name="transformers", device="cpu")
+    # Those that the export writes limit texts to 128 tokens.
+    for path in model.glob("*token*.json"):
+        shutil.copy(path, directory)
 
 
 def convert_to_gguf(model: Path, directory: Path, quantization: str) -> None:
