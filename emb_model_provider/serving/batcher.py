@@ -115,8 +115,10 @@ class Batch(Generic[JobT]):
 class Batcher(Generic[JobT]):
     """The waiting requests of one model. Not thread-safe; its owner holds a lock."""
 
-    def __init__(self, policy: BatchPolicy) -> None:
+    def __init__(self, policy: BatchPolicy, *, in_order: bool = False) -> None:
+        """Create a batcher; `in_order` serves requests in the order of their arrival, instead of sharing the model fairly."""
         self._base_policy = self._policy = policy
+        self._in_order = in_order
         self._heap: list[tuple[float, int, int, JobT]] = []
         self._exclusive: deque[JobT] = deque()
         """Requests that share no batch. The others are in the heap."""
@@ -136,7 +138,7 @@ class Batcher(Generic[JobT]):
 
     def drained(self) -> Batcher[JobT]:
         """Return an empty batcher with the same policy."""
-        return Batcher(self._base_policy)
+        return Batcher(self._base_policy, in_order=self._in_order)
 
     def submit(self, job: JobT) -> None:
         job._tag = self._virtual_time
@@ -193,7 +195,7 @@ class Batcher(Generic[JobT]):
     def _form(self, max_size: int) -> Batch[JobT]:
         candidates = self._candidates(2 * max_size)
         builder = _BatchBuilder(candidates[0], max_size, self._policy)
-        if len(candidates) > 1:
+        if len(candidates) > 1 and not self._in_order:
             # First a share for each request, so that a large one does not fill the batch alone.
             share = max(1, max_size // len(candidates))
             for job in candidates:
@@ -206,8 +208,9 @@ class Batcher(Generic[JobT]):
         self.waiting_tokens -= batch.tokens
         # Divided by all waiting requests, not only the candidates, because all of them share the virtual time.
         self._virtual_time += batch.tokens / self._jobs
-        for job, row in batch.members:
-            job._tag += len(job.ids[row])
+        if not self._in_order:
+            for job, row in batch.members:
+                job._tag += len(job.ids[row])
         for job in candidates:
             if job.waiting:
                 self._push(job)
@@ -242,7 +245,8 @@ class PriorityBatcher(Generic[JobT]):
 
     Batches are not mixed: inputs of background requests would make a batch of other requests longer. So a request waits for
     at most one background batch of each stream. Background requests get a share of `BACKGROUND_SHARE` of the tokens even if
-    other requests always wait.
+    other requests always wait. They are served in order, so that a batch of the Batch API has the next lines ready when the
+    model has computed the first ones; those of different owners take turns before they get here.
     """
 
     def __init__(self, policy: BatchPolicy) -> None:
@@ -250,7 +254,7 @@ class PriorityBatcher(Generic[JobT]):
         self._foreground: Batcher[JobT] = Batcher(policy)
         background_tokens = min(policy.max_batch_tokens, policy.max_background_tokens)
         self._background: Batcher[JobT] = Batcher(
-            replace(policy, max_batch_tokens=background_tokens, min_batch_size=1, max_wait_s=0.0)
+            replace(policy, max_batch_tokens=background_tokens, min_batch_size=1, max_wait_s=0.0), in_order=True
         )
         self._owed_tokens = 0.0
         """Share of the background requests that they did not get. Negative after one of their batches."""

@@ -357,6 +357,16 @@ def test_a_background_batch_runs_while_requests_wait_for_others() -> None:
     assert batcher.next_batch(0.5) == 1.0
 
 
+def test_background_requests_are_served_in_order() -> None:
+    """The second one fills the last batch of the first one."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_batch_size=4))
+    first, second = background(*[5] * 6), background(*[5] * 6)
+    batcher.submit(first)
+    batcher.submit(second)
+    owners = [[1 if member is first else 2 for member, _ in take(batcher).members] for _ in range(3)]
+    assert owners == [[1, 1, 1, 1], [1, 1, 2, 2], [2, 2, 2, 2]]
+
+
 def test_background_batches_have_a_limit_of_their_own() -> None:
     """Requests wait for their end."""
     batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_background_tokens=30))
