@@ -23,7 +23,7 @@ from emb_model_provider.batch_jobs.worker import BatchWorker
 from emb_model_provider.errors import InputTooLongError, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 RECORD = "computed"
 """Name of the file that lists process and text of each computation."""
@@ -52,6 +52,12 @@ class HashCalculator:
         text = json.dumps(body["input"])
         vector = list(hashlib.sha256(text.encode()).digest())
         return Answer(200, json.dumps({"data": [{"embedding": vector}], "id": request_id}).encode(), len(text))
+
+    def group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[list[int]]:  # noqa: ARG002
+        return [[position] for position in range(len(bodies))]
+
+    async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        raise NotImplementedError
 
     def count(self, body: Mapping[str, Any]) -> None:
         self.computed[json.dumps(body["input"])] += 1

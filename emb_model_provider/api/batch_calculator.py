@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from starlette.requests import Request
 
-from emb_model_provider.api.dependencies import RECORD, Services
+from emb_model_provider.api.dependencies import RECORD, Services, use_model
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.routes import embeddings, rerank
 from emb_model_provider.batch_jobs.types import Answer
@@ -15,6 +18,7 @@ from emb_model_provider.errors import (
     DeadlineExceededError,
     DeviceLostError,
     OperationCancelledError,
+    RequestError,
     RetryLaterError,
     is_failure,
 )
@@ -23,13 +27,21 @@ from emb_model_provider.observability.metrics import RequestRecord
 from emb_model_provider.serving.jobs import in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from starlette.responses import Response
     from starlette.types import Message, Receive
 
+    from emb_model_provider.api.routes.embeddings import EmbeddingCall
+    from emb_model_provider.serving.results import Embeddings
+
 _MAX_VIEW_AGE_S = 10.0
 """How old the list of the models on disk may be: it is read for each line of a file."""
+_OF_LINE = {"input", "user"}
+"""Fields in which the lines of a group may differ. `user` is not read."""
+_GROUP_INPUTS = 256
+_GROUP_CHARACTERS = 128 * 1024
+"""Limits of the inputs of all lines of a group, so that it has several full batches of the model, but takes little memory."""
 
 
 class ApiCalculator:
@@ -65,8 +77,7 @@ class ApiCalculator:
         """
         previous = log_request_id.set(request_id)
         record = RequestRecord(method="POST", path=endpoint, request_id=request_id)
-        scope = {"type": "http", "method": "POST", "path": endpoint, "headers": [], RECORD: record}
-        request = Request(scope, _empty_body())
+        request = _request(record)
         try:
             with in_background():
                 response = await self._respond(endpoint, request, body, request_id)
@@ -78,6 +89,56 @@ class ApiCalculator:
             log_request_id.reset(previous)
         self._on_line(response.status_code, record.tokens)
         return Answer(response.status_code, bytes(response.body), record.tokens)
+
+    def group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Divide lines into groups that can be computed together: with equal options.
+
+        Lines for another endpoint, and invalid ones, are alone.
+        """
+        limits = self._services.settings.limits
+        longest = min(_GROUP_CHARACTERS, limits.max_request_tokens)
+        groups: list[list[int]] = []
+        growing: dict[tuple[bool, bytes], tuple[list[int], int, int]] = {}
+        for position, body in enumerate(bodies):
+            group = [position]
+            if endpoint == embeddings.PATH:
+                try:
+                    inputs = embeddings.parse_inputs(body, limits)
+                    options = {name: value for name, value in body.items() if name not in _OF_LINE}
+                    key = isinstance(inputs[0], str), orjson.dumps(options, option=orjson.OPT_SORT_KEYS)
+                except (RequestError, TypeError):  # TypeError: values that are nested too deep
+                    pass
+                else:
+                    count, size = len(inputs), sum(map(len, inputs))
+                    other, others, size_of_others = growing.get(key, (group, 0, 0))
+                    if others + count <= _GROUP_INPUTS and size_of_others + size <= longest:
+                        group, count, size = other, others + count, size_of_others + size
+                    growing[key] = group, count, size
+            if group[-1] != position:
+                group.append(position)
+            else:
+                groups.append(group)
+        return groups
+
+    async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """Return the answers to the lines of a group, which have equal options.
+
+        Raises:
+            ProviderError: The inputs cannot be computed together.
+        """
+        limits = self._services.settings.limits
+        call = embeddings.parse_fields(bodies[0], limits)
+        inputs = [call.inputs, *(embeddings.parse_inputs(body, limits) for body in bodies[1:])]
+        request = _request(RequestRecord(method="POST", path=endpoint, request_id=""))
+        # After a crash of the model, each line is computed alone, and then has as many attempts as any request.
+        with in_background(max_attempts=1):
+            async with use_model(request, self._services, call.model) as model:
+                together: Any = list(itertools.chain.from_iterable(inputs))
+                computed = await model.engine.embed(together, call.options_for(model.defaults))
+        answers = await asyncio.to_thread(_render, computed, list(map(len, inputs)), call, model.name)
+        for answer in answers:
+            self._on_line(answer.status_code, answer.tokens)
+        return answers
 
     async def _respond(self, endpoint: str, request: Request, body: Mapping[str, Any], request_id: str) -> Response:
         if endpoint == embeddings.PATH:
@@ -99,6 +160,26 @@ class ApiCalculator:
         if services.settings.serves_cached and view.find(name) is not None:
             return
         raise registry.not_found(name)
+
+
+def _render(computed: Embeddings, counts: Sequence[int], call: EmbeddingCall, model: str) -> list[Answer]:
+    """Return the answers to lines, of whose inputs there are `counts`."""
+    answers = []
+    for stop, count in zip(itertools.accumulate(counts), counts, strict=True):
+        part = computed.part(stop - count, stop)
+        try:
+            body = embeddings.render_response(part, call.encoding, model, call.output_type)
+            answers.append(Answer(200, body, part.tokens))
+        except RequestError as error:
+            response = response_for(error)
+            answers.append(Answer(response.status_code, bytes(response.body), part.tokens))
+        time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
+    return answers
+
+
+def _request(record: RequestRecord) -> Request:
+    scope = {"type": "http", "method": record.method, "path": record.path, "headers": [], RECORD: record}
+    return Request(scope, _empty_body())
 
 
 def _can_pass(error: BaseException) -> bool:

@@ -150,11 +150,11 @@ def answered_line(sha256: str, line: InputLine, answer: Answer) -> bytes:
     """Return a line of the output or error file."""
     # Not encoded again, because the numbers of vectors are most of the bytes.
     body = answer.body if b"\n" not in answer.body else orjson.dumps(orjson.loads(answer.body))
-    return b'{"id":%b,"custom_id":%b,"response":{"status_code":%d,"request_id":%b,"body":%b},"error":null}\n' % (
-        orjson.dumps(line_id("batch_req", sha256, line.number)),
+    return b'{"id":"%b","custom_id":%b,"response":{"status_code":%d,"request_id":"%b","body":%b},"error":null}\n' % (
+        line_id("batch_req", sha256, line.number).encode(),
         orjson.dumps(line.custom_id),
         answer.status_code,
-        orjson.dumps(line_id("req", sha256, line.number)),
+        line_id("req", sha256, line.number).encode(),
         body,
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeVar, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -54,6 +54,15 @@ class Calculator(Protocol):
         Raises:
             RetryLaterError: The line cannot be answered now, and is computed again later.
             ProviderError: Any other failure. Its code and status go to the error file.
+        """
+
+    def group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Divide lines into groups that can be computed together. Returns the positions of the lines of each group."""
+
+    async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        """Compute the lines of a group of several ones, with the results that each of them has alone.
+
+        Errors are those of `answer`. Any line of the group can be their cause.
         """
 
 

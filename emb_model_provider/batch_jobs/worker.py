@@ -13,6 +13,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,8 @@ from emb_model_provider.errors import (
     DeadlineExceededError,
     DeviceLostError,
     OperationCancelledError,
+    QueueFullError,
+    RequestError,
     RetryLaterError,
     StorageFullError,
     is_failure,
@@ -43,7 +46,7 @@ from emb_model_provider.formatting import describe_error, format_size, printable
 from emb_model_provider.snapshots.locks import try_lock_exclusive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from emb_model_provider.batch_jobs.batches import BatchStore
@@ -67,6 +70,7 @@ _MAX_CRASHES = 3
 _MAX_RETRY_S = 30.0
 _RELEASE_S = 5.0
 _MAX_REASON = 500
+_STOPPING = "The model is stopping."
 _MAX_WORKERS = 1000
 
 
@@ -269,15 +273,11 @@ class BatchWorker:
             answers = await self._answer_together(lease, lines)
         else:
             answers = await self._answer_one_by_one(lease, lines)
-        output: list[bytes] = []
-        errors: list[bytes] = []
-        for line, answer in zip(lines, answers, strict=True):
-            of_line = answered_line(lease.input_sha256, line, answer)
-            (output if answer.status_code < 400 else errors).append(of_line)
+        segment = await self._durably(lease, lambda: self._write(lease, lines, answers))
+        failed = sum(answer.status_code >= 400 for answer in answers)
         tokens = sum(answer.tokens for answer in answers)
-        del answers
-        segment = await self._durably(lease, lambda: self._write(lease, output, errors))
-        if await self._durably(lease, lambda: self._work.done(lease, segment, len(output), len(errors), tokens)):
+        completed = len(answers) - failed
+        if await self._durably(lease, lambda: self._work.done(lease, segment, completed, failed, tokens)):
             self._continued(batch.id)
             if lease.fence > 1:
                 await self._in_thread(lambda: self._segments.remove_older(batch.id, lease.seq, lease.fence))
@@ -302,18 +302,15 @@ class BatchWorker:
         """Compute lines together, again and again until all have an answer that is not that of a passing error."""
         answers: dict[int, Answer] = {}
         pending = lines
+        alone: set[int] = set()
         deadline = self._time() + self._options.stall_s
         while True:
-            async with asyncio.TaskGroup() as group:
-                tasks = []
-                for line in pending:
-                    tasks.append(group.create_task(self._answer(lease, line)))
-                    await asyncio.sleep(0)  # requests of other clients come between
             later: list[RetryLaterError] = []
-            for line, task in zip(pending, tasks, strict=True):
-                match task.result():
+            groups = self._groups(lease, pending, alone)
+            for number, result in (await self._answer_groups(lease, groups, alone)).items():
+                match result:
                     case Answer() as answer:
-                        answers[line.number] = answer
+                        answers[number] = answer
                     case error:
                         later.append(error)
             if not later:
@@ -326,6 +323,55 @@ class BatchWorker:
             await self._pause(lease.batch_id, later[0].message)
             await asyncio.sleep(min(_MAX_RETRY_S, max(error.retry_after_s for error in later)))
 
+    def _groups(self, lease: ChunkLease, lines: list[InputLine], alone: set[int]) -> list[list[InputLine]]:
+        together = [line for line in lines if line.number not in alone]
+        groups = self._calculator.group(lease.batch.endpoint, [line.body for line in together])
+        return [
+            *([together[position] for position in group] for group in groups),
+            *([line] for line in lines if line.number in alone),
+        ]
+
+    async def _answer_groups(
+        self, lease: ChunkLease, groups: Iterable[Sequence[InputLine]], alone: set[int]
+    ) -> dict[int, Answer | RetryLaterError]:
+        """Return the results of lines by their numbers. Lines that are not to be grouped again are added to `alone`."""
+        async with asyncio.TaskGroup() as running:
+            tasks = []
+            for group in groups:
+                tasks.append(running.create_task(self._answer_group(lease, group, alone)))
+                await asyncio.sleep(0)  # requests of other clients come between
+        return {number: result for task in tasks for number, result in task.result().items()}
+
+    async def _answer_group(
+        self, lease: ChunkLease, lines: Sequence[InputLine], alone: set[int]
+    ) -> dict[int, Answer | RetryLaterError]:
+        if len(lines) == 1:
+            return {lines[0].number: await self._answer(lease, lines[0])}
+        later: RetryLaterError
+        try:
+            answers = await self._calculator.answer_group(lease.batch.endpoint, [line.body for line in lines])
+        except (RequestError, QueueFullError):
+            # Before anything was computed, so that it costs little to find the lines that are the cause.
+            half = len(lines) // 2
+            return await self._answer_groups(lease, (lines[:half], lines[half:]), alone)
+        except RetryLaterError as error:
+            later = error
+        except (DeviceLostError, OperationCancelledError) as error:
+            later = _later(error.message)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                if _is_cancelled():
+                    raise
+                later = _later(_STOPPING)
+            elif is_failure(error):
+                alone.update(line.number for line in lines)
+                return await self._answer_groups(lease, ([line] for line in lines), alone)
+            else:
+                raise
+        else:
+            return {line.number: answer for line, answer in zip(lines, answers, strict=True)}
+        return {line.number: later for line in lines}
+
     async def _answer(self, lease: ChunkLease, line: InputLine) -> Answer | RetryLaterError:
         request_id = line_id("req", lease.input_sha256, line.number)
         attempt = 1
@@ -335,10 +381,9 @@ class BatchWorker:
             except RetryLaterError as error:
                 return error
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
+                if _is_cancelled():
                     raise
-                return _later("The model is stopping.")
+                return _later(_STOPPING)
             except (DeviceLostError, OperationCancelledError) as error:
                 return _later(error.message)
             except BaseException as error:
@@ -349,7 +394,13 @@ class BatchWorker:
                     return Answer(*error_body(error))
                 attempt += 1
 
-    def _write(self, lease: ChunkLease, output: list[bytes], errors: list[bytes]) -> Segment:
+    def _write(self, lease: ChunkLease, lines: list[InputLine], answers: list[Answer]) -> Segment:
+        output: list[bytes] = []
+        errors: list[bytes] = []
+        for line, answer in zip(lines, answers, strict=True):
+            of_line = answered_line(lease.input_sha256, line, answer)
+            (output if answer.status_code < 400 else errors).append(of_line)
+            time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
         self._require_space(sum(map(len, output)) + sum(map(len, errors)))
         return self._segments.write(lease.batch_id, lease.seq, lease.fence, output, errors)
 
@@ -485,6 +536,12 @@ class BatchWorker:
 
     def _time(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _is_cancelled() -> bool:
+    """Return whether a CancelledError is that of the present task, and not one of the model."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _later(reason: str) -> RetryLaterError:

@@ -222,6 +222,7 @@ class Engine:
         if sparse is not None and options.top_k is not None:
             sparse = [vector.largest(options.top_k) for vector in sparse]
         return Embeddings(
+            input_tokens=list(map(len, encoded.ids)),
             vectors=vectors,
             value_range=value_range,
             is_interim=described.is_interim,

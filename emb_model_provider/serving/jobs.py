@@ -23,22 +23,28 @@ if TYPE_CHECKING:
 trace_context: ContextVar[object] = ContextVar("trace_context", default=None)
 """Identifies the span of a request, for the records of its batches; None without tracing."""
 
-_background: ContextVar[bool] = ContextVar("background", default=False)
 
 _BYTES_PER_TOKEN = 40
 """Memory of a token id in the queue: a Python integer, and a place in a list."""
 _MAX_ATTEMPTS = 2
 """A request that was running at this many crashes fails, because it may be their cause."""
 
+_background: ContextVar[bool] = ContextVar("background", default=False)
+_max_attempts: ContextVar[int] = ContextVar("max_attempts", default=_MAX_ATTEMPTS)
+
 
 @contextlib.contextmanager
-def in_background() -> Iterator[None]:
-    """Requests that are made in this context run only while no other request waits, except for a small share."""
-    token = _background.set(True)
+def in_background(*, max_attempts: int = _MAX_ATTEMPTS) -> Iterator[None]:
+    """Requests that are made in this context run only while no other request waits, except for a small share.
+
+    They fail if they were running at `max_attempts` crashes of the model.
+    """
+    tokens = _background.set(True), _max_attempts.set(max_attempts)
     try:
         yield
     finally:
-        _background.reset(token)
+        _background.reset(tokens[0])
+        _max_attempts.reset(tokens[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ class Timing:
 class InferenceJob(BatchJob):
     """A request whose results are awaited on an event loop."""
 
-    __slots__ = ("attempts", "inputs", "loop", "output_bytes", "outputs", "remaining", "result", "rows", "started_at", "tokens", "trace")  # fmt: skip
+    __slots__ = ("attempts", "inputs", "loop", "max_attempts", "output_bytes", "outputs", "remaining", "result", "rows", "started_at", "tokens", "trace")  # fmt: skip
 
     def __init__(self, inputs: TokenBatch, outputs: tuple[OutputName, ...], *, output_bytes: int = 0) -> None:
         """Create a request for some outputs, whose results take a number of bytes."""
@@ -101,6 +107,7 @@ class InferenceJob(BatchJob):
         """For each input, the requested outputs in their order; empty until they are computed."""
         self.trace = trace_context.get()
         self.started_at: float | None = None
+        self.max_attempts = _max_attempts.get()
         self.attempts = 0
         """How often the model crashed while it ran an input of this request."""
 
@@ -162,7 +169,7 @@ class PendingJobs:
             if job in self.suspects:
                 job.attempts += 1
                 job.exclusive = True
-            if job.attempts >= _MAX_ATTEMPTS:
+            if job.attempts >= job.max_attempts:
                 failed.append(job)
                 continue
             if job.exclusive:

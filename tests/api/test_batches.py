@@ -10,12 +10,15 @@ import httpx
 import pytest
 
 from emb_model_provider.api.app import create_app
+from emb_model_provider.api.batch_calculator import ApiCalculator
 from emb_model_provider.settings import Settings
-from tests.service import assert_error
+from tests.service import assert_error, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from tests.service import Service
 
 KEY, OTHER_KEY = "key-of-search", "key-of-indexing"
 TIMES = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at")
@@ -177,3 +180,92 @@ async def test_each_invalid_line_is_reported(http: httpx.AsyncClient) -> None:
     for error, line in zip(batch["errors"]["data"][:2], lines[1:3], strict=True):
         interactive = (await http.post("/v1/rerank", json=line["body"])).json()["error"]
         assert (error["message"], error["code"]) == (interactive["message"], interactive["code"])
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"model": "mini"},
+    {"model": "mini", "encoding_format": "base64"},
+    {"model": "mini", "encoding_format": "base64", "dimensions": 64},
+    {"model": "mini", "input_type": "query", "normalize": False},
+    {"model": "mini", "output_dtype": "binary"},
+    {"model": "strict"},
+]
+LONG = "word " * 300
+REFUSED: list[dict[str, Any]] = [
+    {"input": ["many " * 254] * 9, "model": "mini"},  # more tokens than a request may have
+    {"input": "x", "model": "mini", "dimensions": 9999},
+    {"input": [[9**9]], "model": "team/own-ids"},
+]
+"""Requests that are refused when they are computed."""
+
+
+def test_answers_are_those_of_interactive_requests(guarded: Service) -> None:
+    """Those of lines with the same options, which are computed together. Invalid ones fail alone, with the same error.
+
+    Embeddings have the same bytes, because the vectors of the batch are in the result cache. The inputs of each group
+    are different, so that none is computed twice.
+    """
+    bodies: list[dict[str, Any]] = [
+        {"input": value, **options}
+        for number, options in enumerate(OPTIONS)
+        for value in (f"a {number}", [f"{number}", f"b {number}"], f"向量{number}", f"a {number}", f"{number} {LONG}")
+    ]
+    bodies += [{"input": value, "model": "team/own-ids"} for value in ([101, 7592, 102], [[101, 102], [101, 102]])]
+    bodies += [{"input": value, "model": "openai-ids"} for value in ([15339, 1917], [[2000]])]
+    for position, body in zip((20, 30, -3), REFUSED, strict=True):
+        bodies.insert(position, body)
+    lines = [
+        json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/embeddings", "body": body})
+        for number, body in enumerate(bodies)
+    ]
+    file = guarded.http.post("/v1/files", files={"file": "\n".join(lines).encode()}, data={"purpose": "batch"}).json()
+    fields = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    path = f"/v1/batches/{guarded.http.post('/v1/batches', json=fields).json()['id']}"
+    wait_until(lambda: guarded.http.get(path).json()["status"] in ("completed", "failed"))
+    batch = guarded.http.get(path).json()
+    assert (batch["status"], batch["errors"]) == ("completed", None)
+    found = {}
+    for name in ("output_file_id", "error_file_id"):
+        content = guarded.http.get(f"/v1/files/{batch[name]}/content").content.splitlines()
+        numbers = [int(json.loads(raw)["custom_id"]) for raw in content]
+        assert numbers == sorted(numbers)
+        found |= dict(zip(numbers, content, strict=True))
+    failures = numbers
+    assert sorted(found) == list(range(len(bodies)))
+    tokens = 0
+    for number, body in enumerate(bodies):
+        expected = guarded.http.post("/v1/embeddings", json=body)
+        response = json.loads(found[number])["response"]
+        assert response["status_code"] == expected.status_code, body
+        assert found[number].endswith(b'"body":' + expected.content + b'},"error":null}'), body
+        tokens += expected.json().get("usage", {"total_tokens": 0})["total_tokens"]
+    assert batch["usage"]["total_tokens"] == tokens
+    assert [bodies[number] for number in failures] == [
+        body for body in bodies if body in REFUSED or (body["model"] == "strict" and LONG in body["input"])
+    ]
+    counts = {"total": len(bodies), "completed": len(bodies) - len(failures), "failed": len(failures)}
+    assert batch["request_counts"] == counts
+
+
+async def test_groups_of_lines(tmp_path: Path) -> None:
+    """Lines with equal options and the same kind of input, up to a size. Lines of rerank and invalid lines are alone."""
+    settings = Settings.from_values(cache_dir=tmp_path, max_request_tokens=1000)
+    calculator = ApiCalculator(create_app(settings, on_nothing_to_serve=lambda: None).state.services, lambda *_: None)
+    deep: Any = []
+    for _ in range(500):
+        deep = [deep]
+    bodies = [
+        {"input": "a", "model": "m", "dimensions": 64},
+        {"input": ["b", "c"], "dimensions": 64, "model": "m"},
+        {"input": "d", "model": "m"},
+        {"input": [5, 6], "model": "m"},
+        {"input": None, "model": "m"},
+        {"input": "e", "model": "m", "tag": deep},
+        {"input": [[7], [8]], "model": "m"},
+        {"input": "f" * 990, "model": "m"},
+        {"input": "g" * 10, "model": "m"},
+        {"input": "h", "model": "m", "user": "another"},
+    ]
+    assert calculator.group("/v1/embeddings", bodies) == [[0, 1], [2, 7], [3, 6], [4], [5], [8, 9]]
+    assert calculator.group("/v1/rerank", bodies[:2]) == [[0], [1]]
+    assert calculator.group("/v1/embeddings", [{"input": "x"}] * 300) == [list(range(256)), list(range(256, 300))]

@@ -13,6 +13,8 @@ from benchmarks.batch_worker import HashCalculator
 from emb_model_provider.errors import (
     DeadlineExceededError,
     DeviceLostError,
+    InferenceError,
+    InputTooLongError,
     ModelNotReadyError,
     QueueFullError,
     RequestError,
@@ -20,7 +22,7 @@ from emb_model_provider.errors import (
 from tests.batch_jobs.helpers import ids, line, lines, process, reach, read_lines, working
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from emb_model_provider.batch_jobs.types import Answer
     from tests.batch_jobs.helpers import Jobs
@@ -282,6 +284,121 @@ async def test_failing_lines(jobs: Jobs, error: Exception, status: int, code: st
     assert failed["response"]["status_code"] == status
     assert failed["response"]["body"]["error"]["code"] == code
     assert "secret" not in json.dumps(failed)
+
+
+class Grouping(HashCalculator):
+    """Computes the lines of each model together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[list[str]] = []
+        """The texts of each group that was computed."""
+
+    def group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        groups: dict[str, list[int]] = {}
+        for position, body in enumerate(bodies):
+            groups.setdefault(body["model"], []).append(position)
+        return list(groups.values())
+
+    async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+        self.groups.append([body["input"] for body in bodies])
+        return [await self.answer(endpoint, body, "") for body in bodies]
+
+
+def texts(*values: str, model: str = "m") -> bytes:
+    return b"".join(line(text, body={"model": model, "input": text}) for text in values)
+
+
+async def test_groups(jobs: Jobs) -> None:
+    """The lines of two models are computed in two groups, and the output is in the order of the input."""
+    calculator = Grouping()
+    content = texts("a", "b") + texts("x", model="n") + texts("c") + texts("y", model="n") + texts("z", model="o")
+    batch = await process(jobs, content, calculator=calculator)
+    assert calculator.groups == [["a", "b", "c"], ["x", "y"]]
+    assert ids(jobs, batch.output_file_id) == ["a", "b", "x", "c", "y", "z"]
+
+
+@pytest.mark.parametrize("url", [None], ids=["sqlite"])
+async def test_invalid_lines_of_a_group_fail_alone(jobs: Jobs) -> None:
+    """The group is divided until the others are computed without them."""
+
+    class Calculator(Grouping):
+        async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+            if any(body["input"] == "too long" for body in bodies):
+                raise InputTooLongError(0, 512)
+            return await super().answer_group(endpoint, bodies)
+
+    calculator = Calculator()
+    content = texts("a", "b", "c", "too long") + texts("e", "f", "g", "h")
+    batch = await process(jobs, content, calculator=calculator)
+    assert sorted(calculator.groups) == [["a", "b"], ["e", "f", "g", "h"]]
+    assert ids(jobs, batch.output_file_id) == ["a", "b", "c", "e", "f", "g", "h"]
+    (failed,) = read_lines(jobs, batch.error_file_id)
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("too long", 400)
+
+
+@pytest.mark.parametrize("url", [None], ids=["sqlite"])
+@pytest.mark.parametrize(
+    ("error", "groups"),
+    [
+        (ModelNotReadyError("The model is loading.", retry_after_s=0.01), 1),
+        (DeviceLostError("The GPU is lost."), 1),
+        (asyncio.CancelledError(), 1),
+        (QueueFullError("The queue is full.", retry_after_s=0.01), 2),
+        (InferenceError("The model failed."), 0),
+        (ValueError("a defect"), 0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_groups_that_fail(jobs: Jobs, error: BaseException, groups: int) -> None:
+    """The group is tried again or divided, or its lines are computed alone, also in later attempts. No line fails."""
+
+    class Calculator(Grouping):
+        is_first = is_later = False
+
+        async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+            if not self.is_first:
+                self.is_first = True
+                raise error
+            return await super().answer_group(endpoint, bodies)
+
+        async def answer(self, endpoint: str, body: Mapping[str, Any], request_id: str) -> Answer:
+            if not self.is_later and not groups:
+                self.is_later = True
+                raise ModelNotReadyError("The model is restarted.", retry_after_s=0.01)
+            return await super().answer(endpoint, body, request_id)
+
+    calculator = Calculator()
+    batch = await process(jobs, texts("a", "b", "c", "d"), calculator=calculator, stall_s=60)
+    assert (batch.completed, batch.failed, len(calculator.groups)) == (4, 0, groups)
+    assert sorted(text for group in calculator.groups for text in group) == ["a", "b", "c", "d"][: 4 * bool(groups)]
+    assert set(calculator.computed.values()) == {1}
+
+
+async def test_cancel_while_a_group_runs(jobs: Jobs) -> None:
+    """The group is cancelled, and none of its lines is in the output."""
+
+    class Calculator(Grouping):
+        async def answer_group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[Answer]:
+            if len(self.groups) == 2:
+                running.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    cancelled.set()
+            return await super().answer_group(endpoint, bodies)
+
+    running, cancelled = asyncio.Event(), asyncio.Event()
+    batch = jobs.create(lines(50))
+    async with working(jobs, Calculator()) as worker:
+        await reach(jobs, batch, lambda current: current.completed == 16)
+        await asyncio.wait_for(running.wait(), 20)
+        jobs.batches.cancel("", batch.id)
+        worker.wake()
+        batch = await reach(jobs, batch, "cancelled")
+        await asyncio.wait_for(cancelled.wait(), 20)
+    assert (batch.total, batch.completed, batch.failed) == (50, 16, 0)
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(16)]
 
 
 async def test_only_failing_lines(jobs: Jobs) -> None:

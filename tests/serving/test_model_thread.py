@@ -15,6 +15,7 @@ from emb_model_provider.errors import InferenceError, LoadError, ModelNotReadyEr
 from emb_model_provider.model_spec import ModelSpec
 from emb_model_provider.serving.config import EngineConfig
 from emb_model_provider.serving.engine import Engine
+from emb_model_provider.serving.jobs import in_background
 from emb_model_provider.settings import BatchSettings
 from tests.service import no_more_threads
 from tests.serving.fakes import BREAKS, LOSES_GPU, FakeBackend, expected
@@ -139,6 +140,17 @@ async def test_input_that_crashes_the_model_fails_alone(streams: int) -> None:
         assert [(await task)[0].tolist() for task in good] == expected_vectors(20)
         assert (await run.embed("w1 w1"))[0].tolist() == expected_vectors(2)[1]
         assert len(run.backends) == 3
+
+
+async def test_requests_with_one_attempt_fail_at_the_first_crash() -> None:
+    """Those of batches, whose lines are then computed alone."""
+    async with started_engine() as run:
+        with in_background(max_attempts=1):
+            bad = asyncio.create_task(run.embed("w1 w1", f"w5 {BREAKS}"))
+        with pytest.raises(InferenceError, match="crashed each time"):
+            await bad
+        assert (await run.embed("w1 w1"))[0].tolist() == expected_vectors(2)[1]
+        assert len(run.backends) == 2
 
 
 async def test_crash_of_a_stream_loses_no_request() -> None:

@@ -213,7 +213,7 @@ def parse_fields(fields: Mapping[str, Any], limits: LimitSettings) -> EmbeddingC
     output_type, encoding, outputs = _output_types(fields)
     return EmbeddingCall(
         model=optional(fields, str, "model"),
-        inputs=_inputs(fields, limits),
+        inputs=parse_inputs(fields, limits),
         encoding=encoding or _encoding(fields),
         output_type=output_type,
         options=EmbedOptions(
@@ -261,7 +261,12 @@ def render_response(
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
+def parse_inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
+    """Return the inputs of `POST /v1/embeddings`: at least one text or row of token ids, all of the same kind.
+
+    Raises:
+        RequestError: They are missing or invalid.
+    """
     value = require(fields, "input")
     if isinstance(value, str):
         value = [value]
@@ -297,7 +302,7 @@ def _texts_of_objects(value: Sequence[Mapping[str, Any]], limits: LimitSettings)
     """Return the texts of objects as Jina's API has them: `{"text": "..."}`."""
     if any(item.keys() != {"text"} or not isinstance(item["text"], str) for item in value):
         raise _invalid_input('the only supported objects are {"text": "..."}')
-    return _inputs({"input": [item["text"] for item in value]}, limits)  # type: ignore[return-value]  # texts stay texts
+    return parse_inputs({"input": [item["text"] for item in value]}, limits)  # type: ignore[return-value]  # texts stay texts
 
 
 def _invalid_input(reason: str) -> RequestError:
