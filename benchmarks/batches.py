@@ -1,4 +1,8 @@
-"""Measures batches of the Batch API: their rate, and the latency of single requests beside them."""
+"""Measures batches of the Batch API: their rate, and the latency of single requests beside them.
+
+Rates of a batch and of the engine are measured alternately, and compared within each round. On a machine that is busy with
+something else, compare their CPU times instead.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ import re
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,7 +24,8 @@ from benchmarks import QUICK_HELP
 from benchmarks.contenders import Server, make_contender, stop_servers_on_sigterm
 from benchmarks.inprocess import measure
 from benchmarks.load import closed_loop, open_loop
-from benchmarks.report import NONE, describe_run, format_counts, format_spread, log_progress, markdown_table
+from benchmarks.report import NONE, describe_run, format_counts, format_spread, log_progress, markdown_table, ratios
+from benchmarks.resources import cpu_time
 from benchmarks.texts import Corpus, count_texts
 from benchmarks.workloads import request_body, write_bodies
 
@@ -30,13 +35,15 @@ if TYPE_CHECKING:
     from benchmarks.load import Result
     from benchmarks.texts import Kind
 
-_BATCHES: tuple[tuple[Kind, int], ...] = (("short", 1), ("short", 32), ("doc", 1), ("doc", 32))
+_BATCHES: tuple[tuple[Kind, int], ...] = (("short", 1), ("short", 32), ("doc", 1))
 """Kind and number of the texts of a line."""
 _ENGINE_CONNECTIONS, _ENGINE_TEXTS = 8, 64
 """Requests at a time of the engine in process, and texts of each. It computes as many texts at a time as two chunks have."""
 _RATE = 20.0
 """Single requests per second."""
 _LEAD_S = 1.0
+_POLL_S, _POLL_AT_END_S = 0.2, 0.02
+"""How often the state of a batch is read. More often only at its end, because each time takes the service some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,118 +52,118 @@ class Config:
     seconds: float
     """Duration of a measurement of single requests, and of the engine."""
     texts: dict[Kind, int]
-    """Texts of a batch."""
+    """Texts of a batch whose rate is measured."""
+    beside: dict[Kind, int]
+    """Texts of a batch beside which single requests are measured. It is cancelled then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A batch that was computed."""
+    """Texts that were computed by a batch or by the engine."""
 
-    running_s: float
-    """From the first chunk to the last one."""
-    total_s: float
-    """From the upload to the last byte of the output."""
-    texts: int
+    rate: float
+    """Texts per second."""
+    cpu_ms: float
+    """CPU time of a text, in milliseconds."""
+    other_cores: float
+    """Cores that other processes used."""
+    forward_s: float = 0.0
+    """Mean duration of a batch of inputs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batches", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="duration of a measurement (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of a measurement (default: %(default)g)")
     parser.add_argument("--quick", action="store_true", help=QUICK_HELP)
     options = parser.parse_args(arguments)
     stop_servers_on_sigterm()
-    config = Config(options.rounds, options.seconds, {"short": 32_000, "doc": 4_096})
+    config = Config(options.rounds, options.seconds, {"short": 6_144, "doc": 1_024}, {"short": 24_000, "doc": 4_000})
     if options.quick:
-        config = Config(1, 1.0, {"short": 320, "doc": 64})
-    rates: dict[tuple[Kind, int], list[float]] = {batch: [] for batch in _BATCHES}
-    totals: dict[tuple[Kind, int], list[float]] = {batch: [] for batch in _BATCHES}
-    engine: dict[Kind, list[float]] = {"short": [], "doc": []}
+        config = Config(1, 1.0, {"short": 320, "doc": 64}, {"short": 4_000, "doc": 600})
+    batches: dict[tuple[Kind, int], list[Run]] = {batch: [] for batch in _BATCHES}
+    engine: dict[Kind, list[Run]] = {"short": [], "doc": []}
     alone: list[Result] = []
     beside: dict[Kind, list[Result]] = {"short": [], "doc": []}
-    forwards: dict[Kind, list[float]] = {"short": [], "doc": []}
     with tempfile.TemporaryDirectory(prefix="benchmarks-batches-") as directory:
         scratch, corpus = Path(directory), Corpus()
+        log_progress("texts")
         single = write_bodies(scratch / "singles", corpus, "short", 1, int(_RATE * config.seconds * 2) + 100, "base64")
-        for number in range(config.rounds):
-            for kind in engine:
-                log_progress(f"round {number + 1}/{config.rounds}: {kind}")
-                engine[kind].append(_engine_rate(scratch, corpus, kind, config))
-                with Server(make_contender("ours"), scratch / "server") as server:
-                    server.wait()
-                    closed_loop(server, single, connections=4, seconds=min(2.0, config.seconds))
+        large = {
+            kind: _write_lines(scratch / f"beside-{kind}", corpus, kind, 1, config.beside[kind]) for kind in beside
+        }
+        with Server(make_contender("ours"), scratch / "server") as server:
+            server.wait()
+            closed_loop(server, single, connections=4, seconds=min(2.0, config.seconds))
+            for number in range(config.rounds):
+                log_progress(f"round {number + 1}/{config.rounds}")
+                for kind in engine:
+                    engine[kind].append(_run_engine(scratch, corpus, kind, config))
                     for batch in (batch for batch in _BATCHES if batch[0] == kind):
-                        before = _batch_times(server)
-                        run = _run_batch(server, _write_lines(scratch, corpus, *batch, config.texts[kind]))
-                        after = _batch_times(server)
-                        rates[batch].append(run.texts / run.running_s)
-                        totals[batch].append(run.texts / run.total_s)
-                        forwards[kind].append((after[0] - before[0]) / (after[1] - before[1]))
-                    alone.append(open_loop(server, single, rate=_RATE, seconds=config.seconds, seed=number))
-                    beside[kind].append(_beside_batch(server, scratch, corpus, kind, single, config, seed=number))
-    print(_report(config, rates, totals, engine, alone, beside, forwards))
+                        lines = _write_lines(scratch / "lines", corpus, *batch, config.texts[kind])
+                        batches[batch].append(_run_batch(server, lines, config.texts[kind]))
+                alone.append(open_loop(server, single, rate=_RATE, seconds=config.seconds, seed=number))
+                for kind, path in large.items():
+                    beside[kind].append(_beside_batch(server, path, single, config, seed=number))
+    print(_report(config, batches, engine, alone, beside))
     results = [*alone, *beside["short"], *beside["doc"]]
     return 1 if any(result.errors or not result.ok for result in results) else 0
 
 
-def _engine_rate(scratch: Path, corpus: Corpus, kind: Kind, config: Config) -> float:
+def _run_engine(scratch: Path, corpus: Corpus, kind: Kind, config: Config) -> Run:
     bodies = write_bodies(
         scratch / f"engine-{kind}", corpus, kind, _ENGINE_TEXTS, max(8, config.texts[kind] // _ENGINE_TEXTS), "base64"
     )
     contender = make_contender("ours")
-    prefix = "EMB_PROVIDER_"
-    case = {"name": kind, "bodies": str(bodies), "connections": _ENGINE_CONNECTIONS}
     job = {
         "kind": "engine",
-        "settings": {"cache_dir": contender.environment[f"{prefix}CACHE_DIR"], "result_cache_mb": 0},
-        "cases": [case],
+        "settings": {"cache_dir": contender.environment["EMB_PROVIDER_CACHE_DIR"], "result_cache_mb": 0},
+        "cases": [{"name": kind, "bodies": str(bodies), "connections": _ENGINE_CONNECTIONS}],
         "seconds": config.seconds,
-        "warm_up_s": min(2.0, config.seconds),
+        "warm_up_s": min(1.0, config.seconds),
     }
     result = measure(job)["cases"][kind]
-    rate: float = result["ok"] * _ENGINE_TEXTS / result["elapsed_s"]
-    return rate
+    rate = result["ok"] * _ENGINE_TEXTS / result["elapsed_s"]
+    return Run(rate, 1000 * result["server_cores"] / rate, result["other_cores"])
 
 
-def _write_lines(scratch: Path, corpus: Corpus, kind: Kind, texts: int, count: int) -> Path:
-    path = scratch / f"batch-{kind}-{texts}.jsonl"
+def _write_lines(path: Path, corpus: Corpus, kind: Kind, texts: int, count: int) -> Path:
+    drawn = corpus.texts(kind, count)
     with path.open("w", encoding="utf-8") as file:
-        for line in range(count // texts):
-            body = json.loads(request_body(corpus.texts(kind, texts), "base64"))
-            request = {"custom_id": str(line), "method": "POST", "url": "/v1/embeddings", "body": body}
+        for start in range(0, count, texts):
+            body = json.loads(request_body(drawn[start : start + texts], "base64"))
+            request = {"custom_id": str(start), "method": "POST", "url": "/v1/embeddings", "body": body}
             file.write(json.dumps(request) + "\n")
     return path
 
 
-def _run_batch(server: Server, path: Path) -> Run:
-    started = time.perf_counter()
+def _run_batch(server: Server, path: Path, texts: int) -> Run:
+    """Measure a batch from the end of its validation to its last line."""
     with _client(server) as client:
         batch = _create(client, path)
-        running_at = None
-        while True:
+        while batch["status"] == "validating":
+            time.sleep(_POLL_AT_END_S)
             batch = client.get(f"/v1/batches/{batch['id']}").raise_for_status().json()
-            now = time.perf_counter()
-            if batch["status"] != "validating" and running_at is None:
-                running_at = now
+        started, cpu_before, times_before = time.perf_counter(), cpu_time(server.pid), _batch_times(server)
+        counts = batch["request_counts"]
+        while counts["completed"] < counts["total"]:
+            time.sleep(_POLL_AT_END_S if counts["completed"] > 0.8 * counts["total"] else _POLL_S)
+            batch = client.get(f"/v1/batches/{batch['id']}").raise_for_status().json()
             counts = batch["request_counts"]
-            if counts["total"] and counts["completed"] == counts["total"]:
-                break
             if batch["status"] in ("failed", "expired", "cancelled") or counts["failed"]:
                 raise RuntimeError(f"The batch failed: {batch}")
-            time.sleep(0.02)
+        elapsed_s, cpu, times = time.perf_counter() - started, cpu_time(server.pid), _batch_times(server)
         while batch["status"] != "completed":
-            time.sleep(0.02)
+            time.sleep(_POLL_AT_END_S)
             batch = client.get(f"/v1/batches/{batch['id']}").raise_for_status().json()
         content = client.get(f"/v1/files/{batch['output_file_id']}/content").raise_for_status().content
     if (lines := len(content.splitlines())) != counts["total"]:
         raise RuntimeError(f"The output has {lines} of {counts['total']} lines.")
-    return Run(now - (running_at or started), time.perf_counter() - started, _count_texts(path))
-
-
-def _count_texts(path: Path) -> int:
-    with path.open(encoding="utf-8") as file:
-        inputs = [json.loads(line)["body"]["input"] for line in file]
-    return sum(1 if isinstance(each, str) else len(each) for each in inputs)
+    used = cpu.since(cpu_before)
+    forward_s = (times[0] - times_before[0]) / (times[1] - times_before[1])
+    return Run(
+        texts / elapsed_s, 1000 * used.tree_s / texts, max(0.0, used.machine_s - used.tree_s) / elapsed_s, forward_s
+    )
 
 
 def _client(server: Server) -> httpx.Client:
@@ -171,23 +178,20 @@ def _create(client: httpx.Client, path: Path) -> dict[str, Any]:
     return created
 
 
-def _beside_batch(
-    server: Server, scratch: Path, corpus: Corpus, kind: Kind, single: Path, config: Config, *, seed: int
-) -> Result:
+def _beside_batch(server: Server, path: Path, single: Path, config: Config, *, seed: int) -> Result:
     """Measure single requests while a batch runs, which is cancelled afterwards."""
-    path = _write_lines(scratch, corpus, kind, 1, min(49_000, math.ceil(4 * config.texts[kind] * config.seconds / 10)))
-    with _client(server) as client, ThreadPoolExecutor(1) as pool:
+    with _client(server) as client:
         batch = _create(client, path)
         while client.get(f"/v1/batches/{batch['id']}").json()["status"] == "validating":
-            time.sleep(0.05)
+            time.sleep(_POLL_S)
         time.sleep(min(_LEAD_S, config.seconds))
-        result = pool.submit(open_loop, server, single, rate=_RATE, seconds=config.seconds, seed=seed).result()
+        result = open_loop(server, single, rate=_RATE, seconds=config.seconds, seed=seed)
         status = client.get(f"/v1/batches/{batch['id']}").json()["status"]
         if status != "in_progress" and config.seconds > 1:
             raise RuntimeError(f"The batch ended before the single requests: {status}")
         client.post(f"/v1/batches/{batch['id']}/cancel")
         while client.get(f"/v1/batches/{batch['id']}").json()["status"] not in ("cancelled", "completed"):
-            time.sleep(0.05)
+            time.sleep(_POLL_AT_END_S)
     return result
 
 
@@ -204,45 +208,50 @@ def _batch_times(server: Server) -> tuple[float, float]:
 
 def _report(
     config: Config,
-    rates: dict[tuple[Kind, int], list[float]],
-    totals: dict[tuple[Kind, int], list[float]],
-    engine: dict[Kind, list[float]],
+    batches: dict[tuple[Kind, int], list[Run]],
+    engine: dict[Kind, list[Run]],
     alone: Sequence[Result],
     beside: dict[Kind, list[Result]],
-    forwards: dict[Kind, list[float]],
 ) -> str:
     notes = [
         f"{config.rounds} round(s). A batch has {config.texts['short']:,} short texts or {config.texts['doc']:,} documents; its "
-        "rate is that from its validation to its last line; with upload, validation and download in the second column",
-        f"The engine is called in process by {_ENGINE_CONNECTIONS} tasks with {_ENGINE_TEXTS} texts each",
+        "rate is that from its validation to its last line",
+        f"The engine is called in process by {_ENGINE_CONNECTIONS} tasks with {_ENGINE_TEXTS} texts each, for {config.seconds:g} s",
         f"Single requests: one short text, {_RATE:g} per second at random times, {config.seconds:g} s",
     ]
     rate_rows = []
-    for (kind, texts), of_batch in rates.items():
-        shares = [rate / of_engine for rate, of_engine in zip(of_batch, engine[kind], strict=True)]
+    for (kind, texts), runs in batches.items():
+        of_engine = engine[kind]
         rate_rows.append(
             [
                 count_texts(kind, texts),
-                format_spread(of_batch),
-                format_spread(totals[kind, texts]),
-                format_spread(engine[kind]),
-                format_spread(shares),
+                format_spread([run.rate for run in runs]),
+                format_spread([run.rate for run in of_engine]),
+                format_spread(ratios([run.rate for run in runs], [run.rate for run in of_engine])),
+                format_spread([run.cpu_ms for run in runs]),
+                format_spread([run.cpu_ms for run in of_engine]),
+                format_spread(ratios([run.cpu_ms for run in of_engine], [run.cpu_ms for run in runs])),
+                format_spread([run.other_cores for run in [*runs, *of_engine]]),
             ]
         )
     rows = [["no batch", *_cells(alone), NONE, NONE]]
-    p99_alone = [result.latency_ms.get("p99", math.nan) for result in alone]
-    median_alone = sorted(p99_alone)[len(p99_alone) // 2]
+    median_alone = median(result.latency_ms.get("p99", math.nan) for result in alone)
     for kind, results in beside.items():
-        forward_ms = [1000 * each for each in forwards[kind]]
-        forward = sorted(forward_ms)[len(forward_ms) // 2]
-        added = [(result.latency_ms.get("p99", math.nan) - median_alone) / forward for result in results]
-        rows.append([f"batch of {count_texts(kind, 2)[2:]}", *_cells(results), f"{forward:.1f}", format_spread(added)])
+        forward_ms = median(1000 * run.forward_s for run in batches[kind, 1])
+        added = [(result.latency_ms.get("p99", math.nan) - median_alone) / forward_ms for result in results]
+        rows.append(
+            [f"batch of {count_texts(kind, 2)[2:]}", *_cells(results), f"{forward_ms:.1f}", format_spread(added)]
+        )
     return "\n\n".join(
         [
             "# Batch API",
             describe_run("benchmarks.batches", notes),
-            "## Texts per second\n\nMedian of the rounds (lowest–highest).",
-            markdown_table(["texts of a line", "batch", "with upload and download", "engine", "batch ÷ engine"], rate_rows),
+            "## Texts per second\n\nMedian of the rounds (lowest–highest). CPU times are of one text, in milliseconds. Other cores "
+            "are those that other processes used.",
+            markdown_table(
+                ["texts of a line", "batch", "engine", "batch ÷ engine", "CPU, batch", "CPU, engine", "engine ÷ batch", "other cores"],
+                rate_rows,
+            ),
             "## Latency of single requests",
             markdown_table(
                 ["beside", "p50, ms", "p95, ms", "p99, ms", "errors", "a batch of inputs, ms", "more at p99, in batches"],

@@ -59,8 +59,8 @@ def test_batches() -> None:
     """Each kind of batch has a rate, and single requests beside it have a latency."""
     output = _run("batches")
     rates = _table(output, "Texts per second")
-    assert len(rates) == 4
-    assert all(len(row) == 5 and all(map(_is_positive, row[1:])) for row in rates)
+    assert len(rates) == 3
+    assert all(len(row) == 8 and all(map(_is_positive, row[1:7])) for row in rates)
     latencies = _table(output, "Latency of single requests")
     assert [row[0] for row in latencies] == ["no batch", "batch of short texts", "batch of documents"]
     assert {row[4] for row in latencies} == {"0"}
