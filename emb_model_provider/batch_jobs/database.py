@@ -32,6 +32,8 @@ REVISION = "0001"
 _SETTING = "EMB_PROVIDER_DATABASE_URL"
 _BUSY_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 10
+_IDLE_TRANSACTION_S = 10
+"""A transaction of PostgreSQL that does nothing for this long ends, so that a process that was stopped does not hold up others."""
 _RETRY_AFTER_S = 5.0
 _MIGRATION_LOCK = 0x656D625F6A6F6273
 """Key of PostgreSQL's advisory lock."""
@@ -80,6 +82,8 @@ def transaction(engine: Engine) -> Iterator[Connection]:
         StorageFullError: The disk of the database is full.
     """
     with _translated(engine), engine.execution_options(writes=True).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {1000 * _IDLE_TRANSACTION_S}")
         yield connection
 
 
@@ -151,6 +155,10 @@ def _migrate(engine: Engine) -> None:
     with reading(engine) as connection:
         if _revision(connection) == REVISION:
             return
+    # Imported here, because most starts find the tables up to date.
+    from alembic import command
+    from alembic.config import Config
+
     with transaction(engine) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(select(text(f"pg_advisory_xact_lock({_MIGRATION_LOCK})")))
@@ -160,10 +168,6 @@ def _migrate(engine: Engine) -> None:
                 f"The database {engine.url.render_as_string()} was created by a newer version of emb-model-provider (its "
                 f"tables have revision {revision}, this version has {REVISION}). Update emb-model-provider."
             )
-        # Imported here, because most starts find the tables up to date.
-        from alembic import command
-        from alembic.config import Config
-
         logging.getLogger("alembic").setLevel(logging.WARNING)  # it reports each of its plugins
         config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))

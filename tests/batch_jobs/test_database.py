@@ -91,6 +91,30 @@ def test_a_server_that_does_not_respond(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_a_process_that_is_stopped_in_a_transaction(
+    engine: Engine, url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL ends the transaction, so that others continue. The process gets an error that can pass."""
+    if url is None:
+        pytest.skip("SQLite waits for the process, and then reports that the database does not respond")
+    monkeypatch.setattr(database, "_IDLE_TRANSACTION_S", 1)
+    change = sa.text("UPDATE alembic_version SET version_num = version_num")
+    other = open_database(url, tmp_path)
+
+    def stop_in_a_transaction() -> None:
+        with transaction(engine) as stopped:
+            stopped.execute(change)
+            with transaction(other) as connection:
+                connection.execute(change)
+            stopped.execute(change)
+
+    with pytest.raises(DatabaseUnavailableError, match="idle-in-transaction"):
+        stop_in_a_transaction()
+    other.dispose()
+    with transaction(engine) as connection:
+        connection.execute(change)
+
+
 def test_a_full_database(tmp_path: Path) -> None:
     engine = open_database(None, tmp_path)
     with transaction(engine) as connection:
