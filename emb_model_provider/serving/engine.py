@@ -28,7 +28,7 @@ from emb_model_provider.errors import (
     UnsupportedTaskError,
 )
 from emb_model_provider.serving import cl100k
-from emb_model_provider.serving.jobs import InferenceJob, StageRecord, Timing
+from emb_model_provider.serving.jobs import InferenceJob, StageRecord, Timing, is_background
 from emb_model_provider.serving.memory_tuning import freeze_gc
 from emb_model_provider.serving.model_thread import ModelThread
 from emb_model_provider.serving.request_options import (
@@ -456,7 +456,8 @@ class Engine:
             )
         )
         measured = {"tokens": tokens, "truncated": encoded.truncated, "tokenize_s": tokenize_s, "timing": timing}
-        return lookup.complete(computed), measured
+        # The many texts of a batch would displace those that are requested again.
+        return lookup.complete(computed, keep=not is_background()), measured
 
     async def _wait_for(self, job: InferenceJob, request: _Request) -> tuple[Sequence[tuple[Row, ...]], Timing]:
         """Wait for the result of a request as long as the model makes progress. Only in the background without limit."""

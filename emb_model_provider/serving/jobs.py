@@ -47,6 +47,11 @@ def in_background(*, max_attempts: int = _MAX_ATTEMPTS) -> Iterator[None]:
         _max_attempts.reset(tokens[1])
 
 
+def is_background() -> bool:
+    """Return whether the present context is that of background requests."""
+    return _background.get()
+
+
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
     """Measurements of one batch. Times in seconds."""

@@ -126,10 +126,11 @@ class Lookup:
         """Number of different inputs whose results are kept."""
         return len(self._kept)
 
-    def complete(self, computed: Sequence[Rows]) -> Sequence[Rows]:
+    def complete(self, computed: Sequence[Rows], *, keep: bool = True) -> Sequence[Rows]:
         """Return the results of all inputs, in their order, and keep the computed ones, which are those of `rows`."""
         by_key = {self._keys[row]: rows for row, rows in zip(self.rows, computed, strict=True)}
-        self._cache.put(by_key)
+        if keep:
+            self._cache.put(by_key)
         if len(by_key) == len(self._keys):
             return computed
         by_key |= self._kept

@@ -12,6 +12,7 @@ import pytest
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.errors import InferenceError
 from emb_model_provider.serving.engine import EmbedOptions
+from emb_model_provider.serving.jobs import in_background
 from emb_model_provider.serving.result_cache import Lookup, ModelResults, ResultCache
 from tests.serving.fakes import FAILS, expected
 from tests.serving.helpers import ids, started_engine
@@ -150,6 +151,18 @@ async def test_an_engine_does_not_compute_kept_vectors() -> None:
     assert again.tokens == 9
     assert np.linalg.norm(scaled) == pytest.approx(1)
     assert lookups == [(0, 2), (2, 1), (1, 0)]
+
+
+async def test_results_of_background_requests_are_not_kept() -> None:
+    """They would displace those that are requested again. Kept ones are used."""
+    config, _, lookups = engine_config()
+    async with started_engine(config=config) as run:
+        with in_background():
+            await run.embed("w1")
+        await run.embed("w1")
+        with in_background():
+            await run.embed("w1")
+    assert lookups == [(0, 1), (0, 1), (1, 0)]
 
 
 async def test_results_do_not_outlive_the_model() -> None:
