@@ -196,6 +196,7 @@ def _contender(models: dict[str, dict[str, str]], faults: Path) -> Contender:
         "WATCHDOG_S": f"{WATCHDOG_S:g}",
         "MAX_REQUEST_TOKENS": str(MAX_REQUEST_TOKENS),
         "RESULT_CACHE_MB": "0",  # an input that is to fail must be computed
+        "TORCH_WHILE_COMPILING": "false",  # the process of torch has no planted failures, and compiling takes the processors
     }
     environment = {f"EMB_PROVIDER_{name}": value for name, value in settings.items()}
     environment |= {"FAULTS_DIR": str(faults), "PYTHONPATH": str(ROOT)}
