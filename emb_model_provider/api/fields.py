@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import orjson
 
 from emb_model_provider.errors import RequestError
 from emb_model_provider.formatting import quote
+from emb_model_provider.json_parser import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +23,6 @@ MAX_INLINE_BODY_BYTES = 256 * 1024
 _MAX_OPTION_CHARACTERS = 10_000
 """Longest value of a field that is a text, in characters. Inputs are not limited by it."""
 _MAX_KEYWORD_CHARACTERS = 32
-_MAX_INTEGER_DIGITS = 20
-"""Digits, with the sign, of the longest 64-bit integer."""
 _TYPE_NAMES = {str: "a string", bool: "true, false", int: "an integer"}
 
 
@@ -73,37 +68,12 @@ def require(fields: Mapping[str, Any], name: str) -> Any:
 def parse_object(body: bytes) -> Mapping[str, Any]:
     """Return the fields of a JSON object; raise RequestError if the body is not one."""
     try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        fields = _parse_leniently(body)
+        fields = parse_json(body)
+    except ValueError:
+        raise RequestError("We could not parse the JSON body of your request.", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise RequestError("The JSON body of your request must be an object.", code="invalid_json")
     return fields
-
-
-def _parse_leniently(body: bytes) -> Any:
-    """Parse JSON that is valid but that orjson does not accept, such as an escaped lone surrogate."""
-    try:
-        return json.loads(body, parse_constant=_reject_constant, parse_int=_parse_integer)
-    except (ValueError, RecursionError):
-        raise RequestError("We could not parse the JSON body of your request.", code="invalid_json") from None
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-def _parse_integer(digits: str) -> int | float:
-    """Parse an integer as orjson does: with more than 64 bits it is a float, and out of a float's range invalid.
-
-    Otherwise a number with thousands of digits would be accepted, and quoted in the error message.
-    """
-    if len(digits) <= _MAX_INTEGER_DIGITS:
-        return int(digits)
-    number = float(digits)
-    if math.isinf(number):
-        raise ValueError("the number is out of range")
-    return number
 
 
 def optional(fields: Mapping[str, Any], kind: type[T], *names: str) -> T | None:

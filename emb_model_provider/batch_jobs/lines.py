@@ -14,6 +14,7 @@ from emb_model_provider.batch_jobs.batches import LineError
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import ProviderError, RequestError, RetryLaterError
 from emb_model_provider.formatting import quote
+from emb_model_provider.json_parser import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -119,7 +120,7 @@ def read_chunk(path: Path, chunk: Chunk, endpoint: str) -> list[InputLine]:
 def parse_line(raw: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:
     """Return the custom_id and the body of a line, or raise RequestError."""
     try:
-        line = orjson.loads(raw)
+        line = parse_json(raw.decode())
     except ValueError:
         raise RequestError("This line is not parseable as valid JSON.", code="invalid_json_line") from None
     if not isinstance(line, dict):
@@ -128,7 +129,7 @@ def parse_line(raw: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:
         if line.get(name) is None:
             raise RequestError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
     custom_id, method, url, body = line["custom_id"], line["method"], line["url"], line["body"]
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_CUSTOM_ID:
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_CUSTOM_ID or not _is_unicode(custom_id):
         message = f"Invalid 'custom_id' {quote(custom_id)}: it is a string of 1 to {_MAX_CUSTOM_ID} characters."
         raise RequestError(message, param="custom_id", code="invalid_custom_id")
     if method != "POST":
@@ -139,6 +140,15 @@ def parse_line(raw: bytes, endpoint: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(body, dict):
         raise RequestError("Invalid 'body': it is the object of a request.", param="body", code="invalid_type")
     return custom_id, body
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogate, which no file can have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def line_id(prefix: str, sha256: str, number: int) -> str:

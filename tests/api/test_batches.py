@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import numpy as np
 import pytest
 
 from emb_model_provider.api.app import create_app
@@ -17,6 +19,8 @@ from tests.service import assert_error, wait_until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from tests.service import Service
 
@@ -202,49 +206,74 @@ REFUSED: list[dict[str, Any]] = [
 def test_answers_are_those_of_interactive_requests(guarded: Service) -> None:
     """Those of lines with the same options, which are computed together. Invalid ones fail alone, with the same error.
 
-    Embeddings have the same bytes, because the vectors of the batch are in the result cache. The inputs of each group
-    are different, so that none is computed twice.
+    The first batch computes its vectors, and the second one takes those of the requests from the result cache, so that all
+    bytes are equal. The inputs of each group are different, so that none is computed twice.
     """
     bodies: list[dict[str, Any]] = [
         {"input": value, **options}
         for number, options in enumerate(OPTIONS)
-        for value in (f"a {number}", [f"{number}", f"b {number}"], f"向量{number}", f"a {number}", f"{number} {LONG}")
+        for value in (f"a {number}", [f"{number}", f"b {number}"], f"\ud800{number}", f"a {number}", f"{number} {LONG}")
     ]
     bodies += [{"input": value, "model": "team/own-ids"} for value in ([101, 7592, 102], [[101, 102], [101, 102]])]
     bodies += [{"input": value, "model": "openai-ids"} for value in ([15339, 1917], [[2000]])]
     for position, body in zip((20, 30, -3), REFUSED, strict=True):
         bodies.insert(position, body)
+    computed, _ = answers(guarded, bodies)
+    responses = [guarded.http.post("/v1/embeddings", content=json.dumps(body)) for body in bodies]
+    kept, batch = answers(guarded, bodies)
+    for body, first, second, expected in zip(bodies, computed, kept, responses, strict=True):
+        assert json.loads(second)["response"]["status_code"] == expected.status_code, body
+        assert second.endswith(b'"body":' + expected.content + b'},"error":null}'), body
+        assert_equal_answers(json.loads(first)["response"]["body"], expected.json())
+    failures = [
+        body for body, line in zip(bodies, kept, strict=True) if json.loads(line)["response"]["status_code"] != 200
+    ]
+    assert failures == [
+        body for body in bodies if body in REFUSED or (body["model"] == "strict" and LONG in body["input"])
+    ]
+    usages = [response.json().get("usage", {"total_tokens": 0}) for response in responses]
+    assert batch["usage"]["total_tokens"] == sum(usage["total_tokens"] for usage in usages)
+    counts = {"total": len(bodies), "completed": len(bodies) - len(failures), "failed": len(failures)}
+    assert batch["request_counts"] == counts
+
+
+def answers(service: Service, bodies: list[dict[str, Any]]) -> tuple[list[bytes], dict[str, Any]]:
+    """Return the lines of the files of a batch in the order of its requests, and the batch."""
     lines = [
         json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/embeddings", "body": body})
         for number, body in enumerate(bodies)
     ]
-    file = guarded.http.post("/v1/files", files={"file": "\n".join(lines).encode()}, data={"purpose": "batch"}).json()
+    file = service.http.post("/v1/files", files={"file": "\n".join(lines).encode()}, data={"purpose": "batch"}).json()
     fields = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
-    path = f"/v1/batches/{guarded.http.post('/v1/batches', json=fields).json()['id']}"
-    wait_until(lambda: guarded.http.get(path).json()["status"] in ("completed", "failed"))
-    batch = guarded.http.get(path).json()
+    path = f"/v1/batches/{service.http.post('/v1/batches', json=fields).json()['id']}"
+    wait_until(lambda: service.http.get(path).json()["status"] in ("completed", "failed"))
+    batch = service.http.get(path).json()
     assert (batch["status"], batch["errors"]) == ("completed", None)
     found = {}
     for name in ("output_file_id", "error_file_id"):
-        content = guarded.http.get(f"/v1/files/{batch[name]}/content").content.splitlines()
+        content = service.http.get(f"/v1/files/{batch[name]}/content").content.splitlines()
         numbers = [int(json.loads(raw)["custom_id"]) for raw in content]
         assert numbers == sorted(numbers)
         found |= dict(zip(numbers, content, strict=True))
-    failures = numbers
     assert sorted(found) == list(range(len(bodies)))
-    tokens = 0
-    for number, body in enumerate(bodies):
-        expected = guarded.http.post("/v1/embeddings", json=body)
-        response = json.loads(found[number])["response"]
-        assert response["status_code"] == expected.status_code, body
-        assert found[number].endswith(b'"body":' + expected.content + b'},"error":null}'), body
-        tokens += expected.json().get("usage", {"total_tokens": 0})["total_tokens"]
-    assert batch["usage"]["total_tokens"] == tokens
-    assert [bodies[number] for number in failures] == [
-        body for body in bodies if body in REFUSED or (body["model"] == "strict" and LONG in body["input"])
-    ]
-    counts = {"total": len(bodies), "completed": len(bodies) - len(failures), "failed": len(failures)}
-    assert batch["request_counts"] == counts
+    return [found[number] for number in range(len(bodies))], batch
+
+
+def assert_equal_answers(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """The vectors are equal except for rounding, and everything else is equal."""
+    for left, right in zip(first.get("data", ()), second.get("data", ()), strict=True):
+        one, other = as_vector(left.pop("embedding")), as_vector(right.pop("embedding"))
+        tolerance = 0.05 if set(other) - {0, 1} else 0.3
+        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+    assert first == second
+
+
+def as_vector(value: str | list[float]) -> NDArray[np.float32]:
+    """Return the values of an embedding of a response: base64 of float32, numbers, or eight bits in each number."""
+    if isinstance(value, str):
+        return np.frombuffer(base64.b64decode(value), dtype=np.float32)
+    array = np.array(value)
+    return array if array.dtype.kind == "f" else np.unpackbits(array.astype(np.int8).view(np.uint8)).astype(np.float32)
 
 
 async def test_groups_of_lines(tmp_path: Path) -> None:

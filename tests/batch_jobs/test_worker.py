@@ -92,7 +92,7 @@ INVALID = {
     "nul": (b"\0" + GOOD, [("invalid_json_line", 1, None)]),
     "utf-16": ("{}\n".encode("utf-16"), [("invalid_json_line", 1, None), ("invalid_json_line", 2, None)]),
     "binary": (bytes(range(128, 256)), [("invalid_json_line", 1, None)]),
-    "surrogate": (b'{"custom_id": "\\ud800"}\n', [("invalid_json_line", 1, None)]),
+    "custom-id-surrogate": (line("\ud800"), [("invalid_custom_id", 1, "custom_id")]),
     "deep": (b"[" * 100_000 + b"\n", [("invalid_json_line", 1, None)]),
     "duplicate": (GOOD + line("b") + GOOD, [("duplicate_custom_id", 3, "custom_id")]),
     "no-custom-id": (line("a", custom_id=None), [("missing_required_parameter", 1, "custom_id")]),
