@@ -235,7 +235,7 @@ class _Heartbeat:
 
 def _describe_exit(code: int) -> str:
     if code == HUNG_EXIT:
-        return "ended because it hung"
+        return "ended because a model hung or lost its GPU"
     if code >= 0:
         return f"ended with exit code {code}"
     try:
