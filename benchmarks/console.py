@@ -1,4 +1,8 @@
-"""Measures what browsers cost that show the console: throughput with viewers, relative to that without."""
+"""Measures what browsers cost that show the console.
+
+Throughput with viewers is compared with that without. The noise of a machine is larger than one percent, so the time of the
+processors that an otherwise idle service needs for its viewers is measured, too.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +21,10 @@ from benchmarks import QUICK_HELP
 from benchmarks.contenders import Server, make_contender, stop_servers_on_sigterm
 from benchmarks.load import closed_loop
 from benchmarks.report import describe_run, format_number, format_spread, log_progress, markdown_table, ratios
+from benchmarks.resources import cpu_time
 from benchmarks.texts import Corpus
 from benchmarks.workloads import write_bodies
+from emb_model_provider.backends.hardware import usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,9 +36,11 @@ _TIMEOUT_S = 60
 
 @dataclass(slots=True)
 class Measured:
-    """Requests per second in each round, and the events that each viewer received per second."""
+    """Requests per second in each round, the events that each viewer received per second, and the load of the idle service."""
 
     rates: list[float] = field(default_factory=list)
+    idle_shares: list[float] = field(default_factory=list)
+    """CPU time of the service without requests, divided by that of all processors."""
     events: list[float] = field(default_factory=list)
 
 
@@ -53,13 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for viewers in list(measured)[:: 1 if number % 2 == 0 else -1]:
                     with _watching(server, viewers) as received:
                         result = closed_loop(server, bodies, connections=_CONNECTIONS, seconds=seconds)
+                        events = sum(received)
+                        measured[viewers].idle_shares.append(_idle_share(server, seconds))
                     measured[viewers].rates.append(result.rate)
                     if viewers:
-                        measured[viewers].events.append(sum(received) / viewers / result.elapsed_s)
+                        measured[viewers].events.append(events / viewers / result.elapsed_s)
                     if result.errors:
                         raise RuntimeError(f"requests failed: {result.errors}")
     print(_report(measured, seconds))
     return 0
+
+
+def _idle_share(server: Server, seconds: float) -> float:
+    """Return the CPU time that the service needs without requests, divided by that of all processors."""
+    before, started = cpu_time(server.pid), time.monotonic()
+    time.sleep(seconds)
+    used = cpu_time(server.pid).since(before)
+    return used.tree_s / (time.monotonic() - started) / usable_cpus()
 
 
 @contextmanager
@@ -101,9 +120,10 @@ def _report(measured: dict[int, Measured], seconds: float) -> str:
     notes = [
         f"{_CONNECTIONS} connections, each with one short text per request; {seconds:g} s for each measurement",
         "The order of the measurements alternates from round to round, and the ratio is taken within a round",
+        "The load is that of the service on all processors, in the same time without requests",
         "The readers of the events run on the same machine, and their work counts as well",
     ]
-    head = ["viewers", "requests/s", "relative to none", "events/s for each viewer"]
+    head = ["viewers", "requests/s", "relative to none", "events/s for each viewer", "load of the idle service, %"]
     without = measured[0].rates
     rows = [
         [
@@ -111,6 +131,7 @@ def _report(measured: dict[int, Measured], seconds: float) -> str:
             format_spread(each.rates),
             format_spread(ratios(each.rates, without)) if viewers else "1",
             format_number(sum(each.events) / len(each.events)) if each.events else "–",
+            format_spread([100 * share for share in each.idle_shares]),
         ]
         for viewers, each in measured.items()
     ]
