@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -218,3 +219,20 @@ def download(service: Service, name: str, **parameters: str) -> dict[str, Any]:
     job = wait_for_end(service, start_download(service, name, **parameters))
     assert job["state"] == "done", job
     return job
+
+
+def assert_equal_answers(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """The vectors are equal except for rounding, and everything else is equal."""
+    for left, right in zip(first.get("data", ()), second.get("data", ()), strict=True):
+        one, other = as_vector(left.pop("embedding")), as_vector(right.pop("embedding"))
+        tolerance = 0.05 if set(other) - {0, 1} else 0.3
+        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+    assert first == second
+
+
+def as_vector(value: str | list[float]) -> NDArray[np.float32]:
+    """Return the values of an embedding of a response: base64 of float32, numbers, or eight bits in each number."""
+    if isinstance(value, str):
+        return np.frombuffer(base64.b64decode(value), dtype=np.float32)
+    array = np.array(value)
+    return array if array.dtype.kind == "f" else np.unpackbits(array.astype(np.int8).view(np.uint8)).astype(np.float32)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import numpy as np
 import pytest
 
 from emb_model_provider.api.app import create_app
 from emb_model_provider.api.batch_calculator import ApiCalculator
 from emb_model_provider.settings import Settings
+from tests.api.helpers import assert_equal_answers
 from tests.service import assert_error, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from tests.service import Service
 
@@ -257,23 +254,6 @@ def answers(service: Service, bodies: list[dict[str, Any]]) -> tuple[list[bytes]
         found |= dict(zip(numbers, content, strict=True))
     assert sorted(found) == list(range(len(bodies)))
     return [found[number] for number in range(len(bodies))], batch
-
-
-def assert_equal_answers(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """The vectors are equal except for rounding, and everything else is equal."""
-    for left, right in zip(first.get("data", ()), second.get("data", ()), strict=True):
-        one, other = as_vector(left.pop("embedding")), as_vector(right.pop("embedding"))
-        tolerance = 0.05 if set(other) - {0, 1} else 0.3
-        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
-    assert first == second
-
-
-def as_vector(value: str | list[float]) -> NDArray[np.float32]:
-    """Return the values of an embedding of a response: base64 of float32, numbers, or eight bits in each number."""
-    if isinstance(value, str):
-        return np.frombuffer(base64.b64decode(value), dtype=np.float32)
-    array = np.array(value)
-    return array if array.dtype.kind == "f" else np.unpackbits(array.astype(np.int8).view(np.uint8)).astype(np.float32)
 
 
 async def test_groups_of_lines(tmp_path: Path) -> None:
