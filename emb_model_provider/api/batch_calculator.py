@@ -163,7 +163,7 @@ class ApiCalculator:
 
 
 def _render(computed: Embeddings, counts: Sequence[int], call: EmbeddingCall, model: str) -> list[Answer]:
-    """Return the answers to lines, of whose inputs there are `counts`."""
+    """Return the answers to lines that have `counts` inputs."""
     answers = []
     for stop, count in zip(itertools.accumulate(counts), counts, strict=True):
         part = computed.part(stop - count, stop)

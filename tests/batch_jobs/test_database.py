@@ -91,12 +91,11 @@ def test_a_server_that_does_not_respond(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_process_that_is_stopped_in_a_transaction(
-    engine: Engine, url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL ends the transaction, so that others continue. The process gets an error that can pass."""
-    if url is None:
-        pytest.skip("SQLite waits for the process, and then reports that the database does not respond")
     monkeypatch.setattr(database, "_IDLE_TRANSACTION_S", 1)
     change = sa.text("UPDATE alembic_version SET version_num = version_num")
     other = open_database(url, tmp_path)
