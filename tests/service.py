@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -191,6 +192,17 @@ def wait_until(condition: Any, timeout_s: float = 120.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"the condition did not become true within {timeout_s:g} s")
         time.sleep(0.02)
+
+
+def file_sizes(directory: Path, pattern: str = "*") -> list[int]:
+    """Return the sizes of the files below a directory that others write to: files can disappear meanwhile."""
+    sizes = []
+    for path in directory.rglob(pattern):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                sizes.append(status.st_size)
+    return sizes
 
 
 @contextmanager

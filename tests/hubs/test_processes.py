@@ -16,7 +16,7 @@ import pytest
 from emb_model_provider.hubs.fetch import fetch_snapshot
 from tests.hubs.conftest import HF_REPO, MS_REPO, WEIGHTS, spec
 from tests.hubs.helpers import server_of
-from tests.service import wait_until
+from tests.service import file_sizes, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,7 +88,7 @@ def test_killed_download_leaves_no_manifest(
     config = settings()
     server.faults.hold_after[weights] = 120_000
     child = start(repo, config)
-    wait_until(lambda: any(path.stat().st_size == 120_000 for path in partial_files(config)) or repo == HF_REPO)
+    wait_until(lambda: 120_000 in file_sizes(config.modelscope_cache_dir, "*.incomplete") or repo == HF_REPO)
     wait_until(lambda: server.bodies()[weights] == 1)
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -123,10 +123,6 @@ def test_interrupted_download_raises_at_once(
     child.communicate()
     assert not list(config.cache_dir.rglob("*.json"))
     assert list(config.cache_dir.rglob("*.pending"))
-
-
-def partial_files(config: HubSettings) -> list[Path]:
-    return list(config.modelscope_cache_dir.rglob("*.incomplete"))
 
 
 @pytest.mark.parametrize("repo", [HF_REPO, MS_REPO])
