@@ -16,7 +16,7 @@ from benchmarks import QUICK_HELP
 from benchmarks.contenders import OURS, SERVICE_CACHE, alternate, check_names
 from benchmarks.inprocess import GEMM_SHAPES, measure
 from benchmarks.report import describe_run, format_number, format_spread, log_progress, markdown_table, ratios
-from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts, count_tokens
+from benchmarks.texts import Corpus, count_texts, count_tokens, describe_texts
 from benchmarks.workloads import read_inputs, write_bodies
 from emb_model_provider.hubs.local import find_bundled
 
@@ -29,7 +29,7 @@ SENTENCE_TRANSFORMERS = {"st-fp32": "float32", "st-bf16": "bfloat16"}
 CONTENDERS = (*SENTENCE_TRANSFORMERS, *OURS, "engine")
 _GEMM = "gemm"
 _DTYPES = ("float32", "bfloat16")
-_LARGE_SHAPE = "x".join(map(str, GEMM_SHAPES[-1]))
+LARGE_SHAPE = "x".join(map(str, GEMM_SHAPES[-1]))
 _TEXTS_PER_FILE = 2000
 
 
@@ -175,7 +175,7 @@ def _sample(case: dict[str, Any], batch: Batch, bodies: Path) -> Sample:
 def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, duration: str) -> str:
     model = Model.bundled()
     notes = [
-        *(f"{kind}: {distribution}" for kind, distribution in DISTRIBUTIONS.items()),
+        *describe_texts("short", "doc"),
         f"{duration}, each contender in a separate process",
         *(f"{name}: {description}" for name, description in results.about.items()),
         "`ours` is the tokenizer and the backend, called from one thread per stream; `engine` adds the scheduler and its "
@@ -189,7 +189,7 @@ def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, du
         for other in names
         if other != name and (name in OURS or (name == "engine" and other not in OURS))
     ]
-    limits = [max(rates[_LARGE_SHAPE].values()) for rates in results.gemm_rates]
+    limits = [max(rates[LARGE_SHAPE].values()) for rates in results.gemm_rates]
     other_cores = max(sample.other_cores for samples in results.samples.values() for sample in samples)
 
     def batch_table(columns: Sequence[str], cells: Callable[[Batch], list[str]]) -> str:
@@ -229,7 +229,7 @@ def _report(names: Sequence[str], batches: Sequence[Batch], results: Results, du
                 for shape in results.gemm_rates[0]
             ],
         ),
-        f"## Share of the limit\n\nOperations per second, divided by the rate of the {_LARGE_SHAPE} product at its faster "
+        f"## Share of the limit\n\nOperations per second, divided by the rate of the {LARGE_SHAPE} product at its faster "
         "dtype in the same round.",
         batch_table(
             names,

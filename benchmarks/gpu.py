@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import QUICK_HELP
 from benchmarks.report import NONE, describe_run, format_number, log_progress, markdown_table
-from benchmarks.texts import DISTRIBUTIONS, Corpus
+from benchmarks.texts import Corpus, describe_texts
 from emb_model_provider.backends.pytorch.backend import TorchBackend
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.hubs.fetch import fetch_snapshot
@@ -544,7 +544,7 @@ def _report(cells: Sequence[Cell], served: Sequence[Sequence[str]], options: Opt
     )
     notes = [
         f"Device: {name}; CUDA {torch.version.cuda}; matrix products {peak / 1e12:.3g} TFLOP/s",
-        *(f"{kind}: {text}" for kind, text in DISTRIBUTIONS.items()),
+        *describe_texts("short", "doc"),
         _ABOUT_LONG,
         "Cosine: the lowest one to the padded backend at fp32 on the same device. Weights are random, except for those of "
         f"{_BUNDLED}. Share of products: of linear layers only, without attention",

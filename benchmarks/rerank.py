@@ -16,11 +16,12 @@ import numpy as np
 
 from benchmarks import CACHE, QUICK_HELP
 from benchmarks.contenders import SERVICE_CACHE, Server, alternate, check_names, make_contender, stop_servers_on_sigterm
+from benchmarks.engine import LARGE_SHAPE, Model
 from benchmarks.inprocess import measure
 from benchmarks.load import closed_loop
 from benchmarks.report import describe_run, format_number, format_spread, log_progress, markdown_table, ratios
-from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts
-from benchmarks.workloads import write_rerank_bodies
+from benchmarks.texts import Corpus, count_texts, count_tokens, describe_texts
+from benchmarks.workloads import read_pairs, write_rerank_bodies
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.hubs.local import find_bundled
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 _REFERENCE = "st-fp32"
 _OURS = {"ours-fp32": "fp32", "ours-bf16": "bf16"}
 CONTENDERS = (_REFERENCE, *_OURS)
-_LAYERS = 6
+_GEMM = "gemm"
+_LAYERS, _HIDDEN, _INTERMEDIATE = 6, 384, 1536
 _REQUESTS = 200
 """Different requests of each case, which are sent in turn."""
 
@@ -49,7 +51,7 @@ class Case:
         return count_texts(self.kind, self.documents)
 
 
-CASES = (Case("short", 10), Case("short", 100), Case("doc", 10), Case("doc", 100))
+CASES = (Case("short", 10), Case("short", 100), Case("doc", 10), Case("doc", 100), Case("passage", 32))
 
 
 class Results:
@@ -61,6 +63,10 @@ class Results:
         self.p50_ms: dict[tuple[str, Case], list[float]] = {}
         """Time of a request in process, likewise."""
         self.http_ms: dict[Case, list[float]] = {}
+        self.gemm_rates: list[dict[str, float]] = []
+        """Operations per second of a large matrix product by dtype."""
+        self.flops: dict[Case, float] = {}
+        """Operations for a pair, without padding: mean of all requests."""
         self.scores: dict[tuple[str, Case], list[float]] = {}
         """Logits of the first request."""
         self.about: dict[str, str] = {}
@@ -90,18 +96,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             for case in cases
         }
+        sizes = Model(layers, _HIDDEN, _INTERMEDIATE)
+        results.flops = {case: _flops(sizes, path) for case, path in bodies.items()}
         for number in range(rounds):
-            for name in alternate([*names, *(["http"] if served else [])], number):
+            for name in alternate([*names, _GEMM, *(["http"] if served else [])], number):
                 log_progress(f"round {number + 1}/{rounds}: {name}")
                 if name == "http":
                     _measure_http(results, _settings(model, served or ""), bodies, seconds, Path(directory))
+                    continue
+                if name == _GEMM:
+                    rates = measure({"kind": _GEMM, "seconds": min(1.0, seconds)})["rates"]
+                    results.gemm_rates.append(rates[LARGE_SHAPE])
                     continue
                 result = measure(_job(name, model, bodies, seconds))
                 results.about[name] = result["about"]
                 for case in cases:
                     results.add(name, case, result["cases"][case.title])
     duration = f"{rounds} round(s), {seconds:g} s per measurement after a warm-up"
-    print(_report(results, names, cases, served, f"{layers} layers of 384 values", duration))
+    print(_report(results, names, cases, served, f"{layers} layers of {_HIDDEN} values", duration))
     return 0
 
 
@@ -116,10 +128,10 @@ def save_cross_encoder(directory: Path, layers: int) -> Path:
     vocabulary = len((find_bundled() / "vocab.txt").read_text(encoding="utf-8").splitlines())
     config = BertConfig(
         vocab_size=vocabulary,
-        hidden_size=384,
+        hidden_size=_HIDDEN,
         num_hidden_layers=layers,
         num_attention_heads=12,
-        intermediate_size=1536,
+        intermediate_size=_INTERMEDIATE,
         num_labels=1,
     )
     with tempfile.TemporaryDirectory(dir=_created(directory.parent)) as temporary:
@@ -150,6 +162,13 @@ def _job(name: str, model: Path, bodies: dict[Case, Path], seconds: float) -> di
     if name == _REFERENCE:
         return job | {"kind": "cross-encoder", "model": str(model)}
     return job | {"kind": "rerank-engine", "settings": {"cache_dir": str(SERVICE_CACHE), **_settings(model, name)}}
+
+
+def _flops(model: Model, bodies: Path) -> float:
+    """Return the operations for a pair, without padding: mean of all pairs of a file."""
+    pairs = [pair for request in read_pairs(bodies) for pair in request]
+    # A pair has three special tokens, and each of its texts was counted with two.
+    return sum(model.flops(count_tokens(query) + count_tokens(document) - 1) for query, document in pairs) / len(pairs)
 
 
 def _measure_http(
@@ -187,7 +206,7 @@ def _report(
 ) -> str:
     notes = [
         f"A BERT cross-encoder with random weights: {size}, as all-MiniLM-L6-v2 has 6 of them",
-        *(f"{kind}: {distribution}" for kind, distribution in DISTRIBUTIONS.items()),
+        *describe_texts(*(case.kind for case in cases)),
         "A request has one short query; all of its documents are different",
         f"{duration}, each contender in a separate process, one request at a time",
         *(f"{name}: {description}" for name, description in results.about.items()),
@@ -211,6 +230,19 @@ def _report(
                 [[case.title, *_compared(results, ours, case)] for case in cases],
             ),
         ]
+    parts += [
+        f"## Share of the limit\n\nOperations per second, divided by the rate of a {LARGE_SHAPE} matrix product of torch at the "
+        "same precision in the same round. "
+        + "; ".join(
+            f"{dtype}: {format_spread([rates[dtype] / 1e9 for rates in results.gemm_rates])} GFLOP/s"
+            for dtype in dict.fromkeys(map(_dtype, names))
+        )
+        + ".",
+        markdown_table(
+            ["documents of a request", *names],
+            [[case.title, *(_share_of_limit(results, name, case) for name in names)] for case in cases],
+        ),
+    ]
     if served is not None:
         rows = []
         for case in cases:
@@ -232,6 +264,15 @@ def _report(
             markdown_table(head, rows),
         ]
     return "\n\n".join(parts)
+
+
+def _dtype(name: str) -> str:
+    return "bfloat16" if _OURS.get(name) == "bf16" else "float32"
+
+
+def _share_of_limit(results: Results, name: str, case: Case) -> str:
+    limits = [rates[_dtype(name)] for rates in results.gemm_rates]
+    return format_spread(ratios([rate * results.flops[case] for rate in results.rates[name, case]], limits))
 
 
 def _compared(results: Results, ours: Sequence[str], case: Case) -> list[str]:

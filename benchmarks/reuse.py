@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import QUICK_HELP
 from benchmarks.contenders import SERVICE_CACHE
 from benchmarks.report import describe_run, format_number, format_spread, log_progress, markdown_table, ratios
-from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts, count_tokens
+from benchmarks.texts import Corpus, count_texts, count_tokens, describe_texts
 from emb_model_provider.backends.base import TokenBatch
 from emb_model_provider.embedder import Embedder
 from emb_model_provider.serving.result_cache import ResultCache
@@ -115,7 +115,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _report(measured: dict[tuple[Kind, int], Measured], texts: int, about: str) -> str:
     notes = [
-        *(f"{kind}: {text}" for kind, text in DISTRIBUTIONS.items()),
+        *describe_texts("short", "doc"),
         f"One caller in the same process, {texts} texts in a round and case; {about}",
         "Bookkeeping is measured alone, with a full cache of 64 MiB. Its cost is relative to the time without a cache",
     ]

@@ -40,7 +40,7 @@ from benchmarks.report import (
     markdown_table,
     ratios,
 )
-from benchmarks.texts import DISTRIBUTIONS, Corpus, count_texts
+from benchmarks.texts import Corpus, count_texts, describe_texts
 from benchmarks.workloads import OPEN_LOOPS, WORKLOADS, Bodies, Workload, write_bodies
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def _measure_engine(plan: Plan, results: Results, number: int) -> None:
 def _report(plan: Plan, results: Results, more_notes: Sequence[str]) -> str:
     config = plan.config
     notes = [
-        *(f"{kind}: {distribution}" for kind, distribution in DISTRIBUTIONS.items()),
+        *describe_texts("short", "doc"),
         f"{config.rounds} round(s), at least {config.seconds:g} s per measurement after a warm-up; a contender gets each "
         f"text once, except those counted as repeated; encoding_format {config.encoding}; all contenders get the same bytes",
         *more_notes,

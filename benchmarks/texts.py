@@ -15,16 +15,18 @@ from emb_model_provider.hubs.local import find_bundled
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Kind = Literal["short", "doc"]
+Kind = Literal["short", "doc", "passage"]
 
-DISTRIBUTIONS: dict[Kind, str] = {
+_DISTRIBUTIONS: dict[Kind, str] = {
     "short": "tokens uniform over 8 to 18, mean 13",
     "doc": "tokens lognormal (mu 4.32, sigma 0.7), clipped to 8 to 256, mean 92",
+    "passage": "116 tokens, 128 with a short query and the special tokens of a pair",
 }
 SPECIAL_TOKENS = 2
 _LONGEST = 256
 _SHORTEST = 8
-_NOUNS: dict[Kind, str] = {"short": "short text", "doc": "document"}
+_PASSAGE = 116
+_NOUNS: dict[Kind, str] = {"short": "short text", "doc": "document", "passage": "passage"}
 
 
 def count_texts(kind: Kind, count: int) -> str:
@@ -32,10 +34,17 @@ def count_texts(kind: Kind, count: int) -> str:
     return f"{count} {_NOUNS[kind]}{'s' if count > 1 else ''}"
 
 
+def describe_texts(*kinds: Kind) -> list[str]:
+    """Return a note on the lengths of each kind of texts."""
+    return [f"{kind}: {_DISTRIBUTIONS[kind]}" for kind in dict.fromkeys(kinds)]
+
+
 def draw_lengths(kind: Kind, count: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Return lengths in tokens, including special tokens; int64 of shape (count,)."""
     if kind == "short":
         return random.integers(_SHORTEST, 18, size=count, endpoint=True)
+    if kind == "passage":
+        return np.full(count, _PASSAGE, dtype=np.int64)
     lengths = np.rint(random.lognormal(4.32, 0.7, size=count)).astype(np.int64)
     return np.clip(lengths, _SHORTEST, _LONGEST)
 
