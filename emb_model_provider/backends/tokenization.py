@@ -8,47 +8,34 @@ docs/performance.md).
 from __future__ import annotations
 
 import json
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from emb_model_provider.backends.base import TokenBatch, TokenRules
+from emb_model_provider.backends.pre_truncation import TextPreTruncator, require_short
 from emb_model_provider.backends.tokenizer_rules import is_known, require_bounded
 from emb_model_provider.errors import (
     InferenceError,
     InputTooLongError,
     LoadError,
     ProviderError,
-    TextTooLongError,
     TokenInputError,
     is_failure,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from emb_model_provider.backends.base import ModelDescription, OutputName
     from emb_model_provider.model_spec import Truncate
 
-MAX_CHARACTERS = 1 << 20
-"""Longest text that is tokenized. Tokenizers need up to 0.4 KiB of memory and a microsecond for each character."""
-
 _PROBE = "a"
 _MAX_SPECIAL_TOKENS = 1_000
 """Tokens that a tokenizer may add to each text."""
-_MAX_DECOMPOSITION = 4
-"""Characters that NFD makes of one character at most."""
-_KEPT_OF_RUN = 512
-"""Characters of a long run that are kept at each end of it."""
-_RUN_CHARACTERS = "A-Za-z0-9À-ÖØ-öø-ÿĀ-ſА-яЁё"
-"""Letters and digits that BERT's normalizer neither removes nor isolates, with any options and any version of Unicode."""
-_RUN = re.compile(f"[{_RUN_CHARACTERS}]{{{2 * _KEPT_OF_RUN},}}|[ \\t\\r\\n\u00a0\u3000]{{{2 * _KEPT_OF_RUN},}}")
-_SHORTENED_AT_ONCE = 1 << 20
-"""Characters in which runs are searched at once, because a search blocks all other threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +119,7 @@ class Tokenization:
         self._placeholder = [description.pad_token_id]
         added = contents.get("added_tokens") or []
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
-        self._pre_truncator = TextPreTruncator.for_tokenizer(contents)
+        self._pre_truncator = TextPreTruncator.for_tokenizer(contents, self._tokenizer)
         self._prompt_length = lru_cache(maxsize=256)(self._measure_prompt)
 
     def encode(
@@ -146,7 +133,8 @@ class Tokenization:
     ) -> EncodedInputs:
         """Put a prompt before each text, tokenize them, and add the special tokens of the model.
 
-        A multi-vector model has own lengths and a query expansion for the tasks `query` and `document`. `truncate` is the side from which inputs that are too long are cut; None is the side of the model.
+        A multi-vector model has own lengths and a query expansion for the tasks `query` and `document`. `truncate` is the side
+        from which inputs that are too long are cut; None is the side of the model.
 
         Special tokens are kept when an input is truncated, as in transformers. A lone surrogate, which valid Unicode
         text cannot contain, is read as U+FFFD. A text without any token (an empty one, if the tokenizer adds no special
@@ -163,7 +151,7 @@ class Tokenization:
         limit, from_end = self._limit(max_tokens, task), truncate == "START"
         truncator = self._pre_truncator
         if truncator is None or (from_end and (prompt_length or not truncator.from_end)):
-            _require_short(whole)
+            require_short(whole)
             rows = self._ids(whole)
         else:
             rows = truncator.encode(whole, self._ids, keep=limit, from_end=from_end)
@@ -202,7 +190,7 @@ class Tokenization:
 
     def tokens(self, text: str, *, add_special_tokens: bool = True) -> list[Token]:
         """Return the tokens of a text, without truncation."""
-        _require_short([text])
+        require_short([text])
         text = replace_lone_surrogates(text)
         with _panics_as(InferenceError):
             encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -215,7 +203,7 @@ class Tokenization:
 
     def ids_between(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text without special tokens and without truncation."""
-        _require_short(texts)
+        require_short(texts)
         with _panics_as(InferenceError):
             try:
                 encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -226,7 +214,7 @@ class Tokenization:
 
     def spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Return likewise the tokens of each text, which must be valid Unicode, with the span of characters of each token."""
-        _require_short(texts)
+        require_short(texts)
         with _panics_as(InferenceError):
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
@@ -285,79 +273,6 @@ class Tokenization:
         return len(ids) - 1 if ids and ids[-1] in self._special_ids else len(ids)
 
 
-@dataclass(frozen=True, slots=True)
-class TextPreTruncator:
-    """Tokenizes only as much of a long text as is needed, if the tokenizer reads texts piece by piece."""
-
-    margin: int
-    """Number of tokens next to the end of a piece that can differ from those of the whole text."""
-    from_end: bool
-    """Whether pieces can also be taken from the end of a text."""
-    shortens_runs: bool = False
-    """Whether the middle of a long run of letters, or of spaces, does not change the ids. WordPiece has one id for each
-    word that is too long."""
-    characters_per_token: int = 16
-    """Characters per token of the first piece. Most texts have 1 to 6, so that one piece is enough."""
-    growth: int = 8
-    """Factor by which a piece grows if it was too short."""
-
-    @classmethod
-    def for_tokenizer(cls, tokenizer: Mapping[str, Any]) -> TextPreTruncator | None:
-        """Return the truncator of a `tokenizer.json`, or None if that tokenizer must read whole texts."""
-        kinds = [(tokenizer.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-        added = tokenizer.get("added_tokens") or []
-        # Special tokens that are searched for after normalization would have to be measured after it, too.
-        if kinds != ["BertNormalizer", "BertPreTokenizer", "WordPiece"] or any(
-            token.get("normalized") for token in added
-        ):
-            return None
-        contents = [token["content"] for token in added]
-        longest = max(map(len, contents), default=0)
-        # Two more characters: the neighbor of a special token, which decides whether it is one, and half a surrogate
-        # pair.
-        at_end = _MAX_DECOMPOSITION * (longest + 2)
-        longest_word = tokenizer["model"].get("max_input_chars_per_word", 100)
-        return cls(
-            margin=longest_word + at_end,
-            from_end=not _overlap(contents),
-            # Special tokens could be in a run only if they consist of its characters.
-            shortens_runs=max(longest, longest_word) < _KEPT_OF_RUN
-            and not any(re.fullmatch(rf"[{_RUN_CHARACTERS}]*|\s*", content) for content in contents),
-        )
-
-    def encode(
-        self, texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]], *, keep: int, from_end: bool
-    ) -> list[list[int]]:
-        """Return the ids of each text, or of a piece of it whose first (or last) `keep` ids are those of the whole text.
-
-        `encode` returns the ids of texts. `keep` includes special tokens. The row of a piece has more than `keep` ids.
-
-        Raises:
-            TextTooLongError: More than `MAX_CHARACTERS` of a text would have to be read.
-        """
-        texts = list(texts)
-        enough = keep + self.margin
-        characters = self.characters_per_token * enough
-        rows: list[list[int]] = [[]] * len(texts)
-        pending = list(range(len(texts)))
-        first = True
-        while pending:
-            if not first and self.shortens_runs:
-                for i in pending:
-                    texts[i] = _shorten_runs(texts[i])
-            first = False
-            pieces = [texts[i][-characters:] if from_end else texts[i][:characters] for i in pending]
-            _require_short(pieces, pending)
-            too_short = []
-            for i, piece, ids in zip(pending, pieces, encode(pieces), strict=True):
-                if len(piece) == len(texts[i]) or len(ids) > enough:
-                    rows[i] = ids
-                else:
-                    too_short.append(i)
-            pending, characters = too_short, characters * self.growth
-        return rows
-
-
 @contextmanager
 def _panics_as(kind: type[ProviderError]) -> Iterator[None]:
     """Turn a panic of the library, which is no Exception, into an error."""
@@ -369,20 +284,6 @@ def _panics_as(kind: type[ProviderError]) -> Iterator[None]:
         if not is_failure(error):
             raise
         raise kind(f"the tokenizer failed: {error}") from error
-
-
-def _require_short(texts: Sequence[str], indexes: Sequence[int] | None = None) -> None:
-    """Raise TextTooLongError if a text is too long to be tokenized; `indexes` are the positions of the texts."""
-    for position, text in enumerate(texts):
-        if len(text) > MAX_CHARACTERS:
-            index = position if indexes is None else indexes[position]
-            raise TextTooLongError(index, len(text), MAX_CHARACTERS)
-
-
-def _shorten_runs(text: str) -> str:
-    """Return a text without the middle of runs of letters and digits, or of spaces, that are longer than any word."""
-    parts = (text[start : start + _SHORTENED_AT_ONCE] for start in range(0, len(text), _SHORTENED_AT_ONCE))
-    return "".join(_RUN.sub(lambda match: match[0][:_KEPT_OF_RUN] + match[0][-_KEPT_OF_RUN:], part) for part in parts)
 
 
 def _truncate(
@@ -413,9 +314,3 @@ def _truncate(
 def replace_lone_surrogates(text: str) -> str:
     """Return a text with surrogate pairs joined, and lone surrogates replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _overlap(contents: Sequence[str]) -> bool:
-    """Return whether an end of one text is the beginning of another one, or of itself."""
-    beginnings = {content[:length] for content in contents for length in range(1, len(content))}
-    return any(content[start:] in beginnings for content in contents for start in range(1, len(content)))

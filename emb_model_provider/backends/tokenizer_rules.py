@@ -28,21 +28,23 @@ _KNOWN_TYPES = frozenset(
     }
 )  # fmt: skip
 """Normalizers, pre-tokenizers and models whose time is nearly proportional to the length of the text."""
-_KNOWN_PATTERNS = frozenset(
+WHITE_SPACE_PATTERNS = frozenset({r"\s+", " {2,}"})
+"""Regular expressions of CLIP and XLM-R that match white space only."""
+SPLIT_PATTERNS = frozenset(
     {
-        r"\s+",
-        " {2,}",
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     }
 )
-"""Regular expressions of XLM-R, CLIP, Qwen and Llama. Others can take exponential time."""
+"""Regular expressions with which Qwen and Llama divide texts. Each match of a letter or digit ends before white space."""
+_KNOWN_PATTERNS = WHITE_SPACE_PATTERNS | SPLIT_PATTERNS
+"""Regular expressions that take no exponential time, unlike others."""
 
 
 def is_known(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether the time of all rules of a `tokenizer.json` is known to be short for short texts."""
     for part in ("normalizer", "pre_tokenizer", "model"):
-        for rule in _flatten(tokenizer.get(part)):
+        for rule in flatten(tokenizer.get(part)):
             pattern = rule.get("pattern")
             regex = pattern.get("Regex") if isinstance(pattern, dict) else None
             if rule.get("type") not in _KNOWN_TYPES or (regex is not None and regex not in _KNOWN_PATTERNS):
@@ -62,14 +64,14 @@ def require_bounded(tokenizer: Mapping[str, Any]) -> None:
     The library ends the process if memory cannot be allocated.
     """
     growth = 1
-    for rule in _flatten(tokenizer.get("normalizer")):
+    for rule in flatten(tokenizer.get("normalizer")):
         growth *= _growth(rule)
         if growth > _MAX_GROWTH:
             raise LoadError(
                 f"its normalizer can make a text more than {_MAX_GROWTH} times as long (tokenizer.json). {_ADVICE}"
             )
     model = tokenizer.get("model") or {}
-    added = [rule.get("prepend") for rule in _flatten(tokenizer.get("normalizer"))]
+    added = [rule.get("prepend") for rule in flatten(tokenizer.get("normalizer"))]
     added += [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")]
     if any(isinstance(text, str) and len(text) > _MAX_ADDED_CHARACTERS for text in added):
         raise LoadError(
@@ -83,7 +85,7 @@ def require_bounded(tokenizer: Mapping[str, Any]) -> None:
         )
 
 
-def _flatten(rule: Any) -> Iterator[Mapping[str, Any]]:
+def flatten(rule: Any) -> Iterator[Mapping[str, Any]]:
     """Yield a rule, or the rules of a sequence."""
     if not isinstance(rule, dict):
         return
@@ -91,7 +93,7 @@ def _flatten(rule: Any) -> Iterator[Mapping[str, Any]]:
     for name in ("normalizers", "pretokenizers"):
         parts = rule.get(name)
         for part in parts if isinstance(parts, list) else ():
-            yield from _flatten(part)
+            yield from flatten(part)
 
 
 def _growth(rule: Mapping[str, Any]) -> int:

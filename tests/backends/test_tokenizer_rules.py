@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from emb_model_provider.backends.tokenization import MAX_CHARACTERS, Tokenization
+from emb_model_provider.backends.pre_truncation import MAX_CHARACTERS
+from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.backends.tokenizer_rules import is_known, require_bounded
 from emb_model_provider.errors import InferenceError, LoadError, TextTooLongError
 from tests.backends.helpers import TOKENIZERS, description

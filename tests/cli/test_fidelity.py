@@ -86,7 +86,7 @@ def test_a_model_is_measured_at_each_precision(place: Path) -> None:
     assert {"precision", "int8"} <= set(table)
     assert {len(cells) for cells in table.values()} == {13}
     assert table["int8"][0].endswith(" (openvino)")
-    assert float(table["int8"][1]) == pytest.approx(rows["int8"]["fidelity"]["min_cosine"], abs=2e-5)
+    assert float(table["int8"][1]) == pytest.approx(rows["int8"]["fidelity"]["min_cosine"], abs=1e-3)
     assert "versions: Python" in done.stdout
 
 

