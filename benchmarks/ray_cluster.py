@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import sys
 import threading
 import time
 import urllib.request
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -25,7 +23,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from benchmarks.report import log_progress
-from emb_model_provider.artifacts.prepare import BackendPreparer
+from benchmarks.sleeping import SLEEP, slow_down
 from emb_model_provider.cluster.ray_serve import Options, build
 from emb_model_provider.embedder import Embedder
 from emb_model_provider.settings import Settings
@@ -33,13 +31,9 @@ from emb_model_provider.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from emb_model_provider.artifacts.prepare import PreparedBackend
-    from emb_model_provider.backends.base import Backend, Outputs, TokenBatch
 
 NAME = "embeddings"
 MODEL = "static"
-SLEEP = "BENCHMARKS_SLEEP_S"
-"""Variable of a replica: seconds that a batch takes, and seconds for each of its tokens, such as `0.005,0.001`."""
 _TEXTS = 16
 """Texts of a request."""
 _KNOWN_TEXTS = 4096
@@ -48,36 +42,6 @@ _WAIT_S = 180.0
 _BATCH_S, _TOKEN_S = 0.005, 0.0015
 _FASTER_TOKEN_S = 0.0001
 """For faults: many requests are on their way when something fails."""
-
-
-class SleepingBackend:
-    """A real backend that first sleeps."""
-
-    def __init__(self, backend: Backend, batch_s: float, token_s: float) -> None:
-        self.description, self.streams = backend.description, backend.streams
-        self._backend = backend
-        self._batch_s, self._token_s = batch_s, token_s
-
-    def run(self, batch: TokenBatch) -> Outputs:
-        time.sleep(self._batch_s + self._token_s * sum(map(len, batch.ids)))
-        return self._backend.run(batch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-
-def slow_down() -> None:
-    """Make the models of this process sleep, if it has the variable. Ray calls it when it starts a process."""
-    if SLEEP not in os.environ:
-        return
-    batch_s, token_s = map(float, os.environ[SLEEP].split(","))
-    prepare = BackendPreparer.prepare
-
-    def prepare_sleeping(*arguments: Any, **options: Any) -> PreparedBackend:
-        prepared = prepare(*arguments, **options)
-        return replace(prepared, load=lambda: SleepingBackend(prepared.load(), batch_s, token_s))
-
-    BackendPreparer.prepare = prepare_sleeping  # type: ignore[method-assign]
 
 
 class Load:
@@ -306,7 +270,7 @@ def _cluster(port: int, nodes: list[int]) -> Iterator[Cluster]:
         add_node(cluster, 0, include_dashboard=False)
         for processors in nodes:
             add_node(cluster, processors)
-        hook = f"{slow_down.__module__}.{slow_down.__name__}".replace("__main__", "benchmarks.ray_cluster")
+        hook = f"{slow_down.__module__}.{slow_down.__name__}"
         ray.init(address=cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": hook})
         # One proxy, because those of other nodes would need the same port of this machine.
         serve.start(

@@ -307,6 +307,13 @@ class RetryLaterError(ProviderError):
         """How long the client should wait before it retries, in seconds."""
 
 
+class NotLoadedHereError(RetryLaterError):
+    """The model is not loaded in this worker, which forwards the request to the primary worker."""
+
+    def __init__(self) -> None:
+        super().__init__("The model is not loaded in this worker yet. Try again later.", retry_after_s=1.0)
+
+
 class ModelNotReadyError(RetryLaterError):
     """The model is not loaded yet, or failed to load."""
 

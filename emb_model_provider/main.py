@@ -26,6 +26,7 @@ from emb_model_provider.process.supervisor import (
 )
 from emb_model_provider.settings.hosts import ANY
 from emb_model_provider.settings.loading import load_settings, overridden_names
+from emb_model_provider.workers import WorkerGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,9 +70,13 @@ def main(*, supervise: bool = False) -> int:
         settings.batch_jobs.require_driver()
         supervise = inherited is None and _should_supervise(settings.lifecycle, supervise)
         sockets = listen(settings.server) if inherited is None else inherited.sockets
+        group = _create_group(settings) if supervise else None
         logs = settings.logs
         # Only the child writes the log file, because two processes that rotate one file lose lines.
-        writer = start_logging(logs.model_copy(update={"log_to_file": False}) if supervise else logs)
+        writer = start_logging(
+            logs.model_copy(update={"log_to_file": False}) if supervise else logs,
+            worker=inherited.worker.index if inherited is not None and inherited.worker is not None else 0,
+        )
     except SettingsError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)  # noqa: T201 - there is no log yet
@@ -79,7 +84,15 @@ def main(*, supervise: bool = False) -> int:
     try:
         if supervise:
             heartbeat_timeout_s = max(SupervisorTimings().heartbeat_timeout_s, settings.lifecycle.watchdog_s)
-            return Supervisor(sockets, SupervisorTimings(heartbeat_timeout_s=heartbeat_timeout_s)).run()
+            timings = SupervisorTimings(heartbeat_timeout_s=heartbeat_timeout_s)
+            if group is None:
+                return Supervisor(sockets, timings).run()
+            try:
+                return Supervisor(sockets, timings, group).run()
+            finally:
+                group.remove()
+        if inherited is not None and inherited.worker is not None and not inherited.worker.is_primary:
+            return _serve(settings, sockets, writer, inherited)  # worker 0 logs the warnings
         for warning in warnings:
             logger.warning("%s", warning)
         if names := overridden_names():  # an image sets some, which its user does not see
@@ -147,13 +160,24 @@ def reject_arguments(arguments: Sequence[str]) -> None:
 
 
 def _should_supervise(lifecycle: LifecycleSettings, requested: bool) -> bool:
-    supervise = requested or lifecycle.supervise
+    supervise = requested or lifecycle.supervise or lifecycle.workers > 1
     if supervise and os.name != "posix":
+        setting = f"WORKERS={lifecycle.workers}" if lifecycle.workers > 1 else "SUPERVISE=true"
         raise SettingsError(
-            "EMB_PROVIDER_SUPERVISE=true is not supported on this system, because it cannot pass sockets to a child "
-            "process. Set it to false."
+            f"EMB_PROVIDER_{setting} is not supported on this system, because it cannot pass sockets to a child "
+            f"process. Set it to {'1' if lifecycle.workers > 1 else 'false'}."
         )
     return supervise
+
+
+def _create_group(settings: Settings) -> WorkerGroup | None:
+    """Create what several workers share, or return None for one worker."""
+    count = settings.lifecycle.workers
+    if count == 1:
+        return None
+    from emb_model_provider.backends.hardware import usable_cpus
+
+    return WorkerGroup.create(count, cpus=usable_cpus(), quotas=len(settings.server.key_names))
 
 
 def _serve(
@@ -176,7 +200,10 @@ def _serve(
         if shutdown.reason is None:
             end_at_once(writer, HUNG_EXIT, f"{reason}, exiting for a restart by the supervisor")
 
-    return serve(settings, sockets, shutdown, on_hung=on_hung, beat=inherited.beat)
+    return serve(
+        settings, sockets, shutdown, on_hung=on_hung, beat=inherited.beat,
+        worker=inherited.worker, is_restarted=bool(inherited.previous_end),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shlex
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +26,7 @@ from emb_model_provider.api.console.page import Console
 from emb_model_provider.api.console.routers import routers as console_routers
 from emb_model_provider.api.dependencies import BackgroundTasks, Services
 from emb_model_provider.api.errors import on_http_exception, on_validation_error
-from emb_model_provider.api.limits import CONNECTIONS, BodyBudget, ConnectionLimiter
+from emb_model_provider.api.limits import CONNECTIONS, MAY_ACCEPT, BodyBudget, ConnectionLimiter
 from emb_model_provider.api.middleware import (
     AccessLogMiddleware,
     AuthAndLimitsMiddleware,
@@ -59,6 +60,8 @@ from emb_model_provider.api.schemas.batches import BatchRequest
 from emb_model_provider.api.schemas.management import ModelQuery
 from emb_model_provider.api.schemas.scores import REQUESTS
 from emb_model_provider.api.sessions import Sessions
+from emb_model_provider.api.worker_forwarding import Forwarding, PrivateApplication
+from emb_model_provider.api.worker_sync import AppliedByAll, Follower, OtherWorkers, Primary
 from emb_model_provider.backends.hardware import total_memory
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import describe_error
@@ -67,8 +70,10 @@ from emb_model_provider.management.kept_models import KeptModels
 from emb_model_provider.management.manager import ModelManager
 from emb_model_provider.observability.metrics import Metrics
 from emb_model_provider.observability.tracing import start_tracing
-from emb_model_provider.registry import OnDemandModels, Registry, RegistryConfig, State
+from emb_model_provider.registry import FollowedModels, OnDemandModels, Registry, RegistryConfig, State
+from emb_model_provider.serving.config import QUEUE_BYTES
 from emb_model_provider.serving.result_cache import ResultCache
+from emb_model_provider.settings import MemorySettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -78,6 +83,7 @@ if TYPE_CHECKING:
 
     from emb_model_provider.observability.metrics import RequestRecord
     from emb_model_provider.settings import ServerSettings, Settings
+    from emb_model_provider.workers import Worker
 
 T = TypeVar("T")
 
@@ -118,7 +124,10 @@ _BATCH_ROUTERS = (files.router, batches.router)
 class Application(FastAPI):
     """FastAPI, with the middleware of the service and `EmbeddingsFastPath` around all of its own layers."""
 
-    def __init__(self, services: Services, sessions: Sessions, lifespan: Lifespan[Application]) -> None:
+    def __init__(
+        self, services: Services, sessions: Sessions, lifespan: Lifespan[Application],
+        worker: Worker | None = None, link: Primary | Follower | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             title=TITLE, description=DESCRIPTION, version=version("emb-model-provider"),
             lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
@@ -139,7 +148,12 @@ class Application(FastAPI):
         # All other errors are handled by AuthAndLimitsMiddleware.
         self.add_exception_handler(HTTPException, on_http_exception)
         self.add_exception_handler(RequestValidationError, on_validation_error)
-        self._app = _add_middleware(super().__call__, services, policy)
+        self.private: ASGIApp | None = None
+        """What this worker answers to the other ones; None without others."""
+        self._app = _add_middleware(super().__call__, services, policy, worker, link)
+        if worker is not None:
+            primary = link if isinstance(link, Primary) else None
+            self.private = PrivateApplication(self._app, partial(_live_metrics, services), primary)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -186,43 +200,70 @@ def create_app(
     on_nothing_to_serve: Callable[[], None],
     on_hung: Callable[[str], None] | None = None,
     is_shutting_down: Callable[[], bool] = lambda: False,
+    worker: Worker | None = None,
+    *,
+    is_restarted: bool = False,
 ) -> Application:
-    """Return the service as an ASGI application. `is_shutting_down` is called on any thread."""
-    result_cache = ResultCache(settings.memory.result_cache_bytes)
-    metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes)
+    """Return the service as an ASGI application. `is_shutting_down` is called on any thread.
+
+    `worker` is the one of several that this process is, and `is_restarted` whether it takes the place of another process.
+    """
+    is_follower = worker is not None and not worker.is_primary
+    workers = worker.count if worker is not None else 1
+    share = settings if worker is None else settings.share_of_worker()
+    result_cache = ResultCache(share.memory.result_cache_bytes)
+    metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes, worker)
     manager = ModelManager(settings, on_work=metrics.on_work)
     tracing = start_tracing()
+
+    async def wait_for_workers() -> None:
+        if isinstance(link, Primary):
+            await link.wait_until_applied(unloaded=True)
+
     registry = Registry(
         settings.served_models(),
         manager,
         RegistryConfig(
-            batching=settings.batching,
+            batching=share.batching,
             limits=settings.limits,
-            memory=settings.memory,
+            # The primary decides what is unloaded.
+            memory=MemorySettings(load_wait_s=settings.memory.load_wait_s) if is_follower else share.memory,
             watchdog_s=settings.lifecycle.watchdog_s,
             on_batch=metrics.on_batch if tracing is None else _each(metrics.on_batch, tracing.on_batch),
             result_cache=result_cache,
             on_lookup=metrics.on_lookup,
             on_stages=metrics.on_stages if tracing is None else _each(metrics.on_stages, tracing.on_stages),
-            torch_while_compiling=settings.models.torch_while_compiling,
-            default_memory_bytes=int(_MEMORY_SHARE * total_memory()) if settings.serves_cached else None,
+            torch_while_compiling=settings.models.torch_while_compiling and not is_follower,
+            default_memory_bytes=(
+                int(_MEMORY_SHARE * total_memory()) // workers if settings.serves_cached and not is_follower else None
+            ),
+            wait_for_workers=wait_for_workers,
+            queue_bytes=QUEUE_BYTES // workers,
         ),
     )
     jobs = DownloadJobs(manager)
     sessions = Sessions()
     kept = KeptModels(settings.hubs.cache_dir)
-    kept_aliases = _add_kept(settings, registry, kept)
+    kept_aliases = [] if is_follower else _add_kept(settings, registry, kept)
     batch_service = BatchService(settings, lambda: ApiCalculator(services, metrics.on_line))
 
     @asynccontextmanager
-    async def lifespan(_: Application) -> AsyncIterator[dict[str, ConnectionLimiter]]:
-        _announce_console(settings.server, sessions)
-        starting = asyncio.create_task(_start(registry, settings, kept_aliases, on_nothing_to_serve))
-        watching = asyncio.create_task(registry.watch(on_hung))
-        await batch_service.start()
-        yield {CONNECTIONS: ConnectionLimiter(settings.limits)}
-        starting.cancel()
-        watching.cancel()
+    async def lifespan(_: Application) -> AsyncIterator[dict[str, Any]]:
+        tasks = [asyncio.create_task(registry.watch(on_hung))]
+        if isinstance(link, Follower):
+            tasks.append(asyncio.create_task(link.run()))
+        else:
+            _announce_console(settings.server, sessions)
+            start = _start(registry, settings, kept_aliases, on_nothing_to_serve, may_accept.set)
+            tasks.append(asyncio.create_task(start))
+            await batch_service.start()
+        if isinstance(link, Primary):
+            tasks.append(asyncio.create_task(link.watch()))
+            if not is_restarted:  # otherwise the others answer until it has loaded its models
+                may_accept.set()
+        yield {CONNECTIONS: ConnectionLimiter(share.limits, worker), MAY_ACCEPT: may_accept}
+        for task in tasks:
+            task.cancel()
         await batch_service.stop()
         await asyncio.to_thread(jobs.stop, _JOBS_STOP_S)
         await registry.stop()
@@ -234,7 +275,9 @@ def create_app(
     services = Services(
         settings=settings,
         registry=registry,
-        models=OnDemandModels(registry, manager.index, jobs, serves_cached=settings.serves_cached),
+        models=(FollowedModels if is_follower else OnDemandModels)(
+            registry, manager.index, jobs, serves_cached=settings.serves_cached
+        ),
         manager=manager,
         jobs=jobs,
         kept=kept,
@@ -242,8 +285,21 @@ def create_app(
         metrics=metrics,
         tracing=tracing,
         background=background,
+        is_follower=is_follower,
+        other_workers=OtherWorkers(worker) if worker is not None else None,
     )
-    return Application(services, sessions, lifespan)
+    may_accept = asyncio.Event()
+    link: Primary | Follower | None = None
+    if worker is not None and worker.is_primary:
+        link = Primary(worker, registry, batch_service, metrics.activity, is_restarted=is_restarted)
+    elif worker is not None:
+        link = Follower(worker, registry, batch_service, metrics.activity, may_accept.set)
+    return Application(services, sessions, lifespan, worker, link)
+
+
+async def _live_metrics(services: Services) -> str:
+    await operations.update_job_figures(services)
+    return services.metrics.live_text()
 
 
 def _add_kept(settings: Settings, registry: Registry, kept: KeptModels) -> list[str]:
@@ -279,10 +335,16 @@ def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
     return methods
 
 
-def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> ASGIApp:
+def _add_middleware(
+    app: ASGIApp, services: Services, policy: AccessPolicy, worker: Worker | None, link: Primary | Follower | None
+) -> ASGIApp:
     server, limits = services.settings.server, services.settings.limits
     app = EmbeddingsFastPath(app, services)
-    quotas = Quotas(server.quotas)
+    if worker is None:
+        quotas = Quotas(server.quotas)
+    else:
+        limits = services.settings.share_of_worker().limits
+        quotas = Quotas(server.quotas, shared=worker.shared_memory(), names=server.key_names)
     app = AuthAndLimitsMiddleware(
         app,
         policy,
@@ -304,6 +366,10 @@ def _add_middleware(app: ASGIApp, services: Services, policy: AccessPolicy) -> A
         quotas.charge(record.key_name, record.tokens)
 
     app = AccessLogMiddleware(app, on_request)
+    if isinstance(link, Primary):
+        app = AppliedByAll(app, link)
+    elif worker is not None:
+        app = Forwarding(app, worker, services.background.is_shutting_down)
     return PathMiddleware(app)
 
 
@@ -321,10 +387,16 @@ def _announce_console(server: ServerSettings, sessions: Sessions) -> None:
 
 
 async def _start(
-    registry: Registry, settings: Settings, kept: Sequence[str], on_nothing_to_serve: Callable[[], None]
+    registry: Registry,
+    settings: Settings,
+    kept: Sequence[str],
+    on_nothing_to_serve: Callable[[], None],
+    on_preloaded: Callable[[], None],
 ) -> None:
     server = settings.server
-    if not await registry.preload():
+    has_models = await registry.preload()
+    on_preloaded()
+    if not has_models:
         logger.error("no model could be loaded: stopping")
         on_nothing_to_serve()
         return

@@ -101,6 +101,11 @@ class BatchService:
                         self._working = asyncio.create_task(work, context=Context())
         return self._opened
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the database has been opened."""
+        return self._opened is not None
+
     def wake(self) -> None:
         """Tell the worker that there is something to do."""
         if self._opened is not None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
     from emb_model_provider.api.batch_service import BatchService
+    from emb_model_provider.api.worker_sync import OtherWorkers
     from emb_model_provider.management.downloads import DownloadJobs
     from emb_model_provider.management.kept_models import KeptModels
     from emb_model_provider.management.manager import ModelManager
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 RECORD = "emb_provider.record"
 """Key of the `RequestRecord` in a request's scope."""
+REPLAYED = "emb_provider.replayed"
+"""Key of the received messages of a request in its scope, if the worker keeps them to forward the request."""
 
 _POLL_S = 0.25
 _RETRY_AFTER_S = 5.0
@@ -82,6 +85,10 @@ class Services:
     tracing: Tracing | None
     """None without traces."""
     background: BackgroundTasks
+    is_follower: bool = False
+    """Whether this is one of several workers, and not the primary."""
+    other_workers: OtherWorkers | None = None
+    """None without other workers."""
     # Separate threads, so that hashing gigabytes delays neither requests for embeddings nor the listing of models.
     _disk_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, thread_name_prefix="cache"))
     _verify_threads: ThreadPoolExecutor = field(
@@ -133,6 +140,8 @@ async def use_model(request: Request, services: Services, name: str | None) -> A
     async with registry.lease(resolved.alias) as engine:
         if resolved.needs_prompts and not has_search_prompts(engine.description):
             raise registry.not_found(name)
+        if (replayed := request.scope.get(REPLAYED)) is not None:
+            replayed.clear()  # it is not forwarded
         yield UsedModel(name, resolved.defaults, engine)
 
 

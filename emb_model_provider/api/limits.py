@@ -19,11 +19,14 @@ if sys.platform != "win32":
 
 if TYPE_CHECKING:
     from emb_model_provider.settings import LimitSettings
+    from emb_model_provider.workers import Worker
 
 logger = logging.getLogger(__name__)
 
 CONNECTIONS = "emb_provider.connections"
 """Key of the `ConnectionLimiter` in the application's lifespan state, where `http_protocol.py` finds it."""
+MAY_ACCEPT = "emb_provider.may_accept"
+"""Key of an event in the lifespan state of one of several workers, which is set when it may accept connections."""
 RECEIVE_TIMED_OUT = "emb_provider.receive_timed_out"
 """Key that is set in a request's scope if the client took too long to send the request."""
 
@@ -130,12 +133,15 @@ class Connection(Protocol):
 class ConnectionLimiter:
     """Limits that all connections of one service share."""
 
-    def __init__(self, limits: LimitSettings) -> None:
+    def __init__(self, limits: LimitSettings, worker: Worker | None = None) -> None:
+        """Create the limits of the whole service, or of one of several workers, which has a share of the connections."""
+        self._worker = worker.index if worker is not None else 0
+        self._shared = worker.shared_memory() if worker is not None else None
         self.receive_timeout_s = limits.receive_timeout_s
         self.has_space = asyncio.Event()
         """Whether another connection can be accepted. Others wait in the queue of the operating system."""
         self.has_space.set()
-        self._max_connections = _raise_file_limit()
+        self._max_connections = max(1, _raise_file_limit() // (worker.count if worker is not None else 1))
         self._open = 0
         self._warned_at = float("-inf")
         # Unread responses get the same budget as request bodies: they take as much memory, and are larger.
@@ -143,9 +149,20 @@ class ConnectionLimiter:
         self._paused: dict[Connection, None] = {}
         """Connections whose clients read too slowly, longest first."""
 
+    def start_accepting(self) -> None:
+        """Tell the other workers that this one accepts connections."""
+        if self._shared is not None:
+            self._shared.set_connections(self._worker, self._open)
+
+    def excess(self) -> float:
+        """Return how many connections this worker has more than the one with the fewest."""
+        return self._shared.excess(self._worker) if self._shared is not None else 0
+
     def on_accepted(self) -> None:
         """Count a connection; log a warning now and then if no other one can be accepted."""
         self._open += 1
+        if self._shared is not None:
+            self._shared.set_connections(self._worker, self._open)
         if self._open < self._max_connections:
             return
         self.has_space.clear()
@@ -156,6 +173,8 @@ class ConnectionLimiter:
 
     def on_closed(self) -> None:
         self._open -= 1
+        if self._shared is not None:
+            self._shared.set_connections(self._worker, self._open)
         self.has_space.set()
 
     def on_paused(self, connection: Connection) -> None:

@@ -17,7 +17,13 @@ from emb_model_provider.api.dependencies import RECORD
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.limits import RECEIVE_TIMED_OUT, JsonValueCounter, max_json_values
 from emb_model_provider.api.paths import is_admin_path, is_inference_request, is_upload
-from emb_model_provider.errors import BodyTooLargeError, ModelNotReadyError, ReceiveTimeoutError, is_failure
+from emb_model_provider.errors import (
+    BodyTooLargeError,
+    ModelNotReadyError,
+    NotLoadedHereError,
+    ReceiveTimeoutError,
+    is_failure,
+)
 from emb_model_provider.formatting import format_size
 from emb_model_provider.observability.logs import log_request, new_request_id, request_id
 from emb_model_provider.observability.metrics import RequestRecord
@@ -78,9 +84,13 @@ class AccessLogMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except NotLoadedHereError:
+            record.is_forwarded = True  # the worker that answers the request records it
+            raise
         finally:
             record.duration_s = time.perf_counter() - started
-            self._write(record)
+            if not record.is_forwarded:
+                self._write(record)
 
     def _write(self, record: RequestRecord) -> None:
         if is_inference_request(record.method, record.path):
@@ -199,6 +209,8 @@ class AuthAndLimitsMiddleware:
             # Routes accept GET only. The server still sends no body, because it looks at the original scope.
             inner_scope = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(inner_scope, limited_receive, tracked_send)
+        except NotLoadedHereError:
+            raise  # which forwards the request
         except ClientDisconnect:
             await Response(status_code=_CLIENT_CLOSED_REQUEST)(scope, receive, tracked_send)
         except asyncio.CancelledError:

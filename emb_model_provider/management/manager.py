@@ -166,6 +166,19 @@ class ModelManager:
             "changes the cache meanwhile (`emb-provider rm`, `pull --force`, another tool), then try again."
         )
 
+    def hold(self, snapshot: Snapshot) -> FileLock:
+        """Return a lock that keeps a snapshot on disk, as `acquire` does. Blocks.
+
+        Raises:
+            HubError: It was removed or replaced.
+        """
+        parts = {part.path for part in parts_of(snapshot)}
+        lock = FileLock(partial(_release_all, [self._inventory.locks.hold(path) for path in parts]))
+        if self._is_current_mirror(snapshot) if snapshot.is_mirror else all(map(self._is_current, parts_of(snapshot))):
+            return lock
+        lock.release()
+        raise HubError(f"{snapshot.repository} was removed or replaced.")
+
     def _is_current_mirror(self, snapshot: Snapshot) -> bool:
         """Return whether a mirror was not replaced by a newer one before it was locked."""
         found = mirror.read(snapshot.path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
 PERIOD_S = 120
 """How many seconds are kept."""
@@ -94,6 +94,29 @@ class Activity:
             second.batch_inputs += inputs
             second.batch_tokens += tokens
             second.padded_tokens += padded_tokens
+
+    def take(self) -> tuple[dict[int, Second], list[Failure]]:
+        """Return what happened in the seconds that are over, and forget it. For a worker that reports it to the primary."""
+        with self._lock:
+            now = int(self._clock())
+            seconds = {each: self._seconds.pop(each) for each in list(self._seconds) if each < now}
+            failures = list(self._failures)
+            self._failures.clear()
+        return seconds, failures
+
+    def add(self, seconds: Mapping[int, Second], failures: Sequence[Failure]) -> None:
+        """Add what happened in another worker, whose clock is the same."""
+        with self._lock:
+            for number, other in seconds.items():
+                second = self._seconds.setdefault(number, Second())
+                second.requests += other.requests
+                second.tokens += other.tokens
+                second.latencies_s += other.latencies_s
+                second.batches += other.batches
+                second.batch_inputs += other.batch_inputs
+                second.batch_tokens += other.batch_tokens
+                second.padded_tokens += other.padded_tokens
+            self._failures.extendleft(reversed(failures))
 
     def failures(self) -> list[Failure]:
         """Return the last failures, the latest first."""

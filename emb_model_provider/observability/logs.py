@@ -55,14 +55,16 @@ def log_request(record: RequestRecord, level: int) -> None:
         _access_logger.handle(line)
 
 
-def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> LineWriter:
+def start_logging(settings: LogSettings, rotation: Rotation | None = None, *, worker: int = 0) -> LineWriter:
     """Write all log lines of this process as the settings say; call `stop` of the result before the process ends.
+
+    Of several workers each has a log file of its own, because two processes that rotate one file lose lines.
 
     Raises:
         SettingsError: The log file cannot be written, although a setting asks for it.
     """
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
-    file, problem = _open_file(settings, rotation or Rotation()) if settings.log_to_file else (None, "")
+    file, problem = _open_file(settings, rotation or Rotation(), worker) if settings.log_to_file else (None, "")
     writer = LineWriter(_JsonFormatter() if as_json else _TextFormatter(), file)
     root = logging.getLogger()
     root.handlers = [_Enqueue(writer)]  # type: ignore[arg-type]  # it only calls `put_nowait`
@@ -76,10 +78,15 @@ def start_logging(settings: LogSettings, rotation: Rotation | None = None) -> Li
     return writer
 
 
-def _open_file(settings: LogSettings, rotation: Rotation) -> tuple[LogFile | None, str]:
+def log_file_name(worker: int) -> str:
+    """Return the name of the log file of a worker. That of the first one is the same as without workers."""
+    return LOG_FILE if worker == 0 else LOG_FILE.replace(".log", f".worker-{worker}.log")
+
+
+def _open_file(settings: LogSettings, rotation: Rotation, worker: int) -> tuple[LogFile | None, str]:
     """Return the log file, or None and the reason if only the default asks for one and it cannot be written."""
     try:
-        return LogFile(settings.log_dir / LOG_FILE, rotation), ""
+        return LogFile(settings.log_dir / log_file_name(worker), rotation), ""
     except OSError as error:
         problem = f"EMB_PROVIDER_LOG_DIR={settings.log_dir}: the directory cannot be written ({error.strerror})"
         if {"log_dir", "log_to_file"} & settings.model_fields_set:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,19 +14,22 @@ from typing import TYPE_CHECKING, get_args
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
     Info,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    multiprocess,
+    values,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from emb_model_provider.batch_jobs.types import BatchState
 from emb_model_provider.observability.activity import Activity, Failure
 from emb_model_provider.registry import State
+from emb_model_provider.workers import metrics_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from emb_model_provider.progress import WorkRecord
     from emb_model_provider.registry import ModelStatus
     from emb_model_provider.serving.jobs import BatchRecord, StageRecord
+    from emb_model_provider.workers import Worker
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -64,19 +70,39 @@ class RequestRecord:
     """Name of the API key, never the key itself. Empty if no key is required, or the key is not valid."""
     error_code: str = ""
     """Machine-readable name of the error in the response."""
+    is_forwarded: bool = False
+    """Whether another worker answers the request, and records it."""
 
 
 class Metrics:
     """The metrics of one service. Those of models, queues and the result cache are read at each scrape."""
 
-    def __init__(self, models: Callable[[], Sequence[ModelStatus]], cache_bytes: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        models: Callable[[], Sequence[ModelStatus]],
+        cache_bytes: Callable[[], int] = lambda: 0,
+        worker: Worker | None = None,
+    ) -> None:
+        """Create the metrics.
+
+        One of several workers keeps its counters and histograms in files, in the way that prometheus_client offers for this.
+        Each worker can read those of all, and they go on after a restart: a sum that fell would look like a restart of the
+        whole service, and its value like an increase.
+        """
+        self._worker = worker
         # They would add a series for each counter and histogram that dashboards do not use.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = CollectorRegistry()
-        self._registry.register(_ModelCollector(models))
-        ProcessCollector(registry=self._registry)
-        build = Info("emb_provider_build", "Versions of the service and of its packages.", registry=self._registry)
-        build.info({"python": platform.python_version(), **_versions()})
+        self._registry = self._live = CollectorRegistry()
+        is_primary = worker is None or worker.is_primary
+        if worker is not None:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_directory(worker.directory))
+            values.ValueClass = values.MultiProcessValue(lambda: worker.index)  # type: ignore[no-untyped-call]
+            self._live = CollectorRegistry()
+        self._live.register(_ModelCollector(models, is_primary=is_primary))
+        ProcessCollector(registry=self._live)
+        if is_primary:
+            build = Info("emb_provider_build", "Versions of the service and of its packages.", registry=self._live)
+            build.info({"python": platform.python_version(), **_versions()})
 
         # Cached, because looking a label up takes longer than counting. There are few aliases, statuses and outcomes.
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
@@ -129,15 +155,14 @@ class Metrics:
             "emb_provider_batch_job_tokens", "Tokens of lines of batches.", registry=self._registry
         )
         self._jobs = _JobCollector()
-        self._registry.register(self._jobs)
+        self._live.register(self._jobs)
         # With a value from the start, because an alert cannot see the first increase of a series that did not exist.
         for outcome in ("ok", "failed", "cancelled"):
             self._downloads(outcome)
             self._compile_s(outcome)
         for outcome in ("completed", "failed"):
             self._lines(outcome)
-        size = Gauge("emb_provider_result_cache_bytes", "Memory of the result cache.", registry=self._registry)
-        size.set_function(cache_bytes)
+        self._live.register(_CacheCollector(cache_bytes))
         self.activity = Activity()
 
     def on_batch(self, record: BatchRecord) -> None:
@@ -199,9 +224,20 @@ class Metrics:
         samples = [sample for metric in self._registry.collect() for sample in metric.samples]
         return [sample for sample in samples if sample.name.startswith("emb_provider_")]
 
-    def text(self) -> bytes:
-        """Return all metrics in the text format of Prometheus."""
-        return generate_latest(self._registry)
+    def text(self, of_others: Sequence[str] = ()) -> bytes:
+        """Return all metrics in the text format of Prometheus.
+
+        Of several workers, it returns those of the whole service, with the `live_text` of each of the others.
+        """
+        if self._worker is None:
+            return generate_latest(self._registry)
+        counted = CollectorRegistry()
+        multiprocess.MultiProcessCollector(counted, str(metrics_directory(self._worker.directory)))  # type: ignore[no-untyped-call]
+        return generate_latest(_Sum([self.live_text(), *of_others])) + generate_latest(counted)
+
+    def live_text(self) -> str:
+        """Return the metrics of this worker that are read at each scrape, in the text format of Prometheus."""
+        return generate_latest(self._live).decode()
 
 
 def _versions() -> dict[str, str]:
@@ -226,6 +262,41 @@ def _failure(record: RequestRecord) -> Failure:
     )
 
 
+class _Sum(CollectorRegistry):
+    """The metrics of several workers. Each value is a sum, except for the time at which the first one started."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        super().__init__()
+        self._texts = texts
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        found: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], list[float]]] = defaultdict(dict)
+        for text in self._texts:
+            for family in text_string_to_metric_families(text):
+                families.setdefault(family.name, family)
+                for sample in family.samples:
+                    key = sample.name, tuple(sample.labels.items())
+                    found[family.name].setdefault(key, []).append(sample.value)
+        for name, family in families.items():
+            combine = min if name == "process_start_time_seconds" else sum
+            family.samples = []
+            for (sample_name, labels), numbers in found[name].items():
+                family.add_sample(sample_name, dict(labels), combine(numbers))
+            yield family
+
+
+class _CacheCollector(Collector):
+    """The size of the result cache."""
+
+    def __init__(self, size_bytes: Callable[[], int]) -> None:
+        self._size_bytes = size_bytes
+
+    def collect(self) -> Iterable[Metric]:
+        name, text = "emb_provider_result_cache_bytes", "Memory of the result cache."
+        return (GaugeMetricFamily(name, text, value=self._size_bytes()),)
+
+
 class _JobCollector(Collector):
     """Batches of the Batch API and their files. Without samples until the database has been opened."""
 
@@ -246,10 +317,14 @@ class _JobCollector(Collector):
 
 
 class _ModelCollector(Collector):
-    """Reads states and queues of the models at each scrape."""
+    """Reads states and queues of the models at each scrape.
 
-    def __init__(self, models: Callable[[], Sequence[ModelStatus]]) -> None:
+    States, and why models are unloaded, are decisions of the primary worker, which the others follow.
+    """
+
+    def __init__(self, models: Callable[[], Sequence[ModelStatus]], *, is_primary: bool) -> None:
         self._models = models
+        self._is_primary = is_primary
 
     def collect(self) -> Iterable[Metric]:
         state = GaugeMetricFamily(
@@ -286,4 +361,5 @@ class _ModelCollector(Collector):
             memory.add_metric((alias,), model.memory_bytes or 0)
             for reason, count in model.unloads.items():
                 unloads.add_metric((alias, reason), count)
-        return (state, inputs, tokens, waiting, running, restarts, memory, unloads)
+        decided = (state, unloads) if self._is_primary else ()
+        return (*decided, inputs, tokens, waiting, running, restarts, memory)

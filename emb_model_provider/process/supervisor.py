@@ -4,7 +4,10 @@ The service runs as a child process that inherits the listening sockets. It is r
 `HUNG_EXIT` because a model hangs. Meanwhile new connections wait in the backlog of the sockets, so none is refused. If
 the child ends in any other way, the supervisor exits with its exit code.
 
-The event loop of the child sends a heartbeat: one byte per second. If it stops, because the loop is blocked or native
+With EMB_PROVIDER_WORKERS there are several children, the workers, which share the sockets. Each has its own heartbeat, parent
+pipe and restarts, so that the others answer while one is restarted. Shutdown signals are for all of them.
+
+The event loop of a child sends a heartbeat: one byte per second. If it stops, because the loop is blocked or native
 code holds the GIL, the child is aborted, which prints the stacks of its threads to stderr, and restarted.
 
 Signals are forwarded as bytes over a pair of connected sockets, the parent pipe, because a terminal and systemd send
@@ -24,11 +27,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from emb_model_provider.workers import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from emb_model_provider.workers import WorkerGroup
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +71,8 @@ class InheritedState:
     sockets: list[socket.socket]
     previous_end: str
     """How the previous child ended; empty for the first child."""
+    worker: Worker | None = None
+    """Which of several workers this process is; None if it is the only one."""
 
     def beat(self) -> None:
         """Send a heartbeat to the supervisor. Call it every `HEARTBEAT_EVERY_S` seconds on the event loop."""
@@ -78,20 +88,37 @@ def take_inherited_state() -> InheritedState | None:
         return None
     state = json.loads(text)
     parent_pipe, *sockets = (socket.socket(fileno=number) for number in (state["parent_pipe"], *state["sockets"]))
+    worker = None
+    if (values := state["worker"]) is not None:
+        worker = Worker(
+            values["index"], values["count"], Path(values["directory"]), socket.socket(fileno=values["socket"])
+        )
+        worker.socket.set_inheritable(False)
     for inherited in (parent_pipe, *sockets):
         inherited.set_inheritable(False)
-    return InheritedState(parent_pipe, sockets, state["previous_end"])
+    return InheritedState(parent_pipe, sockets, state["previous_end"], worker)
 
 
 class Supervisor:
-    """Runs the command line of this process as a child process. Used once, on the main thread."""
+    """Runs the command line of this process as one or several child processes. Used once, on the main thread."""
 
-    def __init__(self, sockets: Sequence[socket.socket], timings: SupervisorTimings) -> None:
-        """Handle signals from now on. The sockets are closed as soon as the service is to shut down."""
+    def __init__(
+        self, sockets: Sequence[socket.socket], timings: SupervisorTimings, group: WorkerGroup | None = None
+    ) -> None:
+        """Handle signals from now on. The sockets are closed as soon as the service is to shut down.
+
+        With a group, each of its workers is a child; otherwise there is one child.
+        """
         self._sockets = sockets
         self._timings = timings
+        self._group = group
+        self._children = [_Child("the service", None)]
+        if group is not None:
+            self._children = [_Child(f"worker {index}", index) for index in range(group.count)]
         self._received: list[int] = []
         """The received shutdown signals, in order."""
+        self._code: int | None = None
+        """Exit code of a child that ended by itself, which ends the service."""
         # Signals only write to a socket, so that they are handled between two steps and never within one.
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._wakeup.setblocking(False)
@@ -102,90 +129,137 @@ class Supervisor:
 
     def run(self) -> int:
         """Keep the service running until it exits by itself or is shut down; return the exit code."""
-        early_ends, previous_end = 0, ""
         while True:
-            started = time.monotonic()
-            try:
-                code = self._run_child(previous_end)
-                end = _describe_exit(code)
-            except OSError as error:
-                code, end = HUNG_EXIT, f"could not be started ({error})"
-            ran_s = time.monotonic() - started
-            if self._received:
-                return self._shutdown_exit_code(code)
-            if code >= 0 and code != HUNG_EXIT:
-                logger.log(logging.ERROR if code else logging.INFO, "the service %s, exiting", end)
-                return code
-            early_ends = early_ends + 1 if ran_s < self._timings.stable_after_s else 1
-            pauses_s = self._timings.restart_pauses_s
-            pause_s = pauses_s[min(early_ends, len(pauses_s)) - 1]
-            previous_end = f"{end} after {ran_s:.1f} s"
-            when = f"in {pause_s:g} s" if pause_s else "at once"
-            logger.error("the service %s, restarting it %s", previous_end, when)
-            self._pause(pause_s)
-            if self._received:
-                return 0
+            for child in self._children:
+                self._check(child)
+            is_stopping = bool(self._received) or self._code is not None
+            if is_stopping and all(child.process is None for child in self._children):
+                return self._exit_code()
+            self._wait()
 
-    def _run_child(self, previous_end: str) -> int:
-        """Start the service and wait for its end; return its exit code, negative for a signal."""
-        parent_pipe, child_end = socket.socketpair()
-        with parent_pipe:
+    def _check(self, child: _Child) -> None:
+        """Start a child if it is due, note its end, and end it if it does not respond."""
+        now = time.monotonic()
+        if child.process is None:
+            if not self._received and self._code is None and now >= child.start_at:
+                self._start(child)
+            return
+        code = child.process.poll()
+        if code is not None:
+            self._on_end(child, code, _describe_exit(code))
+        elif child.kill_at is not None and now >= child.kill_at:
+            logger.error("%s did not end within %.0f s, killing it", child.name, self._timings.kill_after_s)
+            child.process.kill()
+            child.process.wait()
+            self._check(child)
+        elif child.kill_at is None and len(self._received) > 1:
+            child.kill_at = now + self._timings.kill_after_s
+        elif child.kill_at is None and not self._received and child.heartbeat.is_lost:
+            logger.error("%s sent no heartbeat for %.0f s, aborting it", child.name, self._timings.heartbeat_timeout_s)
+            child.process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
+            child.kill_at = now + self._timings.kill_after_s
+
+    def _start(self, child: _Child) -> None:
+        child.started_at = time.monotonic()
+        child.parent_pipe, child_end = socket.socketpair()
+        try:
             with child_end:
-                child = self._start_child(child_end, previous_end)
-            logger.info("the service is process %d", child.pid)
-            heartbeat = _Heartbeat(parent_pipe, self._timings.heartbeat_timeout_s)
-            kill_after_s = self._timings.kill_after_s
-            kill_at: float | None = None
-            while (code := child.poll()) is None:
-                wait_s = heartbeat.next_check_s if kill_at is None else max(0.0, kill_at - time.monotonic())
-                for number in self._wait(wait_s, heartbeat):
-                    with suppress(OSError):  # the child has just ended
-                        parent_pipe.send(bytes([number]))
-                if kill_at is not None and time.monotonic() >= kill_at:
-                    logger.error("the service did not end within %.0f s, killing it", kill_after_s)
-                    child.kill()
-                    child.wait()
-                elif kill_at is None and len(self._received) > 1:
-                    kill_at = time.monotonic() + kill_after_s
-                elif kill_at is None and not self._received and heartbeat.is_lost:
-                    logger.error(
-                        "the service sent no heartbeat for %.0f s, aborting it", self._timings.heartbeat_timeout_s
-                    )
-                    child.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
-                    kill_at = time.monotonic() + kill_after_s
-            return code
+                child.process = self._create_process(child, child_end)
+        except OSError as error:
+            self._on_end(child, HUNG_EXIT, f"could not be started ({error})")
+            return
+        logger.info("%s is process %d", child.name, child.process.pid)
+        child.heartbeat = _Heartbeat(child.parent_pipe, self._timings.heartbeat_timeout_s)
 
-    def _start_child(self, parent_pipe: socket.socket, previous_end: str) -> subprocess.Popen[bytes]:
+    def _create_process(self, child: _Child, parent_pipe: socket.socket) -> subprocess.Popen[bytes]:
         numbers = [inherited.fileno() for inherited in self._sockets]
-        state = {"parent_pipe": parent_pipe.fileno(), "sockets": numbers, "previous_end": previous_end}
+        state = {
+            "parent_pipe": parent_pipe.fileno(), "sockets": numbers, "previous_end": child.previous_end, "worker": None
+        }  # fmt: skip
+        environment, inherited = dict(os.environ), [parent_pipe.fileno(), *numbers]
+        if self._group is not None and child.index is not None:
+            private = self._group.sockets[child.index].fileno()
+            inherited.append(private)
+            directory = str(self._group.directory)
+            state["worker"] = {
+                "index": child.index, "count": self._group.count, "directory": directory, "socket": private
+            }  # fmt: skip
+            environment |= self._group.environment
         return subprocess.Popen(  # noqa: S603 - the command line of this process
             [sys.executable, *sys.orig_argv[1:]],
-            env=os.environ | {_VARIABLE: json.dumps(state)},
-            pass_fds=[parent_pipe.fileno(), *numbers],
+            env=environment | {_VARIABLE: json.dumps(state)},
+            pass_fds=inherited,
             # Ctrl-C must not reach the child, because it ends a child that is still starting with a traceback.
             process_group=0,
         )
 
-    def _wait(self, timeout_s: float | None, heartbeat: _Heartbeat | None = None) -> list[int]:
-        """Wait for signals, heartbeats or the end of the child; return the shutdown signals."""
-        sockets = [self._wakeup, *(heartbeat.sockets if heartbeat else ())]
-        ready, _, _ = select.select(sockets, [], [], timeout_s)
-        if heartbeat is not None:
-            heartbeat.update(ready)
+    def _on_end(self, child: _Child, code: int, end: str) -> None:
+        """Note the end of a child: start it again later, or end the service."""
+        child.process = child.kill_at = None
+        child.parent_pipe.close()
+        if self._group is not None and child.index is not None:
+            self._group.shared.close_worker(child.index)
+        if self._received or self._code is not None:
+            child.code = code
+            return
+        if code >= 0 and code != HUNG_EXIT:
+            logger.log(logging.ERROR if code else logging.INFO, "%s %s, exiting", child.name, end)
+            self._code = code
+            self._close_sockets()
+            self._forward([signal.SIGTERM])
+            return
+        ran_s = time.monotonic() - child.started_at
+        child.early_ends = child.early_ends + 1 if ran_s < self._timings.stable_after_s else 1
+        pauses_s = self._timings.restart_pauses_s
+        pause_s = pauses_s[min(child.early_ends, len(pauses_s)) - 1]
+        child.previous_end = f"{end} after {ran_s:.1f} s"
+        when = f"in {pause_s:g} s" if pause_s else "at once"
+        logger.error("%s %s, restarting it %s", child.name, child.previous_end, when)
+        child.start_at = time.monotonic() + pause_s
+
+    def _wait(self) -> None:
+        """Wait until there is something to do, and forward shutdown signals."""
+        running = [child for child in self._children if child.process is not None]
+        pipes = [pipe for child in running for pipe in child.heartbeat.sockets]
+        ready, _, _ = select.select([self._wakeup, *pipes], [], [], self._next_check_s())
+        for child in running:
+            child.heartbeat.update(ready)
         numbers = self._wakeup.recv(64) if self._wakeup in ready else b""
         signals = [number for number in numbers if number in _FORWARDED_SIGNALS]
         if signals and not self._received:
             # Refuse new connections at once, and not only after the accepted requests are finished.
-            for listening in self._sockets:
-                listening.close()
+            self._close_sockets()
         self._received += signals
-        return signals
+        self._forward(signals)
 
-    def _pause(self, pause_s: float) -> None:
-        """Wait, or return early at a shutdown signal. Other signals, such as that of the child's end, are ignored."""
-        end_at = time.monotonic() + pause_s
-        while not self._received and (left_s := end_at - time.monotonic()) > 0:
-            self._wait(left_s)
+    def _next_check_s(self) -> float | None:
+        """Return the time until the next child is to be started, checked or killed, or None if nothing is due."""
+        now = time.monotonic()
+        waits: list[float | None] = []
+        for child in self._children:
+            if child.kill_at is not None:
+                waits.append(child.kill_at - now)
+            elif child.process is not None:
+                waits.append(child.heartbeat.next_check_s)
+            elif not self._received and self._code is None:
+                waits.append(child.start_at - now)
+        return max(0.0, min(due)) if (due := [wait_s for wait_s in waits if wait_s is not None]) else None
+
+    def _forward(self, signals: Sequence[int]) -> None:
+        for child in self._children:
+            if child.process is not None:
+                with suppress(OSError):  # the child has just ended
+                    child.parent_pipe.send(bytes(signals))
+
+    def _close_sockets(self) -> None:
+        for listening in self._sockets:
+            listening.close()
+
+    def _exit_code(self) -> int:
+        if self._code is not None:
+            return self._code
+        codes = [self._shutdown_exit_code(child.code) for child in self._children if child.code is not None]
+        return next((code for code in codes if code), 0)
 
     def _shutdown_exit_code(self, code: int) -> int:
         if code >= 0:
@@ -194,6 +268,28 @@ class Supervisor:
             # The child got the signal too, before it could handle it, so it had accepted no request.
             return 0
         return 128 + (self._received[1] if -code == signal.SIGKILL and len(self._received) > 1 else -code)
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    """A child process and its restarts."""
+
+    name: str
+    """How log lines call it."""
+    index: int | None
+    """Which worker it is; None if it is the only one."""
+    process: subprocess.Popen[bytes] | None = None
+    parent_pipe: socket.socket = field(init=False)
+    heartbeat: _Heartbeat = field(init=False)
+    start_at: float = 0.0
+    """When it is to be started, on the monotonic clock."""
+    started_at: float = 0.0
+    kill_at: float | None = None
+    early_ends: int = 0
+    """How many consecutive processes ended early."""
+    previous_end: str = ""
+    code: int | None = None
+    """How it ended during the shutdown: 0 or more is an exit code, less is a signal. None if it did not run."""
 
 
 class _Heartbeat:

@@ -29,7 +29,7 @@ from emb_model_provider.serving.config import EngineConfig
 from emb_model_provider.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
     from concurrent.futures import Executor
 
     from emb_model_provider.artifacts.prepare import PreparedBackend
@@ -48,6 +48,10 @@ _STOPPING_RETRY_AFTER_S = 5.0
 _CHECK_EVERY_S = 1.0
 
 
+async def _no_workers() -> None:
+    """There are no other workers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryConfig(EngineConfig):
     """Configuration of a registry and its engines."""
@@ -57,6 +61,8 @@ class RegistryConfig(EngineConfig):
     """Whether torch runs a model in a process of its own while it is compiled."""
     default_memory_bytes: int | None = None
     """Without limits in the settings, models are evicted if all together take more than this."""
+    wait_for_workers: Callable[[], Awaitable[None]] = _no_workers
+    """Waits until the other workers of the service have unloaded the models that this one has unloaded."""
 
 
 class Lifecycle:

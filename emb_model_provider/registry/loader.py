@@ -150,6 +150,8 @@ class Loader:
                 report(progress)
 
             try:
+                if entry.given_snapshot is not None:
+                    return entry.given_snapshot, self._manager.hold(entry.given_snapshot)
                 return self._manager.acquire(
                     entry.spec, offline=entry.on_demand, on_progress=on_both, cancel=self._cancel
                 )

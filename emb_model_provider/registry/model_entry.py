@@ -7,10 +7,10 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from emb_model_provider.backends.base import ModelDescription, Task
     from emb_model_provider.model_spec import ModelSpec
@@ -36,6 +36,19 @@ class State(StrEnum):
     HUNG = "hung"
     FAILED = "failed"
     UNLOADING = "unloading"
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """A served model of the primary worker, as it tells the others."""
+
+    spec: ModelSpec
+    configured: bool
+    on_demand: bool
+    use: Literal["unload", "keep", "load"]
+    """What other workers do: unload it; keep it if they have it, because the primary is loading it; or load it."""
+    snapshot: Snapshot | None
+    """Where it is loaded from. None unless it is to be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +125,19 @@ class RequestStats:
         if answered:
             self.served += 1
             self._recent.append((ended, ended - began))
+
+    def take(self) -> tuple[int, float | None, list[tuple[float, float]]]:
+        """Return what was recorded, and forget it. For a worker that reports it to the primary."""
+        taken = self.served, self.last, list(self._recent)
+        self.served = 0
+        self._recent.clear()
+        return taken
+
+    def add(self, served: int, last: float | None, recent: Sequence[tuple[float, float]]) -> None:
+        """Add what another worker recorded, whose clock is the same."""
+        self.served += served
+        self.last = max(filter(None, (self.last, last)), default=None)
+        self._recent.extend(recent)
 
     def recent(self, now: float) -> tuple[float, float | None]:
         """Return answered requests per second and the 95th-percentile latency, over the 60 seconds before `now`.
@@ -206,6 +232,10 @@ class ModelEntry:
     """The stay in memory that new requests use."""
     unloading: asyncio.Task[None] | None = None
     snapshot: Snapshot | None = None
+    given_snapshot: Snapshot | None = None
+    """The snapshot from which the model must be loaded, because the primary worker has loaded it from there."""
+    may_serve: bool = True
+    """Whether requests may use the model. False in a worker that is to unload it."""
     measured_bytes: int | None = None
     """Memory of the model when it was last loaded, in bytes."""
     error: str | None = None
@@ -228,6 +258,15 @@ class ModelEntry:
     @property
     def is_unloading(self) -> bool:
         return self.unloading is not None and not self.unloading.done()
+
+    def published(self) -> PublishedModel:
+        """Return what other workers have to know."""
+        loaded_model = self.loaded_model
+        if loaded_model is None:
+            return PublishedModel(self.spec, self.configured, self.on_demand, "unload", None)
+        if loaded_model.engine is None or loaded_model.is_interim:
+            return PublishedModel(self.spec, self.configured, self.on_demand, "keep", None)
+        return PublishedModel(self.spec, self.configured, self.on_demand, "load", self.snapshot)
 
     def status(self) -> ModelStatus:
         engine = self.engine

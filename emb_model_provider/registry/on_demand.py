@@ -7,7 +7,7 @@ import shlex
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from emb_model_provider.errors import ModelNotReadyError, ProviderError
+from emb_model_provider.errors import ModelNotReadyError, NotLoadedHereError, ProviderError
 from emb_model_provider.formatting import format_estimate, format_size
 from emb_model_provider.model_resolver import NameIndex, ResolvedName
 from emb_model_provider.registry.model_entry import ModelStatus, State
@@ -118,6 +118,24 @@ class OnDemandModels:
         names = NameIndex(spec for spec, _ in running.values())
         found = names.find(name) or names.find_similar(name)
         return running[found.alias][1] if found is not None else None
+
+
+class FollowedModels(OnDemandModels):
+    """The models of a worker that follows the primary one. It answers requests for those that it has loaded."""
+
+    async def resolve(self, name: str) -> ResolvedName:
+        """Return what the name in a request refers to.
+
+        Raises:
+            NotLoadedHereError: The primary worker answers this request.
+        """
+        found = self._registry.find_loaded(name)
+        is_default = self._registry.answers_unknown and not self._serves_cached
+        if found is None and is_default and self._registry.find(name) is None:
+            found = self._registry.find_loaded(self._registry.default_alias)
+        if found is None:
+            raise NotLoadedHereError
+        return found
 
 
 def _status(model: ServableModel) -> ModelStatus:

@@ -20,12 +20,12 @@ from emb_model_provider.registry.lifecycle import Lifecycle, Watchdog
 from emb_model_provider.registry.model_entry import ModelEntry, ModelStatus, State
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from emb_model_provider.management.manager import ModelManager
     from emb_model_provider.model_spec import ModelSpec
     from emb_model_provider.registry.lifecycle import RegistryConfig
-    from emb_model_provider.registry.model_entry import LoadedModel
+    from emb_model_provider.registry.model_entry import LoadedModel, PublishedModel
     from emb_model_provider.serving.engine import Engine
     from emb_model_provider.settings import ServedModels
 
@@ -86,6 +86,9 @@ class Registry:
         self._names = self._build_index()
         self._executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._lifecycle = Lifecycle(manager, config, self._executor)
+        self._wait_for_workers = config.wait_for_workers
+        self._leaving: set[asyncio.Task[None]] = set()
+        """Unloads that another worker has caused, and that have not ended."""
         self._watchdog = Watchdog(self._entries.values, self._lifecycle, config)
 
     # --- names and states -----------------------------------------------------------------------------
@@ -177,6 +180,7 @@ class Registry:
         """
         entry = self._entries[self.alias_of(name)]
         await self._lifecycle.unload(entry, reason)
+        await self._wait_for_workers()
         return entry.status()
 
     def add(self, spec: ModelSpec, *, on_demand: bool = False) -> str:
@@ -220,7 +224,90 @@ class Registry:
         self._names = self._build_index()
         entry.removed = True
         await self._lifecycle.unload(entry, "forgotten")
+        await self._wait_for_workers()
         return entry.status()
+
+    # --- several workers ------------------------------------------------------------------------------
+
+    def published(self) -> tuple[PublishedModel, ...]:
+        """Return what the other workers have to know of the models."""
+        return tuple(entry.published() for entry in self._entries.values())
+
+    def follow(self, models: Sequence[PublishedModel]) -> None:
+        """Serve the models that the primary worker has published, and no others; begin to load and to unload them.
+
+        Names, and which models may be used, are those of the primary when this returns. Call it regularly with the same
+        models: it tries a failed load again after a while.
+        """
+        entries = {}
+        for model in models:
+            entry = self._entries.get(model.spec.alias)
+            if entry is None or entry.spec != model.spec:
+                entry = ModelEntry(spec=model.spec, slow_load_s=self._timings.slow_load_s)
+            entry.configured, entry.on_demand = model.configured, model.on_demand
+            entries[model.spec.alias] = entry
+        for entry in self._entries.values():
+            if entries.get(entry.spec.alias) is not entry:
+                entry.removed = True
+                self._leave(entry)
+        has_changed = entries.keys() != self._entries.keys() or any(
+            entries[alias] is not entry for alias, entry in self._entries.items()
+        )
+        self._entries = entries
+        if has_changed:
+            self._names = self._build_index()
+        for model in models:
+            self._follow_load(entries[model.spec.alias], model)
+
+    def _follow_load(self, entry: ModelEntry, model: PublishedModel) -> None:
+        if model.use == "unload" or (model.use == "load" and entry.given_snapshot not in (None, model.snapshot)):
+            entry.given_snapshot = None
+            self._leave(entry)
+        if model.use != "load" or entry.is_unloading:
+            return
+        entry.given_snapshot, entry.may_serve = model.snapshot, True
+        has_failed = entry.state is State.FAILED
+        if not has_failed or time.monotonic() > entry.failed_at + self._timings.retry_after_failure_s:
+            self._lifecycle.begin_loading(entry)
+
+    def _leave(self, entry: ModelEntry) -> None:
+        entry.may_serve = False
+        if entry.loaded_model is not None and not entry.is_unloading:
+            task = self._lifecycle.begin_unloading(entry, "unloaded by worker 0")
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether all models that the primary worker does not have are unloaded, and their files free."""
+        return not self._leaving
+
+    @property
+    def is_following(self) -> bool:
+        """Whether a model is being loaded because the primary worker has it."""
+        return any(
+            entry.given_snapshot is not None and entry.loaded_model is not None and entry.engine is None
+            for entry in self._entries.values()
+        )
+
+    def find_loaded(self, name: str) -> ResolvedName | None:
+        """Return what a name refers to if this worker can answer requests for it now."""
+        found = self.find(name)
+        if found is None:
+            return None
+        entry = self._entries[found.alias]
+        is_loaded = entry.may_serve and entry.state is State.READY and entry.engine is not None
+        return found if is_loaded else None
+
+    def take_stats(self) -> Mapping[str, tuple[int, float | None, list[tuple[float, float]]]]:
+        """Return the statistics of all models since the last call, for the primary worker."""
+        return {alias: entry.stats.take() for alias, entry in self._entries.items() if entry.stats.last is not None}
+
+    def add_stats(self, stats: Mapping[str, tuple[int, float | None, list[tuple[float, float]]]]) -> None:
+        """Add the statistics of another worker, so that a model that is used there is not idle here."""
+        for alias, values in stats.items():
+            if (entry := self._entries.get(alias)) is not None:
+                entry.stats.add(*values)
 
     async def stop(self) -> None:
         """Accept no further requests, answer the accepted ones, and unload all models."""

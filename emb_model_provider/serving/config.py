@@ -33,6 +33,10 @@ _BACKGROUND_TOKENS = 32_768
 """Background batches are not larger, because requests wait for their end. A GPU is at its full rate at this size."""
 
 
+QUEUE_BYTES = 250 * 1000**2
+"""Memory of the requests that wait for one model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """How long the service waits in unusual situations, in seconds."""
@@ -55,7 +59,7 @@ class EngineConfig:
 
     batching: BatchSettings = field(default_factory=BatchSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
-    queue_bytes: int = 250 * 1000**2
+    queue_bytes: int = QUEUE_BYTES
     """Without MAX_QUEUE_TOKENS, the requests of a model take this much memory at most."""
     watchdog_s: float = 60.0
     """After how many seconds a batch counts as hung."""

@@ -128,6 +128,27 @@ class Settings(BaseModel):
         self.served_models()
         return self
 
+    def share_of_worker(self) -> Self:
+        """Return the settings with the limits of one of WORKERS processes, so that all together keep those of the service.
+
+        A body of MAX_BODY_MB is accepted by each.
+        """
+        count, memory, limits = self.lifecycle.workers, self.memory, self.limits
+        limit, queue = memory.model_memory_limit, self.batching.max_queue_tokens
+        pending_mb = max(limits.max_body_mb, limits.max_pending_body_bytes / count / 1000**2)
+        return self.model_copy(
+            update={
+                "memory": memory.model_copy(
+                    update={
+                        "result_cache_mb": memory.result_cache_mb / count,
+                        "model_memory_limit": None if limit is None else max(1, limit // count),
+                    }
+                ),
+                "batching": self.batching.model_copy(update={"max_queue_tokens": queue and -(-queue // count)}),
+                "limits": limits.model_copy(update={"max_pending_body_mb": pending_mb}),
+            }
+        )
+
     @property
     def batch_directory(self) -> Path:
         """The directory of the files of batches."""

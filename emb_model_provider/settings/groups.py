@@ -580,6 +580,10 @@ class LifecycleSettings(SettingsGroup, title="Faults and shutdown"):
     supervise: bool = False
     """Run the service as a child of a small process that keeps the port open and restarts the service if it crashes or
     hangs. For bare machines; in a container the restart policy does this."""
+    workers: Count = 1
+    """Number of processes that answer requests behind the same port, each with its share of the processors and of the limits,
+    and with each model in memory. More than 1 implies SUPERVISE. For machines with 16 or more processors: docs/deploy.md says
+    when."""
     shutdown_grace_s: NonNegativeNumber = 60
     """How many seconds accepted requests have to finish after SIGTERM or Ctrl-C. A second signal ends the service at
     once."""

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
-from emb_model_provider.api.dependencies import ServicesDep
+from emb_model_provider.api.dependencies import Services, ServicesDep
 from emb_model_provider.api.paths import CONSOLE
 from emb_model_provider.api.schemas.openai import About, Health, ModelReadiness, Readiness
 
@@ -69,9 +69,15 @@ async def ready(services: ServicesDep) -> Response:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def prometheus(services: ServicesDep) -> Response:
-    if (figures := await services.batches.figures()) is not None:
+    await update_job_figures(services)
+    of_others = await services.other_workers.metrics() if services.other_workers is not None else ()
+    return Response(services.metrics.text(of_others), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def update_job_figures(services: Services) -> None:
+    """Let the metrics show what the database of batches holds. Of several workers, only the primary shows it."""
+    if not services.is_follower and (figures := await services.batches.figures()) is not None:
         services.metrics.set_jobs(figures.batches.states, figures.file_bytes)
-    return Response(services.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/docs", include_in_schema=False)
