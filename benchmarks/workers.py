@@ -1,9 +1,9 @@
 """Measures how many requests several workers answer, and what follows for machines with more processors than this one.
 
 The model sleeps as long as a processor would compute, on as many streams as the simulated machine has processors. So the
-real processors only run the event loops, the tokenizer and the load generator. Their time per request is measured; from it
-follows how many requests a machine with these processors can answer at most. The measured rate is that of this machine,
-whose processors the workers share with the load generator.
+real processors only run the event loops and the load generator. The processor time of the main threads, which run the event
+loops, is measured for each request; from it follows how many requests a machine with these processors can answer at most. The
+measured rate is that of this machine, whose processors the workers share with the load generator and with other programs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+import psutil
+
 from benchmarks import QUICK_HELP
 from benchmarks.contenders import Contender, Server, stop_servers_on_sigterm
 from benchmarks.load import closed_loop
@@ -27,8 +29,6 @@ from benchmarks.workloads import write_bodies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from benchmarks.load import Result
 
 _CORES = (16, 64)
 _WORKERS = (1, 2, 4, 8)
@@ -47,14 +47,22 @@ class Measurement:
     workers: int
     rate: float
     """Answered requests per second on this machine."""
-    server_s: float
-    """Processor time of all workers for one request, in seconds."""
+    loop_s: float
+    """Processor time of the event loops for one request, in seconds."""
     errors: int
 
     @property
     def bound(self) -> float:
         """Requests per second that the simulated machine answers at most: by its event loops, or by all its processors."""
-        return min(self.workers / self.server_s, self.cores / (self.server_s + _MODEL_S))
+        return min(self.loop_bound, self.processor_bound)
+
+    @property
+    def loop_bound(self) -> float:
+        return self.workers / self.loop_s
+
+    @property
+    def processor_bound(self) -> float:
+        return self.cores / (self.loop_s + _MODEL_S)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,17 +128,26 @@ def _measure(
     with Server(contender, directory) as server:
         server.wait()
         warm_up = closed_loop(server, bodies, connections=options.connections, seconds=min(3.0, options.seconds))
+        before_s = _main_threads_s(server.pid)
         result = closed_loop(server, bodies, connections=options.connections, seconds=options.seconds)
-    found = Measurement(cores, workers, result.rate, _server_s(result), sum((warm_up.errors | result.errors).values()))
+        loop_s = (_main_threads_s(server.pid) - before_s) / max(1, result.ok)
+    found = Measurement(cores, workers, result.rate, loop_s, sum((warm_up.errors | result.errors).values()))
     log_progress(
-        f"{cores} cores, {workers} workers: {found.rate:.0f}/s, {found.server_s * 1e6:.0f} us, {result.other_cores:.1f} other cores"
+        f"{cores} cores, {workers} workers: {found.rate:.0f}/s, {found.loop_s * 1e6:.0f} us, {result.other_cores:.1f} other cores"
     )
     return found
 
 
-def _server_s(result: Result) -> float:
-    """Return the processor time of the service for one request."""
-    return result.server_cores * result.elapsed_s / result.ok if result.ok else float("nan")
+def _main_threads_s(pid: int) -> float:
+    """Return the processor time that the main threads of a process and its children have used, in seconds."""
+    root = psutil.Process(pid)
+    main = [
+        thread
+        for process in (root, *root.children(recursive=True))
+        for thread in process.threads()
+        if thread.id == process.pid
+    ]
+    return sum(thread.user_time + thread.system_time for thread in main)
 
 
 def _report(found: Sequence[Measurement], options: argparse.Namespace) -> str:
@@ -143,9 +160,9 @@ def _report(found: Sequence[Measurement], options: argparse.Namespace) -> str:
                     str(cores),
                     str(workers),
                     format_spread([each.rate for each in runs]),
-                    format_spread([each.server_s * 1e6 for each in runs]),
-                    format_number(median(each.workers / each.server_s for each in runs)),
-                    format_number(median(each.cores / (each.server_s + _MODEL_S) for each in runs)),
+                    format_spread([each.loop_s * 1e6 for each in runs]),
+                    format_number(median(each.loop_bound for each in runs)),
+                    format_number(median(each.processor_bound for each in runs)),
                     format_number(median(each.bound for each in runs)),
                     str(sum(each.errors for each in runs)),
                 )

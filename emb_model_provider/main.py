@@ -176,7 +176,9 @@ def _create_group(settings: Settings) -> WorkerGroup | None:
     if count == 1:
         return None
     from emb_model_provider.backends.hardware import usable_cpus
+    from emb_model_provider.snapshots.files import use_temporary_directory
 
+    use_temporary_directory(settings.hubs.cache_dir)
     return WorkerGroup.create(count, cpus=usable_cpus(), quotas=len(settings.server.key_names))
 
 

@@ -43,6 +43,8 @@ _HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"expect", _CLIENT}
 )
 """Headers that concern one connection only (RFC 9110, 7.6.1)."""
+_NOT_RETURNED = _HOP_BY_HOP | {b"date"}
+"""Headers of responses that the server of this worker adds itself."""
 _ATTEMPTS = 5
 """How often a request for inference is forwarded whose connection ended, because the primary was restarted."""
 _PAUSE_S = 0.2
@@ -126,7 +128,7 @@ class Forwarding:
             logger.debug("worker %d did not answer: %r", PRIMARY, error)
             return False
         try:
-            raw = [(name.lower(), value) for name, value in response.headers.raw if name.lower() not in _HOP_BY_HOP]
+            raw = [(name.lower(), value) for name, value in response.headers.raw if name.lower() not in _NOT_RETURNED]
             await send({"type": "http.response.start", "status": response.status_code, "headers": raw})
             async for piece in response.aiter_raw():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})

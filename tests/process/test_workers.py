@@ -189,6 +189,27 @@ def test_files_that_a_follower_uses_are_removed(workers: Service) -> None:
         assert {embed(client, "added").status_code for client in clients} == {404}
 
 
+def test_every_route_answers_the_same_at_each_worker(workers: Service) -> None:
+    """Pages, lists and errors, access rules for the real client, and no way to the routes between workers."""
+    private = {"x-emb-worker-client": '["192.0.2.1", 1]'}
+    expected = {
+        "/": 200, "/docs": 200, "/openapi.json": 200, "/ready": 200, "/console/": 404, "/v1/models": 200, "/health": 200,
+        "/api/models/cache/list": 200, "/v1/batches": 200, "/sync": 404, "/live-metrics": 404, "/v1/models/a%20b%2Fc": 404,
+    }  # fmt: skip
+    with Connections(workers) as clients:
+        for path, status in expected.items():
+            responses = [client.get(path, headers=private) for client in clients]
+            assert {len(response.headers.get_list("date")) for response in responses} == {1}
+            assert {response.status_code for response in responses} == {status}, path
+            bodies = {re.sub(r'"(memory_bytes|created|last_used)":[^,}]*', "", response.text) for response in responses}
+            assert len(bodies) == 1, path
+            assert {client.head(path).status_code for client in clients} == {status}, path
+        for client in clients:
+            proxied = client.get("/api/models", headers={"x-forwarded-for": "192.0.2.1"})
+            assert_error(proxied, 403, "admin_only")
+            assert_error(client.post("/api/models/load", content=b"x" * 2_000_000), 413, "request_too_large")
+
+
 def test_model_is_loaded_by_its_first_request(workers: Service) -> None:
     """A worker that has not loaded it lets worker 0 answer: with vectors, errors, limits and the request id."""
     with Connections(workers) as clients:
@@ -205,19 +226,20 @@ def test_model_is_loaded_by_its_first_request(workers: Service) -> None:
 
 
 def test_batches_are_answered(workers: Service) -> None:
-    """Its file and its batch are the same for every worker."""
+    """Its file and its batch are the same for every worker, and a model that is not loaded is loaded for it."""
     lines = [
         json.dumps(
             {
                 "custom_id": f"{n}",
                 "method": "POST",
                 "url": "/v1/embeddings",
-                "body": {"model": "main", "input": f"t {n}"},
+                "body": {"model": "second", "input": f"t {n}"},
             }
         )
         for n in range(2000)
     ]
     with Connections(workers) as clients:
+        clients[0].post("/api/models/unload", params={"model_name": "second"}).raise_for_status()
         upload = {"file": ("batch.jsonl", "\n".join(lines).encode())}
         file = clients[0].post("/v1/files", files=upload, data={"purpose": "batch"}).json()
         body = {"input_file_id": file["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
