@@ -1,8 +1,9 @@
 """Measures how many requests several workers answer, and what follows for machines with more processors than this one.
 
 The model sleeps as long as a processor would compute, on as many streams as the simulated machine has processors. So the
-real processors only run the event loops and the load generator. The processor time of the main threads, which run the event
-loops, is measured for each request; from it follows how many requests a machine with these processors can answer at most. The
+real processors only run the event loops, the rest of the service's Python, and the load generator. Their processor time for each
+request is measured: that of the main threads, which run the event loops, and that of all threads, nearly all of which holds the
+interpreter lock of a process. From the latter follows how many requests a machine with these processors can answer at most. The
 measured rate is that of this machine, whose processors the workers share with the load generator and with other programs.
 """
 
@@ -49,6 +50,8 @@ class Measurement:
     """Answered requests per second on this machine."""
     loop_s: float
     """Processor time of the event loops for one request, in seconds."""
+    all_s: float
+    """Processor time of all threads of the service for one request, in seconds."""
     errors: int
 
     @property
@@ -58,11 +61,11 @@ class Measurement:
 
     @property
     def loop_bound(self) -> float:
-        return self.workers / self.loop_s
+        return self.workers / self.all_s
 
     @property
     def processor_bound(self) -> float:
-        return self.cores / (self.loop_s + _MODEL_S)
+        return self.cores / (self.all_s + _MODEL_S)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,26 +131,28 @@ def _measure(
     with Server(contender, directory) as server:
         server.wait()
         warm_up = closed_loop(server, bodies, connections=options.connections, seconds=min(3.0, options.seconds))
-        before_s = _main_threads_s(server.pid)
+        before = _processor_times(server.pid)
         result = closed_loop(server, bodies, connections=options.connections, seconds=options.seconds)
-        loop_s = (_main_threads_s(server.pid) - before_s) / max(1, result.ok)
-    found = Measurement(cores, workers, result.rate, loop_s, sum((warm_up.errors | result.errors).values()))
+        after = _processor_times(server.pid)
+    loop_s, all_s = ((later - earlier) / max(1, result.ok) for later, earlier in zip(after, before, strict=True))
+    found = Measurement(cores, workers, result.rate, loop_s, all_s, sum((warm_up.errors | result.errors).values()))
     log_progress(
-        f"{cores} cores, {workers} workers: {found.rate:.0f}/s, {found.loop_s * 1e6:.0f} us, {result.other_cores:.1f} other cores"
+        f"{cores} cores, {workers} workers: {found.rate:.0f}/s, {found.loop_s * 1e6:.0f} and {found.all_s * 1e6:.0f} us, "
+        f"{result.other_cores:.1f} other cores"
     )
     return found
 
 
-def _main_threads_s(pid: int) -> float:
-    """Return the processor time that the main threads of a process and its children have used, in seconds."""
+def _processor_times(pid: int) -> tuple[float, float]:
+    """Return the processor time of the main threads, and of all threads, of a process and its children, in seconds."""
     root = psutil.Process(pid)
-    main = [
-        thread
-        for process in (root, *root.children(recursive=True))
-        for thread in process.threads()
-        if thread.id == process.pid
-    ]
-    return sum(thread.user_time + thread.system_time for thread in main)
+    main_s = all_s = 0.0
+    for process in (root, *root.children(recursive=True)):
+        for thread in process.threads():
+            used_s = thread.user_time + thread.system_time
+            all_s += used_s
+            main_s += used_s if thread.id == process.pid else 0.0
+    return main_s, all_s
 
 
 def _report(found: Sequence[Measurement], options: argparse.Namespace) -> str:
@@ -161,6 +166,7 @@ def _report(found: Sequence[Measurement], options: argparse.Namespace) -> str:
                     str(workers),
                     format_spread([each.rate for each in runs]),
                     format_spread([each.loop_s * 1e6 for each in runs]),
+                    format_spread([each.all_s * 1e6 for each in runs]),
                     format_number(median(each.loop_bound for each in runs)),
                     format_number(median(each.processor_bound for each in runs)),
                     format_number(median(each.bound for each in runs)),
@@ -168,8 +174,8 @@ def _report(found: Sequence[Measurement], options: argparse.Namespace) -> str:
                 )
             )
     head = (
-        "simulated processors", "workers", "measured here, requests/s", "event loops, µs per request",
-        "limit of the event loops/s", "limit of the processors/s", "at most/s", "errors",
+        "simulated processors", "workers", "measured here, requests/s", "event loops, µs per request", "all threads, µs per request",
+        "limit of the workers/s", "limit of the processors/s", "at most/s", "errors",
     )  # fmt: skip
     notes = [
         f"{options.rounds} round(s) of {options.seconds:g} s, {options.connections} connections, one short text per request",

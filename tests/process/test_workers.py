@@ -193,7 +193,7 @@ def test_every_route_answers_the_same_at_each_worker(workers: Service) -> None:
     """Pages, lists and errors, access rules for the real client, and no way to the routes between workers."""
     private = {"x-emb-worker-client": '["192.0.2.1", 1]'}
     expected = {
-        "/": 200, "/docs": 200, "/openapi.json": 200, "/ready": 200, "/console/": 404, "/v1/models": 200, "/health": 200,
+        "/": 200, "/docs": 200, "/openapi.json": 200, "/ready": 200, "/console/": 200, "/v1/models": 200, "/health": 200,
         "/api/models/cache/list": 200, "/v1/batches": 200, "/sync": 404, "/live-metrics": 404, "/v1/models/a%20b%2Fc": 404,
     }  # fmt: skip
     with Connections(workers) as clients:
@@ -202,7 +202,7 @@ def test_every_route_answers_the_same_at_each_worker(workers: Service) -> None:
             assert {len(response.headers.get_list("date")) for response in responses} == {1}
             assert {response.status_code for response in responses} == {status}, path
             bodies = {re.sub(r'"(memory_bytes|created|last_used)":[^,}]*', "", response.text) for response in responses}
-            assert len(bodies) == 1, path
+            assert len(bodies) == 1 or path == "/console/", path  # it shows the present load
             assert {client.head(path).status_code for client in clients} == {status}, path
         for client in clients:
             proxied = client.get("/api/models", headers={"x-forwarded-for": "192.0.2.1"})
