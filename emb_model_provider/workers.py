@@ -1,6 +1,6 @@
 """The workers of one service: several processes that answer requests behind the same port (`EMB_PROVIDER_WORKERS`).
 
-The event loop of one process takes about 0.3 ms for a request with one short text, which limits machines with many
+The event loop of one process takes 0.3 to 0.6 ms for a request with one short text, which limits machines with many
 processors. With N workers there are N processes, each with its event loop, and its threads on a share of the processors.
 
 Worker 0 is the primary: a complete service. It alone decides which models are served, loads them first, and answers
@@ -133,7 +133,7 @@ class WorkerGroup:
         """Create the directory of a group, whose workers share `cpus` processors and `quotas` quotas.
 
         Raises:
-            SettingsError: There is no directory for temporary files, or its path is too long.
+            SettingsError: No directory for temporary files can be written, or its path is too long.
         """
         try:
             directory = Path(tempfile.mkdtemp(prefix="emb-workers-"))

@@ -308,6 +308,7 @@ def test_counters_go_on_after_a_restart(workers: Service) -> None:
     assert workers.figure("emb_provider_requests_total") > before
 
 
+@pytest.mark.slow
 def test_shutdown_ends_all_processes(model: Path, tmp_path: Path) -> None:
     """Accepted requests are finished, the exit code is 0, and neither a process nor a file for the workers is left."""
     directory = tmp_path / "service"
@@ -334,6 +335,7 @@ def test_shutdown_ends_all_processes(model: Path, tmp_path: Path) -> None:
     assert not any(path.name.startswith("emb-workers-") for path in temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_quota_is_that_of_all_workers(model: Path, tmp_path: Path) -> None:
     """Tokens that a key used at one worker are missing at the other."""
     settings = {
@@ -395,6 +397,7 @@ def test_wrong_number_of_workers_stops_the_start(tmp_path: Path, value: str) -> 
     assert f"EMB_PROVIDER_WORKERS={value}" in done.stderr
 
 
+@pytest.mark.slow
 def test_service_without_a_model_exits(tmp_path: Path) -> None:
     """All workers end if worker 0 can load no model, with its exit code."""
     settings: dict[str, Any] = {"WORKERS": "2", "MODEL_PATH": str(tmp_path / "empty"), "MODEL_NAME": "empty"}
