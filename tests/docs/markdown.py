@@ -23,7 +23,7 @@ class Block:
     document: str
     line: int
     mark: str
-    """The comment on the line before the block: `run`, `output` (of the previous block), `env`, `startup`, `hybrid`, `ray`, or empty."""
+    """The comment on the line before the block: `run`, `output` (of the previous block), `env`, `startup`, `hybrid`, `ray`, `spark`, or empty."""
     language: str
     text: str
 

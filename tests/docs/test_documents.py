@@ -19,7 +19,7 @@ CHINESE = [
     if document.name.endswith(".zh-CN.md") or document.with_suffix(".en.md") in DOCUMENTS
 ]
 PACKAGE = ROOT / "emb_model_provider"
-MARKS = {"", "run", "output", "env", "script", "startup", "mapping keys", "hybrid", "ray"}
+MARKS = {"", "run", "output", "env", "script", "startup", "mapping keys", "hybrid", "ray", "spark"}
 
 
 def relative(path: Path) -> str:
