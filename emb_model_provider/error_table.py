@@ -35,6 +35,7 @@ _TABLE: tuple[tuple[type[errors.ProviderError], ErrorInfo], ...] = (
     (errors.ReceiveTimeoutError, ErrorInfo("request_timeout", 408)),
     (errors.QueueFullError, ErrorInfo("queue_full", 429)),
     (errors.QuotaExceededError, ErrorInfo("rate_limit_exceeded", 429)),
+    (errors.TooManyBatchesError, ErrorInfo("batch_limit_exceeded", 429)),
     (errors.ModelNotReadyError, ErrorInfo("model_not_ready", 503)),
     (errors.DatabaseUnavailableError, ErrorInfo("database_unavailable", 503)),
     (errors.StorageFullError, ErrorInfo("insufficient_storage", 507)),

@@ -326,6 +326,10 @@ class QuotaExceededError(RetryLaterError):
     """The tokens per minute of an API key are used up."""
 
 
+class TooManyBatchesError(RetryLaterError):
+    """An API key has MAX_UNFINISHED_BATCHES batches that have not ended."""
+
+
 class DatabaseUnavailableError(RetryLaterError):
     """The database of batches does not respond."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.batch_jobs.pending import has_unfinished_batches
-from emb_model_provider.batch_jobs.types import Limits
+from emb_model_provider.batch_jobs.types import Limits, WorkerOptions
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import describe_error
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _OPEN_AGAIN_S = 5.0
 """How often a database is tried again that could not be opened at the start."""
+_DAY_S = 24 * 3600
 _STOP_S = 8.0
 """How long the worker may take at shutdown to return its work."""
 _FIGURES_S = 5.0
@@ -133,10 +134,13 @@ class BatchService:
         url = settings.batch_jobs.database_url
         directory = settings.batch_directory
         engine = open_database(url.get_secret_value() if url is not None else None, directory)
-        files = FileStore(engine, directory, max_bytes=settings.batch_jobs.max_file_bytes)
-        batches = BatchStore(engine, files)
+        of_jobs = settings.batch_jobs
+        files = FileStore(engine, directory, max_bytes=of_jobs.max_file_bytes)
+        batches = BatchStore(engine, files, max_unfinished=of_jobs.max_unfinished_batches)
         limits = Limits(max_line_bytes=settings.limits.max_body_bytes)
-        worker = BatchWorker(batches, directory, self._create_calculator(), limits=limits)
+        days = of_jobs.batch_retention_days
+        options = WorkerOptions(retention_s=days * _DAY_S if days is not None else None)
+        worker = BatchWorker(batches, directory, self._create_calculator(), limits=limits, options=options)
         return OpenBatches(files, batches, worker)
 
     async def _work(self, worker: BatchWorker) -> None:

@@ -22,6 +22,7 @@ from emb_model_provider.errors import (
     ReceiveTimeoutError,
     RequestError,
     RetryLaterError,
+    TooManyBatchesError,
 )
 from emb_model_provider.formatting import quote
 from emb_model_provider.observability.logs import request_id
@@ -108,6 +109,10 @@ def response_for(error: BaseException) -> ErrorResponse:
         case QueueFullError() | QuotaExceededError():
             kind = "rate_limit_error"
             headers = retry_after(error.retry_after_s)
+        case TooManyBatchesError():
+            kind = "rate_limit_error"
+            # OpenAI's SDKs would wait for minutes, and then report the same.
+            headers = retry_after(error.retry_after_s) | {"x-should-retry": "false"}
         case DeadlineExceededError(can_repeat=False):
             # OpenAI's SDKs repeat a request after any other 5xx, twice by default.
             headers = {"x-should-retry": "false"}

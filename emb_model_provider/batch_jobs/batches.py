@@ -12,7 +12,7 @@ from emb_model_provider.batch_jobs.database import is_storable, now, reading, tr
 from emb_model_provider.batch_jobs.files import INPUT, new_id
 from emb_model_provider.batch_jobs.tables import batches
 from emb_model_provider.batch_jobs.types import COMPLETION_WINDOWS, ENDPOINTS, UNFINISHED, BatchState, Page
-from emb_model_provider.errors import RequestError, StateConflictError, UnknownBatchError
+from emb_model_provider.errors import RequestError, StateConflictError, TooManyBatchesError, UnknownBatchError
 from emb_model_provider.formatting import quote
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 _MAX_PAIRS, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 """Limits of metadata, in pairs and characters."""
+_RETRY_AFTER_S = 60.0
+_CREATE_LOCK = 0x656D6270
+"""First key of PostgreSQL's advisory locks; the second one is that of an owner."""
+_REMOVED_TOGETHER = 500
+"""Batches that are deleted in a transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +92,18 @@ class BatchFigures:
 class BatchStore:
     """The table of batches. Thread-safe. `owner` is as in `FileStore`."""
 
-    def __init__(self, engine: Engine, files: FileStore, *, clock: Clock = now) -> None:
+    def __init__(self, engine: Engine, files: FileStore, *, max_unfinished: int = 0, clock: Clock = now) -> None:
+        """Create a store.
+
+        Args:
+            engine: The opened database.
+            files: The files.
+            max_unfinished: How many batches of an owner may not have ended; 0: no limit.
+            clock: Returns the Unix time in seconds.
+        """
         self.engine = engine
         self.files = files
+        self.max_unfinished = max_unfinished
         self.clock = clock
 
     def create(
@@ -107,6 +121,7 @@ class BatchStore:
         Raises:
             RequestError: A field is invalid.
             UnknownFileError: The file does not exist.
+            TooManyBatchesError: The owner has `max_unfinished` batches.
         """
         if endpoint not in ENDPOINTS:
             raise _invalid("endpoint", endpoint, ENDPOINTS)
@@ -120,6 +135,7 @@ class BatchStore:
                     f"The purpose of the file {file.id} is '{file.purpose}'. Upload the requests with the purpose '{INPUT}'.",
                     param="input_file_id",
                 )
+            self._check_number(connection, owner)
             created = self.clock(connection)
             batch_id = new_id("batch")
             values = {
@@ -195,6 +211,35 @@ class BatchStore:
             connection.execute(sa.update(batches).where(batches.c.id == batch_id).values(values))
             return find_batch(connection, owner, batch_id)
 
+    def remove_ended(self, retention_s: float) -> int:
+        """Delete batches that ended `retention_s` seconds ago, with their files. Returns their number.
+
+        Input files that another batch also reads are kept.
+        """
+        ended_at = sa.func.coalesce(
+            batches.c.completed_at, batches.c.failed_at, batches.c.expired_at, batches.c.cancelled_at
+        )
+        columns = (batches.c.id, batches.c.input_file_id, batches.c.output_file_id, batches.c.error_file_id)
+        count = 0
+        while True:
+            with transaction(self.engine) as connection:
+                is_over = ended_at <= self.clock(connection) - retention_s
+                query = sa.select(*columns).where(batches.c.state.not_in(UNFINISHED), is_over).limit(_REMOVED_TOGETHER)
+                rows = connection.execute(query).all()
+                if not rows:
+                    return count
+                connection.execute(sa.delete(batches).where(batches.c.id.in_([row.id for row in rows])))
+                inputs = {row.input_file_id for row in rows}
+                used = connection.scalars(
+                    sa.select(batches.c.input_file_id).where(batches.c.input_file_id.in_(inputs))
+                ).all()
+                results = {each for row in rows for each in (row.output_file_id, row.error_file_id) if each is not None}
+                file_ids = results | inputs.difference(used)
+                self.files.remove_rows(connection, file_ids)
+            # After the commit, so that each row has its content. After a crash, they are files without a row.
+            self.files.remove_content(file_ids)
+            count += len(rows)
+
     def has_unfinished(self) -> bool:
         """Return whether a worker has something to do."""
         with reading(self.engine) as connection:
@@ -207,6 +252,20 @@ class BatchStore:
         with reading(self.engine) as connection:
             rows = connection.execute(sa.select(batches.c.state, *columns).group_by(batches.c.state)).all()
         return BatchFigures({row[0]: row[1] for row in rows}, sum(row[2] for row in rows), sum(row[3] for row in rows))
+
+    def _check_number(self, connection: Connection, owner: str) -> None:
+        if not self.max_unfinished:
+            return
+        if connection.dialect.name == "postgresql":  # one at a time, as with SQLite
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CREATE_LOCK, sa.func.hashtext(owner))))
+        query = sa.select(sa.func.count()).where(batches.c.owner == owner, batches.c.state.in_(UNFINISHED))
+        if (count := connection.scalar(query) or 0) >= self.max_unfinished:
+            raise TooManyBatchesError(
+                f"You have {count} batches that have not ended, and the limit is {self.max_unfinished}. Create the batch again "
+                "when one of them has ended, cancel one, or ask the operator to raise "
+                "EMB_PROVIDER_MAX_UNFINISHED_BATCHES.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
 
 def find_batch(connection: Connection, owner: str | None, batch_id: str, *, lock: bool = False) -> Batch:

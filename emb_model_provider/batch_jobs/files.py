@@ -21,7 +21,7 @@ from emb_model_provider.errors import FileTooLargeError, StateConflictError, Sto
 from emb_model_provider.formatting import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Literal, Self
@@ -194,9 +194,8 @@ class FileStore:
             expired = files.c.expires_at <= self.clock(connection)
             ids = connection.scalars(sa.select(files.c.id).where(expired, files.c.id.not_in(inputs))).all()
             if ids:
-                connection.execute(sa.delete(files).where(files.c.id.in_(ids)))
-        for file_id in ids:
-            self.path(file_id).unlink(missing_ok=True)
+                self.remove_rows(connection, ids)
+        self.remove_content(ids)
         self._remove_orphans()
         return len(ids)
 
@@ -209,6 +208,14 @@ class FileStore:
         """Add the row of a file that is completely written."""
         values = {name: getattr(file, name) for name in StoredFile.__slots__}
         connection.execute(sa.insert(files).values(values))
+
+    def remove_rows(self, connection: Connection, file_ids: Collection[str]) -> None:
+        connection.execute(sa.delete(files).where(files.c.id.in_(file_ids)))
+
+    def remove_content(self, file_ids: Iterable[str]) -> None:
+        """Remove the content of files whose rows were removed."""
+        for file_id in file_ids:
+            self.path(file_id).unlink(missing_ok=True)
 
     def free_bytes(self) -> int:
         """Return how much can still be written to the disk."""

@@ -31,7 +31,10 @@ _MAX_ERRORS = 100
 """Errors of a file that are reported. Validation then stops."""
 _MAX_CUSTOM_ID = 512
 _CHECK_EVERY_LINES = 256
-_EXPIRED = "This request could not be executed before the completion window expired."
+_UNANSWERED = {
+    "batch_expired": "This request could not be executed before the completion window expired.",
+    "batch_cancelled": "This request was not executed, because the batch was cancelled.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +172,18 @@ def answered_line(sha256: str, line: InputLine, answer: Answer) -> bytes:
     )
 
 
-def expired_line(sha256: str, line: InputLine) -> bytes:
-    """Return a line of the error file for a request that was not computed in time."""
+def id_of_line(line: bytes) -> str:
+    """Return the id in a line of the output or error file."""
+    return line.split(b'"', 4)[3].decode()
+
+
+def unanswered_line(sha256: str, line: InputLine, code: str) -> bytes:
+    """Return a line of the error file for a request that was not computed: `batch_expired` or `batch_cancelled`."""
     fields = {
         "id": line_id("batch_req", sha256, line.number),
         "custom_id": line.custom_id,
         "response": None,
-        "error": {"code": "batch_expired", "message": _EXPIRED},
+        "error": {"code": code, "message": _UNANSWERED[code]},
     }
     return orjson.dumps(fields) + b"\n"
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emb_model_provider.batch_jobs.files import sync_directory
+from emb_model_provider.batch_jobs.lines import id_of_line
 from emb_model_provider.snapshots.files import list_dir, size_of
 
 if TYPE_CHECKING:
@@ -84,6 +85,21 @@ class SegmentStore:
         if digest.hexdigest() != segment.sha256:
             raise ValueError(f"the segment {segment.name} is damaged")
 
+    def read_lines(self, batch_id: str, segment: Segment) -> dict[str, tuple[bytes, bool]]:
+        """Return the lines of a segment, and whether they belong to the output file, by the ids of the lines.
+
+        Raises:
+            ValueError: The content is not what was written.
+        """
+        blocks: dict[bool, list[bytes]] = {True: [], False: []}
+        for block, is_output in self.read(batch_id, segment):
+            blocks[is_output].append(block)
+        return {
+            id_of_line(line): (line + b"\n", is_output)
+            for is_output, parts in blocks.items()
+            for line in b"".join(parts).split(b"\n")[:-1]
+        }
+
     def size(self, batch_id: str) -> int:
         """Return the size of all segments of a batch."""
         return size_of(list_dir(self._directory / batch_id))
@@ -107,14 +123,17 @@ class SegmentStore:
         """Remove all segments of a batch."""
         shutil.rmtree(self._directory / batch_id, ignore_errors=True)
 
-    def remove_ended(self, unfinished: Callable[[], Iterable[str]]) -> None:
-        """Remove the segments of batches that have ended, which a worker without a lease can have written."""
-        if not self._directory.exists():
-            return
+    def remove_ended(self, unfinished: Callable[[], Iterable[str]]) -> set[str]:
+        """Remove the segments of batches that have ended, which a worker without a lease can have written.
+
+        Returns the batches that have not ended.
+        """
         # Read before the table, so that a batch which begins meanwhile is not among them.
-        found = {path.name for path in self._directory.iterdir()}
-        for batch_id in found.difference(unfinished()):
+        found = {path.name for path in self._directory.iterdir()} if self._directory.exists() else set()
+        existing = set(unfinished())
+        for batch_id in found - existing:
             self.remove_all(batch_id)
+        return existing
 
 
 class CrashLog:

@@ -94,9 +94,16 @@ class WorkerOptions:
     pause_s: float = 10.0
     """How often a worker tries again to write to a disk that is full, or to reach the database."""
     stall_s: float = 60.0
-    """If all lines of a chunk have to be tried again for this long, its lease is returned, and other chunks are computed."""
+    """If the remaining lines of a chunk have to be tried again for this long, the others are recorded, its lease is returned, and
+    other chunks are computed."""
+    max_wait_s: float = 6 * 3600
+    """Lines that could not be computed for this long fail."""
+    grace_s: float = 5.0
+    """How long chunks may still be computed after their batch was cancelled or has expired. Less than `lease_s`."""
     sweep_s: float = 3600.0
     """How often expired files and the segments of interrupted work are removed."""
+    retention_s: float | None = None
+    """How long batches are kept after they have ended, in seconds. None: for ever."""
     min_free_bytes: int = 64_000_000
     """A worker writes no results while the disk has less space."""
 

@@ -56,10 +56,28 @@ class ChunkLease:
     fence: int
     crashes: int
     """Earlier leases that ended without a result and were not returned, because the process ended."""
+    kept: Results | None
+    """Lines that were computed by an earlier lease."""
 
     @property
     def batch_id(self) -> str:
         return self.batch.id
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The results of a chunk, or of a part of its lines."""
+
+    segment: Segment
+    completed: int
+    failed: int
+    tokens: int
+
+    def plus(self, kept: Results) -> Results:
+        """Return the results with the counts of others that are in the same segment."""
+        return Results(
+            self.segment, self.completed + kept.completed, self.failed + kept.failed, self.tokens + kept.tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +86,23 @@ class ChunkResult:
 
     seq: int
     chunk: Chunk
-    segment: Segment | None
-    """None: it was not computed."""
+    is_done: bool
+    results: Results | None
+    """None: no line was computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a batch gets when it ends, in addition to its chunks that are done."""
+
+    output: StoredFile | None
+    """None: no line succeeded."""
+    errors: StoredFile | None
+    """None: no line failed."""
+    completed: int = 0
+    """Lines of chunks that are not done."""
+    failed: int = 0
+    tokens: int = 0
 
 
 Lease = BatchLease | ChunkLease
@@ -121,6 +154,14 @@ class WorkStore:
                 if connection.execute(query).rowcount == 0:
                     lost.append(lease)
         return lost
+
+    def has_ended(self, lease: ChunkLease) -> bool:
+        """Return whether a lease is lost because its batch was cancelled or expired. Its results can still be kept."""
+        query = sa.select(chunks.c.seq).where(
+            *_key(lease), chunks.c.fence == lease.fence, chunks.c.holder == self._holder, chunks.c.done == 0
+        )
+        with reading(self._engine) as connection:
+            return connection.scalar(query) is not None
 
     def release(self, lease: Lease, wait_s: float = 0.0) -> None:
         """End a lease without a result. The work is not leased again for `wait_s` seconds."""
@@ -176,7 +217,33 @@ class WorkStore:
             )
             return True
 
-    def done(self, lease: ChunkLease, segment: Segment, completed: int, failed: int, tokens: int) -> bool:
+    def keep(self, lease: ChunkLease, results: Results, wait_s: float = 0.0) -> bool:
+        """End the lease of a chunk of which some lines have no result, also if its batch was cancelled or expired.
+
+        It can be called again if its success is unknown.
+
+        Args:
+            lease: The lease.
+            results: All results so far.
+            wait_s: For how many seconds the chunk is not leased again.
+
+        Returns:
+            Whether the segment is recorded.
+        """
+        with transaction(self._engine) as connection:
+            find_batch(connection, None, lease.batch_id, lock=True)
+            query = sa.select(chunks).where(*_key(lease))
+            row = connection.execute(query.with_for_update()).one_or_none()
+            if row is not None and row.segment == results.segment.name:
+                return True
+            if row is None or (row.fence, row.holder, row.done) != (lease.fence, self._holder, 0):
+                return False
+            not_before = self._clock(connection) + wait_s if wait_s else 0.0
+            values = _results_values(results) | _NO_LEASE | {"not_before": not_before}
+            connection.execute(self._update(lease).values(values))
+            return True
+
+    def done(self, lease: ChunkLease, results: Results) -> bool:
         """Record the segment of a chunk, and finalize the batch after its last one.
 
         It can be called again if its success is unknown. Returns whether the segment is recorded.
@@ -188,28 +255,18 @@ class WorkStore:
             if row is None or row.fence != lease.fence:
                 return False
             if row.done:
-                return bool(row.segment == segment.name)
+                return bool(row.segment == results.segment.name)
             if batch.state != "in_progress" or row.holder != self._holder:
                 return False
-            values = {
-                "done": 1,
-                "segment": segment.name,
-                "segment_sha256": segment.sha256,
-                "output_bytes": segment.output_bytes,
-                "completed": completed,
-                "failed": failed,
-                "tokens": tokens,
-                **_NO_LEASE,
-            }
-            connection.execute(self._update(lease).values(values))
+            connection.execute(self._update(lease).values(done=1, **_results_values(results), **_NO_LEASE))
             left = sa.select(chunks.c.seq).where(chunks.c.batch_id == lease.batch_id, chunks.c.done == 0).limit(1)
             is_last = connection.scalar(left) is None
             self._change(
                 connection,
                 lease.batch_id,
-                completed=batches.c.completed + completed,
-                failed=batches.c.failed + failed,
-                tokens=batches.c.tokens + tokens,
+                completed=batches.c.completed + results.completed,
+                failed=batches.c.failed + results.failed,
+                tokens=batches.c.tokens + results.tokens,
                 pause_reason=None,
                 **({"state": "finalizing", "finalizing_at": self._clock(connection)} if is_last else {}),
             )
@@ -220,12 +277,7 @@ class WorkStore:
         query = sa.select(chunks).where(chunks.c.batch_id == lease.batch_id).order_by(chunks.c.seq)
         with reading(self._engine) as connection:
             return [
-                ChunkResult(
-                    row.seq,
-                    _chunk(row),
-                    Segment(row.segment, row.segment_sha256, row.output_bytes) if row.done else None,
-                )
-                for row in connection.execute(query)
+                ChunkResult(row.seq, _chunk(row), bool(row.done), _results(row)) for row in connection.execute(query)
             ]
 
     def discard(self, lease: BatchLease, seq: int) -> None:
@@ -253,34 +305,25 @@ class WorkStore:
                 ),
             )
 
-    def finalized(
-        self,
-        lease: BatchLease,
-        record: Callable[[Connection, StoredFile], None],
-        output: StoredFile | None,
-        errors: StoredFile | None,
-        unfinished_lines: int,
-    ) -> bool:
+    def finalized(self, lease: BatchLease, record: Callable[[Connection, StoredFile], None], ending: Ending) -> bool:
         """End a batch with its files. It can be called again if its success is unknown.
 
         Args:
             lease: The lease.
             record: Adds the row of a file.
-            output: The output file; None: no line was answered.
-            errors: The error file; None: no line failed.
-            unfinished_lines: Lines of an expired batch that were not computed.
+            ending: The files, and the lines that are not yet counted.
 
         Returns:
             Whether the batch has ended with these files.
         """
         with transaction(self._engine) as connection:
             batch = find_batch(connection, None, lease.batch_id, lock=True)
-            ids = tuple(file.id if file is not None else None for file in (output, errors))
+            ids = tuple(file.id if file is not None else None for file in (ending.output, ending.errors))
             if batch.state not in UNFINISHED:
                 return (batch.output_file_id, batch.error_file_id) == ids
             if not self._holds(connection, lease, lease.batch.state):
                 return False
-            for file in (output, errors):
+            for file in (ending.output, ending.errors):
                 if file is not None:
                     record(connection, file)
             connection.execute(sa.delete(chunks).where(chunks.c.batch_id == lease.batch_id))
@@ -291,7 +334,9 @@ class WorkStore:
                 self._clock(connection),
                 output_file_id=ids[0],
                 error_file_id=ids[1],
-                failed=batches.c.failed + unfinished_lines,
+                completed=batches.c.completed + ending.completed,
+                failed=batches.c.failed + ending.failed,
+                tokens=batches.c.tokens + ending.tokens,
             )
             return True
 
@@ -332,8 +377,11 @@ class WorkStore:
 
     def _free(self, table: sa.Table, current: float) -> list[sa.ColumnElement[bool]]:
         """Return the conditions that no process holds a lease, or only an earlier process of this worker."""
+        return [sa.not_(self._is_leased(table, current)), table.c.not_before <= current]
+
+    def _is_leased(self, table: sa.Table, current: float) -> sa.ColumnElement[bool]:
         own = sa.and_(table.c.holder.startswith(self._prefix, autoescape=True), table.c.holder != self._holder)
-        return [sa.or_(table.c.leased_until <= current, own), table.c.not_before <= current]
+        return sa.and_(table.c.leased_until > current, sa.not_(own))
 
     def _find_candidates(self, connection: Connection) -> bool:
         """Return whether there may be work, without locking anything."""
@@ -344,7 +392,18 @@ class WorkStore:
         return bool(self._batches_with_chunks(connection, current))
 
     def _to_lease(self, current: float) -> list[sa.ColumnElement[bool]]:
-        return [batches.c.state.in_(("finalizing", "cancelling", "validating")), *self._free(batches, current)]
+        """Return the conditions of the batches to validate or finalize.
+
+        A batch that was cancelled or has expired waits until its chunks in progress are returned, or their leases end.
+        """
+        computing = sa.exists().where(
+            chunks.c.batch_id == batches.c.id, chunks.c.done == 0, self._is_leased(chunks, current)
+        )
+        return [
+            batches.c.state.in_(("finalizing", "cancelling", "validating")),
+            *self._free(batches, current),
+            sa.not_(computing),
+        ]
 
     def _claim_batch(self, connection: Connection, current: float) -> BatchLease | None:
         query = sa.select(batches).where(*self._to_lease(current))
@@ -355,6 +414,9 @@ class WorkStore:
             return None
         fence = row.fence + 1
         self._change(connection, row.id, fence=fence, holder=self._holder, leased_until=current + self._lease_s)
+        # From now on, a worker whose lease has ended cannot add results, because they would be in no file.
+        unfinished = sa.update(chunks).where(chunks.c.batch_id == row.id, chunks.c.done == 0)
+        connection.execute(unfinished.values(fence=chunks.c.fence + 1, **_NO_LEASE))
         batch = find_batch(connection, None, row.id)
         return BatchLease(batch, row.input_sha256, row.outcome, row.output_expires_after_s, fence)
 
@@ -395,7 +457,8 @@ class WorkStore:
             batch = find_batch(connection, None, batch_id)
             # A lease that was returned has no holder.
             crashes = found.crashes + (found.holder != "")
-            lease = ChunkLease(batch, row.input_sha256, found.seq, _chunk(found), found.fence + 1, crashes)
+            chunk, kept = _chunk(found), _results(found)
+            lease = ChunkLease(batch, row.input_sha256, found.seq, chunk, found.fence + 1, crashes, kept)
             values = {
                 "fence": lease.fence,
                 "crashes": crashes,
@@ -429,6 +492,25 @@ class WorkStore:
 
 def _key(lease: ChunkLease) -> tuple[sa.ColumnElement[bool], ...]:
     return chunks.c.batch_id == lease.batch_id, chunks.c.seq == lease.seq
+
+
+def _results_values(results: Results) -> dict[str, Any]:
+    return {
+        "segment": results.segment.name,
+        "segment_sha256": results.segment.sha256,
+        "output_bytes": results.segment.output_bytes,
+        "completed": results.completed,
+        "failed": results.failed,
+        "tokens": results.tokens,
+    }
+
+
+def _results(row: Any) -> Results | None:
+    """Return the results of a row of the table of chunks."""
+    if row.segment is None:
+        return None
+    segment = Segment(row.segment, row.segment_sha256, row.output_bytes)
+    return Results(segment, row.completed, row.failed, row.tokens)
 
 
 def _chunk(row: Any) -> Chunk:

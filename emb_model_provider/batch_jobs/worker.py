@@ -14,68 +14,70 @@ import secrets
 import socket
 import threading
 import time
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from emb_model_provider.batch_jobs.computing import Computation
 from emb_model_provider.batch_jobs.files import DEFAULT_EXPIRY_S
 from emb_model_provider.batch_jobs.lines import (
     answered_line,
     crash_body,
     error_body,
-    expired_line,
     line_id,
     read_chunk,
+    unanswered_line,
     validate_file,
 )
 from emb_model_provider.batch_jobs.segments import SegmentStore
 from emb_model_provider.batch_jobs.types import Answer, Limits, WorkerOptions
-from emb_model_provider.batch_jobs.work import BatchLease, ChunkLease, WorkStore
+from emb_model_provider.batch_jobs.work import BatchLease, ChunkLease, Ending, Results, WorkStore
 from emb_model_provider.concurrency import run_in_daemon_thread
-from emb_model_provider.errors import (
-    DatabaseUnavailableError,
-    DeadlineExceededError,
-    DeviceLostError,
-    OperationCancelledError,
-    QueueFullError,
-    RequestError,
-    RetryLaterError,
-    StorageFullError,
-    is_failure,
-)
+from emb_model_provider.errors import DatabaseUnavailableError, RetryLaterError, StorageFullError
 from emb_model_provider.formatting import describe_error, format_size, printable
 from emb_model_provider.snapshots.locks import try_lock_exclusive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from emb_model_provider.batch_jobs.batches import BatchStore
     from emb_model_provider.batch_jobs.files import StoredFile, Upload
-    from emb_model_provider.batch_jobs.lines import Chunk, InputLine
+    from emb_model_provider.batch_jobs.lines import InputLine
     from emb_model_provider.batch_jobs.segments import Segment
     from emb_model_provider.batch_jobs.types import Calculator
-    from emb_model_provider.batch_jobs.work import Lease
+    from emb_model_provider.batch_jobs.work import ChunkResult, Lease
     from emb_model_provider.snapshots.locks import FileLock
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 3
-"""A line that took too long in this many attempts fails."""
 _SUSPECT_CRASHES = 3
 """A chunk that was in progress at the end of this many processes is computed line by line."""
 _MAX_CRASHES = 3
 """A line that was then in progress at the end of this many processes fails."""
 _MAX_RETRY_S = 30.0
+_MAX_WAIT_S = 120.0
+_WAIT_FACTOR = 0.1
+"""Lines that cannot be computed are tried again after this share of the time that they have waited."""
 _RELEASE_S = 5.0
 _MAX_REASON = 500
-_STOPPING = "The model is stopping."
 _MAX_WORKERS = 1000
 
 
 class _LeaseLostError(Exception):
     """The work is no longer this worker's: it was taken over, or the batch was cancelled or expired."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Signals:
+    """What the work on a lease is told."""
+
+    lost: threading.Event = field(default_factory=threading.Event)
+    """The lease is lost."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    """The batch of the chunk was cancelled or has expired."""
 
 
 class BatchWorker:
@@ -107,10 +109,12 @@ class BatchWorker:
         self._limits = limits or Limits()
         self._options = options or WorkerOptions()
         self._tasks: dict[asyncio.Task[None], Lease] = {}
-        self._stops: dict[Lease, threading.Event] = {}
+        self._signals: dict[Lease, _Signals] = {}
         self._suspect = asyncio.Lock()
         self._pauses: dict[str, str] = {}
         """Why batches make no progress, as far as this worker knows."""
+        self._waiting: dict[str, dict[int, float]] = {}
+        """Since when chunks have lines that cannot be computed: by batch and chunk, times on the clock of the event loop."""
         self._threads: set[asyncio.Task[Any]] = set()
         self._claiming: asyncio.Task[Lease | None] | None = None
         self._heartbeat_at = 0.0
@@ -163,7 +167,7 @@ class BatchWorker:
                 await self._in_thread(self._work.expire)
                 if self._tasks:
                     for lease in await self._in_thread(lambda: self._work.renew(list(self._tasks.values()))):
-                        self._abandon(lease)
+                        await self._abandon(lease)
             while len(self._tasks) < options.parallel:
                 self._claiming = asyncio.create_task(self._in_thread(self._work.claim))
                 claimed = await asyncio.shield(self._claiming)
@@ -186,15 +190,18 @@ class BatchWorker:
             waking.cancel()
         for task in [task for task in self._tasks if task.done()]:
             lease = self._tasks.pop(task)
-            self._stops.pop(lease, None)
+            self._signals.pop(lease, None)
 
     def _begin(self, lease: Lease) -> None:
-        self._stops[lease] = threading.Event()
+        self._signals[lease] = _Signals()
         self._tasks[asyncio.create_task(self._run(lease))] = lease
 
-    def _abandon(self, lease: Lease) -> None:
+    async def _abandon(self, lease: Lease) -> None:
         """Stop work on a lost lease."""
-        self._stops[lease].set()
+        if isinstance(lease, ChunkLease) and await self._in_thread(lambda: self._work.has_ended(lease)):
+            self._signals[lease].ended.set()
+            return
+        self._signals[lease].lost.set()
         self._pauses.pop(lease.batch_id, None)
         for task in [task for task, each in self._tasks.items() if each is lease]:
             task.cancel()
@@ -211,7 +218,7 @@ class BatchWorker:
         except _LeaseLostError:
             logger.debug("the lease of %s is lost", lease.batch_id)
         except asyncio.CancelledError:
-            self._stops[lease].set()
+            self._signals[lease].lost.set()
             raise
         except RetryLaterError as error:
             await self._give_back(lease, describe_error(error), min(error.retry_after_s, _MAX_RETRY_S))
@@ -239,10 +246,10 @@ class BatchWorker:
 
     async def _validate(self, lease: BatchLease) -> None:
         path = self._files.path(lease.batch.input_file_id)
-        stop = self._stops[lease]
+        lost = self._signals[lease].lost
 
         def raise_if_stopped() -> None:
-            if stop.is_set():
+            if lost.is_set():
                 raise _LeaseLostError
 
         result = await self._in_thread(
@@ -268,138 +275,118 @@ class BatchWorker:
     async def _compute(self, lease: ChunkLease) -> None:
         batch = lease.batch
         path = self._files.path(batch.input_file_id)
-        lines = await self._in_thread(lambda: read_chunk(path, lease.chunk, batch.endpoint))
-        if lease.crashes < _SUSPECT_CRASHES:
-            answers = await self._answer_together(lease, lines)
-        else:
-            answers = await self._answer_one_by_one(lease, lines)
-        segment = await self._durably(lease, lambda: self._write(lease, lines, answers))
-        failed = sum(answer.status_code >= 400 for answer in answers)
-        tokens = sum(answer.tokens for answer in answers)
-        completed = len(answers) - failed
-        if await self._durably(lease, lambda: self._work.done(lease, segment, completed, failed, tokens)):
+        lines, kept = await self._in_thread(
+            lambda: (read_chunk(path, lease.chunk, batch.endpoint), self._read_kept(batch.id, lease.kept))
+        )
+        computation = Computation(
+            self._calculator, batch.endpoint, lease.input_sha256, lambda reason: self._pause(batch.id, reason)
+        )
+        missing = [line for line in lines if line_id("batch_req", lease.input_sha256, line.number) not in kept]
+        has_ended = await self._compute_until_the_end(lease, computation, missing)
+        answers, waiting = computation.answers, computation.waiting
+        wait_s = 0.0
+        if waiting and not has_ended:
+            await self._pause(batch.id, next(iter(waiting.values())).message)
+            since = self._waiting.setdefault(batch.id, {}).setdefault(lease.seq, self._time())
+            if (waited_s := self._time() - since) >= self._options.max_wait_s:
+                logger.error("%d lines of batch %s fail, because they waited too long", len(waiting), batch.id)
+                answers |= {number: Answer(*error_body(error)) for number, error in waiting.items()}
+            else:
+                wait_s = min(_MAX_RETRY_S, max(error.retry_after_s for error in waiting.values()))
+                wait_s = min(_MAX_WAIT_S, max(wait_s, _WAIT_FACTOR * waited_s))
+        if not answers and missing:
+            await self._durably(lease, lambda: self._work.release(lease, wait_s))
+            return
+        segment = await self._durably(lease, lambda: self._write(lease, lines, answers, kept))
+        failed = sum(answer.status_code >= 400 for answer in answers.values())
+        results = Results(segment, len(answers) - failed, failed, sum(answer.tokens for answer in answers.values()))
+        if kept and lease.kept is not None:
+            results = results.plus(lease.kept)
+        is_complete = len(answers) == len(missing)
+        if is_complete and await self._durably(lease, lambda: self._work.done(lease, results)):
+            self._note_no_wait(lease)
             self._continued(batch.id)
-            if lease.fence > 1:
-                await self._in_thread(lambda: self._segments.remove_older(batch.id, lease.seq, lease.fence))
-        else:
+        # A batch that was cancelled or has expired has no chunks that are done from then on.
+        elif not await self._durably(lease, lambda: self._work.keep(lease, results, wait_s)):
             await self._in_thread(lambda: self._segments.remove(batch.id, segment.name))
+            return
+        if lease.fence > 1:
+            await self._in_thread(lambda: self._segments.remove_older(batch.id, lease.seq, lease.fence))
 
-    async def _answer_one_by_one(self, lease: ChunkLease, lines: list[InputLine]) -> list[Answer]:
-        """Compute the lines of a chunk one after the other, because one of them may be what ends the process."""
-        answers: list[Answer] = []
+    def _note_no_wait(self, lease: ChunkLease) -> None:
+        waiting = self._waiting.get(lease.batch_id, {})
+        waiting.pop(lease.seq, None)
+        if not waiting:
+            self._waiting.pop(lease.batch_id, None)
+
+    def _read_kept(self, batch_id: str, results: Results | None) -> dict[str, tuple[bytes, bool]]:
+        """Return the lines that were computed before, as `SegmentStore.read_lines`; none if they are damaged."""
+        if results is None:
+            return {}
+        try:
+            return self._segments.read_lines(batch_id, results.segment)
+        except ValueError as error:
+            logger.warning("lines of batch %s are lost: %s", batch_id, error)
+            return {}
+
+    async def _compute_until_the_end(
+        self, lease: ChunkLease, computation: Computation, lines: Sequence[InputLine]
+    ) -> bool:
+        """Compute lines. Stop soon after the batch was cancelled or has expired. Returns whether it was."""
+        if lease.crashes < _SUSPECT_CRASHES:
+            computing = asyncio.create_task(computation.run(lines, self._stall_s(lease)))
+        else:
+            computing = asyncio.create_task(self._compute_one_by_one(lease, computation, lines))
+        ended = asyncio.create_task(self._signals[lease].ended.wait())
+        try:
+            await asyncio.wait({computing, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                await asyncio.wait({computing}, timeout=self._options.grace_s)
+        finally:
+            ended.cancel()
+            computing.cancel()
+            await asyncio.wait({computing})
+        if not computing.cancelled():
+            computing.result()
+        return self._signals[lease].ended.is_set()
+
+    def _stall_s(self, lease: ChunkLease) -> float:
+        """Return how long lines are tried again before the other ones are recorded without them."""
+        return 0.0 if lease.batch_id in self._waiting else self._options.stall_s
+
+    async def _compute_one_by_one(
+        self, lease: ChunkLease, computation: Computation, lines: Sequence[InputLine]
+    ) -> None:
+        """Compute lines one after the other, because one of them may be what ends the process."""
         async with self._suspect:  # one such chunk at a time, so that only the line that is the cause has crashes
             with self._segments.crash_log(lease.batch_id, lease.seq) as log:
                 for line in lines:
                     if log.crashes_at(line.number) >= _MAX_CRASHES:
                         logger.error("line %d of batch %s ends the process, and fails", line.number, lease.batch_id)
-                        answers.append(Answer(*crash_body()))
+                        computation.answers[line.number] = Answer(*crash_body())
                         continue
                     with log.computing(line.number):
-                        answers += await self._answer_together(lease, [line])
-        return answers
+                        await computation.run([line], 0.0 if computation.waiting else self._stall_s(lease))
 
-    async def _answer_together(self, lease: ChunkLease, lines: list[InputLine]) -> list[Answer]:
-        """Compute lines together, again and again until all have an answer that is not that of a passing error."""
-        answers: dict[int, Answer] = {}
-        pending = lines
-        alone: set[int] = set()
-        deadline = self._time() + self._options.stall_s
-        while True:
-            later: list[RetryLaterError] = []
-            groups = self._groups(lease, pending, alone)
-            for number, result in (await self._answer_groups(lease, groups, alone)).items():
-                match result:
-                    case Answer() as answer:
-                        answers[number] = answer
-                    case error:
-                        later.append(error)
-            if not later:
-                return [answers[line.number] for line in lines]
-            if len(later) < len(pending):
-                deadline = self._time() + self._options.stall_s
-            if self._time() >= deadline:
-                raise later[0]
-            pending = [line for line in pending if line.number not in answers]
-            await self._pause(lease.batch_id, later[0].message)
-            await asyncio.sleep(min(_MAX_RETRY_S, max(error.retry_after_s for error in later)))
-
-    def _groups(self, lease: ChunkLease, lines: list[InputLine], alone: set[int]) -> list[list[InputLine]]:
-        together = [line for line in lines if line.number not in alone]
-        groups = self._calculator.group(lease.batch.endpoint, [line.body for line in together])
-        return [
-            *([together[position] for position in group] for group in groups),
-            *([line] for line in lines if line.number in alone),
-        ]
-
-    async def _answer_groups(
-        self, lease: ChunkLease, groups: Iterable[Sequence[InputLine]], alone: set[int]
-    ) -> dict[int, Answer | RetryLaterError]:
-        """Return the results of lines by their numbers. Lines that are not to be grouped again are added to `alone`."""
-        async with asyncio.TaskGroup() as running:
-            tasks = []
-            for group in groups:
-                tasks.append(running.create_task(self._answer_group(lease, group, alone)))
-                await asyncio.sleep(0)  # requests of other clients come between
-        return {number: result for task in tasks for number, result in task.result().items()}
-
-    async def _answer_group(
-        self, lease: ChunkLease, lines: Sequence[InputLine], alone: set[int]
-    ) -> dict[int, Answer | RetryLaterError]:
-        if len(lines) == 1:
-            return {lines[0].number: await self._answer(lease, lines[0])}
-        later: RetryLaterError
-        try:
-            answers = await self._calculator.answer_group(lease.batch.endpoint, [line.body for line in lines])
-        except (RequestError, QueueFullError):
-            # Before anything was computed, so that it costs little to find the lines that are the cause.
-            half = len(lines) // 2
-            return await self._answer_groups(lease, (lines[:half], lines[half:]), alone)
-        except RetryLaterError as error:
-            later = error
-        except (DeviceLostError, OperationCancelledError) as error:
-            later = _later(error.message)
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                if _is_cancelled():
-                    raise
-                later = _later(_STOPPING)
-            elif is_failure(error):
-                alone.update(line.number for line in lines)
-                return await self._answer_groups(lease, ([line] for line in lines), alone)
-            else:
-                raise
-        else:
-            return {line.number: answer for line, answer in zip(lines, answers, strict=True)}
-        return {line.number: later for line in lines}
-
-    async def _answer(self, lease: ChunkLease, line: InputLine) -> Answer | RetryLaterError:
-        request_id = line_id("req", lease.input_sha256, line.number)
-        attempt = 1
-        while True:
-            try:
-                return await self._calculator.answer(lease.batch.endpoint, line.body, request_id)
-            except RetryLaterError as error:
-                return error
-            except asyncio.CancelledError:
-                if _is_cancelled():
-                    raise
-                return _later(_STOPPING)
-            except (DeviceLostError, OperationCancelledError) as error:
-                return _later(error.message)
-            except BaseException as error:
-                if not is_failure(error):
-                    raise
-                is_timeout = isinstance(error, DeadlineExceededError) and error.can_repeat
-                if not is_timeout or attempt == _MAX_ATTEMPTS:
-                    return Answer(*error_body(error))
-                attempt += 1
-
-    def _write(self, lease: ChunkLease, lines: list[InputLine], answers: list[Answer]) -> Segment:
+    def _write(
+        self,
+        lease: ChunkLease,
+        lines: Sequence[InputLine],
+        answers: Mapping[int, Answer],
+        kept: Mapping[str, tuple[bytes, bool]],
+    ) -> Segment:
+        """Write the lines that have an answer, or had one before."""
         output: list[bytes] = []
         errors: list[bytes] = []
-        for line, answer in zip(lines, answers, strict=True):
-            of_line = answered_line(lease.input_sha256, line, answer)
-            (output if answer.status_code < 400 else errors).append(of_line)
+        for line in lines:
+            answer = answers.get(line.number)
+            if answer is not None:
+                of_line, is_output = answered_line(lease.input_sha256, line, answer), answer.status_code < 400
+            elif (found := kept.get(line_id("batch_req", lease.input_sha256, line.number))) is not None:
+                of_line, is_output = found
+            else:
+                continue
+            (output if is_output else errors).append(of_line)
             time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
         self._require_space(sum(map(len, output)) + sum(map(len, errors)))
         return self._segments.write(lease.batch_id, lease.seq, lease.fence, output, errors)
@@ -422,21 +409,19 @@ class BatchWorker:
         expiry_s = lease.output_expires_after_s or DEFAULT_EXPIRY_S
         results = self._work.results(lease)
         self._require_space(self._segments.size(batch.id))
-        unfinished = 0
+        ending = Ending(None, None)
         with (
             self._files.output(batch.owner, f"{batch.id}_output.jsonl", expiry_s) as output,
             self._files.output(batch.owner, f"{batch.id}_error.jsonl", expiry_s) as errors,
         ):
             for result in results:
-                if self._stops[lease].is_set():
+                if self._signals[lease].lost.is_set():
                     raise _LeaseLostError
-                if result.segment is None:
-                    if lease.outcome == "expired" and batch.state != "cancelling":
-                        unfinished += result.chunk.lines
-                        self._write_expired(lease, result.chunk, errors)
+                if not result.is_done or result.results is None:
+                    ending = self._write_unfinished(lease, result, output, errors, ending)
                     continue
                 try:
-                    for block, is_output in self._segments.read(batch.id, result.segment):
+                    for block, is_output in self._segments.read(batch.id, result.results.segment):
                         (output if is_output else errors).write(block)
                 except ValueError as error:
                     logger.warning("chunk %d of batch %s is computed again: %s", result.seq, batch.id, error)
@@ -445,7 +430,8 @@ class BatchWorker:
             created_at = self._work.now()
             stored = [upload.store(created_at) if upload.size else None for upload in (output, errors)]
         try:
-            is_ended = self._work.finalized(lease, self._files.record, stored[0], stored[1], unfinished)
+            ending = replace(ending, output=stored[0], errors=stored[1])
+            is_ended = self._work.finalized(lease, self._files.record, ending)
         except DatabaseUnavailableError:
             # Whether the transaction was committed is unknown. If not, the files are removed later.
             raise
@@ -456,14 +442,33 @@ class BatchWorker:
             self._remove(stored)
         return is_ended
 
-    def _write_expired(self, lease: BatchLease, chunk: Chunk, errors: Upload) -> None:
+    def _write_unfinished(
+        self, lease: BatchLease, result: ChunkResult, output: Upload, errors: Upload, ending: Ending
+    ) -> Ending:
+        """Write the lines of a chunk of a batch that was cancelled or has expired. Returns `ending` with their counts."""
+        batch, counted = lease.batch, result.results
+        kept = self._read_kept(batch.id, counted)
         try:
-            lines = read_chunk(self._files.path(lease.batch.input_file_id), chunk, lease.batch.endpoint)
+            lines = read_chunk(self._files.path(batch.input_file_id), result.chunk, batch.endpoint)
         except FileNotFoundError as error:
-            logger.warning("the error file of batch %s is incomplete: %s", lease.batch_id, error)
-            return
+            logger.warning("the files of batch %s are incomplete: %s", batch.id, error)
+            return replace(ending, failed=ending.failed + result.chunk.lines)
+        code = "batch_cancelled" if batch.state == "cancelling" else "batch_expired"
         for line in lines:
-            errors.write(expired_line(lease.input_sha256, line))
+            of_line, is_output = kept.get(line_id("batch_req", lease.input_sha256, line.number)) or (
+                unanswered_line(lease.input_sha256, line, code),
+                False,
+            )
+            (output if is_output else errors).write(of_line)
+            time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
+        if not kept or counted is None:
+            return replace(ending, failed=ending.failed + len(lines))
+        return replace(
+            ending,
+            completed=ending.completed + counted.completed,
+            failed=ending.failed + len(lines) - counted.completed,
+            tokens=ending.tokens + counted.tokens,
+        )
 
     def _remove(self, stored: list[StoredFile | None]) -> None:
         for file in stored:
@@ -513,14 +518,19 @@ class BatchWorker:
     async def _sweep_regularly(self) -> None:
         while True:
             try:
-                await self._in_thread(self._sweep)
+                unfinished = await self._in_thread(self._sweep)
+                for batch_id in self._waiting.keys() - unfinished:
+                    del self._waiting[batch_id]
             except Exception as error:  # noqa: BLE001 - the next one may succeed
                 logger.warning("expired files of batches could not be removed: %s", describe_error(error))
             await asyncio.sleep(self._options.sweep_s)
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> set[str]:
+        """Remove what is no longer needed. Returns the batches that have not ended."""
         self._files.remove_expired()
-        self._segments.remove_ended(self._work.unfinished)
+        if self._options.retention_s is not None and (count := self._batches.remove_ended(self._options.retention_s)):
+            logger.info("%d batches were deleted, which had ended long ago", count)
+        return self._segments.remove_ended(self._work.unfinished)
 
     async def _in_thread(self, action: Callable[[], T]) -> T:
         """Run an action on a thread. Its end is awaited by `run` if the caller is cancelled."""
@@ -536,16 +546,6 @@ class BatchWorker:
 
     def _time(self) -> float:
         return asyncio.get_running_loop().time()
-
-
-def _is_cancelled() -> bool:
-    """Return whether a CancelledError is that of the present task, and not one of the model."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _later(reason: str) -> RetryLaterError:
-    return RetryLaterError(reason, retry_after_s=1.0)
 
 
 def _take_name(directory: Path) -> tuple[str, FileLock]:

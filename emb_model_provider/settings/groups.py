@@ -463,6 +463,11 @@ class BatchJobSettings(SettingsGroup, title="Batches"):
     max_file_bytes: Annotated[ByteSize, Field(gt=0), Allowed("bytes, or a size like 200MB")] = ByteSize(200 * _MB)
     """Largest file that can be uploaded for a batch; a plain number is bytes. MAX_BODY_MB and MAX_PENDING_BODY_MB do not apply to
     it, because it is written to disk while it arrives."""
+    max_unfinished_batches: Annotated[int, Field(ge=0), Allowed("0 or more")] = 100
+    """Batches of one API key (without keys: of all clients) that have not ended. Another one gets 429. 0: no limit."""
+    batch_retention_days: PositiveNumber | None = None
+    """Ended batches, with their input and result files, are deleted after this many days. Unset: batches stay in the list, and
+    files are deleted when they expire, after 30 days at most."""
 
     def require_driver(self) -> None:
         """Raise SettingsError if the driver of the database is not installed."""

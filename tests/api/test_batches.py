@@ -146,6 +146,26 @@ async def test_files_and_batches_of_another_key_do_not_exist(http: httpx.AsyncCl
     assert_error(await http.get("/v1/batches", params={"after": batch_id}), 404, "batch_not_found", param="id")
 
 
+async def test_too_many_batches(tmp_path: Path, batch_database: Path) -> None:
+    """The error is that of OpenAI's rate limits, but its SDKs do not wait. Other keys have limits of their own."""
+    settings = Settings.from_values(
+        cache_dir=tmp_path, batch_dir=batch_database, api_keys=f"{KEY},{OTHER_KEY}", max_unfinished_batches=2
+    )
+    app = create_app(settings, on_nothing_to_serve=lambda: None)
+    await app.state.services.batches.open()
+    await app.state.services.batches.stop()  # without its worker, no batch ends
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
+        for key in (KEY, OTHER_KEY):
+            http.headers["authorization"] = f"Bearer {key}"
+            file_id = await upload(http)
+            created = [await create(http, input_file_id=file_id) for _ in range(3)]
+            assert [response.status_code for response in created] == [200, 200, 429]
+    phrase = "You have 2 batches that have not ended, and the limit is 2"
+    assert_error(created[-1], 429, "batch_limit_exceeded", phrase=phrase, type="rate_limit_error")
+    assert (created[-1].headers["retry-after"], created[-1].headers["x-should-retry"]) == ("60", "false")
+    await app.state.services.batches.stop()
+
+
 async def test_pages_of_batches(http: httpx.AsyncClient) -> None:
     """The latest first. The limit is 1 to 100."""
     file_id = await upload(http)

@@ -58,7 +58,7 @@ def lines(count: int) -> bytes:
     return b"".join(line(f"line-{number}") for number in range(count))
 
 
-FAST = WorkerOptions(chunk_inputs=8, heartbeat_s=0.05, poll_s=0.05, pause_s=0.05, stall_s=0.2)
+FAST = WorkerOptions(chunk_inputs=8, heartbeat_s=0.05, poll_s=0.05, pause_s=0.05, stall_s=0.2, grace_s=0.1)
 """Options of workers in tests, which wait for short times."""
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from emb_model_provider.errors import RequestError, UnknownBatchError, UnknownFileError
-from tests.batch_jobs.helpers import lines
+from benchmarks.batch_worker import HashCalculator
+from emb_model_provider.errors import RequestError, TooManyBatchesError, UnknownBatchError, UnknownFileError
+from tests.batch_jobs.helpers import line, lines, process, reach, working
 
 if TYPE_CHECKING:
+    from emb_model_provider.batch_jobs.batches import Batch
     from tests.batch_jobs.helpers import Jobs
+
+DAY_S = 24 * 3600
 
 
 def test_create(jobs: Jobs) -> None:
@@ -79,3 +85,58 @@ def test_cancel(jobs: Jobs) -> None:
     assert cancelled.state == "cancelling"
     assert cancelled.cancelling_at is not None
     assert jobs.batches.cancel("", batch.id) == cancelled
+
+
+def test_too_many_unfinished_batches(jobs: Jobs) -> None:
+    """The limit is for each owner, and also holds if they are created at the same time. Ended batches do not count."""
+    jobs.batches.max_unfinished = 3
+    file = jobs.upload(lines(1), "a")
+
+    def create(_: int) -> Batch | None:
+        with suppress(TooManyBatchesError):
+            return jobs.batches.create("a", input_file_id=file.id, endpoint="/v1/embeddings")
+        return None
+
+    with ThreadPoolExecutor(8) as threads:
+        created = [batch for batch in threads.map(create, range(16)) if batch is not None]
+    assert len(created) == 3
+    jobs.create(lines(1), "b")
+    jobs.batches.cancel("a", created[0].id)
+    assert create(0) is None
+
+
+async def test_ended_batches_do_not_count(jobs: Jobs) -> None:
+    jobs.batches.max_unfinished = 1
+    for _ in range(2):
+        await process(jobs, lines(1))
+    jobs.batches.max_unfinished = 0
+    assert jobs.create(lines(1))
+    assert jobs.create(lines(1))
+
+
+async def test_batches_that_ended_long_ago(jobs: Jobs) -> None:
+    """They are deleted with their files, except an input that another batch reads. Without a time, all are kept."""
+    old = await process(jobs, lines(8) + line("long", body={"input": "too long"}))
+    failed = await process(jobs, b"{\n")
+    shared = await process(jobs, lines(3))
+    jobs.later_s = 2 * DAY_S
+    new = jobs.batches.create("", input_file_id=shared.input_file_id, endpoint="/v1/embeddings")
+    async with working(jobs, HashCalculator(), sweep_s=0.05):
+        new = await reach(jobs, new, "completed")
+    assert len(jobs.batches.list(None).items) == 4
+    async with working(jobs, HashCalculator(), sweep_s=0.05, retention_s=DAY_S) as worker:
+        worker.wake()
+        await reach(jobs, new, lambda _: len(jobs.batches.list(None).items) == 1)
+        kept = {new.output_file_id, shared.input_file_id}
+        await reach(jobs, new, lambda _: {path.name for path in jobs.files.directory.iterdir()} == kept)
+    assert {file.id for file in jobs.files.list(None).items} == kept
+    for batch in (old, failed, shared):
+        with pytest.raises(UnknownBatchError):
+            jobs.batches.get("", batch.id)
+
+
+def test_unfinished_batches_are_never_deleted(jobs: Jobs) -> None:
+    batch = jobs.create(lines(8))
+    jobs.later_s = 1000 * DAY_S
+    assert jobs.batches.remove_ended(DAY_S) == 0
+    assert jobs.batches.get("", batch.id) == batch

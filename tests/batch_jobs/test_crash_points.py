@@ -19,17 +19,42 @@ import pytest
 from benchmarks.batch_worker import HashCalculator, open_batches
 from emb_model_provider.batch_jobs.types import WorkerOptions
 from emb_model_provider.batch_jobs.worker import BatchWorker
-from tests.batch_jobs.helpers import Jobs, line, lines, process, reach, working
+from emb_model_provider.errors import ModelNotReadyError
+from tests.batch_jobs.helpers import Jobs, ids, line, lines, process, reach, read_lines, working
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from emb_model_provider.batch_jobs.batches import Batch
+    from emb_model_provider.batch_jobs.types import Answer
 
 pytestmark = pytest.mark.slow
 
 CONTENT = lines(12) + line("long", body={"model": "m", "input": "too long"})
-_OPTIONS = WorkerOptions(chunk_inputs=8, parallel=1, poll_s=0.05)
+_OPTIONS = WorkerOptions(chunk_inputs=8, parallel=1, poll_s=0.05, stall_s=0.0, grace_s=0.0)
+
+
+class Unready(HashCalculator):
+    """Has no time for one line in its first attempt."""
+
+    async def answer(self, endpoint: str, body: Mapping[str, Any], request_id: str) -> Answer:
+        if body["input"] == "text of line-3" and not self.computed["attempt"]:
+            self.computed["attempt"] += 1
+            raise ModelNotReadyError("The model is loading.", retry_after_s=0.01)
+        return await super().answer(endpoint, body, request_id)
+
+
+class Blocking(HashCalculator):
+    """Computes ten lines, and then nothing."""
+
+    async def answer(self, endpoint: str, body: Mapping[str, Any], request_id: str) -> Answer:
+        if self.is_blocked:
+            await asyncio.Event().wait()
+        return await super().answer(endpoint, body, request_id)
+
+    @property
+    def is_blocked(self) -> bool:
+        return self.computed.total() == 10
 
 
 def crash_at(step: int) -> None:
@@ -58,18 +83,28 @@ def crash_at(step: int) -> None:
             cls.do_commit = counted(cls.do_commit)
 
 
-def work_in_fork(directory: Path, url: str | None, step: int) -> bool:
-    """Run a worker in a fork of this process until the batch has ended or it crashes. Returns whether it crashed."""
+def work_in_fork(
+    directory: Path, url: str | None, step: int, calculator: HashCalculator, cancelled: str | None = None
+) -> bool:
+    """Run a worker in a fork of this process until the batch has ended or it crashes. Returns whether it crashed.
+
+    The batch `cancelled` is cancelled when the calculator blocks.
+    """
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             store = open_batches(directory, url)  # so that the dialect is imported
             crash_at(step)
-            worker = BatchWorker(store, directory, HashCalculator(), options=_OPTIONS)
+            worker = BatchWorker(store, directory, calculator, options=_OPTIONS)
 
             async def run() -> None:
                 task = asyncio.create_task(worker.run())
+                if isinstance(calculator, Blocking) and cancelled is not None:
+                    while not calculator.is_blocked:
+                        await asyncio.sleep(0.01)
+                    await asyncio.to_thread(store.cancel, None, cancelled)
+                    worker.wake()
                 while await asyncio.to_thread(store.has_unfinished):
                     await asyncio.sleep(0.01)
                 task.cancel()
@@ -87,7 +122,9 @@ def work_in_fork(directory: Path, url: str | None, step: int) -> bool:
     return False
 
 
-def test_each_step(jobs: Jobs, url: str | None) -> None:
+@pytest.mark.parametrize("calculator", [HashCalculator, Unready])
+def test_each_step(jobs: Jobs, url: str | None, calculator: type[HashCalculator]) -> None:
+    """Also of a batch with a line that is computed later than the others of its chunk."""
     undisturbed = asyncio.run(process(jobs, CONTENT, chunk_inputs=8))
     expected = contents(jobs, undisturbed)
 
@@ -98,14 +135,45 @@ def test_each_step(jobs: Jobs, url: str | None) -> None:
     for step in itertools.count():
         batch = jobs.create(CONTENT)
         jobs.engine.dispose()  # connections do not survive a fork
-        is_crash = work_in_fork(jobs.directory, url, step)
+        is_crash = work_in_fork(jobs.directory, url, step, calculator())
         batch = asyncio.run(finish(batch))
         assert contents(jobs, batch) == expected, f"after a crash at step {step}"
         assert (batch.completed, batch.failed, batch.tokens) == (12, 1, undisturbed.tokens)
         if not is_crash:
             break
     # Two segments and two files, each with its directory, and the commits of three leases and their results.
-    assert step > 2 * (2 * 2 + 2 * 3 + 8)
+    least = 2 * (2 * 2 + 2 * 3 + 8)
+    assert step > (least if calculator is HashCalculator else least + 2 * (2 + 2))
+
+
+def test_each_step_of_a_cancel(jobs: Jobs, url: str | None) -> None:
+    """Each line is in the files once, and counted."""
+
+    async def finish(batch: Batch) -> Batch:
+        async with working(jobs, HashCalculator()):
+            return await reach(jobs, batch, "cancelled")
+
+    kept = set()
+    for step in itertools.count():
+        batch = jobs.create(CONTENT)
+        jobs.engine.dispose()
+        is_crash = work_in_fork(jobs.directory, url, step, Blocking(), batch.id)
+        if jobs.batches.get(None, batch.id).state not in ("cancelling", "cancelled"):
+            jobs.batches.cancel(None, batch.id)
+        batch = asyncio.run(finish(batch))
+        output, errors = ids(jobs, batch.output_file_id), read_lines(jobs, batch.error_file_id)
+        expected = [f"line-{number}" for number in range(len(output))]
+        assert output == expected, f"after a crash at step {step}"
+        assert all(each["error"]["code"] == "batch_cancelled" for each in errors)
+        # Before the validation there are no lines.
+        found = [*output, *(each["custom_id"] for each in errors)]
+        assert found in ([], [*(f"line-{number}" for number in range(12)), "long"]), f"after a crash at step {step}"
+        assert (batch.completed, batch.failed) == (len(output), len(errors))
+        assert batch.tokens == sum(len(f'"text of {name}"') for name in output)
+        kept.add(len(output))
+        if not is_crash:
+            break
+    assert kept == {0, 8, 10}
 
 
 def contents(jobs: Jobs, batch: Batch) -> list[bytes]:

@@ -13,7 +13,7 @@ from benchmarks.batch_worker import HashCalculator
 from emb_model_provider.batch_jobs.lines import validate_file
 from emb_model_provider.batch_jobs.segments import SegmentStore
 from emb_model_provider.batch_jobs.types import Limits
-from emb_model_provider.batch_jobs.work import BatchLease, ChunkLease, WorkStore
+from emb_model_provider.batch_jobs.work import BatchLease, ChunkLease, Ending, Results, WorkStore
 from tests.batch_jobs.helpers import FAST, ids, lines, reach, working
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class Worker:
     """The steps of a worker, one by one."""
 
-    def __init__(self, jobs: Jobs, name: str, instance: str = "1") -> None:
+    def __init__(self, jobs: Jobs, name: str, instance: str = "1", *, lease_s: float = 60) -> None:
         self.jobs = jobs
-        self.work = WorkStore(jobs.batches, name, instance, lease_s=60)
+        self.work = WorkStore(jobs.batches, name, instance, lease_s)
         self.segments = SegmentStore(jobs.directory)
 
     def claim_batch(self) -> BatchLease:
@@ -51,12 +51,15 @@ class Worker:
         return self.segments.write(lease.batch_id, lease.seq, lease.fence, [content], [])
 
     def done(self, lease: ChunkLease, segment: Segment | None = None) -> bool:
-        return self.work.done(lease, segment or self.write(lease), lease.chunk.lines, 0, 7)
+        return self.work.done(lease, Results(segment or self.write(lease), lease.chunk.lines, 0, 7))
+
+    def keep(self, lease: ChunkLease) -> bool:
+        return self.work.keep(lease, Results(self.write(lease), 1, 0, 3))
 
     def finish(self, lease: BatchLease, content: bytes = b"{}\n") -> bool:
         with self.jobs.files.output("", "output", 3600) as output:
             output.write(content)
-            return self.work.finalized(lease, self.jobs.files.record, output.store(time.time()), None, 0)
+            return self.work.finalized(lease, self.jobs.files.record, Ending(output.store(time.time()), None))
 
 
 @pytest.fixture
@@ -150,7 +153,7 @@ def test_names_that_look_like_patterns(jobs: Jobs, batch: Batch) -> None:
 
 @pytest.mark.parametrize("state", ["cancelling", "finalizing"], ids=["cancelled", "expired"])
 def test_work_of_a_batch_that_is_ended(jobs: Jobs, batch: Batch, state: str) -> None:
-    a = Worker(jobs, "a")
+    a = Worker(jobs, "a", lease_s=48 * 3600)
     lease = a.claim_chunk()
     if state == "cancelling":
         jobs.batches.cancel("", batch.id)
@@ -159,9 +162,57 @@ def test_work_of_a_batch_that_is_ended(jobs: Jobs, batch: Batch, state: str) -> 
         a.work.expire()
     assert jobs.batches.get("", batch.id).state == state
     assert a.work.renew([lease]) == [lease]
+    assert a.work.has_ended(lease)
     assert not a.done(lease)
-    assert a.finish(a.claim_batch())
+    assert a.work.claim() is None
+    assert a.keep(lease)
+    assert a.keep(lease)
+    assert not a.work.has_ended(lease)
+    ending = a.claim_batch()
+    assert [result.results is not None for result in a.work.results(ending)] == [True, False]
+    assert a.finish(ending)
     assert not a.done(lease)
+
+
+def test_results_that_come_after_the_files_are_begun(jobs: Jobs, batch: Batch) -> None:
+    """A worker that was stopped for longer than its lease adds nothing, because its lines are in the error file."""
+    slow, other = Worker(jobs, "slow"), Worker(jobs, "other")
+    leases = [slow.claim_chunk(), slow.claim_chunk()]
+    jobs.batches.cancel("", batch.id)
+    assert other.work.claim() is None
+    jobs.later_s = 61
+    ending = other.claim_batch()
+    for lease in leases:
+        assert not slow.work.has_ended(lease)
+        assert not slow.keep(lease)
+        assert not slow.done(lease)
+    assert other.finish(ending)
+    assert jobs.batches.get("", batch.id).completed == 0
+
+
+def test_a_cancelled_batch_of_a_process_that_is_started_again(jobs: Jobs, batch: Batch) -> None:
+    dead = Worker(jobs, "a", "1")
+    lease = dead.claim_chunk()
+    jobs.batches.cancel("", batch.id)
+    assert Worker(jobs, "b").work.claim() is None
+    assert isinstance(Worker(jobs, "a", "2").work.claim(), BatchLease)
+    assert not dead.keep(lease)
+
+
+def test_a_part_of_a_chunk(jobs: Jobs, batch: Batch) -> None:
+    """The next lease begins with it, after the wait. It counts when the chunk is done."""
+    a, b = Worker(jobs, "a"), Worker(jobs, "b")
+    lease, _ = a.claim_chunk(), a.claim_chunk()
+    results = Results(a.write(lease), 1, 0, 3)
+    assert a.work.keep(lease, results, 30)
+    assert b.work.claim() is None
+    jobs.later_s = 31
+    again = b.claim_chunk()
+    assert (again.seq, again.fence, again.kept, again.crashes) == (0, 2, results, 0)
+    assert a.work.keep(lease, results)  # if the first success was unknown
+    assert jobs.batches.get("", batch.id).completed == 0
+    assert b.done(again)
+    assert jobs.batches.get("", batch.id).completed == 8
 
 
 def test_validation_by_two_workers(jobs: Jobs) -> None:

@@ -61,7 +61,7 @@ async def test_too_little_space_for_results(jobs: Jobs, caplog: pytest.LogCaptur
     caplog.set_level(logging.INFO, "emb_model_provider.batch_jobs")
     batch = jobs.create(lines(64))
     calculator = HashCalculator(line_s=0.001)
-    async with working(jobs, calculator) as worker:
+    async with working(jobs, calculator, parallel=1) as worker:
         await reach(jobs, batch, lambda current: current.completed)
         jobs.files.free_bytes = lambda: 50_000_000  # type: ignore[method-assign]
         paused = await reach(jobs, batch, lambda current: current.pause_reason)

@@ -250,6 +250,73 @@ async def test_a_model_that_is_not_ready_for_long(jobs: Jobs) -> None:
         assert (await reach(jobs, waiting, "completed")).pause_reason is None
 
 
+class Unready(HashCalculator):
+    """Has no time for texts that end with 3."""
+
+    is_ready = False
+
+    async def answer(self, endpoint: str, body: Mapping[str, Any], request_id: str) -> Answer:
+        if body["input"].endswith("3") and not self.is_ready:
+            raise ModelNotReadyError("The model is loading.", retry_after_s=0.01)
+        return await super().answer(endpoint, body, request_id)
+
+
+async def test_lines_of_a_model_that_is_not_ready(jobs: Jobs) -> None:
+    """All other lines of the batch are computed, once, and recorded. These come when the model is ready."""
+    batch = jobs.create(lines(50))
+    calculator = Unready()
+    async with working(jobs, calculator, stall_s=0.05):
+        while calculator.computed.total() < 45:
+            await asyncio.sleep(0.01)
+        await reach(jobs, batch, lambda current: current.pause_reason == "The model is loading.")
+    calculator.is_ready = True
+    async with working(jobs, calculator):
+        batch = await reach(jobs, batch, "completed")
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(50)]
+    assert set(calculator.computed.values()) == {1}
+    assert batch.tokens == sum(len(f'"text of line-{number}"') for number in range(50))
+    assert (batch.completed, batch.failed, batch.pause_reason) == (50, 0, None)
+
+
+async def test_lines_of_a_model_that_is_never_ready(jobs: Jobs) -> None:
+    """They fail after a while, and the batch is completed."""
+    batch = await process(jobs, lines(50), calculator=Unready(), stall_s=0.0, max_wait_s=0.2)
+    assert (batch.state, batch.completed, batch.failed) == ("completed", 45, 5)
+    errors = read_lines(jobs, batch.error_file_id)
+    assert [each["custom_id"] for each in errors] == [f"line-{number}" for number in (3, 13, 23, 33, 43)]
+    assert {each["response"]["status_code"] for each in errors} == {503}
+    assert {each["response"]["body"]["error"]["code"] for each in errors} == {"model_not_ready"}
+
+
+async def test_cancel_while_lines_wait_for_their_model(jobs: Jobs) -> None:
+    batch = jobs.create(lines(50))
+    calculator = Unready()
+    async with working(jobs, calculator, stall_s=0.0) as worker:
+        while calculator.computed.total() < 45:
+            await asyncio.sleep(0.01)
+        jobs.batches.cancel("", batch.id)
+        worker.wake()
+        batch = await reach(jobs, batch, "cancelled")
+    assert (batch.completed, batch.failed) == (45, 5)
+    assert ids(jobs, batch.error_file_id) == [f"line-{number}" for number in (3, 13, 23, 33, 43)]
+
+
+@pytest.mark.parametrize("url", [None], ids=["sqlite"])
+async def test_a_part_of_a_chunk_that_was_damaged_on_disk(jobs: Jobs) -> None:
+    """It is computed again."""
+    batch = jobs.create(lines(8))
+    calculator = Unready()
+    async with working(jobs, calculator, stall_s=0.0):
+        await reach(jobs, batch, lambda _: list(jobs.directory.glob("segments/*/*.jsonl")))
+    (path,) = jobs.directory.glob("segments/*/*.jsonl")
+    path.write_bytes(path.read_bytes().replace(b"line-1", b"line-9"))
+    calculator.is_ready = True
+    async with working(jobs, calculator):
+        batch = await reach(jobs, batch, "completed")
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(8)]
+    assert (batch.completed, batch.tokens) == (8, sum(len(f'"text of line-{number}"') for number in range(8)))
+
+
 @pytest.mark.parametrize("url", [None], ids=["sqlite"])
 async def test_validation_while_the_model_is_not_ready(jobs: Jobs) -> None:
     class Calculator(HashCalculator):
@@ -397,7 +464,7 @@ async def test_cancel_while_a_group_runs(jobs: Jobs) -> None:
         worker.wake()
         batch = await reach(jobs, batch, "cancelled")
         await asyncio.wait_for(cancelled.wait(), 20)
-    assert (batch.total, batch.completed, batch.failed) == (50, 16, 0)
+    assert (batch.total, batch.completed, batch.failed) == (50, 16, 34)
     assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(16)]
 
 
@@ -434,17 +501,56 @@ class Gate(HashCalculator):
 
 
 async def test_cancel_while_running(jobs: Jobs) -> None:
-    """What is done is kept, and nothing else."""
+    """What is computed is kept, also of chunks that are not done. The other lines are in the error file."""
     batch = jobs.create(lines(50))
-    async with working(jobs, Gate(24)) as worker:
+    calculator = Gate(29)
+    async with working(jobs, calculator) as worker:
         await reach(jobs, batch, lambda current: current.completed == 24)
+        while calculator.computed.total() < 29:
+            await asyncio.sleep(0.01)
         jobs.batches.cancel("", batch.id)
         worker.wake()
         batch = await reach(jobs, batch, "cancelled")
-    assert (batch.total, batch.completed, batch.failed) == (50, 24, 0)
-    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(24)]
-    assert batch.error_file_id is None
+    assert (batch.total, batch.completed, batch.failed) == (50, 29, 21)
+    assert batch.tokens == sum(len(f'"text of line-{number}"') for number in range(29))
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(29)]
+    errors = read_lines(jobs, batch.error_file_id)
+    assert [each["custom_id"] for each in errors] == [f"line-{number}" for number in range(29, 50)]
+    assert {(each["response"], each["error"]["code"]) for each in errors} == {(None, "batch_cancelled")}
     assert None not in (batch.cancelling_at, batch.cancelled_at)
+    assert list((jobs.directory / "segments").iterdir()) == []
+
+
+async def test_a_chunk_that_needs_little_time_after_a_cancel(jobs: Jobs) -> None:
+    """It is computed, instead of losing the work on it."""
+    batch = jobs.create(lines(50))
+    calculator = Gate(24)
+    async with working(jobs, calculator, parallel=1, grace_s=60) as worker:
+        await reach(jobs, batch, lambda current: current.completed == 24)
+        jobs.batches.cancel("", batch.id)
+        worker.wake()
+        await asyncio.sleep(0.2)
+        assert jobs.batches.get("", batch.id).state == "cancelling"
+        calculator.gate.set()
+        batch = await reach(jobs, batch, "cancelled")
+    assert (batch.completed, batch.failed) == (32, 18)
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(32)]
+
+
+async def test_another_worker_ends_a_cancelled_batch(jobs: Jobs) -> None:
+    """It waits for what the others have computed."""
+    batch = jobs.create(lines(64))
+    calculator = Gate(24)
+    async with working(jobs, calculator, count=3) as worker:
+        await reach(jobs, batch, lambda current: current.completed >= 8)
+        while calculator.computed.total() < 24:
+            await asyncio.sleep(0.01)
+        jobs.batches.cancel("", batch.id)
+        worker.wake()
+        batch = await reach(jobs, batch, "cancelled")
+    assert (batch.completed, batch.failed) == (24, 40)
+    found = [*ids(jobs, batch.output_file_id), *ids(jobs, batch.error_file_id)]
+    assert sorted(found) == sorted(f"line-{number}" for number in range(64))
 
 
 async def test_cancel_before_validation(jobs: Jobs) -> None:
@@ -456,17 +562,20 @@ async def test_cancel_before_validation(jobs: Jobs) -> None:
 
 
 async def test_expiry_while_running(jobs: Jobs) -> None:
-    """What is done is kept; the other lines are in the error file, which has the order of the input."""
+    """What is computed is kept; the other lines are in the error file, which has the order of the input."""
     content = line("long", body={"input": "too long"}) + lines(49)
     batch = jobs.create(content)
-    async with working(jobs, Gate(24)):
+    calculator = Gate(29)
+    async with working(jobs, calculator, lease_s=48 * 3600):
         await reach(jobs, batch, lambda current: current.completed + current.failed == 24)
+        while calculator.computed.total() < 29:
+            await asyncio.sleep(0.01)
         jobs.later_s = 24 * 3600 + 1
         batch = await reach(jobs, batch, "expired")
-    assert (batch.total, batch.completed, batch.failed) == (50, 23, 27)
-    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(23)]
+    assert (batch.total, batch.completed, batch.failed) == (50, 28, 22)
+    assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(28)]
     errors = read_lines(jobs, batch.error_file_id)
-    assert [each["custom_id"] for each in errors] == ["long", *(f"line-{number}" for number in range(23, 49))]
+    assert [each["custom_id"] for each in errors] == ["long", *(f"line-{number}" for number in range(28, 49))]
     assert errors[1]["response"] is None
     assert {each["error"]["code"] for each in errors[1:]} == {"batch_expired"}
     assert batch.expired_at is not None
