@@ -245,7 +245,7 @@ def create_app(
     sessions = Sessions()
     kept = KeptModels(settings.hubs.cache_dir)
     kept_aliases = [] if is_follower else _add_kept(settings, registry, kept)
-    batch_service = BatchService(settings, lambda: ApiCalculator(services, metrics.on_line))
+    batch_service = BatchService(settings, lambda: ApiCalculator(services, metrics.on_lines))
 
     @asynccontextmanager
     async def lifespan(_: Application) -> AsyncIterator[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -14,6 +13,7 @@ from emb_model_provider.api.dependencies import RECORD, Services, use_model
 from emb_model_provider.api.errors import response_for
 from emb_model_provider.api.routes import embeddings, rerank
 from emb_model_provider.batch_jobs.types import Answer
+from emb_model_provider.concurrency import Turns
 from emb_model_provider.errors import (
     DeadlineExceededError,
     DeviceLostError,
@@ -47,10 +47,10 @@ _GROUP_CHARACTERS = 128 * 1024
 class ApiCalculator:
     """Checks and answers lines as `POST /v1/embeddings` and `POST /v1/rerank` do."""
 
-    def __init__(self, services: Services, on_line: Callable[[int, int], None]) -> None:
-        """Create it; `on_line` is called with the status and the tokens of each answer."""
+    def __init__(self, services: Services, on_lines: Callable[[Sequence[Answer]], None]) -> None:
+        """Create it; `on_lines` is called with the answers."""
         self._services = services
-        self._on_line = on_line
+        self._on_lines = on_lines
 
     def check(self, endpoint: str, body: Mapping[str, Any]) -> int:
         """Return the number of inputs of a line. Can be called on any thread.
@@ -87,8 +87,9 @@ class ApiCalculator:
             response = response_for(error)
         finally:
             log_request_id.reset(previous)
-        self._on_line(response.status_code, record.tokens)
-        return Answer(response.status_code, bytes(response.body), record.tokens)
+        answer = Answer(response.status_code, bytes(response.body), record.tokens)
+        self._on_lines([answer])
+        return answer
 
     def group(self, endpoint: str, bodies: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Divide lines into groups that can be computed together: with equal options.
@@ -136,8 +137,7 @@ class ApiCalculator:
                 together: Any = list(itertools.chain.from_iterable(inputs))
                 computed = await model.engine.embed(together, call.options_for(model.defaults))
         answers = await asyncio.to_thread(_render, computed, list(map(len, inputs)), call, model.name)
-        for answer in answers:
-            self._on_line(answer.status_code, answer.tokens)
+        self._on_lines(answers)
         return answers
 
     async def _respond(self, endpoint: str, request: Request, body: Mapping[str, Any], request_id: str) -> Response:
@@ -164,16 +164,17 @@ class ApiCalculator:
 
 def _render(computed: Embeddings, counts: Sequence[int], call: EmbeddingCall, model: str) -> list[Answer]:
     """Return the answers to lines that have `counts` inputs."""
-    answers = []
-    for stop, count in zip(itertools.accumulate(counts), counts, strict=True):
-        part = computed.part(stop - count, stop)
-        try:
-            body = embeddings.render_response(part, call.encoding, model, call.output_type)
-            answers.append(Answer(200, body, part.tokens))
-        except RequestError as error:
-            response = response_for(error)
-            answers.append(Answer(response.status_code, bytes(response.body), part.tokens))
-        time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
+    turns = Turns()
+    stops = list(itertools.accumulate(counts))
+    tokens = [sum(computed.input_tokens[stop - count : stop]) for stop, count in zip(stops, counts, strict=True)]
+    answers: list[Answer] = []
+    try:
+        for body in embeddings.render_responses(computed, counts, call.encoding, model, call.output_type):
+            answers.append(Answer(200, body, tokens[len(answers)]))
+            turns.give()
+    except RequestError as error:
+        response = response_for(error)
+        answers = [Answer(response.status_code, bytes(response.body), each) for each in tokens]
     return answers
 
 

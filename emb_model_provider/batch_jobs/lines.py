@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from emb_model_provider.batch_jobs.batches import LineError
+from emb_model_provider.concurrency import Turns
 from emb_model_provider.error_table import UNEXPECTED, error_info
 from emb_model_provider.errors import ProviderError, RequestError, RetryLaterError
 from emb_model_provider.formatting import quote
@@ -86,6 +86,7 @@ def validate_file(
         RetryLaterError: A line cannot be checked now.
         OSError: The file cannot be read.
     """
+    turns = Turns()
     validator = _Validator(batch.endpoint, check, limits, options)
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -95,7 +96,7 @@ def validate_file(
             validator.add(number, offset, raw)
             if validator.is_over:
                 break
-            time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
+            turns.give()
     if not validator.errors and digest.hexdigest() != sha256:
         validator.errors.append(
             LineError(

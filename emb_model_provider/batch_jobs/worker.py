@@ -13,7 +13,6 @@ import re
 import secrets
 import socket
 import threading
-import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +31,7 @@ from emb_model_provider.batch_jobs.lines import (
 from emb_model_provider.batch_jobs.segments import SegmentStore
 from emb_model_provider.batch_jobs.types import Answer, Limits, WorkerOptions
 from emb_model_provider.batch_jobs.work import BatchLease, ChunkLease, Ending, Results, WorkStore
-from emb_model_provider.concurrency import run_in_daemon_thread
+from emb_model_provider.concurrency import Turns, run_in_daemon_thread
 from emb_model_provider.errors import DatabaseUnavailableError, RetryLaterError, StorageFullError
 from emb_model_provider.formatting import describe_error, format_size, printable
 from emb_model_provider.snapshots.locks import try_lock_exclusive
@@ -376,6 +375,7 @@ class BatchWorker:
         kept: Mapping[str, tuple[bytes, bool]],
     ) -> Segment:
         """Write the lines that have an answer, or had one before."""
+        turns = Turns()
         output: list[bytes] = []
         errors: list[bytes] = []
         for line in lines:
@@ -387,7 +387,7 @@ class BatchWorker:
             else:
                 continue
             (output if is_output else errors).append(of_line)
-            time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
+            turns.give()
         self._require_space(sum(map(len, output)) + sum(map(len, errors)))
         return self._segments.write(lease.batch_id, lease.seq, lease.fence, output, errors)
 
@@ -453,6 +453,7 @@ class BatchWorker:
         except FileNotFoundError as error:
             logger.warning("the files of batch %s are incomplete: %s", batch.id, error)
             return replace(ending, failed=ending.failed + result.chunk.lines)
+        turns = Turns()
         code = "batch_cancelled" if batch.state == "cancelling" else "batch_expired"
         for line in lines:
             of_line, is_output = kept.get(line_id("batch_req", lease.input_sha256, line.number)) or (
@@ -460,7 +461,7 @@ class BatchWorker:
                 False,
             )
             (output if is_output else errors).write(of_line)
-            time.sleep(0)  # lets the event loop take the interpreter lock, instead of after its switch interval
+            turns.give()
         if not kept or counted is None:
             return replace(ending, failed=ending.failed + len(lines))
         return replace(

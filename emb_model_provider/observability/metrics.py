@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from emb_model_provider.batch_jobs.types import BatchState
+from emb_model_provider.batch_jobs.types import Answer, BatchState
 from emb_model_provider.observability.activity import Activity, Failure
 from emb_model_provider.registry import State
 from emb_model_provider.workers import metrics_directory
@@ -210,10 +210,13 @@ class Metrics:
             self._queue_s(record.model).observe(record.queue_s)
         self.activity.on_request(record.duration_s, record.tokens, _failure(record) if record.status >= 400 else None)
 
-    def on_line(self, status: int, tokens: int) -> None:
-        """Record an answered line of a batch."""
-        self._lines("failed" if status >= 400 else "completed").inc()
-        self._line_tokens.inc(tokens)
+    def on_lines(self, answers: Sequence[Answer]) -> None:
+        """Record answered lines of a batch."""
+        failed = sum(answer.status_code >= 400 for answer in answers)
+        for outcome, count in (("failed", failed), ("completed", len(answers) - failed)):
+            if count:
+                self._lines(outcome).inc(count)
+        self._line_tokens.inc(sum(answer.tokens for answer in answers))
 
     def set_jobs(self, states: Mapping[str, int], file_bytes: int) -> None:
         """Set how many batches there are in each state, and how large all files are."""

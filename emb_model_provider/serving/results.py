@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from emb_model_provider.backends.output_types import convert
@@ -55,18 +55,6 @@ class Embeddings(Measured):
         """Number of values of all vectors."""
         sparse = sum(len(vector.values) for vector in self.sparse or ())
         return self.vectors.size + sparse + sum(vectors.size for vectors in self.multi_vector or ())
-
-    def part(self, start: int, stop: int) -> Embeddings:
-        """Return the embeddings of the inputs from `start` to `stop`, without how many of them were cut."""
-        return replace(
-            self,
-            input_tokens=self.input_tokens[start:stop],
-            tokens=sum(self.input_tokens[start:stop]),
-            truncated=0,
-            vectors=self.vectors[start:stop],
-            sparse=None if self.sparse is None else self.sparse[start:stop],
-            multi_vector=None if self.multi_vector is None else self.multi_vector[start:stop],
-        )
 
     def as_type(self, kind: OutputType) -> NDArray[Any]:
         """Return the dense vectors with values of another type; see `output_types.convert`.

@@ -527,6 +527,8 @@ async def test_a_chunk_that_needs_little_time_after_a_cancel(jobs: Jobs) -> None
     calculator = Gate(24)
     async with working(jobs, calculator, parallel=1, grace_s=60) as worker:
         await reach(jobs, batch, lambda current: current.completed == 24)
+        while calculator.answered >= 0:
+            await asyncio.sleep(0.01)
         jobs.batches.cancel("", batch.id)
         worker.wake()
         await asyncio.sleep(0.2)

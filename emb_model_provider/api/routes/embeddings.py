@@ -32,7 +32,7 @@ from emb_model_provider.errors import RequestError
 from emb_model_provider.serving.engine import EmbedOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -237,28 +237,44 @@ def render_response(
     Raises:
         RequestError: The model cannot return this type of values.
     """
+    (body,) = render_responses(embeddings, [len(embeddings.input_tokens)], encoding, model, output_type)
+    return body
+
+
+def render_responses(
+    embeddings: Embeddings,
+    counts: Iterable[int],
+    encoding: Literal["float", "base64"],
+    model: str,
+    output_type: OutputType = "float",
+) -> Iterator[bytes]:
+    """Yield the bodies of responses, as `render_response`: the first one has the first of `counts` inputs, and so on."""
     vectors = np.ascontiguousarray(embeddings.as_type(output_type))
     vectors = vectors.astype(vectors.dtype.newbyteorder("<"), copy=False)
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": vector if encoding == "float" else b2a_base64(vector, newline=False).decode("ascii"),
-        }
-        for index, vector in enumerate(vectors)
-    ]
-    for item, sparse in zip(data, embeddings.sparse or (), strict=False):
-        item["sparse"] = {"indices": sparse.indices, "values": sparse.values}
-    for item, of_tokens in zip(data, embeddings.multi_vector or (), strict=False):
-        of_tokens = np.ascontiguousarray(of_tokens, dtype="<f4")
-        item["multi_vector"] = (
-            of_tokens if encoding == "float" else b2a_base64(of_tokens.data, newline=False).decode("ascii")
-        )
-        if encoding == "base64":
-            item["shape"] = of_tokens.shape
-    usage = {"prompt_tokens": embeddings.tokens, "total_tokens": embeddings.tokens}
-    body = {"object": "list", "data": data, "model": model, "usage": usage}
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    stop = 0
+    for size in counts:
+        start, stop = stop, stop + size
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": vector if encoding == "float" else b2a_base64(vector, newline=False).decode("ascii"),
+            }
+            for index, vector in enumerate(vectors[start:stop])
+        ]
+        for item, sparse in zip(data, (embeddings.sparse or ())[start:stop], strict=False):
+            item["sparse"] = {"indices": sparse.indices, "values": sparse.values}
+        for item, of_tokens in zip(data, (embeddings.multi_vector or ())[start:stop], strict=False):
+            of_tokens = np.ascontiguousarray(of_tokens, dtype="<f4")
+            item["multi_vector"] = (
+                of_tokens if encoding == "float" else b2a_base64(of_tokens.data, newline=False).decode("ascii")
+            )
+            if encoding == "base64":
+                item["shape"] = of_tokens.shape
+        tokens = sum(embeddings.input_tokens[start:stop])
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        body = {"object": "list", "data": data, "model": model, "usage": usage}
+        yield orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def parse_inputs(fields: Mapping[str, Any], limits: LimitSettings) -> Sequence[str] | Sequence[Sequence[int]]:
