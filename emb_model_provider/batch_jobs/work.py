@@ -170,10 +170,10 @@ class WorkStore:
             connection.execute(self._update(lease).values(**_NO_LEASE, not_before=not_before))
 
     def pause(self, batch_id: str, reason: str | None) -> None:
-        """Set why a batch makes no progress; None: it makes progress."""
-        changed = batches.c.pause_reason.is_distinct_from(reason)
+        """Set why a batch makes no progress; None: it makes progress. Other workers may have ended it meanwhile."""
+        changed = batches.c.pause_reason.is_distinct_from(reason), batches.c.state.in_(UNFINISHED)
         with transaction(self._engine) as connection:
-            connection.execute(sa.update(batches).where(batches.c.id == batch_id, changed).values(pause_reason=reason))
+            connection.execute(sa.update(batches).where(batches.c.id == batch_id, *changed).values(pause_reason=reason))
 
     # --- results --------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class _LeaseLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Signals:
-    """What the work on a lease is told."""
+    """What ends the work on a lease early."""
 
     lost: threading.Event = field(default_factory=threading.Event)
     """The lease is lost."""

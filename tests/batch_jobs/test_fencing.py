@@ -199,6 +199,16 @@ def test_a_cancelled_batch_of_a_process_that_is_started_again(jobs: Jobs, batch:
     assert not dead.keep(lease)
 
 
+def test_a_batch_that_has_ended_does_not_pause(jobs: Jobs, batch: Batch) -> None:
+    """A worker that was stopped may find out late that the database does not respond to it."""
+    a = Worker(jobs, "a")
+    assert a.done(a.claim_chunk())
+    assert a.done(a.claim_chunk())
+    assert a.finish(a.claim_batch())
+    a.work.pause(batch.id, "The disk is full.")
+    assert jobs.batches.get("", batch.id).pause_reason is None
+
+
 def test_a_part_of_a_chunk(jobs: Jobs, batch: Batch) -> None:
     """The next lease begins with it, after the wait. It counts when the chunk is done."""
     a, b = Worker(jobs, "a"), Worker(jobs, "b")
