@@ -90,6 +90,14 @@ def test_hostile() -> None:
         assert is_valid or _is_positive(row[5])
 
 
+def test_workers() -> None:
+    """Each number of workers has the time of a request, and no request fails."""
+    rows = [line.strip("| ").split(" | ") for line in _run("workers").splitlines() if line.startswith("|")][2:]
+    assert [row[:2] for row in rows] == [["16", "1"], ["16", "2"], ["64", "1"], ["64", "2"]]
+    assert all(_is_positive(cell) for row in rows for cell in row[2:8])
+    assert {row[8] for row in rows} == {"0"}
+
+
 def test_restart() -> None:
     """The service responds again after a crash, and no request that is sent after the crash fails."""
     (row,) = _table(_run("restart"), "After a crash")

@@ -297,6 +297,25 @@ def test_killed_worker_is_restarted_alone(workers: Service, killed: int) -> None
 
 
 @pytest.mark.slow
+def test_stopped_worker_is_replaced_while_the_other_answers(workers: Service) -> None:
+    """One that sends no heartbeat, as if native code held the interpreter lock."""
+    wait_until_all_answer(workers)
+    before = processes(workers)
+    with Connections(workers) as clients:
+        os.kill(before[1], signal.SIGSTOP)
+        # Those of worker 0; the others wait until the connection ends.
+        with ThreadPoolExecutor(len(clients)) as pool:
+            requests = [pool.submit(embed, client) for client in clients]
+            wait_until(lambda: sum(request.done() and not request.exception() for request in requests) >= 2)
+            assert processes(workers) == before
+            wait_until(lambda: processes(workers)[1] != before[1])
+            wait_until(lambda: all(request.done() for request in requests))
+    assert "worker 1 sent no heartbeat" in workers.stderr_text()
+    assert processes(workers)[0] == before[0]
+    wait_until_all_answer(workers)
+
+
+@pytest.mark.slow
 def test_counters_go_on_after_a_restart(workers: Service) -> None:
     """A sum that fell would be counted again by Prometheus."""
     wait_until_all_answer(workers)
