@@ -16,7 +16,13 @@ from emb_model_provider.backends.arrays import OutputBuilder, pad_inputs
 from emb_model_provider.backends.base import TERM_WEIGHTS, TokenBatch, check_ids, check_lengths
 from emb_model_provider.backends.hardware import usable_cpus
 from emb_model_provider.backends.memory_estimate import matrix_bytes, openvino_bytes
-from emb_model_provider.backends.openvino_cpu.infer_requests import SHORT_LENGTHS, RequestPool, ShortRequests
+from emb_model_provider.backends.openvino_cpu.infer_requests import (
+    SHORT_LENGTHS,
+    BackgroundCompiler,
+    LatencyRequest,
+    RequestPool,
+    ShortRequests,
+)
 from emb_model_provider.backends.openvino_cpu.runtime import StreamLayout, compile_streams, release_pages, stream_layout
 
 if TYPE_CHECKING:
@@ -52,6 +58,7 @@ class OpenVinoBackend:
         description: ModelDescription,
         *,
         cpus: int | None = None,
+        compiles_latency: bool = False,
         on_close: Callable[[], object] = lambda: None,
     ) -> None:
         """Read a graph and compile it for this processor.
@@ -61,6 +68,7 @@ class OpenVinoBackend:
             description: The graph computes in its `compute` or else its `precision`: fp32, bf16 or, for integer
                 weights, int8.
             cpus: Number of processors to use; None for all that this process can use.
+            compiles_latency: Whether the request for lone batches is compiled at once; see `LatencyRequest`.
             on_close: Called once, when the backend is closed.
 
         Raises:
@@ -73,17 +81,18 @@ class OpenVinoBackend:
         compute = description.compute or description.precision
         compiled = compile_streams(graph, compute, layout, tuning)
         stored = graph.with_suffix(".bin").stat().st_size
-        short = None
+        background = BackgroundCompiler()
+        latency = short = None
+        if layout.has_latency_request:
+            latency = LatencyRequest(compiled.compile_latency, None if compiles_latency else background)
         if matrix_bytes(compiled.matrix_items, compute) <= _MOST_SHORT_BYTES:
-            short = ShortRequests(compiled.compile_length, self._is_equal, description.max_length)
+            short = ShortRequests(compiled.compile_length, self._is_equal, description.max_length, background)
         self.memory_bytes = openvino_bytes(
             stored, compiled.matrix_items, compiled.dequantized_bytes, compute, description,
             short_lengths=len(SHORT_LENGTHS) if short is not None else 0,
         )  # fmt: skip
         self._requests = RequestPool(
-            (compiled.streams.create_infer_request() for _ in range(layout.streams)),
-            compiled.latency_model.create_infer_request() if compiled.latency_model is not None else None,
-            short,
+            (compiled.streams.create_infer_request() for _ in range(layout.streams)), latency, short
         )
         self._graph = graph
         self._fp32_request: Any = None
@@ -137,9 +146,10 @@ class OpenVinoBackend:
         for count in sorted({1, length // 3, 2 * length // 3, length - 1, length} - {0}):
             batch = TokenBatch(ids=[ids[:count]], prompt_lengths=[0])
             inputs = pad_inputs(batch, [0], length, self.description)
-            fixed = [np.array(values) for values in request.infer(inputs).values()]
+            # Shared, because a request that has run a shared input cannot copy a longer one.
+            fixed = [np.array(values) for values in request.infer(inputs, share_inputs=True).values()]
             with self._requests.acquire(2, length) as (reference, _):
-                results = [np.array(values) for values in reference.infer(inputs).values()]
+                results = [np.array(values) for values in reference.infer(inputs, share_inputs=True).values()]
             for ours, expected in zip(fixed, results, strict=True):
                 if not np.linalg.norm(ours - expected) <= _MOST_DIFFERENCE * np.linalg.norm(expected):
                     return False

@@ -1,7 +1,8 @@
 """OpenVINO on this processor: import it, and compile a graph for it.
 
 A graph is compiled twice, with shared weights, which costs 30 MB: one thread per stream has the highest throughput, and
-all threads on one batch answer a lone request in little more than half the time (see docs/performance.md).
+all threads on one batch answer a lone request in little more than half the time (see docs/performance.md). The second one is
+compiled when it pays.
 """
 
 from __future__ import annotations
@@ -81,10 +82,11 @@ def openvino() -> Any:
 
 
 class Compiled(NamedTuple):
-    """A graph that is ready to run, compiled for several streams and for the latency request."""
+    """A graph that is ready to run, compiled for several streams."""
 
     streams: Any
-    latency_model: Any | None
+    compile_latency: Callable[[], Any]
+    """Compiles the graph again, and returns an infer request that uses all threads. It shares the weights."""
     compile_length: Callable[[int], Any]
     """Compiles the graph again for one input of a length, and returns an infer request that uses all threads. Used by one
     thread at a time."""
@@ -95,7 +97,7 @@ class Compiled(NamedTuple):
 
 
 def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayout, tuning: Tuning) -> Compiled:
-    """Compile a graph for all streams and, if the layout has it, for the latency request. They share the weights."""
+    """Compile a graph for all streams."""
     core = openvino().Core()
     try:
         graph = core.read_model(path)
@@ -103,30 +105,28 @@ def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayou
         dequantized_bytes = _dequantize_matrices(graph) if precision == "bf16" else 0
         options = _options(precision, layout.streams, layout.threads, tuning.fused_attention)
         streams = core.compile_model(graph, "CPU", options)
-        latency_model = None
-        options = _options(precision, 1, layout.threads, tuning.fused_attention_alone)
-        if layout.has_latency_request:
-            latency_model = core.compile_model(graph, "CPU", options)
     except RuntimeError as error:
         raise LoadError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
             "is compiled again, or choose the backend torch: `--backend torch`, or EMB_PROVIDER_BACKEND=torch."
         ) from error
-    compile_length = partial(_compile_length, core, graph, path, options)
-    return Compiled(streams, latency_model, compile_length, matrix_items, dequantized_bytes)
+    options = _options(precision, 1, layout.threads, tuning.fused_attention_alone)
+    compile_length = partial(_compile_request, core, graph, path, options)
+    return Compiled(streams, partial(compile_length, None), compile_length, matrix_items, dequantized_bytes)
 
 
-def _compile_length(core: Any, graph: Graph, path: Path, options: dict[str, Any], length: int) -> Any:
-    """Return an infer request for one input of a length."""
-    fixed = graph.clone()
-    fixed.reshape({each.any_name: [1, length] for each in fixed.inputs})
-    request = core.compile_model(fixed, "CPU", options).create_infer_request()
+def _compile_request(core: Any, graph: Graph, path: Path, options: dict[str, Any], length: int | None) -> Any:
+    """Return an infer request for one input of a length, or for inputs of all shapes."""
+    if length is not None:
+        graph = graph.clone()
+        graph.reshape({each.any_name: [1, length] for each in graph.inputs})
+    request = core.compile_model(graph, "CPU", options).create_infer_request()
     release_pages(path.with_suffix(".bin"))
     return request
 
 
 def release_pages(path: Path) -> None:
-    """Return the memory of a mapped file to the system. Pages that are needed later are read from the file again.
+    """Return the memory of a mapped file to the system. Pages that are needed later are read from the file again, singly.
 
     OpenVINO reads all matrices from the file with the weights when it arranges them for its kernels, and then hardly
     anything. Does nothing where the system has no `/proc/self/maps`.
@@ -143,6 +143,8 @@ def release_pages(path: Path) -> None:
         if mapping.endswith(name) and mapping.split(maxsplit=2)[1].startswith("r--"):
             start, end = (int(address, 16) for address in mapping.split(maxsplit=1)[0].split("-"))
             libc.madvise(start, end - start, mmap.MADV_DONTNEED)
+            # Otherwise a row of a token table can make 2 MB of the page cache resident.
+            libc.madvise(start, end - start, mmap.MADV_NOHUGEPAGE)
 
 
 def _matrices(graph: Graph) -> Iterator[tuple[Any, Literal["floats", "integers"]]]:

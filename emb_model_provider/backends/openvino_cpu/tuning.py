@@ -126,7 +126,8 @@ class _Contender:
 
     def __init__(self, graph: Path, description: ModelDescription, tuning: Tuning, cpus: int) -> None:
         started = time.monotonic()
-        self.backend = OpenVinoBackend(graph, replace(description, tuning=tuning), cpus=cpus)
+        tuned = replace(description, tuning=tuning)
+        self.backend = OpenVinoBackend(graph, tuned, cpus=cpus, compiles_latency=True)
         self.load_s = time.monotonic() - started
         self._vocab_size = description.vocab_size
         self._batches: dict[Workload, tuple[TokenBatch, int]] = {}

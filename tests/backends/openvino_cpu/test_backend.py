@@ -14,7 +14,14 @@ from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.openvino_cpu import infer_requests
 from emb_model_provider.backends.openvino_cpu.backend import MICRO_BATCH_TOKENS, OpenVinoBackend
-from emb_model_provider.backends.openvino_cpu.infer_requests import _USES_BEFORE_COMPILING, RequestPool, ShortRequests
+from emb_model_provider.backends.openvino_cpu.infer_requests import (
+    _USES_BEFORE_COMPILING,
+    LATENCY_TOKENS,
+    BackgroundCompiler,
+    LatencyRequest,
+    RequestPool,
+    ShortRequests,
+)
 from emb_model_provider.backends.openvino_cpu.runtime import Compiled, compile_streams
 from emb_model_provider.errors import InferenceError, LoadError
 
@@ -210,7 +217,8 @@ def test_short_inputs_run_without_a_graph_of_their_own(caplog: pytest.LogCapture
         failed.set()
         raise RuntimeError("no memory")
 
-    pool = RequestPool(["first", "second"], "latency", ShortRequests(fail, lambda *_: True, 512))
+    short = ShortRequests(fail, lambda *_: True, 512, BackgroundCompiler())
+    pool = RequestPool(["first", "second"], latency(), short)
     for _ in range(3 * _USES_BEFORE_COMPILING):
         with pool.acquire(1, 5) as acquired:
             assert acquired == ("latency", 16)
@@ -237,10 +245,20 @@ def test_a_graph_of_a_fixed_shape_with_other_results_is_not_used(graph: Path, mo
     backend = OpenVinoBackend(graph, description(), cpus=2)
     batch = random_batch(np.random.default_rng(5), 1, 16)
     backend.run(batch)
-    for thread in backend._requests._short._threads:  # type: ignore[union-attr]
+    for thread in backend._requests._short._background._threads:  # type: ignore[union-attr]
         thread.join(30)
     np.testing.assert_allclose(backend.run(batch).dense, expected(graph, batch), rtol=1e-4, atol=1e-5)
     assert other[0].runs == 1
+    backend.close()
+
+
+def test_a_graph_of_a_fixed_shape_is_compared_by_a_request_that_has_run_shorter_inputs(graph: Path) -> None:
+    backend = OpenVinoBackend(graph, description(), cpus=1)
+    backend.run(TokenBatch(ids=[[1], [1]], prompt_lengths=[0, 0]))
+    short = backend._requests._short
+    assert short is not None
+    short._compile(16)
+    assert 16 in short._requests
     backend.close()
 
 
@@ -257,10 +275,10 @@ class OtherRequest:
 
 
 def test_a_short_input_beside_another_batch_gets_a_stream() -> None:
-    short = ShortRequests(lambda length: f"length {length}", lambda *_: True, 512)
+    short = ShortRequests(lambda length: f"length {length}", lambda *_: True, 512, BackgroundCompiler())
     for length in (16, 32):
         short._compile(length)
-    pool = RequestPool(["first", "second"], "latency", short)
+    pool = RequestPool(["first", "second"], latency(), short)
     with pool.acquire(1, 17) as lone:
         assert lone == ("length 32", 32)
         with pool.acquire(1, 17) as concurrent:
@@ -270,9 +288,50 @@ def test_a_short_input_beside_another_batch_gets_a_stream() -> None:
             assert acquired == ("latency", length)
 
 
+def latency() -> LatencyRequest:
+    """Return one that is compiled."""
+    return LatencyRequest(lambda: "latency", None)
+
+
+def test_the_latency_request_is_compiled_after_some_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lone batches. A stream runs these meanwhile."""
+    started: list[threading.Thread] = []
+    start = infer_requests.start_thread
+    monkeypatch.setattr(infer_requests, "start_thread", lambda thread: (started.append(thread), start(thread)))
+    pool = RequestPool(["first", "second"], LatencyRequest(lambda: "latency", BackgroundCompiler()))
+    with pool.acquire(4, LATENCY_TOKENS // 8) as lone:
+        assert lone[0] == "second"
+        with pool.acquire(64, LATENCY_TOKENS) as concurrent:
+            assert concurrent[0] == "first"
+    assert not started
+    with pool.acquire(4, LATENCY_TOKENS // 8):
+        pass
+    started[0].join(30)
+    with pool.acquire(1, 5) as lone:
+        assert lone[0] == "latency"
+    assert len(started) == 1
+    pool.close()
+
+
+def test_a_lone_batch_runs_without_the_latency_request(caplog: pytest.LogCaptureFixture) -> None:
+    """If OpenVINO cannot compile it, which is logged once."""
+
+    def fail() -> Any:
+        raise RuntimeError("no memory")
+
+    background = BackgroundCompiler()
+    pool = RequestPool(["only"], LatencyRequest(fail, background))
+    for _ in range(3):
+        with pool.acquire(1, LATENCY_TOKENS) as lone:
+            assert lone[0] == "only"
+        for thread in background._threads:
+            thread.join(30)
+    assert caplog.text.count("no memory") == 1
+
+
 def test_a_lone_batch_gets_the_latency_request() -> None:
     """A batch that starts while another one runs gets a stream, also if the latency request is free again."""
-    pool = RequestPool(["first", "second"], "latency")
+    pool = RequestPool(["first", "second"], latency())
     with pool.acquire(2, 5) as lone:
         assert lone == ("latency", 5)
         with pool.acquire(2, 5) as concurrent:
@@ -307,7 +366,7 @@ def test_further_batches_wait_for_a_request() -> None:
 
 def test_a_closed_pool_raises() -> None:
     """A batch that is running when the model is closed must not wait forever for its next micro-batch."""
-    pool = RequestPool(["only"], "latency")
+    pool = RequestPool(["only"], latency())
     with pool.acquire(2, 5):
         pool.close()
     with pytest.raises(RuntimeError, match="closed"), pool.acquire(2, 5):
