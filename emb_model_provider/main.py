@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import gc
 import logging
 import os
 import socket
@@ -192,7 +193,8 @@ def _serve(
     faulthandler.enable()
     if inherited is not None and inherited.previous_end:
         logger.warning("restarted by the supervisor: the previous process %s", inherited.previous_end)
-    from emb_model_provider.process.server import serve
+    gc.disable()  # until a model is loaded (`freeze_gc`), because hardly anything that is imported is garbage
+    from emb_model_provider.process.startup import serve
 
     if inherited is None:
         return serve(settings, sockets, shutdown)

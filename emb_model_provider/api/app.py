@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from fastapi import FastAPI
@@ -33,6 +33,7 @@ from emb_model_provider.api.middleware import (
     TracingMiddleware,
     TrustedHostMiddleware,
 )
+from emb_model_provider.api.model_parts import create_model_parts
 from emb_model_provider.api.paths import CONSOLE, CONSOLE_SIGN_IN, PathMiddleware
 from emb_model_provider.api.quotas import Quotas
 from emb_model_provider.api.routes import (
@@ -62,18 +63,11 @@ from emb_model_provider.api.schemas.scores import REQUESTS
 from emb_model_provider.api.sessions import Sessions
 from emb_model_provider.api.worker_forwarding import Forwarding, PrivateApplication
 from emb_model_provider.api.worker_sync import AppliedByAll, Follower, OtherWorkers, Primary
-from emb_model_provider.backends.hardware import total_memory
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.formatting import describe_error
 from emb_model_provider.management.downloads import DownloadJobs
 from emb_model_provider.management.kept_models import KeptModels
-from emb_model_provider.management.manager import ModelManager
-from emb_model_provider.observability.metrics import Metrics
-from emb_model_provider.observability.tracing import start_tracing
-from emb_model_provider.registry import FollowedModels, OnDemandModels, Registry, RegistryConfig, State
-from emb_model_provider.serving.config import QUEUE_BYTES
-from emb_model_provider.serving.result_cache import ResultCache
-from emb_model_provider.settings import MemorySettings
+from emb_model_provider.registry import FollowedModels, OnDemandModels, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -81,11 +75,11 @@ if TYPE_CHECKING:
     from fastapi import APIRouter
     from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 
+    from emb_model_provider.api.model_parts import ModelParts
     from emb_model_provider.observability.metrics import RequestRecord
+    from emb_model_provider.registry import Registry
     from emb_model_provider.settings import ServerSettings, Settings
     from emb_model_provider.workers import Worker
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +89,6 @@ DESCRIPTION = (
     'Every error has OpenAI\'s form: `{"error": {"message", "type", "param", "code"}}`.'
 )
 
-_MEMORY_SHARE = 0.75
-"""How much of the memory of the machine models may take that requests load without a limit in the settings."""
 _JOBS_STOP_S = 2.0
 """How long downloads may take at shutdown to remove their partial files."""
 _ROUTERS = (
@@ -203,44 +195,22 @@ def create_app(
     worker: Worker | None = None,
     *,
     is_restarted: bool = False,
+    parts: ModelParts | None = None,
 ) -> Application:
     """Return the service as an ASGI application. `is_shutting_down` is called on any thread.
 
-    `worker` is the one of several that this process is, and `is_restarted` whether it takes the place of another process.
+    `worker` is the one of several that this process is, and `is_restarted` whether it takes the place of another process. Pass
+    `parts` if they load models already.
     """
     is_follower = worker is not None and not worker.is_primary
-    workers = worker.count if worker is not None else 1
     share = settings if worker is None else settings.share_of_worker()
-    result_cache = ResultCache(share.memory.result_cache_bytes)
-    metrics = Metrics(lambda: registry.statuses(), lambda: result_cache.size_bytes, worker)
-    manager = ModelManager(settings, on_work=metrics.on_work)
-    tracing = start_tracing()
 
     async def wait_for_workers() -> None:
         if isinstance(link, Primary):
             await link.wait_until_applied(unloaded=True)
 
-    registry = Registry(
-        settings.served_models(),
-        manager,
-        RegistryConfig(
-            batching=share.batching,
-            limits=settings.limits,
-            # The primary decides what is unloaded.
-            memory=MemorySettings(load_wait_s=settings.memory.load_wait_s) if is_follower else share.memory,
-            watchdog_s=settings.lifecycle.watchdog_s,
-            on_batch=metrics.on_batch if tracing is None else _each(metrics.on_batch, tracing.on_batch),
-            result_cache=result_cache,
-            on_lookup=metrics.on_lookup,
-            on_stages=metrics.on_stages if tracing is None else _each(metrics.on_stages, tracing.on_stages),
-            torch_while_compiling=settings.models.torch_while_compiling and not is_follower,
-            default_memory_bytes=(
-                int(_MEMORY_SHARE * total_memory()) // workers if settings.serves_cached and not is_follower else None
-            ),
-            wait_for_workers=wait_for_workers,
-            queue_bytes=QUEUE_BYTES // workers,
-        ),
-    )
+    parts = create_model_parts(settings, worker, wait_for_workers) if parts is None else parts
+    registry, manager, metrics, tracing = parts.registry, parts.manager, parts.metrics, parts.tracing
     jobs = DownloadJobs(manager)
     sessions = Sessions()
     kept = KeptModels(settings.hubs.cache_dir)
@@ -254,7 +224,7 @@ def create_app(
             tasks.append(asyncio.create_task(link.run()))
         else:
             _announce_console(settings.server, sessions)
-            start = _start(registry, settings, kept_aliases, on_nothing_to_serve, may_accept.set)
+            start = _start(parts, settings, kept_aliases, on_nothing_to_serve, may_accept.set)
             tasks.append(asyncio.create_task(start))
             await batch_service.start()
         if isinstance(link, Primary):
@@ -314,16 +284,6 @@ def _add_kept(settings: Settings, registry: Registry, kept: KeptModels) -> list[
                 "model %s is not served, although %s has it: %s", model.alias, kept.path, describe_error(error)
             )
     return aliases
-
-
-def _each(first: Callable[[T], None], second: Callable[[T], None]) -> Callable[[T], None]:
-    """Return a function that calls both."""
-
-    def call(record: T) -> None:
-        first(record)
-        second(record)
-
-    return call
 
 
 def _methods(routers: Iterable[APIRouter]) -> dict[str, set[str]]:
@@ -387,14 +347,14 @@ def _announce_console(server: ServerSettings, sessions: Sessions) -> None:
 
 
 async def _start(
-    registry: Registry,
+    parts: ModelParts,
     settings: Settings,
     kept: Sequence[str],
     on_nothing_to_serve: Callable[[], None],
     on_preloaded: Callable[[], None],
 ) -> None:
-    server = settings.server
-    has_models = await registry.preload()
+    server, registry = settings.server, parts.registry
+    has_models = await parts.begin_preloading()
     on_preloaded()
     if not has_models:
         logger.error("no model could be loaded: stopping")

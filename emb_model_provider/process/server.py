@@ -14,7 +14,6 @@ from emb_model_provider.api.app import create_app
 from emb_model_provider.api.http_protocol import HttpProtocol
 from emb_model_provider.api.limits import CONNECTIONS, MAY_ACCEPT, ConnectionLimiter
 from emb_model_provider.process.supervisor import HEARTBEAT_EVERY_S
-from emb_model_provider.serving.memory_tuning import limit_malloc_arenas
 
 if TYPE_CHECKING:
     import socket
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp
 
+    from emb_model_provider.api.model_parts import ModelParts
     from emb_model_provider.process.shutdown import ShutdownSignal
     from emb_model_provider.settings import Settings
     from emb_model_provider.workers import Worker
@@ -40,23 +40,18 @@ _CANCELLED_REQUESTS_S = 2.0
 """How long requests that are cancelled after the grace period may take to send their error."""
 
 
-def serve(
+async def serve(
     settings: Settings,
+    parts: ModelParts | None,
     sockets: list[socket.socket],
     shutdown: ShutdownSignal,
     *,
-    on_hung: Callable[[str], None] | None = None,
-    beat: Callable[[], None] | None = None,
-    worker: Worker | None = None,
-    is_restarted: bool = False,
+    on_hung: Callable[[str], None] | None,
+    beat: Callable[[], None] | None,
+    worker: Worker | None,
+    is_restarted: bool,
 ) -> int:
-    """Serve on the main thread until the process is to shut down; return its exit code, 1 if no model could be loaded.
-
-    `on_hung` is called with the reason if a model hangs permanently, and `beat` every `HEARTBEAT_EVERY_S` seconds on the
-    event loop. `worker` is the one of several that this process is, and `is_restarted` whether it takes the place of another
-    process.
-    """
-    limit_malloc_arenas()
+    """Serve until the process is to shut down; see `emb_model_provider.process.startup.serve`."""
     app = create_app(
         settings,
         on_nothing_to_serve=lambda: server.request_shutdown(exit_code=1),
@@ -64,6 +59,7 @@ def serve(
         is_shutting_down=lambda: server.should_exit,
         worker=worker,
         is_restarted=is_restarted,
+        parts=parts,
     )
     config = _config(app)
     grace_s = max(_MIN_GRACE_S, settings.lifecycle.shutdown_grace_s)
@@ -72,9 +68,7 @@ def serve(
     if worker is not None and app.private is not None:
         server.private = _PrivateSocket(worker.socket, _config(app.private), ConnectionLimiter(settings.limits))
     shutdown.on_shutdown(server.request_shutdown)
-    # Not `server.run()`, because that waits for all threads at the end, even for one that is downloading.
-    new_loop = config.get_loop_factory() or asyncio.new_event_loop
-    new_loop().run_until_complete(server.serve(sockets))
+    await server.serve(sockets)
     return server.exit_code
 
 

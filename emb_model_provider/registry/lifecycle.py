@@ -48,7 +48,7 @@ _STOPPING_RETRY_AFTER_S = 5.0
 _CHECK_EVERY_S = 1.0
 
 
-async def _no_workers() -> None:
+async def no_workers() -> None:
     """There are no other workers."""
 
 
@@ -61,7 +61,7 @@ class RegistryConfig(EngineConfig):
     """Whether torch runs a model in a process of its own while it is compiled."""
     default_memory_bytes: int | None = None
     """Without limits in the settings, models are evicted if all together take more than this."""
-    wait_for_workers: Callable[[], Awaitable[None]] = _no_workers
+    wait_for_workers: Callable[[], Awaitable[None]] = no_workers
     """Waits until the other workers of the service have unloaded the models that this one has unloaded."""
 
 

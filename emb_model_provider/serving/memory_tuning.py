@@ -21,10 +21,13 @@ def freeze_gc() -> None:
     Otherwise the collector scans the objects of libraries and models again and again, which takes a quarter of the
     event loop's time under load (see docs/performance.md).
     """
-    # Objects frozen by an earlier call may belong to a model that has been unloaded, so they are collected too.
-    gc.unfreeze()
-    gc.collect()
+    # Objects frozen by an earlier call may belong to a model that has been unloaded, so they are collected too. Not while a
+    # service starts, which has disabled the collector, because hardly anything that is imported is garbage.
+    if gc.isenabled():
+        gc.unfreeze()
+        gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(_GC_THRESHOLD, 10, 10)
 
 

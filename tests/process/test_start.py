@@ -110,6 +110,29 @@ def test_service_with_a_read_only_root_serves(tmp_path: Path) -> None:
     assert ["EMB_PROVIDER_LOG_DIR=logs" in line["message"] for line in lines if line["level"] == "WARNING"] == [True]
 
 
+_NOT_AT_START = {
+    "alembic", "httpx", "huggingface_hub", "modelscope_hub", "nncf", "numpy.ma", "openvino.frontend.tensorflow",
+    "openvino.tools.ovc.convert", "opentelemetry.sdk", "pandas", "psycopg", "pyarrow", "scipy",
+    "sentence_transformers", "sqlalchemy", "torch", "tqdm", "transformers",
+}  # fmt: skip
+"""Large modules that a service with compiled models does not need, or not before it uses a hub or its Batch API."""
+
+
+def test_start_with_a_compiled_model_imports_no_large_library(tmp_path: Path, service_cache: str) -> None:
+    """Also with the first request. The modules that the real process imports are those of `-X importtime`."""
+    settings = {"CACHE_DIR": service_cache, "BACKEND": "openvino"}
+    with Service(tmp_path / "first", **settings) as service:
+        service.wait()
+    command = [sys.executable, "-X", "importtime", *COMMAND[1:]]
+    with Service(tmp_path / "second", command=command, **settings) as service:
+        service.wait()
+        assert service.embed("hello").status_code == 200
+        lines = service.stderr_text().splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert {"fastapi", "numpy", "openvino", "tokenizers"} <= imported
+    assert imported & _NOT_AT_START == set()
+
+
 def errors(service: Service) -> list[str]:
     return [line["message"] for line in service.log_lines(level="ERROR")]
 
