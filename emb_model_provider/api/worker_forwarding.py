@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import httpx
 from starlette.requests import ClientDisconnect
 
 from emb_model_provider.api.dependencies import REPLAYED
@@ -108,6 +107,8 @@ class Forwarding:
             await asyncio.gather(exchange, watching, return_exceptions=True)
 
     async def _exchange(self, scope: Scope, body: AsyncIterator[bytes], send: Send, received: asyncio.Event) -> bool:
+        import httpx  # here, because a service with one worker does not need it
+
         names = {name for name, _ in scope["headers"]}
         has_body = b"content-length" in names or b"transfer-encoding" in names
         if not has_body:

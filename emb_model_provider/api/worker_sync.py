@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import httpx
-
 from emb_model_provider.api.paths import is_inference_request
 from emb_model_provider.errors import ProviderError
 from emb_model_provider.workers import PRIMARY, socket_path
@@ -25,6 +23,7 @@ from emb_model_provider.workers import PRIMARY, socket_path
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import httpx
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from emb_model_provider.api.batch_service import BatchService
@@ -225,6 +224,8 @@ class Follower:
 
     async def run(self) -> None:
         """Follow the primary until cancelled."""
+        import httpx  # here and below, because a service with one worker does not need it
+
         transport = transport_to(self._worker, PRIMARY)
         async with httpx.AsyncClient(transport=transport, base_url=WORKER_URL, timeout=_TIMEOUT_S) as client:
             while True:
@@ -272,6 +273,7 @@ class OtherWorkers:
 
     async def metrics(self) -> list[str]:
         """Return those metrics of each other worker that are read at each scrape, without workers that do not answer."""
+        import httpx
 
         async def ask(transport: httpx.AsyncHTTPTransport) -> str:
             request = httpx.Request("GET", WORKER_URL + _METRICS_PATH)
@@ -287,5 +289,7 @@ class OtherWorkers:
 
 
 def transport_to(worker: Worker, index: int) -> httpx.AsyncHTTPTransport:
+    import httpx
+
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
     return httpx.AsyncHTTPTransport(uds=str(socket_path(worker.directory, index)), limits=limits)
