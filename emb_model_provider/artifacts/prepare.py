@@ -218,7 +218,7 @@ class BackendPreparer:
             OperationCancelledError: `cancel` was cancelled.
         """
         from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-        from emb_model_provider.backends.openvino_cpu.tuning import tune
+        from emb_model_provider.backends.openvino_cpu.tuning import measure_int8_gain, tune
 
         name = snapshot.repository
         if not _uses_openvino(spec) or routes_of(Repository.of(snapshot)) is not None:
@@ -244,6 +244,9 @@ class BackendPreparer:
                 tuned.close()
             if not self._is_accurate(description, difference):
                 tuning = Tuning()
+            if description.compute == "int8":
+                gain = measure_int8_gain(graph, replace(description, tuning=tuning), within_s=within_s / 4)
+                tuning = replace(tuning, int8_gain=gain)
             try:
                 record_tuning(artifact.directory, tuning)
             except OSError as error:
@@ -361,7 +364,8 @@ class BackendPreparer:
         notes = (*notes, *found)
         description = artifact.description
         computed = description.compute or description.precision
-        if (note := precision_note(spec.precision, computed, native_bf16=native_bf16())) is not None:
+        gain = description.tuning.int8_gain
+        if (note := precision_note(spec.precision, computed, native_bf16=native_bf16(), int8_gain=gain)) is not None:
             notes = (note, *notes)
         description = replace(
             description, prompts={**description.prompts, **(spec.prompts or {})}, notes=(*description.notes, *notes)

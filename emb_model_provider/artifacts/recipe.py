@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMAT = 6
 """Increased by hand whenever the compiler makes another artifact of the same snapshot."""
+_QUANTIZED_FORMAT = 2
+"""The same for integer weights only. 2: matrices are rounded by GPTQ."""
 
 RUNTIME_PACKAGES = ("openvino", "tokenizers")
 """Packages that serve an artifact. With another version of them the artifact must be compared again."""
@@ -52,7 +54,10 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True))
+        formats = {"format": FORMAT}
+        if self.weights in ("int8", "int4"):
+            formats["quantized_format"] = _QUANTIZED_FORMAT
+        values: dict[str, Any] = json.loads(json.dumps({**formats, **asdict(self)}, sort_keys=True))
         return values
 
     def can_serve(self, other: Mapping[str, Any]) -> bool:
@@ -106,20 +111,28 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def precision_note(requested: Precision, computed: ComputePrecision, *, native_bf16: bool) -> str | None:
+def precision_note(
+    requested: Precision, computed: ComputePrecision, *, native_bf16: bool, int8_gain: float | None = None
+) -> str | None:
     """Return a note on why a model computes in another precision than the requested one, or None.
 
     Args:
         requested: The precision of the settings.
         computed: The precision of the artifact.
         native_bf16: Whether this processor supports bf16 natively. If so, the artifact says why it is at fp32.
+        int8_gain: See `Tuning`.
     """
     if requested in ("int8", "int4"):
         stored = {
             "int8": "in 8 bits",
             "int4": "in 4 bits if that costs little accuracy, above all those of the token table, and else in 8 bits",
         }
-        how = "with activations as 8-bit integers" if computed == "int8" else f"in {computed}"
+        how = f"in {computed}, about as fast as at precision auto"
+        if computed == "int8":
+            speed = "its speed on this processor was not measured: emb-provider tune MODEL"
+            if int8_gain is not None:
+                speed = f"{int8_gain:.2f} times as fast as in {'bf16' if native_bf16 else 'fp32'} on this processor"
+            how = f"with activations as 8-bit integers ({speed})"
         return f"precision {requested} on a CPU: weights are stored {stored[requested]}; the model computes {how}"
     if requested == "fp16":
         return (

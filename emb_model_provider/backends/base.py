@@ -190,6 +190,9 @@ class Tuning:
     """The same for a request that is alone, and runs on all threads."""
     streams: int | None = None
     """Number of batches that run at the same time. None: see `stream_layout`."""
+    int8_gain: float | None = None
+    """How many times as fast the model is with quantized activations as without. None: not measured, or they are not
+    quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,8 @@ class ModelDescription:
     compute: ComputePrecision | None = None
     """Precision of the computation if it differs from `precision`: weights that are stored in int4 may be computed in
     bf16. int8 means that activations are quantized, too, during inference."""
+    activation_group: int | None = None
+    """Values of an activation that share a scale when `compute` is int8. None: see `openvino_cpu.runtime`."""
     own_calibration: Calibration | None = None
     """The calibration of a model without fidelity."""
     tuning: Tuning = Tuning()

@@ -36,7 +36,7 @@ def tune(model: str, source: Source | None, precision: Precision | None, seconds
     could bring a model below its accuracy floor, nothing is changed. MODEL is an alias of the settings, a repository id
     or a directory. It is downloaded and compiled if necessary.
 
-    JSON: {"model", "tuning": {fused_attention, fused_attention_alone, streams}, "trials": [{"tuning", "ratios":
+    JSON: {"model", "tuning": {fused_attention, fused_attention_alone, streams, int8_gain}, "trials": [{"tuning", "ratios":
     {"INPUTSxTOKENS": speed relative to before}, "gain", "is_kept"}]}.
     """
     from emb_model_provider.model_resolver import resolve_model

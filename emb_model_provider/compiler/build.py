@@ -13,8 +13,8 @@ from emb_model_provider.artifacts.manifest import GRAPH, TOKENIZER, probe, write
 from emb_model_provider.backends.arrays import finite_rows
 from emb_model_provider.backends.base import Tuning
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_cpu.runtime import openvino
-from emb_model_provider.backends.openvino_cpu.tuning import tune
+from emb_model_provider.backends.openvino_cpu.runtime import ACTIVATION_GROUPS, openvino
+from emb_model_provider.backends.openvino_cpu.tuning import measure_int8_gain, tune
 from emb_model_provider.backends.pipeline_plan import plan_pipeline
 from emb_model_provider.backends.pytorch.description import describe
 from emb_model_provider.backends.pytorch.heads import Served, serve_pipeline
@@ -308,16 +308,34 @@ class _Verification:
         """
         compute = self._job.recipe.compute[0]
         tuning = Tuning()
-        if self._job.tune_s and graph.name != _EXACT_GRAPH:
+        tunes = self._job.tune_s > 0 and graph.name != _EXACT_GRAPH
+        if tunes:
             on_step("tune")
             described = replace(description, compute=compute)
+            if compute == "int8":
+                described = replace(described, activation_group=max(ACTIVATION_GROUPS))
             tuning = tune(graph, described, within_s=self._job.tune_s, cpus=self._job.threads)
         on_step("measure" if description.precision in ACCURACY_TARGETS else "verify")
-        tuned, reasons = self._verify(graph, replace(description, tuning=tuning))
-        if tuning == Tuning() or (tuned is not None and (tuned.compute or tuned.precision) == compute):
-            return tuned, reasons
-        # The results differ by rounding from those with the default options, which may be accurate enough.
-        return self._verify(graph, description)
+        accurate, reasons = self._verify(graph, replace(description, tuning=tuning))
+        if tuning != Tuning() and (accurate is None or (accurate.compute or accurate.precision) != compute):
+            # The results differ by rounding from those with the default options, which may be accurate enough.
+            accurate, reasons = self._verify(graph, description)
+        if tunes and accurate is not None and accurate.compute == "int8":
+            return self._require_gain(graph, description, accurate), reasons
+        return accurate, reasons
+
+    def _require_gain(self, graph: Path, description: ModelDescription, accurate: ModelDescription) -> ModelDescription:
+        """Return the description of a model that computes in int8, or at the next precision if that is faster."""
+        gain = measure_int8_gain(graph, accurate, within_s=self._job.tune_s, cpus=self._job.threads)
+        if gain is not None and gain < 1:
+            slower = replace(description, tuning=accurate.tuning)
+            other, _ = self._first_accurate(graph, self._job.recipe.compute[1:], slower)
+            if other is not None and other.compute is not None:
+                note = (
+                    f"computed in {other.compute}, because 8-bit activations are slower here ({gain:.2f} times as fast)"
+                )
+                return replace(other, notes=(*other.notes, note))
+        return replace(accurate, tuning=replace(accurate.tuning, int8_gain=gain))
 
     def _verify(self, graph: Path, description: ModelDescription) -> tuple[ModelDescription | None, list[str]]:
         compute = self._job.recipe.compute
@@ -345,7 +363,7 @@ class _Verification:
         """Return the description at the first precision that is accurate enough, and why those before it are not.
 
         Integer weights are only measured, because their floor is a setting of the service. But 8-bit activations are
-        used only if they reach the accuracy target of the weights.
+        used only if they reach the accuracy target of the weights, with as many values per scale as possible.
         """
         reasons: list[str] = []
         target = ACCURACY_TARGETS.get(description.precision)
@@ -354,21 +372,42 @@ class _Verification:
             candidate = exact if target is None else replace(description, compute=precision)
             if precision == "fp32" and target is None and self._is_reference:
                 return self._accept_reference(graph, candidate, reasons), reasons
-            try:
-                fidelity = self._compare(graph, candidate, exact=target is None)
-            except MismatchError as error:
-                reasons.append(f"at {precision}, {error}")
-                continue
-            if target is not None and precision == "int8" and not _reaches(fidelity, *target):
-                reached = ", ".join(f"{output} {value:.4f}" for output, value in fidelity.agreement.items())
-                reasons.append(
-                    f"with activations in 8 bits (agreement: {reached}; {fidelity.top10_overlap or 0:.4f} of neighbors "
-                    f"kept; the targets are {target[0]} and {target[1]})"
-                )
-                continue
-            notes = (_note(precision, reason) for reason in reasons)
-            return replace(candidate, fidelity=fidelity, notes=(*description.notes, *notes)), reasons
+            if target is not None and precision == "int8":
+                measured, reason = self._first_accurate_group(graph, candidate, target)
+            else:
+                measured, reason = self._measure_at(graph, candidate, exact=target is None)
+            if measured is not None:
+                notes = (_note(precision, reason) for reason in reasons)
+                return replace(measured, notes=(*description.notes, *notes)), reasons
+            reasons.append(reason)
         return None, reasons
+
+    def _first_accurate_group(
+        self, graph: Path, description: ModelDescription, target: tuple[float, float]
+    ) -> tuple[ModelDescription | None, str]:
+        """Return the description with the most values per scale of an activation that reach a target, or why none do."""
+        reason = ""
+        for group in ACTIVATION_GROUPS:
+            measured, reason = self._measure_at(graph, replace(description, activation_group=group), exact=False)
+            if measured is None or measured.fidelity is None:
+                continue
+            if _reaches(measured.fidelity, *target):
+                return measured, ""
+            reached = ", ".join(f"{output} {value:.4f}" for output, value in measured.fidelity.agreement.items())
+            reason = (
+                f"with activations in 8 bits (agreement: {reached}; {measured.fidelity.top10_overlap or 0:.4f} of "
+                f"neighbors kept; the targets are {target[0]} and {target[1]})"
+            )
+        return None, reason
+
+    def _measure_at(
+        self, graph: Path, description: ModelDescription, *, exact: bool
+    ) -> tuple[ModelDescription | None, str]:
+        """Return a description with its fidelity, or why its results are not those of the reference."""
+        try:
+            return replace(description, fidelity=self._compare(graph, description, exact=exact)), ""
+        except MismatchError as error:
+            return None, f"at {description.compute or description.precision}, {error}"
 
     @property
     def _is_reference(self) -> bool:

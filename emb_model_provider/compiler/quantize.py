@@ -1,9 +1,10 @@
 """Quantizes the weights of a graph to int8 or int4 with nncf.
 
-int8: every table and matrix in 8 bits, with a scale and a zero point per row.
+int8: every table and matrix in 8 bits, with a scale and a zero point per row. Matrices are rounded by GPTQ over the
+calibration texts.
 int4: the table of token vectors in 4 bits, with a scale and a zero point per 32 values, everything else in 8 bits. If
 that exceeds 21.5 % of the size at fp32, as many matrices as necessary are in 4 bits, too: those that lose least, by
-GPTQ over the calibration texts.
+GPTQ over the calibration texts. The matrices in 8 bits are rounded as for int8.
 
 So int4 takes at most 22 % of fp32. The table comes first, because an error in a table affects one token, and an error
 in a matrix affects all tokens (see docs/precision.md).
@@ -23,6 +24,7 @@ from emb_model_provider.backends.openvino_cpu.runtime import openvino
 from emb_model_provider.backends.pairs import PairTokenization
 from emb_model_provider.backends.tokenization import Tokenization
 from emb_model_provider.compiler.failures import is_temporary
+from emb_model_provider.compiler.rounding import round_matrices
 from emb_model_provider.fidelity.texts import calibration_texts
 from emb_model_provider.formatting import describe_error
 
@@ -47,7 +49,8 @@ _BITS_8, _BITS_4 = 8.1, 4 + (16 + 4) / _GROUP
 _MIN_TABLE_ROWS = 16
 """Smaller tables, such as that of token types, are not quantized, because each row is added to many tokens."""
 _GPTQ_VALUES = 50_000_000
-"""Largest number of values for GPTQ, which takes about 10 minutes for them on two cores. More are rounded to nearest."""
+"""Largest number of values for GPTQ, which takes about 10 minutes for them on two cores in 4 bits, and 2 minutes in 8.
+More are rounded to nearest."""
 _MAX_CALIBRATION_TOKENS = 256
 _CALIBRATION_QUERIES = 8
 _QUANTIZABLE = ("MatMul", "Gather", "Convolution", "GroupConvolution", "Broadcast", "Einsum")
@@ -86,14 +89,20 @@ def quantize(graph: Graph, weights: QuantizedWeights, description: ModelDescript
     found = [weight for weight in found if weight.node not in small]
     if not found:
         return graph
+    exact = graph.clone()
     try:
         if weights == "int4":
             graph = _quantize_to_int4(nncf, graph, found, description)
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=_ignore(nncf, small))
+        graph = nncf.compress_weights(
+            graph, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=_ignore(nncf, small)
+        )
+        if sum(weight.values for weight in found if not weight.is_table) <= _GPTQ_VALUES:
+            round_matrices(graph, exact, calibration_inputs(description))
     except Exception as error:
         if is_temporary(error):
             raise
         raise QuantizeError(f"nncf cannot quantize it to {weights}: {describe_error(error)}") from error
+    return graph
 
 
 def calibration_inputs(description: ModelDescription) -> list[dict[str, NDArray[np.int64]]]:

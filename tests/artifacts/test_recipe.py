@@ -73,10 +73,36 @@ def test_tools_that_are_not_installed_are_not_compared(directory: Path, monkeypa
 def test_a_note_says_how_integer_weights_are_stored_and_computed() -> None:
     """int8 and int4 always have a note."""
     assert precision_note("int8", "bf16", native_bf16=True) == (
-        "precision int8 on a CPU: weights are stored in 8 bits; the model computes in bf16"
+        "precision int8 on a CPU: weights are stored in 8 bits; the model computes in bf16, about as fast as at "
+        "precision auto"
     )
-    assert "with activations as 8-bit integers" in str(precision_note("int4", "int8", native_bf16=True))
     assert "in 4 bits if that costs little accuracy" in str(precision_note("int4", "fp32", native_bf16=False))
+
+
+@pytest.mark.parametrize(
+    ("gain", "bf16", "expected"),
+    [
+        (1.607, False, "1.61 times as fast as in fp32 on this processor"),
+        (0.9, True, "0.90 times as fast as in bf16 on this processor"),
+        (None, True, "its speed on this processor was not measured: emb-provider tune MODEL"),
+    ],
+)
+def test_a_note_says_how_fast_quantized_activations_are(gain: float | None, bf16: bool, expected: str) -> None:
+    """Relative to the precision of `auto`, and also if they are slower."""
+    note = str(precision_note("int4", "int8", native_bf16=bf16, int8_gain=gain))
+    assert note.endswith(f"the model computes with activations as 8-bit integers ({expected})")
+
+
+def test_only_quantized_artifacts_are_compiled_again_for_another_rounding(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artifact that was rounded otherwise does not serve, not even where nothing can be compiled."""
+    exact, quantized = recipe(directory, "fp32"), recipe(directory, "int8")
+    keys, old = (exact.key, quantized.key), quantized.as_json()
+    monkeypatch.setattr(recipes, "_QUANTIZED_FORMAT", 1000)
+    assert exact.key == keys[0]
+    assert quantized.key != keys[1]
+    assert not quantized.can_serve(old)
 
 
 def test_there_is_no_note_if_the_requested_precision_is_used() -> None:

@@ -14,7 +14,7 @@ from emb_model_provider.artifacts.manifest import GRAPH, MANIFEST, read_artifact
 from emb_model_provider.backends.base import Fidelity, Tuning
 from emb_model_provider.backends.openvino_cpu import tuning as tuning_module
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_cpu.tuning import Trial, tune
+from emb_model_provider.backends.openvino_cpu.tuning import Trial, measure_int8_gain, tune
 from emb_model_provider.errors import LoadError
 from emb_model_provider.fidelity.compare import MismatchError
 from tests.artifacts.helpers import FAMILY, CompiledModels, Harness, compile_here
@@ -40,7 +40,8 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         for key, factor in factors.items():
             name, _, rest = key.partition("=")
             value, _, only = rest.partition("@")
-            if str(getattr(tuning, name)) == value and only in ("", f"{workload[0]}x{workload[1]}"):
+            options = tuning if hasattr(tuning, name) else contender.backend.description
+            if str(getattr(options, name)) == value and only in ("", f"{workload[0]}x{workload[1]}"):
                 seconds /= factor
         return seconds
 
@@ -76,6 +77,31 @@ def test_noise_is_not_a_gain(compiled: CompiledModels, speeds: dict[str, float])
     found, trials = run_tune(compiled)
     assert found == Tuning()
     assert not any(trial.is_kept for trial in trials)
+
+
+@pytest.mark.parametrize("within_s", [0, 1e6])
+def test_the_gain_of_quantized_activations(compiled: CompiledModels, speeds: dict[str, float], within_s: float) -> None:
+    """Relative to floats with the same options, and however little time there is. Values below 1 are losses."""
+    model = compiled(FAMILY)
+    described = replace(model.description, compute="int8", tuning=OTHER)
+
+    def measure() -> float | None:
+        return measure_int8_gain(model.artifact.directory / GRAPH, described, within_s=within_s, cpus=2)
+
+    assert measure() == pytest.approx(1.0)
+    speeds["compute=int8"] = 1.6
+    assert measure() == pytest.approx(1.6)
+    speeds["compute=int8"] = 0.5
+    assert measure() == pytest.approx(0.5)
+
+
+def test_the_gain_is_not_measured_without_memory_for_a_second_model(
+    compiled: CompiledModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning_module, "free_memory", lambda: 1000)
+    model = compiled(FAMILY)
+    described = replace(model.description, compute="int8")
+    assert measure_int8_gain(model.artifact.directory / GRAPH, described, within_s=1) is None
 
 
 def test_options_without_time_keep_their_defaults(compiled: CompiledModels, speeds: dict[str, float]) -> None:
@@ -181,6 +207,27 @@ def test_tuning_again_is_checked_against_the_floor(
     monkeypatch.setattr(prepare, "compare", lambda *_, **__: fidelity)
     found = harness.preparer().tune(spec_of(), snapshot_of(harness.directory), within_s=1)
     assert found == harness.describe().tuning == expected
+
+
+@pytest.mark.parametrize(("compute", "expected"), [("int8", 1.25), ("fp32", None)])
+def test_tuning_again_measures_the_gain_of_quantized_activations(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, compute: str, expected: float | None
+) -> None:
+    """It is kept with the options of this processor, and only such a model has one."""
+    harness.prepare()
+    (manifest_path,) = (harness.cache / "artifacts").glob(f"*/{MANIFEST}")
+    content = json.loads(manifest_path.read_text())
+    content["description"] |= {"compute": compute, "activation_group": 64}
+    manifest_path.write_text(json.dumps(content))
+    monkeypatch.setattr(tuning_module, "tune", lambda *_, **__: Tuning(streams=1))
+    monkeypatch.setattr(tuning_module, "measure_int8_gain", lambda *_, **__: 1.25)
+    fidelity = Fidelity(min_cosine=1.0, mean_cosine=1.0, texts=1)
+    monkeypatch.setattr(prepare, "compare", lambda *_, **__: fidelity)
+    found = harness.preparer().tune(spec_of(), snapshot_of(harness.directory), within_s=1)
+    assert found == Tuning(streams=1, int8_gain=expected)
+    artifact = read_artifact(manifest_path.parent)
+    assert artifact is not None
+    assert (artifact.description.tuning, artifact.description.activation_group) == (found, 64)
 
 
 def test_a_model_of_torch_cannot_be_tuned(harness: Harness) -> None:

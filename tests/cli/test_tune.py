@@ -20,7 +20,7 @@ def test_trials_are_printed_and_the_options_kept(compiled: Compiled) -> None:
     assert printed.returncode == 0, printed.stderr
     values = json.loads(printed.stdout)
     assert values["model"] == "small"
-    assert set(values["tuning"]) == {"fused_attention", "fused_attention_alone", "streams"}
+    assert set(values["tuning"]) == {"fused_attention", "fused_attention_alone", "streams", "int8_gain"}
     first = values["trials"][0]
     assert first["tuning"]["fused_attention"] is False
     assert all(ratio > 0 for ratio in first["ratios"].values())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from transformers import BertConfig, BertModel
 
-from emb_model_provider.backends.base import Fidelity
+from emb_model_provider.artifacts.manifest import read_artifact
+from emb_model_provider.backends.base import Fidelity, Tuning
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.compiler.export import EXPORTERS, trace
 from emb_model_provider.fidelity.compare import MIN_COSINE, MismatchError, compare
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from emb_model_provider.backends.base import Backend
+    from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
     from emb_model_provider.fidelity.compare import Case
 
 
@@ -205,6 +207,49 @@ def test_activations_are_quantized_only_if_that_is_accurate_enough(compiled: Com
     description = manifest(tmp_path)["description"]
     assert description["compute"] == ("bf16" if native_bf16() else "fp32")
     assert any("not accurate enough with activations in 8 bits" in note for note in description["notes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kept", "gain", "expected"),
+    [
+        ({64: 0.97, 32: 0.98}, 1.6, ("int8", 64, 1.6)),
+        ({64: 0.9699, 32: 0.97}, 1.2, ("int8", 32, 1.2)),
+        ({64: 0.97, 32: 0.98}, None, ("int8", 64, None)),
+        ({64: 0.9699, 32: 0.9699}, 1.6, ("fp32", None, None)),
+        ({64: 0.97, 32: 0.98}, 0.99, ("fp32", None, None)),
+    ],
+)
+def test_activations_share_scales_as_far_as_the_accuracy_allows(
+    compiled: CompiledModels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: dict[int, float],
+    gain: float | None,
+    expected: tuple[str, int | None, float | None],
+) -> None:
+    """Floats are used if no group is accurate enough, or if they are faster here."""
+
+    def measure(backend: OpenVinoBackend, *_: object, **__: object) -> Fidelity:
+        group = backend.description.activation_group
+        overlap = kept[group] if group is not None else 0.99
+        return Fidelity(min_cosine=0.999, mean_cosine=1.0, texts=1, top10_overlap=overlap)
+
+    monkeypatch.setattr("emb_model_provider.compiler.build.tune", lambda *_, **__: Tuning(streams=1))
+    monkeypatch.setattr("emb_model_provider.compiler.build.measure_int8_gain", lambda *_, **__: gain)
+    result, _ = compile_here(
+        compiled.directory(FAMILY), tmp_path, bf16=False, int8=True, precision="int8", measure=measure, tune_s=1.0
+    )
+    assert result.outcome == "done"
+    artifact = read_artifact(tmp_path)
+    assert artifact is not None
+    description = artifact.description
+    assert (description.compute, description.activation_group, description.tuning.int8_gain) == expected
+    assert description.fidelity is not None
+    assert description.fidelity.top10_overlap == (kept[expected[1]] if expected[1] is not None else 0.99)
+    slower = [note for note in description.notes if "slower here (0.99 times as fast)" in note]
+    inaccurate = [note for note in description.notes if "0.9699 of neighbors kept" in note]
+    assert (len(slower), len(inaccurate)) == (int(gain == 0.99), int(expected[0] == "fp32" and gain != 0.99))
 
 
 def test_a_model_whose_vectors_depend_on_padding_is_not_compiled(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _model_object(status: ModelStatus, alias: str) -> ModelObject:
 def _tuning(description: ModelDescription | None) -> TuningObject | None:
     if description is None or description.backend != "openvino":
         return None
-    return TuningObject(**asdict(description.tuning))
+    return TuningObject(activation_group=description.activation_group, **asdict(description.tuning))
 
 
 def _output_types(description: ModelDescription) -> OutputTypes | None:

@@ -157,6 +157,13 @@ class TuningObject(BaseModel):
     fused_attention: bool = Field(description="Whether one kernel computes the attention of batches.")
     fused_attention_alone: bool = Field(description="The same for a request that is alone.")
     streams: int | None = Field(description="Batches that run at the same time. Null: one per processor, up to four.")
+    activation_group: int | None = Field(
+        description="Values of an activation that share a scale, if activations are quantized to 8 bits; else null."
+    )
+    int8_gain: float | None = Field(
+        description="How many times as fast the model is with activations in 8 bits as without, on this processor. Null: they "
+        "are not quantized, or it was not measured."
+    )
 
 
 class ModelObject(BaseModel):

@@ -79,7 +79,7 @@ class OpenVinoBackend:
         layout = stream_layout(usable_cpus() if cpus is None else cpus, tuning.streams)
         self.streams = layout.streams
         compute = description.compute or description.precision
-        compiled = compile_streams(graph, compute, layout, tuning)
+        compiled = compile_streams(graph, compute, layout, tuning, description.activation_group)
         stored = graph.with_suffix(".bin").stat().st_size
         background = BackgroundCompiler()
         latency = short = None

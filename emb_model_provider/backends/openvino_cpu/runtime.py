@@ -32,8 +32,9 @@ Graph = Any
 _MAX_STREAMS = 4
 """With more processors, a stream gets several threads, because one thread is slow at a long text. Not measured with more
 than two processors."""
-_ACTIVATION_GROUP = 32
-"""Values of an activation that share a scale when they are quantized."""
+ACTIVATION_GROUPS = (64, 32)
+"""Values of an activation that share a scale when they are quantized. With more, a model is faster and less accurate; with
+128 it is hardly faster, with 16 as slow as without quantization (see docs/performance.md)."""
 _HINTS: dict[ComputePrecision, str] = {"fp32": "f32", "bf16": "bf16"}
 _DEQUANTIZING = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """Operations that dequantize integers, as nncf writes them into a graph."""
@@ -96,21 +97,27 @@ class Compiled(NamedTuple):
     """Bytes of the matrices that were stored as integers and dequantized when the graph was compiled."""
 
 
-def compile_streams(path: Path, precision: ComputePrecision, layout: StreamLayout, tuning: Tuning) -> Compiled:
-    """Compile a graph for all streams."""
+def compile_streams(
+    path: Path, precision: ComputePrecision, layout: StreamLayout, tuning: Tuning, activation_group: int | None = None
+) -> Compiled:
+    """Compile a graph for all streams.
+
+    `activation_group` is that of the description, by default the most accurate one.
+    """
     core = openvino().Core()
     try:
         graph = core.read_model(path)
         matrix_items = sum(math.prod(operand.get_source_output().get_shape()) for operand, _ in _matrices(graph))
         dequantized_bytes = _dequantize_matrices(graph) if precision == "bf16" else 0
-        options = _options(precision, layout.streams, layout.threads, tuning.fused_attention)
+        group = activation_group or min(ACTIVATION_GROUPS)
+        options = _options(precision, layout.streams, layout.threads, tuning.fused_attention, group)
         streams = core.compile_model(graph, "CPU", options)
     except RuntimeError as error:
         raise LoadError(
             f"OpenVINO cannot run {path}: {str(error).strip().splitlines()[-1]}. Remove its directory, so that it "
             "is compiled again, or choose the backend torch: `--backend torch`, or EMB_PROVIDER_BACKEND=torch."
         ) from error
-    options = _options(precision, 1, layout.threads, tuning.fused_attention_alone)
+    options = _options(precision, 1, layout.threads, tuning.fused_attention_alone, group)
     compile_length = partial(_compile_request, core, graph, path, options)
     return Compiled(streams, partial(compile_length, None), compile_length, matrix_items, dequantized_bytes)
 
@@ -192,12 +199,19 @@ def _stored(value: Any) -> Literal["floats", "integers"] | None:
     return "integers" if integers else "floats"
 
 
-def _options(precision: ComputePrecision, streams: int, threads: int, fused_attention: bool) -> dict[str, Any]:
+def float_precision() -> ComputePrecision:
+    """Return the faster precision of this processor for what is not quantized: fp32 or bf16."""
+    return "bf16" if native_bf16() else "fp32"
+
+
+def _options(
+    precision: ComputePrecision, streams: int, threads: int, fused_attention: bool, activation_group: int
+) -> dict[str, Any]:
     quantized = precision == "int8"
-    rest: ComputePrecision = ("bf16" if native_bf16() else "fp32") if quantized else precision
+    rest = float_precision() if quantized else precision
     options = {
         "INFERENCE_PRECISION_HINT": _HINTS[rest],
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_ACTIVATION_GROUP if quantized else 0),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(activation_group if quantized else 0),
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
         # Pinned threads of two processes in one container would share a core while another core is idle.

@@ -20,7 +20,7 @@ import numpy as np
 from emb_model_provider.backends.base import TokenBatch, Tuning
 from emb_model_provider.backends.hardware import free_memory, usable_cpus
 from emb_model_provider.backends.openvino_cpu.backend import OpenVinoBackend
-from emb_model_provider.backends.openvino_cpu.runtime import stream_layout
+from emb_model_provider.backends.openvino_cpu.runtime import float_precision, stream_layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +40,8 @@ _MIN_GAIN_UNFUSED = 1.1
 _MAX_LOSS = 0.9
 """No workload may become slower than this share of its speed before."""
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 25
+_MIN_GAIN_ROUNDS = 3
+"""Fewer are enough for the gain of quantized activations, because they are not compared with a small threshold."""
 _MEASURED_S = 0.02
 """A measurement takes at least about this long."""
 
@@ -94,7 +96,7 @@ def tune(
                     continue
                 challenger = _Contender(graph, description, candidate, cpus)
                 ratios = _compare(champion, challenger, workloads, min(rounds, _MAX_ROUNDS))
-                gain = math.prod(ratios.values()) ** (1 / len(ratios))
+                gain = _mean(ratios)
                 least = _MIN_GAIN if candidate.fused_attention or not best.fused_attention else _MIN_GAIN_UNFUSED
                 is_kept = gain >= least and min(ratios.values()) >= _MAX_LOSS
                 on_trial(Trial(candidate, ratios, gain, is_kept))
@@ -107,18 +109,60 @@ def tune(
     return best
 
 
+def measure_int8_gain(
+    graph: Path, description: ModelDescription, *, within_s: float, cpus: int | None = None
+) -> float | None:
+    """Return how many times as fast a model is with quantized activations as without, on this processor.
+
+    Without, the same graph runs at the speed of the precision `auto`. All processors should be idle.
+
+    Args:
+        graph: See `OpenVinoBackend`.
+        description: Likewise. It computes in int8.
+        within_s: Approximate limit of the time, in seconds, if that allows some rounds.
+        cpus: Number of processors to use; None for all that this process can use.
+
+    Returns:
+        The geometric mean over the kinds of batches; None if there is not enough memory to load the model twice.
+
+    Raises:
+        LoadError: The graph cannot be read or compiled.
+    """
+    end = time.monotonic() + within_s
+    if graph.with_suffix(".bin").stat().st_size * 6 > free_memory():  # 4 bytes per weight without, and 1 with
+        return None
+    cpus = usable_cpus() if cpus is None else cpus
+    workloads = _fitting(_BATCHES, description.max_length)
+    floats = _Contender(graph, replace(description, compute=float_precision()), description.tuning, cpus)
+    try:
+        integers = _Contender(graph, description, description.tuning, cpus)
+        try:
+            seconds = floats.seconds(workloads) + integers.seconds(workloads)
+            rounds = int((end - time.monotonic()) / seconds)
+            return _mean(_compare(floats, integers, workloads, max(_MIN_GAIN_ROUNDS, min(rounds, _MAX_ROUNDS))))
+        finally:
+            integers.backend.close()
+    finally:
+        floats.backend.close()
+
+
+def _mean(ratios: Mapping[Workload, float]) -> float:
+    return math.prod(ratios.values()) ** (1 / len(ratios))
+
+
 def _options(longest: int, cpus: int) -> Iterator[tuple[list[dict[str, Any]], list[Workload]]]:
     """Yield changes of the options, the most useful first, and the workloads that they are measured with."""
-
-    def fitting(workloads: tuple[Workload, ...]) -> list[Workload]:
-        return list(dict.fromkeys((rows, min(length, longest)) for rows, length in workloads))
-
-    yield [{"fused_attention": False}], fitting(_BATCHES)
+    batches = _fitting(_BATCHES, longest)
+    yield [{"fused_attention": False}], batches
     layout = stream_layout(cpus)
     if layout.has_latency_request:
-        yield [{"fused_attention_alone": False}], fitting(_ALONE)
+        yield [{"fused_attention_alone": False}], _fitting(_ALONE, longest)
         fewer = [streams for streams in (layout.streams // 2, 1) if streams]
-        yield [{"streams": streams} for streams in dict.fromkeys(fewer)], fitting(_BATCHES)
+        yield [{"streams": streams} for streams in dict.fromkeys(fewer)], batches
+
+
+def _fitting(workloads: tuple[Workload, ...], longest: int) -> list[Workload]:
+    return list(dict.fromkeys((rows, min(length, longest)) for rows, length in workloads))
 
 
 class _Contender:

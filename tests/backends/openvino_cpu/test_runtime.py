@@ -6,11 +6,16 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from emb_model_provider.backends.openvino_cpu.runtime import release_pages, stream_layout
+from emb_model_provider.backends.base import Tuning
+from emb_model_provider.backends.openvino_cpu.runtime import compile_streams, openvino, release_pages, stream_layout
+
+if TYPE_CHECKING:
+    from emb_model_provider.backends.base import ComputePrecision
 
 CONCURRENT = """
 import faulthandler, sys, threading
@@ -42,6 +47,22 @@ def test_the_number_of_streams(cpus: int, streams: int, has_latency_request: boo
     """One per processor, up to four. One stream needs no latency request."""
     layout = stream_layout(cpus)
     assert (layout.streams, layout.threads, layout.has_latency_request) == (streams, cpus, has_latency_request)
+
+
+@pytest.mark.parametrize(
+    ("compute", "group", "expected"), [("int8", 64, 64), ("int8", None, 32), ("fp32", 64, 0), ("bf16", None, 0)]
+)
+def test_the_number_of_activations_that_share_a_scale(
+    tmp_path: Path, compute: ComputePrecision, group: int | None, expected: int
+) -> None:
+    """The most accurate one unless the description has another, for streams and for the latency request."""
+    ops = openvino().opset13
+    ids = ops.parameter([-1, 64], dtype=np.float32, name="input_ids")
+    product = ops.matmul(ids, ops.constant(np.ones((8, 64), dtype=np.float32)), False, True)
+    openvino().save_model(openvino().Model([product], [ids], "plain"), tmp_path / "model.xml")
+    compiled = compile_streams(tmp_path / "model.xml", compute, stream_layout(2), Tuning(), group)
+    for graph in (compiled.streams, compiled.compile_latency().get_compiled_model()):
+        assert graph.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
