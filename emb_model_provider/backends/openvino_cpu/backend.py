@@ -146,7 +146,8 @@ class OpenVinoBackend:
         for count in sorted({1, length // 3, 2 * length // 3, length - 1, length} - {0}):
             batch = TokenBatch(ids=[ids[:count]], prompt_lengths=[0])
             inputs = pad_inputs(batch, [0], length, self.description)
-            # Shared, because a request that has run a shared input cannot copy a longer one.
+            # Shared, because OpenVINO would copy these inputs to the address of those of the previous batch, which are freed,
+            # or fail if these are longer.
             fixed = [np.array(values) for values in request.infer(inputs, share_inputs=True).values()]
             with self._requests.acquire(2, length) as (reference, _):
                 results = [np.array(values) for values in reference.infer(inputs, share_inputs=True).values()]

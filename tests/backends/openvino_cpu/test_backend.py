@@ -10,6 +10,7 @@ import numpy as np
 import openvino as ov
 import pytest
 
+from emb_model_provider.backends.arrays import pad_inputs
 from emb_model_provider.backends.base import ModelDescription, TokenBatch
 from emb_model_provider.backends.hardware import native_bf16
 from emb_model_provider.backends.openvino_cpu import infer_requests
@@ -260,6 +261,31 @@ def test_a_graph_of_a_fixed_shape_is_compared_by_a_request_that_has_run_shorter_
     short._compile(16)
     assert 16 in short._requests
     backend.close()
+
+
+def test_comparing_a_graph_of_a_fixed_shape_changes_no_inputs_of_requests(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests keep pointers to them, and their memory may belong to something else by then."""
+    made: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def pad_and_record(*arguments: Any) -> dict[str, Any]:
+        inputs = pad_inputs(*arguments)
+        made.append((inputs, {name: values.copy() for name, values in inputs.items()}))
+        return inputs
+
+    monkeypatch.setattr("emb_model_provider.backends.openvino_cpu.backend.pad_inputs", pad_and_record)
+    backend = OpenVinoBackend(graph, description(), cpus=1)
+    batch = random_batch(np.random.default_rng(5), 1, 16)
+    backend.run(batch)
+    short = backend._requests._short
+    assert short is not None
+    short._compile(16)
+    backend.close()
+    assert len(made) > 2
+    for inputs, copies in made:
+        for name, values in inputs.items():
+            np.testing.assert_array_equal(values, copies[name])
 
 
 class OtherRequest:
