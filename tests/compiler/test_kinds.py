@@ -124,6 +124,10 @@ def test_quantized_weights(kind: str, precision: str, tmp_path: Path) -> None:
     assert set(fidelity.agreement) == set(backend.description.outputs)
     assert all(value < 1 for value in fidelity.agreement.values())
     if precision == "int8":
-        assert min(fidelity.agreement.values()) > 0.2
+        agreement = dict(fidelity.agreement)
+        if fidelity.sparse is not None:
+            # All weights of a text can be almost 0 in such a model, so that any error is large relative to them.
+            agreement["sparse"] = fidelity.sparse.term_overlap
+        assert min(agreement.values()) > 0.2
     texts = PAIRS if backend.description.kind == "reranker" else DOCUMENTS
     assert finite_rows(Runner(backend)(texts), len(texts)).all()
