@@ -62,6 +62,7 @@ def test_model_that_fails_on_everything_is_restarted(faulty: FaultyService) -> N
     wait_until(lambda: faulty.http.get("/ready").status_code == 200)
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_restarted_fails_until_it_can_be_loaded(faulty: FaultyService) -> None:
     """After a few attempts it is `failed`, and its requests are rejected. Later requests load it again."""
     culprit, texts = faulty.texts(1, "broken"), faulty.texts(2)
