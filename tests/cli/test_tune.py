@@ -24,8 +24,10 @@ def test_trials_are_printed_and_the_options_kept(compiled: Compiled) -> None:
     first = values["trials"][0]
     assert first["tuning"]["fused_attention"] is False
     assert all(ratio > 0 for ratio in first["ratios"].values())
-    (manifest,) = (compiled.directory / "cache" / "artifacts").glob("*/manifest.json")
-    assert values["tuning"] in json.loads(manifest.read_text())["tunings"].values()
+    # Other tests compile the same model at other precisions.
+    manifests = (compiled.directory / "cache" / "artifacts").glob("*/manifest.json")
+    kept = [tuning for each in manifests for tuning in json.loads(each.read_text())["tunings"].values()]
+    assert values["tuning"] in kept
     table = run(compiled.directory, "tune", "small", "--seconds", "20", **compiled.settings).stdout
     assert table.splitlines()[0].split() == ["options", "inputs", "×", "tokens:", "relative", "speed", "all", "kept"]
     assert "fused_attention=false" in table

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -28,7 +31,6 @@ from tests.service import COMMAND, Service, assert_error, environment, wait_unti
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="a child inherits sockets")
 
@@ -328,11 +330,12 @@ def test_counters_go_on_after_a_restart(workers: Service) -> None:
 
 
 @pytest.mark.slow
-def test_shutdown_ends_all_processes(model: Path, tmp_path: Path) -> None:
+def test_shutdown_ends_all_processes(model: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Accepted requests are finished, the exit code is 0, and neither a process nor a file for the workers is left."""
     directory = tmp_path / "service"
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+    # Not below `tmp_path`, which is too long for the path of a Unix socket.
+    temporary = Path(tempfile.mkdtemp())
+    request.addfinalizer(lambda: shutil.rmtree(temporary))
     program = (
         f"import os, tempfile; tempfile.tempdir = {str(temporary)!r}; from emb_model_provider.main import run; run()"
     )
@@ -347,9 +350,9 @@ def test_shutdown_ends_all_processes(model: Path, tmp_path: Path) -> None:
         ]
         with Connections(service) as clients, ThreadPoolExecutor(8) as pool:
             requests = [pool.submit(embed, client, text="word " * 20_000) for client in clients]
-            wait_until(lambda: any(request.done() for request in requests))
+            wait_until(lambda: any(each.done() for each in requests))
             assert service.stop() == 0
-            assert {request.result().status_code for request in requests} <= {200, 503}
+            assert {each.result().status_code for each in requests} <= {200, 503}
     assert not any(map(psutil.pid_exists, children))
     assert not any(path.name.startswith("emb-workers-") for path in temporary.iterdir())
 
