@@ -52,7 +52,7 @@ def slow_down() -> None:
         prepared = prepare(*arguments, **options)
         return replace(prepared, load=lambda: SleepingBackend(prepared.load(), batch_s, token_s))
 
-    BackendPreparer.prepare = prepare_sleeping  # type: ignore[method-assign]
+    BackendPreparer.prepare = prepare_sleeping  # type: ignore[method-assign]  # this process only measures
 
 
 if __name__ == "__main__":

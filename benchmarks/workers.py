@@ -4,7 +4,7 @@ The model sleeps as long as a processor would compute, on as many streams as the
 real processors only run the event loops, the rest of the service's Python, and the load generator. Their processor time for each
 request is measured: that of the main threads, which run the event loops, and that of all threads, nearly all of which holds the
 interpreter lock of a process. From the latter follows how many requests a machine with these processors can answer at most. The
-measured rate is that of this machine, whose processors the workers share with the load generator and with other programs.
+measured rate is that of this machine. The workers share its processors with the load generator and with other programs.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ _HOP_BY_HOP = frozenset(
 _NOT_RETURNED = _HOP_BY_HOP | {b"date"}
 """Headers of responses that the server of this worker adds itself."""
 _ATTEMPTS = 5
-"""How often a request for inference is forwarded whose connection ended, because the primary was restarted."""
+"""How often a request for inference is forwarded if the connection ends, because the primary is being restarted."""
 _PAUSE_S = 0.2
 _RETRY_AFTER_S = 1.0
 _VISIBLE = string.digits + string.ascii_letters + string.punctuation

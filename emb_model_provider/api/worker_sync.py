@@ -129,7 +129,7 @@ class Primary:
                 break
             message = await receive()
         # Only processes of this user can reach the socket, and they run the same program.
-        report: Report = pickle.loads(body)  # noqa: S301
+        report: Report = pickle.loads(body)  # noqa: S301 - see above
         follower = self._followers[report.worker] = _FollowerState()
         if report.epoch == self._epoch:
             follower.applied, follower.has_left = report.applied, report.has_left
@@ -236,7 +236,7 @@ class Follower:
                     logger.debug("worker %d does not answer, because it is being restarted: %r", PRIMARY, error)
                     await asyncio.sleep(_RETRY_S)
                     continue
-                self._published = pickle.loads(response.content)  # noqa: S301 - as in Primary.answer
+                self._published = pickle.loads(response.content)  # noqa: S301 - from a socket of this user, as in Primary.answer
                 await self._apply(self._published)
 
     def _report(self) -> Report:

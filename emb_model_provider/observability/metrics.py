@@ -96,7 +96,7 @@ class Metrics:
         is_primary = worker is None or worker.is_primary
         if worker is not None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics_directory(worker.directory))
-            values.ValueClass = values.MultiProcessValue(lambda: worker.index)  # type: ignore[no-untyped-call]
+            values.ValueClass = values.MultiProcessValue(lambda: worker.index)  # type: ignore[no-untyped-call]  # without types
             self._live = CollectorRegistry()
         self._live.register(_ModelCollector(models, is_primary=is_primary))
         ProcessCollector(registry=self._live)
@@ -235,7 +235,8 @@ class Metrics:
         if self._worker is None:
             return generate_latest(self._registry)
         counted = CollectorRegistry()
-        multiprocess.MultiProcessCollector(counted, str(metrics_directory(self._worker.directory)))  # type: ignore[no-untyped-call]
+        directory = str(metrics_directory(self._worker.directory))
+        multiprocess.MultiProcessCollector(counted, directory)  # type: ignore[no-untyped-call]  # without types
         return generate_latest(_Sum([self.live_text(), *of_others])) + generate_latest(counted)
 
     def live_text(self) -> str:

@@ -1,4 +1,7 @@
-"""Starts the service. Models are loaded while the modules of the API are imported."""
+"""Starts the service. Models are loaded while the modules of the API are imported.
+
+So this module must not import FastAPI or `process/server.py`, which does.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def _import_server() -> ModuleType:
     # the API are not, because several threads could build one at the same time.
     BaseModel.model_config["defer_build"] = True
     try:
-        import fastapi.openapi.models  # noqa: F401
+        import fastapi.openapi.models  # noqa: F401 - imported now, while the option is set
     finally:
         del BaseModel.model_config["defer_build"]
     from emb_model_provider.process import server

@@ -246,7 +246,7 @@ def test_a_graph_of_a_fixed_shape_with_other_results_is_not_used(graph: Path, mo
     backend = OpenVinoBackend(graph, description(), cpus=2)
     batch = random_batch(np.random.default_rng(5), 1, 16)
     backend.run(batch)
-    for thread in backend._requests._short._background._threads:  # type: ignore[union-attr]
+    for thread in backend._requests._short._background._threads:  # type: ignore[union-attr]  # it has such requests
         thread.join(30)
     np.testing.assert_allclose(backend.run(batch).dense, expected(graph, batch), rtol=1e-4, atol=1e-5)
     assert other[0].runs == 1
