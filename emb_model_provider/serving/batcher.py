@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BACKGROUND_SHARE = 0.05
 """Share of the tokens that background requests get while other requests wait."""
+_SHORT_BATCHES_S = 1.0
+"""How long background batches are half as large after another request has come, so that the next one waits half as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,13 +165,16 @@ class Batcher(Generic[JobT]):
             self._heap.clear()
             self._exclusive.clear()
 
-    def next_batch(self, now: float, *, idle_streams: int = 1, may_wait: bool = True) -> Batch[JobT] | float | None:
+    def next_batch(
+        self, now: float, *, idle_streams: int = 1, may_wait: bool = True, max_tokens: int | None = None
+    ) -> Batch[JobT] | float | None:
         """Return the next batch; the time of the next call if waiting for more inputs pays; None if no input waits.
 
         Args:
             now: The current time in seconds.
             idle_streams: Number of idle streams, including the caller's. They share the waiting inputs.
             may_wait: Whether a batch smaller than the minimum may wait for more inputs. False if none will come.
+            max_tokens: Limit of padded tokens of this batch, if it is lower than that of the policy.
         """
         if not self.waiting_inputs:
             return None
@@ -183,7 +188,9 @@ class Batcher(Generic[JobT]):
                 return wait_until
         if self.waiting_tokens < policy.shared_from_tokens:
             idle_streams = 1
-        return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_streams)))
+        if max_tokens is not None and max_tokens < policy.max_batch_tokens:
+            policy = replace(policy, max_batch_tokens=max_tokens)
+        return self._form(min(policy.max_batch_size, -(-self.waiting_inputs // idle_streams)), policy)
 
     def _push(self, job: JobT) -> None:
         if job.exclusive:
@@ -192,9 +199,9 @@ class Batcher(Generic[JobT]):
         # Of two equal tags the smaller request comes first, because it delays the other one less.
         heapq.heappush(self._heap, (job._tag, job.waiting_tokens, next(self._sequence), job))
 
-    def _form(self, max_size: int) -> Batch[JobT]:
+    def _form(self, max_size: int, policy: BatchPolicy) -> Batch[JobT]:
         candidates = self._candidates(2 * max_size)
-        builder = _BatchBuilder(candidates[0], max_size, self._policy)
+        builder = _BatchBuilder(candidates[0], max_size, policy)
         if len(candidates) > 1 and not self._in_order:
             # First a share for each request, so that a large one does not fill the batch alone.
             share = max(1, max_size // len(candidates))
@@ -244,7 +251,7 @@ class PriorityBatcher(Generic[JobT]):
     """Two batchers: background requests run while no other request waits. Not thread-safe; its owner holds a lock.
 
     Batches are not mixed: inputs of background requests would make a batch of other requests longer. So a request waits for
-    at most one background batch of each stream. Background requests get a share of `BACKGROUND_SHARE` of the tokens even if
+    at most one background batch of each stream; while requests come, these batches are half as large. Background requests get a share of `BACKGROUND_SHARE` of the tokens even if
     other requests always wait. They are served in order, so that a batch of the Batch API has the next lines ready when the
     model has computed the first ones; those of different owners take turns before they get here.
     """
@@ -256,6 +263,8 @@ class PriorityBatcher(Generic[JobT]):
         self._background: Batcher[JobT] = Batcher(
             replace(policy, max_batch_tokens=background_tokens, min_batch_size=1, max_wait_s=0.0), in_order=True
         )
+        self._short_tokens = max(1, background_tokens // 2)
+        self._short_until = float("-inf")
         self._owed_tokens = 0.0
         """Share of the background requests that they did not get. Negative after one of their batches."""
 
@@ -269,6 +278,8 @@ class PriorityBatcher(Generic[JobT]):
         return PriorityBatcher(self._policy)
 
     def submit(self, job: JobT) -> None:
+        if not job.background:
+            self._short_until = job.arrived_at + _SHORT_BATCHES_S
         self._batcher(job).submit(job)
 
     def cancel(self, job: JobT) -> None:
@@ -285,7 +296,12 @@ class PriorityBatcher(Generic[JobT]):
                 return decision
         else:
             decision = None
-        batch = self._background.next_batch(now, idle_streams=idle_streams, may_wait=may_wait)
+        batch = self._background.next_batch(
+            now,
+            idle_streams=idle_streams,
+            may_wait=may_wait,
+            max_tokens=self._short_tokens if now < self._short_until else None,
+        )
         if not isinstance(batch, Batch):
             return decision
         self._owed_tokens = self._owed_tokens - batch.padded_tokens if self._foreground.waiting_inputs else 0.0

@@ -372,7 +372,18 @@ def test_background_batches_have_a_limit_of_their_own() -> None:
     batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_background_tokens=30))
     batcher.submit(background(*[10] * 6))
     batcher.submit(job(*[10] * 6))
-    assert [len(take(batcher).members) for _ in range(3)] == [6, 3, 3]
+    assert [len(take(batcher, 2.0).members) for _ in range(3)] == [6, 3, 3]
+
+
+def test_background_batches_are_half_as_large_while_other_requests_come() -> None:
+    """A request waits half as long for their end. Without requests they are as large as before."""
+    batcher: PriorityBatcher[BatchJob] = PriorityBatcher(policy(max_background_tokens=40))
+    batcher.submit(background(*[10] * 20))
+    batcher.submit(job(10, at=5.0))
+    sizes = [len(take(batcher, now).members) for now in (5.0, 5.0, 5.9, 6.1, 6.2)]
+    batcher.submit(job(10, at=7.0))
+    sizes += [len(take(batcher, now).members) for now in (7.0, 7.0)]
+    assert sizes == [1, 2, 2, 4, 4, 1, 2]
 
 
 def test_cancelled_background_requests_do_not_run() -> None:
