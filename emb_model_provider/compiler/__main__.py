@@ -5,7 +5,9 @@ It computes at low priority, opens no connections, logs to stderr, and ends with
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import logging
 import os
 import signal
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _NICE = 10
 _PR_SET_PDEATHSIG = 1
+_IMPORTED_LAST = ("sympy", "sklearn.metrics")
 
 
 def main() -> NoReturn:
@@ -85,6 +88,17 @@ def exit_with_parent(parent: int, *, watches_stdin: bool = True) -> None:
     threading.Thread(target=watch_stdin, name="parent", daemon=True).start()
 
 
+def _import_last_ones_first() -> None:
+    """Import what torch and sentence-transformers import last.
+
+    After an installation there is no bytecode yet, and the process that serves the model meanwhile imports the same
+    packages at the same time. So each of the two writes bytecode that the other one reads.
+    """
+    for name in _IMPORTED_LAST:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
 def _run(line: str, on_step: Callable[[str], None]) -> CompileResult:
     try:
         job = CompileJob.from_json(line)
@@ -99,6 +113,7 @@ def _run(line: str, on_step: Callable[[str], None]) -> CompileResult:
     on_step("import")
     # transformers imports torchao if it is installed, which takes as long as all other imports. Nothing here needs it.
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as the import system documents
+    _import_last_ones_first()
     try:
         import torch
 
