@@ -129,7 +129,7 @@ class BatchStore:
             raise _invalid("completion_window", completion_window, tuple(COMPLETION_WINDOWS))
         _check_metadata(metadata)
         with transaction(self.engine) as connection:
-            file = self.files.find(connection, owner, input_file_id, param="input_file_id")
+            file = self.files.find(connection, owner, input_file_id, param="input_file_id", lock="share")
             if file.purpose != INPUT:
                 raise RequestError(
                     f"The purpose of the file {file.id} is '{file.purpose}'. Upload the requests with the purpose '{INPUT}'.",
@@ -230,6 +230,7 @@ class BatchStore:
                     return count
                 connection.execute(sa.delete(batches).where(batches.c.id.in_([row.id for row in rows])))
                 inputs = {row.input_file_id for row in rows}
+                self.files.lock_rows(connection, inputs)  # against a batch that begins to read one
                 used = connection.scalars(
                     sa.select(batches.c.input_file_id).where(batches.c.input_file_id.in_(inputs))
                 ).all()

@@ -121,9 +121,22 @@ class FileStore:
         with reading(self.engine) as connection:
             return self.find(connection, owner, file_id)
 
-    def find(self, connection: Connection, owner: str | None, file_id: str, *, param: str = "id") -> StoredFile:
-        """Return a file within a transaction, else raise UnknownFileError with `param`."""
+    def find(
+        self,
+        connection: Connection,
+        owner: str | None,
+        file_id: str,
+        *,
+        param: str = "id",
+        lock: Literal["share", "update"] | None = None,
+    ) -> StoredFile:
+        """Return a file within a transaction, else raise UnknownFileError with `param`.
+
+        With `lock`, it is not deleted before the end of the transaction: "share" to read it, "update" to delete it.
+        """
         query = sa.select(files).where(files.c.id == file_id, *self._visible(connection, owner))
+        if lock is not None:
+            query = query.with_for_update(read=lock == "share")
         row = connection.execute(query).one_or_none() if is_storable(file_id) else None
         if row is None:
             raise UnknownFileError(file_id, param=param)
@@ -172,7 +185,7 @@ class FileStore:
             StateConflictError: A batch that has not ended reads it.
         """
         with transaction(self.engine) as connection:
-            self.find(connection, owner, file_id)
+            self.find(connection, owner, file_id, lock="update")
             used = sa.select(batches.c.id).where(batches.c.input_file_id == file_id, batches.c.state.in_(UNFINISHED))
             if (batch_id := connection.scalar(used.limit(1))) is not None:
                 raise StateConflictError(
@@ -208,6 +221,11 @@ class FileStore:
         """Add the row of a file that is completely written."""
         values = {name: getattr(file, name) for name in StoredFile.__slots__}
         connection.execute(sa.insert(files).values(values))
+
+    def lock_rows(self, connection: Connection, file_ids: Collection[str]) -> None:
+        """Lock files that are to be deleted until the end of a transaction."""
+        query = sa.select(files.c.id).where(files.c.id.in_(file_ids)).order_by(files.c.id)
+        connection.execute(query.with_for_update()).all()
 
     def remove_rows(self, connection: Connection, file_ids: Collection[str]) -> None:
         connection.execute(sa.delete(files).where(files.c.id.in_(file_ids)))

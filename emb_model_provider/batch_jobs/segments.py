@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,8 +147,8 @@ class CrashLog:
         self._stream.seek(0)
         self._crashes: Counter[int] = Counter()
         for entry in self._stream.read().split():
-            number = int(entry[1:])
-            self._crashes[number] += 1 if entry.startswith(b"+") else -1
+            with suppress(ValueError):  # an entry that a crash of the machine damaged
+                self._crashes[int(entry[1:])] += 1 if entry.startswith(b"+") else -1
 
     def __enter__(self) -> Self:
         return self

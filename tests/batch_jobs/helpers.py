@@ -93,6 +93,14 @@ async def reach(jobs: Jobs, batch: Batch, condition: str | Callable[[Batch], obj
         await asyncio.sleep(0.02)
 
 
+async def reach_no_segments(jobs: Jobs) -> None:
+    """Wait until a worker has removed the segments of all batches, which it does after their ends."""
+    deadline = time.monotonic() + 20
+    while found := list((jobs.directory / "segments").iterdir()):
+        assert time.monotonic() < deadline, found
+        await asyncio.sleep(0.02)
+
+
 async def process(jobs: Jobs, content: bytes, *, calculator: Calculator | None = None, **changes: Any) -> Batch:
     """Process an input file until its batch has ended."""
     batch = jobs.create(content)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING
 
 import pytest
 
+from emb_model_provider.batch_jobs.batches import BatchStore
 from emb_model_provider.batch_jobs.files import FileStore
 from emb_model_provider.errors import (
     FileTooLargeError,
@@ -22,7 +26,7 @@ from tests.batch_jobs.helpers import lines
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
     from tests.batch_jobs.helpers import Jobs
 
@@ -120,6 +124,29 @@ def test_the_input_of_an_unfinished_batch_stays(jobs: Jobs) -> None:
     jobs.later_s = 31 * 24 * 3600
     assert jobs.files.remove_expired() == 0
     assert jobs.files.path(batch.input_file_id).exists()
+
+
+def test_a_file_that_is_deleted_while_a_batch_is_created(jobs: Jobs) -> None:
+    """The file of the batch stays, although the batch is not yet visible when the deletion begins."""
+    creating, go_on = threading.Event(), threading.Event()
+
+    def wait(connection: Connection) -> float:
+        creating.set()
+        assert go_on.wait(30)
+        return jobs.now(connection)
+
+    file = jobs.upload(lines(3), "a")
+    batches = BatchStore(jobs.engine, jobs.files, clock=wait)
+    with ThreadPoolExecutor(2) as pool:
+        created = pool.submit(batches.create, "a", input_file_id=file.id, endpoint="/v1/embeddings")
+        assert creating.wait(30)
+        deleted = pool.submit(jobs.files.delete, "a", file.id)
+        wait_for([deleted], timeout=0.3)
+        go_on.set()
+        assert created.result(30).input_file_id == file.id
+        with pytest.raises(StateConflictError):
+            deleted.result(30)
+    assert jobs.files.content("a", file.id).exists()
 
 
 def test_expired_files(jobs: Jobs) -> None:

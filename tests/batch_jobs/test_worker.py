@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.batch_worker import HashCalculator
+from emb_model_provider.batch_jobs.segments import SegmentStore
 from emb_model_provider.errors import (
     DeadlineExceededError,
     DeviceLostError,
@@ -19,7 +20,7 @@ from emb_model_provider.errors import (
     QueueFullError,
     RequestError,
 )
-from tests.batch_jobs.helpers import ids, line, lines, process, reach, read_lines, working
+from tests.batch_jobs.helpers import ids, line, lines, process, reach, reach_no_segments, read_lines, working
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 async def test_completed(jobs: Jobs) -> None:
     """Output in the order of the input, counts and times; the segments are gone."""
     content = lines(20) + line("long", body={"model": "m", "input": "too long"}) + line("last")
-    batch = await process(jobs, content)
+    batch = jobs.create(content)
+    async with working(jobs, HashCalculator()):
+        batch = await reach(jobs, batch, "completed")
+        await reach_no_segments(jobs)
     assert (batch.state, batch.total, batch.completed, batch.failed, batch.model) == ("completed", 22, 21, 1, "m")
     output, errors = read_lines(jobs, batch.output_file_id), read_lines(jobs, batch.error_file_id)
     assert [each["custom_id"] for each in output] == [*(f"line-{number}" for number in range(20)), "last"]
@@ -50,7 +54,6 @@ async def test_completed(jobs: Jobs) -> None:
     file = jobs.files.get("", batch.output_file_id or "")
     assert (file.purpose, file.filename, file.owner) == ("batch_output", f"{batch.id}_output.jsonl", "")
     assert file.bytes == jobs.files.content("", file.id).stat().st_size
-    assert list((jobs.directory / "segments").iterdir()) == []
     assert len(list(jobs.files.directory.iterdir())) == 3
 
 
@@ -318,6 +321,15 @@ async def test_a_part_of_a_chunk_that_was_damaged_on_disk(jobs: Jobs) -> None:
 
 
 @pytest.mark.parametrize("url", [None], ids=["sqlite"])
+def test_a_log_of_crashes_that_a_crash_of_the_machine_damaged(jobs: Jobs) -> None:
+    """Its other entries count, and the batch continues."""
+    store = SegmentStore(jobs.directory)
+    (jobs.directory / "segments" / "batch").mkdir(parents=True)
+    (jobs.directory / "segments" / "batch" / "000003.log").write_bytes(b"+5\n+7\n-7\n+5\n+\n\0\0\0\0\n+")
+    with store.crash_log("batch", 3) as log:
+        assert [log.crashes_at(number) for number in (5, 7)] == [2, 0]
+
+
 async def test_validation_while_the_model_is_not_ready(jobs: Jobs) -> None:
     class Calculator(HashCalculator):
         checks = 0
@@ -511,6 +523,7 @@ async def test_cancel_while_running(jobs: Jobs) -> None:
         jobs.batches.cancel("", batch.id)
         worker.wake()
         batch = await reach(jobs, batch, "cancelled")
+        await reach_no_segments(jobs)
     assert (batch.total, batch.completed, batch.failed) == (50, 29, 21)
     assert batch.tokens == sum(len(f'"text of line-{number}"') for number in range(29))
     assert ids(jobs, batch.output_file_id) == [f"line-{number}" for number in range(29)]
@@ -518,7 +531,6 @@ async def test_cancel_while_running(jobs: Jobs) -> None:
     assert [each["custom_id"] for each in errors] == [f"line-{number}" for number in range(29, 50)]
     assert {(each["response"], each["error"]["code"]) for each in errors} == {(None, "batch_cancelled")}
     assert None not in (batch.cancelling_at, batch.cancelled_at)
-    assert list((jobs.directory / "segments").iterdir()) == []
 
 
 async def test_a_chunk_that_needs_little_time_after_a_cancel(jobs: Jobs) -> None:
