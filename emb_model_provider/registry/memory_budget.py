@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ class MemoryBudget:
         self._begin_unloading = begin_unloading
         self._turn = asyncio.Lock()
         """Held while evicting, because two loads at once would both count on the memory of one evicted model."""
+        self._awaited: set[ModelEntry] = set()
+        """Models whose unloading the holder of the turn waits for. Their own loads end before, and so do not wait for a turn."""
 
     @property
     def is_exceeded(self) -> bool:
@@ -65,7 +68,8 @@ class MemoryBudget:
         self.check_fits(minimum_bytes)
         model.expected_bytes = expected_bytes if self._max_bytes is None else min(expected_bytes, self._max_bytes)
         model.step_started_at, model.waiting_for = time.monotonic(), "other models are loaded first"
-        async with self._turn:
+        # A model that is evicted while torch loads it can need memory again, for its compiled form.
+        async with contextlib.nullcontext() if model.entry in self._awaited else self._turn:
             await self._evict_until_fits(model)
             self.loaded.add(model)
         model.step_started_at = time.monotonic()
@@ -100,8 +104,12 @@ class MemoryBudget:
             )
             when = "after its requests are answered" if evicted.engine is not None else "after it is loaded"
             model.waiting_for = f"`{evicted.entry.spec.alias}` is unloaded first, {when}"
-            # asyncio.wait, because an error or a cancellation of the unload task does not concern this load.
-            await asyncio.wait([self._begin_unloading(evicted.entry, "room for another model")])
+            self._awaited.add(evicted.entry)
+            try:
+                # asyncio.wait, because an error or a cancellation of the unload task does not concern this load.
+                await asyncio.wait([self._begin_unloading(evicted.entry, "room for another model")])
+            finally:
+                self._awaited.discard(evicted.entry)
             self.loaded.discard(evicted)
         model.waiting_for = ""
 

@@ -12,7 +12,7 @@ from emb_model_provider.errors import LoadError, ModelNotReadyError
 from emb_model_provider.fidelity.compare import AccuracyError
 from emb_model_provider.registry import State
 from tests.registry.helpers import MIB
-from tests.serving.helpers import until
+from tests.serving.helpers import TIMEOUT_S, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +173,25 @@ async def test_other_models_are_not_evicted_for_torch(fleet: Callable[..., Any])
         await models.embed("a")
         await until_compiled(models)
         assert models.unloads() == {}
+
+
+async def test_model_that_is_evicted_while_torch_loads_it(
+    fleet: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its compiled form needs memory again, and does not wait for the model that waits for its end."""
+    caplog.set_level("INFO")
+    async with fleet("a", "b", "c", torch_while_compiling=True, max_loaded_models=1) as models:
+        models["a"].can_compile.clear()
+        models["a"].can_start_interim.clear()
+        first = asyncio.create_task(models.embed("a"))
+        await until(lambda: models.state("a") is State.COMPILING)
+        others = [asyncio.create_task(models.embed("b"))]
+        await until(lambda: "evicting model a to make room for b" in caplog.text)
+        others.append(asyncio.create_task(models.embed("c")))
+        models["a"].can_compile.set()
+        vectors = await asyncio.wait_for(asyncio.gather(first, *others, models.embed("a")), TIMEOUT_S)
+        assert [len(each) for each in vectors] == [1, 1, 1, 1]
+        assert models.max_in_memory == 1
 
 
 async def test_torch_serves_on_if_the_model_cannot_be_compiled(fleet: Callable[..., Any]) -> None:
