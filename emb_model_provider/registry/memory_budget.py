@@ -43,7 +43,7 @@ class MemoryBudget:
         self._turn = asyncio.Lock()
         """Held while evicting, because two loads at once would both count on the memory of one evicted model."""
         self._awaited: set[ModelEntry] = set()
-        """Models whose unloading the holder of the turn waits for. Their own loads end before, and so do not wait for a turn."""
+        """Models that are unloaded for the holder of the turn. If one is still loading, its load must not wait for the turn."""
 
     @property
     def is_exceeded(self) -> bool:

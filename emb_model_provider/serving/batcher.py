@@ -251,9 +251,10 @@ class PriorityBatcher(Generic[JobT]):
     """Two batchers: background requests run while no other request waits. Not thread-safe; its owner holds a lock.
 
     Batches are not mixed: inputs of background requests would make a batch of other requests longer. So a request waits for
-    at most one background batch of each stream; while requests come, these batches are half as large. Background requests get a share of `BACKGROUND_SHARE` of the tokens even if
-    other requests always wait. They are served in order, so that a batch of the Batch API has the next lines ready when the
-    model has computed the first ones; those of different owners take turns before they get here.
+    at most one background batch of each stream; while requests come, these batches are half as large. Background requests
+    get a share of `BACKGROUND_SHARE` of the tokens even if other requests always wait. They are served in order, so that a
+    batch of the Batch API has the next lines ready when the model has computed the first ones; those of different owners
+    take turns before they get here.
     """
 
     def __init__(self, policy: BatchPolicy) -> None:
