@@ -230,7 +230,7 @@ class BatchStore:
                     return count
                 connection.execute(sa.delete(batches).where(batches.c.id.in_([row.id for row in rows])))
                 inputs = {row.input_file_id for row in rows}
-                self.files.lock_rows(connection, inputs)  # against a batch that begins to read one
+                self.files.lock_rows(connection, inputs)
                 used = connection.scalars(
                     sa.select(batches.c.input_file_id).where(batches.c.input_file_id.in_(inputs))
                 ).all()

@@ -205,8 +205,10 @@ class FileStore:
         with transaction(self.engine) as connection:
             inputs = sa.select(batches.c.input_file_id).where(batches.c.state.in_(UNFINISHED))
             expired = files.c.expires_at <= self.clock(connection)
-            ids = connection.scalars(sa.select(files.c.id).where(expired, files.c.id.not_in(inputs))).all()
-            if ids:
+            query = sa.select(files.c.id).where(expired, files.c.id.not_in(inputs))
+            if ids := connection.scalars(query).all():
+                self.lock_rows(connection, ids)
+                ids = connection.scalars(query).all()  # without those that a new batch reads meanwhile
                 self.remove_rows(connection, ids)
         self.remove_content(ids)
         self._remove_orphans()
@@ -223,7 +225,7 @@ class FileStore:
         connection.execute(sa.insert(files).values(values))
 
     def lock_rows(self, connection: Connection, file_ids: Collection[str]) -> None:
-        """Lock files that are to be deleted until the end of a transaction."""
+        """Lock files that are to be deleted until the end of a transaction, so that no new batch begins to read them."""
         query = sa.select(files.c.id).where(files.c.id.in_(file_ids)).order_by(files.c.id)
         connection.execute(query.with_for_update()).all()
 

@@ -11,8 +11,11 @@ from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING
 
 import pytest
+import sqlalchemy as sa
 
+from emb_model_provider.batch_jobs import tables
 from emb_model_provider.batch_jobs.batches import BatchStore
+from emb_model_provider.batch_jobs.database import transaction
 from emb_model_provider.batch_jobs.files import FileStore
 from emb_model_provider.errors import (
     FileTooLargeError,
@@ -24,6 +27,7 @@ from emb_model_provider.errors import (
 from tests.batch_jobs.helpers import lines
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from sqlalchemy import Connection, Engine
@@ -126,7 +130,22 @@ def test_the_input_of_an_unfinished_batch_stays(jobs: Jobs) -> None:
     assert jobs.files.path(batch.input_file_id).exists()
 
 
-def test_a_file_that_is_deleted_while_a_batch_is_created(jobs: Jobs) -> None:
+def remove_by_id(jobs: Jobs, file_id: str) -> None:
+    with pytest.raises(StateConflictError):
+        jobs.files.delete("a", file_id)
+
+
+def remove_expired(jobs: Jobs, _: str) -> None:
+    jobs.later_s = 7200
+    jobs.files.remove_expired()
+
+
+def remove_with_an_ended_batch(jobs: Jobs, _: str) -> None:
+    assert jobs.batches.remove_ended(0.0) == 1
+
+
+@pytest.mark.parametrize("remove", [remove_by_id, remove_expired, remove_with_an_ended_batch])
+def test_a_file_that_is_deleted_while_a_batch_is_created(jobs: Jobs, remove: Callable[[Jobs, str], None]) -> None:
     """The file of the batch stays, although the batch is not yet visible when the deletion begins."""
     creating, go_on = threading.Event(), threading.Event()
 
@@ -135,17 +154,20 @@ def test_a_file_that_is_deleted_while_a_batch_is_created(jobs: Jobs) -> None:
         assert go_on.wait(30)
         return jobs.now(connection)
 
-    file = jobs.upload(lines(3), "a")
+    file = jobs.upload(lines(3), "a", expires_after_s=3600)
+    ended = jobs.batches.create("a", input_file_id=file.id, endpoint="/v1/embeddings")
+    with transaction(jobs.engine) as connection:
+        connection.execute(sa.update(tables.batches).values(state="failed", failed_at=ended.created_at))
     batches = BatchStore(jobs.engine, jobs.files, clock=wait)
     with ThreadPoolExecutor(2) as pool:
         created = pool.submit(batches.create, "a", input_file_id=file.id, endpoint="/v1/embeddings")
         assert creating.wait(30)
-        deleted = pool.submit(jobs.files.delete, "a", file.id)
-        wait_for([deleted], timeout=0.3)
+        removed = pool.submit(remove, jobs, file.id)
+        wait_for([removed], timeout=0.3)
         go_on.set()
         assert created.result(30).input_file_id == file.id
-        with pytest.raises(StateConflictError):
-            deleted.result(30)
+        removed.result(30)
+    jobs.later_s = 0.0
     assert jobs.files.content("a", file.id).exists()
 
 
